@@ -1,0 +1,37 @@
+"""Pretrain vision transformers without labels, and measure what they learned.
+
+Importing does no work: a public name loads its module when first used, so `import foveola` is free of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveola.evaluation.protocol import Result, evaluate
+    from foveola.models.encoder import Encoder, Features, load
+    from foveola.training.run import Run, pretrain
+
+__version__ = "0.1.0"
+__all__ = ["Encoder", "Features", "Result", "Run", "__version__", "evaluate", "load", "pretrain"]
+
+_HOMES = {
+    "pretrain": "foveola.training.run",
+    "Run": "foveola.training.run",
+    "evaluate": "foveola.evaluation.protocol",
+    "Result": "foveola.evaluation.protocol",
+    "load": "foveola.models.encoder",
+    "Encoder": "foveola.models.encoder",
+    "Features": "foveola.models.encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

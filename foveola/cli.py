@@ -1,0 +1,194 @@
+"""The command line: parse words, call the Python API, print what it returns."""
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import foveola
+from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
+
+USAGE = """\
+usage: foveola COMMAND ...
+
+  pretrain RECIPE [key=value ...]     train as a recipe says; on an existing run folder, go on with it
+      --dry-run                       build everything, run two steps, print sizes and speed
+      --help                          every key of the recipe with its type, value and meaning
+  evaluate PROTOCOL model=... train=... test=... [key=value ...]
+      --help                          every key of the protocol
+  recipes                             the recipes that come with foveola, and what each aims at
+  --version
+
+RECIPE is a name from `foveola recipes` or the path of a YAML file. Values are YAML:
+batch_size=256  views.local_scale='[0.05, 0.3]'  compile=true  data='folder:/my/pictures'
+On several GPUs: torchrun --nproc-per-node=8 --no-python foveola pretrain RECIPE ...
+FOVEOLA_DEBUG=1 shows the traceback behind an error message.
+"""
+
+WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
+PLACES = [
+    KeyInfo(
+        "model", "text", "(needed)", "what to measure: a run folder, an encoder folder, or a file of weights"
+    ),
+    KeyInfo(
+        "train",
+        "text or null",
+        None,
+        "labelled data to learn from, as a data string, where the protocol does",
+    ),
+    KeyInfo("test", "text", "(needed)", "data to measure on, as a data string"),
+    KeyInfo(
+        "out", "text or null", None, "folder for results/<protocol>.json; null = the run folder, if it is one"
+    ),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 interrupted."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        if os.environ.get("FOVEOLA_DEBUG") == "1":
+            raise
+        print(f"foveola: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("foveola: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "pretrain": _pretrain,
+        "evaluate": _evaluate,
+        "recipes": _recipes,
+    }
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        print(f"foveola {foveola.__version__}")
+    elif command in commands:
+        commands[command](rest)
+    else:
+        near = nearest(command, commands)
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(commands)}"
+        raise UserError(f"unknown command {command!r}; {hint}")
+    return 0
+
+
+def _split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
+    """Words without and with `=`, and the flags given."""
+    given = {"--help" if word == "-h" else word for word in arguments if word.startswith("-")}
+    for flag in sorted(given - {"--help", *flags}):
+        if "=" in flag:
+            raise UserError(f"keys take no dashes: write {flag.lstrip('-')}")
+        near = nearest(flag, ("--help", *flags))
+        raise UserError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else "see --help"))
+    words = [word for word in arguments if not word.startswith("-")]
+    names = [word for word in words if "=" not in word]
+    return names, [word for word in words if "=" in word], given
+
+
+def _only(names: list[str], what: str, usage: str) -> str:
+    if not names:
+        raise UserError(f"which {what}? usage: {usage}")
+    if len(names) > 1:
+        raise UserError(f"expected key=value, got {names[1]!r}; usage: {usage}")
+    return names[0]
+
+
+def _pretrain(arguments: list[str]) -> None:
+    names, overrides, flags = _split(arguments, ("--dry-run",))
+    if "--help" in flags and not names:
+        print(USAGE, end="")
+        return
+    recipe = _only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
+    from foveola.training import run
+    from foveola.training.recipe import resolve
+
+    config = resolve(recipe, overrides)
+    if "--help" in flags:
+        print(
+            f"foveola pretrain {recipe} [key=value ...]: every key, its value in this recipe, its meaning\n"
+        )
+        _print_keys(describe(config))
+    elif "--dry-run" in flags:
+        print(run.dry_run(config))
+    else:
+        run.pretrain(config)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    names, overrides, flags = _split(arguments, ())
+    from foveola.evaluation.protocol import PROTOCOLS, evaluate
+
+    known = ", ".join(PROTOCOLS)
+    usage = "foveola evaluate PROTOCOL model=... train=... test=... [key=value ...]"
+    if "--help" in flags and not names:
+        print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
+        _print_table([(f"  {name}", protocol.help) for name, protocol in PROTOCOLS.items()])
+        return
+    name = _only(names, f"protocol ({known})", usage)
+    if name not in PROTOCOLS:
+        near = nearest(name, PROTOCOLS)
+        hint = f"did you mean {near!r}?" if near else f"known: {known}"
+        raise UserError(f"unknown protocol {name!r}; {hint}")
+    if "--help" in flags:
+        print(f"foveola evaluate {name} [key=value ...]: {PROTOCOLS[name].help}\n")
+        _print_keys([*PLACES, *describe(PROTOCOLS[name].config())])
+        return
+    settings = parse_overrides(overrides)
+    places = {info.path: settings.pop(info.path, None) for info in PLACES}
+    places = {path: None if value is None else str(value) for path, value in places.items()}
+    model = places.pop("model")
+    if model is None:
+        raise UserError(f"evaluate {name} needs model=: a run folder, an encoder folder, or weights")
+    print(evaluate(model, name, **places, **settings).table())
+
+
+def _recipes(arguments: list[str]) -> None:
+    names, overrides, flags = _split(arguments, ())
+    if names or overrides:
+        raise UserError(f"recipes takes no {(names + overrides)[0]!r}; usage: foveola recipes")
+    if "--help" in flags:
+        print("usage: foveola recipes\n\nEach recipe, its method, model and data, and the result it aims at.")
+        return
+    from foveola.training.recipe import recipes
+
+    rows = [(name, about.method, about.model, about.data, about.aim) for name, about in recipes().items()]
+    _print_table([("name", "method", "model", "data", "aim"), *rows])
+
+
+def _print_keys(keys: list[KeyInfo]) -> None:
+    rows = [(info.path, _shown(info.value), info.type, info.help) for info in keys]
+    _print_table([("key", "value", "type", "meaning"), *rows])
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Aligned columns; the last one wraps within a terminal. In a file or a pipe one row is one line."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    widths = [first, *(min(width, WIDEST) for width in others)]
+    indent = sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else sys.maxsize
+    for *cells, last in rows:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        lines = textwrap.wrap(last, max(room, 30)) or [""]
+        print((start + ("\n" + " " * indent).join(lines)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

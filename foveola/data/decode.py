@@ -1,0 +1,150 @@
+"""Any picture file to RGB pixels the right way up, and pixels to the canvas.
+
+Ordinary JPEGs go through simplejpeg (libjpeg-turbo, strict: a damaged file is an error, not a grey area), the
+rest through PIL; the file's header decides which, so that nothing is tried twice.
+"""
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from foveola.data.sample import BadImage
+
+MIN_SIDE = 8  # pixels; smaller pictures are tracking pixels, icons and broken exports
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def decode(image: Path | bytes | UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels of a picture: a path, the bytes of a file, or pixels (returned as they are).
+
+    EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8; transparent parts
+    are laid on white; of an animation the first frame is taken. Raises BadImage, with the reason, for files
+    that are missing, empty, damaged, of an unknown kind, or less than 8 pixels on a side.
+    """
+    if isinstance(image, Path):
+        try:
+            image = image.read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+    if isinstance(image, bytes):
+        if not image:
+            raise BadImage("the file is empty")
+        pixels = _decode_jpeg(image) if _is_ordinary_jpeg(image) else _decode_other(image)
+    else:
+        pixels = image
+    if min(pixels.shape[:2]) < MIN_SIDE:
+        raise BadImage(f"{pixels.shape[1]}x{pixels.shape[0]} pixels is less than {MIN_SIDE} on a side")
+    return pixels
+
+
+def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 size size"]:
+    """Squash pixels to a square, antialiased bicubic: within 1 level of PIL's BICUBIC resize."""
+    if not pixels.flags.writeable:  # torch warns about memory that it could write to by mistake
+        pixels = pixels.copy()
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if picture.shape[-2:] == (size, size):
+        return picture[0].contiguous()
+    resized = torch.nn.functional.interpolate(picture, (size, size), mode="bicubic", antialias=True)
+    return resized[0].contiguous()
+
+
+def _is_ordinary_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG of 8 bits a channel in grey or YCbCr/RGB, by its header."""
+    at = 2
+    if data[:2] != b"\xff\xd8":
+        return False
+    while at + 10 <= len(data):
+        if data[at] != 0xFF:
+            return False
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            huffman, bits, channels = marker in (0xC0, 0xC1, 0xC2), data[at + 4], data[at + 9]
+            return huffman and bits == 8 and channels in (1, 3)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        raise BadImage(str(error)) from error
+    start = data.find(b"Exif\0\0", 0, 1 << 16)
+    return pixels if start < 0 else _turn(pixels, _exif_orientation(data[start + 6 : start + 6 + (1 << 16)]))
+
+
+def _decode_other(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    # What PIL raises on damaged files: OSError (truncated, unknown kind) and, from its plugins, the others.
+    damaged = (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+            orientation = picture.getexif().get(ORIENTATION, 1)
+            pixels = _to_rgb(picture)
+    except damaged as error:
+        reason = "not a picture of a known kind" if "cannot identify" in str(error) else str(error)
+        raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from error
+    return _turn(pixels, orientation)
+
+
+def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    if picture.mode.startswith("I"):  # 16 bits of grey: PIL would clip to 255 rather than scale
+        levels = np.asarray(picture).astype(np.int64)
+        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
+            raise BadImage("grey levels beyond 16 bits")
+        return np.repeat(((levels + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    if picture.mode == "F":
+        raise BadImage("floating-point pixels have no known range")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return np.array(Image.alpha_composite(white, picture).convert("RGB"))
+    return np.array(picture.convert("RGB"))
+
+
+def _exif_orientation(block: bytes) -> int:
+    """The orientation tag of an EXIF block (a TIFF header and its first directory); 1 where there is none."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    if order is None or len(block) < 10:
+        return 1
+    (at,) = struct.unpack_from(order + "I", block, 4)
+    if at + 2 > len(block):
+        return 1
+    (entries,) = struct.unpack_from(order + "H", block, at)
+    for entry in range(at + 2, min(at + 2 + 12 * entries, len(block) - 11), 12):
+        tag, _, _, value = struct.unpack_from(order + "HHIH", block, entry)
+        if tag == ORIENTATION:
+            return value
+    return 1
+
+
+def _turn(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels the right way up. EXIF 2-8 are the flips and quarter turns; any other value leaves them."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

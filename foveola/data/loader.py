@@ -1,0 +1,229 @@
+"""Batches of canvases: decoded in workers, in an order given by (seed, epoch, position, rank) alone.
+
+One item of the underlying DataLoader is one whole batch, named by its step. So the order does not depend on
+the number of workers, any step can be computed alone, and resuming means to begin to count at another step.
+"""
+
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from foveola.config import key
+from foveola.data.decode import decode, to_canvas
+from foveola.data.sample import BadImage, Canvases, Choice, DataError, Objects, Sample
+from foveola.data.sources import Source
+
+ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart
+STAND_INS = 20  # pictures tried in place of a bad one
+ENOUGH = 100  # samples to have seen before the share of bad ones means something
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How pictures become batches of canvases."""
+
+    canvas: int = key(256, "pixels a side of the square that pictures are resized to", at_least=8)
+    mask_canvas: int = key(128, "pixels a side of the square that object masks are drawn on", at_least=8)
+    objects_per_image: int = key(1, "objects drawn from each picture", at_least=1)
+    choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
+    workers: int = key(2, "processes that decode; 0: in the training process", at_least=0)
+    prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1)
+    max_bad: float = key(0.01, "share of unreadable pictures above which to stop", at_least=0, at_most=1)
+    start: Literal["auto", "fork", "forkserver", "spawn"] = key(
+        "auto",
+        "how workers start; auto: fork on Linux, where they share the file list; else as the system does",
+    )
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
+    """The order in which an epoch visits `count` samples."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
+
+
+class Loader:
+    """Endless batches of a source, from `start_step` on. `batch_size` is that of one rank.
+
+    An epoch is `steps_per_epoch` global batches; what does not fill the last one is left out (others each
+    epoch). A bad picture is replaced by another, counted in `bad_count` and named in `bad_names` (reason
+    included); DataError when more than `config.max_bad` of this rank's pictures are bad. `wait_seconds` is
+    how long the last batch kept the caller waiting.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        config: LoaderConfig | None = None,
+        *,
+        with_objects: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        config = LoaderConfig() if config is None else config
+        self.steps_per_epoch = len(source) // (batch_size * world_size)
+        if not self.steps_per_epoch:
+            raise DataError(
+                f"{source.name}: {len(source)} pictures do not fill one batch of {batch_size * world_size}"
+                + (f" ({world_size} processes x {batch_size})" if world_size > 1 else "")
+                + "; use a smaller batch size or more pictures"
+            )
+        self.source, self.config, self.device = source, config, torch.device(device)
+        self.batch_size, self.start_step = batch_size, start_step
+        self.batches = _Batches(source, batch_size, seed, config, with_objects, rank, world_size)
+        self.bad_count, self.bad_names, self.wait_seconds = 0, set[str](), 0.0
+        self._seen = 0
+
+    def __iter__(self) -> Iterator[Canvases]:
+        batches = iter(self._dataloader())
+        while True:
+            began = time.perf_counter()
+            canvases, bad = next(batches)
+            if self.device.type != "cpu":
+                canvases = canvases.to(self.device)
+            self._count(len(canvases), bad)
+            self.wait_seconds = time.perf_counter() - began
+            yield canvases
+
+    def _dataloader(self) -> DataLoader:
+        pin = self.device.type == "cuda"
+        steps = _Steps(self.start_step)
+        if not self.config.workers:
+            return DataLoader(self.batches, None, sampler=steps, collate_fn=_as_it_is, pin_memory=pin)
+        start = self.config.start
+        if start == "auto" and sys.platform == "linux":
+            start = "fork"
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=steps,
+            collate_fn=_as_it_is,
+            pin_memory=pin,
+            num_workers=self.config.workers,
+            prefetch_factor=self.config.prefetch,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=None if start == "auto" else start,
+        )
+
+    def _count(self, seen: int, bad: list[str]) -> None:
+        self._seen += seen
+        self.bad_count += len(bad)
+        self.bad_names.update(bad)
+        epoch = self.steps_per_epoch * self.batch_size
+        if self.bad_count > self.config.max_bad * self._seen and self._seen >= min(ENOUGH, epoch):
+            raise DataError(
+                f"{self.source.name}: {self.bad_count} of {self._seen} pictures cannot be read, more than "
+                f"max_bad={self.config.max_bad:g} allows; such as {min(self.bad_names)}"
+            )
+
+
+class _Steps(Sampler[int]):
+    """Counts steps for ever."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+class _Batches(Dataset[tuple[Canvases, list[str]]]):
+    """Step -> the batch of this rank, and the names of its bad pictures. Picklable, stateless."""
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        config: LoaderConfig,
+        with_objects: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.source, self.batch_size, self.seed, self.config = source, batch_size, seed, config
+        self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
+
+    def __getitem__(self, step: int) -> tuple[Canvases, list[str]]:
+        across = self.batch_size * self.world_size
+        epoch, step_of_epoch = divmod(step, len(self.source) // across)
+        start = step_of_epoch * across + self.rank * self.batch_size
+        order = _cached_order(self.seed, epoch, len(self.source))[start : start + self.batch_size]
+
+        B, M, size = self.batch_size, self.config.objects_per_image, self.config.mask_canvas
+        images = torch.empty((B, 3, self.config.canvas, self.config.canvas), dtype=torch.uint8)
+        aspects, labels = torch.empty(B), torch.full((B,), -1)
+        masks = torch.full((B, M, size, size), 255, dtype=torch.uint8)
+        whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
+        indices = torch.from_numpy(order.copy())
+        bad: list[str] = []
+        for row in range(B):
+            index, sample, pixels = self._read(epoch, int(order[row]), bad)
+            images[row] = to_canvas(pixels, self.config.canvas)
+            aspects[row] = pixels.shape[1] / pixels.shape[0]
+            indices[row] = index
+            if sample.label is not None:
+                labels[row] = sample.label
+            if self.with_objects and sample.objects is not None:
+                rng = np.random.default_rng([self.seed, OBJECTS, epoch, index])
+                whole[row] = False
+                masks[row], object_labels[row] = _draw_objects(sample.objects, rng, self.config)
+        batch = Canvases(images, aspects, masks, whole, object_labels, labels, indices, skipped=len(bad))
+        return batch, bad
+
+    def _read(self, epoch: int, index: int, bad: list[str]) -> tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]:
+        """A sample and its pixels, or its stand-in: drawn from (seed, epoch, index), so always the same."""
+        stand_ins = None
+        for _ in range(1 + STAND_INS):
+            sample = self.source[index]
+            try:
+                return index, sample, decode(sample.image)
+            except BadImage as error:
+                bad.append(f"{sample.name} ({error})")
+            if stand_ins is None:
+                stand_ins = np.random.default_rng([self.seed, STAND_IN, epoch, index])
+            index = int(stand_ins.integers(len(self.source)))
+        raise DataError(f"{self.source.name}: {STAND_INS} pictures cannot be read, such as {bad[-1]}")
+
+
+@lru_cache(maxsize=2)  # of each worker: two epochs meet in what is read ahead
+def _cached_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
+    return epoch_order(seed, epoch, count)
+
+
+def _draw_objects(
+    objects: Objects, rng: np.random.Generator, config: LoaderConfig
+) -> tuple[UInt8[Tensor, "M s s"], Int64[Tensor, "M"]]:
+    chosen = objects.choose(rng, config.objects_per_image, config.choose)
+    masks = np.stack([objects.draw(int(index), config.mask_canvas) for index in chosen])
+    labels = np.full(len(chosen), -1) if objects.labels is None else objects.labels[chosen]
+    return torch.from_numpy(masks), torch.from_numpy(labels)
+
+
+def _as_it_is(batch: tuple[Canvases, list[str]]) -> tuple[Canvases, list[str]]:
+    return batch
+
+
+def _begin_worker(_: int) -> None:
+    """One thread each, and deaf to the signals that the training process answers by saving and leaving.
+
+    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
+    the last batches with it. Workers end with their loader, or when they find that the training process is
+    gone.
+    """
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,185 @@
+"""Sample, Objects and Canvases: a picture as read, its objects, and a batch as the loader gives it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from torch import Tensor
+
+from foveola.config import UserError
+
+Choice = Literal["area", "uniform", "largest"]
+
+SLIVER = 1e-4  # of a mask pixel: what rounding of a box leaves over its neighbour; counts as not covered
+
+
+class DataError(UserError):
+    """Data that cannot be used as asked for; the message is one line."""
+
+
+class BadImage(DataError):  # noqa: N818 (the word for it in the design)
+    """A picture that cannot be read; the message is the reason alone, as whoever asked knows the name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The K >= 1 annotated objects of one picture. Where none is left, `Sample.objects` is None.
+
+    `boxes` are (x0, y0, x1, y1) in the unit square, clipped, of positive area. `areas` are shares of the
+    picture: of the mask, or of the box where there is none. `labels` are class indices. `masks` holds per
+    object None (the box is the mask), a bool array [H, W], a COCO RLE ({"size": [h, w], "counts": ...}) or
+    polygons ({"size": [h, w], "polygons": [[x, y, x, y, ...], ...]} in pixels); None stands for boxes alone.
+    """
+
+    boxes: Float32[np.ndarray, "K 4"]
+    areas: Float32[np.ndarray, "K"]
+    labels: Int64[np.ndarray, "K"] | None = None
+    masks: tuple | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @classmethod
+    def from_boxes(
+        cls,
+        boxes: Float[np.ndarray, "K 4"],
+        labels: Int64[np.ndarray, "K"] | None = None,
+        masks: Sequence[Any] | None = None,
+        areas: Float[np.ndarray, "K"] | None = None,
+    ) -> "Objects | None":
+        """Objects from boxes in units of the picture, corners in any order. Clips; drops what has no area.
+
+        Returns None when nothing is left. `areas` (shares of the picture) defaults to the boxes' areas.
+        """
+        corners = boxes.reshape(-1, 2, 2)
+        corners = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, 1).astype(np.float32)
+        size = corners[:, 2:] - corners[:, :2]
+        areas = size.prod(1) if areas is None else areas.astype(np.float32)
+        keep = np.flatnonzero((size > 0).all(1) & (areas > 0))
+        if not len(keep):
+            return None
+        return cls(
+            boxes=corners[keep],
+            areas=areas[keep],
+            labels=None if labels is None else labels[keep],
+            masks=None if masks is None else tuple(masks[i] for i in keep),
+        )
+
+    def draw(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
+        """The covered share of each pixel of a square mask canvas, times 255; exact for boxes and masks.
+
+        A pixel that is touched at all gets at least 1, so that no object vanishes, however small.
+        """
+        mask = None if self.masks is None else self.masks[index]
+        if mask is None:
+            x0, y0, x1, y1 = self.boxes[index].astype(np.float64) * size
+            coverage = np.outer(_overlap(y0, y1, size), _overlap(x0, x1, size))
+        else:
+            full = full_mask(mask)
+            rows, columns = _extent(full.any(1)), _extent(full.any(0))
+            down = area_weights(full.shape[0], size)[:, rows]
+            across = area_weights(full.shape[1], size)[:, columns]
+            coverage = down @ full[rows, columns].astype(np.float32) @ across.T
+        drawn = np.rint(255 * coverage).clip(0, 255)
+        return np.where(coverage > SLIVER**2, np.maximum(drawn, 1), 0).astype(np.uint8)
+
+    def choose(self, rng: np.random.Generator, count: int, by: Choice) -> Int64[np.ndarray, "count"]:
+        """Draw `count` objects, none twice before all were drawn once.
+
+        "area": with a probability proportional to the area in the whole picture (ODIS, section 3: large
+        objects are seen more often); "uniform"; "largest": always the largest first.
+        """
+        if by == "largest":
+            order = np.argsort(-self.areas, kind="stable")
+            return np.resize(order, count).astype(np.int64)
+        shares = self.areas.astype(np.float64) / self.areas.sum(dtype=np.float64) if by == "area" else None
+        rounds = []
+        for start in range(0, count, len(self)):
+            rounds.append(rng.choice(len(self), min(len(self), count - start), replace=False, p=shares))
+        return np.concatenate(rounds).astype(np.int64) if rounds else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture as a source knows it: where its pixels are, its objects (None: not annotated), class."""
+
+    image: Path | bytes | UInt8[np.ndarray, "H W 3"]
+    name: str
+    objects: Objects | None = None
+    label: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Canvases:
+    """A batch as the loader gives it. M objects per picture; unknown labels are -1.
+
+    `images` are RGB squashed to squares; `aspects` is width / height of the true pictures. `object_masks` are
+    coverage times 255 on a smaller square. Where `whole` is true the object is the whole picture (no
+    annotation) and its mask is all 255. `indices` are positions in the source. `skipped` counts bad pictures
+    that were replaced.
+    """
+
+    images: UInt8[Tensor, "B 3 S S"]
+    aspects: Float32[Tensor, "B"]
+    object_masks: UInt8[Tensor, "B M s s"]
+    whole: Bool[Tensor, "B M"]
+    object_labels: Int64[Tensor, "B M"]
+    labels: Int64[Tensor, "B"]
+    indices: Int64[Tensor, "B"]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "Canvases":
+        """The same batch on `device`; asynchronous where the memory is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Canvases":
+        """The same batch in page-locked memory, from which a copy to a GPU overlaps with compute."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Any) -> "Canvases":
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"}
+        return Canvases(**tensors, skipped=self.skipped)
+
+
+def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
+    """Any kind of mask that `Objects.masks` may hold, as pixels of the picture it was drawn on."""
+    if isinstance(mask, np.ndarray):
+        return mask
+    from pycocotools import mask as coco
+
+    if "polygons" in mask:
+        mask = coco.merge(coco.frPyObjects(mask["polygons"], *mask["size"]))
+    elif isinstance(mask["counts"], list):  # uncompressed
+        mask = coco.frPyObjects(mask, *mask["size"])
+    return coco.decode(mask).astype(bool)
+
+
+@lru_cache(maxsize=256)
+def area_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inputs"]:
+    """The share of each output cell that each input cell covers, both dividing the same unit interval."""
+    edges_in, edges_out = np.arange(inputs + 1) / inputs, np.arange(outputs + 1)[:, None] / outputs
+    shared = np.minimum(edges_in[1:], edges_out[1:]) - np.maximum(edges_in[:-1], edges_out[:-1])
+    weights = shared.clip(0) * outputs
+    weights[weights < SLIVER] = 0
+    return weights.astype(np.float32)
+
+
+def _overlap(start: float, end: float, size: int) -> Float[np.ndarray, "size"]:
+    """The covered share of each of `size` unit cells by the interval from `start` to `end`."""
+    cells = np.arange(size)
+    shared = np.minimum(end, cells + 1) - np.maximum(start, cells)
+    return np.where(shared >= min(SLIVER, (end - start) / 4), shared, 0)
+
+
+def _extent(flags: Bool[np.ndarray, "N"]) -> slice:
+    """From the first true flag to the last."""
+    found = np.flatnonzero(flags)
+    return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)

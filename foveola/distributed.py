@@ -1,0 +1,134 @@
+"""Several processes as one: who am I, and sums, means and rows over all of us. The identity on one process.
+
+Every function is called by all ranks, in the same order. Results carry no gradient and, with one process, may
+share memory with their argument: do not write into them.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from foveola.config import UserError
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Index of this process among all, 0 with one process."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return rank() == 0
+
+
+def start(device: str) -> torch.device:
+    """Join the processes that torchrun started (if it did), and return this process's device.
+
+    `device` is "cpu", "cuda" (this process's own GPU), "cuda:1", or "auto" (a GPU if there is
+    one). Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError when there is no such device, or when the
+    environment names only some of the variables.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"no such device: {device!r}; known: auto, cpu, cuda, cuda:0, ...") from error
+    if chosen.type == "cuda":
+        index = local if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"no GPU with index {index}: this machine shows {torch.cuda.device_count()}")
+        if size > 1 and chosen.index is not None:
+            raise UserError(f"several processes cannot share {device!r}; write device=cuda")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if size > 1 and not _active():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} not set; start with torchrun")
+        # Minutes of slack: rank 0 may be evaluating or writing while the others wait for it.
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return chosen
+
+
+def stop() -> None:
+    """Leave the group of processes; nothing happens where there is none."""
+    if _active():
+        dist.destroy_process_group()
+
+
+def _travelling(tensor: Tensor) -> Tensor:
+    """A contiguous copy without gradient, on the device that the backend can reach."""
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
+    return tensor.detach().to(device, copy=True).contiguous()
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return tensor.detach()
+    total = _travelling(tensor)
+    dist.all_reduce(total, operation)
+    return total.to(tensor.device)
+
+
+def all_reduce_sum(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Elementwise sum over the processes."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Elementwise maximum over the processes."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def all_reduce_mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Elementwise mean over the processes, each counting the same."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+def gather_rows(tensor: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "all_rows *rest"]:
+    """The rows of all processes in rank order. Row counts may differ (and be zero), `rest` may not."""
+    if world_size() == 1:
+        return tensor.detach()
+    rows = _travelling(torch.tensor([tensor.shape[0]], device=tensor.device))
+    counts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(counts, rows)
+    most = int(max(counts))
+    mine = _travelling(tensor)
+    padded = mine.new_zeros(most, *mine.shape[1:])
+    padded[: mine.shape[0]] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).to(tensor.device)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        all_reduce_sum(torch.zeros(1)).item()  # needs no device argument, unlike dist.barrier under NCCL
+
+
+def broadcast_object(value: Any) -> Any:
+    """The picklable `value` of rank 0; what the other ranks pass is ignored."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

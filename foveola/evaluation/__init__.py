@@ -1,0 +1,1 @@
+"""Frozen evaluation: what an encoder knows, measured without changing it. One protocol a file."""

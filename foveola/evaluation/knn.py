@@ -1,0 +1,300 @@
+"""k-NN classification by DINO's weighted vote: exact search in bounded memory, and the protocol `knn`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, share
+from foveola.evaluation.metrics import (
+    Outcome,
+    bootstrap,
+    effective_rank,
+    hits,
+    percent,
+    ranking,
+    unit_rows,
+    vote,
+)
+from foveola.evaluation.rows import ExtractConfig
+from foveola.models.encoder import Encoder
+
+QUERY_BLOCK = 8192  # queries that share one pass over the bank
+BANK_CHUNK = 32768  # bank rows on the device at a time
+TILE = 2**24  # similarities in memory at a time: 64 MiB
+
+
+# -- search --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def nearest(
+    queries: Float[Tensor, "m D"],
+    bank: Float[Tensor, "N D"],
+    k: int,
+    *,
+    query_groups: Int64[Tensor, "m"] | None = None,
+    bank_groups: Int64[Tensor, "N"] | None = None,
+    device: torch.device | str = "cpu",
+    bank_chunk: int = BANK_CHUNK,
+    tile: int = TILE,
+) -> tuple[Float32[Tensor, "m k"], Int64[Tensor, "m k"]]:
+    """The k bank rows of highest cosine similarity for each query, best first: (similarities, indices).
+
+    Naively: `(unit_rows(queries) @ unit_rows(bank).T).topk(k)`. Here the matrix of similarities exists only
+    in tiles of `tile` entries, and the bank goes to `device` in chunks. Products are float32 (no TF32, no
+    autocast). Results are on the CPU.
+
+    Args:
+        query_groups, bank_groups: a bank row of a query's own group is no neighbour of it (a picture is not
+        its own
+            neighbour). Where fewer than k rows are left, similarities end with -inf.
+        bank_chunk, tile: memory against speed; they change nothing in the result, but for ties.
+    """
+    k = min(k, len(bank))
+    similarities = torch.empty(len(queries), k)
+    indices = torch.zeros(len(queries), k, dtype=torch.int64)
+    rows = max(1, tile // max(1, min(bank_chunk, len(bank))))
+    with _exact_products(torch.device(device).type):
+        for start in range(0, len(queries), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            query = unit_rows(queries[block].to(device))
+            own = None if query_groups is None else query_groups[block].to(device)
+            found = [None] * -(-len(query) // rows)
+            for first in range(0, len(bank), bank_chunk):
+                part = unit_rows(bank[first : first + bank_chunk].to(device))
+                groups = None if bank_groups is None else bank_groups[first : first + bank_chunk].to(device)
+                for i in range(len(found)):
+                    piece = slice(i * rows, (i + 1) * rows)
+                    s = query[piece] @ part.T
+                    if own is not None and groups is not None:
+                        s.masked_fill_(own[piece, None] == groups, -torch.inf)
+                    values, columns = top(s, k)
+                    found[i] = _merge(found[i], (values, columns + first), k)
+            for i, (values, columns) in enumerate(found):
+                piece = slice(start + i * rows, start + i * rows + len(values))
+                similarities[piece], indices[piece] = values.cpu(), columns.cpu()
+    return similarities, indices
+
+
+def _merge(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    if a is None:
+        return b
+    values, place = torch.cat((a[0], b[0]), dim=1).topk(min(k, a[0].shape[1] + b[0].shape[1]), dim=1)
+    return values, torch.cat((a[1], b[1]), dim=1).gather(1, place)
+
+
+def top(x: Float[Tensor, "n W"], k: int) -> tuple[Float[Tensor, "n r"], Int64[Tensor, "n r"]]:
+    """`x.topk(min(k, W))` along rows, several times faster for wide rows.
+
+    Columns are dealt into groups; the k groups of the highest maxima hold the k highest entries. So the
+    selection, which is slow, sees W / g maxima and k g candidates, and only the maximum, which is fast, sees
+    all of x.
+    """
+    n, width = x.shape
+    g = int((width / max(k, 1)) ** 0.5)
+    if g < 4:
+        return x.topk(min(k, width), dim=1)
+    wide = width // g
+    grouped = x[:, : wide * g].unflatten(1, (g, wide))
+    groups = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, groups[:, None].expand(-1, g, -1)).flatten(1)
+    columns = (groups[:, None] + wide * torch.arange(g, device=x.device)[:, None]).flatten(1)
+    rest = torch.arange(wide * g, width, device=x.device).expand(n, -1)
+    values, place = torch.cat((candidates, x[:, wide * g :]), dim=1).topk(k, dim=1)
+    return values, torch.cat((columns, rest), dim=1).gather(1, place)
+
+
+@contextmanager
+def _exact_products(device: str) -> Iterator[None]:
+    """Float32 products in full precision: TF32 or bf16 reorders neighbours that are nearly alike."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def predict(
+    queries: Float[Tensor, "m D"],
+    bank: Float[Tensor, "N D"],
+    labels: Int64[Tensor, "N"],
+    *,
+    k: Sequence[int],
+    classes: int,
+    temperature: float = 0.07,
+    top: int = 5,
+    query_groups: Int64[Tensor, "m"] | None = None,
+    bank_groups: Int64[Tensor, "N"] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[int, Int64[Tensor, "m r"]]:
+    """For each k, the r = min(top, classes) best classes of each query, best first (-1: no vote left).
+
+    `labels` in [0, classes) belong to the bank. Queries are read in blocks, so memory is that of the two
+    inputs plus a constant. Each k must be at most N.
+    """
+    if not 0 < min(k) <= max(k) <= len(bank):
+        raise ValueError(f"k={tuple(k)} with a bank of {len(bank)} rows")
+    ranked: dict[int, list[Tensor]] = {each: [] for each in k}
+    for start in range(0, len(queries), QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        own = None if query_groups is None else query_groups[block]
+        similarities, indices = nearest(
+            queries[block], bank, max(k), query_groups=own, bank_groups=bank_groups, device=device
+        )
+        for each in k:
+            for s, i in zip(similarities[:, :each].split(512), indices[:, :each].split(512), strict=True):
+                ranked[each].append(ranking(vote(s, labels[i], classes, temperature), top))
+    empty = torch.zeros(0, min(top, classes), dtype=torch.int64)
+    return {each: torch.cat(parts) if parts else empty for each, parts in ranked.items()}
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnnConfig(ExtractConfig):
+    """Settings of `knn`. Defaults: DINO, iBOT and ODIS."""
+
+    masks: Literal["both"] | bool = key(
+        "both", "object tokens read only their object's patches: true, false, both"
+    )
+    k: tuple[int, ...] = key(
+        (10, 20, 100, 200), "numbers of neighbours to try; the best is reported", at_least=1
+    )
+    temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
+    exclude_self: bool = key(
+        False, "rows of a query's own picture do not vote; needed when train and test are the same"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.k or len(set(self.k)) < len(self.k):
+            raise ValueError(f"k: needs different numbers of neighbours, got {list(self.k)}")
+
+
+def run(encoder: Encoder, train: Source, test: Source, config: KnnConfig, progress: bool = True) -> Outcome:
+    """Extract the features of both sources and classify each test row by its neighbours in train.
+
+    Metrics, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
+    best k, `top1_*_low` and `_high` (95 % bootstrap over test pictures), `best_k_*`, `top1_*_k20` and so on
+    for every k.
+    """
+    same = train.fingerprint() == test.fingerprint()
+    if same and not config.exclude_self:
+        raise UserError("train and test are the same data: each row would find itself; set exclude_self=true")
+    if config.exclude_self and not same:
+        raise UserError("exclude_self=true needs the same data for train and test")
+    kinds, notes = mask_kinds(config.masks, train, test)
+    began = perf_counter()
+    banks, train_facts = extract_tables(encoder, train, kinds, config, progress=progress)
+    queries, test_facts = (
+        (banks, train_facts) if same else extract_tables(encoder, test, kinds, config, progress=progress)
+    )
+    seconds = {"extract_seconds": round(perf_counter() - began, 2)}
+    began, metrics = perf_counter(), {}
+    for masked, bank, query in zip(kinds, banks, queries, strict=True):
+        name = "masks" if masked else "plain"
+        metrics |= _measure(name, bank, query, (train, test), config, encoder.device, notes)
+    seconds["search_seconds"] = round(perf_counter() - began, 2)
+    return Outcome(
+        metrics, {"train": train_facts, "test": test_facts, **seconds}, tuple(dict.fromkeys(notes))
+    )
+
+
+def _measure(
+    name: str,
+    bank: FeatureTable,
+    query: FeatureTable,
+    sources: tuple[Source, Source],
+    config: KnnConfig,
+    device: torch.device,
+    notes: list[str],
+) -> dict[str, float]:
+    bank, query = _labelled(bank, "train", config, notes), _labelled(query, "test", config, notes)
+    labels = shared_labels(query.labels, sources[1].classes, bank.labels, sources[0].classes, notes)
+    ks = tuple(dict.fromkeys(min(k, len(bank.labels)) for k in sorted(config.k)))
+    if ks != tuple(sorted(config.k)):
+        notes.append(
+            f"the bank has {len(bank.labels)} rows: k = {', '.join(map(str, ks))} instead of {list(config.k)}"
+        )
+    classes = int(bank.labels.max()) + 1
+    mine = share(len(labels))
+    ranked = predict(
+        query.features[mine],
+        bank.features,
+        bank.labels,
+        k=ks,
+        classes=classes,
+        temperature=config.temperature,
+        query_groups=query.pictures[mine] if config.exclude_self else None,
+        bank_groups=bank.pictures if config.exclude_self else None,
+        device=device,
+    )
+    ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}
+    correct = {k: hits(rows, labels) for k, rows in ranked.items()}
+    best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
+    low, high = bootstrap(correct[best], query.pictures, seed=config.seed)
+    return {
+        f"top1_{name}": percent(correct[best]),
+        f"top1_{name}_low": 100 * low,
+        f"top1_{name}_high": 100 * high,
+        f"top5_{name}": percent(hits(ranked[best], labels, 5)),
+        f"best_k_{name}": float(best),
+        **{f"top1_{name}_k{k}": percent(correct[k]) for k in ks},
+        f"effective_rank_{name}": effective_rank(query.features),
+    }
+
+
+def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:
+    known = table.labels >= 0
+    if not known.any():
+        kind = "objects" if config.rows == "objects" else "pictures"
+        other = "rows=pictures" if kind == "objects" else "rows=objects"
+        raise UserError(f"{which}: no labels on its {kind}, which k-NN needs; other data, or {other}")
+    if missing := int((~known).sum()):
+        notes.append(f"{which}: {missing} rows without a label are left out")
+    return table.select(known)
+
+
+def shared_labels(
+    labels: Int64[Tensor, "m"],
+    classes: tuple[str, ...] | None,
+    bank_labels: Int64[Tensor, "N"],
+    bank_classes: tuple[str, ...] | None,
+    notes: list[str],
+) -> Int64[Tensor, "m"]:
+    """Test labels in the numbering of the bank, matched by class name where both name their classes.
+
+    A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. Raises UserError
+    when no class is shared.
+    """
+    if classes is not None and bank_classes is not None and classes != bank_classes:
+        number = {name: i for i, name in enumerate(bank_classes)}
+        labels = torch.tensor([number.get(name, -1) for name in classes], dtype=torch.int64)[labels]
+    known = torch.isin(labels, bank_labels) & (labels >= 0)
+    if not known.any():
+        raise UserError(
+            "train and test share no class "
+            f"({_examples(bank_labels, bank_classes)} against {_examples(labels, classes)})"
+        )
+    if missing := int((~known).sum()):
+        notes.append(
+            f"test: {missing} of {len(labels)} rows are of classes that train lacks, and count as wrong"
+        )
+    return torch.where(known, labels, -1)
+
+
+def _examples(labels: Tensor, classes: tuple[str, ...] | None) -> str:
+    names = classes[:3] if classes else tuple(str(int(label)) for label in labels.unique()[:3])
+    return ", ".join(names) + ", ..."

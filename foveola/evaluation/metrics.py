@@ -1,0 +1,142 @@
+"""Pure functions on arrays: votes, hits, ranks, confidence intervals, effective rank."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol measured: numbers, facts of the data behind them, and notes for the reader."""
+
+    metrics: dict[str, float]
+    data: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
+    """Rows of length one in float32; a row of zeros stays zero.
+
+    Each row is divided by its largest entry first: squares of 1e-30 or 1e30 leave the range of float32, and a
+    positive factor must change nothing.
+    """
+    x = x.to(torch.float32)
+    if x.shape[1] == 0:
+        return x
+    largest = x.abs().amax(dim=1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def vote(
+    similarities: Float[Tensor, "n k"], labels: Int64[Tensor, "n k"], classes: int, temperature: float
+) -> Float[Tensor, "n {classes}"]:
+    """Weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j / temperature).
+
+    Scores are divided by the largest weight of their row, so that no temperature overflows; the ranking
+    stays. A similarity of -inf (no neighbour) has no vote. Labels lie in [0, classes).
+    """
+    best = similarities.amax(dim=1, keepdim=True)
+    present = similarities > -torch.inf
+    weights = torch.where(present, ((similarities - best) / temperature).exp(), 0.0)
+    scores = torch.zeros(similarities.shape[0], classes, device=similarities.device)
+    return scores.scatter_add_(1, labels, weights)
+
+
+def ranking(scores: Float[Tensor, "n C"], top: int) -> Int64[Tensor, "n r"]:
+    """The r = min(top, C) classes of highest score, best first; -1 where no score is left above zero."""
+    values, classes = scores.topk(min(top, scores.shape[1]), dim=1)
+    return torch.where(values > 0, classes, -1)
+
+
+def hits(ranked: Int64[Tensor, "n r"], labels: Int64[Tensor, "n"], top: int = 1) -> Bool[Tensor, "n"]:
+    """Whether the label is among the first `top` of the ranked classes; a negative label never is."""
+    return (ranked[:, :top] == labels[:, None]).any(dim=1) & (labels >= 0)
+
+
+def partner_ranks(
+    queries: Float[Tensor, "n D"], gallery: Float[Tensor, "n D"], chunk: int = 1024
+) -> Int64[Tensor, "n"]:
+    """For each query, how many gallery rows besides its own (the one of the same index) are at least as near.
+
+    0 = found first. Cosine similarity. Ties count against the query: an encoder that gives the same feature
+    for everything finds nothing.
+    """
+    queries, gallery = unit_rows(queries), unit_rows(gallery)
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarities = queries[start : start + chunk] @ gallery.T
+        own = similarities.diagonal(start)[:, None]
+        ranks.append((similarities >= own).sum(dim=1) - 1)  # its own partner is one of them
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
+def recall_at(ranks: Int64[Tensor, "n"], k: int) -> float:
+    """Share of ranks below k, in percent."""
+    return percent(ranks < k)
+
+
+def percent(hit: Bool[Tensor, "n"]) -> float:
+    """Share of True, in percent. Raises ValueError for no row at all."""
+    if not len(hit):
+        raise ValueError("a share of no rows")
+    return 100.0 * hit.double().mean().item()
+
+
+def bootstrap(
+    values: Tensor,
+    groups: Int64[Tensor, "n"] | None = None,
+    *,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` [n]: what it might be on other rows of the kind.
+
+    `groups` names what is drawn with replacement: rows of one group (objects of one picture) come and go
+    together, because they are not independent. Without it, rows are drawn. Deterministic in `seed`.
+    """
+    x = values.detach().cpu().double().numpy()
+    if not len(x):
+        raise ValueError("a bootstrap of no rows")
+    if groups is None:
+        totals, counts = x, np.ones_like(x)
+    else:
+        _, index = np.unique(groups.cpu().numpy(), return_inverse=True)
+        totals, counts = np.bincount(index, weights=x), np.bincount(index).astype(np.float64)
+    rng, n = np.random.default_rng(seed), len(totals)
+    means = np.empty(samples)
+    for i in range(samples):
+        times = np.bincount(rng.integers(n, size=n), minlength=n)  # one resample at a time: memory stays n
+        means[i] = (times @ totals) / (times @ counts)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def effective_rank(features: Float[Tensor, "n D"], chunk: int = 65536) -> float:
+    """exp(entropy) of the normalised singular values of the centred features (Roy and Vetterli, 2007).
+
+    Between 1 and D for features that vary at all: 1 = all on a line, D = spread alike in all directions; 0
+    when every row is the same (collapse). Accumulated in float64 through the D x D covariance.
+    """
+    if len(features) < 2:
+        return 0.0
+    mean = torch.stack([part.double().sum(dim=0) for part in features.split(chunk)]).sum(dim=0) / len(
+        features
+    )
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+    for part in features.split(chunk):
+        centred = part.double() - mean
+        covariance += centred.T @ centred
+    # Centred constants leave rounding noise of float32 features: it is no direction.
+    floor = len(features) * (1e-6 * mean.abs().amax()) ** 2
+    eigenvalues = torch.linalg.eigvalsh(covariance)
+    singular = torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt()
+    total = singular.sum()
+    if total == 0:
+        return 0.0
+    return torch.special.entr(singular / total).sum().exp().item()

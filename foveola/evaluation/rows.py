@@ -1,0 +1,235 @@
+"""Pictures to rows, in worker processes: decode, resize, crop, and the patch masks of the rows' objects.
+
+A picture is decoded and resized once, however many rows it gives. The mask of a row follows the picture's own
+geometry: the crop is a box in the unit square of the picture, and the object mask is resampled at that box.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+
+from foveola.config import key
+from foveola.data.sample import BadImage, Objects, Sample
+from foveola.data.sources import Source, decode
+from foveola.geometry import sample as resample
+from foveola.models.encoder import TransformConfig, patch_mask
+
+PARCEL = 8  # pictures that travel together from a worker
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Which rows a source gives and how they are computed. Defaults: one row a picture, as published."""
+
+    rows: Literal["pictures", "objects"] = key("pictures", "one row for each picture, or for each object")
+    view: Literal["picture", "object"] = key(
+        "picture", "what an object's row sees: its whole picture, or a crop of it"
+    )
+    context: float = key(
+        0.5, "view=object: the crop's side is 1 + this times the longer side of the object's box", at_least=0
+    )
+    batch_size: int = key(64, "rows encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=1)
+    seed: int = key(0, "seed of every random choice", at_least=0)
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "arithmetic of the encoder; features are float32 in any case"
+    )
+    mask_canvas: int = key(
+        512, "pixels a side on which masks are drawn before they are resampled to patches", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.view == "object" and self.rows != "objects":
+            raise ValueError("view=object needs rows=objects")
+
+
+def picture_crop(
+    height: int, width: int, transform: TransformConfig
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size (height, width) to which a picture is resized, and (top, left) of its centre crop in that size."""
+    scale = transform.resize / min(height, width)
+    size = max(transform.resize, round(height * scale)), max(transform.resize, round(width * scale))
+    return size, ((size[0] - transform.crop) // 2, (size[1] - transform.crop) // 2)
+
+
+def object_crop(
+    box: Float32[np.ndarray, "4"], height: int, width: int, context: float
+) -> tuple[int, int, int, int]:
+    """Whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the picture.
+
+    Its side is (1 + context) times the longer side of the box in true pixels. A square that is larger than
+    the picture in one direction is cut there, and the crop is then no longer square.
+    """
+    x0, y0, x1, y1 = box.astype(np.float64) * (width, height, width, height)
+    side = max(1, round((1 + context) * max(x1 - x0, y1 - y0)))
+
+    def place(low: float, high: float, extent: int) -> tuple[int, int]:
+        length = min(side, extent)
+        start = min(max(round((low + high - length) / 2), 0), extent - length)
+        return start, start + length
+
+    (left, right), (upper, lower) = place(x0, x1, width), place(y0, y1, height)
+    return left, upper, right, lower
+
+
+def resize(
+    picture: UInt8[np.ndarray, "H W 3"], height: int, width: int
+) -> UInt8[Tensor, "3 {height} {width}"]:
+    """Antialiased bicubic, the rounding to uint8 included, as PIL does it."""
+    picture = (
+        picture if picture.flags.writeable else picture.copy()
+    )  # torch warns about memory it could write to
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    return interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)[
+        0
+    ].contiguous()
+
+
+def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Which cells of a grid over the box `outer` the box `inner` overlaps."""
+
+    def along(low: float, high: float, start: float, end: float, cells: int) -> Bool[np.ndarray, "cells"]:
+        edges = start + (end - start) * np.arange(cells + 1) / cells
+        return np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]) > 1e-6  # touching is not overlapping
+
+    x0, y0, x1, y1 = inner.tolist()
+    return np.outer(along(y0, y1, outer[1], outer[3], grid[0]), along(x0, x1, outer[0], outer[2], grid[1]))
+
+
+class Rows(NamedTuple):
+    """The rows of some pictures, as a worker makes them: V images, R rows."""
+
+    images: UInt8[Tensor, "V 3 S S2"]
+    image_of: Int64[Tensor, "R"]  # the image that a row sees
+    masks: Bool[Tensor, "R N"]  # the patches that its object token may read
+    labels: Int64[Tensor, "R"]
+    pictures: Int64[Tensor, "R"]
+    objects: Int64[Tensor, "R"]
+    has_mask: Bool[Tensor, "R"]
+    bad: Int64[Tensor, "b"]  # pictures that could not be read
+
+    def without_images(self) -> "Rows":
+        return self._replace(images=self.images[:0].clone(), image_of=self.image_of[:0].clone())
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """Several `Rows`, at least one, as one."""
+    columns = {name: [getattr(part, name) for part in parts] for name in Rows._fields}
+    starts = np.cumsum([0, *(len(part.images) for part in parts)]).tolist()
+    columns["image_of"] = [part.image_of + start for part, start in zip(parts, starts, strict=False)]
+    return Rows(**{name: torch.cat(column) for name, column in columns.items()})
+
+
+class Pictures(Dataset):
+    """Parcels of pictures, decoded and cropped, with the patch masks of their rows. An item is `Rows`."""
+
+    def __init__(
+        self,
+        source: Source,
+        chosen: Int64[np.ndarray, "n"],
+        transform: TransformConfig,
+        patch_size: int,
+        config: ExtractConfig,
+    ) -> None:
+        self.source, self.chosen, self.transform, self.config = source, chosen, transform, config
+        self.grid = (transform.crop // patch_size, transform.crop // patch_size)
+        self.min_coverage = 0.5 / patch_size**2  # half a pixel
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // PARCEL)
+
+    def __getitem__(self, parcel: int) -> Rows:
+        rows = [self.none()]
+        for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
+            sample = self.source[index]
+            try:
+                rows.append(self.read(sample, index))
+            except BadImage:
+                rows.append(self.none()._replace(bad=torch.tensor([index])))
+        return join(rows)
+
+    def none(self) -> Rows:
+        """No rows, in the right shapes."""
+        numbers, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+        images = torch.zeros(0, 3, self.transform.crop, self.transform.crop, dtype=torch.uint8)
+        masks = torch.zeros(0, self.grid[0] * self.grid[1], dtype=torch.bool)
+        return Rows(images, numbers, masks, numbers, numbers, numbers, flags, numbers)
+
+    def read(self, sample: Sample, index: int) -> Rows:
+        """All rows of one picture. Raises BadImage."""
+        picture = decode(sample.image)
+        targets = self._targets(sample)
+        if not targets:
+            return self.none()
+        images, boxes, image_of = self._views(picture, sample.objects, targets)
+        masks = [self._mask(sample.objects, target, box) for target, box in zip(targets, boxes, strict=True)]
+        whole = torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)
+        single = self.config.rows == "objects" and sample.objects is not None
+        return Rows(
+            images=torch.stack(images),
+            image_of=torch.tensor(image_of),
+            masks=torch.stack([whole if mask is None else mask for mask in masks]),
+            labels=torch.tensor([self._label(sample, target) for target in targets]),
+            pictures=torch.full((len(targets),), index),
+            objects=torch.tensor([target[0] if single else -1 for target in targets]),
+            has_mask=torch.tensor([mask is not None for mask in masks]),
+            bad=torch.zeros(0, dtype=torch.int64),
+        )
+
+    def _targets(self, sample: Sample) -> list[tuple[int, ...]]:
+        """The objects that each row of a picture stands for; a picture without annotation is one row."""
+        if sample.objects is None:
+            return [()]
+        every = range(len(sample.objects.boxes))
+        return [(j,) for j in every] if self.config.rows == "objects" else [tuple(every)]
+
+    def _label(self, sample: Sample, target: tuple[int, ...]) -> int:
+        if self.config.rows == "objects" and sample.objects is not None and sample.objects.labels is not None:
+            return int(sample.objects.labels[target[0]])
+        return -1 if sample.label is None else sample.label
+
+    def _views(
+        self, picture: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
+    ) -> tuple[list[Tensor], list[Box], list[int]]:
+        """Images; the box of each row's image in the unit square of the picture; the image of each row."""
+        height, width = picture.shape[:2]
+        side = self.transform.crop
+        if self.config.view == "object" and objects is not None:
+            crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
+            images = [resize(picture[y0:y1, x0:x1], side, side) for x0, y0, x1, y1 in crops]
+            boxes = [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in crops]
+            return images, boxes, list(range(len(targets)))
+        (rows, columns), (top, left) = picture_crop(height, width, self.transform)
+        image = resize(picture, rows, columns)[:, top : top + side, left : left + side]
+        box = (left / columns, top / rows, (left + side) / columns, (top + side) / rows)
+        return [image], [box] * len(targets), [0] * len(targets)
+
+    def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Bool[Tensor, "N"] | None:
+        """Patches of a view that hold any pixel of the objects `target`, or None when there is none.
+
+        Half a covered pixel counts as any. An object that covers less than that of every patch (a tiny one)
+        keeps the patch that it covers most.
+        """
+        if objects is None or not target:
+            return None
+        size = self.config.mask_canvas
+        canvas, near = np.zeros((size, size), np.uint8), np.zeros(self.grid, bool)
+        for j in target:
+            canvas = np.maximum(canvas, objects.draw(j, size))
+            near |= touched(objects.boxes[j], box, self.grid)
+        field = torch.from_numpy(canvas)[None, None].float() / 255
+        coverage = resample(field, torch.tensor([[box]]), None, self.grid, kernel="area")[0, 0, 0]
+        # A canvas cell on the edge of an object spreads it over the whole cell, perhaps into the next patch.
+        coverage = torch.where(torch.from_numpy(near), coverage, 0.0)
+        most = coverage.amax().item()
+        return patch_mask(coverage, min(self.min_coverage, most)) if most > 0 else None

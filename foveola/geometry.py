@@ -1,0 +1,158 @@
+"""Crop geometry: a view is a box in the unit square of its picture, a flip and an output size.
+
+Resampling is separable, so a view is two small matrices (rows `Wy [h, S]`, columns `Wx [w, S]`), and `sample`
+applies them to any square field: pixels, object masks, position fields. Boxes are (x0, y0, x1, y1) in [0, 1].
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Kernel = Literal["bicubic", "linear", "area"]
+
+
+def random_boxes(
+    aspects: Float[Tensor, "B"],
+    count: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+    attempts: int = 10,
+) -> Float[Tensor, "B V 4"]:
+    """Draw `count` random-resized boxes for each picture; CPU tensors, float32.
+
+    The share of the picture's area is uniform in `scale`, the width/height ratio *in true pixels* is log-uniform
+    in `ratio`. The first of `attempts` draws that fits is kept; if none fits, the largest centred box with the
+    nearest allowed ratio is used (the rule of the usual random resized crop).
+
+    Args:
+        aspects: width / height of each true picture; the unit square is that picture squashed.
+    """
+    batch = aspects.shape[0]
+    aspects = aspects.detach().to("cpu", torch.float32)[:, None, None]
+    uniform = torch.rand(4, batch, count, attempts, generator=generator)
+    area = scale[0] + (scale[1] - scale[0]) * uniform[0]
+    log_ratio = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * uniform[1]
+    shape = log_ratio.exp() / aspects  # width / height in the unit square
+    width, height = (area * shape).sqrt(), (area / shape).sqrt()
+    fits = (width <= 1) & (height <= 1)
+    first = fits.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    width, height, u, v = (t.gather(-1, first)[..., 0] for t in (width, height, uniform[2], uniform[3]))
+
+    clamped = aspects[..., 0].clamp(ratio[0], ratio[1]) / aspects[..., 0]
+    found = fits.any(dim=-1)
+    width = torch.where(found, width, clamped.clamp(max=1).expand_as(width))
+    height = torch.where(found, height, (1 / clamped).clamp(max=1).expand_as(height))
+    x0 = torch.where(found, u, torch.full_like(u, 0.5)) * (1 - width)
+    y0 = torch.where(found, v, torch.full_like(v, 0.5)) * (1 - height)
+    return torch.stack((x0, y0, (x0 + width).clamp(max=1), (y0 + height).clamp(max=1)), dim=-1)
+
+
+def resampling_weights(
+    low: Float[Tensor, "*N"],
+    high: Float[Tensor, "*N"],
+    size: int,
+    source: int,
+    kernel: Kernel = "bicubic",
+    flip: Bool[Tensor, "*N"] | None = None,
+    blur: Float[Tensor, "*N"] | None = None,
+) -> Float[Tensor, "*N {size} {source}"]:
+    """Antialiased interpolation weights of one axis; each row sums to one.
+
+    Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit interval.
+    `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as PIL and `F.interpolate(antialias=True)`
+    do; `area` gives source cell j the share of the output cell that it covers, exactly, at any scale.
+
+    Args:
+        flip: reverse the order of the output cells.
+        blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them alone.
+    """
+    low, high = low[..., None, None], high[..., None, None]
+    cell = (high - low) * (source / size)  # source pixels to an output pixel
+    i = torch.arange(size, device=low.device, dtype=low.dtype)[:, None]
+    j = torch.arange(source, device=low.device, dtype=low.dtype)
+    if kernel == "area":
+        start = low * source + i * cell
+        weights = (torch.minimum(start + cell, j + 1) - torch.maximum(start, j)).clamp_(min=0)
+    else:
+        centre = low * source + (i + 0.5) * cell
+        distance = ((j + 0.5 - centre) / cell.clamp(min=1)).abs_()
+        weights = _bicubic(distance) if kernel == "bicubic" else (1 - distance).clamp_(min=0)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    if blur is not None:
+        weights = _gaussian(blur, size) @ weights
+    if flip is not None:
+        weights = torch.where(flip[..., None, None], weights.flip(-2), weights)
+    return weights
+
+
+def _bicubic(x: Float[Tensor, "*N"], a: float = -0.5) -> Float[Tensor, "*N"]:
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def _gaussian(sigma: Float[Tensor, "*N"], size: int) -> Float[Tensor, "*N {size} {size}"]:
+    i = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
+    square = (i[:, None] - i) ** 2
+    # A vanishing sigma gives the identity: exp(-1 / (2 * 0.05^2)) is 0 in float32.
+    weights = torch.exp(-square / (2 * sigma.clamp(min=0.05)[..., None, None] ** 2))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def sample(
+    field: Float[Tensor, "B C S S2"],
+    boxes: Float[Tensor, "B V 4"],
+    flips: Bool[Tensor, "B V"] | None,
+    size: int | tuple[int, int],
+    kernel: Kernel = "bicubic",
+    blur: Float[Tensor, "B V"] | None = None,
+) -> Float[Tensor, "B V C h w"]:
+    """Cut V views out of each of B fields: `Wy @ field @ Wx^T`, batched and differentiable in the field.
+
+    The field is a squashed picture: its first pixel begins at 0 and its last ends at 1 on each axis, so rows and
+    columns may differ in number. Values are not clipped: bicubic weights may overshoot. `flips` mirrors left-right;
+    `blur` is a Gaussian in output pixels (see `resampling_weights`).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    batch, channels, rows, columns = field.shape
+    views = boxes.shape[1]
+    boxes = boxes.to(field.device, field.dtype)
+    flips = None if flips is None else flips.to(field.device)
+    blur = None if blur is None else blur.to(field.device, field.dtype)
+    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur)
+    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur)
+    # One matrix product for the rows of all views of a picture, then one for the columns of each view.
+    lines = field.permute(0, 2, 1, 3).reshape(batch, rows, channels * columns)
+    lines = wy.reshape(batch, views * height, rows) @ lines
+    lines = lines.reshape(batch * views, height * channels, columns)
+    out = lines @ wx.reshape(batch * views, width, columns).mT
+    return out.reshape(batch, views, height, channels, width).transpose(2, 3)
+
+
+def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) -> Float[Tensor, "B M T"]:
+    """Sum of a field over each of T boxes, in units of field cells, through a summed-area table.
+
+    Box edges fall between cells: the table is interpolated linearly, which is exact for a field that is constant
+    inside each cell.
+    """
+    rows, columns = field.shape[-2:]
+    table = torch.zeros(*field.shape[:2], rows + 1, columns + 1, dtype=torch.float64, device=field.device)
+    table[..., 1:, 1:] = field.double().cumsum(-1).cumsum(-2)
+    flat = table.flatten(2)
+    boxes = boxes.to(field.device)
+
+    def at(x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.double().clamp(0, 1) * columns, y.double().clamp(0, 1) * rows
+        left, top = x.floor().clamp(max=columns - 1), y.floor().clamp(max=rows - 1)
+        fx, fy = x - left, y - top
+        corner = (top * (columns + 1) + left).long()
+        upper = flat.gather(2, corner) * (1 - fx) + flat.gather(2, corner + 1) * fx
+        lower = flat.gather(2, corner + columns + 1) * (1 - fx) + flat.gather(2, corner + columns + 2) * fx
+        return upper * (1 - fy) + lower * fy
+
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return (at(x1, y1) - at(x0, y1) - at(x1, y0) + at(x0, y0)).to(field.dtype)

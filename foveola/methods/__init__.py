@@ -1,0 +1,5 @@
+"""Ways of pretraining, by name."""
+
+from foveola.methods.distillation import Distillation
+
+METHODS = {"distillation": Distillation}

@@ -1,0 +1,201 @@
+"""Self-distillation over several views: DINO, iBOT, ODIS and their mixtures.
+
+A student sees all views (globals possibly masked), its moving average, the teacher, sees the global ones. What they
+must agree on is a list of terms. The methods differ only in their recipes: which views, which object masks, which
+terms.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveola.config import key
+from foveola.losses import mask_weights
+from foveola.methods.method import Method, Output, ema_update, freeze
+from foveola.methods.terms import (
+    PatchTerm,
+    PatchTermConfig,
+    SpreadTerm,
+    SpreadTermConfig,
+    TokenTerm,
+    TokenTermConfig,
+    Tokens,
+)
+from foveola.models.heads import HeadConfig, ProjectionHead
+from foveola.models.vit import Features, VisionTransformer, ViTConfig
+from foveola.schedules import Progress, Schedule
+from foveola.views.batch import Batch, ViewsConfig
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Terms and teacher; a term that is null costs nothing. Defaults: iBOT."""
+
+    name: Literal["distillation"] = key("distillation", "which method this is")
+    heads: dict[str, HeadConfig] = key(factory=lambda: {"main": HeadConfig()}, help="projection heads by name")
+    token: TokenTermConfig | None = key(factory=TokenTermConfig, help="object or class tokens across views")
+    image: TokenTermConfig | None = key(None, "a second token term, for views.objects.image_token (ODIS Table 5)")
+    patch: PatchTermConfig | None = key(factory=PatchTermConfig, help="masked patches of the same view")
+    spread: SpreadTermConfig | None = key(None, "KoLeo")
+    momentum: Schedule = key(factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"), help="EMA of the teacher")
+
+    def __post_init__(self) -> None:
+        terms = {"token": self.token, "image": self.image, "patch": self.patch}
+        if not any((*terms.values(), self.spread)):
+            raise ValueError("all terms are null: nothing to learn")
+        for name, term in terms.items():
+            if term is not None and term.head not in self.heads:
+                raise ValueError(f"{name}.head={term.head!r} is not among heads: {', '.join(self.heads)}")
+        if self.image is not None and self.image.token != "image":
+            raise ValueError("image.token must be 'image': the object tokens have the term 'token'")
+
+    def check(self, views: ViewsConfig) -> None:
+        """Raise ValueError where the views cannot serve the terms."""
+        if self.patch is not None and views.masking is None:
+            raise ValueError("method.patch needs masked patches: set views.masking, or method.patch=null")
+        reads_image = any(t is not None and t.token == "image" for t in (self.token, self.image))
+        if reads_image != (views.objects is not None and views.objects.image_token):
+            raise ValueError("a term with token=image and views.objects.image_token=true go together")
+        if views.global_count + views.local_count < 2 and (self.token or self.image):
+            raise ValueError("token terms compare different views: views.global_count + views.local_count must be >= 2")
+
+
+class Branch(nn.Module):
+    """A backbone and its heads: the student, or the teacher."""
+
+    def __init__(self, model: ViTConfig, heads: dict[str, HeadConfig]) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(model)
+        width = model.shape[0]
+        self.heads = nn.ModuleDict({name: ProjectionHead(width, config) for name, config in heads.items()})
+
+    def head(self, name: str) -> ProjectionHead:
+        head = self.heads[name]
+        assert isinstance(head, ProjectionHead)
+        return head
+
+
+class Distillation(Method):
+    """Student, teacher and terms."""
+
+    def __init__(self, config: DistillationConfig, model: ViTConfig, views: ViewsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_token = views.objects is not None and views.objects.image_token
+        named = {"token": config.token, "image": config.image, "patch": config.patch}
+        used = {term.head for term in named.values() if term is not None}
+        heads = {name: head for name, head in config.heads.items() if name in used}
+        self.student = Branch(model, heads)
+        self.teacher = freeze(deepcopy(self.student))
+        if views.masking is None:  # never used: data-parallel training would wait for its gradient
+            self.student.backbone.mask_token.requires_grad_(False)
+        self.token = TokenTerm(config.token, heads[config.token.head].prototypes) if config.token else None
+        self.image = TokenTerm(config.image, heads[config.image.head].prototypes) if config.image else None
+        self.patch = PatchTerm(config.patch, heads[config.patch.head].prototypes) if config.patch else None
+        self.spread = SpreadTerm(config.spread) if config.spread else None
+        self.seen: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "Distillation":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        with torch.no_grad():
+            teacher = self._teach(batch)
+        student = self._study(batch)
+        outputs: dict[str, Output] = {}
+        for name, term in (("token", self.token), ("image", self.image)):
+            if term is not None:
+                heads = self.student.head(term.config.head), self.teacher.head(term.config.head)
+                outputs[name] = term(student, teacher, *heads, self.image_token, progress)
+        if self.patch is not None:
+            assert batch.masked is not None and batch.masked_indices is not None
+            weights = mask_weights(batch.masked.flatten(0, 1), batch.masked_indices)
+            heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
+            outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
+        if self.spread is not None:
+            outputs["spread"] = self.spread(student)
+        self.seen = teacher.objects.detach().flatten(0, 2)
+        losses = {name: loss for name, out in outputs.items() for loss in out.losses.values()}
+        logs = {f"{name}/{what}": value for name, out in outputs.items() for what, value in out.logs.items()}
+        return Output(losses, logs | batch.facts)
+
+    def _teach(self, batch: Batch) -> Tokens:
+        """The teacher's tokens of the unmasked global views."""
+        views = batch.global_views
+        features = self.teacher.backbone(views.flatten(0, 1), _rows(batch.global_objects))
+        everything = self.patch is not None and self.patch.config.center == "all"
+        return Tokens(
+            objects=features.objects.unflatten(0, views.shape[:2]),
+            local_objects=None,
+            masked_patches=self._masked(features, batch),
+            patches=features.patches.flatten(0, 1) if everything else None,
+        )
+
+    def _study(self, batch: Batch) -> Tokens:
+        """The student's tokens of all views; those of global views come from masked input."""
+        views, local = batch.global_views, batch.local_views
+        features = self.student.backbone(views.flatten(0, 1), _rows(batch.global_objects), _rows(batch.masked))
+        local_objects = None
+        if local is not None:
+            small = self.student.backbone(local.flatten(0, 1), _rows(batch.local_objects), _rows(batch.local_masked))
+            local_objects = small.objects.unflatten(0, local.shape[:2])
+        return Tokens(
+            objects=features.objects.unflatten(0, views.shape[:2]),
+            local_objects=local_objects,
+            masked_patches=self._masked(features, batch),
+        )
+
+    def _masked(self, features: Features, batch: Batch) -> Float[Tensor, "P D"] | None:
+        if self.patch is None or batch.masked_indices is None:
+            return None
+        return features.patches.flatten(0, 1).index_select(0, batch.masked_indices)
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        momentum = self.config.momentum.at(progress)
+        ema_update(self.teacher, self.student, momentum)
+        for term in (self.token, self.image, self.patch):
+            if term is not None:
+                term.targets.step()
+        return {"momentum": momentum}
+
+    def diagnose(self) -> dict[str, float]:
+        terms = {"token": self.token, "image": self.image, "patch": self.patch}
+        logs = {f"{name}/prototypes_used": t.targets.prototypes_used() for name, t in terms.items() if t is not None}
+        if self.seen is not None:
+            logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
+        return logs
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        assert isinstance(self.teacher, Branch)
+        return self.teacher.backbone
+
+    def trained(self) -> Iterable[nn.Module]:
+        return (self.student.backbone, self.teacher.backbone)
+
+
+def _rows(views: Tensor | None) -> Tensor | None:
+    """[B, V, ...] to [B * V, ...]."""
+    return None if views is None else views.flatten(0, 1)
+
+
+@torch.no_grad()
+def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
+    """Collapse signals of unit-length features.
+
+    Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one point.
+    Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most min(n, D).
+    """
+    x = torch.nn.functional.normalize(features.float(), dim=1)
+    spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5
+    singular = torch.linalg.svdvals(x)
+    share = singular / singular.sum()
+    return spread.item(), torch.special.entr(share).sum().exp().item()

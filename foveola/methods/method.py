@@ -1,0 +1,60 @@
+"""What every method is to the training loop: a module that turns a batch into named losses, and a teacher's EMA."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from foveola.models.vit import VisionTransformer
+from foveola.schedules import Progress
+from foveola.views.batch import Batch
+
+
+@dataclass(eq=False)
+class Output:
+    """Scalar losses, to be summed, and further scalars worth logging."""
+
+    losses: dict[str, Tensor]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """One way of pretraining. Owns student, teacher, heads and temperatures; knows no optimiser and no file."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        """Losses of a batch; updates nothing but running statistics."""
+
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """Update what follows the student (teacher, centres), once after each optimiser step; scalars to log."""
+        return {}
+
+    def diagnose(self) -> dict[str, float]:
+        """Signals of collapse since the last call; called when a step is logged."""
+        return {}
+
+    @property
+    @abstractmethod
+    def backbone(self) -> VisionTransformer:
+        """The network to keep."""
+
+    @abstractmethod
+    def trained(self) -> Iterable[nn.Module]:
+        """The networks that see pictures, in training: candidates for compilation and activation checkpointing."""
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """A teacher: no gradient ever, and never in training mode (no stochastic depth)."""
+    module.requires_grad_(False)
+    return module.eval()
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision."""
+    pairs = dict(student.named_parameters())
+    old = [p for p in teacher.parameters()]
+    new = [pairs[name].detach() for name, _ in teacher.named_parameters()]
+    torch._foreach_lerp_(old, new, 1 - momentum)

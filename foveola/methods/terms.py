@@ -1,0 +1,206 @@
+"""The terms of a distillation loss. Each owns its configuration, targets and loss, and knows no other term.
+
+A term sees what student and teacher made of a batch (`Tokens`), their heads, and nothing else. Heads are named, so
+that two terms may share one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveola.config import key
+from foveola.losses import (
+    Centering,
+    cross_view_loss,
+    entropy,
+    koleo_loss,
+    masked_patch_loss,
+    sinkhorn,
+)
+from foveola.methods.method import Output
+from foveola.models.heads import ProjectionHead
+from foveola.schedules import Progress, Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What a backbone made of the views of B pictures; post-norm, before any head."""
+
+    objects: Float[Tensor, "B V M D"]  # object tokens of global views
+    local_objects: Float[Tensor, "B L M2 D"] | None  # M2 = 1 where local views are read as a whole
+    masked_patches: Float[Tensor, "P D"] | None  # patches that the student does not see, row-major in [B, V, N]
+    patches: Float[Tensor, "n D"] | None = None  # all patches, where a term asks for them
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How teacher logits become targets. Defaults: DINO and iBOT."""
+
+    kind: Literal["centering", "sinkhorn"] = key("centering", "running mean of logits, or Sinkhorn-Knopp over the batch")
+    temperature: Schedule = key(
+        factory=lambda: Schedule(value=0.07, start=0.04, warmup="30 epochs", per_epoch=True), help="teacher temperature"
+    )
+    student_temperature: float = key(0.1, "temperature of predictions", above=0)
+    momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
+    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1)
+
+
+class Targets(nn.Module):
+    """Teacher logits to targets, and the signals by which collapse shows."""
+
+    used: Tensor
+
+    def __init__(self, config: TargetConfig, prototypes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.centering = Centering(prototypes, config.momentum) if config.kind == "centering" else None
+        self.register_buffer("used", torch.zeros(prototypes, dtype=torch.bool))
+        self.epoch = -1
+
+    @torch.no_grad()
+    def forward(
+        self, logits: Float[Tensor, "n K"], progress: Progress, mean: Float[Tensor, "K"] | None = None, rows: int = 0
+    ) -> tuple[Float[Tensor, "n K"], dict[str, Tensor]]:
+        """Targets of n rows, and what to log. The centre learns `mean` of `rows` logits instead, if given."""
+        temperature = self.config.temperature.at(progress)
+        if self.centering is None:
+            targets = sinkhorn(logits, temperature, self.config.iterations)
+        else:
+            targets = self.centering(logits, temperature)
+            if mean is not None:
+                self.centering.update(mean, rows)
+            elif len(logits):
+                self.centering.update(logits.float().mean(dim=0), len(logits))
+        if not len(logits):
+            return targets, {}
+        if int(progress.epoch) != self.epoch:
+            self.epoch = int(progress.epoch)
+            self.used.zero_()
+        self.used[targets.argmax(dim=1)] = True
+        return targets, {
+            "target_entropy": entropy(targets).mean(),
+            "kl_to_uniform": math.log(targets.shape[1]) - entropy(targets.mean(dim=0)),
+        }
+
+    def step(self) -> None:
+        if self.centering is not None:
+            self.centering.step()
+
+    def prototypes_used(self) -> float:
+        """Share of prototypes that were the first choice of some row since the epoch began (on this rank)."""
+        return self.used.float().mean().item()
+
+
+@dataclass(frozen=True)
+class TokenTermConfig:
+    """Object or class tokens across views. Defaults: DINO and iBOT."""
+
+    weight: float = key(1.0, "of this term in the sum", at_least=0)
+    head: str = key("main", "name of its head; terms that name the same one share it")
+    token: Literal["object", "image"] = key("object", "which tokens: the objects', or views.objects.image_token's")
+    target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
+
+
+class TokenTerm(nn.Module):
+    """The teacher's assignment of an object in one view, predicted by the student from each other view."""
+
+    def __init__(self, config: TokenTermConfig, prototypes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.targets = Targets(config.target, prototypes)
+
+    def forward(
+        self,
+        student: Tokens,
+        teacher: Tokens,
+        student_head: ProjectionHead,
+        teacher_head: ProjectionHead,
+        image_token: bool,
+        progress: Progress,
+    ) -> Output:
+        mine = self._select(student.objects, image_token)
+        if student.local_objects is not None:
+            local = student.local_objects
+            local = self._select(local, image_token and local.shape[2] > 1)
+            mine = torch.cat((mine, local.expand(-1, -1, mine.shape[2], -1)), dim=1)
+        theirs = self._select(teacher.objects, image_token)
+        # [B, V, M, D] -> [B * M, V, D]: each object of a picture has its own pairs of views.
+        mine, theirs = (t.transpose(1, 2).flatten(0, 1) for t in (mine, theirs))
+        with torch.no_grad():
+            logits = teacher_head(theirs.flatten(0, 1))
+            targets, logs = self.targets(logits, progress)
+        predictions = student_head(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
+        loss = cross_view_loss(
+            targets.unflatten(0, theirs.shape[:2]), predictions, self.config.target.student_temperature
+        )
+        return Output({"loss": self.config.weight * loss}, logs)
+
+    def _select(self, tokens: Float[Tensor, "B V M D"], image_token: bool) -> Float[Tensor, "B V M2 D"]:
+        if not image_token:
+            return tokens
+        return tokens[:, :, -1:] if self.config.token == "image" else tokens[:, :, :-1]
+
+
+@dataclass(frozen=True)
+class PatchTermConfig:
+    """Masked patches of the same view. Defaults: iBOT."""
+
+    weight: float = key(1.0, "of this term in the sum", at_least=0)
+    head: str = key("main", "name of its head; terms that name the same one share it")
+    center: Literal["masked", "all"] = key("masked", "teacher patches whose mean is the centre; iBOT's code takes all")
+    target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
+
+
+class PatchTerm(nn.Module):
+    """The teacher's assignment of a patch that the student does not see, predicted by the student in its place."""
+
+    def __init__(self, config: PatchTermConfig, prototypes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.targets = Targets(config.target, prototypes)
+
+    def forward(
+        self,
+        student: Tokens,
+        teacher: Tokens,
+        student_head: ProjectionHead,
+        teacher_head: ProjectionHead,
+        weights: Float[Tensor, "P"],
+        progress: Progress,
+    ) -> Output:
+        assert student.masked_patches is not None and teacher.masked_patches is not None
+        with torch.no_grad():
+            mean, rows = None, 0
+            if teacher.patches is not None:
+                # Logits are linear in the projected patches: their mean needs the prototypes only once.
+                mean = teacher_head.last_layer(teacher_head.project(teacher.patches).mean(dim=0, keepdim=True))[0]
+                rows = len(teacher.patches)
+            targets, logs = self.targets(teacher_head(teacher.masked_patches), progress, mean, rows)
+        predictions = student_head(student.masked_patches)
+        temperature = self.config.target.student_temperature
+        loss = masked_patch_loss(targets, predictions, weights, temperature)
+        return Output({"loss": self.config.weight * loss}, logs)
+
+
+@dataclass(frozen=True)
+class SpreadTermConfig:
+    """KoLeo on the student's object tokens before the head. Defaults: DINOv2."""
+
+    weight: float = key(0.1, "of this term in the sum", at_least=0)
+
+
+class SpreadTerm(nn.Module):
+    """Keeps the features of different pictures apart: KoLeo for each global view on its own, summed."""
+
+    def __init__(self, config: SpreadTermConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, student: Tokens) -> Output:
+        views = student.objects.unbind(dim=1)
+        loss = torch.stack([koleo_loss(view.flatten(0, 1)) for view in views]).sum()
+        return Output({"loss": self.config.weight * loss})

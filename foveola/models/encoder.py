@@ -1,0 +1,215 @@
+"""What users keep: an encoder folder (`model.safetensors` + `config.json`) and the `Encoder` that it loads into."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from foveola.config import ConfigError, UserError, build, key, to_dict
+from foveola.models.vit import Features, VisionTransformer, ViTConfig
+
+__all__ = ["Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """What happens to a picture before it is encoded. Defaults: the usual ImageNet evaluation."""
+
+    resize: int = key(256, "pixels of the shorter side (bicubic, antialiased)", at_least=1)
+    crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1)
+    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
+    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
+
+    def __post_init__(self) -> None:
+        if self.crop > self.resize:
+            raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    model: ViTConfig = key(factory=ViTConfig, help="shape of the network")
+    transform: TransformConfig = key(factory=TransformConfig, help="what is done to pictures")
+    origin: str = key("", "where the weights come from")
+
+
+class Encoder(nn.Module):
+    """A frozen ViT with its transform: pictures (and object masks) to `Features`."""
+
+    def __init__(self, config: EncoderConfig, backbone: VisionTransformer | None = None) -> None:
+        super().__init__()
+        if config.transform.crop % config.model.patch_size:
+            raise ConfigError(
+                f"transform.crop={config.transform.crop} is not a multiple of the patch size {config.model.patch_size}"
+            )
+        self.config = config
+        self.backbone = VisionTransformer(config.model) if backbone is None else backbone
+        self.requires_grad_(False).eval()
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.model.patch_size
+
+    @property
+    def width(self) -> int:
+        return self.config.model.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a transformed picture."""
+        side = self.config.transform.crop // self.patch_size
+        return side, side
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.pos_embed.device
+
+    @torch.inference_mode()
+    def forward(self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None) -> Features:
+        """Encode normalised pictures of any size in whole patches.
+
+        Args:
+            objects: for each of M objects the patches that its token may read (`patch_mask` makes them), row-major;
+                None = one token that reads all. An object without patches reads everything. Any ViT can be asked,
+                also one trained without objects ("iBOT + masks" of the ODIS paper).
+        """
+        return self.backbone(images, objects)
+
+    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        transform = self.config.transform
+        mean = torch.tensor(transform.mean, device=images.device)[:, None, None]
+        std = torch.tensor(transform.std, device=images.device)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+    def transform(self, image: Any) -> Float[Tensor, "3 crop crop"]:
+        """A PIL picture or a uint8 array [H, W, 3] to a normalised square: resize, centre crop, normalise."""
+        from PIL import Image
+
+        settings = self.config.transform
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        picture = picture.convert("RGB")
+        scale = settings.resize / min(picture.size)
+        width, height = (max(settings.resize, round(side * scale)) for side in picture.size)
+        left, top = (width - settings.crop) // 2, (height - settings.crop) // 2
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + settings.crop, top + settings.crop))
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+        return self.normalise(pixels[None].to(self.device))[0]
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any weight or setting."""
+        digest = hashlib.sha256(json.dumps(_settings(self.config), sort_keys=True).encode())
+        for name, value in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.safetensors` and `config.json`; each file is replaced whole."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().float().contiguous() for k, v in self.backbone.state_dict().items()}
+        for name, write in (
+            ("model.safetensors", lambda p: save_file(state, p)),
+            ("config.json", lambda p: p.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")),
+        ):
+            part = folder / f".{name}.{os.getpid()}"
+            write(part)
+            os.replace(part, folder / name)
+        return folder
+
+
+def _settings(config: EncoderConfig) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(config).items() if name != "origin"}
+
+
+def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256) -> Bool[Tensor, "*B N"]:
+    """Which patches belong to an object, from the share of each patch that it covers, in [0, 1].
+
+    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). An object that covers no
+    patch becomes the whole picture.
+    """
+    mask = (coverage >= min_coverage).flatten(-2)
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
+
+    Known files: DINO, iBOT and timm state dicts (`.pth`, `.pt`, `.safetensors`), as published (the teacher is
+    taken where there are two networks). Raises UserError for anything else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
+    if path.is_dir():
+        folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise UserError(f"{path} is no run and no encoder folder: it has no encoder/config.json with model.safetensors")
+        return _load_folder(folder).to(device)
+    return _load_file(path).to(device)
+
+
+def _load_folder(folder: Path) -> Encoder:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = build(EncoderConfig, json.loads((folder / "config.json").read_text()), where=str(folder / "config.json"))
+        state = load_file(folder / "model.safetensors")
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: {error}") from error
+    encoder = Encoder(config)
+    _fill(encoder.backbone, state, folder)
+    return encoder
+
+
+def _load_file(path: Path) -> Encoder:
+    from foveola.zoo.convert import plain_vit
+
+    state = read_weights(path)
+    try:
+        weights, shape = plain_vit(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    encoder = Encoder(EncoderConfig(model=ViTConfig(**shape), origin=path.name))
+    _fill(encoder.backbone, weights, path)
+    return encoder
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The nested dict of tensors in a `.safetensors` or torch file; never runs code from it."""
+    import pickle
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _fill(backbone: VisionTransformer, state: dict[str, Tensor], where: Path) -> None:
+    own = backbone.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
+        raise UserError(f"{where} {what} ({len(missing)} missing, {len(unknown)} unknown tensors)")
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise UserError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+    backbone.load_state_dict(state)

@@ -1,0 +1,60 @@
+"""Projection heads: an MLP to a unit sphere, then similarities to prototypes (DINO, iBOT, DINOv2, ODIS)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+from torch.nn.init import trunc_normal_, zeros_
+
+from foveola.config import key
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Defaults: iBOT."""
+
+    prototypes: int = key(8192, "rows of the last layer", at_least=2)
+    hidden: int = key(2048, "width of the hidden layers", at_least=1)
+    bottleneck: int = key(256, "width of the unit sphere in which prototypes live", at_least=1)
+    layers: int = key(3, "linear layers before the prototypes", at_least=1)
+    norm_last_layer: bool = key(True, "keep prototypes at length one (their lengths do not train)")
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: logit_k = g_k <v_k / |v_k|, h>."""
+
+    def __init__(self, width: int, count: int, trainable_length: bool) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.empty(count, width))
+        self.g = nn.Parameter(torch.ones(count, 1), requires_grad=trainable_length)
+        trunc_normal_(self.v, std=0.02)
+
+    def forward(self, h: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
+        return linear(h, self.g * normalize(self.v, dim=1))
+
+
+class ProjectionHead(nn.Module):
+    """`project` to unit vectors, then `prototypes`; `forward` does both."""
+
+    def __init__(self, width: int, config: HeadConfig) -> None:
+        super().__init__()
+        widths = [width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                zeros_(layer.bias)
+        self.last_layer = Prototypes(config.bottleneck, config.prototypes, not config.norm_last_layer)
+
+    def project(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n P"]:
+        h = self.mlp(x)
+        # Half precision cannot hold 1e-12; float32 keeps unit vectors of unit length.
+        return normalize(h.float(), dim=-1).to(h.dtype)
+
+    def forward(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
+        return self.last_layer(self.project(x))

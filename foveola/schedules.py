@@ -1,0 +1,116 @@
+"""Schedules as pure functions of the step, and durations in whatever unit is natural.
+
+Nothing here keeps state: the value at a step follows from the step alone, so a resumed run needs no schedule state.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from foveola.config import ConfigError, key
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kM]?)\s*(steps?|epochs?|samples?|%|)\s*")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: `step` of `total_steps` (steps before this one), with a global batch of `batch_size`."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, with fraction."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return self.step / self.total_steps
+
+
+def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: int, batch_size: int) -> int:
+    """Steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", "100k samples", or an int.
+
+    `batch_size` is the global one. Fractions of a step are rounded. `total_steps` may be None while the length of
+    the run itself is being computed. Raises ConfigError for anything else.
+    """
+    match = _DURATION.fullmatch(str(duration))
+    number = float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]] if match else math.inf
+    if match is None or not math.isfinite(number) or (match[2] and match[3] == "%"):
+        raise ConfigError(
+            f"not a duration: {duration!r}; write '10 epochs', '1000 steps', '5 %' or '1M samples'"
+        )
+    unit = match[3].rstrip("s")
+    if unit == "%" and total_steps is None:
+        raise ConfigError(f"the length of the run cannot be a share of itself: {duration!r}")
+    if unit == "%" and number > 100:
+        raise ConfigError(f"not a share of the run: {duration!r}")
+    steps = {"epoch": steps_per_epoch, "%": (total_steps or 0) / 100, "sample": 1 / batch_size}.get(unit, 1)
+    return round(number * steps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A warm-up from `start` to `value`, then a way from `value` to `end`.
+
+    The warm-up of W steps is linspace(start, value, W): its last step already has `value`. The rest, of n steps,
+    runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step after the last.
+    """
+
+    value: float = key(help="value after the warm-up")
+    start: float | None = key(None, "value at the first step of the warm-up; null: 0")
+    end: float | None = key(None, "value that the cosine or the line runs to")
+    warmup: str | int = key(
+        "0 steps", "duration of the warm-up: '10 epochs', '1000 steps', '5 %', '1M samples'"
+    )
+    shape: Literal["constant", "cosine", "linear"] = key(
+        "constant", "way from value to end after the warm-up"
+    )
+    truncate: float = key(1.0, "share of the cosine or the line that is used (CAPI: 0.8)", above=0, at_most=1)
+    per_epoch: bool = key(False, "change once per epoch, not every step (DINO's teacher temperature)")
+
+    def __post_init__(self) -> None:
+        if self.shape == "constant" and (self.end is not None or self.truncate != 1):
+            raise ConfigError("`end` and `truncate` need shape=cosine or shape=linear")
+        if self.shape != "constant" and self.end is None:
+            raise ConfigError(f"shape={self.shape} needs an `end`")
+
+    def at(self, progress: Progress) -> float:
+        """The value that the step `progress.step` uses (0-based; beyond the last step the schedule rests)."""
+        step, total, warmup = self._clock(progress)
+        if step < warmup:
+            start = self.start or 0.0
+            return start + (self.value - start) * (step / (warmup - 1) if warmup > 1 else 0.0)
+        if self.shape == "constant" or self.end is None or total == warmup:
+            return self.value
+        done = self.truncate * min((step - warmup) / (total - warmup), 1.0)
+        if self.shape == "linear":
+            return self.value + (self.end - self.value) * done
+        return self.end + 0.5 * (self.value - self.end) * (1 + math.cos(math.pi * done))
+
+    def check(self, progress: Progress) -> None:
+        """Raise ConfigError where this schedule does not fit the run, before the run starts."""
+        _, total, warmup = self._clock(progress)
+        if warmup > total:
+            unit = "epochs" if self.per_epoch else "steps"
+            raise ConfigError(
+                f"warmup '{self.warmup}' is {warmup} {unit}, longer than the run of {total}; shorten it, e.g. '10 %'"
+            )
+
+    def _clock(self, progress: Progress) -> tuple[int, int, int]:
+        """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""
+        warmup = steps_of(
+            self.warmup,
+            total_steps=progress.total_steps,
+            steps_per_epoch=progress.steps_per_epoch,
+            batch_size=progress.batch_size,
+        )
+        if not self.per_epoch:
+            return progress.step, progress.total_steps, warmup
+        length = progress.steps_per_epoch
+        return progress.step // length, math.ceil(progress.total_steps / length), round(warmup / length)

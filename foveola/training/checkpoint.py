@@ -1,0 +1,127 @@
+"""Checkpoints that are whole or not there: written under a temporary name, flushed to disk, then renamed.
+
+    <run>/checkpoints/step-00001000/state.pt        everything needed to go on
+                                    manifest.json   its size and SHA-256, written last
+
+A process killed at any moment leaves the earlier checkpoints as they were; `newest` skips what is not whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveola.config import UserError
+
+_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+_TEMPORARY = ".writing-"
+
+
+def save(
+    folder: Path, step: int, state: dict[str, Any], *, keep: int = 2, keep_every: int | None = None
+) -> Path:
+    """Write `state` as the checkpoint of `step` in the run folder, then remove old ones.
+
+    The newest `keep` checkpoints stay, and besides them every one whose step is a multiple of `keep_every`.
+    `state` holds tensors, numbers, text, and lists, tuples and dicts of these: only that can be read back
+    safely, anything else raises TypeError. Call it on one process. Returns the checkpoint's folder.
+    """
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for stale in checkpoints.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(stale)
+    path = checkpoints / f"step-{step:08d}"
+    temporary = checkpoints / f"{_TEMPORARY}{path.name}"
+    temporary.mkdir()
+    torch.save(state, temporary / "state.pt")
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / "state.pt"):
+        shutil.rmtree(temporary)
+        raise TypeError(f"a checkpoint cannot hold objects of {', '.join(unsafe)}")
+    _sync(temporary / "state.pt")
+    manifest = {"step": step, "files": {"state.pt": _facts(temporary / "state.pt")}}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    _sync(temporary / "manifest.json")
+    _sync(temporary)
+    _put(temporary, path)
+    _prune(checkpoints, step, keep, keep_every)
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None. Half-written and damaged ones are passed over."""
+    return next((path for path in _found(folder / "checkpoints") if is_whole(path)), None)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint folder back, tensors on the CPU. Raises UserError when it is missing or damaged."""
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}")
+    if not is_whole(path):
+        raise UserError(
+            f"{path} is damaged: its files do not match its manifest; remove it to use an older one"
+        )
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file of the checkpoint is as its manifest says, byte for byte."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        return all(_facts(path / name) == facts for name, facts in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or not one of ours
+        return False
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _found(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first; one that was being replaced comes after its successor."""
+    named = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: (-_step(path), len(path.name)))
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename a complete checkpoint to its name; one already there stays readable until the new one stands."""
+    replaced = path.with_name(path.name + ".replaced")
+    if path.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        path.rename(replaced)
+    temporary.rename(path)
+    _sync(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _prune(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
+    # Later steps can only be damaged ones that a resumed run passed over: they must not push out whole ones.
+    past = [path for path in _found(checkpoints) if _step(path) <= step]
+    for old in past[max(keep, 1) :]:
+        if not keep_every or _step(old) % keep_every:
+            doomed = old.rename(
+                old.with_name(f"{_TEMPORARY}{old.name}")
+            )  # never half a checkpoint under its name
+            shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file, or the entries of a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

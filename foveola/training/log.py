@@ -1,0 +1,184 @@
+"""What a run says while it trains: metrics.jsonl, log.txt, tensorboard, and a progress bar or plain lines."""
+
+import json
+import math
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from foveola import distributed
+from foveola.config import UserError
+
+LINE_SECONDS = 10.0  # at least this long between plain lines where there is no terminal
+
+
+class Log:
+    """The log of one run folder, from `start_step` (steps already done) to `total_steps`.
+
+    Opening it drops what an interrupted run wrote after `start_step`, so a resumed log has every step once.
+    Only the main process writes; on the others every call does nothing. Use it as a context, or `close` it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        batch_size: int,
+        terminal: bool | None = None,
+    ) -> None:
+        """`batch_size` is the global one; `terminal` says whether to draw a progress bar (None: find out)."""
+        self._active = distributed.is_main()
+        if not self._active:
+            return
+        self._total, self._batch_size = total_steps, batch_size
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._notes = folder / "metrics.jsonl", folder / "log.txt"
+        kept = _truncate(self._path, start_step)
+        self._lines = self._path.open("a", encoding="utf-8")
+        self._board = _open_board(folder / "tensorboard", start_step)
+        self._seconds_before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
+        self._started = self._last_time = time.perf_counter()
+        self._last_step, self._last_line = start_step, -math.inf
+        self._speed = 0.0
+        terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar, self._task = _open_bar(total_steps, start_step) if terminal else (None, None)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics after `step` steps. A value that is not finite becomes null in metrics.jsonl.
+
+        Adds `seconds`: time spent on this run so far, the parts before interruptions included. May be called
+        again for the same step, for example with the metrics of an evaluation.
+        """
+        if not self._active:
+            return
+        now = time.perf_counter()
+        line: dict[str, Any] = {"step": step}
+        line |= {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        line.setdefault("seconds", round(self._seconds_before + now - self._started, 3))
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if step > self._last_step:
+            self._speed = (step - self._last_step) / max(now - self._last_time, 1e-9)
+            self._last_step, self._last_time = step, now
+        self._show(step, metrics, now)
+
+    def images(self, step: int, name: str, array: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Put a picture into tensorboard."""
+        if self._active:
+            self._board.add_image(name, array, step, dataformats="HWC")
+
+    def note(self, text: str) -> None:
+        """Say something once: on the terminal, and with its time in log.txt."""
+        if not self._active:
+            return
+        with self._notes.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        self._print(text)
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._active:
+            self._active = False
+            self._lines.close()
+            self._board.close()
+            if self._bar is not None:
+                self._bar.stop()
+
+    def _show(self, step: int, metrics: dict[str, float], now: float) -> None:
+        rate = metrics.get("images_per_second", self._speed * self._batch_size)
+        waiting = f"{metrics['data_wait']:.0%} waiting for data" if "data_wait" in metrics else ""
+        if self._bar is not None:
+            loss = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+            says = "  ".join(filter(None, [loss, f"{rate:.4g} images/s", waiting]))
+            # An evaluation's metrics, without a loss, leave the bar's words as they are.
+            words = {"says": says} if loss or not metrics else {}
+            self._bar.update(self._task, completed=step, **words)
+            return
+        if now - self._last_line < LINE_SECONDS and step < self._total:
+            return
+        self._last_line = now
+        numbers = [
+            f"{name} {value:.4g}"
+            for name, value in metrics.items()
+            if name in ("epoch", "loss", "lr") or name.startswith(("loss/", "knn/"))
+        ]
+        eta = _duration((self._total - step) / self._speed) if self._speed else "?"
+        parts = [f"step {step}/{self._total}", *numbers, f"{rate:.4g} images/s", waiting, f"{eta} left"]
+        self._print("  ".join(filter(None, parts)))
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _truncate(path: Path, step: int) -> list[dict]:
+    """Keep the whole lines of `path` up to `step`, atomically; returns them."""
+    if not path.exists():
+        return []
+    texts, kept = path.read_text(encoding="utf-8").splitlines(), []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):  # torn by the interruption
+                break
+            raise UserError(f"{path}, line {number}: not JSON; repair the line or remove it") from error
+        if line["step"] <= step:
+            kept.append(line)
+    whole = "".join(json.dumps(line) + "\n" for line in kept)
+    if whole != path.read_text(encoding="utf-8"):
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(whole)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return kept
+
+
+def _open_board(folder: Path, start_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # purge_step makes tensorboard forget what the interrupted run wrote from this step on
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=20)
+
+
+def _open_bar(total: int, start: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[says]}"),
+        console=Console(stderr=True),
+        speed_estimate_period=300,
+    )
+    task = bar.add_task("", total=total, completed=start, says="")
+    bar.start()
+    return bar, task
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,111 @@
+"""One training step from top to bottom: the only place that calls backward, steps the optimiser and the teacher."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from foveola import distributed
+from foveola.config import UserError
+from foveola.data.sample import Canvases
+from foveola.methods.method import Method
+from foveola.schedules import Progress
+from foveola.training.optimizer import Optimizer
+from foveola.views.batch import Streams, ViewsConfig, make_views
+
+PATIENCE = 3  # steps in a row with gradients that are not finite before giving up
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Diverged(UserError):
+    """The loss or its gradient was not finite for several steps in a row."""
+
+
+@dataclass(eq=False)
+class Trainer:
+    """Everything that changes while training. `wrapped` is the method, or the method in data-parallel clothes."""
+
+    method: Method
+    wrapped: nn.Module
+    optimizer: Optimizer
+    views: ViewsConfig
+    precision: Precision
+    accumulate: int
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.bad_steps = 0
+
+    def step(self, progress: Progress, take: Callable[[], Canvases]) -> dict[str, Tensor | float]:
+        """Train on `accumulate` batches; named scalars to log."""
+        schedules = self.optimizer.schedule(progress)
+        losses: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        for part in range(self.accumulate):
+            canvases = take()
+            streams = Streams(self.seed, progress.step * self.accumulate + part, distributed.rank())
+            # Stochastic depth draws from the device's own generator.
+            torch.manual_seed(streams("network").initial_seed())
+            batch = make_views(canvases, self.views, self.method.backbone.config.patch_size, streams)
+            last = part == self.accumulate - 1
+            with self._autocast(), nullcontext() if last else self._no_sync():
+                output = self.wrapped(batch, progress)
+                loss = torch.stack(list(output.losses.values())).sum() / self.accumulate
+                self.scaler.scale(loss).backward()
+            for name, value in output.losses.items():
+                losses[name] = losses.get(name, torch.zeros((), device=self.device)) + value.detach() / self.accumulate
+            logs = output.logs
+
+        self.scaler.unscale_(self.optimizer.adamw)
+        norm = self.optimizer.clip()
+        total = torch.stack(list(losses.values())).sum()
+        # Gradients are the same on all ranks, so all ranks decide alike.
+        finite = bool(torch.isfinite(norm))
+        after: dict[str, float] = {}
+        if finite:
+            self.optimizer.drop_frozen(progress)
+            self.scaler.step(self.optimizer.adamw)
+            after = self.method.after_step(progress)
+        self.scaler.update()
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self._count_bad(finite, progress)
+        named = {f"loss/{name}": value for name, value in losses.items()}
+        return {"loss": total, **named, **schedules, **after, "grad_norm": norm, **logs}
+
+    def _autocast(self):
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def _no_sync(self):
+        return self.wrapped.no_sync() if hasattr(self.wrapped, "no_sync") else nullcontext()
+
+    def _count_bad(self, finite: bool, progress: Progress) -> None:
+        # With a loss scaler a step that overflows is ordinary: the scale halves until it does not.
+        limit = 20 if self.scaler.is_enabled() else PATIENCE
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if self.bad_steps >= limit:
+            raise Diverged(
+                f"gradients were not finite for {limit} steps up to step {progress.step}: "
+                "try precision=bf16 or fp32, a lower optimizer.lr.value, or a longer optimizer.lr.warmup; "
+                "the last checkpoint is from before that"
+            )
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs besides its configuration and step."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.adamw.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.method.load_state_dict(state["method"])
+        self.optimizer.adamw.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+

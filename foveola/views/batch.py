@@ -1,0 +1,215 @@
+"""From canvases to a `Batch` of views: all geometry drawn at once, then pixels, colours and token masks.
+
+Everything random is drawn on the CPU from named streams seeded by (seed, step, rank), so that a step does not
+depend on the device, and switching one kind of augmentation off does not shift the draws of another.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from foveola.config import key
+from foveola.data.sample import Canvases
+from foveola.geometry import random_boxes, sample
+from foveola.views import color
+from foveola.views.color import ColorConfig
+from foveola.views.objects import ObjectsConfig, object_boxes, object_patches
+from foveola.views.tokens import MaskingConfig, draw_masks
+
+
+class Streams:
+    """Random streams by name, each a pure function of (seed, step, rank, name)."""
+
+    def __init__(self, seed: int, step: int, rank: int = 0) -> None:
+        self.origin = (seed, step, rank)
+
+    def __call__(self, name: str) -> torch.Generator:
+        digest = hashlib.blake2b(repr((*self.origin, name)).encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Which views of a picture are made. Defaults: the multi-crop of DINO, iBOT and ODIS."""
+
+    global_size: int = key(224, "pixels a side of a global view", at_least=1)
+    global_count: int = key(2, "global views of a picture", at_least=1)
+    global_scale: tuple[float, float] = key((0.25, 1.0), "share of the picture's area that a global view covers")
+    local_size: int = key(96, "pixels a side of a local view", at_least=1)
+    local_count: int = key(10, "local views of a picture", at_least=0)
+    local_scale: tuple[float, float] = key((0.05, 0.25), "share of the picture's area that a local view covers")
+    ratio: tuple[float, float] = key((3 / 4, 4 / 3), "width / height of a view's box in true pixels")
+    flip: float = key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
+    objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
+    masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
+
+    def __post_init__(self) -> None:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}: needs 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError("ratio: needs 0 < low <= high")
+
+    def check(self, patch_size: int) -> None:
+        """Raise ValueError unless views are made of whole patches."""
+        sizes = {"global_size": self.global_size}
+        if self.local_count:
+            sizes["local_size"] = self.local_size
+        for name, size in sizes.items():
+            if size % patch_size:
+                below = size - size % patch_size
+                raise ValueError(
+                    f"views.{name}={size} is not a multiple of the patch size {patch_size}; "
+                    f"try {below or patch_size} or {below + patch_size}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Views of B pictures on the training device. M object tokens; without objects the masks are None and M is 1."""
+
+    global_views: Float[Tensor, "B V 3 H W"]
+    global_boxes: Float[Tensor, "B V 4"]
+    global_flips: Bool[Tensor, "B V"]
+    global_objects: Bool[Tensor, "B V M N"] | None
+    local_views: Float[Tensor, "B L 3 h w"] | None
+    local_boxes: Float[Tensor, "B L 4"] | None
+    local_flips: Bool[Tensor, "B L"] | None
+    local_objects: Bool[Tensor, "B L M n"] | None
+    masked: Bool[Tensor, "B V N"] | None
+    masked_indices: Int64[Tensor, "P"] | None  # of the masked patches in [B * V * N], ascending
+    local_masked: Bool[Tensor, "B L n"] | None
+    labels: Int64[Tensor, "B"]
+    indices: Int64[Tensor, "B"]
+    facts: dict[str, Tensor]
+
+
+def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
+    """Draw and cut all views of a batch on the device of `canvases`.
+
+    A picture whose object left no patch in some global view is treated as one whose object is the whole picture, in
+    all of its views: an object token never has nothing to read, and teacher and student agree on what it stands for.
+    """
+    objects = config.objects
+    pixels = canvases.images.to(torch.float32).div_(255)
+    masks = canvases.object_masks.to(torch.float32).div_(255) if objects else None
+    facts: dict[str, Tensor] = {}
+
+    global_boxes = _boxes(canvases, masks, config, False, streams, facts)
+    local_boxes = _boxes(canvases, masks, config, True, streams, facts) if config.local_count else None
+    global_flips = _flips(global_boxes, config, streams("flips"))
+    local_flips = None if local_boxes is None else _flips(local_boxes, config, streams("local flips"))
+
+    def grid(size: int) -> tuple[int, int]:
+        return size // patch_size, size // patch_size
+
+    global_objects = local_objects = None
+    if objects and masks is not None and (objects.attention or objects.image_token):
+        readable = masks if objects.attention else torch.ones_like(masks)
+        global_objects = object_patches(
+            readable, global_boxes, global_flips, grid(config.global_size), objects.min_coverage
+        )
+        lost = ~global_objects.any(-1).all(dim=1)  # [B, M]: absent from a view
+        facts["objects/lost"] = lost.float().mean()
+        global_objects |= lost[:, None, :, None]
+        facts["objects/patches"] = global_objects.float().mean()
+        if objects.image_token:
+            everything = torch.ones_like(global_objects[:, :, :1])
+            global_objects = torch.cat((global_objects, everything), dim=2)
+        if objects.attention_local and local_boxes is not None and local_flips is not None:
+            local_objects = object_patches(
+                masks, local_boxes, local_flips, grid(config.local_size), objects.min_coverage
+            )
+            # A local view without its object has no pair to agree with: it is read as a whole.
+            local_objects |= ~local_objects.any(-1, keepdim=True) | lost[:, None, :, None]
+            if objects.image_token:
+                everything = torch.ones_like(local_objects[:, :, :1])
+                local_objects = torch.cat((local_objects, everything), dim=2)
+
+    kinds = torch.full(global_boxes.shape[:2], 1)
+    kinds[:, 0] = 0
+    global_views = _pixels(pixels, global_boxes, global_flips, config.global_size, kinds, config, streams("color"))
+    local_views = None
+    if local_boxes is not None:
+        kinds = torch.full(local_boxes.shape[:2], 2)
+        local_views = _pixels(
+            pixels, local_boxes, local_flips, config.local_size, kinds, config, streams("local color")
+        )
+
+    masked = masked_indices = local_masked = None
+    if config.masking is not None:
+        batch, views = global_boxes.shape[:2]
+        masked = draw_masks(config.masking, batch, views, grid(config.global_size), streams("masks"))
+        if config.masking.local and config.local_count:
+            local_masked = draw_masks(
+                config.masking, batch, config.local_count, grid(config.local_size), streams("local masks")
+            ).to(pixels.device, non_blocking=True)
+        # Found on the CPU, where the masks were drawn: counting on a GPU would make every step wait for it.
+        masked_indices = masked.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
+        masked = masked.to(pixels.device, non_blocking=True)
+    return Batch(
+        global_views=global_views,
+        global_boxes=global_boxes,
+        global_flips=global_flips,
+        global_objects=global_objects,
+        local_views=local_views,
+        local_boxes=local_boxes,
+        local_flips=local_flips,
+        local_objects=local_objects,
+        masked=masked,
+        masked_indices=masked_indices,
+        local_masked=local_masked,
+        labels=canvases.labels,
+        indices=canvases.indices,
+        facts=facts,
+    )
+
+
+def _boxes(
+    canvases: Canvases,
+    masks: Tensor | None,
+    config: ViewsConfig,
+    local: bool,
+    streams: Streams,
+    facts: dict[str, Tensor],
+) -> Float[Tensor, "B V 4"]:
+    count = config.local_count if local else config.global_count
+    scale = config.local_scale if local else config.global_scale
+    name = "local boxes" if local else "boxes"
+    aspects, objects = canvases.aspects.cpu(), config.objects
+    if objects and masks is not None and (objects.aware_local if local else objects.aware):
+        boxes, tries = object_boxes(
+            aspects, masks, canvases.whole, count, scale, config.ratio, objects, streams(name), streams(f"{name} again")
+        )
+        if not local:
+            facts["objects/first_try"] = (tries == 1).float().mean()
+            facts["objects/missed"] = (tries == 0).float().mean()
+            facts["objects/whole"] = canvases.whole.float().mean()
+    else:
+        boxes = random_boxes(aspects, count, scale, config.ratio, streams(name))
+    return boxes.to(canvases.images.device, non_blocking=True)
+
+
+def _flips(boxes: Tensor, config: ViewsConfig, generator: torch.Generator) -> Bool[Tensor, "B V"]:
+    flips = torch.rand(boxes.shape[:2], generator=generator) < config.flip
+    return flips.to(boxes.device, non_blocking=True)
+
+
+def _pixels(
+    pixels: Float[Tensor, "B 3 S S"],
+    boxes: Float[Tensor, "B V 4"],
+    flips: Bool[Tensor, "B V"] | None,
+    size: int,
+    kinds: Int64[Tensor, "B V"],
+    config: ViewsConfig,
+    generator: torch.Generator,
+) -> Float[Tensor, "B V 3 H W"]:
+    drawn = color.draw(config.color, kinds.flatten(), generator)
+    blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
+    views = sample(pixels, boxes, flips, size, "bicubic", blur)
+    return color.apply(views.flatten(0, 1), drawn, config.color).unflatten(0, boxes.shape[:2])

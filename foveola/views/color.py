@@ -1,0 +1,133 @@
+"""Colour augmentation of whole batches of views: jitter, grayscale, solarise, normalise; blur is folded into sampling.
+
+Parameters are drawn for all views at once on the CPU, so that a step is the same on every device, and each view
+gets its own. Pictures are float in [0, 1]. The operations are torchvision's: brightness, contrast, saturation and
+hue in a random order, each clipped to [0, 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from foveola.config import key
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class ColorConfig:
+    """Defaults: DINO, iBOT and ODIS (the augmentation of their official code)."""
+
+    jitter: float = key(0.8, "probability of brightness, contrast, saturation and hue jitter", at_least=0, at_most=1)
+    brightness: float = key(0.4, "brightness factor in 1 +- this", at_least=0, at_most=1)
+    contrast: float = key(0.4, "contrast factor in 1 +- this", at_least=0, at_most=1)
+    saturation: float = key(0.2, "saturation factor in 1 +- this", at_least=0, at_most=1)
+    hue: float = key(0.1, "hue shift in +- this, in turns of the colour circle", at_least=0, at_most=0.5)
+    grayscale: float = key(0.2, "probability of turning gray", at_least=0, at_most=1)
+    blur: tuple[float, float, float] = key((1.0, 0.1, 0.5), "probability of blur in first global, other global, local views")
+    blur_sigma: tuple[float, float] = key((0.1, 2.0), "range of the Gaussian's standard deviation, in view pixels")
+    solarize: tuple[float, float, float] = key((0.0, 0.2, 0.0), "probability of solarising, as for blur")
+    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
+    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
+
+    def __post_init__(self) -> None:
+        for name in ("blur", "solarize"):
+            if not all(0 <= p <= 1 for p in getattr(self, name)):
+                raise ValueError(f"{name}: probabilities lie in [0, 1]")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError("blur_sigma: needs 0 < low <= high")
+        if not all(s > 0 for s in self.std):
+            raise ValueError("std: must be positive")
+
+
+@dataclass(frozen=True, eq=False)
+class ColorDraw:
+    """What was drawn for each of n views; CPU tensors."""
+
+    order: Int64[Tensor, "n 4"]  # which operation comes at each place; 4 = none (view not jittered)
+    factors: Float[Tensor, "n 4"]  # brightness, contrast, saturation factors and hue shift
+    gray: Bool[Tensor, "n"]
+    solarize: Bool[Tensor, "n"]
+    blur: Float[Tensor, "n"]  # sigma in view pixels, 0 = no blur
+
+
+def draw(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
+    """Draw colour parameters; `kinds` is 0 for the first global view, 1 for other global views, 2 for local ones."""
+    n = kinds.shape[0]
+    uniform = torch.rand(n, 12, generator=generator)
+    strength = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
+    base = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors = base + strength * (2 * uniform[:, :4] - 1)
+    jittered = uniform[:, 8] < config.jitter
+    order = torch.where(jittered[:, None], uniform[:, 4:8].argsort(dim=1), 4)
+    low, high = config.blur_sigma
+    sigma = low + (high - low) * torch.rand(n, generator=generator)
+    blurred = uniform[:, 10] < torch.tensor(config.blur)[kinds]
+    return ColorDraw(
+        order=order,
+        factors=factors,
+        gray=uniform[:, 9] < config.grayscale,
+        solarize=uniform[:, 11] < torch.tensor(config.solarize)[kinds],
+        blur=torch.where(blurred, sigma, 0.0),
+    )
+
+
+def apply(images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig) -> Float[Tensor, "n 3 H W"]:
+    """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling first."""
+    images.clamp_(0, 1)
+    operations = (_brightness, _contrast, _saturation, _hue)
+    for place in range(4):
+        for kind, operation in enumerate(operations):
+            chosen = (drawn.order[:, place] == kind).nonzero()[:, 0]
+            if len(chosen):
+                factor = drawn.factors[chosen, kind].to(images.device, non_blocking=True)[:, None, None, None]
+                _update(images, chosen, lambda x, f=factor, op=operation: op(x, f))
+    _update(images, drawn.gray.nonzero()[:, 0], lambda x: _luma(x).expand_as(x))
+    _update(images, drawn.solarize.nonzero()[:, 0], lambda x: torch.where(x >= 128 / 255, 1 - x, x))
+    mean = torch.tensor(config.mean, device=images.device)[:, None, None]
+    std = torch.tensor(config.std, device=images.device)[:, None, None]
+    return images.sub_(mean).div_(std)
+
+
+def _update(images: Tensor, chosen: Tensor, operation) -> None:
+    if len(chosen):
+        chosen = chosen.to(images.device, non_blocking=True)
+        images.index_copy_(0, chosen, operation(images.index_select(0, chosen)))
+
+
+def _luma(x: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 1 H W"]:
+    return torch.mul(x[:, 0:1], LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:3], alpha=LUMA[2])
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
+    return x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    gray = _luma(x).mul_(1 - factor)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Shift the hue by `shift` turns; value and the spread max - min (so saturation) stay."""
+    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    spread = high - low
+    inverse = 1 / torch.where(spread > 0, spread, 1.0)
+    hue = torch.where(
+        high == red,
+        (green - blue) * inverse,
+        torch.where(high == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
+    )
+    hue = hue + 6 * shift
+    # Each channel is the same trapezoid of the hue, shifted: red by 5, green by 3, blue by 1 sixths of a turn.
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = torch.remainder(hue + offsets, 6)
+    return high - spread * torch.minimum(k, 4 - k).clamp_(0, 1)

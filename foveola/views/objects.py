@@ -1,0 +1,73 @@
+"""Object-aware cropping (ODIS): boxes that hold the target object, judged together, without resampling a pixel."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveola.config import key
+from foveola.geometry import box_sums, random_boxes, sample
+
+
+@dataclass(frozen=True)
+class ObjectsConfig:
+    """How objects steer the views. Defaults: the ODIS paper (Sections 4 and E)."""
+
+    aware: bool = key(True, "global views must hold the target object")
+    attention: bool = key(True, "object tokens of global views read only the patches of their object")
+    candidates: int = key(20, "boxes drawn for a global view before giving up", at_least=1)
+    min_visible: float = key(0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1)
+    min_coverage: float = key(1 / 256, "share of a patch that makes it the object's; 1/256 = any pixel of 16 x 16", above=0, at_most=1)
+    aware_local: bool = key(False, "local views must hold the object, too (Table 5, OALC)")
+    attention_local: bool = key(False, "object tokens of local views read only their object (Table 5, MALC)")
+    image_token: bool = key(False, "a further token that reads the whole view, for an image-level term")
+
+
+def object_boxes(
+    aspects: Float[Tensor, "B"],
+    masks: Float[Tensor, "B M s s"],
+    whole: Bool[Tensor, "B M"],
+    count: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    config: ObjectsConfig,
+    first: torch.Generator,
+    retries: torch.Generator,
+) -> tuple[Float[Tensor, "B V 4"], Float[Tensor, "B V"]]:
+    """Boxes that hold every target object of their picture, and how many draws each took (0 = none held it).
+
+    All candidates are drawn at once; a view takes its first one in which each object shows more than
+    `min_visible` of its area. If there is none it takes the one that shows most of the object shown least. Objects
+    that are the whole picture accept the first draw, so that such pictures are cropped as without objects: `first`
+    is the generator that plain cropping would use, `retries` serves the further candidates.
+    """
+    # Drawn on the CPU, judged where the masks are: no step waits for the device.
+    batch = aspects.shape[0]
+    boxes = random_boxes(aspects, count, scale, ratio, first)[:, :, None]
+    if config.candidates > 1:
+        more = random_boxes(aspects, count * (config.candidates - 1), scale, ratio, retries)
+        boxes = torch.cat((boxes, more.view(batch, count, config.candidates - 1, 4)), dim=2)
+    boxes = boxes.to(masks.device, non_blocking=True)
+    objects = masks.shape[1]
+    flat = boxes.flatten(1, 2)[:, None].expand(-1, objects, -1, -1)
+    total = masks.sum(dim=(2, 3)).clamp(min=1e-6)
+    visible = box_sums(masks, flat) / total[..., None]
+    visible = torch.where(whole[..., None], 2.0, visible)  # above any threshold
+    least = visible.amin(dim=1).view(batch, count, config.candidates)
+    good = least > max(config.min_visible - 1e-6, 1e-6)
+    chosen = torch.where(good.any(dim=2), good.to(torch.uint8).argmax(dim=2), least.argmax(dim=2))
+    tries = torch.where(good.any(dim=2), chosen + 1, 0).to(torch.float32)
+    return boxes.gather(2, chosen[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0], tries
+
+
+def object_patches(
+    masks: Float[Tensor, "B M s s"],
+    boxes: Float[Tensor, "B V 4"],
+    flips: Bool[Tensor, "B V"],
+    grid: tuple[int, int],
+    min_coverage: float,
+) -> Bool[Tensor, "B V M N"]:
+    """The patches of each view that belong to each object: covered share at least `min_coverage`; may be empty."""
+    coverage = sample(masks, boxes, flips, grid, kernel="area")
+    return (coverage >= min_coverage).flatten(3)

@@ -1,0 +1,97 @@
+"""Which tokens a network does not see: block masks (iBOT, DINOv2) and uniformly random ones.
+
+Masks are boolean over the patch grid, True = replaced by the mask token and to be predicted. They are drawn for all
+views of a batch together, on the CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveola.config import key
+
+ASPECT = 0.3  # blocks have height / width in [0.3, 1 / 0.3]
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Defaults: iBOT and ODIS, whose code draws each view's ratio on its own."""
+
+    shape: Literal["block", "random"] = key("block", "rectangles (iBOT) or single patches, spread uniformly")
+    probability: float = key(0.5, "share of global views that are masked at all", at_least=0, at_most=1)
+    ratio: tuple[float, float] = key((0.1, 0.5), "masked share of a masked view is uniform in this range")
+    per_picture: bool = key(False, "decide once for all views of a picture (the iBOT paper's text) whether to mask")
+    local: bool = key(False, "mask local views as well (ODIS Table 5, PMLC)")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio[0] <= self.ratio[1] < 1:
+            raise ValueError("ratio: needs 0 <= low <= high < 1")
+
+
+def draw_masks(
+    config: MaskingConfig, batch: int, views: int, grid: tuple[int, int], generator: torch.Generator
+) -> Bool[Tensor, "B V N"]:
+    """Masks for `views` views of each of `batch` pictures over a (rows, columns) patch grid."""
+    low, high = config.ratio
+    coin = torch.rand(batch, 1 if config.per_picture else views, generator=generator).expand(batch, views)
+    ratios = low + (high - low) * torch.rand(batch, views, generator=generator)
+    ratios = torch.where(coin < config.probability, ratios, 0.0).flatten()
+    shape = block_masks if config.shape == "block" else random_masks
+    return shape(ratios, grid, generator).view(batch, views, grid[0] * grid[1])
+
+
+def random_masks(
+    ratios: Float[Tensor, "n"], grid: tuple[int, int], generator: torch.Generator
+) -> Bool[Tensor, "n N"]:
+    """Exactly int(ratio * N) patches of each view, uniformly at random."""
+    patches = grid[0] * grid[1]
+    rank = torch.rand(len(ratios), patches, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < (ratios * patches).long()[:, None]
+
+
+def block_masks(
+    ratios: Float[Tensor, "n"],
+    grid: tuple[int, int],
+    generator: torch.Generator,
+    smallest: int | None = None,
+) -> Bool[Tensor, "n N"]:
+    """Unions of rectangles that never exceed ratio * N patches and end slightly below (facts of iBOT's code).
+
+    A block's area is uniform between `smallest` and what is still missing, its aspect log-uniform in [0.3, 1/0.3].
+    It is placed if it is smaller than the grid and adds at least one and at most the missing number of patches; after
+    ten failures in a row a mask is left as it is. All masks are grown side by side.
+
+    Args:
+        smallest: least area asked for, in patches; default (shorter side // 3)^2, 16 for a 14 x 14 grid.
+    """
+    rows, columns = grid
+    smallest = (min(grid) // 3) ** 2 if smallest is None else smallest
+    target = ratios * (rows * columns)
+    mask = torch.zeros(len(ratios), rows, columns, dtype=torch.bool)
+    count = torch.zeros(len(ratios))
+    failures = torch.zeros(len(ratios), dtype=torch.long)
+    y, x = torch.arange(rows)[:, None], torch.arange(columns)
+    bound = -torch.log(torch.tensor(ASPECT))
+    active = (count < target).nonzero()[:, 0]
+    while len(active):
+        uniform = torch.rand(4, len(active), generator=generator)
+        room = target[active] - count[active]
+        area = smallest + (room - smallest) * uniform[0]  # the range may be reversed: still between both
+        aspect = torch.exp(bound * (2 * uniform[1] - 1))
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (height < rows) & (width < columns)
+        top = (uniform[2] * (rows - height + 1)).floor().clamp(min=0)
+        left = (uniform[3] * (columns - width + 1)).floor().clamp(min=0)
+        top, left, height, width = (t[:, None, None] for t in (top, left, height, width))
+        block = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+        new = (block & ~mask[active]).sum(dim=(1, 2))
+        placed = fits & (new > 0) & (new <= room)
+        mask[active] |= block & placed[:, None, None]
+        count[active] += torch.where(placed, new, 0)
+        failures[active] = torch.where(placed, 0, failures[active] + 1)
+        active = active[(count[active] < target[active]) & (failures[active] < TRIES)]
+    return mask.flatten(1)

@@ -1,0 +1,59 @@
+"""State dicts of public checkpoints to our names: pure functions from dict to dict, no files, no networks."""
+
+import re
+from typing import Any
+
+WIDTHS = {192: ("tiny", 3), 384: ("small", 6), 768: ("base", 12), 1024: ("large", 16), 1536: ("giant", 24)}
+WRAPPERS = ("teacher", "state_dict", "model", "student")  # in order of preference
+PREFIXES = ("module.", "backbone.", "encoder.", "_orig_mod.")
+DROPPED = ("head.", "head_dist.", "fc_norm.", "last_layer", "mlp.")  # heads; `mlp.` only at the top level
+
+
+def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and shape of a plain ViT from a DINO, iBOT or timm checkpoint.
+
+    Accepts the teacher of a full training checkpoint, a bare backbone, and any nesting of the prefixes that
+    data-parallel and multi-crop wrappers leave. Returns (state dict with our names, keyword arguments of ViTConfig).
+    Raises ValueError with one line that says what is missing.
+    """
+    state: dict[str, Any] = checkpoint
+    while wrapper := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None):
+        state = state[wrapper]
+    weights: dict[str, Any] = {}
+    for name, value in state.items():
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        if hasattr(value, "shape") and not name.startswith(DROPPED):
+            weights[name] = value
+    for needed in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "norm.weight"):
+        if needed not in weights:
+            found = ", ".join(sorted(weights)[:3]) or "no tensors"
+            raise ValueError(f"not a known ViT checkpoint: no {needed} (found {found} ...)")
+
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    if width not in WIDTHS:
+        raise ValueError(f"a ViT of width {width} is unknown; known widths: {', '.join(map(str, WIDTHS))}")
+    size, heads = WIDTHS[width]
+    if "masked_embed" in weights:  # iBOT
+        weights["mask_token"] = weights.pop("masked_embed")
+    token = weights.get("mask_token")
+    weights["mask_token"] = weights["cls_token"] * 0 if token is None else token.reshape(1, 1, width)
+    for theirs in [name for name in weights if name.startswith("register_tokens")]:
+        weights["reg_token"] = weights.pop(theirs)
+    depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    if side * side + 1 != weights["pos_embed"].shape[1]:
+        raise ValueError(f"pos_embed has {weights['pos_embed'].shape[1]} entries: expected a square and a class token")
+    shape: dict[str, Any] = {
+        "size": size,
+        "heads": heads,
+        "depth": depth,
+        "patch_size": patch,
+        "image_size": side * patch,
+        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "registers": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
+        "drop_path": 0.0,
+    }
+    if "blocks.0.ls1.gamma" in weights:
+        shape["layer_scale"] = 1e-5
+    return weights, shape

@@ -1,0 +1,82 @@
+"""Sources and encoders small enough to compute by hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from foveola.data.sample import Objects, Sample
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.vit import ViTConfig
+
+
+@dataclass
+class ListSource:
+    """Samples given one by one."""
+
+    samples: list[Sample]
+    name: str = "list:"
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def has_objects(self) -> bool:
+        return any(sample.objects is not None for sample in self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def fingerprint(self) -> str:
+        return f"{self.name}{len(self.samples)}"
+
+
+@pytest.fixture
+def list_source() -> type[ListSource]:
+    return ListSource
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    """A small random ViT on 32-pixel crops of pictures whose shorter side is made 40: 4 x 4 patches."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = Encoder(
+            EncoderConfig(
+                model=ViTConfig(width=32, depth=3, heads=2, patch_size=8, image_size=32),
+                transform=TransformConfig(resize=40, crop=32),
+            )
+        )
+        for block in made.backbone.blocks:  # larger weights than at the start: masks must matter
+            block.attn.qkv.weight.mul_(8)
+    return made
+
+
+@pytest.fixture
+def make_sample() -> Callable[..., Sample]:
+    """make_sample(seed, boxes, height, width): noise, and boxes in pixels."""
+
+    def make(
+        seed: int,
+        boxes: list[tuple[float, float, float, float]] | None = None,
+        height: int = 60,
+        width: int = 80,
+        label: int | None = None,
+        labels: list[int] | None = None,
+    ) -> Sample:
+        rng = np.random.default_rng(seed)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        objects = None
+        if boxes is not None:
+            unit = np.array(boxes, np.float32) / np.array([width, height, width, height], np.float32)
+            objects = Objects(
+                boxes=unit,
+                areas=(unit[:, 2:] - unit[:, :2]).prod(axis=1),
+                labels=None if labels is None else np.array(labels, np.int64),
+            )
+        return Sample(image=image, name=f"picture-{seed}", objects=objects, label=label)
+
+    return make

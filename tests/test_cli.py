@@ -1,0 +1,144 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from foveola import __version__, cli
+from foveola.config import KeyInfo, UserError, parse_overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """The one line on stderr of a command that must end with exit code 2."""
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("foveola: error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("foveola: error: ").strip()
+
+
+def test_version_and_usage(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"foveola {__version__}\n"
+    for words, code in ([], 2), (["--help"], 0), (["-h"], 0), (["pretrain", "--help"], 0):
+        assert cli.main(words) == code
+        assert "pretrain RECIPE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrian demo", "unknown command 'pretrian'; did you mean 'pretrain'?"),
+        ("frobnicate", "unknown command 'frobnicate'; known: pretrain, evaluate, recipes"),
+        ("pretrain", "which recipe? usage: foveola pretrain RECIPE"),
+        ("pretrain demo --dryrun", "unknown option '--dryrun'; did you mean '--dry-run'?"),
+        ("pretrain demo --seed=1", "keys take no dashes: write seed=1"),
+        ("pretrain demo seed 1", "expected key=value, got 'seed'"),
+        ("pretrain ibot-vits16-in1", "unknown recipe 'ibot-vits16-in1'; did you mean 'ibot-vits16-in1k'?"),
+        ("pretrain ./nowhere.yaml", "no configuration file nowhere.yaml"),
+        ("pretrain ibot-vits16-in1k sede=1", "unknown key 'sede'; did you mean 'seed'?"),
+        ("pretrain ibot-vits16-in1k seed=one", "seed: expected int, got 'one'"),
+        ("pretrain ibot-vits16-in1k seed=-1", "seed: must be >= 0, got -1"),
+        ("evaluate", "which protocol (knn"),
+        ("evaluate knm model=x", "unknown protocol 'knm'; did you mean 'knn'?"),
+        ("evaluate knn train=scenes:", "evaluate knn needs model=: a run folder"),
+        ("evaluate knn model=x kk=3", "unknown key 'kk'; "),
+        ("recipes all", "recipes takes no 'all'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
+    assert error_of(capsys, *arguments.split()).startswith(message)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("FOVEOLA_DEBUG", "1")
+    with pytest.raises(UserError, match="unknown command"):
+        cli.main(["nonsense"])
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    assert cli.main(["pretrain", "demo"]) == 130
+    assert capsys.readouterr().err == "foveola: interrupted\n"
+
+
+def test_recipes_names_them_all(capsys):
+    from foveola.training.recipe import recipes
+
+    assert cli.main(["recipes"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "method", "model", "data", "aim"]
+    assert [row.split()[0] for row in rows] == list(recipes())
+    assert "ibot-vits16-in1k" in recipes()
+
+
+def test_help_lists_every_key_with_its_value_in_this_recipe(capsys):
+    from foveola.config import build, describe, to_dict
+    from foveola.training.recipe import RunConfig, resolve
+
+    assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=7", "--help"]) == 0
+    table = capsys.readouterr().out.split("\n\n", 1)[1].splitlines()
+    keys = {line.split()[0]: line for line in table[1:]}
+    config = resolve("ibot-vits16-in1k", ["seed=7"])
+    assert list(keys) == [info.path for info in describe(config)]
+    assert keys["seed"].split()[1:4] == ["7", "int", ">="]
+    assert build(RunConfig, to_dict(config)) == config
+    without_meaning = [info.path for info in describe(config) if not info.help]
+    assert not without_meaning
+
+
+def test_help_of_a_protocol(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    assert "knn" in capsys.readouterr().out
+    assert cli.main(["evaluate", "knn", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"model", "train", "test"} <= {line.split()[0] for line in lines if line}
+
+
+def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
+    from foveola.evaluation import protocol
+    from foveola.training import run
+
+    calls = []
+
+    class Table:
+        def table(self) -> str:
+            return "the table"
+
+    def evaluate(model, name, **settings):
+        calls.append((model, name, settings))
+        return Table()
+
+    monkeypatch.setattr(protocol, "evaluate", evaluate)
+    monkeypatch.setattr(run, "pretrain", calls.append)
+    words = "evaluate knn model=2024 train=scenes: test=folder:/a?split=test k=[1,3] temperature=0.1"
+    assert cli.main(words.split()) == 0
+    assert capsys.readouterr().out == "the table\n"
+    assert calls.pop() == (
+        "2024",
+        "knn",
+        {"train": "scenes:", "test": "folder:/a?split=test", "out": None, "device": None}
+        | parse_overrides(["k=[1,3]", "temperature=0.1"]),
+    )
+    assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
+    config = calls.pop()
+    assert (config.seed, config.data) == (3, "folder:/a b")
+
+
+def test_tables_align_and_do_not_wrap_in_a_pipe(capsys):
+    cli._print_keys([KeyInfo("a", "int", 1, "word " * 60), KeyInfo("long.key", "text or null", None, "last")])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.index("meaning") == first.index("word") == second.index("last")
+    assert second.split() == ["long.key", "null", "text", "or", "null", "last"]
+
+
+def test_a_closed_pipe_is_no_error():
+    reader = f"{sys.executable} -m foveola.cli --help | head -n 1"
+    done = subprocess.run(["bash", "-c", reader], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

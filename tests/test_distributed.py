@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from foveola import distributed
+from foveola.config import UserError
+
+RANKS = """
+import json, torch
+from foveola import distributed as d
+assert d.start("cpu") == torch.device("cpu")
+r = d.rank()
+x = torch.tensor([[1.0, -2.0], [3.0, 4.0]]).T * (r + 1)          # not contiguous
+x.requires_grad_()
+before = x.detach().clone()
+total, high, mean = d.all_reduce_sum(x), d.all_reduce_max(x), d.all_reduce_mean(x)
+assert torch.equal(x, before) and not total.requires_grad
+rows = d.gather_rows(torch.arange(3 * r * 2).reshape(3 * r, 2) + 10 * r)   # 0 rows, then 3, ...
+flags = d.gather_rows(torch.tensor([True, False][: r + 1]))
+d.barrier()
+word = d.broadcast_object({"from": r})
+print(json.dumps([r, d.world_size(), d.is_main(), total.tolist(), high.tolist(), mean.tolist(), rows.tolist(),
+                  flags.tolist(), word]))
+d.stop()
+assert d.world_size() == 1
+"""
+
+
+def test_two_processes_agree_with_arithmetic(run_ranks):
+    first, second = map(json.loads, run_ranks(RANKS))
+    assert first[:3] == [0, 2, True]
+    assert second[:3] == [1, 2, False]
+    assert first[3:] == second[3:]
+    total, high, mean, rows, flags, word = first[3:]
+    assert total == [[3.0, 9.0], [-6.0, 12.0]]
+    assert high == [[2.0, 6.0], [-2.0, 8.0]]
+    assert mean == [[1.5, 4.5], [-3.0, 6.0]]
+    assert rows == [[10, 11], [12, 13], [14, 15]]
+    assert flags == [True, True, False]
+    assert word == {"from": 0}
+
+
+def test_one_process_is_the_identity():
+    x = torch.randn(3, 2, requires_grad=True)
+    for function in (
+        distributed.all_reduce_sum,
+        distributed.all_reduce_max,
+        distributed.all_reduce_mean,
+        distributed.gather_rows,
+    ):
+        assert torch.equal(function(x), x)
+        assert not function(x).requires_grad
+    distributed.barrier()
+    assert distributed.broadcast_object("x") == "x"
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.start("cpu") == torch.device("cpu")
+    distributed.stop()
+
+
+def test_impossible_devices_are_named(monkeypatch):
+    with pytest.raises(UserError, match="no such device: 'gpu'"):
+        distributed.start("gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="no GPU with index 0"):
+        distributed.start("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT not set; start with torchrun"):
+        distributed.start("cpu")

@@ -1,0 +1,145 @@
+"""Which way imports point, and what importing costs."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "foveola").rglob("*.py"))
+
+# A room may import itself, the leaves, and what its line names; nothing else of ours.
+LEAVES = {"config", "schedules", "distributed", "geometry"}
+OPEN_LEAVES = {"config", "schedules"}  # any file may import these
+ALLOWED = {
+    "cli": {"training", "evaluation", "pictures", "zoo"},
+    "training": {"methods", "data", "views", "distributed", "models.encoder", "models.vit"},
+    "training.run": {"evaluation.protocol"},
+    "training.recipe": {"evaluation.knn"},  # its config only
+    "methods": {"views", "models", "losses"},
+    "pictures": {"models.encoder", "evaluation"},
+    "zoo": {"models.encoder"},
+    "evaluation": {"models.encoder", "data", "geometry", "distributed", "views"},
+    "views": {"data.sample", "geometry"},
+    "models": {"geometry"},
+    "models.encoder": {"zoo.convert"},  # pure renames of state dicts
+    "losses": {"distributed"},
+    "data": set(),
+}
+METHOD_BASES = {"method", "terms"}  # the files of methods/ that other methods may build on
+
+
+def module_of(path: Path) -> str:
+    """foveola/views/batch.py -> "views.batch"; a package's own file has the package's name."""
+    parts = path.relative_to(ROOT / "foveola").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports, also inside functions; "a.b.c" for `from a.b import c`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the absolute name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, prefixes: set[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def ours(path: Path) -> set[str]:
+    return {name.removeprefix("foveola.") for name in imports(path) if name.startswith("foveola.")}
+
+
+def upward(module: str, names: set[str]) -> set[str]:
+    room = module.split(".")[0]
+    allowed = OPEN_LEAVES | ALLOWED.get(room, set()) | ALLOWED.get(module, set())
+    if room not in LEAVES:
+        allowed = allowed | {room}
+    return {name for name in names if not inside(name, allowed) and name != "__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    module = module_of(path)
+    if module == "":
+        return  # the public names, each loaded when first used
+    assert module.split(".")[0] in LEAVES | ALLOWED.keys(), f"{path} is in no known room"
+    assert not upward(module, ours(path)), "imports that point up or sideways"
+
+
+def test_the_rule_sees_what_it_should():
+    assert upward("evaluation.knn", {"methods.method.Method"})
+    assert upward("methods.distillation", {"evaluation.protocol"})
+    assert upward("views.batch", {"data.loader.Loader"})
+    assert upward("geometry", {"distributed.rank"})
+    assert upward("training.loop", {"evaluation.protocol.evaluate"})
+    assert not upward("training.run", {"evaluation.protocol.evaluate", "config.key", "training.loop.train"})
+    assert not upward("views.batch", {"data.sample.Canvases", "geometry.sample", "schedules.Schedule"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_the_training_side_knows_torch_distributed(path):
+    module = module_of(path)
+    if inside(module, {"distributed", "training"}):
+        return
+    names = {name for name in imports(path) if inside(name, {"torch.distributed"})}
+    assert not names
+    assert not re.search(r"\btorch\.distributed\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_methods_do_not_build_on_each_other(path):
+    module = module_of(path)
+    if not module.startswith("methods."):
+        return
+    siblings = {name.split(".")[1] for name in ours(path) if name.startswith("methods.")}
+    assert siblings <= METHOD_BASES
+
+
+def test_no_warehouses():
+    names = {part for path in FILES for part in module_of(path).split(".")}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "core"}
+
+
+def test_import_is_light():
+    """`import foveola` loads no array library, takes under 0.3 s, and lists the public names."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import foveola; print(time.perf_counter() - start);"
+        "print(*sys.modules); print(*dir(foveola))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        for _ in range(3)
+    ]
+    seconds, modules, names = runs[0].stdout.splitlines()
+    heavy = {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "rich", "scipy"}
+    assert not heavy & {name.split(".")[0] for name in modules.split()}
+    assert min(float(run.stdout.splitlines()[0]) for run in runs) < 0.3, seconds
+    assert {"pretrain", "evaluate", "load", "Encoder", "Features", "Result", "Run"} <= set(names.split())
+
+
+def test_unknown_public_name():
+    import foveola
+
+    with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
+        _ = foveola.pretrian
+
+
+def test_calls_are_checked_against_their_annotations():
+    """The import hook of conftest.py is at work: a wrong type or shape is an error in tests."""
+    import torch
+    from jaxtyping import TypeCheckError
+
+    from foveola import config, distributed
+
+    with pytest.raises(TypeCheckError):
+        config.nearest(3, [])
+    with pytest.raises(TypeCheckError):
+        distributed.all_reduce_mean(torch.zeros(2, dtype=torch.int64))
