@@ -1,6 +1,6 @@
 """Schedules as pure functions of the step, and durations in whatever unit is natural.
 
-Nothing here keeps state: the value at a step follows from the step alone, so a resumed run needs no schedule state.
+Nothing here keeps state: a value follows from the step alone, so a resumed run has nothing to restore.
 """
 
 import math
@@ -15,7 +15,7 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kM]?)\s*(steps?|e
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `step` of `total_steps` (steps before this one), with a global batch of `batch_size`."""
+    """How far a run is: `step` steps are done of `total_steps`, with a global batch of `batch_size`."""
 
     step: int
     total_steps: int
@@ -34,10 +34,10 @@ class Progress:
 
 
 def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: int, batch_size: int) -> int:
-    """Steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", "100k samples", or an int.
+    """Steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", or an int.
 
-    `batch_size` is the global one. Fractions of a step are rounded. `total_steps` may be None while the length of
-    the run itself is being computed. Raises ConfigError for anything else.
+    `batch_size` is the global one. Fractions of a step are rounded. `total_steps` may be None while the
+    length of the run itself is being computed. Raises ConfigError for anything else.
     """
     match = _DURATION.fullmatch(str(duration))
     number = float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]] if match else math.inf
@@ -58,8 +58,8 @@ def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: i
 class Schedule:
     """A warm-up from `start` to `value`, then a way from `value` to `end`.
 
-    The warm-up of W steps is linspace(start, value, W): its last step already has `value`. The rest, of n steps,
-    runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step after the last.
+    The warm-up of W steps is linspace(start, value, W): its last step already has `value`. The rest, of n
+    steps, runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step too late.
     """
 
     value: float = key(help="value after the warm-up")
@@ -98,9 +98,8 @@ class Schedule:
         _, total, warmup = self._clock(progress)
         if warmup > total:
             unit = "epochs" if self.per_epoch else "steps"
-            raise ConfigError(
-                f"warmup '{self.warmup}' is {warmup} {unit}, longer than the run of {total}; shorten it, e.g. '10 %'"
-            )
+            length = f"is {warmup} {unit}, longer than the run of {total}"
+            raise ConfigError(f"warmup '{self.warmup}' {length}; shorten it, for example to '10 %'")
 
     def _clock(self, progress: Progress) -> tuple[int, int, int]:
         """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""

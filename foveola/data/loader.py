@@ -5,8 +5,11 @@ the number of workers, any step can be computed alone, and resuming means to beg
 """
 
 import itertools
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,11 +222,20 @@ def _as_it_is(batch: tuple[Canvases, list[str]]) -> tuple[Canvases, list[str]]:
 def _begin_worker(_: int) -> None:
     """One thread each, and deaf to the signals that the training process answers by saving and leaving.
 
-    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
-    the last batches with it. Workers end with their loader, or when they find that the training process is
-    gone.
+    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take the
+    last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers end.
     """
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and sys.platform == "linux":  # elsewhere a signal does not tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    while sys.platform == "linux" and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -67,25 +67,25 @@ def extract_tables(
     pictures = Pictures(
         source, chosen[share(len(chosen))], encoder.config.transform, encoder.patch_size, config
     )
-    features: list[list[Tensor]] = [[torch.zeros(0, encoder.width)] for _ in masks]
-    done = [pictures.none()]
+    features = [_Growing(len(pictures.chosen), encoder.width) for _ in masks]
+    done, readable = [pictures.none()], [torch.zeros(0)]
     parcels = show(
         read_ahead(pictures, config.workers), len(pictures), f"features of {source.name}", progress
     )
     for batch in _batches(parcels, config.batch_size):
-        for kind, part in zip(features, _encode(encoder, batch, masks, config), strict=True):
-            kind.append(part)
-        done.append(batch.without_images())
-    rows = join(done)
-    facts = _facts_of_bad(distributed.gather_rows(rows.bad), len(chosen), source)
+        for table, part in zip(features, _encode(encoder, batch, masks, config), strict=True):
+            table.add(part)
+        readable.append(batch.masks.float().mean(dim=1))
+        done.append(batch.without_pixels())
+    rows = join(done)._asdict()
+    facts = _facts_of_bad(distributed.gather_rows(rows["bad"]), len(chosen), source)
     columns = {
-        name: distributed.gather_rows(getattr(rows, name))
-        for name in ("labels", "pictures", "objects", "has_mask")
+        name: distributed.gather_rows(rows[name]) for name in ("labels", "pictures", "objects", "has_mask")
     }
-    columns["readable"] = distributed.gather_rows(rows.masks.float().mean(dim=1))
+    columns["readable"] = distributed.gather_rows(torch.cat(readable))
     if not len(columns["labels"]):
         raise UserError(f"{source.name}: no {config.rows} in {len(chosen)} pictures")
-    tables = tuple(FeatureTable(distributed.gather_rows(torch.cat(part)), **columns) for part in features)
+    tables = tuple(FeatureTable(distributed.gather_rows(table.rows()), **columns) for table in features)
     for table in tables:
         check_finite(table.features, table.pictures, source)
     facts |= {
@@ -100,6 +100,25 @@ def extract_tables(
         "pictures": len(chosen),
         **facts,
     }
+
+
+class _Growing:
+    """Rows appended to one block of memory: there is a second copy only while the block grows."""
+
+    def __init__(self, expected: int, width: int) -> None:
+        self.block, self.count = torch.empty(expected, width), 0
+
+    def add(self, rows: Float32[Tensor, "n D"]) -> None:
+        needed = self.count + len(rows)
+        if needed > len(self.block):
+            larger = torch.empty(max(needed, len(self.block) * 3 // 2), self.block.shape[1])
+            larger[: self.count] = self.rows()
+            self.block = larger
+        self.block[self.count : needed] = rows
+        self.count = needed
+
+    def rows(self) -> Float32[Tensor, "n D"]:
+        return self.block[: self.count]
 
 
 def _batches(parcels: Iterator[Rows], size: int) -> Iterator[Rows]:

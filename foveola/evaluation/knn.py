@@ -35,7 +35,7 @@ TILE = 2**24  # similarities in memory at a time: 64 MiB
 # -- search --------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nearest(
     queries: Float[Tensor, "m D"],
     bank: Float[Tensor, "N D"],
@@ -68,7 +68,7 @@ def nearest(
             block = slice(start, start + QUERY_BLOCK)
             query = unit_rows(queries[block].to(device))
             own = None if query_groups is None else query_groups[block].to(device)
-            found = [None] * -(-len(query) // rows)
+            found: list[tuple[Tensor, Tensor] | None] = [None] * -(-len(query) // rows)
             for first in range(0, len(bank), bank_chunk):
                 part = unit_rows(bank[first : first + bank_chunk].to(device))
                 groups = None if bank_groups is None else bank_groups[first : first + bank_chunk].to(device)
@@ -79,9 +79,10 @@ def nearest(
                         s.masked_fill_(own[piece, None] == groups, -torch.inf)
                     values, columns = top(s, k)
                     found[i] = _merge(found[i], (values, columns + first), k)
-            for i, (values, columns) in enumerate(found):
-                piece = slice(start + i * rows, start + i * rows + len(values))
-                similarities[piece], indices[piece] = values.cpu(), columns.cpu()
+            best = [pair for pair in found if pair is not None]
+            if best:
+                similarities[block] = torch.cat([values for values, _ in best]).cpu()
+                indices[block] = torch.cat([columns for _, columns in best]).cpu()
     return similarities, indices
 
 
@@ -264,7 +265,7 @@ def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[st
         raise UserError(f"{which}: no labels on its {kind}, which k-NN needs; other data, or {other}")
     if missing := int((~known).sum()):
         notes.append(f"{which}: {missing} rows without a label are left out")
-    return table.select(known)
+    return table.select(known) if missing else table  # no copy of a large bank for nothing
 
 
 def shared_labels(

@@ -27,9 +27,9 @@ def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
     x = x.to(torch.float32)
     if x.shape[1] == 0:
         return x
-    largest = x.abs().amax(dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12))
 
 
 def vote(

@@ -44,8 +44,10 @@ class ExtractConfig:
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; features are float32 in any case"
     )
-    mask_canvas: int = key(
-        512, "pixels a side on which masks are drawn before they are resampled to patches", at_least=1
+    mask_canvas: int | None = key(
+        None,
+        "pixels a side on which masks are drawn; null = the encoder's resize, below 256 up to twice that",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
@@ -86,13 +88,10 @@ def resize(
     picture: UInt8[np.ndarray, "H W 3"], height: int, width: int
 ) -> UInt8[Tensor, "3 {height} {width}"]:
     """Antialiased bicubic, the rounding to uint8 included, as PIL does it."""
-    picture = (
-        picture if picture.flags.writeable else picture.copy()
-    )  # torch warns about memory it could write to
+    if not picture.flags.writeable:  # torch warns about memory that it could write to by mistake
+        picture = picture.copy()
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    return interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)[
-        0
-    ].contiguous()
+    return interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
@@ -118,8 +117,10 @@ class Rows(NamedTuple):
     has_mask: Bool[Tensor, "R"]
     bad: Int64[Tensor, "b"]  # pictures that could not be read
 
-    def without_images(self) -> "Rows":
-        return self._replace(images=self.images[:0].clone(), image_of=self.image_of[:0].clone())
+    def without_pixels(self) -> "Rows":
+        """Without images and masks, which are large."""
+        large = ("images", "image_of", "masks")
+        return self._replace(**{name: getattr(self, name)[:0].clone() for name in large})
 
 
 def join(parts: Sequence[Rows]) -> Rows:
@@ -222,7 +223,8 @@ class Pictures(Dataset):
         """
         if objects is None or not target:
             return None
-        size = self.config.mask_canvas
+        resize = self.transform.resize
+        size = self.config.mask_canvas or max(resize, min(2 * resize, 256))
         canvas, near = np.zeros((size, size), np.uint8), np.zeros(self.grid, bool)
         for j in target:
             canvas = np.maximum(canvas, objects.draw(j, size))

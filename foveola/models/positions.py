@@ -1,4 +1,4 @@
-"""Position embeddings of patches: a learned table, resized to any grid."""
+"""Position embeddings of patches: a learned table, what it may start from, and its resizing to any grid."""
 
 import torch
 from jaxtyping import Float
@@ -23,3 +23,17 @@ def resize_positions(
     with torch.autocast(table.device.type, enabled=False):
         field = interpolate(field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False)
     return field.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) -> Float[Tensor, "1 N D"]:
+    """Sines and cosines of the column in the first half of the channels, of the row in the second.
+
+    Frequencies fall geometrically from 1 to 1/100 per patch: enough for grids of some hundred patches a side. Raises ValueError unless width is a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    angles = (place.flatten()[:, None] * frequencies for place in (columns, rows))
+    parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+    return amplitude * torch.cat(parts, dim=1)[None]

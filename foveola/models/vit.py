@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
 from foveola.models.attention import Attention, readable_tokens
-from foveola.models.positions import resize_positions
+from foveola.models.positions import resize_positions, sincos_positions
 
 SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -42,6 +42,7 @@ class ViTConfig:
     registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0)
     drop_path: float = key(0.1, "stochastic depth of the last block in training, rising linearly from 0", at_least=0, below=1)
     position_antialias: bool = key(False, "antialias when resizing positions: timm does, DINO and iBOT do not")
+    position_init: Literal["random", "sincos"] = key("random", "start positions from noise of 0.02 (DINO), or from sines")
     layer_scale: float | None = key(None, "initial per-channel scale of each residual branch; null = none", above=0)
 
     def __post_init__(self) -> None:
@@ -157,6 +158,10 @@ class VisionTransformer(nn.Module):
                 module.reset_parameters()
         self.patch_embed.proj.reset_parameters()
         trunc_normal_(self.pos_embed, std=0.02)
+        if self.config.position_init == "sincos":
+            side = self.config.image_size // self.config.patch_size
+            with torch.no_grad():
+                self.pos_embed[:, 1:] = sincos_positions((side, side), self.config.shape[0], amplitude=0.5)
         trunc_normal_(self.cls_token, std=0.02)
         zeros_(self.mask_token)
         if self.reg_token is not None:

@@ -284,3 +284,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def untrained(config: RunConfig) -> Encoder:
+    """The encoder that a run begins with: same shape, same seed, no step taken."""
+    torch.manual_seed(config.seed)
+    method = METHODS[config.method.name](config.method, config.model, config.views)
+    return Encoder(config.encoder(), method.backbone)

@@ -27,7 +27,7 @@ def naive(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int, tem
     predictions = []
     for q in queries.astype(np.float64):
         similarities = [float(q @ b / np.linalg.norm(q) / np.linalg.norm(b)) for b in bank.astype(np.float64)]
-        neighbours = sorted(range(len(bank)), key=lambda i: -similarities[i])[:k]  # noqa: B023
+        neighbours = sorted(range(len(bank)), key=lambda i: -similarities[i])[:k]
         scores: dict[int, float] = {}
         for i in neighbours:
             scores[int(labels[i])] = scores.get(int(labels[i]), 0.0) + math.exp(similarities[i] / temperature)
@@ -98,9 +98,7 @@ def test_fast_selection_keeps_neighbours_that_stand_close_together() -> None:
 def test_memory_does_not_grow_with_queries_times_bank(problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is larger than a tile, however many rows there are."""
     sizes = []
-    monkeypatch.setattr(
-        "foveola.evaluation.knn.top", lambda x, k: (sizes.append(x.numel()), top(x, k))[1]
-    )
+    monkeypatch.setattr("foveola.evaluation.knn.top", lambda x, k: (sizes.append(x.numel()), top(x, k))[1])
     queries, bank = torch.randn(3000, 4), torch.randn(50_000, 4)
     similarities, indices = nearest(queries, bank, 5, tile=2**18, bank_chunk=4096)
     assert max(sizes) <= 2**18

@@ -118,6 +118,8 @@ def test_effective_rank_equals_singular_values() -> None:
     p = singular / singular.sum()
     expected = math.exp(-(p * np.log(p)).sum())
     for chunk in (7, 1000):
-        assert effective_rank(torch.tensor(x, dtype=torch.float32), chunk) == pytest.approx(expected, rel=1e-4)
+        assert effective_rank(torch.tensor(x, dtype=torch.float32), chunk) == pytest.approx(
+            expected, rel=1e-4
+        )
     line = torch.randn(20, 1) * torch.randn(1, 5)
     assert effective_rank(line) == pytest.approx(1, abs=0.02)

@@ -1,0 +1,160 @@
+"""`foveola demo`: pretrain on the built-in pictures, ask whether it helped, and draw what was learned."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveola.data.sources import open_source
+from foveola.evaluation import retrieval
+from foveola.evaluation.features import FeatureTable, extract
+from foveola.evaluation.knn import KnnConfig
+from foveola.evaluation.protocol import evaluate
+from foveola.models.encoder import Encoder, load
+from foveola.pictures.maps import heat, neighbours, object_attention, outline
+from foveola.pictures.panel import Picture, Row, panel, save
+from foveola.training.recipe import RunConfig, resolve
+from foveola.training.run import Run, pretrain, untrained
+from foveola.views.batch import Streams, make_views
+
+MEASURES = {  # of the table: (protocol, metric)
+    "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
+    "object k-NN with masks": ("knn", "top1_masks"),
+    "object k-NN without masks": ("knn", "top1_plain"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Untrained against trained, in percent, for each seed."""
+
+    before: dict[str, list[float]]
+    after: dict[str, list[float]]
+
+    def table(self) -> str:
+        """One line a measure: mean and standard deviation over seeds."""
+        count = len(next(iter(self.before.values())))
+        wide = max(map(len, MEASURES))
+        lines = [f"{'objects never seen in training, %':<{wide}}  {'untrained':>12}  {'trained':>12}  {'change':>14}"]
+        for name in MEASURES:
+            before, after = np.array(self.before[name]), np.array(self.after[name])
+            factor = f"x {after.mean() / before.mean():.1f}" if before.mean() else ""
+            change = f"{after.mean() - before.mean():+.1f}  {factor:>6}"
+            lines.append(f"{name:<{wide}}  {_spread(before):>12}  {_spread(after):>12}  {change:>14}")
+        return "\n".join([*lines, f"mean ± standard deviation over {count} seed{'s' * (count > 1)}"])
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None) -> Comparison:
+    """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png`.
+
+    Runs go to `out/seed-<n>`; a run that is there is resumed or, if finished, reused. Raises UserError for bad
+    overrides, before anything is trained.
+    """
+    before: dict[str, list[float]] = {name: [] for name in MEASURES}
+    after: dict[str, list[float]] = {name: [] for name in MEASURES}
+    config: RunConfig = resolve("demo", overrides)
+    for seed in range(seeds):
+        folder = Path(out) / f"seed-{seed}"
+        changes = {"seed": config.seed + seed, "out": str(folder)}
+        print(f"seed {seed}: training in {folder}", flush=True)
+        run = pretrain(config, **changes)
+        if not run.finished:
+            raise SystemExit(0)
+        for table, encoder in ((before, untrained(run.config)), (after, run.folder)):
+            for name, value in measure(encoder, run.config).items():
+                table[name].append(value)
+    comparison = Comparison(before, after)
+    picture = save(picture_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
+    print(f"\n{comparison.table()}\n\npicture: {picture}\nencoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
+    return comparison
+
+
+def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
+    """The measures of the demo's table, in percent, for one encoder."""
+    settings = {"knn": _knn(config), "retrieval": {"objects": 1000, "workers": 0, "color": vars(config.views.color)}}
+    results = {
+        name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
+        for name in ("knn", "retrieval")
+    }
+    return {title: results[protocol].metrics[metric] for title, (protocol, metric) in MEASURES.items()}
+
+
+def _knn(config: RunConfig) -> dict[str, Any]:
+    return {f: getattr(config.evaluate, f) for f in KnnConfig.__dataclass_fields__}
+
+
+def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Picture:
+    """Crops of both views with the object's mask, attention, and nearest neighbours of held-out objects."""
+    encoder = load(folder)
+    test, train = open_source(config.data or "scenes:", "test"), open_source(config.data or "scenes:", "train")
+    settings = KnnConfig(rows="objects", view="object", context=0.2, workers=0, limit=1500)
+    bank = extract(encoder, train, masks=True, config=settings, progress=False)
+    queries = extract(encoder, test, masks=True, config=settings, progress=False)
+    rng = np.random.default_rng(0)
+    large = torch.nonzero(queries.readable >= 0.15)[:, 0].numpy()
+    chosen = torch.from_numpy(rng.choice(large, count, replace=False))
+    nearest = neighbours(queries.features[chosen], bank.features, found)
+    rows = []
+    for row, near in zip(chosen.tolist(), nearest.tolist(), strict=True):
+        rows.append(_row(encoder, config, test, train, queries, bank, row, near))
+    columns = ["view 1 + mask", "view 2 + mask", "attention", *[f"nearest {i + 1}" for i in range(found)]]
+    return panel("What the encoder learned: held-out objects, their attention, their neighbours in training", columns, rows)
+
+
+def _row(
+    encoder: Encoder,
+    config: RunConfig,
+    test: Any,
+    train: Any,
+    queries: FeatureTable,
+    bank: FeatureTable,
+    row: int,
+    near: list[int],
+) -> Row:
+    names = test.classes
+    target = retrieval.Target(int(queries.pictures[row]), int(queries.objects[row]))
+    size = config.loader.canvas
+    canvases, _ = retrieval.TargetCanvases(test, [target], size, size)[0]
+    assert canvases is not None
+    views = make_views(canvases, config.views, encoder.patch_size, Streams(1, row))
+    assert views.global_objects is not None
+    patches = views.global_objects[0, :, 0]
+    crops = [_pixels(encoder, view) for view in views.global_views[0]]
+    masks = [mask.view(encoder_grid(config)).numpy() for mask in patches]
+    attention = object_attention(encoder, views.global_views[:, 0], views.global_objects[:, 0])[0, 0].numpy()
+    tiles = [outline(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
+    tiles.append(heat(crops[0], attention))
+    label = int(queries.labels[row])
+    captions, right = ["", "", ""], [None, None, None]
+    for other in near:
+        tiles.append(_cut(train, int(bank.pictures[other]), int(bank.objects[other])))
+        captions.append(names[int(bank.labels[other])])
+        right.append(int(bank.labels[other]) == label)
+    return Row(names[label], tiles, captions, right)
+
+
+def encoder_grid(config: RunConfig) -> tuple[int, int]:
+    side = config.views.global_size // config.model.patch_size
+    return side, side
+
+
+def _pixels(encoder: Encoder, view: torch.Tensor) -> Picture:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (encoder.config.transform.mean, encoder.config.transform.std))
+    return (255 * (view * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _cut(source: Any, picture: int, number: int) -> Picture:
+    """A square around an object, cut out of its picture."""
+    sample = source[picture]
+    x0, y0, x1, y1 = sample.objects.boxes[number] * len(sample.image)
+    half = max(x1 - x0, y1 - y0) * 0.6
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    left, top = (round(max(0, v - half)) for v in (x, y))
+    right, bottom = (round(min(len(sample.image), v + half)) for v in (x, y))
+    return sample.image[top:bottom, left:right]
