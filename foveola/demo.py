@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.features import FeatureTable, extract
@@ -16,9 +17,10 @@ from foveola.models.encoder import Encoder, load
 from foveola.pictures.maps import heat, neighbours, object_attention, outline
 from foveola.pictures.panel import Picture, Row, panel, save
 from foveola.training.recipe import RunConfig, resolve
-from foveola.training.run import Run, pretrain, untrained
+from foveola.training.run import pretrain, untrained
 from foveola.views.batch import Streams, make_views
 
+OBJECTS = 1000  # to find among each other
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
     "object k-NN with masks": ("knn", "top1_masks"),
@@ -65,7 +67,7 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | d
         print(f"seed {seed}: training in {folder}", flush=True)
         run = pretrain(config, **changes)
         if not run.finished:
-            raise SystemExit(0)
+            raise UserError(f"stopped at step {run.step} of {run.total_steps}; the same command goes on from there")
         for table, encoder in ((before, untrained(run.config)), (after, run.folder)):
             for name, value in measure(encoder, run.config).items():
                 table[name].append(value)
@@ -77,7 +79,7 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | d
 
 def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
     """The measures of the demo's table, in percent, for one encoder."""
-    settings = {"knn": _knn(config), "retrieval": {"objects": 1000, "workers": 0, "color": vars(config.views.color)}}
+    settings = {"knn": _knn(config), "retrieval": {"objects": OBJECTS, "workers": 0, "color": vars(config.views.color)}}
     results = {
         name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
         for name in ("knn", "retrieval")

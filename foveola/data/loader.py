@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -92,20 +92,29 @@ class Loader:
 
     def __iter__(self) -> Iterator[Canvases]:
         batches = iter(self._dataloader())
-        while True:
-            began = time.perf_counter()
-            canvases, bad = next(batches)
-            if self.device.type != "cpu":
-                canvases = canvases.to(self.device)
-            self._count(len(canvases), bad)
-            self.wait_seconds = time.perf_counter() - began
-            yield canvases
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches)
+                if isinstance(batch, DataError):
+                    raise batch
+                canvases, bad = batch
+                if self.device.type != "cpu":
+                    canvases = canvases.to(self.device)
+                self._count(len(canvases), bad)
+                self.wait_seconds = time.perf_counter() - began
+                yield canvases
+        finally:
+            del batches  # ends the workers now; an error's traceback would keep them
 
     def _dataloader(self) -> DataLoader:
         pin = self.device.type == "cuda"
         steps = _Steps(self.start_step)
+        unused = torch.Generator()  # workers are seeded from it; without one, from the global generator
         if not self.config.workers:
-            return DataLoader(self.batches, None, sampler=steps, collate_fn=_as_it_is, pin_memory=pin)
+            return DataLoader(
+                self.batches, None, sampler=steps, collate_fn=_as_it_is, pin_memory=pin, generator=unused
+            )
         start = self.config.start
         if start == "auto" and sys.platform == "linux":
             start = "fork"
@@ -118,6 +127,7 @@ class Loader:
             num_workers=self.config.workers,
             prefetch_factor=self.config.prefetch,
             worker_init_fn=_begin_worker,
+            generator=unused,
             multiprocessing_context=None if start == "auto" else start,
         )
 
@@ -143,8 +153,11 @@ class _Steps(Sampler[int]):
         return itertools.count(self.start)
 
 
-class _Batches(Dataset[tuple[Canvases, list[str]]]):
-    """Step -> the batch of this rank, and the names of its bad pictures. Picklable, stateless."""
+class _Batches(Dataset):
+    """Step -> the batch of this rank, and the names of its bad pictures. Picklable, stateless.
+
+    An error of the data is returned: raised in a worker, its message would be buried in a traceback.
+    """
 
     def __init__(
         self,
@@ -159,7 +172,14 @@ class _Batches(Dataset[tuple[Canvases, list[str]]]):
         self.source, self.batch_size, self.seed, self.config = source, batch_size, seed, config
         self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
 
-    def __getitem__(self, step: int) -> tuple[Canvases, list[str]]:
+    def __getitem__(self, step: int) -> tuple[Canvases, list[str]] | DataError:
+        try:
+            return self.batch(step)
+        except DataError as error:
+            return error
+
+    def batch(self, step: int) -> tuple[Canvases, list[str]]:
+        """The canvases of one step."""
         across = self.batch_size * self.world_size
         epoch, step_of_epoch = divmod(step, len(self.source) // across)
         start = step_of_epoch * across + self.rank * self.batch_size
@@ -190,11 +210,13 @@ class _Batches(Dataset[tuple[Canvases, list[str]]]):
         """A sample and its pixels, or its stand-in: drawn from (seed, epoch, index), so always the same."""
         stand_ins = None
         for _ in range(1 + STAND_INS):
-            sample = self.source[index]
+            name = f"picture {index}"
             try:
+                sample = self.source[index]
+                name = sample.name
                 return index, sample, decode(sample.image)
             except BadImage as error:
-                bad.append(f"{sample.name} ({error})")
+                bad.append(f"{name} ({error})")
             if stand_ins is None:
                 stand_ins = np.random.default_rng([self.seed, STAND_IN, epoch, index])
             index = int(stand_ins.integers(len(self.source)))
@@ -215,15 +237,16 @@ def _draw_objects(
     return torch.from_numpy(masks), torch.from_numpy(labels)
 
 
-def _as_it_is(batch: tuple[Canvases, list[str]]) -> tuple[Canvases, list[str]]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _begin_worker(_: int) -> None:
     """One thread each, and deaf to the signals that the training process answers by saving and leaving.
 
-    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take the
-    last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers end.
+    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
+    the last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers
+    end.
     """
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):

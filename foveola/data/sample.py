@@ -1,5 +1,6 @@
 """Sample, Objects and Canvases: a picture as read, its objects, and a batch as the loader gives it."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -59,29 +60,30 @@ class Objects:
         corners = boxes.reshape(-1, 2, 2)
         corners = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, 1).astype(np.float32)
         size = corners[:, 2:] - corners[:, :2]
-        areas = size.prod(1) if areas is None else areas.astype(np.float32)
-        keep = np.flatnonzero((size > 0).all(1) & (areas > 0))
+        shares = size.prod(1) if areas is None else areas.astype(np.float32)
+        keep = np.flatnonzero((size > 0).all(1) & (shares > 0))
         if not len(keep):
             return None
         return cls(
             boxes=corners[keep],
-            areas=areas[keep],
+            areas=shares[keep],
             labels=None if labels is None else labels[keep],
-            masks=None if masks is None else tuple(masks[i] for i in keep),
+            masks=None if masks is None else tuple(masks[i] for i in keep.tolist()),
         )
 
     def draw(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
         """The covered share of each pixel of a square mask canvas, times 255; exact for boxes and masks.
 
-        A pixel that is touched at all gets at least 1, so that no object vanishes, however small.
+        A pixel that is touched at all gets at least 1, so that no object vanishes, however small. A mask
+        without a pixel (polygons can be thinner than one) is drawn as its box.
         """
         mask = None if self.masks is None else self.masks[index]
-        if mask is None:
+        full = None if mask is None else full_mask(mask)
+        if full is None or not full.any():
             x0, y0, x1, y1 = self.boxes[index].astype(np.float64) * size
             coverage = np.outer(_overlap(y0, y1, size), _overlap(x0, x1, size))
         else:
-            full = full_mask(mask)
-            rows, columns = _extent(full.any(1)), _extent(full.any(0))
+            rows, columns = _extent(np.any(full, axis=1)), _extent(np.any(full, axis=0))
             down = area_weights(full.shape[0], size)[:, rows]
             across = area_weights(full.shape[1], size)[:, columns]
             coverage = down @ full[rows, columns].astype(np.float32) @ across.T
@@ -159,7 +161,9 @@ def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
         mask = coco.merge(coco.frPyObjects(mask["polygons"], *mask["size"]))
     elif isinstance(mask["counts"], list):  # uncompressed
         mask = coco.frPyObjects(mask, *mask["size"])
-    return coco.decode(mask).astype(bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 on numpy 2
+        return coco.decode(mask).astype(bool)
 
 
 @lru_cache(maxsize=256)
@@ -180,6 +184,6 @@ def _overlap(start: float, end: float, size: int) -> Float[np.ndarray, "size"]:
 
 
 def _extent(flags: Bool[np.ndarray, "N"]) -> slice:
-    """From the first true flag to the last."""
+    """From the first true flag to the last; there is one."""
     found = np.flatnonzero(flags)
-    return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
+    return slice(found[0], found[-1] + 1)

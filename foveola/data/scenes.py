@@ -35,6 +35,7 @@ SCALES = (0.35, 0.8)  # side of a product's frame in the picture's; products fil
 OUTSIDE = 0.2  # at most this share of a product's width and height lies outside the picture
 MIN_VISIBLE = 0.25  # an object of which less is seen is not placed; share of its whole silhouette
 MIN_PIXELS = 8
+SHADOW = 0.5  # of the light that a shadow takes away, at most
 TRIES = 8  # places tried at one size before the product is made smaller
 SHRINKS = 5
 
@@ -250,7 +251,7 @@ def _paint(
     (rows, columns), inside = _window(
         size, thing.top + int(drop[0]), thing.left + int(drop[1]), thing.grey.shape
     )
-    canvas[:, rows, columns] *= 1 - np.float32(rng.uniform(0, 0.5)) * thing.opacity[inside]
+    canvas[:, rows, columns] *= 1 - np.float32(rng.uniform(0, SHADOW)) * thing.opacity[inside]
     (rows, columns), inside = _window(size, thing.top, thing.left, thing.grey.shape)
     grey, opacity = thing.grey[inside], thing.opacity[inside]
     part = canvas[:, rows, columns]

@@ -1,10 +1,14 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+from urllib.parse import unquote
 
 from foveola.config import nearest
-from foveola.data.decode import BadImage, decode
-from foveola.data.sample import DataError, Sample
+from foveola.data.decode import decode
+from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
+from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.scenes import Scenes
 
 __all__ = ["BadImage", "DataError", "Source", "decode", "open_source"]
@@ -23,7 +27,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the labels, if there are any."""
+        """Names of the labels of pictures and objects, if there are any."""
         ...
 
     @property
@@ -33,19 +37,115 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Sample: ...
+    def __getitem__(self, index: int, /) -> Sample:
+        """A sample, its picture not yet decoded. BadImage (with the name) when not even that can be had."""
+        ...
 
     def fingerprint(self) -> str:
-        """Changes when the data would."""
+        """Changes when the data would: names, labels, annotations. Pixels of files are not read for it."""
         ...
 
 
 def open_source(spec: str, split: Split = "train") -> Source:
-    """temporary: scenes only"""
-    kind, _, rest = spec.partition(":")
-    if kind != "scenes":
-        raise DataError(f"unknown data {spec!r}" + str(nearest(kind, ["scenes"])))
-    options = dict(part.split("=", 1) for part in rest.partition("?")[2].split("&") if part)
-    split = options.pop("split", split)
-    low, _, high = options.pop("objects", "2-5").partition("-")
-    return Scenes(split, objects=(int(low), int(high or low)), **{k: int(v) for k, v in options.items()})
+    """Open a data string; docs/data.md describes each kind.
+
+    `split` chooses between the halves of kinds that have them (scenes, tinyimagenet, imagenet), unless the
+    string says `split=`. Raises DataError, on one line, for an unknown kind or option, and for files that are
+    missing or wrong.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in KINDS:
+        raise DataError(_unknown_kind(spec, kind))
+    place, _, query = rest.partition("?")
+    opener, own = KINDS[kind]
+    allowed = own | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
+    options = _parse_options(kind, query, allowed)
+    if kind == "scenes":
+        if place:
+            raise DataError(f"scenes: is built in and has no path, but was given {place!r}")
+        return opener(options.pop("split", split), **options)
+    if not place:
+        raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
+    root = Path(unquote(place)).expanduser()
+    if not root.is_dir():
+        near = nearest(
+            root.name, [path.name for path in root.parent.glob("*/")] if root.parent.is_dir() else []
+        )
+        raise DataError(
+            f"{kind}: no folder {root}" + (f"; did you mean {root.with_name(near)}?" if near else "")
+        )
+    limit, seed = options.pop("limit", None), options.pop("seed", 0)
+    if "split" in own:
+        options.setdefault("split", split)
+        spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
+    source = opener(spec, root, **options)
+    if limit is not None:
+        source.limit(limit, seed)
+    return source
+
+
+def _unknown_kind(spec: str, kind: str) -> str:
+    valid = ", ".join(f"{name}:" for name in KINDS)
+    if spec and Path(spec.partition("?")[0]).expanduser().is_dir():
+        return f"data {spec!r} needs a kind in front; did you mean folder:{spec}?"
+    near = nearest(kind, KINDS)
+    return f"unknown data {spec!r}" + (f"; did you mean {near}:?" if near else f"; valid kinds: {valid}")
+
+
+def _parse_options(kind: str, query: str, allowed: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        name, equals, text = part.partition("=")
+        if name not in allowed:
+            near = nearest(name, allowed)
+            hint = f"did you mean {near}?" if near else f"valid: {', '.join(allowed) or 'none'}"
+            raise DataError(f"{kind}: has no option {name!r}; {hint}")
+        try:
+            if not equals or name in options:
+                raise ValueError("a value, once")
+            options[name] = allowed[name](unquote(text))
+        except ValueError as error:
+            raise DataError(f"{kind}: option {part!r} needs {error}") from None
+    return options
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def _split(text: str) -> str:
+    if text not in ("train", "val", "test"):
+        raise ValueError("train or test")
+    return "train" if text == "train" else "test"
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, dash, high = text.partition("-")
+    if not low.isdecimal() or (dash and not high.isdecimal()):
+        raise ValueError("a range such as 2-5")
+    return int(low), int(high or low)
+
+
+def _path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise ValueError("a path that exists")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ValueError("a folder that exists")
+    return path
+
+
+KINDS: dict[str, tuple[Callable[..., Any], dict[str, Callable[[str], Any]]]] = {
+    "scenes": (Scenes, {"size": _whole, "count": _whole, "seed": _whole, "objects": _range, "split": _split}),
+    "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
+    "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
+    "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
+    "coco": (open_coco, {"annotations": _path}),
+}

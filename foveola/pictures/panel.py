@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 TILE, GAP, LEFT, TOP = 112, 8, 150, 64
-Picture = UInt8[np.ndarray, "H W 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size each
 
 
 @dataclass(frozen=True, eq=False)

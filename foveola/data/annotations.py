@@ -1,0 +1,288 @@
+"""Readers of object annotations: own boxes, PNG label maps, ImageNet's XML files, COCO's JSON.
+
+A reader is called as `reader(row, file, path, label)` for picture `row` of a source, `file` below its folder
+and `path` on disk, and returns what to decode and the objects in it. Everything is kept in a few arrays
+rather than in many Python objects: forked workers share arrays, but copy the memory of every object that they
+look at.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+from PIL import Image
+
+from foveola.data.decode import picture_size
+from foveola.data.sample import BadImage, DataError, Objects
+
+Reader = Callable[[int, str, Path, int], tuple[Path | bytes, Objects | None]]
+
+
+class Packed:
+    """Many byte strings in two arrays."""
+
+    def __init__(self, items: Iterable[bytes]) -> None:
+        items = list(items)
+        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
+        self.bytes = np.frombuffer(b"".join(items), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self.ends[index - 1] if index else 0
+        return self.bytes[start : self.ends[index]].tobytes()
+
+
+class BoxTable:
+    """Boxes (x0, y0, x1, y1) of many pictures in pixels, each with a label or -1."""
+
+    def __init__(self, boxes: Sequence[Sequence[tuple[float, float, float, float, int]]]) -> None:
+        self.ends = np.cumsum([len(some) for some in boxes], dtype=np.int64)
+        flat = [box for some in boxes for box in some]
+        self.boxes = np.array([box[:4] for box in flat], np.float32).reshape(-1, 4)
+        self.labels = np.array([box[4] for box in flat], np.int64)
+
+    def of(self, row: int) -> tuple[Float32[np.ndarray, "K 4"], Int64[np.ndarray, "K"]]:
+        """The boxes and labels of one picture."""
+        part = slice(self.ends[row - 1] if row else 0, self.ends[row])
+        return self.boxes[part], self.labels[part]
+
+    def digest(self) -> str:
+        """A hash of all of it."""
+        parts = (self.ends, self.boxes, self.labels)
+        return hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
+
+
+class PixelBoxes:
+    """Reader of boxes in pixels. `size` is the (width, height) of all pictures; None: each has its own."""
+
+    def __init__(self, table: BoxTable, size: tuple[int, int] | None = None) -> None:
+        self.table, self.size = table, size
+
+    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+        boxes, labels = self.table.of(row)
+        if not len(boxes):
+            return path, None
+        data, size = path, self.size
+        if size is None:
+            try:
+                data = path.read_bytes()
+                size = picture_size(data)
+            except (OSError, BadImage):
+                return path, None  # whoever decodes it will say why
+        labels = np.where(labels < 0, label, labels)
+        return data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels)
+
+
+class LabelMaps:
+    """Reader of PNG label maps, named like the pictures: a value per object, 0 and `ignore` for none."""
+
+    def __init__(self, folder: Path, ignore: int | None = None) -> None:
+        self.folder, self.ignore = folder, ignore
+
+    def path(self, file: str) -> Path:
+        """Where the label map of a picture would be."""
+        return self.folder / Path(file).with_suffix(".png")
+
+    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+        where = self.path(file)
+        if not where.is_file():
+            return path, None
+        try:
+            picture = Image.open(where)
+            values = np.asarray(picture)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadImage(f"{file}: its label map {where} cannot be read") from error
+        if values.ndim != 2:
+            raise DataError(
+                f"{where}: a label map has one channel (grey or palette), this one is {picture.mode}"
+            )
+        found = [value for value in np.unique(values) if value not in (0, self.ignore)]
+        if not found:
+            return path, None
+        masks = [values == value for value in found]
+        return path, mask_objects(masks, np.full(len(masks), label))
+
+
+class XmlBoxes:
+    """Reader of ILSVRC2012 XML files: `<folder>/<class>/<name>.xml` or `<folder>/<name>.xml`.
+
+    XML boxes are in pixels of the size that the XML states, which is not always the picture's. Class names in
+    the files are not to be trusted: objects get the picture's label.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, file: str) -> Path | None:
+        """The XML file of a picture, if there is one."""
+        name = Path(file).with_suffix(".xml")
+        return next((p for p in (self.folder / name, self.folder / name.name) if p.is_file()), None)
+
+    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+        where = self.path(file)
+        if where is None:
+            return path, None
+        try:
+            boxes = read_xml(where)
+        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+            raise BadImage(f"{file}: its annotation {where} cannot be read") from error
+        return path, Objects.from_boxes(boxes, np.full(len(boxes), label))
+
+
+class CocoObjects:
+    """Reader of COCO instances: boxes, and masks (polygons or RLE), packed until asked for."""
+
+    def __init__(
+        self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
+    ) -> None:
+        self.sizes = sizes  # width, height
+        boxes, areas, masks = [], [], []
+        for (width, height), some in zip(sizes.tolist(), annotations, strict=True):
+            rows = []
+            for annotation in some:
+                x, y, w, h = annotation["bbox"]
+                rows.append((x, y, x + w, y + h, labels[annotation["category_id"]]))
+                areas.append(annotation.get("area", w * h) / (width * height))
+                masks.append(_pack_mask(annotation.get("segmentation"), height, width))
+            boxes.append(rows)
+        self.table, self.masks = BoxTable(boxes), Packed(masks)
+        self.areas = np.array(areas, np.float32)
+
+    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+        boxes, labels = self.table.of(row)
+        if not len(boxes):
+            return path, None
+        first = int(self.table.ends[row]) - len(boxes)
+        width, height = (int(side) for side in self.sizes[row])
+        masks = [_unpack_mask(self.masks[i], height, width) for i in range(first, first + len(boxes))]
+        areas = self.areas[first : first + len(boxes)]
+        unit = boxes / np.array([width, height, width, height], np.float32)
+        return path, Objects.from_boxes(unit, labels, masks, areas)
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def read_boxes(path: Path) -> dict[str, list[tuple[float, float, float, float, str]]]:
+    """Own boxes in pixels by picture name, from CSV or JSON. Raises DataError with what is wrong, and where.
+
+    CSV: lines `name,x0,y0,x1,y1[,label]`, with or without a header. JSON: {"name": [[x0, y0, x1, y1], ...]}
+    with the label as fifth. x1 and y1 are where the box ends: over the whole of a 640x480 picture it is
+    0,0,640,480.
+    """
+    if not path.is_file():
+        raise DataError(f"no file of boxes {path}")
+    found: dict[str, list[tuple[float, float, float, float, str]]] = {}
+    highest = 0.0
+    for where, name, fields in _json_boxes(path) if path.suffix == ".json" else _csv_boxes(path):
+        try:
+            x0, y0, x1, y1 = (float(value) for value in fields[:4])
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: a box is x0, y0, x1, y1 and perhaps a label, not {fields}") from None
+        left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+        if not (max(left, 0) < right < float("inf") and max(top, 0) < bottom < float("inf")):
+            raise DataError(f"{where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g} has no area inside the picture")
+        highest = max(highest, right, bottom)
+        found.setdefault(name, []).append(
+            (left, top, right, bottom, str(fields[4]) if len(fields) > 4 else "")
+        )
+    if found and highest <= 1:
+        raise DataError(f"{path}: boxes are in pixels, but none here reaches beyond 1")
+    return found
+
+
+def _csv_boxes(path: Path) -> Iterable[tuple[str, str, Sequence[Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for number, line in enumerate(csv.reader(file), start=1):
+            fields = [field.strip() for field in line]
+            if any(fields) and not (
+                number == 1 and len(fields) > 1 and fields[1].lower() in ("x0", "xmin", "x")
+            ):
+                yield f"{path}, line {number}", fields[0], fields[1:]
+
+
+def _json_boxes(path: Path) -> Iterable[tuple[str, str, Sequence[Any]]]:
+    tree = read_json(path)
+    if not isinstance(tree, dict) or not all(isinstance(boxes, list) for boxes in tree.values()):
+        raise DataError(f'{path}: must be {{"picture name": [[x0, y0, x1, y1], ...], ...}}')
+    for name, boxes in tree.items():
+        for box in boxes:
+            yield f"{path}, {name}", name, box if isinstance(box, list) else [box]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises DataError with the line of what is wrong."""
+    if not path.is_file():
+        raise DataError(f"no annotation file {path}")
+    try:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not JSON (not even text)") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+
+
+def read_xml(path: Path) -> Float[np.ndarray, "K 4"]:
+    """All boxes of an ILSVRC2012 XML file in units of the size that it states."""
+    root = ElementTree.parse(path).getroot()
+    size = [float(root.find(f"size/{side}").text) for side in ("width", "height")]  # type: ignore[union-attr, arg-type]
+    if min(size) <= 0:
+        raise ValueError(f"size {size}")
+    names = ("xmin", "ymin", "xmax", "ymax")
+    boxes = [[float(box.find(name).text) for name in names] for box in root.iterfind("object/bndbox")]  # type: ignore
+    return np.array(boxes, np.float64).reshape(-1, 4) / (size * 2)
+
+
+# -- masks ------------------------------------------------------------------------------------------------
+
+
+def mask_objects(masks: Sequence[Bool[np.ndarray, "H W"]], labels: Int64[np.ndarray, "K"]) -> Objects:
+    """Objects of masks that are not empty: boxes around them, and their true areas."""
+    height, width = masks[0].shape
+    boxes = np.empty((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box[:] = xs[0] / width, ys[0] / height, (xs[-1] + 1) / width, (ys[-1] + 1) / height
+    return Objects(boxes, np.array([mask.mean() for mask in masks], np.float32), labels, tuple(masks))
+
+
+def _pack_mask(segmentation: Any, height: int, width: int) -> bytes:
+    """Polygons as float32 with a NaN after each ring, RLE as compressed counts; a letter tells them apart."""
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            segmentation = _compress(segmentation, height, width)
+        counts = segmentation["counts"]
+        return b"r" + (counts.encode() if isinstance(counts, str) else counts)
+    rings = [ring for ring in segmentation or [] if len(ring) >= 6]  # fewer points enclose nothing
+    if not rings:
+        return b""
+    return b"p" + np.concatenate([[*ring, np.nan] for ring in rings]).astype(np.float32).tobytes()
+
+
+def _compress(segmentation: Any, height: int, width: int) -> Any:
+    """Compressed RLE of RLE whose counts are a list."""
+    from pycocotools import mask as coco
+
+    return coco.frPyObjects(segmentation, height, width)
+
+
+def _unpack_mask(packed: bytes, height: int, width: int) -> dict | None:
+    if not packed:
+        return None
+    size = [height, width]
+    if packed[:1] == b"r":
+        return {"size": size, "counts": packed[1:]}
+    points = np.frombuffer(packed, np.float32, offset=1)
+    ends = np.flatnonzero(np.isnan(points))
+    starts = [0, *(ends[:-1] + 1)]
+    return {"size": size, "polygons": [points[a:b].tolist() for a, b in zip(starts, ends, strict=True)]}

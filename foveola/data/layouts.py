@@ -1,0 +1,286 @@
+"""How data sets lie on disk: class folders, Tiny ImageNet, ImageNet, COCO. An opener returns `Pictures`."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from foveola.config import nearest
+from foveola.data.annotations import (
+    BoxTable,
+    CocoObjects,
+    LabelMaps,
+    Packed,
+    PixelBoxes,
+    Reader,
+    XmlBoxes,
+    read_boxes,
+    read_json,
+)
+from foveola.data.sample import DataError, Sample
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+PROBES = 500  # pictures looked at to see whether a folder of annotations belongs to them
+
+
+class Pictures:
+    """Picture files below a folder. `labels` are -1 where unknown; `reader` finds a picture's objects."""
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+        reader: Reader | None = None,
+        annotations: str = "",
+    ) -> None:
+        self.name, self.root, self.reader = name, root, reader
+        self.classes = None if classes is None else tuple(classes)
+        self.files = Packed(os.fsencode(file) for file in files)
+        self.labels = np.full(len(files), -1) if labels is None else np.array(labels, np.int64)
+        self.rows = np.arange(len(files))
+        self.annotations = annotations  # tells these annotations from others, for the fingerprint
+        self.has_objects = reader is not None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.rows[index])
+        file, label = os.fsdecode(self.files[row]), int(self.labels[row])
+        image, objects = self.root / file, None
+        if self.reader is not None:
+            image, objects = self.reader(row, file, image, label)
+        return Sample(image, file, objects, None if label < 0 else label)
+
+    def fingerprint(self) -> str:
+        """A hash of file names, labels, annotations and the rows in use; the same wherever the folder is."""
+        digest = hashlib.sha256(f"{self.classes} {self.annotations}".encode())
+        for array in (self.files.bytes, self.files.ends, self.labels, self.rows):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def limit(self, count: int, seed: int) -> None:
+        """Keep `count` pictures, drawn evenly from all, in their order."""
+        drawn = np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count]
+        self.rows = self.rows[np.sort(drawn)]
+
+
+def open_folder(
+    name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
+) -> Pictures:
+    """Pictures below a folder: class subfolders make labels; own boxes or label maps make objects."""
+    files = _find(root, without=masks)
+    tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
+    folders = {top for top in tops if top is not None}
+    if boxes is not None and masks is not None:
+        raise DataError("folder: takes boxes= or masks=, not both")
+    found = {} if boxes is None else read_boxes(boxes)
+    classes = sorted(folders | {box[4] for some in found.values() for box in some if box[4]})
+    index = {label: number for number, label in enumerate(classes)}
+    reader, stamp = None, ""
+    if boxes is not None:
+        rows: list[list] = [[] for _ in files]
+        for key, row in _match_names(found, files, boxes).items():
+            rows[row] += [(*box[:4], index[box[4]] if box[4] else -1) for box in found[key]]
+        table = BoxTable(rows)
+        reader, stamp = PixelBoxes(table), table.digest()
+    elif masks is not None:
+        reader = maps = LabelMaps(masks, ignore)
+        stamp = f"{masks.name} {ignore}"
+        _probe(files, masks, lambda file: maps.path(file).is_file())
+    labels = [-1 if top is None else index[top] for top in tops]
+    return Pictures(name, root, files, labels, classes or None, reader, stamp)
+
+
+def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
+    """Tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
+    words = _read_table(root / "words.txt", 2) if (root / "words.txt").is_file() else []
+    wnids = sorted(row[0] for row in _read_table(root / "wnids.txt", 1))
+    index = {wnid: number for number, wnid in enumerate(wnids)}
+    if split == "train":
+        tables = [(wnid, root / "train" / wnid / f"{wnid}_boxes.txt") for wnid in wnids]
+        listed = [
+            (f"train/{wnid}/images/{row[0]}", wnid, *row[1:5])
+            for wnid, t in tables
+            for row in _read_table(t, 5)
+        ]
+    else:
+        listed = [
+            (f"val/images/{row[0]}", *row[1:6])
+            for row in _read_table(root / "val" / "val_annotations.txt", 6)
+        ]
+    folders = sorted({row[0].rsplit("/", 1)[0] for row in listed})
+    present = {f"{folder}/{name}" for folder in folders for name in _find(root / folder)}
+    listed = sorted(row for row in listed if row[0] in present)  # subsets often keep the full lists
+    if len(listed) < len(present):
+        nameless = min(present - {row[0] for row in listed})
+        raise DataError(f"{root}: {len(present) - len(listed)} pictures are not listed, such as {nameless}")
+    files, labels, boxes = [], [], []
+    for file, wnid, *corners in listed:
+        if wnid not in index or not all(corner.isdecimal() for corner in corners):
+            raise DataError(f"{root}: the line of {file} is not: class in wnids.txt, 4 whole numbers")
+        x0, y0, x1, y1 = (int(corner) for corner in corners)
+        files.append(file)
+        labels.append(index[wnid])
+        # Corners are the first and last pixel. Boxes of one pixel are what is left of objects beyond the cut.
+        boxes.append([(x0, y0, x1 + 1, y1 + 1, index[wnid])] if x1 > x0 and y1 > y0 else [])
+    names = {row[0]: row[1].split(",")[0] for row in words}
+    classes = [f"{wnid} {names[wnid]}" if wnid in names else wnid for wnid in wnids]
+    table = BoxTable(boxes)
+    return Pictures(name, root, files, labels, classes, PixelBoxes(table, (64, 64)), table.digest())
+
+
+def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> Pictures:
+    """ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
+    half = "train" if split == "train" else "val"
+    places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
+    base = next((place for place in places if place.is_dir()), None)
+    if base is None:
+        raise DataError(
+            f"imagenet: no folder {half} in {root} (use folder: for class folders without train and val)"
+        )
+    files = _find(base)
+    nested = "/" in files[0]
+    wnids = [file.split("/", 1)[0] for file in files] if nested else _flat_labels(root, base, files)
+    classes = sorted(set(wnids))
+    index = {wnid: number for number, wnid in enumerate(classes)}
+    reader = None
+    if boxes is not None:
+        inner = [boxes / half, boxes / "Annotations" / "CLS-LOC" / half]
+        reader = xml = XmlBoxes(next((place for place in inner if place.is_dir()), boxes))
+        _probe(files, xml.folder, lambda file: xml.path(file) is not None)
+    stamp = "" if boxes is None else boxes.name
+    return Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader, stamp)
+
+
+def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
+    """Classes of pictures without class folders, from Kaggle's LOC_val_solution.csv (ImageId, classes)."""
+    places = [folder / "LOC_val_solution.csv" for folder in (root, base.parent)]
+    table = next((place for place in places if place.is_file()), None)
+    if table is None:
+        raise DataError(
+            f"imagenet: {base} has no class folders, and {root} no LOC_val_solution.csv to tell classes"
+        )
+    with table.open(newline="") as file:
+        classes = {row[0]: row[1].split(" ", 1)[0] for row in csv.reader(file) if len(row) > 1}
+    unknown = [file for file in files if Path(file).stem not in classes]
+    if unknown:
+        raise DataError(
+            f"{table}: says nothing about {len(unknown)} pictures of {base}, such as {unknown[0]}"
+        )
+    return [classes[Path(file).stem] for file in files]
+
+
+def open_coco(name: str, root: Path, annotations: Path | None = None) -> Pictures:
+    """COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
+    if annotations is None:
+        raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
+    tree = read_json(annotations)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(tree, dict) or not isinstance(tree.get(part), list):
+            raise DataError(f"{annotations}: has no list {part!r}; is it an instances file of COCO?")
+    if not tree["images"]:
+        raise DataError(f"{annotations}: lists no pictures")
+    try:
+        images = sorted(tree["images"], key=lambda image: image["id"])
+        row_of = {image["id"]: row for row, image in enumerate(images)}
+        categories = sorted(tree["categories"], key=lambda category: category["id"])
+        label_of = {category["id"]: label for label, category in enumerate(categories)}
+        per_picture: list[list[dict]] = [[] for _ in images]
+        for annotation in tree["annotations"]:
+            if not annotation.get("iscrowd"):  # crowds are areas, not objects
+                per_picture[row_of[annotation["image_id"]]].append(annotation)
+        sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
+        files = [image["file_name"] for image in images]
+        reader = CocoObjects(sizes, per_picture, label_of)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
+        ) from error
+    _check_listed(root, files)
+    classes = [category["name"] for category in categories]
+    return Pictures(name, root, files, None, classes, reader, reader.table.digest())
+
+
+# -- finding and checking ---------------------------------------------------------------------------------
+
+
+def _find(root: Path, without: Path | None = None) -> list[str]:
+    """All picture files below a folder, by extension, sorted; hidden ones and one folder left out."""
+    found = []
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".") and Path(folder, name) != without]
+        prefix = Path(folder).relative_to(root).as_posix() + "/" if folder != str(root) else ""
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 (speed)
+                found.append(prefix + name)
+    if not found:
+        kind = "is empty" if not any(root.iterdir()) else f"holds no pictures ({' '.join(sorted(SUFFIXES))})"
+        raise DataError(f"folder {root} {kind}")
+    return sorted(found)
+
+
+def _check_listed(root: Path, files: list[str]) -> None:
+    """Every listed file is there. One look into each folder: a million separate questions take minutes."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if folder not in present:
+            present[folder] = (
+                {p.name for p in (root / folder).iterdir()} if (root / folder).is_dir() else set()
+            )
+        if name not in present[folder]:
+            missing.append(file)
+    if missing:
+        count = f"{len(missing)} of {len(files)} annotated pictures"
+        raise DataError(f"{root}: {count} are missing, such as {missing[0]}")
+
+
+def _probe(files: list[str], folder: Path, has: Callable[[str], bool]) -> None:
+    if not any(has(file) for file in files[:: max(len(files) // PROBES, 1)]):
+        raise DataError(f"{folder}: no annotation there belongs to any of the pictures, such as {files[0]}")
+
+
+def _match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
+    """Which of the picture `files` each name in an annotation file means: by path, or by unique file name.
+
+    Raises DataError for names that no picture has.
+    """
+    by_path = {file: row for row, file in enumerate(files)}
+    by_name: dict[str, int] = {}
+    for row, file in enumerate(files):
+        name = file.rsplit("/", 1)[-1]
+        by_name[name] = -1 if name in by_name else row
+    rows, missing = {}, []
+    for name in named:
+        row = by_path.get(name.replace("\\", "/"), by_name.get(name, -1))
+        if row < 0:
+            missing.append(name)
+        rows[name] = row
+    if missing:
+        near = nearest(missing[0], [*by_path, *by_name][:100000])
+        raise DataError(
+            f"{where}: {len(missing)} of {len(rows)} pictures that it names are missing, such as {missing[0]}"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    return rows
+
+
+def _read_table(path: Path, columns: int) -> list[list[str]]:
+    """Lines of tab-separated fields."""
+    if not path.is_file():
+        raise DataError(f"no file {path}")
+    rows = [
+        line.rstrip("\r").split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
+    for number, row in enumerate(rows, start=1):
+        if len(row) < columns:
+            raise DataError(f"{path}, line {number}: {len(row)} fields where {columns} are expected")
+    return rows

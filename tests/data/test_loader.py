@@ -1,0 +1,331 @@
+"""The loader: its order, its resuming, its counting of bad pictures, and its workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveola.config import ConfigError, build
+from foveola.data.decode import to_canvas
+from foveola.data.loader import Loader, LoaderConfig, epoch_order
+from foveola.data.sample import BadImage, Canvases, DataError, Objects, Sample
+from foveola.data.scenes import Scenes
+from foveola.data.sources import open_source
+
+
+class Numbered:
+    """Flat pictures that show their own number; `bad` ones cannot be read."""
+
+    name, classes, has_objects = "numbered:", None, True
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            if index % 2:
+                raise BadImage(f"number {index}: no annotation")
+            return Sample(b"", f"number {index}")
+        boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0, 1, 1], [0, 0.5, 1, 1]])
+        objects = Objects.from_boxes(boxes, np.array([0, 1, 2])) if index % 4 else None
+        return Sample(np.full((8, 16, 3), index % 256, np.uint8), f"number {index}", objects, label=index)
+
+    def fingerprint(self) -> str:
+        return str(self.count)
+
+
+def config(**changes: Any) -> LoaderConfig:
+    return build(LoaderConfig, {"canvas": 8, "mask_canvas": 8, "workers": 0} | changes)
+
+
+def loader(source: Any = None, batch_size: int = 4, seed: int = 0, **options: Any) -> Loader:
+    made = config(**options.pop("config", {}))
+    return Loader(source or Numbered(30), batch_size, seed, made, with_objects=True, **options)
+
+
+def take(some: Loader, count: int) -> list[Canvases]:
+    return list(islice(some, count))
+
+
+def equal(a: Canvases, b: Canvases) -> bool:
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Canvases)]
+    return all(x == y if isinstance(x, int) else torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_batch_is_what_the_samples_say():
+    source = Scenes(size=40, count=20)
+    batch = next(iter(loader(source, config={"canvas": 24, "mask_canvas": 10, "objects_per_image": 3})))
+    assert batch.object_masks.shape == (4, 3, 10, 10)
+    for row, index in enumerate(batch.indices.tolist()):
+        sample = source[index]
+        assert sample.objects is not None
+        assert isinstance(sample.image, np.ndarray)
+        assert torch.equal(batch.images[row], to_canvas(sample.image, 24))
+        assert batch.labels[row] == sample.label
+        drawn = [sample.objects.draw(k, 10) for k in range(len(sample.objects))]
+        for mask, label in zip(batch.object_masks[row], batch.object_labels[row], strict=True):
+            assert sample.objects.labels is not None
+            matching = [k for k, one in enumerate(drawn) if np.array_equal(one, mask.numpy())]
+            assert label in sample.objects.labels[matching]
+    assert not batch.whole.any()
+    assert torch.equal(batch.aspects, torch.ones(4))
+
+
+def test_without_annotation_the_object_is_the_whole_picture():
+    batch = take(loader(batch_size=30), 1)[0]
+    bare = batch.indices % 4 == 0
+    assert torch.equal(batch.whole[:, 0], bare)
+    assert (batch.object_masks[bare] == 255).all()
+    assert (batch.object_labels[bare] == -1).all()
+    assert (batch.object_masks[~bare].float().mean((1, 2, 3)) < 255).all()
+    assert torch.equal(batch.aspects, torch.full((30,), 2.0))
+    plain = next(iter(Loader(Numbered(30), 30, 0, config(), with_objects=False)))
+    assert plain.whole.all()
+    assert (plain.object_masks == 255).all()
+    assert torch.equal(plain.labels, plain.indices)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 5), (2, 5), (3, 2)])
+def test_an_epoch_visits_each_sample_once_over_all_ranks(ranks: int, batch_size: int):
+    made = [loader(batch_size=batch_size, rank=rank, world_size=ranks) for rank in range(ranks)]
+    steps = 30 // (ranks * batch_size)
+    assert {each.steps_per_epoch for each in made} == {steps}
+    streams = [take(each, 2 * steps) for each in made]
+    for epoch in range(2):
+        parts = [batch for stream in streams for batch in stream[epoch * steps : (epoch + 1) * steps]]
+        assert sorted(torch.cat([batch.indices for batch in parts]).tolist()) == list(range(30))
+    together = torch.cat([stream[k].indices for k in range(steps) for stream in streams])
+    assert together.tolist() == epoch_order(0, 0, 30).tolist()
+
+
+def test_what_does_not_fill_a_batch_is_left_out():
+    made = loader(Numbered(11), batch_size=2, world_size=2)
+    assert made.steps_per_epoch == 2
+    seen = torch.cat([batch.indices for batch in take(made, 2)]).tolist()
+    assert len(set(seen)) == len(seen) == 4
+
+
+def test_seeds_and_epochs_differ_and_repeat():
+    order = [batch.indices.tolist() for batch in take(loader(batch_size=30), 3)]
+    assert order == [batch.indices.tolist() for batch in take(loader(batch_size=30), 3)]
+    assert order[0] != order[1] != order[2]
+    assert take(loader(batch_size=30, seed=1), 1)[0].indices.tolist() != order[0]
+
+
+def test_each_epoch_chooses_objects_anew():
+    batches = take(loader(batch_size=30, config={"choose": "uniform"}), 60)
+    chosen: dict[int, Counter] = {index: Counter() for index in range(30)}
+    for batch in batches:
+        for index, label in zip(batch.indices.tolist(), batch.object_labels[:, 0].tolist(), strict=True):
+            chosen[index][label] += 1
+    for index, counts in chosen.items():
+        assert set(counts) == ({-1} if index % 4 == 0 else {0, 1, 2})
+        assert index % 4 == 0 or min(counts.values()) > 6
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 15])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_at_any_step_gives_the_same_batches(workers: int, start: int):
+    whole = take(loader(seed=5), start + 9)  # 7 steps an epoch
+    part = take(loader(seed=5, start_step=start, config={"workers": workers}), 9)
+    assert all(equal(a, b) for a, b in zip(whole[start:], part, strict=True))
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_any_way_to_start_workers_gives_the_same_batches(how: str):
+    if sys.platform == "win32" and how == "fork":
+        pytest.skip("no fork on Windows")
+    source = open_source("scenes:?size=32&count=20")
+    alone = take(loader(source), 4)
+    helped = take(loader(source, config={"workers": 2, "start": how, "prefetch": 1}), 4)
+    assert all(equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(loader(config={"workers": 1}), 2)
+    take(loader(), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- bad pictures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_are_replaced_counted_and_named(workers: int):
+    source = Numbered(400, bad=(7, 100))
+    made = loader(source, batch_size=20, config={"workers": workers})
+    batches = take(made, 20)
+    assert made.bad_count == 2
+    assert made.bad_names == {"number 100 (the file is empty)", "picture 7 (number 7: no annotation)"}
+    assert sum(batch.skipped for batch in batches) == 2
+    seen = torch.cat([batch.indices for batch in batches])
+    assert not {7, 100} & set(seen.tolist())
+    order = epoch_order(0, 0, 400)
+    stood_in = np.flatnonzero(seen.numpy() != order)
+    assert sorted(order[stood_in].tolist()) == [7, 100]
+    for batch in batches:
+        assert torch.equal(batch.images[:, 0, 0, 0], batch.indices.to(torch.uint8))
+    again = take(loader(source, batch_size=20), 20)
+    assert torch.equal(torch.cat([batch.indices for batch in again]), seen)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_pictures_stop_with_one_line(workers: int):
+    made = loader(Numbered(400, bad=tuple(range(0, 40, 2))), batch_size=20, config={"workers": workers})
+    with pytest.raises(
+        DataError, match=r"numbered:: \d+ of \d+ pictures cannot be read, more than"
+    ) as caught:
+        take(made, 20)
+    assert "\n" not in str(caught.value)
+    assert "(the file is empty)" in str(caught.value)
+    take(loader(Numbered(400, bad=(2, 4)), batch_size=20, config={"max_bad": 0.05}), 20)
+
+
+def test_the_share_of_bad_pictures_is_judged_on_enough():
+    order = epoch_order(0, 0, 400)
+    source = Numbered(400, bad=(int(order[0]) // 2 * 2,))
+    take(loader(source, batch_size=4), 30)  # 1 of 4 at first, 1 of 120 in the end
+    small = Numbered(20, bad=(4,))
+    with pytest.raises(DataError, match="1 of 20"):  # an epoch is enough, however small
+        take(loader(small, batch_size=4), 10)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_pictures(workers: int):
+    with pytest.raises(DataError, match=r"^numbered:: 20 pictures cannot be read, such as [^\n]*$"):
+        take(loader(Numbered(9, bad=tuple(range(9))), config={"workers": workers}), 1)
+
+
+def test_broken_files_on_disk(tmp_path: Path):
+    for k in range(120):
+        Image.fromarray(np.full((10, 12, 3), k, np.uint8)).save(tmp_path / f"{k:03}.jpg")
+    (tmp_path / "005.jpg").write_bytes(b"")
+    whole = (tmp_path / "006.jpg").read_bytes()
+    (tmp_path / "006.jpg").write_bytes(whole[: len(whole) // 2])
+    made = loader(open_source(f"folder:{tmp_path}"), batch_size=40, config={"max_bad": 0.02, "workers": 1})
+    take(made, 3)
+    assert sorted(name.split()[0] for name in made.bad_names) == ["005.jpg", "006.jpg"]
+
+
+def test_too_few_pictures():
+    with pytest.raises(DataError, match=r"numbered:: 7 pictures do not fill one batch of 8; use"):
+        loader(Numbered(7), batch_size=8)
+    with pytest.raises(DataError, match=r"batch of 16 \(2 processes x 8\)"):
+        loader(Numbered(15), batch_size=8, world_size=2)
+
+
+def test_configuration_is_checked():
+    for key, value in (("canvas", 4), ("workers", -1), ("max_bad", 2), ("choose", "biggest")):
+        with pytest.raises(ConfigError, match=key):
+            config(**{key: value})
+
+
+# -- workers ----------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_measured():
+    class Slow(Numbered):
+        def __getitem__(self, index: int) -> Sample:
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    made = loader(Slow(30), batch_size=10)
+    take(made, 1)
+    assert 0.1 <= made.wait_seconds < 5
+
+
+SCRIPT = """
+import os, signal, sys, time
+from multiprocessing import active_children
+from foveola.data.loader import Loader, LoaderConfig
+from foveola.data.scenes import Scenes
+config = LoaderConfig(canvas=32, mask_canvas=8, workers=2)
+made = Loader(Scenes(size=32, count=40), 4, 0, config, with_objects=True)
+batches = iter(made)
+next(batches)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+"""
+
+
+def start(code: str) -> subprocess.Popen:
+    """The script in a process group of its own."""
+    command = [sys.executable, "-c", SCRIPT + code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals tell their sender on Linux only")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_survive_a_signal_to_the_whole_group(number: signal.Signals):
+    """As Ctrl-C and batch systems send it: the training process decides what to do, and needs its batches."""
+    process = start(
+        "print('ready', flush=True); input()\n"
+        "for _ in range(20): next(batches)\n"
+        "print(len(active_children()))\n"
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+        os.killpg(process.pid, number)
+        out, errors = process.communicate("go on\n", timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, errors) == (0, "2\n", "")
+
+
+def test_leaving_with_a_loader_in_use_does_not_hang():
+    process = start("print('end')")
+    try:
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, errors) == (0, "end\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_when_the_training_process_is_killed():
+    process = start("print(*[child.pid for child in active_children()], flush=True); input()")
+    try:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+    finally:
+        process.kill()
+    process.communicate(timeout=60)
+    assert len(workers) == 2
+    deadline = time.perf_counter() + 30
+    while any(alive(pid) for pid in workers):
+        assert time.perf_counter() < deadline, "workers outlive the training process"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_the_gpu():
+    alone, moved = take(loader(), 3), take(loader(device="cuda", config={"workers": 2}), 3)
+    assert all(batch.images.device.type == "cuda" for batch in moved)
+    assert all(equal(a, b.to("cpu")) for a, b in zip(alone, moved, strict=True))

@@ -1,0 +1,49 @@
+"""The demo, cut short: it trains, compares on held-out objects, and draws; a second call trains nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveola import demo as module
+from foveola.demo import MEASURES, Comparison, demo
+
+SHORT = [
+    "duration=2 steps",
+    "batch_size=8",
+    "data='scenes:?size=32&count=48&objects=3-4'",
+    "evaluate.limit=24",
+    "loader.workers=0",
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=1",
+    "optimizer.lr.warmup=0 steps",
+]
+
+
+def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(module, "OBJECTS", 16)
+    comparison = demo(tmp_path, seeds=2, overrides=SHORT)
+    assert set(comparison.before) == set(comparison.after) == set(MEASURES)
+    assert all(len(values) == 2 and all(0 <= v <= 100 for v in values) for values in comparison.after.values())
+    picture = np.asarray(Image.open(tmp_path / "demo.png"))
+    assert picture.ndim == 3
+    assert picture.std() > 20
+    printed = capsys.readouterr().out
+    assert comparison.table() in printed
+    assert str(tmp_path / "demo.png") in printed
+    lines = (tmp_path / "seed-1" / "metrics.jsonl").read_text()
+    assert json.loads((tmp_path / "seed-1" / "results" / "knn.json").read_text())["protocol"] == "knn"
+    again = demo(tmp_path, seeds=2, overrides=SHORT)
+    assert again == comparison
+    assert (tmp_path / "seed-1" / "metrics.jsonl").read_text() == lines
+
+
+def test_the_table_gives_mean_spread_and_factor() -> None:
+    names = list(MEASURES)
+    before = {name: [2.0, 3.0, 4.0] for name in names}
+    after = {name: [10.0, 12.0, 14.0] for name in names}
+    line = Comparison(before, after).table().splitlines()[1]
+    assert line.startswith(names[0])
+    assert line.split()[-8:] == ["3.0", "±", "1.0", "12.0", "±", "2.0", "+9.0", "x", "4.0"][-8:]
