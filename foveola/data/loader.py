@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from foveola.config import key
-from foveola.data.decode import decode, to_canvas
+from foveola.data.decode import Scratch, decode, to_canvas
 from foveola.data.sample import BadImage, Canvases, Choice, DataError, Objects, Sample
 from foveola.data.sources import Source
 
@@ -192,8 +192,9 @@ class _Batches(Dataset):
         whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
         indices = torch.from_numpy(order.copy())
         bad: list[str] = []
+        scratch = Scratch()
         for row in range(B):
-            index, sample, pixels = self._read(epoch, int(order[row]), bad)
+            index, sample, pixels = self._read(epoch, int(order[row]), scratch, bad)
             images[row] = to_canvas(pixels, self.config.canvas)
             aspects[row] = pixels.shape[1] / pixels.shape[0]
             indices[row] = index
@@ -206,7 +207,9 @@ class _Batches(Dataset):
         batch = Canvases(images, aspects, masks, whole, object_labels, labels, indices, skipped=len(bad))
         return batch, bad
 
-    def _read(self, epoch: int, index: int, bad: list[str]) -> tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]:
+    def _read(
+        self, epoch: int, index: int, scratch: Scratch, bad: list[str]
+    ) -> tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]:
         """A sample and its pixels, or its stand-in: drawn from (seed, epoch, index), so always the same."""
         stand_ins = None
         for _ in range(1 + STAND_INS):
@@ -214,7 +217,7 @@ class _Batches(Dataset):
             try:
                 sample = self.source[index]
                 name = sample.name
-                return index, sample, decode(sample.image)
+                return index, sample, decode(sample.image, scratch)
             except BadImage as error:
                 bad.append(f"{name} ({error})")
             if stand_ins is None:

@@ -22,9 +22,9 @@ from foveola.methods.terms import (
     PatchTermConfig,
     SpreadTerm,
     SpreadTermConfig,
+    Tokens,
     TokenTerm,
     TokenTermConfig,
-    Tokens,
 )
 from foveola.models.heads import HeadConfig, ProjectionHead
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
@@ -37,12 +37,18 @@ class DistillationConfig:
     """Terms and teacher; a term that is null costs nothing. Defaults: iBOT."""
 
     name: Literal["distillation"] = key("distillation", "which method this is")
-    heads: dict[str, HeadConfig] = key(factory=lambda: {"main": HeadConfig()}, help="projection heads by name")
+    heads: dict[str, HeadConfig] = key(
+        factory=lambda: {"main": HeadConfig()}, help="projection heads by name"
+    )
     token: TokenTermConfig | None = key(factory=TokenTermConfig, help="object or class tokens across views")
-    image: TokenTermConfig | None = key(None, "a second token term, for views.objects.image_token (ODIS Table 5)")
+    image: TokenTermConfig | None = key(
+        None, "a second token term, for views.objects.image_token (ODIS Table 5)"
+    )
     patch: PatchTermConfig | None = key(factory=PatchTermConfig, help="masked patches of the same view")
     spread: SpreadTermConfig | None = key(None, "KoLeo")
-    momentum: Schedule = key(factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"), help="EMA of the teacher")
+    momentum: Schedule = key(
+        factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"), help="EMA of the teacher"
+    )
 
     def __post_init__(self) -> None:
         terms = {"token": self.token, "image": self.image, "patch": self.patch}
@@ -62,7 +68,9 @@ class DistillationConfig:
         if reads_image != (views.objects is not None and views.objects.image_token):
             raise ValueError("a term with token=image and views.objects.image_token=true go together")
         if views.global_count + views.local_count < 2 and (self.token or self.image):
-            raise ValueError("token terms compare different views: views.global_count + views.local_count must be >= 2")
+            raise ValueError(
+                "token terms compare different views: views.global_count + views.local_count must be >= 2"
+            )
 
 
 class Branch(nn.Module):
@@ -120,7 +128,7 @@ class Distillation(Method):
             heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
             outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
         if self.spread is not None:
-            outputs["spread"] = self.spread(student)
+            outputs["spread"] = self.spread(student, self.image_token)
         self.seen = teacher.objects.detach().flatten(0, 2)
         losses = {name: loss for name, out in outputs.items() for loss in out.losses.values()}
         logs = {f"{name}/{what}": value for name, out in outputs.items() for what, value in out.logs.items()}
@@ -141,10 +149,14 @@ class Distillation(Method):
     def _study(self, batch: Batch) -> Tokens:
         """The student's tokens of all views; those of global views come from masked input."""
         views, local = batch.global_views, batch.local_views
-        features = self.student.backbone(views.flatten(0, 1), _rows(batch.global_objects), _rows(batch.masked))
+        features = self.student.backbone(
+            views.flatten(0, 1), _rows(batch.global_objects), _rows(batch.masked)
+        )
         local_objects = None
         if local is not None:
-            small = self.student.backbone(local.flatten(0, 1), _rows(batch.local_objects), _rows(batch.local_masked))
+            small = self.student.backbone(
+                local.flatten(0, 1), _rows(batch.local_objects), _rows(batch.local_masked)
+            )
             local_objects = small.objects.unflatten(0, local.shape[:2])
         return Tokens(
             objects=features.objects.unflatten(0, views.shape[:2]),
@@ -168,7 +180,11 @@ class Distillation(Method):
 
     def diagnose(self) -> dict[str, float]:
         terms = {"token": self.token, "image": self.image, "patch": self.patch}
-        logs = {f"{name}/prototypes_used": t.targets.prototypes_used() for name, t in terms.items() if t is not None}
+        logs = {
+            f"{name}/prototypes_used": t.targets.prototypes_used()
+            for name, t in terms.items()
+            if t is not None
+        }
         if self.seen is not None:
             logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
         return logs

@@ -32,7 +32,9 @@ class Tokens:
 
     objects: Float[Tensor, "B V M D"]  # object tokens of global views
     local_objects: Float[Tensor, "B L M2 D"] | None  # M2 = 1 where local views are read as a whole
-    masked_patches: Float[Tensor, "P D"] | None  # patches that the student does not see, row-major in [B, V, N]
+    masked_patches: (
+        Float[Tensor, "P D"] | None
+    )  # patches that the student does not see, row-major in [B, V, N]
     patches: Float[Tensor, "n D"] | None = None  # all patches, where a term asks for them
 
 
@@ -40,9 +42,12 @@ class Tokens:
 class TargetConfig:
     """How teacher logits become targets. Defaults: DINO and iBOT."""
 
-    kind: Literal["centering", "sinkhorn"] = key("centering", "running mean of logits, or Sinkhorn-Knopp over the batch")
+    kind: Literal["centering", "sinkhorn"] = key(
+        "centering", "running mean of logits, or Sinkhorn-Knopp over the batch"
+    )
     temperature: Schedule = key(
-        factory=lambda: Schedule(value=0.07, start=0.04, warmup="30 epochs", per_epoch=True), help="teacher temperature"
+        factory=lambda: Schedule(value=0.07, start=0.04, warmup="30 epochs", per_epoch=True),
+        help="teacher temperature",
     )
     student_temperature: float = key(0.1, "temperature of predictions", above=0)
     momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
@@ -63,7 +68,11 @@ class Targets(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, logits: Float[Tensor, "n K"], progress: Progress, mean: Float[Tensor, "K"] | None = None, rows: int = 0
+        self,
+        logits: Float[Tensor, "n K"],
+        progress: Progress,
+        mean: Float[Tensor, "K"] | None = None,
+        rows: int = 0,
     ) -> tuple[Float[Tensor, "n K"], dict[str, Tensor]]:
         """Targets of n rows, and what to log. The centre learns `mean` of `rows` logits instead, if given."""
         temperature = self.config.temperature.at(progress)
@@ -101,7 +110,9 @@ class TokenTermConfig:
 
     weight: float = key(1.0, "of this term in the sum", at_least=0)
     head: str = key("main", "name of its head; terms that name the same one share it")
-    token: Literal["object", "image"] = key("object", "which tokens: the objects', or views.objects.image_token's")
+    token: Literal["object", "image"] = key(
+        "object", "which tokens: the objects', or views.objects.image_token's"
+    )
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 
 
@@ -151,7 +162,9 @@ class PatchTermConfig:
 
     weight: float = key(1.0, "of this term in the sum", at_least=0)
     head: str = key("main", "name of its head; terms that name the same one share it")
-    center: Literal["masked", "all"] = key("masked", "teacher patches whose mean is the centre; iBOT's code takes all")
+    center: Literal["masked", "all"] = key(
+        "masked", "teacher patches whose mean is the centre; iBOT's code takes all"
+    )
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 
 
@@ -177,7 +190,9 @@ class PatchTerm(nn.Module):
             mean, rows = None, 0
             if teacher.patches is not None:
                 # Logits are linear in the projected patches: their mean needs the prototypes only once.
-                mean = teacher_head.last_layer(teacher_head.project(teacher.patches).mean(dim=0, keepdim=True))[0]
+                mean = teacher_head.last_layer(
+                    teacher_head.project(teacher.patches).mean(dim=0, keepdim=True)
+                )[0]
                 rows = len(teacher.patches)
             targets, logs = self.targets(teacher_head(teacher.masked_patches), progress, mean, rows)
         predictions = student_head(student.masked_patches)
@@ -200,7 +215,8 @@ class SpreadTerm(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, student: Tokens) -> Output:
-        views = student.objects.unbind(dim=1)
+    def forward(self, student: Tokens, image_token: bool) -> Output:
+        objects = student.objects[:, :, :-1] if image_token else student.objects
+        views = objects.unbind(dim=1)
         loss = torch.stack([koleo_loss(view.flatten(0, 1)) for view in views]).sum()
         return Output({"loss": self.config.weight * loss})

@@ -71,7 +71,9 @@ class Encoder(nn.Module):
         return self.backbone.pos_embed.device
 
     @torch.inference_mode()
-    def forward(self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None) -> Features:
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
+    ) -> Features:
         """Encode normalised pictures of any size in whole patches.
 
         Args:
@@ -153,7 +155,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     if path.is_dir():
         folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise UserError(f"{path} is no run and no encoder folder: it has no encoder/config.json with model.safetensors")
+            raise UserError(
+                f"{path} is no run and no encoder folder: it has no encoder/config.json with model.safetensors"
+            )
         return _load_folder(folder).to(device)
     return _load_file(path).to(device)
 
@@ -163,7 +167,9 @@ def _load_folder(folder: Path) -> Encoder:
     from safetensors.torch import load_file
 
     try:
-        config = build(EncoderConfig, json.loads((folder / "config.json").read_text()), where=str(folder / "config.json"))
+        config = build(
+            EncoderConfig, json.loads((folder / "config.json").read_text()), where=str(folder / "config.json")
+        )
         state = load_file(folder / "model.safetensors")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged: {error}") from error

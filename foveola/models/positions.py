@@ -21,7 +21,9 @@ def resize_positions(
     field = table.view(1, side, side, -1).permute(0, 3, 1, 2)
     # Interpolated in float32 also under autocast: the table is small and errors here reach every patch.
     with torch.autocast(table.device.type, enabled=False):
-        field = interpolate(field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False)
+        field = interpolate(
+            field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False
+        )
     return field.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 

@@ -40,17 +40,27 @@ class ViTConfig:
     image_size: int = key(224, "picture side that fits the position table without resizing", at_least=1)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0)
     registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0)
-    drop_path: float = key(0.1, "stochastic depth of the last block in training, rising linearly from 0", at_least=0, below=1)
-    position_antialias: bool = key(False, "antialias when resizing positions: timm does, DINO and iBOT do not")
-    position_init: Literal["random", "sincos"] = key("random", "start positions from noise of 0.02 (DINO), or from sines")
-    layer_scale: float | None = key(None, "initial per-channel scale of each residual branch; null = none", above=0)
+    drop_path: float = key(
+        0.1, "stochastic depth of the last block in training, rising linearly from 0", at_least=0, below=1
+    )
+    position_antialias: bool = key(
+        False, "antialias when resizing positions: timm does, DINO and iBOT do not"
+    )
+    position_init: Literal["random", "sincos"] = key(
+        "random", "start positions from noise of 0.02 (DINO), or from sines"
+    )
+    layer_scale: float | None = key(
+        None, "initial per-channel scale of each residual branch; null = none", above=0
+    )
 
     def __post_init__(self) -> None:
         width, _, heads = self.shape
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -185,7 +195,9 @@ class VisionTransformer(nn.Module):
         x, grid = self.embed(images, masked)
         if keep is not None:
             x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-            objects = None if objects is None else objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
+            objects = (
+                None if objects is None else objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
+            )
         count = 1 if objects is None else objects.shape[1]
         registers = self.config.registers
         # The first entry of the position table belongs to the class token; registers have none.
@@ -210,7 +222,9 @@ class VisionTransformer(nn.Module):
         patch = self.config.patch_size
         height, width = images.shape[-2:]
         if height % patch or width % patch or not height or not width:
-            raise ValueError(f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches")
+            raise ValueError(
+                f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches"
+            )
         grid = (height // patch, width // patch)
         x = self.patch_embed(images)
         if masked is not None:

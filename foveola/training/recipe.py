@@ -1,12 +1,11 @@
 """Recipes: the configuration of a whole run, its YAML files, and what may be laid over them."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from foveola.config import ConfigError, build, key, merge, nearest, parse_overrides, read_yaml
 from foveola.data.loader import LoaderConfig
@@ -14,9 +13,12 @@ from foveola.evaluation.knn import KnnConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
+from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.views.batch import ViewsConfig
+
+PERIODS = ("checkpoint_every", "keep_every", "evaluate_every")  # durations of at least a step, or null
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,12 @@ class RunConfig:
 
     recipe: str = key("", "name of the recipe")
     about: About = key(factory=About, help="what the recipe is for")
-    data: str | None = key(None, "pictures to train on, as a data string: folder:/path, coco:/images?annotations=/f.json")
-    out: str | None = key(None, "run folder; null = runs/<recipe>-<time>, or the unfinished run of the same settings there")
+    data: str | None = key(
+        None, "pictures to train on, as a data string: folder:/path, coco:/images?annotations=/f.json"
+    )
+    out: str | None = key(
+        None, "run folder; null = runs/<recipe>-<time>, or the unfinished run of the same settings there"
+    )
     seed: int = key(0, "of everything that is random", at_least=0)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
     batch_size: int = key(1024, "pictures a step, over all processes", at_least=1)
@@ -50,14 +56,18 @@ class RunConfig:
     views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each picture")
     loader: LoaderConfig = key(factory=LoaderConfig, help="how pictures are read")
     optimizer: OptimizerConfig = key(factory=OptimizerConfig, help="how weights move")
-    transform: TransformConfig | None = key(None, "pictures at evaluation; null = shorter side to 8/7 of views.global_size, centre crop")
+    transform: TransformConfig | None = key(
+        None, "pictures at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
+    )
     log_every: int = key(50, "steps between lines in metrics.jsonl", at_least=1)
     checkpoint_every: str = key("1 epochs", "time between checkpoints")
     keep: int = key(2, "newest checkpoints to keep", at_least=1)
     keep_every: str | None = key(None, "also keep one checkpoint of each such period for good")
     evaluate_every: str | None = key(None, "time between k-NN evaluations; null = none")
     evaluate_train: str | None = key(None, "labelled data of the k-NN bank; null = data")
-    evaluate_test: str | None = key(None, "labelled data of the k-NN queries; null = the test split of evaluate_train")
+    evaluate_test: str | None = key(
+        None, "labelled data of the k-NN queries; null = the test split of evaluate_train"
+    )
     evaluate: KnnConfig = key(factory=KnnConfig, help="settings of these evaluations")
 
     def __post_init__(self) -> None:
@@ -65,7 +75,8 @@ class RunConfig:
         self.method.check(self.views)
         if self.transform is not None and self.transform.crop % self.model.patch_size:
             raise ValueError(
-                f"transform.crop={self.transform.crop} is not a multiple of the patch size {self.model.patch_size}"
+                f"transform.crop={self.transform.crop} is not a multiple of "
+                f"the patch size {self.model.patch_size}"
             )
 
     def encoder(self) -> EncoderConfig:
@@ -75,11 +86,12 @@ class RunConfig:
         return EncoderConfig(dataclasses.replace(self.model, drop_path=0.0), transform, self.recipe)
 
 
+# -- recipes -------------------------------------------------------------------------------------------------
+
+
 def recipes() -> dict[str, About]:
     """The recipes that come with the package."""
-    folder = resources.files("foveola") / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): build(About, (yaml.safe_load(f.read_text()) or {}).get("about", {})) for f in files}
+    return {name: build(About, _read_recipe(name).get("about", {}), "about") for name in _shipped()}
 
 
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
@@ -93,25 +105,102 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
     """`{"model.size": "base"}` to `{"model": {"size": "base"}}`; nested dicts stay."""
     tree: dict[str, Any] = {}
     for name, value in changes.items():
+        branch = nested(value) if isinstance(value, dict) else value
         for part in reversed(name.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+            branch = {part: branch}
+        tree = merge(tree, branch)
     return tree
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
+def _shipped() -> list[str]:
+    files = (resources.files("foveola") / "recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a recipe, laid over that of its `base:` if it names one, which it then changes."""
+    if recipe in above:
+        raise ConfigError(f"{above[0]}: its base leads back to {recipe}")
     if recipe.endswith((".yaml", ".yml")):
-        tree = read_yaml(Path(recipe))
-        tree.setdefault("recipe", Path(recipe).stem)
-    else:
-        known = recipes()
-        if recipe not in known:
-            near = nearest(recipe, known)
-            hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
-            raise ConfigError(f"unknown recipe {recipe!r}; {hint}")
+        tree, name = read_yaml(recipe), Path(recipe).stem
+    elif recipe in _shipped():
         with resources.as_file(resources.files("foveola") / "recipes" / f"{recipe}.yaml") as path:
-            tree = read_yaml(path)
-        tree.setdefault("recipe", recipe)
-    if base := tree.pop("base", None):  # a recipe may name another one that it changes
-        tree = merge(_read_recipe(base), tree)
-    return tree
+            tree, name = read_yaml(path), recipe
+    else:
+        raise ConfigError(_unknown_recipe(recipe))
+    base = tree.pop("base", None)
+    tree = {"recipe": name} | tree
+    if base is None:
+        return tree
+    if str(base).endswith((".yaml", ".yml")):  # beside the file that names it
+        base = Path(recipe).parent / str(base)
+    return merge(_read_recipe(str(base), (*above, recipe)), tree)
+
+
+def _unknown_recipe(recipe: str) -> str:
+    if (Path(recipe) / "config.yaml").is_file():
+        return f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
+    near = nearest(recipe, _shipped())
+    hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
+    return f"unknown recipe {recipe!r}; {hint}"
+
+
+# -- durations -----------------------------------------------------------------------------------------------
+
+
+def plan(config: RunConfig, pictures: int) -> Progress:
+    """The start of a run on this many pictures. Raises ConfigError for a run without a step."""
+    if pictures < config.batch_size:
+        raise ConfigError(
+            f"{config.data} has {pictures} pictures, fewer than batch_size={config.batch_size}: "
+            "use a smaller batch_size or more pictures"
+        )
+    progress = Progress(0, 0, pictures // config.batch_size, config.batch_size)
+    total = _steps(config.duration, "duration", progress)
+    if not total:
+        raise ConfigError(f"duration: {config.duration!r} is less than a step of {config.batch_size} pictures")
+    return dataclasses.replace(progress, total_steps=total)
+
+
+def check(config: RunConfig, progress: Progress) -> None:
+    """Raise ConfigError, naming the key, for a duration that is none or a schedule that does not fit the run."""
+    for name in PERIODS:
+        period(config, name, progress)
+    _steps(config.optimizer.freeze_last_layer, "optimizer.freeze_last_layer", progress)
+    for path, schedule in schedules(config):
+        _steps(schedule.warmup, f"{path}.warmup", progress)
+        try:
+            schedule.check(progress)
+        except ConfigError as error:
+            raise ConfigError(f"{path}.{error}") from error
+
+
+def period(config: RunConfig, name: str, progress: Progress) -> int | None:
+    """Steps of one of `PERIODS`, at least 1; None where it is null."""
+    duration = getattr(config, name)
+    if duration is None:
+        return None
+    steps = _steps(duration, name, progress)
+    if not steps:
+        raise ConfigError(f"{name}: {duration!r} is less than a step of {progress.batch_size} pictures")
+    return steps
+
+
+def schedules(config: Any, where: str = "") -> Iterator[tuple[str, Schedule]]:
+    """All schedules of a configuration with their paths, wherever they stand."""
+    if isinstance(config, Schedule):
+        yield where, config
+        return
+    inner: dict[str, Any] = config if isinstance(config, dict) else {}
+    if dataclasses.is_dataclass(config):
+        inner = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in inner.items():
+        yield from schedules(value, f"{where}.{name}" if where else name)
+
+
+def _steps(duration: str | int, name: str, progress: Progress) -> int:
+    units = {"steps_per_epoch": progress.steps_per_epoch, "batch_size": progress.batch_size}
+    try:
+        return steps_of(duration, total_steps=progress.total_steps or None, **units)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

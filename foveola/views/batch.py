@@ -37,10 +37,14 @@ class ViewsConfig:
 
     global_size: int = key(224, "pixels a side of a global view", at_least=1)
     global_count: int = key(2, "global views of a picture", at_least=1)
-    global_scale: tuple[float, float] = key((0.25, 1.0), "share of the picture's area that a global view covers")
+    global_scale: tuple[float, float] = key(
+        (0.25, 1.0), "share of the picture's area that a global view covers"
+    )
     local_size: int = key(96, "pixels a side of a local view", at_least=1)
     local_count: int = key(10, "local views of a picture", at_least=0)
-    local_scale: tuple[float, float] = key((0.05, 0.25), "share of the picture's area that a local view covers")
+    local_scale: tuple[float, float] = key(
+        (0.05, 0.25), "share of the picture's area that a local view covers"
+    )
     ratio: tuple[float, float] = key((3 / 4, 4 / 3), "width / height of a view's box in true pixels")
     flip: float = key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
@@ -133,7 +137,9 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
 
     kinds = torch.full(global_boxes.shape[:2], 1)
     kinds[:, 0] = 0
-    global_views = _pixels(pixels, global_boxes, global_flips, config.global_size, kinds, config, streams("color"))
+    global_views = _pixels(
+        pixels, global_boxes, global_flips, config.global_size, kinds, config, streams("color")
+    )
     local_views = None
     if local_boxes is not None:
         kinds = torch.full(local_boxes.shape[:2], 2)
@@ -184,7 +190,15 @@ def _boxes(
     aspects, objects = canvases.aspects.cpu(), config.objects
     if objects and masks is not None and (objects.aware_local if local else objects.aware):
         boxes, tries = object_boxes(
-            aspects, masks, canvases.whole, count, scale, config.ratio, objects, streams(name), streams(f"{name} again")
+            aspects,
+            masks,
+            canvases.whole,
+            count,
+            scale,
+            config.ratio,
+            objects,
+            streams(name),
+            streams(f"{name} again"),
         )
         if not local:
             facts["objects/first_try"] = (tries == 1).float().mean()

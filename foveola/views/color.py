@@ -20,14 +20,20 @@ LUMA = (0.299, 0.587, 0.114)
 class ColorConfig:
     """Defaults: DINO, iBOT and ODIS (the augmentation of their official code)."""
 
-    jitter: float = key(0.8, "probability of brightness, contrast, saturation and hue jitter", at_least=0, at_most=1)
+    jitter: float = key(
+        0.8, "probability of brightness, contrast, saturation and hue jitter", at_least=0, at_most=1
+    )
     brightness: float = key(0.4, "brightness factor in 1 +- this", at_least=0, at_most=1)
     contrast: float = key(0.4, "contrast factor in 1 +- this", at_least=0, at_most=1)
     saturation: float = key(0.2, "saturation factor in 1 +- this", at_least=0, at_most=1)
     hue: float = key(0.1, "hue shift in +- this, in turns of the colour circle", at_least=0, at_most=0.5)
     grayscale: float = key(0.2, "probability of turning gray", at_least=0, at_most=1)
-    blur: tuple[float, float, float] = key((1.0, 0.1, 0.5), "probability of blur in first global, other global, local views")
-    blur_sigma: tuple[float, float] = key((0.1, 2.0), "range of the Gaussian's standard deviation, in view pixels")
+    blur: tuple[float, float, float] = key(
+        (1.0, 0.1, 0.5), "probability of blur in first global, other global, local views"
+    )
+    blur_sigma: tuple[float, float] = key(
+        (0.1, 2.0), "range of the Gaussian's standard deviation, in view pixels"
+    )
     solarize: tuple[float, float, float] = key((0.0, 0.2, 0.0), "probability of solarising, as for blur")
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
     std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
@@ -74,7 +80,9 @@ def draw(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Genera
     )
 
 
-def apply(images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig) -> Float[Tensor, "n 3 H W"]:
+def apply(
+    images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig
+) -> Float[Tensor, "n 3 H W"]:
     """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling first."""
     images.clamp_(0, 1)
     operations = (_brightness, _contrast, _saturation, _hue)

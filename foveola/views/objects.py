@@ -17,8 +17,15 @@ class ObjectsConfig:
     aware: bool = key(True, "global views must hold the target object")
     attention: bool = key(True, "object tokens of global views read only the patches of their object")
     candidates: int = key(20, "boxes drawn for a global view before giving up", at_least=1)
-    min_visible: float = key(0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1)
-    min_coverage: float = key(1 / 256, "share of a patch that makes it the object's; 1/256 = any pixel of 16 x 16", above=0, at_most=1)
+    min_visible: float = key(
+        0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1
+    )
+    min_coverage: float = key(
+        1 / 256,
+        "share of a patch that makes it the object's; 1/256 = any pixel of 16 x 16",
+        above=0,
+        at_most=1,
+    )
     aware_local: bool = key(False, "local views must hold the object, too (Table 5, OALC)")
     attention_local: bool = key(False, "object tokens of local views read only their object (Table 5, MALC)")
     image_token: bool = key(False, "a further token that reads the whole view, for an image-level term")

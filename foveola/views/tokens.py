@@ -24,7 +24,9 @@ class MaskingConfig:
     shape: Literal["block", "random"] = key("block", "rectangles (iBOT) or single patches, spread uniformly")
     probability: float = key(0.5, "share of global views that are masked at all", at_least=0, at_most=1)
     ratio: tuple[float, float] = key((0.1, 0.5), "masked share of a masked view is uniform in this range")
-    per_picture: bool = key(False, "decide once for all views of a picture (the iBOT paper's text) whether to mask")
+    per_picture: bool = key(
+        False, "decide once for all views of a picture (the iBOT paper's text) whether to mask"
+    )
     local: bool = key(False, "mask local views as well (ODIS Table 5, PMLC)")
 
     def __post_init__(self) -> None:

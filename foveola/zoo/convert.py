@@ -25,7 +25,13 @@ def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
             name = name.removeprefix(prefix)
         if hasattr(value, "shape") and not name.startswith(DROPPED):
             weights[name] = value
-    for needed in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "norm.weight"):
+    for needed in (
+        "patch_embed.proj.weight",
+        "cls_token",
+        "pos_embed",
+        "blocks.0.attn.qkv.weight",
+        "norm.weight",
+    ):
         if needed not in weights:
             found = ", ".join(sorted(weights)[:3]) or "no tensors"
             raise ValueError(f"not a known ViT checkpoint: no {needed} (found {found} ...)")
@@ -43,7 +49,9 @@ def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     if side * side + 1 != weights["pos_embed"].shape[1]:
-        raise ValueError(f"pos_embed has {weights['pos_embed'].shape[1]} entries: expected a square and a class token")
+        raise ValueError(
+            f"pos_embed has {weights['pos_embed'].shape[1]} entries: expected a square and a class token"
+        )
     shape: dict[str, Any] = {
         "size": size,
         "heads": heads,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.decode import decode, picture_size, to_canvas
+from foveola.data.decode import Scratch, decode, picture_size, to_canvas
 from foveola.data.sample import BadImage
 
 
@@ -66,6 +66,14 @@ def test_jpeg_is_as_pil_decodes_it(options):
     data = encoded(Image.fromarray(photo(123, 77)), "JPEG", **options)
     want = np.asarray(Image.open(io.BytesIO(data)))
     assert np.abs(decode(data).astype(int) - want).max() <= 1
+
+
+def test_scratch_memory_changes_nothing():
+    scratch = Scratch()
+    for shape in ((77, 40), (20, 30), (123, 77)):
+        data = encoded(Image.fromarray(photo(*shape)), "JPEG")
+        assert np.array_equal(decode(data, scratch), decode(data))
+        assert decode(data) is not decode(data)
 
 
 def test_gray():
