@@ -18,6 +18,8 @@ usage: foveola COMMAND ...
       --help                          every key of the recipe with its type, value and meaning
   evaluate PROTOCOL model=... train=... test=... [key=value ...]
       --help                          every key of the protocol
+  demo [out=runs/demo] [seeds=3] [key=value ...]
+                                      pretrain on built-in pictures, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
   --version
 
@@ -30,7 +32,10 @@ FOVEOLA_DEBUG=1 shows the traceback behind an error message.
 WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
 PLACES = [
     KeyInfo(
-        "model", "text", "(needed)", "what to measure: a run folder, an encoder folder, or a file of weights"
+        "model",
+        "text",
+        "(needed)",
+        "what to measure: a run folder, an encoder folder, a file of weights; or untrained:RUN",
     ),
     KeyInfo(
         "train",
@@ -43,6 +48,10 @@ PLACES = [
         "out", "text or null", None, "folder for results/<protocol>.json; null = the run folder, if it is one"
     ),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+DEMO = [
+    KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, out/seed-1, ... and of demo.png"),
+    KeyInfo("seeds", "int >= 1", 3, "how many runs to average; each starts from another seed"),
 ]
 
 
@@ -68,6 +77,7 @@ def _dispatch(arguments: list[str]) -> int:
         "pretrain": _pretrain,
         "evaluate": _evaluate,
         "recipes": _recipes,
+        "demo": _demo,
     }
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(USAGE, end="")
@@ -111,7 +121,8 @@ def _pretrain(arguments: list[str]) -> None:
         print(USAGE, end="")
         return
     recipe = _only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
-    from foveola.training import run
+    from foveola import distributed
+    from foveola.training import dryrun, run
     from foveola.training.recipe import resolve
 
     config = resolve(recipe, overrides)
@@ -121,7 +132,10 @@ def _pretrain(arguments: list[str]) -> None:
         )
         _print_keys(describe(config))
     elif "--dry-run" in flags:
-        print(run.dry_run(config))
+        with distributed.joined(config.device):
+            report = dryrun.dry_run(config)
+            if distributed.is_main():
+                print(report)
     else:
         run.pretrain(config)
 
@@ -151,7 +165,12 @@ def _evaluate(arguments: list[str]) -> None:
     model = places.pop("model")
     if model is None:
         raise UserError(f"evaluate {name} needs model=: a run folder, an encoder folder, or weights")
-    print(evaluate(model, name, **places, **settings).table())
+    from foveola import distributed
+
+    with distributed.joined(places.pop("device") or "auto") as device:
+        result = evaluate(model, name, device=device, **places, **settings)
+        if distributed.is_main():
+            print(result.table())
 
 
 def _recipes(arguments: list[str]) -> None:
@@ -165,6 +184,34 @@ def _recipes(arguments: list[str]) -> None:
 
     rows = [(name, about.method, about.model, about.data, about.aim) for name, about in recipes().items()]
     _print_table([("name", "method", "model", "data", "aim"), *rows])
+
+
+def _demo(arguments: list[str]) -> None:
+    names, overrides, flags = _split(arguments, ())
+    usage = "foveola demo [out=runs/demo] [seeds=3] [key=value ...]"
+    if names:
+        raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
+    if "--help" in flags:
+        from foveola.training.recipe import resolve
+
+        print(
+            f"usage: {usage}\n\n"
+            "Pretrains the recipe `demo` on built-in pictures from several seeds, compares the encoders\n"
+            "with untrained ones on objects never seen in training, and draws what they learned to\n"
+            "out/demo.png.\n"
+            "Interrupted, the same command goes on.\n"
+        )
+        _print_keys(
+            [*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))]
+        )
+        return
+    settings = parse_overrides(overrides)
+    out, seeds = settings.pop("out", "runs/demo"), settings.pop("seeds", 3)
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise UserError(f"seeds: expected a number of at least 1, got {seeds!r}")
+    from foveola.demo import demo
+
+    demo(str(out), seeds, settings)
 
 
 def _print_keys(keys: list[KeyInfo]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveola.config import UserError
+from foveola.config import UserError, to_dict
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.features import FeatureTable, extract
@@ -79,7 +79,18 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | d
 
 def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
     """The measures of the demo's table, in percent, for one encoder."""
-    settings = {"knn": _knn(config), "retrieval": {"objects": OBJECTS, "workers": 0, "color": vars(config.views.color)}}
+    views = config.views
+    assert views.objects is not None
+    find = {
+        "objects": OBJECTS,
+        "masks": True,
+        "scale": views.global_scale,
+        "min_visible": views.objects.min_visible,
+        "min_area": 0.03,
+        "color": to_dict(views.color),
+        "workers": 0,
+    }
+    settings = {"knn": _knn(config), "retrieval": find}
     results = {
         name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
         for name in ("knn", "retrieval")

@@ -5,8 +5,10 @@ share memory with their argument: do not write into them.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from foveola.config import UserError
+
+T = TypeVar("T")
 
 
 def _active() -> bool:
@@ -74,6 +78,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """`start` and, at the end, `stop`; a group that the caller had joined before stays."""
+    before = _active()
+    chosen = start(device)
+    try:
+        yield chosen
+    finally:
+        if not before:
+            stop()
+
+
 def _travelling(tensor: Tensor) -> Tensor:
     """A contiguous copy without gradient, on the device that the backend can reach."""
     device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
@@ -132,3 +148,26 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The picklable values of all processes, in rank order."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on all of them. A UserError, too, is raised on all."""
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome

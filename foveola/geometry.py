@@ -24,9 +24,9 @@ def random_boxes(
 ) -> Float[Tensor, "B V 4"]:
     """Draw `count` random-resized boxes for each picture; CPU tensors, float32.
 
-    The share of the picture's area is uniform in `scale`, the width/height ratio *in true pixels* is log-uniform
-    in `ratio`. The first of `attempts` draws that fits is kept; if none fits, the largest centred box with the
-    nearest allowed ratio is used (the rule of the usual random resized crop).
+    The share of the picture's area is uniform in `scale`, the width/height ratio *in true pixels* is
+    log-uniform in `ratio`. The first of `attempts` draws that fits is kept; if none fits, the largest centred
+    box with the nearest allowed ratio is used (the rule of the usual random resized crop).
 
     Args:
         aspects: width / height of each true picture; the unit square is that picture squashed.
@@ -62,13 +62,15 @@ def resampling_weights(
 ) -> Float[Tensor, "*N {size} {source}"]:
     """Antialiased interpolation weights of one axis; each row sums to one.
 
-    Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit interval.
-    `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as PIL and `F.interpolate(antialias=True)`
-    do; `area` gives source cell j the share of the output cell that it covers, exactly, at any scale.
+    Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit
+    interval. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as PIL and
+    `F.interpolate(antialias=True)` do; `area` gives source cell j the share of the output cell that it
+    covers, exactly, at any scale.
 
     Args:
         flip: reverse the order of the output cells.
-        blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them alone.
+        blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them
+            alone.
     """
     low, high = low[..., None, None], high[..., None, None]
     cell = (high - low) * (source / size)  # source pixels to an output pixel
@@ -113,9 +115,9 @@ def sample(
 ) -> Float[Tensor, "B V C h w"]:
     """Cut V views out of each of B fields: `Wy @ field @ Wx^T`, batched and differentiable in the field.
 
-    The field is a squashed picture: its first pixel begins at 0 and its last ends at 1 on each axis, so rows and
-    columns may differ in number. Values are not clipped: bicubic weights may overshoot. `flips` mirrors left-right;
-    `blur` is a Gaussian in output pixels (see `resampling_weights`).
+    The field is a squashed picture: its first pixel begins at 0 and its last ends at 1 on each axis, so rows
+    and columns may differ in number. Values are not clipped: bicubic weights may overshoot. `flips` mirrors
+    left-right; `blur` is a Gaussian in output pixels (see `resampling_weights`).
     """
     height, width = (size, size) if isinstance(size, int) else size
     batch, channels, rows, columns = field.shape
@@ -136,8 +138,8 @@ def sample(
 def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) -> Float[Tensor, "B M T"]:
     """Sum of a field over each of T boxes, in units of field cells, through a summed-area table.
 
-    Box edges fall between cells: the table is interpolated linearly, which is exact for a field that is constant
-    inside each cell.
+    Box edges fall between cells: the table is interpolated linearly, which is exact for a field that is
+    constant inside each cell.
     """
     rows, columns = field.shape[-2:]
     table = torch.zeros(*field.shape[:2], rows + 1, columns + 1, dtype=torch.float64, device=field.device)

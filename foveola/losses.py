@@ -1,6 +1,7 @@
 """Targets and losses of self-distillation, in float32 whatever the precision of the network.
 
-Shapes: n rows, K prototypes, B pictures, T teacher views, S student views (the first T of which are the same views).
+Shapes: n rows, K prototypes, B pictures, T teacher views, S student views (the first T of which are the same
+views).
 """
 
 import torch
@@ -15,9 +16,9 @@ from foveola.distributed import all_reduce_max, all_reduce_sum
 def sinkhorn(logits: Float[Tensor, "n K"], temperature: float, iterations: int = 3) -> Float[Tensor, "n K"]:
     """Soft assignments in which all prototypes are used alike: Sinkhorn-Knopp on exp(logits / temperature).
 
-    Naively: A = exp(logits / temperature); repeat: divide each column of A by its sum over *all* rows of all ranks,
-    then each row by its sum. Rows end as distributions; columns are equal only up to what the last row step undoes.
-    Here in the log domain: no logits / temperature overflows. A rank may have no rows.
+    Naively: A = exp(logits / temperature); repeat: divide each column of A by its sum over *all* rows of all
+    ranks, then each row by its sum. Rows end as distributions; columns are equal only up to what the last row
+    step undoes. Here in the log domain: no logits / temperature overflows. A rank may have no rows.
     """
     log = logits.float() / temperature
     # Without rows a rank still takes part in the reductions, with columns that weigh nothing.
@@ -32,8 +33,8 @@ def sinkhorn(logits: Float[Tensor, "n K"], temperature: float, iterations: int =
 class Centering(nn.Module):
     """Softmax of logits minus their running mean: sharp targets that favour no prototype (DINO, Section 3.1).
 
-    `update` only collects; `step`, called once after each optimiser step, moves the centre. So the targets of a
-    step use the centre of the steps before it, and accumulated gradients count as one step.
+    `update` only collects; `step`, called once after each optimiser step, moves the centre. So the targets of
+    a step use the centre of the steps before it, and accumulated gradients count as one step.
     """
 
     center: Tensor
@@ -72,8 +73,9 @@ def cross_view_loss(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
 
-    Naively: mean over pairs (t, s), s != t, and pictures of -sum_k targets[t] log softmax(predictions[s] / temperature).
-    The targets of a student view's partners are summed first, so the cost grows with views, not with pairs.
+    Naively: mean over pairs (t, s), s != t, and pictures of -sum_k targets[t] log softmax(predictions[s] /
+    temperature). The targets of a student view's partners are summed first, so the cost grows with views, not
+    with pairs.
     """
     views, students = targets.shape[1], predictions.shape[1]
     logits = predictions.float() / temperature
@@ -82,7 +84,8 @@ def cross_view_loss(
     partners[:views] -= 1
     pairs = views * students - min(views, students)
     # A target sums to one, so a pair costs logsumexp(logits) - <target, logits>.
-    agreement = torch.einsum("bsk,bk->s", logits, everyone[:, 0]).sum()
+    with torch.autocast(logits.device.type, enabled=False):  # which would take einsum to half precision
+        agreement = torch.einsum("bsk,bk->s", logits, everyone[:, 0]).sum()
     agreement = agreement - (logits[:, :views] * targets[:, :students]).sum()
     normaliser = (logits.logsumexp(dim=-1) * partners).sum()
     return (normaliser - agreement) / (pairs * targets.shape[0])
@@ -94,7 +97,7 @@ def masked_patch_loss(
     weights: Float[Tensor, "n"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for no patch, with a gradient of zero."""
+    """Weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for none, with zero gradient."""
     logits = predictions.float() / temperature
     return ((logits.logsumexp(dim=-1) - (targets * logits).sum(dim=-1)) * weights).sum()
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from foveola.data.sample import BadImage
 
 MIN_SIDE = 8  # pixels; smaller pictures are tracking pixels, icons and broken exports
+MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
 ORIENTATION = 0x0112  # the EXIF tag
 # What PIL raises on damaged files: OSError (truncated, of an unknown kind) and, from its plugins, the others.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class Scratch:
-    """Memory for pixels that are used up before the next picture is decoded: fresh pages cost 10 % of a JPEG."""
+    """Memory for pixels that are used up before the next decode: fresh pages cost 10 % of a JPEG."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
@@ -53,6 +54,8 @@ def decode(
             raise BadImage(error.strerror or str(error)) from error
     if isinstance(image, bytes):
         size = _jpeg_size(image)
+        if size is not None and size[0] * size[1] > MAX_PIXELS:
+            raise BadImage(f"{size[1]}x{size[0]} pixels are more than memory should be given for")
         room = None if scratch is None or size is None else scratch.room(size[0] * size[1] * 3)
         pixels = _decode_other(image) if size is None else _decode_jpeg(image, room)
     else:
@@ -86,7 +89,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG of 8 bits a channel in grey or colour, by its header; None for anything else."""
+    """Height and width of a JPEG of 8 bits a channel in grey or colour, by its header; else None."""
     at = 2
     if data[:2] != b"\xff\xd8":
         return None

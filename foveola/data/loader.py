@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -57,10 +58,11 @@ def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]
 class Loader:
     """Endless batches of a source, from `start_step` on. `batch_size` is that of one rank.
 
-    An epoch is `steps_per_epoch` global batches; what does not fill the last one is left out (others each
-    epoch). A bad picture is replaced by another, counted in `bad_count` and named in `bad_names` (reason
-    included); DataError when more than `config.max_bad` of this rank's pictures are bad. `wait_seconds` is
-    how long the last batch kept the caller waiting.
+    An epoch is `steps_per_epoch` batches of all ranks, in whole groups of `accumulate`, which train together;
+    what does not fill the last group is left out (others each epoch). A bad picture is replaced by another,
+    counted in `bad_count` and named in `bad_names` (reason included); DataError when more than
+    `config.max_bad` of this rank's pictures are bad. `wait_seconds` is how long the last batch kept the
+    caller waiting.
     """
 
     def __init__(
@@ -73,24 +75,27 @@ class Loader:
         with_objects: bool,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         start_step: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         config = LoaderConfig() if config is None else config
-        self.steps_per_epoch = len(source) // (batch_size * world_size)
+        self.steps_per_epoch = accumulate * (len(source) // (accumulate * batch_size * world_size))
         if not self.steps_per_epoch:
+            whole = accumulate * batch_size * world_size
             raise DataError(
-                f"{source.name}: {len(source)} pictures do not fill one batch of {batch_size * world_size}"
+                f"{source.name}: {len(source)} pictures do not fill one batch of {whole}"
                 + (f" ({world_size} processes x {batch_size})" if world_size > 1 else "")
                 + "; use a smaller batch size or more pictures"
             )
         self.source, self.config, self.device = source, config, torch.device(device)
         self.batch_size, self.start_step = batch_size, start_step
         self.batches = _Batches(source, batch_size, seed, config, with_objects, rank, world_size)
+        self.batches.steps_per_epoch = self.steps_per_epoch
         self.bad_count, self.bad_names, self.wait_seconds = 0, set[str](), 0.0
         self._seen = 0
 
-    def __iter__(self) -> Iterator[Canvases]:
+    def __iter__(self) -> Generator[Canvases]:
         batches = iter(self._dataloader())
         try:
             while True:
@@ -126,7 +131,7 @@ class Loader:
             pin_memory=pin,
             num_workers=self.config.workers,
             prefetch_factor=self.config.prefetch,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             generator=unused,
             multiprocessing_context=None if start == "auto" else start,
         )
@@ -171,6 +176,7 @@ class _Batches(Dataset):
     ) -> None:
         self.source, self.batch_size, self.seed, self.config = source, batch_size, seed, config
         self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
+        self.steps_per_epoch = len(source) // (batch_size * world_size)
 
     def __getitem__(self, step: int) -> tuple[Canvases, list[str]] | DataError:
         try:
@@ -181,7 +187,7 @@ class _Batches(Dataset):
     def batch(self, step: int) -> tuple[Canvases, list[str]]:
         """The canvases of one step."""
         across = self.batch_size * self.world_size
-        epoch, step_of_epoch = divmod(step, len(self.source) // across)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * across + self.rank * self.batch_size
         order = _cached_order(self.seed, epoch, len(self.source))[start : start + self.batch_size]
 
@@ -244,7 +250,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _begin_worker(_: int) -> None:
+def begin_worker(_: int) -> None:
     """One thread each, and deaf to the signals that the training process answers by saving and leaving.
 
     Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
@@ -255,6 +261,8 @@ def _begin_worker(_: int) -> None:
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # A spawned worker would tear down the interpreter while a thread hands over a batch; torch then aborts.
+    Finalize(None, os._exit, (0,), exitpriority=-100)
     parent = multiprocessing.parent_process()
     if parent is not None and sys.platform == "linux":  # elsewhere a signal does not tell who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

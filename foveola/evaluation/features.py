@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveola import distributed
 from foveola.config import UserError
+from foveola.data.loader import begin_worker
 from foveola.data.sources import Source
 from foveola.evaluation.rows import ExtractConfig, Pictures, Rows, join
 from foveola.models.encoder import Encoder
@@ -216,6 +217,7 @@ def read_ahead(dataset: Dataset, workers: int) -> DataLoader:
         batch_size=None,
         num_workers=min(workers, len(dataset)),  # type: ignore[arg-type]
         collate_fn=_as_is,
+        worker_init_fn=begin_worker,
         generator=torch.Generator().manual_seed(0),
     )
 

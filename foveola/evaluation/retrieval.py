@@ -106,9 +106,8 @@ class TargetCanvases(Dataset):
         """The canvases, None for none, and the pictures that could not be read."""
         entries, bad = [], []
         for target in self.targets[parcel * PARCEL : (parcel + 1) * PARCEL]:
-            sample = self.source[target.picture]
             try:
-                entries.append((target.picture, *self._read(sample, target.object)))
+                entries.append((target.picture, *self._read(self.source[target.picture], target.object)))
             except BadImage:
                 bad.append(target.picture)
         if not entries:

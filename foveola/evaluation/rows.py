@@ -152,9 +152,8 @@ class Pictures(Dataset):
     def __getitem__(self, parcel: int) -> Rows:
         rows = [self.none()]
         for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
-            sample = self.source[index]
-            try:
-                rows.append(self.read(sample, index))
+            try:  # damaged annotations show when a sample is asked for
+                rows.append(self.read(self.source[index], index))
             except BadImage:
                 rows.append(self.none()._replace(bad=torch.tensor([index])))
         return join(rows)

@@ -1,8 +1,8 @@
 """Self-distillation over several views: DINO, iBOT, ODIS and their mixtures.
 
-A student sees all views (globals possibly masked), its moving average, the teacher, sees the global ones. What they
-must agree on is a list of terms. The methods differ only in their recipes: which views, which object masks, which
-terms.
+A student sees all views (globals possibly masked), its moving average, the teacher, sees the global ones.
+What they must agree on is a list of terms. The methods differ only in their recipes: which views, which
+object masks, which terms.
 """
 
 from collections.abc import Iterable
@@ -123,7 +123,8 @@ class Distillation(Method):
                 heads = self.student.head(term.config.head), self.teacher.head(term.config.head)
                 outputs[name] = term(student, teacher, *heads, self.image_token, progress)
         if self.patch is not None:
-            assert batch.masked is not None and batch.masked_indices is not None
+            assert batch.masked is not None
+            assert batch.masked_indices is not None
             weights = mask_weights(batch.masked.flatten(0, 1), batch.masked_indices)
             heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
             outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
@@ -207,8 +208,9 @@ def _rows(views: Tensor | None) -> Tensor | None:
 def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
     """Collapse signals of unit-length features.
 
-    Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one point.
-    Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most min(n, D).
+    Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one
+    point. Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most
+    min(n, D).
     """
     x = torch.nn.functional.normalize(features.float(), dim=1)
     spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5

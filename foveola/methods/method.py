@@ -1,8 +1,9 @@
-"""What every method is to the training loop: a module that turns a batch into named losses, and a teacher's EMA."""
+"""What a method is to the training loop: a module that turns a batch into named losses; a teacher's EMA."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from foveola.models.vit import VisionTransformer
 from foveola.schedules import Progress
 from foveola.views.batch import Batch
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -21,14 +24,14 @@ class Output:
 
 
 class Method(nn.Module, ABC):
-    """One way of pretraining. Owns student, teacher, heads and temperatures; knows no optimiser and no file."""
+    """One way of pretraining. Owns student, teacher, heads, temperatures; knows no optimiser and no file."""
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Losses of a batch; updates nothing but running statistics."""
 
     def after_step(self, progress: Progress) -> dict[str, float]:
-        """Update what follows the student (teacher, centres), once after each optimiser step; scalars to log."""
+        """Update what follows the student (teacher, centres), after each optimiser step; scalars to log."""
         return {}
 
     def diagnose(self) -> dict[str, float]:
@@ -42,10 +45,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def trained(self) -> Iterable[nn.Module]:
-        """The networks that see pictures, in training: candidates for compilation and activation checkpointing."""
+        """The networks that see pictures in training: candidates for compilation and checkpointing."""
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: M) -> M:
     """A teacher: no gradient ever, and never in training mode (no stochastic depth)."""
     module.requires_grad_(False)
     return module.eval()
@@ -55,6 +58,6 @@ def freeze(module: nn.Module) -> nn.Module:
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision."""
     pairs = dict(student.named_parameters())
-    old = [p for p in teacher.parameters()]
-    new = [pairs[name].detach() for name, _ in teacher.named_parameters()]
+    old: list[Tensor] = [parameter.detach() for parameter in teacher.parameters()]
+    new: list[Tensor] = [pairs[name].detach() for name, _ in teacher.named_parameters()]
     torch._foreach_lerp_(old, new, 1 - momentum)

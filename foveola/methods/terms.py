@@ -1,7 +1,7 @@
 """The terms of a distillation loss. Each owns its configuration, targets and loss, and knows no other term.
 
-A term sees what student and teacher made of a batch (`Tokens`), their heads, and nothing else. Heads are named, so
-that two terms may share one.
+A term sees what student and teacher made of a batch (`Tokens`), their heads, and nothing else. Heads are
+named, so that two terms may share one.
 """
 
 import math
@@ -86,7 +86,8 @@ class Targets(nn.Module):
                 self.centering.update(logits.float().mean(dim=0), len(logits))
         if not len(logits):
             return targets, {}
-        if int(progress.epoch) != self.epoch:
+        # Once an epoch, at its first step: a run resumed within an epoch keeps what the checkpoint held.
+        if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
             self.epoch = int(progress.epoch)
             self.used.zero_()
         self.used[targets.argmax(dim=1)] = True
@@ -169,7 +170,7 @@ class PatchTermConfig:
 
 
 class PatchTerm(nn.Module):
-    """The teacher's assignment of a patch that the student does not see, predicted by the student in its place."""
+    """The teacher's assignment of a patch that the student does not see, predicted in its place."""
 
     def __init__(self, config: PatchTermConfig, prototypes: int) -> None:
         super().__init__()
@@ -185,7 +186,8 @@ class PatchTerm(nn.Module):
         weights: Float[Tensor, "P"],
         progress: Progress,
     ) -> Output:
-        assert student.masked_patches is not None and teacher.masked_patches is not None
+        assert student.masked_patches is not None
+        assert teacher.masked_patches is not None
         with torch.no_grad():
             mean, rows = None, 0
             if teacher.patches is not None:

@@ -1,4 +1,4 @@
-"""Multi-head self-attention in which object tokens read only their own object, without a full attention mask."""
+"""Multi-head self-attention whose object tokens read only their own object, without a full mask."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,9 +21,9 @@ class Attention(nn.Module):
         """Attend; the first `objects` tokens only to those named in `readable`, all others to every token.
 
         The restriction concerns a few rows of the attention matrix, so they make a second, small call and the
-        patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a mask as
-        well (1 % of the attention's time): an object that is the whole picture gives the plain class token, bit for
-        bit.
+        patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a
+        mask as well (1 % of the attention's time): an object that is the whole picture gives the plain class
+        token, bit for bit.
         """
         query, key, value = self.heads_of(x)
         few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)

@@ -1,8 +1,10 @@
-"""What users keep: an encoder folder (`model.safetensors` + `config.json`) and the `Encoder` that it loads into."""
+"""What users keep: an encoder folder (`model.safetensors` + `config.json`), and the `Encoder` made of it."""
 
+import dataclasses
 import hashlib
 import json
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from foveola.config import ConfigError, UserError, build, key, to_dict
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
 __all__ = ["Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
+
+UNTRAINED = "untrained:"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Encoder(nn.Module):
         super().__init__()
         if config.transform.crop % config.model.patch_size:
             raise ConfigError(
-                f"transform.crop={config.transform.crop} is not a multiple of the patch size {config.model.patch_size}"
+                f"transform.crop={config.transform.crop} is not a multiple of "
+                f"the patch size {config.model.patch_size}"
             )
         self.config = config
         self.backbone = VisionTransformer(config.model) if backbone is None else backbone
@@ -77,9 +82,9 @@ class Encoder(nn.Module):
         """Encode normalised pictures of any size in whole patches.
 
         Args:
-            objects: for each of M objects the patches that its token may read (`patch_mask` makes them), row-major;
-                None = one token that reads all. An object without patches reads everything. Any ViT can be asked,
-                also one trained without objects ("iBOT + masks" of the ODIS paper).
+            objects: for each of M objects the patches that its token may read, row-major (from `patch_mask`);
+                None = one token that reads all. An object without patches reads everything. Any ViT can
+                be asked, also one trained without objects ("iBOT + masks" of the ODIS paper).
         """
         return self.backbone(images, objects)
 
@@ -125,7 +130,7 @@ class Encoder(nn.Module):
         ):
             part = folder / f".{name}.{os.getpid()}"
             write(part)
-            os.replace(part, folder / name)
+            part.replace(folder / name)
         return folder
 
 
@@ -136,8 +141,8 @@ def _settings(config: EncoderConfig) -> dict[str, Any]:
 def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256) -> Bool[Tensor, "*B N"]:
     """Which patches belong to an object, from the share of each patch that it covers, in [0, 1].
 
-    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). An object that covers no
-    patch becomes the whole picture.
+    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). An object that
+    covers no patch becomes the whole picture.
     """
     mask = (coverage >= min_coverage).flatten(-2)
     return mask | ~mask.any(dim=-1, keepdim=True)
@@ -147,8 +152,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
     Known files: DINO, iBOT and timm state dicts (`.pth`, `.pt`, `.safetensors`), as published (the teacher is
-    taken where there are two networks). Raises UserError for anything else.
+    taken where there are two networks). `untrained:PATH` is an encoder of the shape of the one at PATH with
+    fresh weights, drawn by seed 0. Raises UserError for anything else.
     """
+    if str(path).startswith(UNTRAINED):
+        return _untrained(load(str(path).removeprefix(UNTRAINED)).config).to(device)
     path = Path(path)
     if not path.exists():
         raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
@@ -156,10 +164,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
         folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise UserError(
-                f"{path} is no run and no encoder folder: it has no encoder/config.json with model.safetensors"
+                f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
             )
         return _load_folder(folder).to(device)
     return _load_file(path).to(device)
+
+
+def _untrained(config: EncoderConfig) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return Encoder(dataclasses.replace(config, origin="untrained"))
 
 
 def _load_folder(folder: Path) -> Encoder:
@@ -195,13 +209,19 @@ def read_weights(path: Path) -> dict[str, Any]:
     """The nested dict of tensors in a `.safetensors` or torch file; never runs code from it."""
     import pickle
 
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    # Official checkpoints also hold a command line, and learning rates as numpy numbers. Both are plain data.
+    number = np.float64().__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    plain = [Namespace, np.dtype, type(np.dtype(np.float64)), *((number, name) for name in names)]
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        with torch.serialization.safe_globals(plain):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
     if not isinstance(state, dict):

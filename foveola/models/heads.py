@@ -1,6 +1,7 @@
 """Projection heads: an MLP to a unit sphere, then similarities to prototypes (DINO, iBOT, DINOv2, ODIS)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         widths = [width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         for layer in self.mlp:

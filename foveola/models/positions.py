@@ -12,8 +12,8 @@ def resize_positions(
     """Resize a square table of position embeddings to a (rows, columns) grid, bicubic; itself if sizes agree.
 
     timm resizes with antialiasing (a bicubic kernel of a = -0.5), the code of DINO, iBOT and DINOv2 without
-    (a = -0.75). The latter passes a scale factor of (n + 0.1) / side instead of the size, which samples its grid
-    0.1 / n of a cell short; that is not reproduced.
+    (a = -0.75). The latter passes a scale factor of (n + 0.1) / side instead of the size, which samples its
+    grid 0.1 / n of a cell short; that is not reproduced.
     """
     side = round(table.shape[1] ** 0.5)
     if (side, side) == grid:
@@ -30,7 +30,8 @@ def resize_positions(
 def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) -> Float[Tensor, "1 N D"]:
     """Sines and cosines of the column in the first half of the channels, of the row in the second.
 
-    Frequencies fall geometrically from 1 to 1/100 per patch: enough for grids of some hundred patches a side. Raises ValueError unless width is a multiple of 4.
+    Frequencies fall geometrically from 1 to 1/100 per patch: enough for grids of some hundred patches a side.
+    Raises ValueError unless width is a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")

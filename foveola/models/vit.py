@@ -1,8 +1,9 @@
 """The Vision Transformer: pictures in, `Features` out. Parameter names are timm's.
 
-Tokens stand in the order [object tokens, registers, patches]. An object token is the class token; given object
-masks there is one for each object, all from the same parameter, each reading only its object's patches. Patches and
-registers read everything, so with several object tokens a patch sees each of them as one further token.
+Tokens stand in the order [object tokens, registers, patches]. An object token is the class token; given
+object masks there is one for each object, all from the same parameter, each reading only its object's
+patches. Patches and registers read everything, so with several object tokens a patch sees each of them as one
+further token.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from torch.nn.init import normal_, trunc_normal_, zeros_
+from torch.nn.init import constant_, normal_, trunc_normal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
@@ -103,6 +104,7 @@ class Mlp(nn.Module):
 class LayerScale(nn.Module):
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
+        self.value = value
         self.gamma = nn.Parameter(torch.full((width,), value))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class Block(nn.Module):
         return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
 
     def drop(self, branch: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Stochastic depth: drop the branch of a picture with probability p, scale the others by 1 / (1 - p)."""
+        """Stochastic depth: drop a picture's branch with probability p, scale the others by 1 / (1 - p)."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
@@ -152,7 +154,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        rates = torch.linspace(0, config.drop_path, depth).tolist()
+        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.reset()
@@ -166,6 +168,8 @@ class VisionTransformer(nn.Module):
                     zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                constant_(module.gamma, module.value)
         self.patch_embed.proj.reset_parameters()
         trunc_normal_(self.pos_embed, std=0.02)
         if self.config.position_init == "sincos":
@@ -187,8 +191,8 @@ class VisionTransformer(nn.Module):
         """Encode pictures whose sides are multiples of the patch size.
 
         Args:
-            objects: patches that each object token may read; None = one token that reads all (the class token).
-                An object without patches reads everything.
+            objects: patches that each object token may read; None = one token that reads all (the class
+                token). An object without patches reads everything.
             masked: patches replaced by the mask token before positions are added.
             keep: indices of the patches to process; the others are dropped and cost nothing.
         """

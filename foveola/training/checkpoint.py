@@ -85,10 +85,11 @@ def _facts(path: Path) -> dict[str, Any]:
 def _found(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first; one that was being replaced comes after its successor."""
     named = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(named, key=lambda path: (-_step(path), len(path.name)))
+    return sorted(named, key=lambda path: (-step_of(path), len(path.name)))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
     match = _NAME.fullmatch(path.name)
     assert match, path
     return int(match[1])
@@ -109,9 +110,9 @@ def _put(temporary: Path, path: Path) -> None:
 
 def _prune(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
     # Later steps can only be damaged ones that a resumed run passed over: they must not push out whole ones.
-    past = [path for path in _found(checkpoints) if _step(path) <= step]
+    past = [path for path in _found(checkpoints) if step_of(path) <= step]
     for old in past[max(keep, 1) :]:
-        if not keep_every or _step(old) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             doomed = old.rename(
                 old.with_name(f"{_TEMPORARY}{old.name}")
             )  # never half a checkpoint under its name

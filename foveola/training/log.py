@@ -83,13 +83,14 @@ class Log:
         if self._active:
             self._board.add_image(name, array, step, dataformats="HWC")
 
-    def note(self, text: str) -> None:
-        """Say something once: on the terminal, and with its time in log.txt."""
+    def note(self, text: str, *, show: bool = True) -> None:
+        """Say something once: with its time in log.txt and, if `show`, on the terminal."""
         if not self._active:
             return
         with self._notes.open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
-        self._print(text)
+        if show:
+            self._print(text)
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
@@ -158,7 +159,7 @@ def _open_board(folder: Path, start_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step makes tensorboard forget what the interrupted run wrote from this step on
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=20)
+    return SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=20)
 
 
 def _open_bar(total: int, start: int) -> tuple[Any, Any]:

@@ -1,12 +1,13 @@
-"""One training step from top to bottom: the only place that calls backward, steps the optimiser and the teacher."""
+"""One training step from top to bottom: the only caller of backward, of the optimiser and of the EMA."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from foveola import distributed
 from foveola.config import UserError
@@ -20,13 +21,13 @@ PATIENCE = 3  # steps in a row with gradients that are not finite before giving 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-class Diverged(UserError):
-    """The loss or its gradient was not finite for several steps in a row."""
+class Diverged(UserError):  # noqa: N818 (what happened to a run, not an error in the code)
+    """Gradients were not finite for several steps in a row."""
 
 
 @dataclass(eq=False)
 class Trainer:
-    """Everything that changes while training. `wrapped` is the method, or the method in data-parallel clothes."""
+    """Everything that changes while training. `wrapped` is the method, perhaps in data-parallel clothes."""
 
     method: Method
     wrapped: nn.Module
@@ -53,12 +54,14 @@ class Trainer:
             torch.manual_seed(streams("network").initial_seed())
             batch = make_views(canvases, self.views, self.method.backbone.config.patch_size, streams)
             last = part == self.accumulate - 1
-            with self._autocast(), nullcontext() if last else self._no_sync():
-                output = self.wrapped(batch, progress)
+            with nullcontext() if last else self._no_sync():
+                with self._autocast():
+                    output = self.wrapped(batch, progress)
                 loss = torch.stack(list(output.losses.values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
             for name, value in output.losses.items():
-                losses[name] = losses.get(name, torch.zeros((), device=self.device)) + value.detach() / self.accumulate
+                share = value.detach() / self.accumulate
+                losses[name] = losses[name] + share if name in losses else share
             logs = output.logs
 
         self.scaler.unscale_(self.optimizer.adamw)
@@ -77,13 +80,15 @@ class Trainer:
         named = {f"loss/{name}": value for name, value in losses.items()}
         return {"loss": total, **named, **schedules, **after, "grad_norm": norm, **logs}
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
 
-    def _no_sync(self):
-        return self.wrapped.no_sync() if hasattr(self.wrapped, "no_sync") else nullcontext()
+    def _no_sync(self) -> AbstractContextManager:
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
 
     def _count_bad(self, finite: bool, progress: Progress) -> None:
         # With a loss scaler a step that overflows is ordinary: the scale halves until it does not.
@@ -91,21 +96,21 @@ class Trainer:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= limit:
             raise Diverged(
-                f"gradients were not finite for {limit} steps up to step {progress.step}: "
-                "try precision=bf16 or fp32, a lower optimizer.lr.value, or a longer optimizer.lr.warmup; "
-                "the last checkpoint is from before that"
+                f"gradients were not finite in {limit} steps in a row, up to step {progress.step + 1}: "
+                "try precision=bf16 or fp32, a lower optimizer.lr.value, or a longer optimizer.lr.warmup"
             )
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs besides its configuration and step."""
         return {
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.adamw.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "bad_steps": self.bad_steps,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.method.load_state_dict(state["method"])
-        self.optimizer.adamw.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
+        self.bad_steps = state["bad_steps"]

@@ -1,7 +1,7 @@
 """AdamW over named parameters: which decay, which learn at another rate, how gradients are clipped."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,17 @@ class OptimizerConfig:
         factory=lambda: Schedule(value=5e-4, start=0.0, end=1e-6, warmup="10 epochs", shape="cosine"),
         help="learning rate; its value is scaled by lr_rule, its start and end are not",
     )
-    lr_rule: Literal["linear", "sqrt", "none"] = key("linear", "lr x batch/256, lr x sqrt(batch/1024), or lr as it is")
-    weight_decay: Schedule = key(factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay")
+    lr_rule: Literal["linear", "sqrt", "none"] = key(
+        "linear", "lr x batch/256, lr x sqrt(batch/1024), or lr as it is"
+    )
+    weight_decay: Schedule = key(
+        factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay"
+    )
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's", at_least=0, below=1)
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
-    clip_each: Literal["parameter", "all"] = key("parameter", "clip each parameter tensor alone (DINO, iBOT) or all together")
+    clip_each: Literal["parameter", "all"] = key(
+        "parameter", "clip each parameter tensor alone (DINO, iBOT) or all together"
+    )
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
     def peak(self, batch_size: int) -> float:
@@ -34,14 +40,17 @@ class OptimizerConfig:
 
 
 class Optimizer:
-    """AdamW with its schedules. Weights of two or more dimensions decay (positions and tokens, too), others do not."""
+    """AdamW with its schedules. What has two or more dimensions decays (positions and tokens, too)."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, progress: Progress) -> None:
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decays = [p for name, p in self.named.items() if p.ndim > 1]
         others = [p for name, p in self.named.items() if p.ndim <= 1]
-        groups = [{"params": decays, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}]
+        groups = [
+            {"params": decays, "decays": True},
+            {"params": others, "decays": False, "weight_decay": 0.0},
+        ]
         fused = all(p.is_cuda for p in self.named.values())
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
         self.last_layers = [p for name, p in self.named.items() if ".last_layer." in name]
@@ -53,6 +62,14 @@ class Optimizer:
             steps_per_epoch=progress.steps_per_epoch,
             batch_size=progress.batch_size,
         )
+
+    def state_dict(self) -> dict[int, Any]:
+        """What AdamW knows of each parameter. Rates and decays follow from the step: they are not state."""
+        return self.adamw.state_dict()["state"]
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Take over the state of another optimizer of the same parameters, perhaps of another device."""
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
     def schedule(self, progress: Progress) -> dict[str, float]:
         """Set this step's learning rate and weight decay; what was set."""

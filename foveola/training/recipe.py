@@ -139,7 +139,9 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _unknown_recipe(recipe: str) -> str:
     if (Path(recipe) / "config.yaml").is_file():
-        return f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
+        return (
+            f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
+        )
     near = nearest(recipe, _shipped())
     hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
     return f"unknown recipe {recipe!r}; {hint}"
@@ -158,12 +160,14 @@ def plan(config: RunConfig, pictures: int) -> Progress:
     progress = Progress(0, 0, pictures // config.batch_size, config.batch_size)
     total = _steps(config.duration, "duration", progress)
     if not total:
-        raise ConfigError(f"duration: {config.duration!r} is less than a step of {config.batch_size} pictures")
+        raise ConfigError(
+            f"duration: {config.duration!r} is less than a step of {config.batch_size} pictures"
+        )
     return dataclasses.replace(progress, total_steps=total)
 
 
 def check(config: RunConfig, progress: Progress) -> None:
-    """Raise ConfigError, naming the key, for a duration that is none or a schedule that does not fit the run."""
+    """Raise ConfigError, naming the key, for a duration that is none or a schedule that does not fit."""
     for name in PERIODS:
         period(config, name, progress)
     _steps(config.optimizer.freeze_last_layer, "optimizer.freeze_last_layer", progress)

@@ -1,35 +1,30 @@
 """A pretraining run: assemble, train, checkpoint, evaluate, resume, stop on signals."""
 
 import dataclasses
-import signal
+import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from foveola import distributed
-from foveola.config import ConfigError, build, dump_yaml, merge, read_yaml, to_dict
+from foveola.config import ConfigError, UserError, build, merge, to_dict
 from foveola.data.loader import Loader
-from foveola.data.sources import open_source
+from foveola.data.sources import Source, open_source
 from foveola.evaluation.protocol import evaluate
-from foveola.methods import METHODS
-from foveola.methods.method import Method
 from foveola.models.encoder import Encoder, load
-from foveola.schedules import Progress, Schedule, steps_of
-from foveola.training import checkpoint
+from foveola.training import checkpoint, folder
+from foveola.training.assemble import assemble, share, untrained
 from foveola.training.log import Log
-from foveola.training.loop import Trainer
-from foveola.training.optimizer import Optimizer
-from foveola.training.recipe import RunConfig, nested, resolve
+from foveola.training.loop import Diverged
+from foveola.training.recipe import RunConfig, check, nested, period, plan, resolve
+from foveola.training.signals import Stop
 
-# What may differ between a run and its continuation: where and how fast it runs, not what it computes.
-FREE = ("out", "device", "loader.workers", "loader.prefetch", "log_every", "checkpoint_every", "keep", "keep_every",
-        "evaluate_every", "evaluate_train", "evaluate_test", "evaluate", "checkpoint_activations")  # fmt: skip
+__all__ = ["Run", "pretrain", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Run:
     config: RunConfig
     step: int
     total_steps: int
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the last step that was logged; empty where this call took no step
 
     @property
     def finished(self) -> bool:
@@ -57,15 +52,15 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
         recipe: name, YAML path, or a resolved configuration.
         overrides: any key of `RunConfig`; nested ones as dicts (`model={"size": "base"}`) or through
             `**{"model.size": "base"}`.
+
+    SIGINT, SIGTERM and SIGUSR2 end the step, write a checkpoint and return; the same call then goes on.
+    Raises UserError for mistakes in the configuration and the data, and `Diverged`.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
         config = build(RunConfig, merge(to_dict(config), nested(overrides)))
-    device = distributed.start(config.device)
-    try:
+    with distributed.joined(config.device) as device:
         return _Session(config, device).run()
-    finally:
-        distributed.stop()
 
 
 class _Session:
@@ -73,72 +68,135 @@ class _Session:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        world = distributed.world_size()
-        part, rest = divmod(config.batch_size, world * config.accumulate)
-        if rest or not part:
-            raise ConfigError(
-                f"batch_size={config.batch_size} cannot be shared by {world} processes x accumulate={config.accumulate}"
-            )
+        self.part = share(config)
         if config.data is None:
             hint = config.about.data or "folder:/my/pictures"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         self.source = open_source(config.data)
-        self.steps_per_epoch = len(self.source) // config.batch_size
-        if not self.steps_per_epoch:
-            raise ConfigError(f"{config.data} has {len(self.source)} pictures: fewer than batch_size={config.batch_size}")
-        self.part = part
-        self.total_steps = self._steps(config.duration, 0)
-        self.progress = Progress(0, self.total_steps, self.steps_per_epoch, config.batch_size)
-        for schedule in _schedules(config):
-            schedule.check(self.progress)
-        self.trainer = assemble(config, self.progress, device)
-        self.stopping = False
-
-    def _steps(self, duration: str, total: int) -> int:
-        return steps_of(
-            duration, total_steps=total, steps_per_epoch=self.steps_per_epoch, batch_size=self.config.batch_size
+        self.progress = plan(config, len(self.source))
+        check(config, self.progress)
+        self.total = self.progress.total_steps
+        self.every, self.keep_every, self.evaluate_every = (
+            period(config, name, self.progress)
+            for name in ("checkpoint_every", "keep_every", "evaluate_every")
         )
+        self.labelled = None if self.evaluate_every is None else _labelled(config)
+        self.trainer = assemble(config, self.progress, device)
+        self.folder, self.stop = Path(), Stop()
+        self.bad_names: set[str] = set()
+        self.notes: set[str] = set()
+
+    # -- from start to end
 
     def run(self) -> Run:
-        config = self.config
-        folder = distributed.broadcast_object(_folder(config) if distributed.is_main() else None)
-        start = self._resume(folder)
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "config.yaml").exists():
-                (folder / "config.yaml").write_text(_saved(config))
-        distributed.barrier()
-        if start >= self.total_steps:
-            return Run(folder, config, start, self.total_steps, {})
-        log = Log(folder, total_steps=self.total_steps, start_step=start, batch_size=config.batch_size)
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-        try:
-            step, metrics = self._train(folder, start, log)
-        finally:
-            log.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return Run(folder, config, step, self.total_steps, metrics)
+        with ExitStack() as stack:
+            self.folder = distributed.on_main(lambda: self._claim(stack))
+            start = self._resume()
+            missed = start and self._is_due(self.evaluate_every, start) and not self._was_evaluated(start)
+            if start >= self.total and not missed:
+                if distributed.is_main():
+                    print(f"{self.folder} is finished: nothing to do", flush=True)
+                return Run(self.folder, self.config, start, self.total, {})
+            stack.enter_context(self.stop)
+            log = stack.enter_context(
+                Log(
+                    self.folder,
+                    total_steps=self.total,
+                    start_step=start,
+                    batch_size=self.config.batch_size,
+                )
+            )
+            self._greet(log, start)
+            if missed:  # interrupted between its checkpoint and its evaluation
+                log.step(start, self._evaluate(log))
+            step, metrics = self._train(start, log)
+            self._farewell(log, step)
+        return Run(self.folder, self.config, step, self.total, metrics)
 
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopping = True
+    def _claim(self, stack: ExitStack) -> Path:
+        path = folder.choose(self.config, self.total)
+        stack.enter_context(folder.lock(path))
+        folder.begin(path, self.config)
+        return path
 
-    def _resume(self, folder: Path) -> int:
-        newest = checkpoint.newest(folder)
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one; how many steps are done."""
+        newest = distributed.on_main(lambda: checkpoint.newest(self.folder))
         if newest is None:
             return 0
         state = checkpoint.load(newest)
-        self.trainer.load_state_dict(state["trainer"])
+        try:
+            self.trainer.load_state_dict(state["trainer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{newest} does not fit this version of foveola: {first}") from error
         return state["step"]
 
-    def _train(self, folder: Path, start: int, log: Log) -> tuple[int, dict[str, float]]:
-        config, total = self.config, self.total_steps
-        every = max(1, self._steps(config.checkpoint_every, total))
-        keep_every = self._steps(config.keep_every, total) if config.keep_every else None
-        evaluate_every = max(1, self._steps(config.evaluate_every, total)) if config.evaluate_every else None
-        loader = Loader(
+    def _greet(self, log: Log, start: int) -> None:
+        what = f"going on after step {start}" if start else "training"
+        length = f"{self.total - start} steps of {self.config.batch_size} pictures"
+        log.note(f"{what} in {self.folder}: {length}")
+        if self.config.views.objects is not None and not self.source.has_objects:
+            log.note(f"{self.source.name} has no objects: each picture counts as one object")
+
+    def _farewell(self, log: Log, step: int) -> None:
+        if step < self.total:
+            log.note(f"stopped after step {step} of {self.total}; the same command goes on from there")
+        else:
+            log.note(f"finished; encoder: {self.folder / 'encoder'}")
+
+    # -- training
+
+    def _train(self, start: int, log: Log) -> tuple[int, dict[str, float]]:
+        config, trainer = self.config, self.trainer
+        loader = self._loader(start)
+        batches = iter(loader)
+        step, steps, metrics, stop = start, 0, {}, False
+        seconds = waited = 0.0
+
+        def take():
+            nonlocal waited
+            canvases = next(batches)
+            waited += loader.wait_seconds
+            return canvases
+
+        try:
+            while step < self.total and not stop:
+                began = time.perf_counter()
+                values = trainer.step(dataclasses.replace(self.progress, step=step), take)
+                seconds += time.perf_counter() - began
+                step, steps = step + 1, steps + 1
+                stop = self.stop.agreed(self.device)
+                last = stop or step == self.total
+                if trainer.bad_steps and config.precision != "fp16":
+                    log.note(f"step {step}: gradients are not finite; the weights stay as they are")
+                if last or step % config.log_every == 0:
+                    metrics = self._metrics(step, values, loader, log)
+                    metrics["images_per_second"] = steps * config.batch_size / seconds
+                    metrics["data_wait"] = min(waited / seconds, 1.0)
+                    log.step(step, metrics)
+                    steps, seconds, waited = 0, 0.0, 0.0
+                evaluating = self._is_due(self.evaluate_every, step) and not stop
+                # A step without finite gradients has changed nothing: the checkpoint before it is as good.
+                # With a loss scaler such steps are ordinary.
+                healthy = not trainer.bad_steps or config.precision == "fp16"
+                due = evaluating or self._is_due(self.every, step) or self._is_due(self.keep_every, step)
+                if last or (due and healthy):
+                    self._save(step)
+                if evaluating:
+                    log.step(step, self._evaluate(log))
+                    stop = stop or self.stop.agreed(self.device)
+        except UserError as error:  # shown by whoever catches it
+            told = self._with_checkpoint(error) if isinstance(error, Diverged) else error
+            log.note(str(told), show=False)
+            raise told from None
+        finally:
+            batches.close()  # ends the workers
+        return step, metrics
+
+    def _loader(self, start: int) -> Loader:
+        config = self.config
+        return Loader(
             self.source,
             self.part,
             config.seed,
@@ -146,148 +204,87 @@ class _Session:
             with_objects=config.views.objects is not None,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            accumulate=config.accumulate,
             start_step=start * config.accumulate,
             device=self.device,
         )
-        batches = iter(loader)
-        metrics: dict[str, float] = {}
-        mark, waited, steps, bad = time.perf_counter(), 0.0, 0, 0
-        step = start
-        while step < total:
-            progress = dataclasses.replace(self.progress, step=step)
 
-            def take():
-                nonlocal waited
-                canvases = next(batches)
-                waited += loader.wait_seconds
-                return canvases
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return every is not None and (step % every == 0 or step == self.total)
 
-            values = self.trainer.step(progress, take)
-            step, steps = step + 1, steps + 1
-            stopping = self._agree_to_stop()
-            if step % config.log_every == 0 or step == total or stopping:
-                seconds = time.perf_counter() - mark
-                metrics = {"epoch": step / self.steps_per_epoch}
-                metrics |= {name: float(value) for name, value in values.items()} | self.trainer.method.diagnose()
-                metrics["images_per_second"] = steps * config.batch_size / seconds
-                metrics["data_wait"] = min(waited / seconds, 1.0)
-                if loader.bad_count > bad:
-                    bad = loader.bad_count
-                    log.note(f"{bad} unreadable pictures so far, replaced by others: {', '.join(loader.bad_names[-3:])}")
-                metrics["bad_pictures"] = float(loader.bad_count)
-                log.step(step, metrics)
-                mark, waited, steps = time.perf_counter(), 0.0, 0
-            due = step % every == 0 or step == total or stopping
-            if due and not self.trainer.bad_steps:
-                self._save(folder, step, keep_every)
-            if evaluate_every and (step % evaluate_every == 0 or step == total) and not stopping:
-                log.step(step, self._evaluate())
-            if stopping:
-                log.note(f"stopped after step {step} of {total}; the same command goes on from there")
-                break
-        return step, metrics
+    def _metrics(
+        self, step: int, values: dict[str, Tensor | float], loader: Loader, log: Log
+    ) -> dict[str, float]:
+        """What the step gave, losses as means over processes; unreadable pictures are named in the log."""
+        names = [name for name in values if name.partition("/")[0] == "loss"]
+        losses = torch.stack([torch.as_tensor(values[name]) for name in names])
+        means = distributed.all_reduce_mean(losses).tolist()
+        bad = set().union(*distributed.gather_objects(loader.bad_names))
+        if new := sorted(bad - self.bad_names):
+            log.note(f"{len(new)} pictures cannot be read and were replaced by others: {', '.join(new)}")
+            self.bad_names = bad
+        return {
+            "epoch": step / self.progress.steps_per_epoch,
+            **{name: float(value) for name, value in values.items()},
+            **dict(zip(names, means, strict=True)),
+            **self.trainer.method.diagnose(),
+            "bad_pictures": float(len(bad)),
+        }
 
-    def _agree_to_stop(self) -> bool:
-        """Whether any process was told to stop: all stop after the same step."""
-        if distributed.world_size() == 1:
-            return self.stopping
-        flag = torch.tensor(float(self.stopping), device=self.device)
-        return bool(distributed.all_reduce_max(flag))
+    def _with_checkpoint(self, error: Diverged) -> Diverged:
+        newest = checkpoint.newest(self.folder)
+        kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
+        return Diverged(f"{error}; {kept}")
 
-    def _save(self, folder: Path, step: int, keep_every: int | None) -> None:
+    def _save(self, step: int) -> None:
+        """First the encoder: killed in between, a run repeats some steps, and both are of one step again."""
         if distributed.is_main():
+            self._encoder().save(self.folder / "encoder")
             state = {"step": step, "trainer": self.trainer.state_dict()}
-            checkpoint.save(folder, step, state, keep=self.config.keep, keep_every=keep_every)
-            self._encoder().save(folder / "encoder")
+            checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         distributed.barrier()
 
+    # -- evaluation
+
     def _encoder(self) -> Encoder:
-        config = self.config.encoder()
-        encoder = Encoder(config)
+        encoder = Encoder(self.config.encoder())
         encoder.backbone.load_state_dict(self.trainer.method.backbone.state_dict())
         return encoder.to(self.device)
 
-    def _evaluate(self) -> dict[str, float]:
-        config = self.config
-        train = config.evaluate_train or config.data
-        settings = {k: v for k, v in to_dict(config.evaluate).items()}
-        result = evaluate(self._encoder(), "knn", train=train, test=config.evaluate_test or train, **settings)
+    def _evaluate(self, log: Log) -> dict[str, float]:
+        assert self.labelled is not None
+        train, test = self.labelled
+        settings = to_dict(self.config.evaluate)
+        result = evaluate(self._encoder(), "knn", train=train, test=test, progress=False, **settings)
+        for text in result.notes:
+            if text not in self.notes:
+                log.note(f"knn: {text}")
+        self.notes.update(result.notes)
         return {f"knn/{name}": value for name, value in result.metrics.items()}
 
+    def _was_evaluated(self, step: int) -> bool:
+        def look() -> bool:
+            path = self.folder / "metrics.jsonl"
+            texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = [json.loads(text) for text in texts if '"knn/' in text and text.endswith("}")]
+            return any(line["step"] == step for line in lines)
 
-def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Trainer:
-    """Networks, optimiser and views of a run, from its seed."""
-    torch.manual_seed(config.seed)
-    method: Method = METHODS[config.method.name](config.method, config.model, config.views).to(device).train()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for network in method.trained():
-        network.checkpoint_activations = config.checkpoint_activations
-        if config.compile:
-            network.compile()
-    wrapped: nn.Module = method
-    if distributed.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
-    optimizer = Optimizer(method, config.optimizer, progress)
-    return Trainer(method, wrapped, optimizer, config.views, config.precision, config.accumulate, config.seed, device)
+        return distributed.on_main(look)
 
 
-def _schedules(config: RunConfig) -> list[Schedule]:
-    """All schedules of a run, wherever they stand."""
-    found: list[Schedule] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Schedule):
-            found.append(value)
-        elif dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                visit(getattr(value, field.name))
-
-    visit(config)
-    return found
-
-
-def _saved(config: RunConfig) -> str:
-    return dump_yaml(dataclasses.replace(config, out=None))
-
-
-def _folder(config: RunConfig) -> Path:
-    """The run's folder; checks that a run already there is this one."""
-    if config.out is not None:
-        folder = Path(config.out)
-        if (folder / "config.yaml").exists():
-            if (different := _difference(folder, config)) is not None:
-                raise ConfigError(f"{folder} holds another run ({different}): choose another out=, or repeat its settings")
-        elif folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
-        return folder
-    name = config.recipe or "run"
-    for folder in sorted(Path("runs").glob(f"{name}-*"), reverse=True):
-        unfinished = (folder / "config.yaml").exists() and not (folder / "encoder" / "finished").exists()
-        if unfinished and _difference(folder, config) is None:
-            return folder
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _difference(folder: Path, config: RunConfig) -> str | None:
-    """The first setting in which the run in `folder` differs from `config`, or None."""
-    theirs, ours = _flat(read_yaml(folder / "config.yaml")), _flat(to_dict(config))
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name) and not any(name == f or name.startswith(f + ".") for f in FREE):
-            return f"its {name} is {theirs.get(name)!r}, not {ours.get(name)!r}"
-    return None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def untrained(config: RunConfig) -> Encoder:
-    """The encoder that a run begins with: same shape, same seed, no step taken."""
-    torch.manual_seed(config.seed)
-    method = METHODS[config.method.name](config.method, config.model, config.views)
-    return Encoder(config.encoder(), method.backbone)
+def _labelled(config: RunConfig) -> tuple[Source, Source]:
+    """The data of the evaluations, opened before the first step: mistakes show now, not hours later."""
+    train = config.evaluate_train or config.data
+    assert train is not None
+    test = config.evaluate_test or train
+    sources = open_source(train, "train"), open_source(test, "test")
+    for name, source in zip(("evaluate_train", "evaluate_test"), sources, strict=True):
+        if source.classes is None:
+            raise ConfigError(f"{name}: {source.name} has no labels, which evaluate_every needs")
+    same = sources[0].fingerprint() == sources[1].fingerprint()
+    if same and not config.evaluate.exclude_self:
+        raise ConfigError(
+            f"evaluate_every: {sources[0].name} is both bank and queries; "
+            "set evaluate_test=, or evaluate.exclude_self=true"
+        )
+    return sources

@@ -67,15 +67,15 @@ class ViewsConfig:
         for name, size in sizes.items():
             if size % patch_size:
                 below = size - size % patch_size
+                near = " or ".join(str(side) for side in (below, below + patch_size) if side)
                 raise ValueError(
-                    f"views.{name}={size} is not a multiple of the patch size {patch_size}; "
-                    f"try {below or patch_size} or {below + patch_size}"
+                    f"views.{name}={size} is not a multiple of the patch size {patch_size}; try {near}"
                 )
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Views of B pictures on the training device. M object tokens; without objects the masks are None and M is 1."""
+    """Views of B pictures on the training device. M object tokens; without objects masks are None, M is 1."""
 
     global_views: Float[Tensor, "B V 3 H W"]
     global_boxes: Float[Tensor, "B V 4"]
@@ -96,8 +96,9 @@ class Batch:
 def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
     """Draw and cut all views of a batch on the device of `canvases`.
 
-    A picture whose object left no patch in some global view is treated as one whose object is the whole picture, in
-    all of its views: an object token never has nothing to read, and teacher and student agree on what it stands for.
+    A picture whose object left no patch in some global view is treated as one whose object is the whole
+    picture, in all of its views: an object token never has nothing to read, and teacher and student agree on
+    what it stands for.
     """
     objects = config.objects
     pixels = canvases.images.to(torch.float32).div_(255)

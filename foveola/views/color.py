@@ -1,8 +1,8 @@
-"""Colour augmentation of whole batches of views: jitter, grayscale, solarise, normalise; blur is folded into sampling.
+"""Colour augmentation of batches of views: jitter, grayscale, solarise, normalise; blur is part of sampling.
 
-Parameters are drawn for all views at once on the CPU, so that a step is the same on every device, and each view
-gets its own. Pictures are float in [0, 1]. The operations are torchvision's: brightness, contrast, saturation and
-hue in a random order, each clipped to [0, 1].
+Parameters are drawn for all views at once on the CPU, so that a step is the same on every device, and each
+view gets its own. Pictures are float in [0, 1]. The operations are torchvision's: brightness, contrast,
+saturation and hue in a random order, each clipped to [0, 1].
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class ColorDraw:
 
 
 def draw(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
-    """Draw colour parameters; `kinds` is 0 for the first global view, 1 for other global views, 2 for local ones."""
+    """Draw colour parameters; `kinds` is 0 for the first global view, 1 for other globals, 2 for locals."""
     n = kinds.shape[0]
     uniform = torch.rand(n, 12, generator=generator)
     strength = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
@@ -128,14 +128,15 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = high - low
-    inverse = 1 / torch.where(spread > 0, spread, 1.0)
+    # Below a thousandth of a grey level there is no hue, and the inverse of a denormal spread would be infinite.
+    inverse = 1 / torch.where(spread > 1e-6, spread, 1.0)
     hue = torch.where(
         high == red,
         (green - blue) * inverse,
         torch.where(high == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
     )
     hue = hue + 6 * shift
-    # Each channel is the same trapezoid of the hue, shifted: red by 5, green by 3, blue by 1 sixths of a turn.
+    # Each channel is the same trapezoid of the hue, shifted by 5 (red), 3 (green), 1 (blue) sixths of a turn.
     offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
     k = torch.remainder(hue + offsets, 6)
     return high - spread * torch.minimum(k, 4 - k).clamp_(0, 1)

@@ -1,4 +1,4 @@
-"""Object-aware cropping (ODIS): boxes that hold the target object, judged together, without resampling a pixel."""
+"""Object-aware cropping (ODIS): boxes that hold the target object, judged without resampling a pixel."""
 
 from dataclasses import dataclass
 
@@ -45,9 +45,9 @@ def object_boxes(
     """Boxes that hold every target object of their picture, and how many draws each took (0 = none held it).
 
     All candidates are drawn at once; a view takes its first one in which each object shows more than
-    `min_visible` of its area. If there is none it takes the one that shows most of the object shown least. Objects
-    that are the whole picture accept the first draw, so that such pictures are cropped as without objects: `first`
-    is the generator that plain cropping would use, `retries` serves the further candidates.
+    `min_visible` of its area. If there is none it takes the one that shows most of the object shown least.
+    Objects that are the whole picture accept the first draw, so that such pictures are cropped as without
+    objects: `first` is the generator that plain cropping would use, `retries` serves the further candidates.
     """
     # Drawn on the CPU, judged where the masks are: no step waits for the device.
     batch = aspects.shape[0]
@@ -75,6 +75,6 @@ def object_patches(
     grid: tuple[int, int],
     min_coverage: float,
 ) -> Bool[Tensor, "B V M N"]:
-    """The patches of each view that belong to each object: covered share at least `min_coverage`; may be empty."""
+    """The patches of each view that belong to each object: covered share >= `min_coverage`; may be empty."""
     coverage = sample(masks, boxes, flips, grid, kernel="area")
     return (coverage >= min_coverage).flatten(3)

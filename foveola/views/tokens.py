@@ -1,7 +1,7 @@
 """Which tokens a network does not see: block masks (iBOT, DINOv2) and uniformly random ones.
 
-Masks are boolean over the patch grid, True = replaced by the mask token and to be predicted. They are drawn for all
-views of a batch together, on the CPU.
+Masks are boolean over the patch grid, True = replaced by the mask token and to be predicted. They are drawn
+for all views of a batch together, on the CPU.
 """
 
 from dataclasses import dataclass
@@ -63,9 +63,9 @@ def block_masks(
 ) -> Bool[Tensor, "n N"]:
     """Unions of rectangles that never exceed ratio * N patches and end slightly below (facts of iBOT's code).
 
-    A block's area is uniform between `smallest` and what is still missing, its aspect log-uniform in [0.3, 1/0.3].
-    It is placed if it is smaller than the grid and adds at least one and at most the missing number of patches; after
-    ten failures in a row a mask is left as it is. All masks are grown side by side.
+    A block's area is uniform between `smallest` and what is still missing, its aspect log-uniform in [0.3,
+    1/0.3]. It is placed if it is smaller than the grid and adds at least one and at most the missing number
+    of patches; after ten failures in a row a mask is left as it is. All masks are grown side by side.
 
     Args:
         smallest: least area asked for, in patches; default (shorter side // 3)^2, 16 for a 14 x 14 grid.

@@ -13,8 +13,8 @@ def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     """Weights and shape of a plain ViT from a DINO, iBOT or timm checkpoint.
 
     Accepts the teacher of a full training checkpoint, a bare backbone, and any nesting of the prefixes that
-    data-parallel and multi-crop wrappers leave. Returns (state dict with our names, keyword arguments of ViTConfig).
-    Raises ValueError with one line that says what is missing.
+    data-parallel and multi-crop wrappers leave. Returns (state dict with our names, keyword arguments of
+    ViTConfig). Raises ValueError with one line that says what is missing.
     """
     state: dict[str, Any] = checkpoint
     while wrapper := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None):
@@ -30,6 +30,7 @@ def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         "cls_token",
         "pos_embed",
         "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
         "norm.weight",
     ):
         if needed not in weights:

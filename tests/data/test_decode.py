@@ -141,6 +141,14 @@ def test_no_picture_is_bad(data, reason):
         decode(data)
 
 
+def test_a_header_that_asks_for_too_much_is_bad():
+    data = bytearray(encoded(Image.fromarray(photo()), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(BadImage, match="65535x65535 pixels"):
+        decode(bytes(data))
+
+
 def test_missing_file_is_bad(tmp_path: Path):
     with pytest.raises(BadImage, match="No such file"):
         decode(tmp_path / "gone.jpg")

@@ -1,0 +1,141 @@
+"""The folder of a run: which one a configuration belongs to, what it may differ in, who writes to it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
+from foveola.training import checkpoint
+from foveola.training.recipe import RunConfig
+
+# What may differ between a run and its continuation: where and how fast it runs, not what it computes.
+FREE = (
+    "about",
+    "out",
+    "device",
+    "checkpoint_activations",
+    "loader.workers",
+    "loader.prefetch",
+    "loader.start",
+    "loader.max_bad",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "keep_every",
+    "evaluate_every",
+    "evaluate_train",
+    "evaluate_test",
+    "evaluate",
+)
+
+
+def choose(config: RunConfig, total_steps: int) -> Path:
+    """The folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one there.
+
+    Nothing is written. Raises ConfigError where `out` holds something else.
+    """
+    if config.out is not None:
+        folder = Path(config.out).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"out={folder} is a file, not a folder")
+        if (folder / "config.yaml").exists():
+            if different := difference(folder, config):
+                raise ConfigError(
+                    f"{folder} holds another run ({different}): choose another out=, or repeat its settings"
+                )
+        elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
+        return folder
+    name = (config.recipe or "run").replace("/", "-")
+    runs = Path("runs")
+    for folder in sorted(runs.glob("*/"), reverse=True):
+        if folder.name.startswith(f"{name}-") and _goes_on(folder, config, total_steps):
+            return folder
+    new = runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}")
+
+
+def difference(folder: Path, config: RunConfig) -> str | None:
+    """The first setting in which the run in `folder` differs from `config`, or None."""
+    path = folder / "config.yaml"
+    try:
+        theirs = build(RunConfig, read_yaml(path))  # keys that it lacks have their defaults
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
+    old, new = _flat(to_dict(theirs)), _flat(to_dict(config))
+    for name in sorted(old.keys() | new.keys()):
+        free = any(name == part or name.startswith(f"{part}.") for part in FREE)
+        if not free and old.get(name) != new.get(name):
+            return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
+    return None
+
+
+def begin(folder: Path, config: RunConfig) -> None:
+    """Write the configuration into the folder, unless there is one already."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_text(dump_yaml(to_dict(config) | {"out": None}), encoding="utf-8")
+        part.replace(path)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in `folder`; makes it if needed. A process that dies lets go of it.
+
+    Raises UserError when another process holds it, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    with file:
+        if _is_held(file):
+            raise UserError(f"another process is training in {folder}: wait for it, or choose another out=")
+        yield
+
+
+def _goes_on(folder: Path, config: RunConfig, total_steps: int) -> bool:
+    """Whether a folder holds an unfinished run of the same settings that nobody is working on."""
+    if not (folder / "config.yaml").exists():
+        return False
+    try:
+        if difference(folder, config):
+            return False
+    except ConfigError:  # of another version, or not a run: not this run, in any case
+        return False
+    newest = checkpoint.newest(folder)
+    if newest is not None and checkpoint.step_of(newest) >= total_steps:
+        return False
+    try:
+        with (folder / ".lock").open("a") as file:
+            return not _is_held(file)
+    except OSError:  # somebody else's
+        return False
+
+
+def _is_held(file: Any) -> bool:
+    """Take the lock of an open file, unless another process holds it. Worker processes do not inherit it."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # a file system without locks: nothing that could be asked
+        return False
+    return False
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

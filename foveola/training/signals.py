@@ -1,0 +1,52 @@
+"""Stopping after a step: signals are noted when they come, and answered when it suits."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+
+from foveola import distributed
+
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR2")
+IMPATIENT = (
+    1.0  # seconds after which a second Ctrl-C counts; torchrun passes on the one that workers got, too
+)
+
+
+class Stop:
+    """A context in which SIGINT, SIGTERM and SIGUSR2 are only noted; a second Ctrl-C ends it at once.
+
+    In a thread other than the main one, where signals never come, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.told, self._last = False, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was told to stop; all get the same answer, so all stop after the same step."""
+        if distributed.world_size() == 1:
+            return self.told
+        return bool(distributed.all_reduce_max(torch.tensor(float(self.told), device=device)))
+
+    def _note(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.told and number == signal.SIGINT and now - self._last > IMPATIENT:
+            raise KeyboardInterrupt
+        if not self.told and distributed.is_main():
+            # Not print, which the signal may have interrupted.
+            os.write(2, b"stopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
+        self.told, self._last = True, now

@@ -1,0 +1,166 @@
+"""A run small enough to repeat many times: it has every kind of state and randomness that a real one has."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foveola.config import build, merge
+from foveola.training import checkpoint, loop
+from foveola.training.recipe import RunConfig, nested
+
+TARGET = {"temperature": {"value": 0.07, "start": 0.04, "warmup": "1 epochs", "per_epoch": True}}
+TINY = {
+    "recipe": "tiny",
+    "data": "scenes:?size=32&count=64",
+    "duration": "2 epochs",  # 8 steps
+    "batch_size": 16,
+    "device": "cpu",
+    "model": {
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "drop_path": 0.2,
+    },
+    "views": {"global_size": 32, "local_size": 16, "local_count": 2, "masking": {}, "objects": {}},
+    "method": {
+        "heads": {"main": {"prototypes": 32, "hidden": 32, "bottleneck": 16, "norm_last_layer": False}},
+        "token": {"target": TARGET},
+        "patch": {"target": TARGET},
+        "spread": {},
+    },
+    "loader": {"canvas": 32, "mask_canvas": 32, "workers": 0},
+    "optimizer": {
+        "lr": {"value": 1e-3, "start": 0.0, "end": 1e-5, "warmup": "2 steps", "shape": "cosine"},
+        "lr_rule": "none",
+        "freeze_last_layer": "2 steps",
+    },
+    "evaluate": {"rows": "objects", "view": "object", "workers": 0, "limit": 24, "k": [5]},
+    "log_every": 1,
+    "checkpoint_every": "3 steps",
+    "keep": 10,
+}
+# Nothing is drawn: every view is the whole picture in its own colours.
+PLAIN = {
+    "views": {
+        "global_scale": [1.0, 1.0],
+        "ratio": [1.0, 1.0],
+        "flip": 0.0,
+        "local_count": 0,
+        "masking": None,
+        "color": {"jitter": 0.0, "grayscale": 0.0, "blur": [0.0] * 3, "solarize": [0.0] * 3},
+    },
+    "method": {"patch": None, "spread": None},
+    "model": {"drop_path": 0.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_tree() -> dict[str, Any]:
+    return TINY
+
+
+@pytest.fixture
+def tiny() -> Callable[..., RunConfig]:
+    """tiny(out=..., **{"model.depth": 3}): the small run, changed."""
+
+    def make(*trees: dict[str, Any], **changes: Any) -> RunConfig:
+        tree = TINY
+        for each in (*trees, nested(changes)):
+            tree = merge(tree, each)
+        return build(RunConfig, tree)
+
+    return make
+
+
+@pytest.fixture
+def plain_tree() -> dict[str, Any]:
+    return PLAIN
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """interrupt_after(n): the next run gets a signal while its n-th step ends; 0: it gets none."""
+    step = loop.Trainer.step
+
+    def arrange(count: int, number: int = signal.SIGTERM) -> None:
+        left = [count]
+
+        def counted(self, *arguments):
+            values = step(self, *arguments)
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(number)
+            return values
+
+        monkeypatch.setattr(loop.Trainer, "step", counted)
+
+    return arrange
+
+
+def _newest(folder: Path) -> dict[str, Any]:
+    path = checkpoint.newest(folder)
+    assert path is not None
+    return checkpoint.load(path)
+
+
+@pytest.fixture
+def newest() -> Callable[[Path], dict[str, Any]]:
+    """The newest checkpoint of a run folder, read back."""
+    return _newest
+
+
+@pytest.fixture
+def same() -> Callable[[Any, Any], None]:
+    """Asserts that two nested structures of tensors and numbers are equal, bit for bit."""
+
+    def compare(a: Any, b: Any, where: str = "") -> None:
+        assert type(a) is type(b), where
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for name in a:
+                compare(a[name], b[name], f"{where}.{name}")
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        else:
+            assert a == b, where
+
+    return compare
+
+
+@pytest.fixture
+def lines() -> Callable[[Path], list[dict[str, Any]]]:
+    """What stands in metrics.jsonl, without what a clock measured."""
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        timed = ("seconds", "images_per_second", "data_wait")
+        parsed = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [{name: value for name, value in line.items() if name not in timed} for line in parsed]
+
+    return read
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, str]]:
+    """Every file of a folder with a hash of its content."""
+
+    def take(folder: Path) -> dict[str, str]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return take
