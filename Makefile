@@ -17,7 +17,7 @@ DEV := .venv/.foveola-dev-$(HASH)
 .PHONY: demo test check
 
 demo: $(RUNTIME)
-	$(BIN)/foveola pretrain demo out=runs/demo
+	$(BIN)/foveola demo out=runs/demo
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -1,9 +1,9 @@
-"""One training step at ViT-S/16: iBOT against ODIS, the share of views, and how near the machine's matmul peak.
+"""One training step at ViT-S/16: iBOT against ODIS, the share of views, and the distance to the matmul peak.
 
     python -m benchmarks.step [--batch 4] [--steps 3] [--device cpu] [--precision fp32] [--compile]
 
-Everything is measured in one process, alternating, because machines are shared; ratios are what counts. `heads on all
-tokens` runs the same iBOT step with the heads on every patch, as the official code does.
+Everything is measured in one process, alternating, because machines are shared; ratios are what counts.
+`heads on all tokens` runs the same iBOT step with the heads on every patch, as the official code does.
 """
 
 import argparse
@@ -66,10 +66,14 @@ def flops(work: Callable[[], object]) -> int:
 class Bench:
     """One method, ready to step."""
 
-    def __init__(self, recipe: str, arguments: argparse.Namespace, device: torch.device, all_tokens: bool = False) -> None:
+    def __init__(
+        self, recipe: str, arguments: argparse.Namespace, device: torch.device, all_tokens: bool = False
+    ) -> None:
         self.config, self.device, self.all_tokens = resolve(recipe), device, all_tokens
         torch.manual_seed(0)
-        self.method = Distillation(self.config.method, self.config.model, self.config.views).to(device).train()
+        self.method = (
+            Distillation(self.config.method, self.config.model, self.config.views).to(device).train()
+        )
         if arguments.compile:
             for network in self.method.trained():
                 network.compile()
@@ -81,11 +85,15 @@ class Bench:
         self.number = 0
 
     def views(self) -> Batch:
-        return make_views(self.pictures, self.config.views, self.config.model.patch_size, Streams(0, self.number))
+        return make_views(
+            self.pictures, self.config.views, self.config.model.patch_size, Streams(0, self.number)
+        )
 
     def train(self, batch: Batch) -> None:
         if self.all_tokens:
-            batch = Batch(**{**vars(batch), "masked_indices": torch.arange(batch.masked.numel(), device=self.device)})
+            batch = Batch(
+                **{**vars(batch), "masked_indices": torch.arange(batch.masked.numel(), device=self.device)}
+            )
         with self.cast():
             output = self.method(batch, self.progress)
             loss = torch.stack(list(output.losses.values())).sum()
@@ -104,7 +112,9 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -128,7 +138,8 @@ def main() -> None:
         peaks.append(matmul_peak(device, dtype))
     peak = statistics.median(peaks)
 
-    print(f"{device}, {arguments.threads} thread(s), {arguments.precision}, batch {arguments.batch}, torch {torch.__version__}")
+    where = f"{device}, {arguments.threads} thread(s), {arguments.precision}"
+    print(f"{where}, batch {arguments.batch}, torch {torch.__version__}")
     print(f"matmul peak {peak / 1e9:.1f} GFLOP/s\n")
     head = ("method", "s/picture", "of iBOT", "GFLOP/picture", "of peak", "views", "views/step")
     print("{:<26}{:>10}{:>9}{:>15}{:>9}{:>9}{:>12}".format(*head))
@@ -145,7 +156,8 @@ def main() -> None:
     if device.type == "cuda":
         print(f"\npeak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB for all three")
     else:
-        print(f"\npeak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"\npeak memory of this process {memory:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveola.config import UserError, to_dict
+from foveola.config import to_dict
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.features import FeatureTable, extract
@@ -38,8 +38,9 @@ class Comparison:
     def table(self) -> str:
         """One line a measure: mean and standard deviation over seeds."""
         count = len(next(iter(self.before.values())))
-        wide = max(map(len, MEASURES))
-        lines = [f"{'objects never seen in training, %':<{wide}}  {'untrained':>12}  {'trained':>12}  {'change':>14}"]
+        title = "objects never seen in training, %"
+        wide = max(len(title), *map(len, MEASURES))
+        lines = [f"{title:<{wide}}  {'untrained':>12}  {'trained':>12}  {'change':>14}"]
         for name in MEASURES:
             before, after = np.array(self.before[name]), np.array(self.after[name])
             factor = f"x {after.mean() / before.mean():.1f}" if before.mean() else ""
@@ -52,11 +53,13 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
 
 
-def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None) -> Comparison:
+def demo(
+    out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None
+) -> Comparison | None:
     """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png`.
 
-    Runs go to `out/seed-<n>`; a run that is there is resumed or, if finished, reused. Raises UserError for bad
-    overrides, before anything is trained.
+    Runs go to `out/seed-<n>`; one that is there is resumed or, if finished, reused. Returns None if a signal
+    stopped it. Raises UserError for bad overrides, before anything is trained.
     """
     before: dict[str, list[float]] = {name: [] for name in MEASURES}
     after: dict[str, list[float]] = {name: [] for name in MEASURES}
@@ -67,13 +70,16 @@ def demo(out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | d
         print(f"seed {seed}: training in {folder}", flush=True)
         run = pretrain(config, **changes)
         if not run.finished:
-            raise UserError(f"stopped at step {run.step} of {run.total_steps}; the same command goes on from there")
+            return None
         for table, encoder in ((before, untrained(run.config)), (after, run.folder)):
             for name, value in measure(encoder, run.config).items():
                 table[name].append(value)
     comparison = Comparison(before, after)
     picture = save(picture_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
-    print(f"\n{comparison.table()}\n\npicture: {picture}\nencoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
+    print(
+        f"\n{comparison.table()}\n\npicture: {picture}\nencoder: {Path(out) / 'seed-0' / 'encoder'}",
+        flush=True,
+    )
     return comparison
 
 
@@ -105,7 +111,10 @@ def _knn(config: RunConfig) -> dict[str, Any]:
 def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Picture:
     """Crops of both views with the object's mask, attention, and nearest neighbours of held-out objects."""
     encoder = load(folder)
-    test, train = open_source(config.data or "scenes:", "test"), open_source(config.data or "scenes:", "train")
+    test, train = (
+        open_source(config.data or "scenes:", "test"),
+        open_source(config.data or "scenes:", "train"),
+    )
     settings = KnnConfig(rows="objects", view="object", context=0.2, workers=0, limit=1500)
     bank = extract(encoder, train, masks=True, config=settings, progress=False)
     queries = extract(encoder, test, masks=True, config=settings, progress=False)
@@ -117,7 +126,11 @@ def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) 
     for row, near in zip(chosen.tolist(), nearest.tolist(), strict=True):
         rows.append(_row(encoder, config, test, train, queries, bank, row, near))
     columns = ["view 1 + mask", "view 2 + mask", "attention", *[f"nearest {i + 1}" for i in range(found)]]
-    return panel("What the encoder learned: held-out objects, their attention, their neighbours in training", columns, rows)
+    return panel(
+        "What the encoder learned: held-out objects, their attention, their neighbours in training",
+        columns,
+        rows,
+    )
 
 
 def _row(
@@ -139,12 +152,13 @@ def _row(
     assert views.global_objects is not None
     patches = views.global_objects[0, :, 0]
     crops = [_pixels(encoder, view) for view in views.global_views[0]]
-    masks = [mask.view(encoder_grid(config)).numpy() for mask in patches]
+    masks = [mask.view(encoder.grid).numpy() for mask in patches]
     attention = object_attention(encoder, views.global_views[:, 0], views.global_objects[:, 0])[0, 0].numpy()
     tiles = [outline(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
     tiles.append(heat(crops[0], attention))
     label = int(queries.labels[row])
-    captions, right = ["", "", ""], [None, None, None]
+    captions = ["", "", ""]
+    right: list[bool | None] = [None, None, None]
     for other in near:
         tiles.append(_cut(train, int(bank.pictures[other]), int(bank.objects[other])))
         captions.append(names[int(bank.labels[other])])
@@ -152,13 +166,10 @@ def _row(
     return Row(names[label], tiles, captions, right)
 
 
-def encoder_grid(config: RunConfig) -> tuple[int, int]:
-    side = config.views.global_size // config.model.patch_size
-    return side, side
-
-
 def _pixels(encoder: Encoder, view: torch.Tensor) -> Picture:
-    mean, std = (torch.tensor(v)[:, None, None] for v in (encoder.config.transform.mean, encoder.config.transform.std))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (encoder.config.transform.mean, encoder.config.transform.std)
+    )
     return (255 * (view * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
 
 

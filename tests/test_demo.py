@@ -25,8 +25,11 @@ SHORT = [
 def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(module, "OBJECTS", 16)
     comparison = demo(tmp_path, seeds=2, overrides=SHORT)
+    assert comparison is not None
     assert set(comparison.before) == set(comparison.after) == set(MEASURES)
-    assert all(len(values) == 2 and all(0 <= v <= 100 for v in values) for values in comparison.after.values())
+    assert all(
+        len(values) == 2 and all(0 <= v <= 100 for v in values) for values in comparison.after.values()
+    )
     picture = np.asarray(Image.open(tmp_path / "demo.png"))
     assert picture.ndim == 3
     assert picture.std() > 20

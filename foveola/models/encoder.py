@@ -181,13 +181,13 @@ def _load_folder(folder: Path) -> Encoder:
     from safetensors.torch import load_file
 
     try:
-        config = build(
-            EncoderConfig, json.loads((folder / "config.json").read_text()), where=str(folder / "config.json")
-        )
+        settings = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged: {error}") from error
-    encoder = Encoder(config)
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder} is damaged: config.json holds a {type(settings).__name__}")
+    encoder = Encoder(build(EncoderConfig, settings, where=str(folder / "config.json")))
     _fill(encoder.backbone, state, folder)
     return encoder
 

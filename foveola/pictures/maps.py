@@ -30,7 +30,8 @@ def object_attention(
         x, _, readable = inputs
         captured.append(module.weights(x, readable))
 
-    handle = encoder.backbone.blocks[block].attn.register_forward_pre_hook(look)
+    attention = encoder.backbone.get_submodule(f"blocks.{range(len(encoder.backbone.blocks))[block]}.attn")
+    handle = attention.register_forward_pre_hook(look)
     try:
         features = encoder(images, objects)
     finally:
@@ -48,7 +49,9 @@ def neighbours(
     return (queries @ bank.T).topk(count, dim=1).indices
 
 
-def heat(picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+def heat(
+    picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "H W 3"]:
     """A picture in gray with `weights` as warm light over it, the largest weight brightest."""
     from PIL import Image
 
@@ -62,7 +65,9 @@ def heat(picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"])
 
 
 def outline(
-    picture: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "h w"], color: tuple[int, int, int] = (255, 220, 0)
+    picture: UInt8[np.ndarray, "H W 3"],
+    mask: Bool[np.ndarray, "h w"],
+    color: tuple[int, int, int] = (255, 220, 0),
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A picture with everything outside `mask` darkened and the border of the mask drawn."""
     height, width = picture.shape[:2]

@@ -128,7 +128,7 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = high - low
-    # Below a thousandth of a grey level there is no hue, and the inverse of a denormal spread would be infinite.
+    # Below a thousandth of a grey level there is no hue; a denormal spread has an infinite inverse.
     inverse = 1 / torch.where(spread > 1e-6, spread, 1.0)
     hue = torch.where(
         high == red,

@@ -37,7 +37,10 @@ def plain_vit(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
             found = ", ".join(sorted(weights)[:3]) or "no tensors"
             raise ValueError(f"not a known ViT checkpoint: no {needed} (found {found} ...)")
 
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    kernel = tuple(weights["patch_embed.proj.weight"].shape)
+    if len(kernel) != 4 or kernel[2] != kernel[3]:
+        raise ValueError(f"patch_embed.proj.weight is {kernel}, expected (width, 3, side, side)")
+    width, _, patch, _ = kernel
     if width not in WIDTHS:
         raise ValueError(f"a ViT of width {width} is unknown; known widths: {', '.join(map(str, WIDTHS))}")
     size, heads = WIDTHS[width]

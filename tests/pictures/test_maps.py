@@ -44,7 +44,9 @@ def test_attention_equals_the_explicit_matrix_and_stays_on_the_object() -> None:
     plain = encoder(images, objects).objects
     maps = object_attention(encoder, images, objects)
     assert maps.shape == (2, 1, 4, 4)
-    torch.testing.assert_close(maps.flatten(1), attention_by_hand(encoder, images, objects).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        maps.flatten(1), attention_by_hand(encoder, images, objects).float(), atol=1e-5, rtol=0
+    )
     assert (maps.flatten(2)[~objects] == 0).all()
     encoder.backbone.float()
     torch.testing.assert_close(encoder(images, objects).objects, plain, atol=1e-6, rtol=0)
@@ -59,7 +61,9 @@ def test_attention_leaves_out_registers_and_sums_to_less_than_one() -> None:
 def test_neighbours_are_sorted_by_cosine() -> None:
     rng = np.random.default_rng(0)
     queries, bank = rng.normal(size=(5, 7)), rng.normal(size=(20, 7))
-    cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (bank / np.linalg.norm(bank, axis=1)[:, None]).T
+    cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
+        bank / np.linalg.norm(bank, axis=1)[:, None]
+    ).T
     found = neighbours(torch.from_numpy(queries), torch.from_numpy(bank), 4)
     np.testing.assert_array_equal(found.numpy(), np.argsort(-cosine, axis=1)[:, :4])
 

@@ -161,6 +161,8 @@ def snapshot() -> Callable[[Path], dict[str, str]]:
 
     def take(folder: Path) -> dict[str, str]:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
 
     return take

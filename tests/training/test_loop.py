@@ -121,7 +121,9 @@ def test_prototypes_rest_while_frozen_and_the_teacher_has_no_gradient(tiny):
         trainer.step(dataclasses.replace(progress, step=step), lambda: next(batches))
         moved = [not torch.equal(student(trainer)[name], p) for name, p in prototypes.items()]
         assert moved == [step >= 2] * 2
-        assert (step == 0) == torch.equal(student(trainer)["student.backbone.blocks.0.attn.qkv.weight"], other)
+        assert (step == 0) == torch.equal(
+            student(trainer)["student.backbone.blocks.0.attn.qkv.weight"], other
+        )
         assert all(p.grad is None for p in trainer.method.parameters())
 
 

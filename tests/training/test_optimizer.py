@@ -42,7 +42,13 @@ def fill(model: nn.Module, seed: int) -> None:
 def optimizer_of(model: nn.Module, **changes) -> Optimizer:
     lr = Schedule(value=0.01, start=0.0, end=1e-4, warmup="4 steps", shape="cosine")
     decay = Schedule(value=0.04, end=0.4, shape="cosine")
-    settings = {"lr": lr, "weight_decay": decay, "lr_rule": "none", "clip": None, "freeze_last_layer": "0 steps"}
+    settings = {
+        "lr": lr,
+        "weight_decay": decay,
+        "lr_rule": "none",
+        "clip": None,
+        "freeze_last_layer": "0 steps",
+    }
     return Optimizer(model, OptimizerConfig(**(settings | changes)), PROGRESS)
 
 
@@ -86,7 +92,9 @@ def test_only_the_decaying_group_follows_the_decay_schedule():
         assert (decays["weight_decay"], others["weight_decay"]) == (values["weight_decay"], 0)
 
 
-@pytest.mark.parametrize(("rule", "batch", "peak"), [("linear", 1024, 4.0), ("sqrt", 2048, 2**0.5), ("none", 7, 1)])
+@pytest.mark.parametrize(
+    ("rule", "batch", "peak"), [("linear", 1024, 4.0), ("sqrt", 2048, 2**0.5), ("none", 7, 1)]
+)
 def test_the_rules_that_scale_the_learning_rate(rule, batch, peak):
     config = OptimizerConfig(
         lr=Schedule(value=0.5, start=0.1, end=0.2, warmup="1 steps", shape="cosine"), lr_rule=rule
@@ -129,7 +137,8 @@ def naive_clip(gradients: list[torch.Tensor], limit: float, each: bool) -> list[
     norms = [math.sqrt(sum(v * v for v in g.flatten().tolist())) for g in gradients]
     total = math.sqrt(sum(n * n for n in norms))
     return [
-        g * min(1.0, limit / ((norm if each else total) + 1e-6)) for g, norm in zip(gradients, norms, strict=True)
+        g * min(1.0, limit / ((norm if each else total) + 1e-6))
+        for g, norm in zip(gradients, norms, strict=True)
     ]
 
 
@@ -157,7 +166,9 @@ def test_without_a_limit_gradients_stay():
     fill(model, 1)
     before = copy.deepcopy([p.grad for p in model.parameters()])
     optimizer_of(model, clip=None).clip()
-    assert all(torch.equal(a.grad, b) for a, b in zip(model.parameters(), before, strict=True) if b is not None)
+    assert all(
+        torch.equal(a.grad, b) for a, b in zip(model.parameters(), before, strict=True) if b is not None
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
