@@ -151,7 +151,7 @@ def test_blur_is_a_gaussian_in_output_pixels():
 
 
 def test_a_field_of_coordinates_returns_where_the_view_looks():
-    """Facts of position fields: linear values come back exactly, inside of the picture and when not shrunk."""
+    """Linear values come back exactly, inside of the picture and when not shrunk."""
     at = (torch.arange(32) + 0.5) / 32
     field = torch.stack((at.expand(32, 32), at[:, None].expand(32, 32)))[None]
     corners = torch.rand(40, 2, generator=seeded()) * 0.5 + 0.2

@@ -156,7 +156,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     fresh weights, drawn by seed 0. Raises UserError for anything else.
     """
     if str(path).startswith(UNTRAINED):
-        return _untrained(load(str(path).removeprefix(UNTRAINED)).config).to(device)
+        return _untrained(str(path).removeprefix(UNTRAINED)).to(device)
     path = Path(path)
     if not path.exists():
         raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
@@ -170,8 +170,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     return _load_file(path).to(device)
 
 
-def _untrained(config: EncoderConfig) -> Encoder:
+def _untrained(path: str) -> Encoder:
     with torch.random.fork_rng(devices=[]):
+        config = load(path).config
         torch.default_generator.manual_seed(0)
         return Encoder(dataclasses.replace(config, origin="untrained"))
 

@@ -1,5 +1,7 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +43,10 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
     wrapped: nn.Module = method
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+        # Buffers are statistics, which methods reduce themselves. The option was renamed in torch 2.15.
+        options = inspect.signature(DistributedDataParallel.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        wrapped = DistributedDataParallel(method, device_ids=ids, **{sync: False})
     optimizer = Optimizer(method, config.optimizer, progress)
     return Trainer(
         method, wrapped, optimizer, config.views, config.precision, config.accumulate, config.seed, device

@@ -221,7 +221,7 @@ class _Session:
         means = distributed.all_reduce_mean(losses).tolist()
         bad = set().union(*distributed.gather_objects(loader.bad_names))
         if new := sorted(bad - self.bad_names):
-            log.note(f"{len(new)} pictures cannot be read and were replaced by others: {', '.join(new)}")
+            log.note(f"unreadable pictures, replaced by others: {', '.join(new)}")
             self.bad_names = bad
         return {
             "epoch": step / self.progress.steps_per_epoch,

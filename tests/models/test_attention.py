@@ -89,7 +89,14 @@ def test_who_may_read_whom():
     readable = readable_tokens(objects, 1)[0, 0]
     #                             itself, other | register | patches
     assert readable[0].tolist() == [True, False, True, True, False, False]
-    assert readable[1].tolist() == [False, True, True, True, True, True]  # empty: everything but other objects
+    assert readable[1].tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]  # empty: everything but other objects
     assert readable_tokens(torch.ones(2, 1, 4, dtype=torch.bool), 2).all()
 
 

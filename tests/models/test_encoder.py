@@ -55,8 +55,12 @@ def test_saving_again_replaces(saved: Path):
 
 
 def test_it_is_frozen_and_never_drops():
-    made = encoder(EncoderConfig(model=ViTConfig(width=24, depth=3, heads=3, patch_size=4, image_size=16, drop_path=0.9),
-                                 transform=TransformConfig(resize=16, crop=16)))
+    made = encoder(
+        EncoderConfig(
+            model=ViTConfig(width=24, depth=3, heads=3, patch_size=4, image_size=16, drop_path=0.9),
+            transform=TransformConfig(resize=16, crop=16),
+        )
+    )
     assert not made.training
     assert not any(parameter.requires_grad for parameter in made.parameters())
     images = torch.randn(2, 3, 16, 16)
@@ -78,7 +82,7 @@ def test_fingerprint_follows_weights_and_settings_but_not_the_origin():
 
 @pytest.mark.parametrize("size", [(20, 20), (50, 30), (30, 50), (16, 90), (7, 11)], ids=str)
 def test_transform_is_torchvisions(size: tuple[int, int]):
-    from torchvision.transforms import functional as F  # noqa: N812
+    from torchvision.transforms import functional as F
 
     rng = np.random.default_rng(0)
     array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -86,7 +90,9 @@ def test_transform_is_torchvisions(size: tuple[int, int]):
     ours = made.transform(array)
     picture = Image.fromarray(array)
     short = 20 / min(size)
-    resized = F.resize(picture, [max(20, round(size[1] * short)), max(20, round(size[0] * short))], Image.Resampling.BICUBIC)
+    resized = F.resize(
+        picture, [max(20, round(size[1] * short)), max(20, round(size[0] * short))], Image.Resampling.BICUBIC
+    )
     cropped = F.center_crop(resized, [16, 16])
     expected = F.normalize(F.to_tensor(cropped), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     # An odd rest is split differently: torchvision rounds half to even.
@@ -132,7 +138,11 @@ def test_patch_mask_takes_any_pixel_and_an_empty_one_everything():
     coverage[0, 0, 1] = 1 / 256
     coverage[1, 1, 1] = 0.5 / 256
     coverage[2] = torch.tensor([[0.2, 0.6], [1.0, 0.0]])
-    assert patch_mask(coverage).tolist() == [[False, True, False, False], [True] * 4, [True, True, True, False]]
+    assert patch_mask(coverage).tolist() == [
+        [False, True, False, False],
+        [True] * 4,
+        [True, True, True, False],
+    ]
     assert patch_mask(coverage, 0.5)[2].tolist() == [False, True, True, False]
     assert patch_mask(coverage, 0.5)[0].all()
 

@@ -86,7 +86,9 @@ def test_lengths_train_only_if_asked():
 
 
 def test_every_parameter_is_initialised(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: [p.data.fill_(torch.nan) for p in self.parameters()])
+    monkeypatch.setattr(
+        nn.Linear, "reset_parameters", lambda self: [p.data.fill_(torch.nan) for p in self.parameters()]
+    )
     torch.manual_seed(0)
     made = ProjectionHead(384, HeadConfig(prototypes=500, hidden=300))
     for name, parameter in made.named_parameters():

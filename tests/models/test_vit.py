@@ -1,4 +1,4 @@
-"""The network token by token: what reads what, mask tokens, positions, counts, initialisation. Parity: tests/parity."""
+"""The network token by token: who reads whom, mask tokens, positions, counts, initialisation."""
 
 import math
 from dataclasses import replace
@@ -28,8 +28,10 @@ def pictures(batch: int = 2, size: int | tuple[int, int] = 16, seed: int = 0) ->
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(model: VisionTransformer, images: Tensor, objects: Tensor | None, masked: Tensor | None = None) -> Tensor:
-    """All tokens after the final norm in float64, with a dense attention mask. Square pictures that fit the table."""
+def naive(
+    model: VisionTransformer, images: Tensor, objects: Tensor | None, masked: Tensor | None = None
+) -> Tensor:
+    """All tokens after the final norm, in float64, with a dense mask. Square pictures that fit the table."""
     config = model.config
     width, depth, heads = config.shape
     weights = {name: value.detach().double() for name, value in model.state_dict().items()}
@@ -156,7 +158,9 @@ def hide_object_from_patches(model: VisionTransformer) -> None:
     for block in model.blocks:
         attention = block.attn
 
-        def forward(x: Tensor, objects: int, readable: Tensor | None = None, module: nn.Module = attention) -> Tensor:
+        def forward(
+            x: Tensor, objects: int, readable: Tensor | None = None, module: nn.Module = attention
+        ) -> Tensor:
             query, key, value = module.heads_of(x)
             attend = nn.functional.scaled_dot_product_attention
             few = attend(query[:, :, :objects], key, value, attn_mask=readable)
@@ -199,9 +203,13 @@ def test_background_reaches_the_object_only_through_its_patches():
     for block in deep.blocks:
         attention = block.attn
 
-        def forward(x: Tensor, count: int, readable: Tensor | None = None, module: nn.Module = attention) -> Tensor:
+        def forward(
+            x: Tensor, count: int, readable: Tensor | None = None, module: nn.Module = attention
+        ) -> Tensor:
             query, key, value = module.heads_of(x)
-            few = nn.functional.scaled_dot_product_attention(query[:, :, :count], key, value, attn_mask=readable)
+            few = nn.functional.scaled_dot_product_attention(
+                query[:, :, :count], key, value, attn_mask=readable
+            )
             return module.proj(torch.cat((few, value[:, :, count:]), dim=2).transpose(1, 2).flatten(2))
 
         attention.forward = forward
@@ -273,7 +281,8 @@ def test_pictures_that_are_not_whole_patches_are_refused(size: tuple[int, int]):
 
 # Facts 1.1, at patch 16 with a class token; ours has a mask token more.
 @pytest.mark.parametrize(
-    ("size", "count", "width"), [("small", 21_665_664, 384), ("base", 85_798_656, 768), ("large", 303_301_632, 1024)]
+    ("size", "count", "width"),
+    [("small", 21_665_664, 384), ("base", 85_798_656, 768), ("large", 303_301_632, 1024)],
 )
 def test_parameter_counts(size: str, count: int, width: int):
     with torch.device("meta"):
@@ -281,7 +290,9 @@ def test_parameter_counts(size: str, count: int, width: int):
     assert sum(p.numel() for p in model.parameters()) - width == count
 
 
-@pytest.mark.parametrize("extras", [{}, {"registers": 2, "layer_scale": 1e-5, "position_init": "sincos"}], ids=str)
+@pytest.mark.parametrize(
+    "extras", [{}, {"registers": 2, "layer_scale": 1e-5, "position_init": "sincos"}], ids=str
+)
 def test_every_parameter_is_initialised(extras: dict):
     model = VisionTransformer(replace(TINY, **extras))
     for parameter in model.parameters():

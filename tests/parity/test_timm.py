@@ -14,7 +14,9 @@ def timm_vit(**options) -> nn.Module:
     model = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True, **options).eval()
     with torch.no_grad():  # timm starts with 0.02: far too little for an error to show
         for name, parameter in model.named_parameters():
-            parameter += (0.2 if parameter.ndim == 1 or "embed" in name else 0.02) * torch.randn_like(parameter)
+            parameter += (0.2 if parameter.ndim == 1 or "embed" in name else 0.02) * torch.randn_like(
+                parameter
+            )
     return model
 
 

@@ -173,7 +173,7 @@ def test_half_precision_trains_float32_weights(tiny, precision):
     assert all(p.dtype == torch.float32 for p in half.method.parameters())
     assert all(loss["loss"].dtype == torch.float32 for loss in values)
     assert values[0]["loss"].item() == pytest.approx(expected[0]["loss"].item(), rel=2e-3)
-    assert 0 < farthest(full, half)
+    assert farthest(full, half) > 0
     if precision == "bf16":  # fp16 leaves out steps until it has found its scale
         for a, b in zip(expected, values, strict=True):
             assert a["loss"].item() == pytest.approx(b["loss"].item(), rel=5e-3)
@@ -191,9 +191,10 @@ def test_fp16_scales_the_loss_and_gives_up_late(tiny, monkeypatch):
     assert trainer.scaler.get_scale() == scale / 2**5
     after = trainer.method.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith("used"))
+    for _ in range(14):
+        trainer.step(dataclasses.replace(progress, step=2), lambda: next(batches))
     with pytest.raises(Diverged):
-        for _ in range(20):
-            trainer.step(dataclasses.replace(progress, step=2), lambda: next(batches))
+        trainer.step(dataclasses.replace(progress, step=2), lambda: next(batches))
 
 
 COMPILE = """
@@ -218,7 +219,7 @@ for compiled in (False, True):
 """
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_network_gives_the_same_losses(tiny, tmp_path, backend):
     """In a process without the checks of shapes, which the compiler cannot read."""
     if backend == "inductor":

@@ -1,4 +1,4 @@
-"""Parameter groups, schedules, clipping and the frozen prototypes, against naive code and torch's own AdamW."""
+"""Parameter groups, schedules, clipping and frozen prototypes, against naive code and torch's own AdamW."""
 
 import copy
 import math
@@ -67,7 +67,7 @@ def test_each_trainable_parameter_is_in_one_group_by_the_rule(tiny):
     assert all(len(where[id(p)]) == 1 for p in trainable.values())
     assert not any(name.startswith("teacher.") for name in trainable)
     decays = {name.removeprefix("student.") for name, p in trainable.items() if where[id(p)] == [True]}
-    # DINO and iBOT: everything but biases and vectors; position table, tokens and the [K, 1] lengths decay too.
+    # DINO and iBOT: everything but biases and vectors; position table, tokens and the [K, 1] lengths decay.
     tokens = ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight")
     assert {f"backbone.{name}" for name in tokens} <= decays
     assert {"backbone.blocks.1.mlp.fc1.weight", "backbone.blocks.0.attn.qkv.weight"} <= decays

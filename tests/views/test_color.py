@@ -27,7 +27,7 @@ def fixed(order: list[int], factors: list[float], gray: bool = False, solarize: 
 
 @pytest.mark.parametrize(("kind", "blur", "solarize"), [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0)])
 def test_published_probabilities(kind: int, blur: float, solarize: float):
-    """Facts: jitter 0.8, gray 0.2; blur 1, 0.1, 0.5 and solarise 0, 0.2, 0 of first, other and local views."""
+    """Jitter 0.8, gray 0.2; blur 1, 0.1, 0.5 and solarise 0, 0.2, 0 of first, other and local views."""
     draws = drawn(kind)
     jittered = (draws.order < 4).all(dim=1)
     assert torch.equal(jittered, (draws.order < 4).any(dim=1))
@@ -42,7 +42,9 @@ def test_published_probabilities(kind: int, blur: float, solarize: float):
         if probability in (0, 1):
             assert share == probability, name
         else:
-            assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / 2000) ** 0.5), name
+            assert share == pytest.approx(
+                probability, abs=4 * (probability * (1 - probability) / 2000) ** 0.5
+            ), name
 
 
 def test_ranges_and_uniformity_of_factors_and_blur():
@@ -68,7 +70,12 @@ def test_all_orders_are_equally_likely():
 def test_what_is_drawn_for_a_view_is_independent_of_the_rest_of_it():
     draws = drawn(1)
     columns = torch.stack(
-        [(draws.order[:, 0] < 4).float(), draws.gray.float(), draws.solarize.float(), (draws.blur > 0).float()]
+        [
+            (draws.order[:, 0] < 4).float(),
+            draws.gray.float(),
+            draws.solarize.float(),
+            (draws.blur > 0).float(),
+        ]
         + [draws.factors[:, i] for i in range(4)]
     )
     correlation = torch.corrcoef(columns) - torch.eye(8)
@@ -116,7 +123,9 @@ def test_overshoot_is_clipped_before_anything_else():
 
 def test_solarise_inverts_from_128_on():
     values = torch.tensor([0, 127, 128, 255]) / 255
-    out = apply(values.view(1, 1, 1, 4).repeat(1, 3, 1, 1), fixed([4] * 4, [1, 1, 1, 0], solarize=True), PLAIN)
+    out = apply(
+        values.view(1, 1, 1, 4).repeat(1, 3, 1, 1), fixed([4] * 4, [1, 1, 1, 0], solarize=True), PLAIN
+    )
     assert out[0, 0, 0].mul(255).round().tolist() == [0, 127, 127, 0]
 
 
@@ -134,12 +143,17 @@ def test_each_view_gets_its_own():
     draws = draw(ColorConfig(), torch.arange(64) % 3, torch.Generator().manual_seed(2))
     together = apply(images.clone(), draws, ColorConfig())
     for i in range(64):
-        one = ColorDraw(*(getattr(draws, name)[i : i + 1] for name in ("order", "factors", "gray", "solarize", "blur")))
-        assert torch.allclose(apply(images[i : i + 1].clone(), one, ColorConfig()), together[i : i + 1], atol=1e-6)
+        one = ColorDraw(
+            *(getattr(draws, name)[i : i + 1] for name in ("order", "factors", "gray", "solarize", "blur"))
+        )
+        assert torch.allclose(
+            apply(images[i : i + 1].clone(), one, ColorConfig()), together[i : i + 1], atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"blur": (1.1, 0, 0)}, {"solarize": (0, -0.1, 0)}, {"blur_sigma": (0.0, 1.0)}, {"std": (0.0, 1.0, 1.0)}]
+    "wrong",
+    [{"blur": (1.1, 0, 0)}, {"solarize": (0, -0.1, 0)}, {"blur_sigma": (0.0, 1.0)}, {"std": (0.0, 1.0, 1.0)}],
 )
 def test_impossible_settings_are_refused(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):

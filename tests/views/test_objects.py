@@ -1,4 +1,4 @@
-"""Object-aware boxes: the first good candidate, the most visible otherwise; border, one-pixel, empty, whole."""
+"""Object-aware boxes: the first good candidate, or the most visible; border, one-pixel, empty, whole."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,11 @@ def masks_of(*pictures: list[tuple[int, int, int, int]], size: int = 16) -> Tens
 
 
 def draw(
-    masks: Tensor, config: ObjectsConfig, whole: Tensor | None = None, aspects: Tensor | None = None, seed: int = 0
+    masks: Tensor,
+    config: ObjectsConfig,
+    whole: Tensor | None = None,
+    aspects: Tensor | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     whole = torch.zeros(masks.shape[:2], dtype=torch.bool) if whole is None else whole
     aspects = torch.ones(len(masks)) if aspects is None else aspects
@@ -132,13 +136,16 @@ def test_a_whole_object_beside_a_small_one_constrains_nothing():
     small = masks_of(*[[(3, 3, 5, 5)]] * 40)
     both = torch.cat((small, torch.ones_like(small)), dim=1)
     whole = torch.tensor([[False, True]]).expand(40, 2)
-    alone, together = draw(small, ObjectsConfig(min_visible=0.5)), draw(both, ObjectsConfig(min_visible=0.5), whole)
+    alone, together = (
+        draw(small, ObjectsConfig(min_visible=0.5)),
+        draw(both, ObjectsConfig(min_visible=0.5), whole),
+    )
     assert torch.equal(alone[0], together[0])
     assert torch.equal(alone[1], together[1])
 
 
 def test_patches_of_an_object_by_the_formula_of_a_rectangle():
-    """The rule of the facts sheet: columns floor(u0 / p) .. ceil(u1 / p) - 1, rows likewise, flips mirrored."""
+    """Columns floor(u0 / p) .. ceil(u1 / p) - 1, rows likewise, flips mirrored."""
     size, grid = 32, 7
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, size, (60, 2), generator=generator)

@@ -53,9 +53,7 @@ def test_masks_are_distributed_as_the_naive_ones():
     # How often each row and column is masked, and how compact masks are.
     for axis in (1, 2):
         assert np.abs(ours.mean(axis=(0, axis)) - naive.mean(axis=(0, axis))).max() < 0.05
-    borders = [
-        (np.diff(masks.astype(int), axis=1) != 0).sum() / masks.sum() for masks in (ours, naive)
-    ]
+    borders = [(np.diff(masks.astype(int), axis=1) != 0).sum() / masks.sum() for masks in (ours, naive)]
     assert borders[0] == pytest.approx(borders[1], rel=0.05)
 
 
@@ -114,7 +112,9 @@ def test_random_masks_have_exactly_their_share():
     # No patch is preferred.
     often = masks[3::5].float().mean(dim=0)
     assert (often - 17 / 35).abs().max() < 0.15
-    drawn = draw_masks(MaskingConfig(shape="random", probability=1.0, ratio=(0.5, 0.5)), 10, 2, (4, 4), seeded())
+    drawn = draw_masks(
+        MaskingConfig(shape="random", probability=1.0, ratio=(0.5, 0.5)), 10, 2, (4, 4), seeded()
+    )
     assert (drawn.sum(-1) == 8).all()
 
 

@@ -1,4 +1,4 @@
-"""Public state dicts in the layouts of the official files, made here, load; wrong ones are refused in one line."""
+"""State dicts in the layouts of the official files, made here, load; others are refused in one line."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -71,7 +71,9 @@ LAYOUTS = {
     },
     "ibot backbone": ibot(),
     "ibot backbone in state_dict": {"state_dict": ibot()},
-    "ibot backbone in state_dict, with a head": {"state_dict": prefixed(ibot(), "backbone.") | heads("head.")},
+    "ibot backbone in state_dict, with a head": {
+        "state_dict": prefixed(ibot(), "backbone.") | heads("head.")
+    },
     "ibot full checkpoint": full_checkpoint(ibot),
     "ibot student alone": {"student": prefixed(ibot(), "module.backbone.") | heads("module.head.")},
     "timm": dino() | {"head.weight": torch.randn(10, 192), "head.bias": torch.randn(10)},
@@ -152,11 +154,17 @@ def replaced(**tensors: Tensor) -> dict[str, Tensor]:
 
 
 def swiglu() -> dict[str, Tensor]:
-    return {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for name, value in dino().items()}
+    return {
+        name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value
+        for name, value in dino().items()
+    }
 
 
 WRONG = {
-    "a ResNet": ({"conv1.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)}, "no patch_embed.proj.weight"),
+    "a ResNet": (
+        {"conv1.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)},
+        "no patch_embed.proj.weight",
+    ),
     "nothing": ({}, "no patch_embed.proj.weight .*no tensors"),
     "no class token": (without("cls_token"), "no cls_token"),
     "no final norm": (without("norm."), "no norm.weight"),
@@ -168,12 +176,18 @@ WRONG = {
         replaced(patch_embed__proj__weight=torch.zeros(100, 3, 16, 16)),
         "width 100 is unknown; known widths: 192",
     ),
-    "patches as a linear map": (replaced(patch_embed__proj__weight=torch.zeros(192, 768)), "patch_embed.proj.weight"),
+    "patches as a linear map": (
+        replaced(patch_embed__proj__weight=torch.zeros(192, 768)),
+        "patch_embed.proj.weight",
+    ),
     "patches that are not square": (
         replaced(patch_embed__proj__weight=torch.zeros(192, 3, 16, 8)),
         "patch_embed.proj.weight",
     ),
-    "positions without a class token": (replaced(pos_embed=torch.zeros(1, 16, 192)), "pos_embed has 16 entries"),
+    "positions without a class token": (
+        replaced(pos_embed=torch.zeros(1, 16, 192)),
+        "pos_embed has 16 entries",
+    ),
     "one channel": (
         replaced(patch_embed__proj__weight=torch.zeros(192, 1, 16, 16)),
         "patch_embed.proj.weight",

@@ -1,0 +1,214 @@
+"""Terms on tokens given by hand: which tokens they read, which pairs they form, what their targets follow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveola.losses import koleo_loss
+from foveola.methods.terms import (
+    PatchTerm,
+    PatchTermConfig,
+    SpreadTerm,
+    SpreadTermConfig,
+    TargetConfig,
+    Targets,
+    Tokens,
+    TokenTerm,
+    TokenTermConfig,
+)
+from foveola.models.heads import HeadConfig, ProjectionHead
+from foveola.schedules import Progress, Schedule
+
+WIDTH, PROTOTYPES = 6, 5
+CONSTANT = TargetConfig(temperature=Schedule(value=0.05))
+
+
+def head(seed: int = 0) -> ProjectionHead:
+    torch.manual_seed(seed)
+    made = ProjectionHead(WIDTH, HeadConfig(prototypes=PROTOTYPES, hidden=8, bottleneck=4))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter += 0.5 * torch.randn_like(parameter)
+    return made
+
+
+def tokens(objects: int = 1, views: int = 2, local: tuple[int, int] | None = (3, 1), seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens(
+        objects=torch.randn(4, views, objects, WIDTH, generator=generator),
+        local_objects=None if local is None else torch.randn(4, *local, WIDTH, generator=generator),
+        masked_patches=torch.randn(9, WIDTH, generator=generator),
+    )
+
+
+def at(step: int = 0) -> Progress:
+    return Progress(step, total_steps=1000, steps_per_epoch=10, batch_size=4)
+
+
+def token_loss(
+    student: Tokens, teacher: Tokens, image_token: bool = False, config: TokenTermConfig | None = None
+) -> Tensor:
+    term = TokenTerm(config or TokenTermConfig(target=CONSTANT), PROTOTYPES)
+    return term(student, teacher, head(1), head(2), image_token, at()).losses["loss"]
+
+
+def part(given: Tokens, objects: slice, local: slice | None = None) -> Tokens:
+    own = (
+        given.local_objects
+        if local is None or given.local_objects is None
+        else given.local_objects[:, :, local]
+    )
+    return Tokens(given.objects[:, :, objects], own, given.masked_patches)
+
+
+def test_objects_form_their_own_pairs():
+    """The loss of several objects is the mean of the losses of each; locals read as a whole pair with all."""
+    student, teacher = tokens(3), tokens(3, seed=1)
+    each = [token_loss(part(student, slice(m, m + 1)), part(teacher, slice(m, m + 1))) for m in range(3)]
+    assert token_loss(student, teacher).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+    # With masks on local views each object has its own there, too.
+    student = tokens(3, local=(2, 3))
+    each = [
+        token_loss(part(student, slice(m, m + 1), slice(m, m + 1)), part(teacher, slice(m, m + 1)))
+        for m in range(3)
+    ]
+    assert token_loss(student, teacher).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+
+
+def test_objects_and_image_token_are_told_apart():
+    student, teacher = tokens(3), tokens(3, seed=1)
+    objects = token_loss(student, teacher, image_token=True)
+    assert torch.equal(objects, token_loss(part(student, slice(0, 2)), part(teacher, slice(0, 2))))
+    config = TokenTermConfig(token="image", target=CONSTANT)
+    image = token_loss(student, teacher, image_token=True, config=config)
+    assert torch.equal(image, token_loss(part(student, slice(2, 3)), part(teacher, slice(2, 3))))
+    # Locals with masks carry their own image token, last.
+    student = tokens(3, local=(2, 3))
+    objects = token_loss(student, teacher, image_token=True)
+    expected = token_loss(part(student, slice(0, 2), slice(0, 2)), part(teacher, slice(0, 2)))
+    assert torch.equal(objects, expected)
+    image = token_loss(student, teacher, image_token=True, config=config)
+    assert torch.equal(image, token_loss(part(student, slice(2, 3), slice(2, 3)), part(teacher, slice(2, 3))))
+
+
+def test_weights_scale_their_terms():
+    student, teacher = tokens(), tokens(seed=1)
+    one = token_loss(student, teacher)
+    half = token_loss(student, teacher, config=TokenTermConfig(weight=0.5, target=CONSTANT))
+    assert half.item() == pytest.approx(one.item() / 2)
+    spread = SpreadTerm(SpreadTermConfig(weight=1.0))(student, False).losses["loss"]
+    assert SpreadTerm(SpreadTermConfig(weight=0.25))(student, False).losses["loss"].item() == pytest.approx(
+        spread.item() / 4
+    )
+
+
+def test_the_temperature_of_students_and_teachers():
+    student, teacher = tokens(), tokens(seed=1)
+    config = TargetConfig(temperature=Schedule(value=0.2), student_temperature=0.5)
+    loss = token_loss(student, teacher, config=TokenTermConfig(target=config))
+    with torch.no_grad():
+        targets = (head(2)(teacher.objects.flatten(0, 2)).double() / 0.2).softmax(-1).view(4, 2, -1)
+        mine = torch.cat((student.objects, student.local_objects), dim=1)[:, :, 0]
+        logs = (head(1)(mine.flatten(0, 1)).double() / 0.5).log_softmax(-1).view(4, 5, -1)
+    pairs = [-(targets[:, t] * logs[:, s]).sum(-1).mean() for t in range(2) for s in range(5) if s != t]
+    assert len(pairs) == 8
+    assert loss.item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+
+
+def test_targets_follow_the_temperature_schedule_by_epoch():
+    targets = Targets(TargetConfig(), PROTOTYPES)
+    logits = torch.randn(3, PROTOTYPES)
+    for step, temperature in ((0, 0.04), (9, 0.04), (10, 0.04 + 0.03 / 29), (290, 0.07), (900, 0.07)):
+        made, _ = targets(logits, at(step))
+        assert (made - (logits / temperature).softmax(-1)).abs().max() < 1e-5
+
+
+def test_targets_learn_the_mean_they_are_given():
+    given, own = Targets(CONSTANT, PROTOTYPES), Targets(CONSTANT, PROTOTYPES)
+    logits, mean = torch.randn(8, PROTOTYPES), torch.arange(5.0)
+    given(logits, at(), mean, 3)
+    own(logits, at())
+    for targets, expected in ((given, mean), (own, logits.mean(dim=0))):
+        targets.step()
+        assert targets.centering is not None
+        assert torch.allclose(targets.centering.center, 0.1 * expected, atol=1e-6)
+
+
+def test_targets_of_no_rows_log_nothing_and_move_nothing():
+    for kind in ("centering", "sinkhorn"):
+        targets = Targets(TargetConfig(kind=kind), PROTOTYPES)
+        made, logs = targets(torch.zeros(0, PROTOTYPES), at())
+        assert made.shape == (0, PROTOTYPES)
+        assert logs == {}
+        targets.step()
+        assert targets.prototypes_used() == 0
+    # Unless the centre learns from other patches.
+    targets = Targets(CONSTANT, PROTOTYPES)
+    targets(torch.zeros(0, PROTOTYPES), at(), torch.ones(PROTOTYPES), 10)
+    targets.step()
+    assert targets.centering is not None
+    assert torch.allclose(targets.centering.center, torch.full((PROTOTYPES,), 0.1))
+
+
+def test_prototypes_used_are_counted_over_an_epoch():
+    targets = Targets(CONSTANT, PROTOTYPES)
+    for step, favourite in ((0, 1), (5, 3), (9, 1)):
+        targets(torch.eye(PROTOTYPES)[[favourite]], at(step))
+    assert targets.prototypes_used() == pytest.approx(2 / PROTOTYPES)
+    targets(torch.eye(PROTOTYPES)[[4]], at(10))
+    assert targets.prototypes_used() == pytest.approx(1 / PROTOTYPES)
+
+
+def test_collapse_shows_in_the_logs():
+    targets = Targets(TargetConfig(kind="centering", temperature=Schedule(value=0.05)), PROTOTYPES)
+    _, uniform = targets(torch.zeros(6, PROTOTYPES), at())
+    assert uniform["target_entropy"].item() == pytest.approx(math.log(PROTOTYPES))
+    assert uniform["kl_to_uniform"].item() == pytest.approx(0, abs=1e-6)
+    _, one_hot = targets(10 * torch.eye(PROTOTYPES)[[2]].expand(6, -1), at())
+    assert one_hot["target_entropy"].item() == pytest.approx(0, abs=1e-6)
+    assert one_hot["kl_to_uniform"].item() == pytest.approx(math.log(PROTOTYPES))
+    _, spread = targets(10 * torch.eye(PROTOTYPES), at())
+    assert spread["target_entropy"].item() == pytest.approx(0, abs=1e-6)
+    assert spread["kl_to_uniform"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("center", ["masked", "all"])
+def test_masked_patches_are_predicted_in_their_place(center: str):
+    student, teacher = tokens(), tokens(seed=1)
+    everything = torch.randn(40, WIDTH)
+    teacher = Tokens(teacher.objects, None, teacher.masked_patches, everything if center == "all" else None)
+    term = PatchTerm(PatchTermConfig(weight=2.0, center=center, target=CONSTANT), PROTOTYPES)
+    weights = torch.rand(9)
+    output = term(student, teacher, head(1), head(2), weights, at())
+    with torch.no_grad():
+        targets = (head(2)(teacher.masked_patches).double() / 0.05).softmax(-1)
+        logs = (head(1)(student.masked_patches).double() / 0.1).log_softmax(-1)
+        rows = head(2)(everything if center == "all" else teacher.masked_patches)
+    expected = 2 * -((targets * logs).sum(-1) * weights).sum().item()
+    assert output.losses["loss"].item() == pytest.approx(expected, rel=1e-5)
+    term.targets.step()
+    assert term.targets.centering is not None
+    assert torch.allclose(term.targets.centering.center, 0.1 * rows.mean(dim=0), atol=1e-6)
+
+
+def test_nothing_flows_into_the_teacher():
+    student, teacher = tokens(), tokens(seed=1)
+    teacher.objects.requires_grad_()
+    theirs = head(2)
+    term = TokenTerm(TokenTermConfig(target=CONSTANT), PROTOTYPES)
+    loss = term(student, teacher, head(1), theirs, False, at()).losses["loss"]
+    loss.backward()
+    assert teacher.objects.grad is None
+    assert all(parameter.grad is None for parameter in theirs.parameters())
+
+
+def test_spread_is_koleo_of_each_global_view_without_the_image_token():
+    student = tokens(objects=3)
+    for image_token, count in ((False, 3), (True, 2)):
+        rows = [student.objects[:, v, :count].reshape(-1, WIDTH) for v in range(2)]
+        expected = 0.1 * sum(koleo_loss(r).item() for r in rows)
+        loss = SpreadTerm(SpreadTermConfig())(student, image_token).losses["loss"]
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
