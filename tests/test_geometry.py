@@ -132,6 +132,7 @@ def test_a_flip_mirrors_the_columns(kernel: str):
     plain = sample(field, boxes, torch.zeros(2, 3, dtype=torch.bool), (4, 5), kernel, blur)
     flips = torch.tensor([[True, False, True], [False, True, True]])
     flipped = sample(field, boxes, flips, (4, 5), kernel, blur)
+    assert torch.equal(plain, sample(field, boxes, None, (4, 5), kernel, blur))
     assert torch.allclose(flipped[flips], plain[flips].flip(-1), atol=1e-6)
     assert torch.equal(flipped[~flips], plain[~flips])
 

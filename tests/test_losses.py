@@ -1,4 +1,4 @@
-"""Targets and losses against loops in float64, one process against two, and what facts demand of Sinkhorn."""
+"""Targets and losses against loops in float64, one process against two, properties of Sinkhorn."""
 
 import math
 from collections.abc import Callable

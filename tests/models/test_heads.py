@@ -23,7 +23,7 @@ def head(config: HeadConfig = TINY, width: int = 8) -> ProjectionHead:
 
 @pytest.mark.parametrize("prototypes", [65536, 8192])
 def test_parameter_count(prototypes: int):
-    """Facts 1.3: 5,509,376 + 256 K for a width of 384, and K lengths."""
+    """5,509,376 + 256 K for a width of 384, and K lengths."""
     with torch.device("meta"):
         made = ProjectionHead(384, HeadConfig(prototypes=prototypes))
     count = sum(p.numel() for p in made.parameters())

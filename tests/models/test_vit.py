@@ -279,7 +279,7 @@ def test_pictures_that_are_not_whole_patches_are_refused(size: tuple[int, int]):
         vit()(pictures(1, size))
 
 
-# Facts 1.1, at patch 16 with a class token; ours has a mask token more.
+# As published, at patch 16 with a class token; ours has a mask token more.
 @pytest.mark.parametrize(
     ("size", "count", "width"),
     [("small", 21_665_664, 384), ("base", 85_798_656, 768), ("large", 303_301_632, 1024)],

@@ -137,6 +137,27 @@ def test_streams_differ_by_name_and_are_stable():
     assert Streams(1, 23)("a").initial_seed() != Streams(12, 3)("a").initial_seed()
 
 
+class Recorder(Streams):
+    """Streams that remember what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0)
+        self.names: list[str] = []
+
+    def __call__(self, name: str) -> torch.Generator:
+        self.names.append(name)
+        return super().__call__(name)
+
+
+def test_no_two_draws_share_a_stream(canvases: Make):
+    """The same numbers for boxes and colours would tie them together, unseen."""
+    recorder = Recorder()
+    objects = ObjectsConfig(aware_local=True, attention_local=True)
+    config = replace(SMALL, objects=objects, masking=MaskingConfig(local=True), color=ColorConfig())
+    make_views(canvases([[CORNER], [MIDDLE]]), config, 4, recorder)
+    assert len(recorder.names) == len(set(recorder.names)) >= 10
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [

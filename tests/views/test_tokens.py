@@ -36,7 +36,7 @@ def naive_block_mask(ratio: float, size: int, rng: random.Random) -> np.ndarray:
 
 
 def test_never_above_target_and_98_percent_of_it_realised():
-    """Facts: 0.297 of the patches where 0.303 was the aim."""
+    """iBOT's masks cover 0.297 of the patches where 0.303 was the aim."""
     ratios = 0.1 + 0.4 * torch.rand(4000, generator=seeded())
     masks = block_masks(ratios, (14, 14), seeded(1))
     counts = masks.sum(dim=1)
