@@ -30,6 +30,10 @@ class ObjectsConfig:
     attention_local: bool = key(False, "object tokens of local views read only their object (Table 5, MALC)")
     image_token: bool = key(False, "a further token that reads the whole view, for an image-level term")
 
+    def __post_init__(self) -> None:
+        if self.attention_local and not self.attention:
+            raise ValueError("attention_local: needs attention=true; without it there are no object tokens")
+
 
 def object_boxes(
     aspects: Float[Tensor, "B"],

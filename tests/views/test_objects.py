@@ -184,3 +184,8 @@ def test_min_coverage_is_a_share_of_the_patch():
     flipped = object_patches(masks, full, ~no, (4, 4), 0.49).view(4, 4)
     assert flipped[:, 3].all()
     assert flipped.sum() == 4
+
+
+def test_masks_on_local_views_alone_are_refused():
+    with pytest.raises(ValueError, match="attention_local: needs attention=true"):
+        ObjectsConfig(attention=False, attention_local=True)
