@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from foveola import __version__, cli
 from foveola.config import KeyInfo, UserError, parse_overrides
@@ -120,12 +121,11 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
     words = "evaluate knn model=2024 train=scenes: test=folder:/a?split=test k=[1,3] temperature=0.1"
     assert cli.main(words.split()) == 0
     assert capsys.readouterr().out == "the table\n"
-    assert calls.pop() == (
-        "2024",
-        "knn",
-        {"train": "scenes:", "test": "folder:/a?split=test", "out": None, "device": None}
-        | parse_overrides(["k=[1,3]", "temperature=0.1"]),
-    )
+    model, name, settings = calls.pop()
+    assert (model, name) == ("2024", "knn")
+    assert settings.pop("device") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = {"train": "scenes:", "test": "folder:/a?split=test", "out": None}
+    assert settings == expected | parse_overrides(["k=[1,3]", "temperature=0.1"])
     assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
     config = calls.pop()
     assert (config.seed, config.data) == (3, "folder:/a b")

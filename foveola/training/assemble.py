@@ -1,6 +1,7 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +46,9 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
         ids = [device.index] if device.type == "cuda" else None
         # Buffers are statistics, which methods reduce themselves. The option was renamed in torch 2.15.
         options = inspect.signature(DistributedDataParallel.__init__).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-        wrapped = DistributedDataParallel(method, device_ids=ids, **{sync: False})
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        sync: dict[str, Any] = {name: False}
+        wrapped = DistributedDataParallel(method, device_ids=ids, **sync)
     optimizer = Optimizer(method, config.optimizer, progress)
     return Trainer(
         method, wrapped, optimizer, config.views, config.precision, config.accumulate, config.seed, device

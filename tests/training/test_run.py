@@ -254,7 +254,9 @@ def test_killed_while_it_writes_a_checkpoint_a_run_goes_on_from_the_one_before(
 ):
     (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny()))
     words = [sys.executable, "-c", KILL, str(tmp_path / "tiny.yaml"), str(tmp_path / "killed")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    # As many threads as here: sums in another order differ in their last bits.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     whole = pretrain(tiny(out=str(tmp_path / "whole")))
     assert newest(tmp_path / "killed")["step"] == 3
@@ -316,6 +318,8 @@ def test_signals_checkpoint_and_exit_0_and_the_same_command_goes_on(tiny, tmp_pa
 def test_an_impatient_second_interruption_ends_at_once(tiny, tmp_path, monkeypatch):
     from foveola.training import signals
 
+    # A shell that starts this in the background has interruptions ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with signals.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun's copy of the first
@@ -326,6 +330,7 @@ def test_an_impatient_second_interruption_ends_at_once(tiny, tmp_path, monkeypat
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_in_a_thread_works_without_signals(tiny, tmp_path):

@@ -1,0 +1,100 @@
+"""`--dry-run`: every shipped recipe builds and takes two steps, made small in width, depth and pixels only."""
+
+import json
+import re
+
+import pytest
+
+from foveola.config import UserError
+from foveola.training.dryrun import dry_run
+from foveola.training.recipe import recipes, resolve
+
+SMALL = {
+    "device": "cpu",
+    "batch_size": 16,
+    "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 32},
+    "views": {"global_size": 32, "local_size": 16},
+    "method.heads.main": {"prototypes": 48, "hidden": 32, "bottleneck": 16},
+    "loader": {"canvas": 32, "mask_canvas": 32, "workers": 2},
+    "transform": None,
+    "precision": "fp32",
+}
+FIELDS = ["recipe", "data", "parameters", "tokens per picture", "batch", "steps", "learning rate"]
+FIELDS += ["trial", "speed", "memory"]
+
+
+def rows(text: str) -> dict[str, str]:
+    return {line[:20].strip(): line[20:].strip() for line in text.splitlines()}
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(name, SMALL | {"data": "scenes:?size=32&count=64"})
+    said = rows(dry_run(config))
+    assert list(said) == FIELDS
+    assert said["recipe"] == f"{name} ({recipes()[name].method})"
+    assert said["data"].endswith("64 pictures")
+    terms = ["token"] * (config.method.token is not None) + ["patch"] * (config.method.patch is not None)
+    terms += ["spread"] * (config.method.spread is not None)
+    assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == terms
+    assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_numbers_against_arithmetic():
+    config = resolve("ibot-vits16-in1k", SMALL | {"data": "scenes:?size=32&count=70", "model.registers": 3})
+    said = rows(dry_run(config))
+    # 2 x (4 patches + class token + 3 registers), and 10 x (1 + 1 + 3)
+    assert said["tokens per picture"] == "student 66, teacher 16"
+    d, k = 32, 48
+    block = 4 * d + 3 * d * d + 3 * d + d * d + d + 8 * d * d + 4 * d + d
+    table = (4 + 1) * d
+    encoder = 2 * block + table + d + d + 3 * d + (3 * 256 * d + d) + 2 * d
+    heads = (32 * d + 32) + (32 * 32 + 32) + (32 * 16 + 16) + 16 * k + k
+    assert said["parameters"] == f"encoder {encoder:,}, heads {heads:,}"
+    assert said["steps"] == "3,200 (4 an epoch, 800 epochs)"
+    assert said["learning rate"] == f"{5e-4 * 16 / 256:.4g} after 10 epochs"
+    assert said["batch"] == "16 pictures: 1 process(es) x 1 part(s) x 16"
+    rate, length = re.match(
+        r"([\d.e+]+) pictures/s on one such device, so (.*) in all", said["speed"]
+    ).groups()
+    number, unit = length.split()
+    seconds = float(number) * {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}[unit]
+    assert seconds == pytest.approx(3200 * 16 / float(rate), rel=0.35)
+
+
+def test_without_data_the_built_in_pictures_stand_in():
+    """How many steps an epoch has is not known then, and no schedule can be too long."""
+    config = resolve("ibot-vits16-in1k", SMALL | {"duration": "3 epochs"})
+    said = rows(dry_run(config))
+    assert said["data"].startswith("scenes:")
+    assert "built in, as there is no data=" in said["data"]
+    assert said["steps"] == "3 epochs; with data= their number is known"
+    assert "in all" not in said["speed"]
+    with pytest.raises(
+        UserError, match=r"optimizer\.lr\.warmup '10 epochs' is 40 steps, longer than the run of 12"
+    ):
+        dry_run(
+            resolve("ibot-vits16-in1k", SMALL | {"duration": "3 epochs", "data": "scenes:?size=32&count=64"})
+        )
+
+
+def test_mistakes_show_before_anything_is_built():
+    with pytest.raises(UserError, match="cannot be shared by 1 process x accumulate=3"):
+        dry_run(resolve("demo", SMALL | {"accumulate": 3}))
+    with pytest.raises(UserError, match="no folder /nowhere"):
+        dry_run(resolve("demo", SMALL | {"data": "folder:/nowhere"}))
+    with pytest.raises(UserError, match="duration: not a duration"):
+        dry_run(resolve("demo", SMALL | {"duration": "long"}))
+
+
+def test_several_processes_each_try_their_share(run_ranks):
+    code = f"""
+import json, torch
+torch.set_num_threads(1)
+from foveola.training.dryrun import dry_run
+from foveola.training.recipe import resolve
+print(dry_run(resolve("ibot-vits16-in1k", json.loads({json.dumps(json.dumps(SMALL))}))))
+"""
+    for out in run_ranks(code):
+        assert rows(out)["batch"] == "16 pictures: 2 process(es) x 1 part(s) x 8"

@@ -1,0 +1,326 @@
+"""Recipes: bases and overrides, the published settings in numbers, durations and schedules of a run."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from foveola.config import ConfigError, UserError, build, describe, dump_yaml, read_yaml, to_dict
+from foveola.schedules import Progress
+from foveola.training import recipe as module
+from foveola.training.recipe import RunConfig, check, nested, period, plan, recipes, resolve, schedules
+
+IMAGENET = 1_281_167  # pictures
+
+# Released settings, by the facts of the papers and of the official arguments.
+COMMON = {
+    "batch_size": 1024,
+    "model.patch_size": 16,
+    "model.drop_path": 0.1,
+    "views.global_size": 224,
+    "views.global_count": 2,
+    "views.local_size": 96,
+    "views.local_count": 10,
+    "views.ratio": [3 / 4, 4 / 3],
+    "views.flip": 0.5,
+    "views.color.jitter": 0.8,
+    "views.color.brightness": 0.4,
+    "views.color.contrast": 0.4,
+    "views.color.saturation": 0.2,
+    "views.color.hue": 0.1,
+    "views.color.grayscale": 0.2,
+    "views.color.blur": [1.0, 0.1, 0.5],
+    "views.color.blur_sigma": [0.1, 2.0],
+    "views.color.solarize": [0.0, 0.2, 0.0],
+    "method.heads.main.hidden": 2048,
+    "method.heads.main.bottleneck": 256,
+    "method.heads.main.layers": 3,
+    "method.token.weight": 1.0,
+    "method.token.target.kind": "centering",
+    "method.token.target.student_temperature": 0.1,
+    "method.token.target.momentum": 0.9,
+    "method.token.target.temperature.start": 0.04,
+    "method.token.target.temperature.value": 0.07,
+    "method.token.target.temperature.warmup": "30 epochs",
+    "method.token.target.temperature.per_epoch": True,
+    "method.image": None,
+    "method.spread": None,
+    "method.momentum.value": 0.996,
+    "method.momentum.end": 1.0,
+    "method.momentum.shape": "cosine",
+    "optimizer.lr.start": 0.0,
+    "optimizer.lr.value": 5e-4,
+    "optimizer.lr.warmup": "10 epochs",
+    "optimizer.lr.shape": "cosine",
+    "optimizer.lr_rule": "linear",
+    "optimizer.weight_decay.value": 0.04,
+    "optimizer.weight_decay.end": 0.4,
+    "optimizer.weight_decay.shape": "cosine",
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.clip_each": "parameter",
+    "optimizer.freeze_last_layer": "1 epochs",
+    "precision": "fp32",
+}
+WIDE = {"views.global_scale": [0.25, 1.0], "views.local_scale": [0.05, 0.25]}
+IBOT = {
+    "views.masking.shape": "block",
+    "views.masking.probability": 0.5,
+    "views.masking.ratio": [0.1, 0.5],
+    "views.masking.local": False,
+    "method.heads.main.prototypes": 8192,
+    "method.token.head": "main",
+    "method.patch.head": "main",  # shared
+    "method.patch.weight": 1.0,
+    "method.patch.target.kind": "centering",
+    "method.patch.target.student_temperature": 0.1,
+    "method.patch.target.momentum": 0.9,
+    "method.patch.target.temperature.start": 0.04,
+    "method.patch.target.temperature.value": 0.07,
+    "method.patch.target.temperature.warmup": "30 epochs",
+    "method.patch.target.temperature.per_epoch": True,
+}
+IBOT_S = WIDE | {
+    "duration": "800 epochs",
+    "model.size": "small",
+    "method.heads.main.norm_last_layer": False,
+    "optimizer.lr.end": 1e-6,
+    "optimizer.clip": 3.0,
+}
+IBOT_B = {
+    "duration": "400 epochs",
+    "model.size": "base",
+    "views.global_scale": [0.32, 1.0],
+    "views.local_scale": [0.05, 0.32],
+    "method.heads.main.norm_last_layer": True,
+    "method.token.target.temperature.warmup": "50 epochs",
+    "method.patch.target.temperature.warmup": "50 epochs",
+    "optimizer.lr.value": 7.5e-4,
+    "optimizer.lr.end": 2e-6,
+    "optimizer.clip": 0.3,
+    "optimizer.freeze_last_layer": "3 epochs",
+}
+IBOT_L = WIDE | {
+    "duration": "250 epochs",
+    "model.size": "large",
+    "model.drop_path": 0.2,
+    "method.heads.main.norm_last_layer": True,
+    "optimizer.lr.end": 2e-4,
+    "optimizer.weight_decay.end": 0.48,
+    "optimizer.clip": 0.3,
+    "optimizer.freeze_last_layer": "3 epochs",
+}
+COCO = {"duration": "300 epochs", "batch_size": 256, "optimizer.lr.end": 1e-5, "optimizer.clip": None}
+OBJECTS = {
+    "views.objects.aware": True,
+    "views.objects.attention": True,
+    "views.objects.candidates": 20,
+    "views.objects.aware_local": False,
+    "views.objects.attention_local": False,
+    "views.objects.image_token": False,
+    "loader.choose": "area",
+    "loader.objects_per_image": 1,
+}
+NO_OBJECTS = {"views.objects": None}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "dino-vits16-in1k": COMMON
+    | WIDE
+    | NO_OBJECTS
+    | {
+        "duration": "800 epochs",
+        "model.size": "small",
+        "views.masking": None,
+        "method.patch": None,
+        "method.heads.main.prototypes": 65536,
+        "method.heads.main.norm_last_layer": False,
+        "optimizer.lr.end": 1e-5,
+        "optimizer.clip": None,
+    },
+    "ibot-vits16-in1k": COMMON | IBOT | IBOT_S | NO_OBJECTS,
+    "ibot-vitb16-in1k": COMMON | IBOT | IBOT_B | NO_OBJECTS,
+    "ibot-vitl16-in1k": COMMON | IBOT | IBOT_L | NO_OBJECTS,
+    "odis-vits16-in1k": COMMON | IBOT | IBOT_S | OBJECTS,
+    "odis-vitb16-in1k": COMMON | IBOT | IBOT_B | OBJECTS,
+    "odis-vitl16-in1k": COMMON | IBOT | IBOT_L | OBJECTS,
+    "ibot-vits16-coco": COMMON | IBOT | IBOT_S | COCO | NO_OBJECTS,
+    "odis-vits16-coco": COMMON | IBOT | IBOT_S | COCO | OBJECTS,
+}
+# The temperature's warm-up of ViT-L is not known; the learning rates are lr * batch / 256.
+UNKNOWN = {"ibot-vitl16-in1k", "odis-vitl16-in1k"}
+PEAKS = {
+    "dino-vits16-in1k": 2e-3,
+    "ibot-vitb16-in1k": 3e-3,
+    "ibot-vitl16-in1k": 2e-3,
+    "odis-vits16-in1k": 2e-3,
+    "odis-vits16-coco": 5e-4,
+}
+
+
+# -- what is shipped -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    config = resolve(name)
+    values = {info.path: info.value for info in describe(config)}
+    expected = {
+        path: value
+        for path, value in PUBLISHED[name].items()
+        if not (name in UNKNOWN and path.endswith("temperature.warmup"))
+    }
+    assert {path: values.get(path) for path in expected} == expected
+    assert config.data is None  # the user's own
+
+
+def test_every_published_recipe_is_in_the_table():
+    assert {name for name in recipes() if name.endswith(("in1k", "coco"))} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize(("name", "peak"), PEAKS.items())
+def test_peaks_of_the_learning_rate(name, peak):
+    config = resolve(name)
+    assert config.optimizer.peak(config.batch_size) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_path):
+    config = resolve(name)
+    assert config.recipe == name
+    assert all(dataclasses.astuple(recipes()[name]))  # method, model, data, aim
+    assert config.about == recipes()[name]
+    pictures = {"in1k": IMAGENET, "coco": 118_287, "tinyimagenet": 24_000}.get(name.split("-")[-1], 5000)
+    progress = plan(config, pictures)
+    check(config, progress)
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert build(RunConfig, read_yaml(tmp_path / "config.yaml")) == config
+    assert resolve(tmp_path / "config.yaml") == config
+
+
+def test_methods_differ_in_what_makes_them():
+    """At equal budget: the recipes of a family differ in views and terms alone."""
+    for size in ("tiny", "vits8"):
+        dino, ibot, odis = (to_dict(resolve(f"{m}-{size}-tinyimagenet")) for m in ("dino", "ibot", "odis"))
+        assert ibot | {k: odis[k] for k in ("recipe", "about", "views")} == odis
+        assert ibot["views"] | {"objects": odis["views"]["objects"]} == odis["views"]
+        assert ibot | {k: dino[k] for k in ("recipe", "about", "views", "method")} == dino
+        assert ibot["method"] | {"patch": None} == dino["method"]
+        assert ibot["views"] | {"masking": None} == dino["views"]
+
+
+# -- bases and overrides -------------------------------------------------------------------------------------
+
+
+def test_a_base_is_changed_key_by_key(tmp_path):
+    (tmp_path / "grand.yaml").write_text(
+        "seed: 1\nabout: {method: A, model: B}\nmodel: {width: 32, heads: 2}\n"
+    )
+    (tmp_path / "parent.yaml").write_text("base: grand.yaml\nabout: {model: C}\nmodel: {depth: 3}\n")
+    (tmp_path / "child.yaml").write_text("base: parent.yaml\nseed: 5\nmodel: {width: 64}\n")
+    config = resolve(tmp_path / "child.yaml", ["model.heads=4"])
+    assert (config.recipe, config.seed) == ("child", 5)
+    assert config.model.shape == (64, 3, 4)
+    assert (config.about.method, config.about.model) == ("A", "C")
+    (tmp_path / "own.yaml").write_text("base: ibot-vits16-in1k\nrecipe: mine\nduration: 3 epochs\n")
+    mine = resolve(tmp_path / "own.yaml")
+    assert (mine.recipe, mine.duration) == ("mine", "3 epochs")
+    assert mine.method == resolve("ibot-vits16-in1k").method
+
+
+def test_overrides_in_words_and_in_python_agree():
+    words = resolve(
+        "demo", ["model.depth=2", "optimizer.lr.value=1e-3", "views.masking={}", "data=folder:/a b"]
+    )
+    python = resolve(
+        "demo",
+        {
+            "model": {"depth": 2},
+            "optimizer.lr.value": 1e-3,
+            "views": {"masking": {}},
+            "data": "folder:/a b",
+        },
+    )
+    assert words == python
+    assert nested({"a.b": {"c.d": 1}, "a": {"e": 2}}) == {"a": {"b": {"c": {"d": 1}}, "e": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: nowhere", "unknown recipe 'nowhere'"),
+        ("base: gone.yaml", "no configuration file .*gone.yaml"),
+        ("base: own.yaml", "own.yaml: its base leads back to .*own.yaml"),
+        ("base: ibot-vits16-in1\n", "unknown recipe 'ibot-vits16-in1'; did you mean 'ibot-vits16-in1k'"),
+        ("sede: 1", "unknown key 'sede'; did you mean 'seed'"),
+        (
+            "views: {global_size: 30}",
+            "views.global_size=30 is not a multiple of the patch size 16; try 16 or 32",
+        ),
+        ("transform: {resize: 60, crop: 60}", "transform.crop=60 is not a multiple of the patch size 16"),
+        ("batch_size: 0", "batch_size: must be >= 1, got 0"),
+        ("precision: fp8", "precision: expected one of fp32, bf16, fp16; got 'fp8'"),
+        ("method: {patch: {head: other}}", "patch.head='other' is not among heads: main"),
+        ("{", "line 2"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text if "base" in text else f"views: {{masking: {{}}}}\n{text}")
+    if text.startswith("views"):
+        (tmp_path / "own.yaml").write_text("views: {masking: {}, global_size: 30}")
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(tmp_path / "own.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_folder_is_not_a_recipe(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(
+        ConfigError, match=r"is a run folder; to go on with it: foveola pretrain .*/config.yaml out="
+    ):
+        resolve(tmp_path)
+
+
+def test_the_encoder_of_a_run():
+    config = resolve("ibot-vits16-in1k")
+    made = config.encoder()
+    assert (made.transform.resize, made.transform.crop) == (256, 224)
+    assert made.model == dataclasses.replace(config.model, drop_path=0.0)
+    own = resolve("demo", ["transform={resize: 40, crop: 36}", "views.color.mean=[0.5, 0.5, 0.5]"])
+    assert (own.encoder().transform.resize, own.encoder().transform.crop) == (40, 36)
+    small = resolve("demo", ["transform=null", "views.color.mean=[0.5, 0.5, 0.5]"])
+    assert small.encoder().transform.resize == 37
+    assert small.encoder().transform.mean == (0.5, 0.5, 0.5)
+
+
+# -- durations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("duration", "total"),
+    [
+        ("800 epochs", 800 * (IMAGENET // 1024)),
+        ("1000 steps", 1000),
+        ("1M samples", round(1e6 / 1024)),
+        ("7", 7),
+    ],
+)
+def test_the_length_of_a_run(duration, total):
+    config = resolve("dino-vits16-in1k", {"duration": duration})
+    assert plan(config, IMAGENET) == Progress(0, total, IMAGENET // 1024, 1024)
+
+
+def test_periods():
+    config = resolve("demo", {"checkpoint_every": "10 %", "evaluate_every": "2 epochs", "keep_every": None})
+    progress = Progress(0, 500, 70, 64)
+    names = ("checkpoint_every", "evaluate_every", "keep_every")
+    assert [period(config, name, progress) for name in names] == [50, 140, None]
+
+
+def test_all_schedules_are_found_with_their_paths():
+    paths = [path for path, _ in schedules(resolve("ibot-vits16-in1k"))]
+    assert sorted(paths) == [
+        "method.momentum",
+        "method.patch.target.temperature",
+        "method.token.target.temperature",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+    ]
+    assert module.PERIODS == ("checkpoint_every", "keep_every", "evaluate_every")
