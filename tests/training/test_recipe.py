@@ -211,7 +211,7 @@ def test_methods_differ_in_what_makes_them():
 
 def test_a_base_is_changed_key_by_key(tmp_path):
     (tmp_path / "grand.yaml").write_text(
-        "seed: 1\nabout: {method: A, model: B}\nmodel: {width: 32, heads: 2}\n"
+        "seed: 1\nmethod: {patch: null}\nabout: {method: A, model: B}\nmodel: {width: 32, heads: 2}\n"
     )
     (tmp_path / "parent.yaml").write_text("base: grand.yaml\nabout: {model: C}\nmodel: {depth: 3}\n")
     (tmp_path / "child.yaml").write_text("base: parent.yaml\nseed: 5\nmodel: {width: 64}\n")
