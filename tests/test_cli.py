@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_version_and_usage(capsys):
         ("evaluate knn train=scenes:", "evaluate knn needs model=: a run folder"),
         ("evaluate knn model=x kk=3", "unknown key 'kk'; "),
         ("recipes all", "recipes takes no 'all'"),
+        ("demo quick", "expected key=value, got 'quick'; usage: foveola demo [out=runs/demo] [seeds=3]"),
+        ("demo seeds=0", "seeds: expected a number of at least 1, got 0"),
+        ("demo seeds=few", "seeds: expected a number of at least 1, got 'few'"),
+        ("demo durations=3", "unknown key 'durations'; did you mean 'duration'?"),
+        ("demo --seeds=2", "keys take no dashes: write seeds=2"),
+        ("pretrain demo --dry-run data=folder:/nowhere", "folder: no folder /nowhere"),
+        ("pretrain demo data=scenes:?count=9", "scenes:?count=9 has 9 pictures, fewer than batch_size=64"),
+        ("pretrain demo device=tpu9", "no such device: 'tpu9'"),
+        ("evaluate knn model=untrained:nowhere train=scenes: test=scenes:", "no model at nowhere"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
@@ -129,6 +139,82 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
     assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
     config = calls.pop()
     assert (config.seed, config.data) == (3, "folder:/a b")
+
+
+def test_help_of_the_demo(capsys):
+    assert cli.main(["demo", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: foveola demo [out=runs/demo] [seeds=3] [key=value ...]"
+    keys = [line.split()[0] for line in lines if line]
+    for key in ("out", "seeds", "duration", "optimizer.lr.value"):
+        assert keys.count(key) == 1
+
+
+def test_words_reach_the_demo(monkeypatch):
+    from foveola import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "demo", lambda *arguments: calls.append(arguments))
+    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "seeds=1", "out=a/b", "model.depth=2", "seed=5"]) == 0
+    assert calls == [("runs/demo", 3, {}), ("a/b", 1, {"model": {"depth": 2}, "seed": 5})]
+
+
+# -- the whole way -------------------------------------------------------------------------------------------
+
+TINY = """
+base: demo
+data: "scenes:?size=32&count=64"
+duration: 4 steps
+batch_size: 16
+device: cpu
+model: {width: 32, depth: 2, heads: 2, patch_size: 8, image_size: 16}
+views: {global_size: 16}
+loader: {canvas: 32, mask_canvas: 32, workers: 0, objects_per_image: 1}
+transform: {resize: 16, crop: 16}
+"""
+RESULT = "device=cpu rows=objects view=object workers=0 limit=24 k=[5]"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def test_from_a_recipe_to_a_result(tiny, capsys, run_ranks):
+    assert cli.main(["pretrain", "tiny.yaml", "--dry-run"]) == 0
+    assert "4 (4 an epoch, 1 epochs)" in capsys.readouterr().out
+    assert [path.name for path in tiny.iterdir()] == ["tiny.yaml"]
+
+    assert cli.main(["pretrain", "tiny.yaml", "out=run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "training in run: 4 steps of 16 pictures" in err
+    assert "finished; encoder: run/encoder" in err
+    files = {path: path.stat().st_mtime_ns for path in tiny.rglob("*") if path.is_file()}
+    assert cli.main(["pretrain", "tiny.yaml", "out=run"]) == 0
+    assert capsys.readouterr().out == "run is finished: nothing to do\n"
+    assert error_of(capsys, *["pretrain", "tiny.yaml", "out=run", "seed=3"]) == (
+        "run holds another run (its seed is 0, not 3): choose another out=, or repeat its settings"
+    )
+    assert "is a run folder; to go on with it" in error_of(capsys, "pretrain", "run")
+    assert files == {path: path.stat().st_mtime_ns for path in tiny.rglob("*") if path.is_file()}
+
+    words = f"evaluate knn train=scenes:?size=32&count=64 test=scenes:?size=32&count=64 {RESULT}".split()
+    assert cli.main([*words, "model=run"]) == 0
+    table = capsys.readouterr().out
+    saved = json.loads((tiny / "run" / "results" / "knn.json").read_text())
+    assert f"{saved['metrics']['top1_masks']:.2f}" in table
+    assert cli.main([*words, "model=untrained:run"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] != table.splitlines()[1:]
+
+    # Two processes share the pictures, and one of them speaks.
+    code = f"import sys\nfrom foveola import cli\nsys.exit(cli.main({[*words, f'model={tiny}/run']!r}))"
+    first, second = run_ranks(code)
+    assert second == ""
+    assert first.splitlines()[1:] == table.splitlines()[1:]
 
 
 def test_tables_align_and_do_not_wrap_in_a_pipe(capsys):
