@@ -99,7 +99,7 @@ class Bench:
             loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
         self.method.zero_grad(set_to_none=True)
-        self.method.after_step(self.progress)
+        self.method.after_step(self.progress, 1e-3)
 
     def once(self, keep: bool) -> None:
         self.number += 1

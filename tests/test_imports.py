@@ -21,7 +21,7 @@ ALLOWED = {
     "training": {"methods", "data", "views", "distributed", "models.encoder", "models.vit"},
     "training.run": {"evaluation.protocol"},
     "training.recipe": {"evaluation.knn"},  # its config only
-    "methods": {"views", "models", "losses"},
+    "methods": {"views", "models", "losses", "distributed"},
     "pictures": {"models.encoder", "evaluation"},
     "zoo": {"models.encoder"},
     "evaluation": {"models.encoder", "data", "geometry", "distributed", "views"},

@@ -64,6 +64,7 @@ def extract_tables(
     Raises UserError when there is no row, when more than 1 % of the pictures cannot be read, and for features
     that are not finite.
     """
+    encoder = encoder.pooled(config.pool)
     chosen = choose_pictures(len(source), config.limit, config.seed)
     pictures = Pictures(
         source, chosen[share(len(chosen))], encoder.config.transform, encoder.patch_size, config

@@ -54,6 +54,9 @@ class RetrievalConfig:
     canvas: int | None = key(
         None, "pixels a side to which pictures are squashed; null = the encoder's resize", at_least=1
     )
+    pool: Literal["token", "average", "predictor"] | None = key(
+        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
+    )
     mask_canvas: int = key(128, "pixels a side on which masks are drawn", at_least=1)
 
     def __post_init__(self) -> None:
@@ -171,6 +174,7 @@ def run(
     Metrics, in percent, for `plain` (class token of the view) and `masks` (object token): `rank1_*` with its
     95 % bootstrap interval over pictures (`_low`, `_high`), `recall5_*`; `chance_rank1` and `chance_recall5`.
     """
+    encoder = encoder.pooled(config.pool)
     kinds, notes = mask_kinds(config.masks, None, test)
     targets = choose_targets(test, config.objects, config.min_area, config.seed)
     if len(targets) < 2:

@@ -44,6 +44,9 @@ class ExtractConfig:
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; features are float32 in any case"
     )
+    pool: Literal["token", "average", "predictor"] | None = key(
+        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
+    )
     mask_canvas: int | None = key(
         None,
         "pixels a side on which masks are drawn; null = the encoder's resize, below 256 up to twice that",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveola.config import key
 from foveola.losses import mask_weights
-from foveola.methods.method import Method, Output, ema_update, freeze
+from foveola.methods.method import Method, Output, ema_update, freeze, spread_and_rank
 from foveola.methods.terms import (
     PatchTerm,
     PatchTermConfig,
@@ -60,8 +60,21 @@ class DistillationConfig:
         if self.image is not None and self.image.token != "image":
             raise ValueError("image.token must be 'image': the object tokens have the term 'token'")
 
-    def check(self, views: ViewsConfig) -> None:
+    @property
+    def pool(self) -> Literal["token"]:
+        """What stands for a picture."""
+        return "token"
+
+    @property
+    def predictor(self) -> None:
+        """There is none."""
+
+    def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views cannot serve the terms."""
+        if views.dropping is not None:
+            raise ValueError("method.name=distillation drops no patches: views.dropping=null")
+        if not model.class_token:
+            raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         if self.patch is not None and views.masking is None:
             raise ValueError("method.patch needs masked patches: set views.masking, or method.patch=null")
         reads_image = any(t is not None and t.token == "image" for t in (self.token, self.image))
@@ -171,7 +184,7 @@ class Distillation(Method):
         return features.patches.flatten(0, 1).index_select(0, batch.masked_indices)
 
     @torch.no_grad()
-    def after_step(self, progress: Progress) -> dict[str, float]:
+    def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         momentum = self.config.momentum.at(progress)
         ema_update(self.teacher, self.student, momentum)
         for term in (self.token, self.image, self.patch):
@@ -202,18 +215,3 @@ class Distillation(Method):
 def _rows(views: Tensor | None) -> Tensor | None:
     """[B, V, ...] to [B * V, ...]."""
     return None if views is None else views.flatten(0, 1)
-
-
-@torch.no_grad()
-def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
-    """Collapse signals of unit-length features.
-
-    Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one
-    point. Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most
-    min(n, D).
-    """
-    x = torch.nn.functional.normalize(features.float(), dim=1)
-    spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5
-    singular = torch.linalg.svdvals(x)
-    share = singular / singular.sum()
-    return spread.item(), torch.special.entr(share).sum().exp().item()

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from foveola.models.predictor import Predictor
 from foveola.models.vit import VisionTransformer
 from foveola.schedules import Progress
 from foveola.views.batch import Batch
@@ -30,8 +33,11 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Losses of a batch; updates nothing but running statistics."""
 
-    def after_step(self, progress: Progress) -> dict[str, float]:
-        """Update what follows the student (teacher, centres), after each optimiser step; scalars to log."""
+    def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
+        """Update what follows the student (teacher, centres), after each optimiser step; scalars to log.
+
+        `lr` is the learning rate of that step.
+        """
         return {}
 
     def diagnose(self) -> dict[str, float]:
@@ -42,6 +48,15 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def backbone(self) -> VisionTransformer:
         """The network to keep."""
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """The part of a predictor to keep with it, where one pools features (CAPI)."""
+        return None
+
+    def advice(self, pictures: int) -> list[str]:
+        """What is unwise about this configuration with so many pictures a step, one line each."""
+        return []
 
     @abstractmethod
     def trained(self) -> Iterable[nn.Module]:
@@ -61,3 +76,18 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     old: list[Tensor] = [parameter.detach() for parameter in teacher.parameters()]
     new: list[Tensor] = [pairs[name].detach() for name, _ in teacher.named_parameters()]
     torch._foreach_lerp_(old, new, 1 - momentum)
+
+
+@torch.no_grad()
+def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
+    """Collapse signals of unit-length features.
+
+    Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one
+    point. Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most
+    min(n, D).
+    """
+    x = normalize(features.float(), dim=1)
+    spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5
+    singular = torch.linalg.svdvals(x)
+    share = singular / singular.sum()
+    return spread.item(), torch.special.entr(share).sum().exp().item()

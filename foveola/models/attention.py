@@ -1,4 +1,4 @@
-"""Multi-head self-attention whose object tokens read only their own object, without a full mask."""
+"""Multi-head attention: object tokens read only their own object, without a full mask; rotary positions."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -6,47 +6,110 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 
+class PackedLinear(nn.Linear):
+    """Several linear maps of one input in one matrix, one after the other."""
+
+    def __init__(self, width: int, out: int, parts: int, bias: bool = True) -> None:
+        super().__init__(width, parts * out, bias=bias)
+        self.parts = parts
+
+
 class Attention(nn.Module):
     """Self-attention with timm's parameter names (`qkv`, `proj`)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = PackedLinear(width, width, 3, bias)
+        self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], objects: int, readable: Bool[Tensor, "B 1 M T"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        objects: int = 0,
+        readable: Bool[Tensor, "B 1 M T"] | None = None,
+        rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend; the first `objects` tokens only to those named in `readable`, all others to every token.
 
         The restriction concerns a few rows of the attention matrix, so they make a second, small call and the
         patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a
         mask as well (1 % of the attention's time): an object that is the whole picture gives the plain class
-        token, bit for bit.
+        token, bit for bit. `rotation` turns queries and keys (see `positions.Rope`).
         """
-        query, key, value = self.heads_of(x)
-        few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
-        many = scaled_dot_product_attention(query[:, :, objects:], key, value)
-        return self.proj(torch.cat((few, many), dim=2).transpose(1, 2).flatten(2))
+        query, key, value = self.heads_of(x, rotation)
+        out = scaled_dot_product_attention(query[:, :, objects:], key, value)
+        if objects:
+            few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
+            out = torch.cat((few, out), dim=2)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
-    def heads_of(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(
+        self, x: Float[Tensor, "B T D"], rotation: Float[Tensor, "#B 2 T d"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B, heads, T, D / heads]."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
+        query, key, value = split_heads(self.qkv(x), 3, self.heads)
+        return rotate(query, rotation), rotate(key, rotation), value
 
     def weights(
-        self, x: Float[Tensor, "B T D"], readable: Bool[Tensor, "B 1 M T"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        readable: Bool[Tensor, "B 1 M T"] | None = None,
+        rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B heads T T"]:
         """The attention matrix of `forward`, softmax(q k^T / sqrt(d)), for inspection."""
-        query, key, _ = self.heads_of(x)
+        query, key, _ = self.heads_of(x, rotation)
         logits = (query @ key.mT) * query.shape[-1] ** -0.5
         if readable is not None:
             count = readable.shape[2]
             logits[:, :, :count] = logits[:, :, :count].masked_fill(~readable, -torch.inf)
         return logits.softmax(dim=-1)
+
+
+class CrossAttention(nn.Module):
+    """Every row attends to the context alone, never to another row."""
+
+    def __init__(self, width: int, context_width: int, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = PackedLinear(context_width, width, 2, bias)
+        self.proj = nn.Linear(width, width, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B P D"],
+        context: Float[Tensor, "B T C"],
+        rotation: Float[Tensor, "#B 2 P d"] | None = None,
+        context_rotation: Float[Tensor, "#B 2 T d"] | None = None,
+    ) -> Float[Tensor, "B P D"]:
+        (query,) = split_heads(self.q(x), 1, self.heads)
+        key, value = split_heads(self.kv(context), 2, self.heads)
+        query, key = rotate(query, rotation), rotate(key, context_rotation)
+        out = scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def split_heads(x: Float[Tensor, "B T PD"], parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Packed projections to `parts` tensors, each [B, heads, T, D / heads]."""
+    batch, tokens, width = x.shape
+    x = x.view(batch, tokens, parts, heads, width // (parts * heads))
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def rotate(
+    x: Float[Tensor, "B heads T d"], rotation: Float[Tensor, "#B 2 T d"] | None
+) -> Float[Tensor, "B heads T d"]:
+    """Rotary positions: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a head.
+
+    Channel j and channel j + d/2 thus make a pair; whether it turns by one angle is up to `rotation`, which
+    holds cosines and sines (of one row where they are the same for all pictures). None leaves x as it is.
+    """
+    if rotation is None:
+        return x
+    cosine, sine = rotation[:, None, 0], rotation[:, None, 1]
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
 
 
 def readable_tokens(objects: Bool[Tensor, "B M N"], registers: int) -> Bool[Tensor, "B 1 M T"]:

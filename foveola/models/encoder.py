@@ -7,7 +7,7 @@ import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, UserError, build, key, to_dict
+from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
 __all__ = ["Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
@@ -41,12 +42,31 @@ class EncoderConfig:
     model: ViTConfig = key(factory=ViTConfig, help="shape of the network")
     transform: TransformConfig = key(factory=TransformConfig, help="what is done to pictures")
     origin: str = key("", "where the weights come from")
+    pool: Literal["token", "average", "predictor"] = key(
+        "token", "what stands for a picture or object: its token, the mean of its patches, or of predictions"
+    )
+    predictor: PredictorConfig | None = key(None, "the predictor whose first block pools (CAPI)")
+
+    def __post_init__(self) -> None:
+        if self.pool not in self.pools:
+            raise ValueError(f"pool={self.pool}: this network has {', '.join(self.pools)}")
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """What can stand for a picture."""
+        has = {"token": self.model.class_token, "average": True, "predictor": self.predictor is not None}
+        return tuple(name for name, there in has.items() if there)
 
 
 class Encoder(nn.Module):
     """A frozen ViT with its transform: pictures (and object masks) to `Features`."""
 
-    def __init__(self, config: EncoderConfig, backbone: VisionTransformer | None = None) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        backbone: VisionTransformer | None = None,
+        predictor: Predictor | None = None,
+    ) -> None:
         super().__init__()
         if config.transform.crop % config.model.patch_size:
             raise ConfigError(
@@ -55,6 +75,9 @@ class Encoder(nn.Module):
             )
         self.config = config
         self.backbone = VisionTransformer(config.model) if backbone is None else backbone
+        self.predictor = predictor
+        if predictor is None and config.predictor is not None:
+            self.predictor = Predictor(dataclasses.replace(config.predictor, depth=1), config.model)
         self.requires_grad_(False).eval()
 
     @property
@@ -63,6 +86,9 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
+        """Numbers that stand for a picture or an object."""
+        if self.config.pool == "predictor" and self.predictor is not None:
+            return self.predictor.width
         return self.config.model.shape[0]
 
     @property
@@ -73,7 +99,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.pos_embed.device
+        return self.backbone.patch_embed.proj.weight.device
 
     @torch.inference_mode()
     def forward(
@@ -85,8 +111,34 @@ class Encoder(nn.Module):
             objects: for each of M objects the patches that its token may read, row-major (from `patch_mask`);
                 None = one token that reads all. An object without patches reads everything. Any ViT can
                 be asked, also one trained without objects ("iBOT + masks" of the ODIS paper).
+
+        Returns features whose `objects` are what `config.pool` says: object tokens; or the mean over the
+        object's (without `objects`, all) patches, of the patches themselves or of what the predictor's first
+        block expects there (CAPI, Table 5). Patches are then encoded without regard to objects.
         """
-        return self.backbone(images, objects)
+        if self.config.pool == "token":
+            return self.backbone(images, objects)
+        features = self.backbone(images)
+        pooled = features.patches if self.config.pool == "average" else self._predictions(features)
+        if objects is None:
+            means = pooled.mean(dim=1, keepdim=True)
+        else:
+            read = (objects | ~objects.any(dim=2, keepdim=True)).to(pooled.dtype)
+            means = (read @ pooled) / read.sum(dim=2, keepdim=True)
+        return dataclasses.replace(features, objects=means)
+
+    def _predictions(self, features: Features) -> Float[Tensor, "B N C"]:
+        assert self.predictor is not None
+        return self.predictor(features)
+
+    def pooled(self, pool: str | None) -> "Encoder":
+        """The same networks with another `config.pool`; None: this one. Raises UserError for one it lacks."""
+        if pool is None or pool == self.config.pool:
+            return self
+        if pool not in self.config.pools:
+            raise UserError(f"pool={pool}: this encoder has {', '.join(self.config.pools)}")
+        config = dataclasses.replace(self.config, pool=pool)
+        return Encoder(config, self.backbone, self.predictor)
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         transform = self.config.transform
@@ -112,10 +164,29 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits that change with any weight or setting."""
         digest = hashlib.sha256(json.dumps(_settings(self.config), sort_keys=True).encode())
-        for name, value in sorted(self.backbone.state_dict().items()):
+        for name, value in sorted(self.weights().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors as they are saved: the backbone's by timm's names, others behind `predictor.`."""
+        state = dict(self.backbone.state_dict())
+        if self.predictor is not None:
+            state |= {f"predictor.{name}": value for name, value in self.predictor.state_dict().items()}
+        return state
+
+    def fill(self, state: dict[str, Tensor], where: Path) -> None:
+        """Take over tensors by the names of `weights`. Raises UserError where they are not the same."""
+        own = self.weights()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
+            raise UserError(f"{where} {what} ({len(missing)} missing, {len(unknown)} unknown tensors)")
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                raise UserError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            own[name].copy_(value)
 
     def save(self, folder: str | Path) -> Path:
         """Write `model.safetensors` and `config.json`; each file is replaced whole."""
@@ -123,7 +194,7 @@ class Encoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().float().contiguous() for k, v in self.backbone.state_dict().items()}
+        state = {k: v.detach().cpu().float().contiguous() for k, v in self.weights().items()}
         for name, write in (
             ("model.safetensors", lambda p: save_file(state, p)),
             ("config.json", lambda p: p.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")),
@@ -151,9 +222,9 @@ def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256)
 def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
-    Known files: DINO, iBOT and timm state dicts (`.pth`, `.pt`, `.safetensors`), as published (the teacher is
-    taken where there are two networks). `untrained:PATH` is an encoder of the shape of the one at PATH with
-    fresh weights, drawn by seed 0. Raises UserError for anything else.
+    Known files: DINO, iBOT, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`), as published (the
+    teacher is taken where there are two networks). `untrained:PATH` is an encoder of the shape of the one at
+    PATH with fresh weights, drawn by seed 0. Raises UserError for anything else.
     """
     if str(path).startswith(UNTRAINED):
         return _untrained(str(path).removeprefix(UNTRAINED)).to(device)
@@ -189,20 +260,20 @@ def _load_folder(folder: Path) -> Encoder:
     if not isinstance(settings, dict):
         raise UserError(f"{folder} is damaged: config.json holds a {type(settings).__name__}")
     encoder = Encoder(build(EncoderConfig, settings, where=str(folder / "config.json")))
-    _fill(encoder.backbone, state, folder)
+    encoder.fill(state, folder)
     return encoder
 
 
 def _load_file(path: Path) -> Encoder:
-    from foveola.zoo.convert import plain_vit
+    from foveola.zoo.convert import convert
 
     state = read_weights(path)
     try:
-        weights, shape = plain_vit(state)
+        weights, settings = convert(state)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    encoder = Encoder(EncoderConfig(model=ViTConfig(**shape), origin=path.name))
-    _fill(encoder.backbone, weights, path)
+    encoder = Encoder(build(EncoderConfig, settings | {"origin": path.name}))
+    encoder.fill(weights, path)
     return encoder
 
 
@@ -228,15 +299,3 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
-
-
-def _fill(backbone: VisionTransformer, state: dict[str, Tensor], where: Path) -> None:
-    own = backbone.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
-        raise UserError(f"{where} {what} ({len(missing)} missing, {len(unknown)} unknown tensors)")
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
-    backbone.load_state_dict(state)

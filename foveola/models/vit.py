@@ -3,7 +3,7 @@
 Tokens stand in the order [object tokens, registers, patches]. An object token is the class token; given
 object masks there is one for each object, all from the same parameter, each reading only its object's
 patches. Patches and registers read everything, so with several object tokens a patch sees each of them as one
-further token.
+further token. A network without class token has patches and registers only.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,21 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import gelu
-from torch.nn.init import constant_, normal_, trunc_normal_, zeros_
+from torch.nn.functional import linear
+from torch.nn.init import normal_, trunc_normal_, xavier_uniform_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
-from foveola.models.attention import Attention, readable_tokens
-from foveola.models.positions import resize_positions, sincos_positions
+from foveola.models.attention import readable_tokens
+from foveola.models.blocks import Block, BlockShape, initialise, make_norm
+from foveola.models.positions import (
+    Rope,
+    border_coordinates,
+    grid_coordinates,
+    resize_positions,
+    sincos_positions,
+    take_rows,
+)
 
 SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -39,19 +47,35 @@ class ViTConfig:
     heads: int | None = key(None, "attention heads instead of the size's", at_least=1)
     patch_size: int = key(16, "pixels a side of a patch", at_least=1)
     image_size: int = key(224, "picture side that fits the position table without resizing", at_least=1)
+    mlp: Literal["gelu", "swiglu"] = key("gelu", "plain MLP, or the gated one of large DINOv2 models")
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0)
+    class_token: bool = key(True, "whether there are class (object) tokens; CAPI has none")
     registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0)
-    drop_path: float = key(
-        0.1, "stochastic depth of the last block in training, rising linearly from 0", at_least=0, below=1
+    norm: Literal["layer", "rms"] = key("layer", "LayerNorm, or RMSNorm (CAPI)")
+    final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
+    bias: bool = key(True, "biases in attention and MLP")
+    drop_path: float = key(0.1, "stochastic depth in training, of the last block", at_least=0, below=1)
+    drop_path_rule: Literal["linear", "constant"] = key(
+        "linear", "rising from 0 over the blocks, or the same in all"
     )
+    drop_path_subset: bool = key(
+        False, "drop a fixed share of pictures and skip their work (DINOv2, CAPI), not each by chance"
+    )
+    positions: Literal["learned", "rope"] = key("learned", "a table added to patches, or rotary (CAPI)")
     position_antialias: bool = key(
         False, "antialias when resizing positions: timm does, DINO and iBOT do not"
     )
     position_init: Literal["random", "sincos"] = key(
         "random", "start positions from noise of 0.02 (DINO), or from sines"
     )
+    rope: Literal["axial", "capi"] = key(
+        "axial", "rotary positions as meant, or as in the code behind CAPI's released weights"
+    )
     layer_scale: float | None = key(
         None, "initial per-channel scale of each residual branch; null = none", above=0
+    )
+    init: Literal["normal", "xavier"] = key(
+        "normal", "fresh weights: truncated normal of 0.02 (DINO), or Xavier uniform (MAE, CAPI)"
     )
 
     def __post_init__(self) -> None:
@@ -62,6 +86,14 @@ class ViTConfig:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
+        if self.positions == "rope":
+            if width // heads % 4:
+                raise ValueError(f"positions=rope needs heads of 4, 8, 12 ... channels, not {width // heads}")
+            if self.registers % 4:
+                raise ValueError(
+                    f"positions=rope places registers on four sides: registers={self.registers} "
+                    "is not a multiple of 4"
+                )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,14 +101,30 @@ class ViTConfig:
         width, depth, heads = SIZES[self.size]
         return self.width or width, self.depth or depth, self.heads or heads
 
+    def block(self, index: int) -> BlockShape:
+        """What the block of this index is made of."""
+        width, depth, heads = self.shape
+        share = 1.0 if self.drop_path_rule == "constant" else index / max(depth - 1, 1)
+        return BlockShape(
+            width=width,
+            heads=heads,
+            hidden=int(width * self.mlp_ratio),
+            norm=self.norm,
+            mlp=self.mlp,
+            bias=self.bias,
+            layer_scale=self.layer_scale,
+            drop_path=self.drop_path * share,
+            drop_subset=self.drop_path_subset,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Features:
     """What a ViT says about B pictures, after the final norm."""
 
-    objects: Float[Tensor, "B M D"]
+    objects: Float[Tensor, "B M D"]  # M = 0 without class token
     registers: Float[Tensor, "B R D"]
-    patches: Float[Tensor, "B N D"]
+    patches: Float[Tensor, "B N D"]  # of the kept patches only, in their order, where some were dropped
     grid: tuple[int, int]
 
 
@@ -85,101 +133,75 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        return self.proj(images).flatten(2).mT
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int, value: float) -> None:
-        super().__init__()
-        self.value = value
-        self.gamma = nn.Parameter(torch.full((width,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each a residual branch with optional LayerScale and drop path."""
-
-    def __init__(self, config: ViTConfig, drop_path: float) -> None:
-        super().__init__()
-        width, _, heads = config.shape
-        self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(width, config.layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
-        self.ls2 = nn.Identity() if config.layer_scale is None else LayerScale(width, config.layer_scale)
-
     def forward(
-        self, x: Float[Tensor, "B T D"], objects: int, readable: Bool[Tensor, "B 1 M T"] | None
-    ) -> Float[Tensor, "B T D"]:
-        x = x + self.drop(self.ls1(self.attn(self.norm1(x), objects, readable)))
-        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
+        self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B N2 D"]:
+        """All patches, or the kept ones without any work on the others."""
+        if keep is None:
+            return self.proj(images).flatten(2).mT
+        return linear(
+            take_rows(patchify(images, self.patch_size), keep), self.proj.weight.flatten(1), self.proj.bias
+        )
 
-    def drop(self, branch: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Stochastic depth: drop a picture's branch with probability p, scale the others by 1 / (1 - p)."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        alive = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return branch * (alive / keep).to(branch.dtype)
+
+def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N CPP"]:
+    """The pixels of each patch, channel by channel as a convolution kernel has them; patches row-major."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.view(batch, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
 
 
 class VisionTransformer(nn.Module):
     """ViT with object tokens, mask tokens, registers and a choice of the patches it sees."""
 
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        width, depth, _ = config.shape
+        width, depth, heads = config.shape
         self.config = config
         self.checkpoint_activations = False
         side = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config.patch_size, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        entries = side * side + config.class_token
+        learned = config.positions == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(1, entries, width)) if learned else None
+        self.rope = Rope(width // heads, config.rope) if config.positions == "rope" else None
+        self.blocks = nn.ModuleList(Block(config.block(i)) for i in range(depth))
+        self.norm = make_norm(config.norm, width, config.final_norm_affine)
         self.reset()
 
     def reset(self) -> None:
-        """Initialise as DINO and iBOT do: truncated normal of std 0.02, zero biases and mask token."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, LayerScale):
-                constant_(module.gamma, module.value)
+        """Fresh weights. `normal`: as DINO and iBOT, mask token zero; `xavier`: as MAE and CAPI."""
+        initialise(self, self.config.init)
+        xavier = self.config.init == "xavier"
         self.patch_embed.proj.reset_parameters()
-        trunc_normal_(self.pos_embed, std=0.02)
-        if self.config.position_init == "sincos":
-            side = self.config.image_size // self.config.patch_size
-            with torch.no_grad():
-                self.pos_embed[:, 1:] = sincos_positions((side, side), self.config.shape[0], amplitude=0.5)
-        trunc_normal_(self.cls_token, std=0.02)
-        zeros_(self.mask_token)
+        if xavier:
+            xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+            if self.config.position_init == "sincos":
+                side = self.config.image_size // self.config.patch_size
+                with torch.no_grad():
+                    table = sincos_positions((side, side), self.config.shape[0], amplitude=0.5)
+                    self.pos_embed[:, self.config.class_token :] = table
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+        if xavier:
+            normal_(self.mask_token, std=0.02)
+        else:
+            zeros_(self.mask_token)
         if self.reg_token is not None:
-            normal_(self.reg_token, std=1e-6)
+            normal_(self.reg_token, std=0.02 if xavier else 1e-6)
 
     def forward(
         self,
@@ -195,34 +217,42 @@ class VisionTransformer(nn.Module):
                 token). An object without patches reads everything.
             masked: patches replaced by the mask token before positions are added.
             keep: indices of the patches to process; the others are dropped and cost nothing.
+
+        Raises ValueError for sides that are no multiples, and for objects where there is no class token.
         """
-        x, grid = self.embed(images, masked)
-        if keep is not None:
-            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-            objects = (
-                None if objects is None else objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
-            )
-        count = 1 if objects is None else objects.shape[1]
+        if objects is not None and self.cls_token is None:
+            raise ValueError("this network has no class token, so no object tokens")
+        x, grid = self.embed(images, masked, keep)
+        if keep is not None and objects is not None:
+            objects = objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
+        count = int(self.config.class_token) if objects is None else objects.shape[1]
         registers = self.config.registers
-        # The first entry of the position table belongs to the class token; registers have none.
-        special = [(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], count, -1)]
+        special = []
+        if self.cls_token is not None:
+            # The first entry of the position table belongs to the class token; registers have none.
+            token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+            special.append(token.expand(x.shape[0], count, -1))
         if self.reg_token is not None:
             special.append(self.reg_token.expand(x.shape[0], -1, -1))
         x = torch.cat((*(s.to(x.dtype) for s in special), x), dim=1)
         readable = None if objects is None else readable_tokens(objects, registers)
+        rotation = None if self.rope is None else token_rotation(self.rope, grid, keep, count, registers)
         for block in self.blocks:
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, count, readable, use_reentrant=False)
+                x = checkpoint(block, x, count, readable, rotation, use_reentrant=False)
             else:
-                x = block(x, count, readable)
+                x = block(x, count, readable, rotation)
         x = self.norm(x)
         tokens, extra, patches = x.split((count, registers, x.shape[1] - count - registers), dim=1)
         return Features(tokens, extra, patches, grid)
 
     def embed(
-        self, images: Float[Tensor, "B 3 H W"], masked: Bool[Tensor, "B N"] | None
-    ) -> tuple[Float[Tensor, "B N D"], tuple[int, int]]:
-        """Patch tokens with positions, and their (rows, columns) grid."""
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        masked: Bool[Tensor, "B N"] | None = None,
+        keep: Int64[Tensor, "B K"] | None = None,
+    ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
+        """Tokens of the kept patches, with positions if those are added, and the (rows, columns) of all."""
         patch = self.config.patch_size
         height, width = images.shape[-2:]
         if height % patch or width % patch or not height or not width:
@@ -230,8 +260,30 @@ class VisionTransformer(nn.Module):
                 f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches"
             )
         grid = (height // patch, width // patch)
-        x = self.patch_embed(images)
+        x = self.patch_embed(images, keep)
         if masked is not None:
+            masked = masked if keep is None else masked.gather(1, keep)
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        positions = resize_positions(self.pos_embed[:, 1:], grid, self.config.position_antialias)
-        return x + positions.to(x.dtype), grid
+        if self.pos_embed is not None:
+            table = self.pos_embed[:, self.config.class_token :]
+            positions = resize_positions(table, grid, self.config.position_antialias)
+            x = x + (positions if keep is None else take_rows(positions, keep)).to(x.dtype)
+        return x, grid
+
+
+def token_rotation(
+    rope: Rope, grid: tuple[int, int], keep: Int64[Tensor, "B K"] | None, objects: int, registers: int
+) -> Float[Tensor, "B 2 T d"]:
+    """Rotation of [object tokens, registers, patches]; object tokens stay as they are.
+
+    One row serves all pictures unless each keeps its own patches, which then also place its registers.
+    """
+    patches = grid_coordinates(grid, rope.angles.device)
+    if keep is not None:
+        patches = take_rows(patches, keep)
+    rotation = rope(torch.cat((border_coordinates(registers, patches), patches), dim=1))
+    if not objects:
+        return rotation
+    still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, objects, -1).clone()
+    still[:, 0] = 1  # cosines
+    return torch.cat((still, rotation), dim=2)

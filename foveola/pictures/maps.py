@@ -27,8 +27,8 @@ def object_attention(
     captured: list[Tensor] = []
 
     def look(module, inputs) -> None:
-        x, _, readable = inputs
-        captured.append(module.weights(x, readable))
+        x, _, *others = inputs
+        captured.append(module.weights(x, *others))
 
     attention = encoder.backbone.get_submodule(f"blocks.{range(len(encoder.backbone.blocks))[block]}.attn")
     handle = attention.register_forward_pre_hook(look)

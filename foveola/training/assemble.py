@@ -57,7 +57,8 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
 
 def untrained(config: RunConfig) -> Encoder:
     """The encoder that a run begins with: same shape, same seed, no step taken."""
-    return Encoder(config.encoder(), _method(config).backbone)
+    method = _method(config)
+    return Encoder(config.encoder(), method.backbone, method.predictor)
 
 
 def _method(config: RunConfig) -> Method:

@@ -10,7 +10,7 @@ import torch
 from foveola import distributed
 from foveola.data.loader import Loader
 from foveola.data.sources import Source, open_source
-from foveola.methods.distillation import Distillation
+from foveola.methods.method import Method
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble, share
 from foveola.training.loop import Trainer
@@ -39,18 +39,16 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
     trainer = assemble(dataclasses.replace(config, accumulate=1), progress, device)
     losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
-    views, extra = config.views, 1 + config.model.registers
-    globals_ = views.global_count * ((views.global_size // config.model.patch_size) ** 2 + extra)
-    locals_ = views.local_count * ((views.local_size // config.model.patch_size) ** 2 + extra)
     rows = {
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
         "data": f"{source.name}: {len(source):,} pictures"
         + ("" if config.data else " (built in, as there is no data=)"),
         "parameters": _parameters(trainer.method),
-        "tokens per picture": f"student {globals_ + locals_:,}, teacher {globals_:,}",
+        "tokens per picture": _tokens(config),
         "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "
         f"{config.accumulate} part(s) x {part}",
         "steps": _steps(config, progress),
+        **({"advice": "; ".join(advice)} if (advice := trainer.method.advice(config.batch_size)) else {}),
         "learning rate": f"{config.optimizer.peak(config.batch_size):.4g} after {config.optimizer.lr.warmup}",
         "trial": f"two steps of {batch} pictures on {device} in {config.precision}; losses {losses}",
         "speed": _speed(config, progress, batch / seconds),
@@ -81,11 +79,27 @@ def _try(
     return ", ".join(f"{name} {v:.3f}" for name, v in terms.items()), seconds, _memory(device)
 
 
-def _parameters(method: torch.nn.Module) -> str:
-    assert isinstance(method, Distillation)
-    backbone = sum(p.numel() for p in method.student.backbone.parameters())
-    heads = sum(p.numel() for p in method.student.heads.parameters())
-    return f"encoder {backbone:,}, heads {heads:,}"
+def _parameters(method: Method) -> str:
+    """Trained numbers by part: of the student (its backbone is the encoder), and of what it has beside it."""
+    student = method.get_submodule("student")
+    parts = [*student.named_children(), *((n, m) for n, m in method.named_children() if m is not student)]
+    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
+    names = {"backbone": "encoder"}
+    return ", ".join(f"{names.get(name, name)} {count:,}" for name, count in counts.items() if count)
+
+
+def _tokens(config: RunConfig) -> str:
+    """Tokens that the networks go through for each picture."""
+    views, model = config.views, config.model
+    extra = model.class_token + model.registers
+    patches = (views.global_size // model.patch_size) ** 2
+    locals_ = views.local_count * ((views.local_size // model.patch_size) ** 2 + extra)
+    teacher = views.global_count * (patches + extra)
+    if views.dropping is None:
+        return f"student {teacher + locals_:,}, teacher {teacher:,}"
+    kept, predicted = views.dropping.counts(patches)
+    student, asked = views.global_count * (kept + extra), views.global_count * predicted
+    return f"student {student + locals_:,}, predicted {asked:,}, teacher {teacher:,}"
 
 
 def _steps(config: RunConfig, progress: Progress) -> str:

@@ -73,7 +73,7 @@ class Trainer:
         if finite:
             self.optimizer.drop_frozen(progress)
             self.scaler.step(self.optimizer.adamw)
-            after = self.method.after_step(progress)
+            after = self.method.after_step(progress, schedules["lr"])
         self.scaler.update()
         self.optimizer.adamw.zero_grad(set_to_none=True)
         self._count_bad(finite, progress)

@@ -1,15 +1,26 @@
 """AdamW over named parameters: which decay, which learn at another rate, how gradients are clipped."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from foveola.config import key
+from foveola.config import ConfigError, key
 from foveola.schedules import Progress, Schedule, steps_of
 
 RULES = {"linear": (256, 1.0), "sqrt": (1024, 0.5), "none": (1, 0.0)}  # lr * (batch / reference) ** power
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """How a part of a method learns that is not to learn as the rest does."""
+
+    lr: float = key(1.0, "times the learning rate", above=0)
+    schedule: Schedule | None = key(None, "learning rate of its own, as it is; null = the shared one")
+    weight_decay: float | None = key(None, "constant weight decay; null = the shared one", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,14 @@ class OptimizerConfig:
     )
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's", at_least=0, below=1)
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
-    clip_each: Literal["parameter", "all"] = key(
-        "parameter", "clip each parameter tensor alone (DINO, iBOT) or all together"
+    clip_each: Literal["parameter", "module", "all"] = key(
+        "parameter", "clip each tensor alone (DINO, iBOT), each network and head alone (DINOv2), or all"
+    )
+    layer_decay: float = key(1.0, "a block's learning rate over that of the next one", above=0, at_most=1)
+    patch_embed_lr: float = key(1.0, "times the learning rate, for the patch embedding", above=0)
+    norm_decay: float = key(0.0, "share of the weight decay that weights of norms get", at_least=0)
+    parts: dict[str, PartConfig] = key(
+        factory=dict, help="parts of the method that learn in their own way, by name"
     )
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
@@ -45,14 +62,26 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig, progress: Progress) -> None:
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decays = [p for name, p in self.named.items() if p.ndim > 1]
-        others = [p for name, p in self.named.items() if p.ndim <= 1]
-        groups = [
-            {"params": decays, "decays": True},
-            {"params": others, "decays": False, "weight_decay": 0.0},
-        ]
+        for part in config.parts:
+            if not any(name.startswith(f"{part}.") for name in self.named):
+                known = ", ".join(sorted({name.partition(".")[0] for name in self.named}))
+                raise ConfigError(f"optimizer.parts: nothing trains in {part!r}; this method has {known}")
+        norms = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None
+        }
+        groups: dict[tuple, dict[str, Any]] = {}
+        for name, p in self.named.items():
+            part = next((part for part in config.parts if name.startswith(f"{part}.")), None)
+            decay = 1.0 if p.ndim > 1 else config.norm_decay if id(p) in norms else 0.0
+            # The group of what decays comes first, as it always has: checkpoints count parameters by group.
+            settings = (part or "", decay != 1.0, decay, self._rate(name, self.named))
+            groups.setdefault(settings, {"params": [], "part": part, "decay": decay, "rate": settings[3]})
+            groups[settings]["params"].append(p)
         fused = all(p.is_cuda for p in self.named.values())
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
+        ordered = [groups[settings] for settings in sorted(groups)]
+        self.adamw = torch.optim.AdamW(ordered, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
         self.last_layers = [p for name, p in self.named.items() if ".last_layer." in name]
         peak = config.peak(progress.batch_size)
         self.lr = Schedule(**{**vars(config.lr), "value": peak})
@@ -75,9 +104,26 @@ class Optimizer:
         """Set this step's learning rate and weight decay; what was set."""
         lr, decay = self.lr.at(progress), self.config.weight_decay.at(progress)
         for group in self.adamw.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = decay if group["decays"] else 0.0
+            part = PartConfig() if group["part"] is None else self.config.parts[group["part"]]
+            own = lr if part.schedule is None else part.schedule.at(progress)
+            group["lr"] = own * part.lr * group["rate"]
+            group["weight_decay"] = group["decay"] * (
+                decay if part.weight_decay is None else part.weight_decay
+            )
         return {"lr": lr, "weight_decay": decay}
+
+    def _rate(self, name: str, named: Iterable[str]) -> float:
+        """Share of the learning rate that a parameter of the backbone gets for its depth."""
+        backbone, found, inner = name.partition("backbone.")
+        if not found:
+            return 1.0
+        block = re.match(r"blocks\.(\d+)\.", inner)
+        rate = self.config.patch_embed_lr if inner.startswith("patch_embed.") else 1.0
+        if inner.startswith("norm."):
+            return rate
+        ids = [re.match(re.escape(backbone) + r"backbone\.blocks\.(\d+)\.", other) for other in named]
+        depth = 1 + max((int(match[1]) for match in ids if match), default=-1)
+        return rate * self.config.layer_decay ** (depth - int(block[1]) if block else depth + 1)
 
     def clip(self) -> Tensor:
         """Clip gradients in place; the global norm before clipping. Not finite if any gradient is not."""
@@ -85,11 +131,16 @@ class Optimizer:
         norms = torch.stack(torch._foreach_norm(gradients))
         total = torch.linalg.vector_norm(norms)
         if self.config.clip is not None:
-            if self.config.clip_each == "parameter":
-                factors = (self.config.clip / (norms + 1e-6)).clamp(max=1)
-                torch._foreach_mul_(gradients, list(factors.unbind()))
-            else:
-                torch._foreach_mul_(gradients, (self.config.clip / (total + 1e-6)).clamp(max=1))
+            if self.config.clip_each == "module":
+                names = [_module(name) for name, p in self.named.items() if p.grad is not None]
+                modules = sorted(set(names))
+                where = torch.tensor([modules.index(name) for name in names], device=norms.device)
+                squares = norms.new_zeros(len(modules)).index_add_(0, where, norms**2)
+                norms = squares.sqrt()[where]
+            elif self.config.clip_each == "all":
+                norms = total.expand(len(norms))
+            factors = (self.config.clip / (norms + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(gradients, list(factors.unbind()))
         return total
 
     def drop_frozen(self, progress: Progress) -> None:
@@ -97,3 +148,10 @@ class Optimizer:
         if progress.step < self.frozen_steps:
             for parameter in self.last_layers:
                 parameter.grad = None
+
+
+def _module(name: str) -> str:
+    """The network or head that a parameter is of: student.backbone, student.heads.main, clustering ..."""
+    parts = name.split(".")
+    depth = 1 if parts[0] != "student" else 3 if parts[1] == "heads" else 2
+    return ".".join(parts[:depth])

@@ -10,6 +10,7 @@ from typing import Any
 from foveola.config import ConfigError, build, key, merge, nearest, parse_overrides, read_yaml
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.knn import KnnConfig
+from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
@@ -52,7 +53,7 @@ class RunConfig:
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     device: str = key("auto", "cpu, cuda, cuda:N; auto = a GPU if there is one")
     model: ViTConfig = key(factory=ViTConfig, help="the network")
-    method: DistillationConfig = key(factory=DistillationConfig, help="what is learned")
+    method: DistillationConfig | CapiConfig = key(factory=DistillationConfig, help="what is learned")
     views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each picture")
     loader: LoaderConfig = key(factory=LoaderConfig, help="how pictures are read")
     optimizer: OptimizerConfig = key(factory=OptimizerConfig, help="how weights move")
@@ -72,7 +73,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)
-        self.method.check(self.views)
+        self.method.check(self.views, self.model)
         if self.transform is not None and self.transform.crop % self.model.patch_size:
             raise ValueError(
                 f"transform.crop={self.transform.crop} is not a multiple of "
@@ -83,7 +84,8 @@ class RunConfig:
         """The encoder that this run makes."""
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
-        return EncoderConfig(dataclasses.replace(self.model, drop_path=0.0), transform, self.recipe)
+        model = dataclasses.replace(self.model, drop_path=0.0)
+        return EncoderConfig(model, transform, self.recipe, self.method.pool, self.method.predictor)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------

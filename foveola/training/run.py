@@ -136,6 +136,8 @@ class _Session:
         what = f"going on after step {start}" if start else "training"
         length = f"{self.total - start} steps of {self.config.batch_size} pictures"
         log.note(f"{what} in {self.folder}: {length}")
+        for advice in self.trainer.method.advice(self.config.batch_size):
+            log.note(advice)
         if self.config.views.objects is not None and not self.source.has_objects:
             log.note(f"{self.source.name} has no objects: each picture counts as one object")
 
@@ -247,8 +249,11 @@ class _Session:
     # -- evaluation
 
     def _encoder(self) -> Encoder:
+        method = self.trainer.method
         encoder = Encoder(self.config.encoder())
-        encoder.backbone.load_state_dict(self.trainer.method.backbone.state_dict())
+        encoder.backbone.load_state_dict(method.backbone.state_dict())
+        if encoder.predictor is not None and method.predictor is not None:
+            encoder.predictor.load_state_dict(method.predictor.state_dict())
         return encoder.to(self.device)
 
     def _evaluate(self, log: Log) -> dict[str, float]:

@@ -17,7 +17,7 @@ from foveola.geometry import random_boxes, sample
 from foveola.views import color
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig, object_boxes, object_patches
-from foveola.views.tokens import MaskingConfig, draw_masks
+from foveola.views.tokens import DroppingConfig, MaskingConfig, draw_drops, draw_masks
 
 
 class Streams:
@@ -50,6 +50,9 @@ class ViewsConfig:
     color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
     objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
     masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
+    dropping: DroppingConfig | None = key(
+        None, "patches of global views that the student does not get at all; null = none"
+    )
 
     def __post_init__(self) -> None:
         for name in ("global_scale", "local_scale"):
@@ -71,6 +74,11 @@ class ViewsConfig:
                 raise ValueError(
                     f"views.{name}={size} is not a multiple of the patch size {patch_size}; try {near}"
                 )
+        if self.dropping is not None:
+            try:
+                self.dropping.counts((self.global_size // patch_size) ** 2)
+            except ValueError as error:
+                raise ValueError(f"views.{error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +96,8 @@ class Batch:
     masked: Bool[Tensor, "B V N"] | None
     masked_indices: Int64[Tensor, "P"] | None  # of the masked patches in [B * V * N], ascending
     local_masked: Bool[Tensor, "B L n"] | None
+    keep: Int64[Tensor, "B V K"] | None  # patches of global views that the student gets
+    predict: Int64[Tensor, "B V Q"] | None  # and those of the others that it predicts
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
     facts: dict[str, Tensor]
@@ -159,6 +169,13 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         # Found on the CPU, where the masks were drawn: counting on a GPU would make every step wait for it.
         masked_indices = masked.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
         masked = masked.to(pixels.device, non_blocking=True)
+    keep = predict = None
+    if config.dropping is not None:
+        batch, views = global_boxes.shape[:2]
+        drops = draw_drops(config.dropping, batch * views, grid(config.global_size), streams("drops"))
+        keep, predict = (
+            indices.view(batch, views, -1).to(pixels.device, non_blocking=True) for indices in drops
+        )
     return Batch(
         global_views=global_views,
         global_boxes=global_boxes,
@@ -171,6 +188,8 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         masked=masked,
         masked_indices=masked_indices,
         local_masked=local_masked,
+        keep=keep,
+        predict=predict,
         labels=canvases.labels,
         indices=canvases.indices,
         facts=facts,

@@ -1,14 +1,16 @@
-"""Which tokens a network does not see: block masks (iBOT, DINOv2) and uniformly random ones.
+"""Which tokens a network does not see: replaced by mask tokens (iBOT, DINOv2), or dropped (CAPI).
 
-Masks are boolean over the patch grid, True = replaced by the mask token and to be predicted. They are drawn
-for all views of a batch together, on the CPU.
+Masks are boolean over the patch grid, True = replaced by the mask token and to be predicted. Drops are
+indices of the patches that are kept and of those to predict, as many for every view, so that they stack. Both
+are drawn for all views of a batch together, on the CPU.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foveola.config import key
@@ -97,3 +99,75 @@ def block_masks(
         failures[active] = torch.where(placed, 0, failures[active] + 1)
         active = active[(count[active] < target[active]) & (failures[active] < TRIES)]
     return mask.flatten(1)
+
+
+@dataclass(frozen=True)
+class DroppingConfig:
+    """Patches that the encoder never gets. Defaults: CAPI."""
+
+    shape: Literal["inverse_block", "block", "random"] = key(
+        "inverse_block", "keep a rectangle, drop a rectangle, or drop patches spread uniformly"
+    )
+    ratio: float = key(0.65, "share of patches that are dropped", above=0, below=1)
+    roll: bool = key(
+        True, "shift rectangles around the torus, so that all places are dropped alike (CAPI, Table 1b)"
+    )
+    predict: float = key(0.05, "share of the dropped patches that are predicted", above=0, at_most=1)
+
+    def counts(self, patches: int) -> tuple[int, int]:
+        """(kept, predicted) patches of a view. Raises ValueError where nothing would be dropped or kept."""
+        dropped = int(self.ratio * patches)
+        if not 0 < dropped < patches:
+            what = "no patch is dropped" if not dropped else "no patch is kept"
+            raise ValueError(f"dropping.ratio={self.ratio}: {what} of the {patches} of a view")
+        return patches - dropped, max(int(self.predict * dropped), 1)
+
+
+def draw_drops(
+    config: DroppingConfig, views: int, grid: tuple[int, int], generator: torch.Generator
+) -> tuple[Int64[Tensor, "n K"], Int64[Tensor, "n P"]]:
+    """Indices of the kept and of the predicted patches of n views, ascending and in random order."""
+    patches = grid[0] * grid[1]
+    kept, predicted = config.counts(patches)
+    if config.shape == "random":
+        keep = torch.rand(views, patches, generator=generator).argsort(dim=1)[:, :kept]
+        mask = torch.zeros(views, patches, dtype=torch.bool).scatter_(1, keep, True)
+    elif config.shape == "inverse_block":
+        mask = _rectangles(kept, views, grid, config.roll, generator)
+    else:
+        mask = ~_rectangles(patches - kept, views, grid, config.roll, generator)
+    keep = mask.nonzero()[:, 1].view(views, kept)
+    # The dropped patches first, in random order.
+    order = (torch.rand(views, patches, generator=generator) + mask).argsort(dim=1)
+    return keep, order[:, :predicted]
+
+
+def _rectangles(
+    count: int, views: int, grid: tuple[int, int], roll: bool, generator: torch.Generator
+) -> Bool[Tensor, "n N"]:
+    """Exactly `count` patches of each view: the first ones, row by row, of a random rectangle.
+
+    height / width is log-uniform in [1/2, 2], narrowed to what fits the grid, and both are rounded up; so the
+    end of the last rows is cut off. Rolled, the rectangle goes around the edges (CAPI, Appendix C).
+    """
+    rows, columns = grid
+    low, high = max(0.5, count / columns**2), min(2.0, rows**2 / count)
+    uniform = torch.rand(5, views, generator=generator, dtype=torch.float64)
+    aspect = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * uniform[0])
+    # The corners of the range give whole sides up to rounding.
+    height = (count * aspect).sqrt().sub(1e-9).ceil().clamp(max=rows)
+    width = (count / aspect).sqrt().sub(1e-9).ceil().clamp(max=columns)
+    top, left = (
+        (uniform[1 + i] * (n - side + 1)).floor()
+        for i, (n, side) in enumerate(zip(grid, (height, width), strict=True))
+    )
+    y, x = (torch.arange(n)[None] - start[:, None] for n, start in zip(grid, (top, left), strict=True))
+    inside_y, inside_x = (y >= 0) & (y < height[:, None]), (x >= 0) & (x < width[:, None])
+    block = inside_y[:, :, None] & inside_x[:, None, :]
+    block &= (block.flatten(1).cumsum(dim=1) <= count).view_as(block)
+    if not roll:
+        return block.flatten(1)
+    dy, dx = ((uniform[3 + i] * n).long() for i, n in enumerate(grid))
+    from_y = (torch.arange(rows) - dy[:, None]) % rows
+    from_x = (torch.arange(columns) - dx[:, None]) % columns
+    return block.flatten(1).gather(1, (from_y[:, :, None] * columns + from_x[:, None, :]).flatten(1))

@@ -48,6 +48,8 @@ def make_batch(
         masked=masked if masking else None,
         masked_indices=masked.flatten().nonzero()[:, 0] if masking else None,
         local_masked=None,
+        keep=None,
+        predict=None,
         labels=torch.full((pictures,), -1),
         indices=torch.arange(pictures),
         facts={},

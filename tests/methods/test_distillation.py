@@ -269,7 +269,7 @@ def test_batches_without_a_masked_patch(method: MakeMethod, batch: MakeBatch, pr
         losses, found = gradients(made, drawn, progress)
         assert losses["patch"].item() == 0
         assert all(gradient.isfinite().all() for gradient in found.values())
-        made.after_step(progress)
+        made.after_step(progress, 1e-3)
 
 
 def test_the_centre_moves_after_the_step_and_is_never_averaged(
@@ -283,7 +283,7 @@ def test_the_centre_moves_after_the_step_and_is_never_averaged(
         seen = made.teacher.backbone(drawn.global_views.flatten(0, 1))
         logits = made.teacher.head("main")(seen.objects[:, 0]).double()
         patches = made.teacher.head("main")(seen.patches.flatten(0, 1)[drawn.masked_indices]).double()
-    made.after_step(progress)
+    made.after_step(progress, 1e-3)
     # Two batches before a step count as one, of their mean.
     assert torch.allclose(made.token.targets.centering.center.double(), 0.1 * logits.mean(0), atol=1e-6)
     assert torch.allclose(made.patch.targets.centering.center.double(), 0.1 * patches.mean(0), atol=1e-6)
@@ -302,7 +302,7 @@ def test_a_centre_of_all_patches_is_the_mean_of_the_head_on_all_patches(
         seen = made.teacher.backbone(drawn.global_views.flatten(0, 1), drawn.global_objects.flatten(0, 1))
         logits = made.teacher.head("main")(seen.patches.flatten(0, 1)).double()
     assert logits.shape[0] == 3 * 2 * 16
-    made.after_step(progress)
+    made.after_step(progress, 1e-3)
     assert torch.allclose(made.patch.targets.centering.center.double(), 0.1 * logits.mean(0), atol=1e-6)
 
 
@@ -324,7 +324,7 @@ def test_the_average_of_weights(method: MakeMethod):
 def test_the_momentum_follows_its_schedule(method: MakeMethod, batch: MakeBatch):
     made = method(momentum=Schedule(value=0.9, end=1.0, shape="cosine"))
     before = {name: p.clone() for name, p in made.teacher.named_parameters()}
-    logged = made.after_step(Progress(step=500, total_steps=1000, steps_per_epoch=10, batch_size=3))
+    logged = made.after_step(Progress(step=500, total_steps=1000, steps_per_epoch=10, batch_size=3), 1e-3)
     assert logged["momentum"] == pytest.approx(0.95)
     for name, p in made.teacher.named_parameters():
         expected = 0.95 * before[name] + 0.05 * made.student.get_parameter(name)
@@ -416,7 +416,7 @@ for kind in ("centering", "sinkhorn"):
             for name, p in method.named_parameters():
                 if p.grad is not None:
                     p -= 0.5 * distributed.all_reduce_mean(p.grad)
-        method.after_step(progress)
+        method.after_step(progress, 1e-3)
     if distributed.is_main():
         torch.save(method.state_dict(), f"FOLDER/{kind}-{distributed.world_size()}.pt")
 distributed.stop()
@@ -464,4 +464,4 @@ def test_impossible_settings_are_refused(wrong: dict, message: str):
 )
 def test_views_that_cannot_serve_the_terms_are_refused(terms: dict, views: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        DistillationConfig(**terms).check(ViewsConfig(**views))
+        DistillationConfig(**terms).check(ViewsConfig(**views), ViTConfig())

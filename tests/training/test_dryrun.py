@@ -5,20 +5,21 @@ import re
 
 import pytest
 
-from foveola.config import UserError
+from foveola.config import UserError, merge
 from foveola.training.dryrun import dry_run
-from foveola.training.recipe import recipes, resolve
+from foveola.training.recipe import nested, recipes, resolve
 
 SMALL = {
     "device": "cpu",
     "batch_size": 16,
     "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 16, "image_size": 32},
     "views": {"global_size": 32, "local_size": 16},
-    "method.heads.main": {"prototypes": 48, "hidden": 32, "bottleneck": 16},
     "loader": {"canvas": 32, "mask_canvas": 32, "workers": 2},
     "transform": None,
     "precision": "fp32",
 }
+HEADS = {"method.heads.main": {"prototypes": 48, "hidden": 32, "bottleneck": 16}}
+CAPI = {"model.patch_size": 4, "method.clustering.prototypes": 12}
 FIELDS = ["recipe", "data", "parameters", "tokens per picture", "batch", "steps", "learning rate"]
 FIELDS += ["trial", "speed", "memory"]
 
@@ -30,11 +31,21 @@ def rows(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve(name, SMALL | {"data": "scenes:?size=32&count=64"})
+    capi = resolve(name).method.name == "capi"
+    small = nested(SMALL) | {"data": "scenes:?size=32&count=64"}
+    config = resolve(name, merge(small, nested(CAPI if capi else HEADS)))
     said = rows(dry_run(config))
     assert list(said) == FIELDS
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
     assert said["data"].endswith("64 pictures")
+    if capi:
+        assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == ["clustering", "prediction"]
+        assert (
+            said["tokens per picture"]
+            == f"student {23 + config.model.registers}, predicted {int(41 * config.views.dropping.predict)}, "
+            + (f"teacher {64 + config.model.registers}")
+        )
+        return
     terms = ["token"] * (config.method.token is not None) + ["patch"] * (config.method.patch is not None)
     terms += ["spread"] * (config.method.spread is not None)
     assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == terms
@@ -42,7 +53,9 @@ def test_every_recipe(name, tmp_path, monkeypatch):
 
 
 def test_numbers_against_arithmetic():
-    config = resolve("ibot-vits16-in1k", SMALL | {"data": "scenes:?size=32&count=70", "model.registers": 3})
+    config = resolve(
+        "ibot-vits16-in1k", SMALL | HEADS | {"data": "scenes:?size=32&count=70", "model.registers": 3}
+    )
     said = rows(dry_run(config))
     # 2 x (4 patches + class token + 3 registers), and 10 x (1 + 1 + 3)
     assert said["tokens per picture"] == "student 66, teacher 16"
@@ -65,7 +78,7 @@ def test_numbers_against_arithmetic():
 
 def test_without_data_the_built_in_pictures_stand_in():
     """How many steps an epoch has is not known then, and no schedule can be too long."""
-    config = resolve("ibot-vits16-in1k", SMALL | {"duration": "3 epochs"})
+    config = resolve("ibot-vits16-in1k", SMALL | HEADS | {"duration": "3 epochs"})
     said = rows(dry_run(config))
     assert said["data"].startswith("scenes:")
     assert "built in, as there is no data=" in said["data"]
@@ -74,17 +87,20 @@ def test_without_data_the_built_in_pictures_stand_in():
     temperature = r"method\.token\.target\.temperature\.warmup '30 epochs' is 30 epochs, longer than the run"
     with pytest.raises(UserError, match=temperature):
         dry_run(
-            resolve("ibot-vits16-in1k", SMALL | {"duration": "3 epochs", "data": "scenes:?size=32&count=64"})
+            resolve(
+                "ibot-vits16-in1k",
+                SMALL | HEADS | {"duration": "3 epochs", "data": "scenes:?size=32&count=64"},
+            )
         )
 
 
 def test_mistakes_show_before_anything_is_built():
     with pytest.raises(UserError, match="cannot be shared by 1 process x accumulate=3"):
-        dry_run(resolve("demo", SMALL | {"accumulate": 3}))
+        dry_run(resolve("demo", SMALL | HEADS | {"accumulate": 3}))
     with pytest.raises(UserError, match="no folder /nowhere"):
-        dry_run(resolve("demo", SMALL | {"data": "folder:/nowhere"}))
+        dry_run(resolve("demo", SMALL | HEADS | {"data": "folder:/nowhere"}))
     with pytest.raises(UserError, match="duration: not a duration"):
-        dry_run(resolve("demo", SMALL | {"duration": "long"}))
+        dry_run(resolve("demo", SMALL | HEADS | {"duration": "long"}))
 
 
 def test_several_processes_each_try_their_share(run_ranks):
@@ -93,7 +109,7 @@ import json, torch
 torch.set_num_threads(1)
 from foveola.training.dryrun import dry_run
 from foveola.training.recipe import resolve
-print(dry_run(resolve("ibot-vits16-in1k", json.loads({json.dumps(json.dumps(SMALL))}))))
+print(dry_run(resolve("ibot-vits16-in1k", json.loads({json.dumps(json.dumps(SMALL | HEADS))}))))
 """
     for out in run_ranks(code):
         assert rows(out)["batch"] == "16 pictures: 2 process(es) x 1 part(s) x 8"

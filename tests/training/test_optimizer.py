@@ -61,7 +61,7 @@ def test_each_trainable_parameter_is_in_one_group_by_the_rule(tiny):
     where: dict[int, list[bool]] = {}
     for group in groups:
         for p in group["params"]:
-            where.setdefault(id(p), []).append(group["decays"])
+            where.setdefault(id(p), []).append(group["decay"])
     trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
     assert len(where) == len(trainable)
     assert all(len(where[id(p)]) == 1 for p in trainable.values())

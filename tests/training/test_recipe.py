@@ -121,6 +121,55 @@ OBJECTS = {
     "loader.objects_per_image": 1,
 }
 NO_OBJECTS = {"views.objects": None}
+CAPI = {  # Table 6, and Table 8 for sizes
+    "batch_size": 16384,
+    "duration": "500k steps",
+    "precision": "bf16",
+    "model.size": "large",
+    "model.patch_size": 14,
+    "model.class_token": False,
+    "model.registers": 16,
+    "model.norm": "rms",
+    "model.final_norm_affine": False,
+    "model.bias": False,
+    "model.positions": "rope",
+    "model.rope": "axial",
+    "model.init": "xavier",
+    "model.drop_path": 0.2,
+    "model.drop_path_rule": "constant",
+    "model.drop_path_subset": True,
+    "model.layer_scale": None,
+    "views.global_size": 224,
+    "views.global_count": 1,
+    "views.global_scale": [0.6, 1.0],
+    "views.flip": 0.5,
+    "views.color.jitter": 0.0,
+    "views.local_count": 0,
+    "views.dropping.shape": "inverse_block",
+    "views.dropping.ratio": 0.65,
+    "views.dropping.roll": True,
+    "views.dropping.predict": 0.05,
+    "method.predictor.kind": "cross",
+    "method.predictor.depth": None,
+    "method.targets": "clusters",
+    "method.head": "linear",
+    "method.clustering.prototypes": 16384,
+    "method.clustering.balance": "position",
+    "method.clustering.temperature": 0.06,
+    "method.clustering.student_temperature": 0.12,
+    "method.clustering.iterations": 3,
+    "method.momentum": None,
+    "optimizer.lr.value": 1e-3,
+    "optimizer.lr.warmup": "10 %",
+    "optimizer.lr.truncate": 0.8,
+    "optimizer.weight_decay.value": 0.1,
+    "optimizer.betas": [0.9, 0.95],
+    "optimizer.clip": None,
+    "optimizer.patch_embed_lr": 0.2,
+    "optimizer.norm_decay": 0.1,
+    "optimizer.parts.clustering.lr": 0.5,
+    "optimizer.parts.clustering.weight_decay": 0.01,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "dino-vits16-in1k": COMMON
     | WIDE
@@ -143,6 +192,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "odis-vitl16-in1k": COMMON | IBOT | IBOT_L | OBJECTS,
     "ibot-vits16-coco": COMMON | IBOT | IBOT_S | COCO | NO_OBJECTS,
     "odis-vits16-coco": COMMON | IBOT | IBOT_S | COCO | OBJECTS,
+    "capi-vitl14-in22k": CAPI,
+    "capi-vitl14-in1k": CAPI,
+    "capi-vitl14-lvd": CAPI,
+    "capi-vitb14-lvd": CAPI | {"model.size": "base"},
+    "capi-vits14-lvd": CAPI | {"model.size": "small", "optimizer.lr.value": 2e-3},
+    "capi-vitl16-in22k": CAPI
+    | {"model.patch_size": 16, "duration": "100k steps", "optimizer.lr.value": 2e-3},
 }
 # The temperature's warm-up of ViT-L is not known; the learning rates are lr * batch / 256.
 UNKNOWN = {"ibot-vitl16-in1k", "odis-vitl16-in1k"}
@@ -172,7 +228,7 @@ def test_published_settings(name):
 
 
 def test_every_published_recipe_is_in_the_table():
-    assert {name for name in recipes() if name.endswith(("in1k", "coco"))} == PUBLISHED.keys()
+    assert {name for name in recipes() if name.endswith(("in1k", "coco", "in22k", "lvd"))} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize(("name", "peak"), PEAKS.items())
@@ -187,7 +243,13 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
     assert config.recipe == name
     assert all(dataclasses.astuple(recipes()[name]))  # method, model, data, aim
     assert config.about == recipes()[name]
-    pictures = {"in1k": IMAGENET, "coco": 118_287, "tinyimagenet": 24_000}.get(name.split("-")[-1], 5000)
+    pictures = {
+        "in1k": IMAGENET,
+        "coco": 118_287,
+        "tinyimagenet": 24_000,
+        "in22k": 14_000_000,
+        "lvd": 142_000_000,
+    }.get(name.split("-")[-1], 5000)
     progress = plan(config, pictures)
     check(config, progress)
     (tmp_path / "config.yaml").write_text(dump_yaml(config))

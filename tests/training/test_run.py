@@ -315,6 +315,30 @@ def test_signals_checkpoint_and_exit_0_and_the_same_command_goes_on(tiny, tmp_pa
         last = steps[-1]
 
 
+def test_a_signal_during_an_evaluation_waits_for_it(tiny, tmp_path, lines):
+    """Ctrl-C reaches the workers of the evaluation, too, and must not break them."""
+    evaluation = {"evaluate_every": "1 steps", "evaluate.workers": 2, "evaluate.limit": 64}
+    (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny(duration="1000 steps", **evaluation)))
+    words = [sys.executable, "-m", "foveola.cli", "pretrain", "tiny.yaml", "out=run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl", lambda text: "knn/" in text, process)
+        time.sleep(0.1)  # into the next one: a step is short, an evaluation is not
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert errors.count("stopping after this step") == 1  # workers are silent
+    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    assert f"stopped after step {steps[-1]} of 1000" in errors
+
+
 def test_an_impatient_second_interruption_ends_at_once(tiny, tmp_path, monkeypatch):
     from foveola.training import signals
 

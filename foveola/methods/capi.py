@@ -1,0 +1,307 @@
+"""CAPI: predict the teacher's cluster assignments of patches that the student never got.
+
+The student encodes a part of the picture; a predictor asks it for some of the other patches. The teacher, its
+moving average, encodes the whole picture, and an online clustering of its patches gives the targets. There is
+one view and no class token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, normalize, smooth_l1_loss
+
+from foveola import distributed
+from foveola.config import key
+from foveola.losses import Clusters, assignment_loss, cluster, entropy, position_information, sinkhorn
+from foveola.methods.method import Method, Output, ema_update, freeze, spread_and_rank
+from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
+from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.schedules import Progress, Schedule
+from foveola.views.batch import Batch, ViewsConfig
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """Assignments of patches to clusters. Defaults: CAPI."""
+
+    prototypes: int = key(16384, "clusters", at_least=2)
+    balance: Literal["position", "all"] = key(
+        "position", "use all clusters alike at each position (no positional collapse), or over all patches"
+    )
+    temperature: float = key(0.06, "of the logits that are balanced", above=0)
+    student_temperature: float = key(0.12, "of predictions, and of the loss of the clusters", above=0)
+    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1)
+    queue: int = key(
+        0, "past pictures whose patches are balanced along, over all processes: for small batches", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class CapiConfig:
+    """Defaults: CAPI. The other targets, heads and predictors are those of the paper's Tables 1a and 1c."""
+
+    name: Literal["capi"] = key("capi", "which method this is")
+    predictor: PredictorConfig | None = key(
+        factory=PredictorConfig,
+        help="from kept to missing patches; null = mask tokens in the encoder (fused)",
+    )
+    targets: Literal["clusters", "teacher_head", "features"] = key(
+        "clusters", "an online clustering, a head that follows the student's (iBOT), or patches (I-JEPA)"
+    )
+    head: Literal["linear", "mlp"] = key("linear", "from predictions to clusters")
+    mlp: HeadConfig = key(factory=HeadConfig, help="head=mlp; its prototypes are those of the clustering")
+    clustering: ClusteringConfig = key(factory=ClusteringConfig, help="how patches become targets")
+    momentum: Schedule | None = key(None, "EMA of the teacher; null = 1 - learning rate")
+
+    def __post_init__(self) -> None:
+        if self.targets == "teacher_head" and self.head == "linear":
+            raise ValueError("targets=teacher_head needs head=mlp")
+
+    def check(self, views: ViewsConfig, model: ViTConfig) -> None:
+        """Raise ValueError where the views or the network cannot serve the method."""
+        if self.predictor is not None:
+            self.predictor.network(model)
+        if views.dropping is None:
+            raise ValueError("method.name=capi needs dropped patches: set views.dropping")
+        if views.local_count or views.masking is not None:
+            raise ValueError(
+                "method.name=capi uses neither local views nor masks: views.local_count=0, views.masking=null"
+            )
+
+    @property
+    def pool(self) -> Literal["average", "predictor"]:
+        """What best stands for a picture (CAPI, Table 5)."""
+        return "average" if self.predictor is None else "predictor"
+
+
+class Branch(nn.Module):
+    """A backbone, a predictor and a head, as far as there are any: the student, or what the teacher needs."""
+
+    def __init__(
+        self, backbone: VisionTransformer, predictor: Predictor | None, head: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if predictor is not None:
+            self.predictor = predictor
+        if head is not None:
+            self.head = head
+
+
+class UnitPrototypes(Prototypes):
+    """Prototypes of vectors of any length."""
+
+    def forward(self, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n K"]:
+        return super().forward(normalize(h.float(), dim=-1).to(h.dtype))
+
+
+class Clustering(nn.Module):
+    """Centroids, patches of the past, and what was seen of positions (CAPI, Section 3.1)."""
+
+    past: Tensor | None
+    seen: Tensor
+    used: Tensor
+
+    def __init__(self, config: ClusteringConfig, width: int, patches: int, trained: bool) -> None:
+        super().__init__()
+        self.config = config
+        if trained:
+            # Logits of unit vectors then have a deviation of 1, and those over 0.06 are sharp from the start.
+            self.weight = nn.Parameter(torch.randn(config.prototypes, width))
+            self.bias = nn.Parameter(torch.zeros(config.prototypes))
+        count = config.queue // distributed.world_size()
+        self.register_buffer("past", torch.zeros(patches, count, width) if trained and count else None)
+        self.register_buffer("seen", torch.full((patches, config.prototypes), 1 / config.prototypes))
+        self.register_buffer("used", torch.zeros(config.prototypes, dtype=torch.bool))
+        self.filled, self.epoch = 0, -1
+
+    def forward(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
+        """Clusters of the teacher's patches; assignments of the wanted ones."""
+        config = self.config
+        unit = normalize(patches.float(), dim=-1, eps=1e-7).transpose(0, 1).contiguous()
+        clusters = cluster(
+            unit,
+            self.weight,
+            self.bias,
+            wanted.T,
+            temperature=config.temperature,
+            student_temperature=config.student_temperature,
+            iterations=config.iterations,
+            by_position=config.balance == "position",
+            past=None if self.past is None or not self.filled else self.past[:, : self.filled],
+        )
+        if self.past is not None:
+            self._remember(unit)
+        return clusters
+
+    @torch.no_grad()
+    def _remember(self, unit: Float[Tensor, "N B D"]) -> None:
+        """The newest patches first; the oldest fall out."""
+        assert self.past is not None
+        room = self.past.shape[1]
+        kept = torch.cat((unit, self.past[:, : self.filled]), dim=1)[:, :room]
+        self.filled = kept.shape[1]
+        self.past[:, : self.filled] = kept
+
+    @torch.no_grad()
+    def watch(self, clusters: Clusters, progress: Progress) -> dict[str, Tensor]:
+        """Note which prototypes are used and where; what to log of it."""
+        if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
+            self.epoch = int(progress.epoch)
+            self.used.zero_()
+        self.used |= clusters.first
+        information = position_information(self.seen, clusters.usage)
+        self.seen.lerp_(clusters.usage, 0.02)
+        return {
+            "target_entropy": clusters.entropy,
+            "kl_to_uniform": math.log(len(self.used)) - entropy(clusters.usage.mean(dim=0)),
+            "position_information": information,
+        }
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"filled": self.filled, "epoch": self.epoch}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.filled, self.epoch = state["filled"], state["epoch"]
+
+
+class Capi(Method):
+    """Student, predictor, teacher and clustering."""
+
+    def __init__(self, config: CapiConfig, model: ViTConfig, views: ViewsConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = model.shape[0]
+        backbone = VisionTransformer(model)
+        predictor = None if config.predictor is None else Predictor(config.predictor, model)
+        out = width if predictor is None else predictor.width
+        head = self._head(config, out, width)
+        self.student = Branch(backbone, predictor, head)
+        # The teacher keeps the first block of the predictor: it pools features later (CAPI, Table 5).
+        first = None
+        if config.predictor is not None and predictor is not None:
+            first = Predictor(dataclasses.replace(config.predictor, depth=1), model)
+            first.load_state_dict({name: predictor.state_dict()[name] for name in first.state_dict()})
+        copied = deepcopy(head) if config.targets == "teacher_head" else None
+        self.teacher = freeze(Branch(deepcopy(backbone), first, copied))
+        if predictor is not None:  # never used: data-parallel training would wait for its gradient
+            backbone.mask_token.requires_grad_(False)
+        self.clustering = None
+        if config.targets != "features":
+            patches = (views.global_size // model.patch_size) ** 2
+            trained = config.targets == "clusters"
+            self.clustering = Clustering(config.clustering, width, patches, trained)
+        self.seen: Tensor | None = None
+
+    @staticmethod
+    def _head(config: CapiConfig, out: int, width: int) -> nn.Module:
+        if config.targets == "features":
+            return nn.Identity() if out == width else nn.Linear(out, width)
+        count = config.clustering.prototypes
+        if config.head == "linear":
+            return UnitPrototypes(out, count, trainable_length=True)
+        return ProjectionHead(out, dataclasses.replace(config.mlp, prototypes=count))
+
+    def train(self, mode: bool = True) -> "Capi":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        assert batch.keep is not None
+        assert batch.predict is not None
+        images, keep, predict = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        with torch.no_grad():
+            teacher = self.teacher.backbone(images).patches
+        self.seen = teacher.mean(dim=1)
+        predictions = self.student.head(self._predict(images, keep, predict).transpose(0, 1).flatten(0, 1))
+        if self.clustering is None:
+            wanted = predict[..., None].expand(-1, -1, teacher.shape[2])
+            goal = layer_norm(teacher.float(), teacher.shape[-1:]).gather(1, wanted)
+            loss = smooth_l1_loss(predictions.float(), goal.transpose(0, 1).flatten(0, 1))
+            return Output({"prediction": loss}, dict(batch.facts))
+        losses: dict[str, Tensor] = {}
+        if self.config.targets == "clusters":
+            clusters = self.clustering(teacher, predict)
+            losses["clustering"] = clusters.loss
+        else:
+            clusters = self._by_teacher_head(teacher, predict)
+        temperature = self.config.clustering.student_temperature
+        losses["prediction"] = assignment_loss(clusters.targets.flatten(0, 1), predictions, temperature)
+        logs = self.clustering.watch(clusters, progress)
+        return Output(losses, {f"clustering/{k}": v for k, v in logs.items()} | batch.facts)
+
+    def _predict(self, images: Tensor, keep: Tensor, predict: Tensor) -> Float[Tensor, "B Q D"]:
+        """What the student thinks stands at the predicted patches."""
+        student = self.student
+        if self.config.predictor is not None:
+            return student.predictor(student.backbone(images, keep=keep), predict, keep)
+        patches = self.teacher.backbone.config
+        count = (images.shape[-1] // patches.patch_size) ** 2
+        masked = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
+        found = student.backbone(images, masked=masked).patches
+        return found.gather(1, predict[..., None].expand(-1, -1, found.shape[2]))
+
+    @torch.no_grad()
+    def _by_teacher_head(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
+        """iBOT's targets: the teacher's copy of the student's head gives the logits."""
+        assert self.clustering is not None
+        config = self.config.clustering
+        logits = self.teacher.head(patches.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, len(patches)))
+        if config.balance == "position":
+            assigned = sinkhorn(logits, config.temperature, config.iterations)
+        else:
+            assigned = sinkhorn(logits.flatten(0, 1), config.temperature, config.iterations).view_as(logits)
+        return Clusters(
+            loss=assigned.new_zeros(()),
+            targets=assigned[wanted.T, torch.arange(len(patches), device=wanted.device)],
+            usage=assigned.mean(dim=1),
+            entropy=entropy(assigned).mean(),
+            first=torch.zeros_like(self.clustering.used).index_fill_(0, assigned.argmax(-1).flatten(), True),
+        )
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
+        momentum = 1 - lr if self.config.momentum is None else self.config.momentum.at(progress)
+        ema_update(self.teacher, self.student, momentum)
+        return {"momentum": momentum}
+
+    def diagnose(self) -> dict[str, float]:
+        logs = {}
+        if self.clustering is not None:
+            logs["clustering/prototypes_used"] = self.clustering.used.float().mean().item()
+        if self.seen is not None:
+            logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
+        return logs
+
+    def advice(self, pictures: int) -> list[str]:
+        config = self.config.clustering
+        rows, clusters = pictures + config.queue, config.prototypes
+        if self.clustering is None or config.balance == "all" or rows >= clusters:
+            return []
+        least, most = math.log(clusters / rows), math.log(clusters)
+        return [
+            f"targets stay flat: each position shares out {clusters} clusters among {rows} pictures, so the "
+            f"entropy cannot fall below {least:.2f} of {most:.2f} nats; use a larger batch, "
+            f"method.clustering.prototypes={rows} or less, method.clustering.queue={clusters - pictures}, or "
+            "method.clustering.balance=all"
+        ]
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        return self.teacher.backbone
+
+    @property
+    def predictor(self) -> Predictor | None:
+        return None if self.config.predictor is None else self.teacher.predictor
+
+    def trained(self) -> Iterable[nn.Module]:
+        return (self.student.backbone, self.teacher.backbone)

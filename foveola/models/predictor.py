@@ -1,0 +1,123 @@
+"""Predictors: from the tokens of the kept patches to what stands at places that the encoder did not see."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.init import normal_, trunc_normal_
+
+from foveola.config import key
+from foveola.models.blocks import Block, CrossBlock, initialise, make_norm
+from foveola.models.positions import Rope, grid_coordinates, resize_positions, take_rows
+from foveola.models.vit import Features, ViTConfig, token_rotation
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Shape of the predictor; norms, biases, positions and MLP are the encoder's. Defaults: CAPI."""
+
+    kind: Literal["cross", "self"] = key(
+        "cross", "mask tokens attend to the encoder's output only, or to it and to each other"
+    )
+    width: int | None = key(None, "token width; null = the encoder's", at_least=1)
+    depth: int | None = key(None, "blocks; null = half the encoder's", at_least=1)
+    heads: int | None = key(None, "attention heads; null = as wide as the encoder's", at_least=1)
+    drop_path: float | None = key(None, "stochastic depth; null = the encoder's", at_least=0, below=1)
+
+    def network(self, encoder: ViTConfig) -> ViTConfig:
+        """The predictor's blocks as the configuration of a network. Raises ValueError where that is none."""
+        width, depth, heads = encoder.shape
+        mine = self.width or width
+        try:
+            return dataclasses.replace(
+                encoder,
+                width=mine,
+                depth=self.depth or max(depth // 2, 1),
+                heads=self.heads or max(mine * heads // width, 1),
+                drop_path=encoder.drop_path if self.drop_path is None else self.drop_path,
+            )
+        except ValueError as error:
+            raise ValueError(f"predictor: {error}") from error
+
+
+class Predictor(nn.Module):
+    """Mask tokens, told apart by their positions alone, that read the encoder's tokens.
+
+    `cross`: blocks of cross-attention and MLP. A prediction depends on no other, so any places may be asked
+    for (CAPI, Section 3.2). `self`: ordinary blocks over [encoder's tokens, mask tokens] (CAPI, Table 1a).
+    """
+
+    pos_embed: nn.Parameter | None
+
+    def __init__(self, config: PredictorConfig, encoder: ViTConfig) -> None:
+        super().__init__()
+        network = config.network(encoder)
+        width, depth, heads = network.shape
+        outside = encoder.shape[0]
+        self.config, self.encoder = config, encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = None
+        if encoder.positions == "learned":
+            side = encoder.image_size // encoder.patch_size
+            self.pos_embed = nn.Parameter(torch.zeros(1, side * side, width))
+        self.rope = Rope(width // heads, encoder.rope) if encoder.positions == "rope" else None
+        self.embed: nn.Module = nn.Identity()
+        if config.kind == "self" and width != outside:
+            self.embed = nn.Linear(outside, width, bias=encoder.bias)
+        shapes = [network.block(i) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            CrossBlock(shape, outside) if config.kind == "cross" else Block(shape) for shape in shapes
+        )
+        self.norm = make_norm(encoder.norm, width, encoder.final_norm_affine)
+        initialise(self, encoder.init)
+        normal_(self.mask_token, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    @property
+    def width(self) -> int:
+        return self.mask_token.shape[2]
+
+    def forward(
+        self,
+        context: Features,
+        targets: Int64[Tensor, "B P"] | None = None,
+        keep: Int64[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B P D"]:
+        """Predict the patches at `targets` (None: at every place of the grid), after the final norm.
+
+        `context` is what the encoder made of the patches `keep` (None: of all).
+        """
+        tokens = torch.cat((context.objects, context.registers, context.patches), dim=1)
+        if targets is None:
+            count = context.grid[0] * context.grid[1]
+            targets = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
+        x = self.mask_token.expand(*targets.shape, -1).to(tokens.dtype)
+        rotation = places = None
+        if self.rope is not None:
+            objects, registers = context.objects.shape[1], context.registers.shape[1]
+            rotation = token_rotation(self.rope, context.grid, keep, objects, registers)
+            places = self.rope(take_rows(grid_coordinates(context.grid, tokens.device), targets))
+        if self.pos_embed is not None:
+            table = resize_positions(self.pos_embed, context.grid, self.encoder.position_antialias)
+            x = x + take_rows(table, targets).to(x.dtype)
+        if self.config.kind == "cross":
+            for block in self.blocks:
+                x = block(x, tokens, places, rotation)
+            return self.norm(x)
+        return self._among_themselves(tokens, x, rotation, places)
+
+    def _among_themselves(
+        self, tokens: Tensor, x: Tensor, rotation: Tensor | None, places: Tensor | None
+    ) -> Float[Tensor, "B P D"]:
+        together = None
+        if rotation is not None and places is not None:
+            together = torch.cat((rotation.expand(len(places), -1, -1, -1), places), dim=2)
+        count = x.shape[1]
+        x = torch.cat((self.embed(tokens).to(x.dtype), x), dim=1)
+        for block in self.blocks:
+            x = block(x, 0, None, together)
+        return self.norm(x[:, -count:])
