@@ -149,7 +149,7 @@ class CrossBlock(Residual):
         rotation: Float[Tensor, "#B 2 P d"] | None = None,
         context_rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B P D"]:
-        def attend(x: Tensor, *others: Tensor) -> Tensor:
+        def attend(x: Tensor, *others: Tensor | None) -> Tensor:
             return self.ls1(self.attn(self.norm1(x), *others))
 
         x = self.residual(x, attend, context, rotation, context_rotation)

@@ -1,0 +1,261 @@
+"""CAPI as a whole: who sees what, who learns from what, the variants of the ablations, the queue."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, normalize
+
+from foveola.config import build
+from foveola.losses import sinkhorn
+from foveola.methods.capi import Capi, CapiConfig
+from foveola.models.vit import ViTConfig
+from foveola.schedules import Progress
+from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.tokens import DroppingConfig, draw_drops
+
+MODEL = ViTConfig(
+    width=24,
+    depth=2,
+    heads=2,
+    patch_size=4,
+    image_size=16,
+    class_token=False,
+    registers=4,
+    norm="rms",
+    final_norm_affine=False,
+    bias=False,
+    positions="rope",
+    init="xavier",
+    drop_path=0.0,
+)
+VIEWS = ViewsConfig(
+    global_size=16, global_count=1, local_count=0, dropping=DroppingConfig(ratio=0.6, predict=0.4)
+)
+PROGRESS = Progress(step=0, total_steps=100, steps_per_epoch=10, batch_size=6)
+
+
+def capi(seed: int = 0, model: ViTConfig = MODEL, **settings: Any) -> Capi:
+    tree = {"clustering": {"prototypes": 7}, "mlp": {"hidden": 16, "bottleneck": 8}} | settings
+    torch.manual_seed(seed)
+    return Capi(build(CapiConfig, tree), model, VIEWS).train()
+
+
+def batch(pictures: int = 6, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    keep, predict = draw_drops(VIEWS.dropping or DroppingConfig(), pictures, (4, 4), generator)
+    none: dict[str, Any] = dict.fromkeys(
+        ("global_objects", "local_views", "local_boxes", "local_flips", "local_objects", "masked")
+    )
+    none |= dict.fromkeys(("masked_indices", "local_masked"))
+    return Batch(
+        global_views=torch.randn(pictures, 1, 3, 16, 16, generator=generator),
+        global_boxes=torch.tensor([0.0, 0, 1, 1]).expand(pictures, 1, 4),
+        global_flips=torch.zeros(pictures, 1, dtype=torch.bool),
+        keep=keep[:, None],
+        predict=predict[:, None],
+        labels=torch.full((pictures,), -1),
+        indices=torch.arange(pictures),
+        facts={},
+        **none,
+    )
+
+
+def grads(method: Capi, prefix: str) -> float:
+    found = [
+        p.grad.abs().sum()
+        for n, p in method.named_parameters()
+        if n.startswith(prefix) and p.grad is not None
+    ]
+    return float(sum(found))
+
+
+def test_the_losses_are_the_loop():
+    method, drawn = capi(), batch()
+    output = method(drawn, PROGRESS)
+    assert method.clustering is not None
+    with torch.no_grad():
+        patches = normalize(method.teacher.backbone(drawn.global_views[:, 0]).patches, dim=-1)
+        logits = linear(patches, method.clustering.weight, method.clustering.bias)
+        context = method.student.backbone(drawn.global_views[:, 0], keep=drawn.keep[:, 0])
+        asked = method.student.predictor(context, drawn.predict[:, 0], drawn.keep[:, 0])
+        weight = normalize(method.student.head.v, dim=1)
+    rows, everything = [], []
+    for position in range(16):
+        assigned = sinkhorn(logits[:, position], 0.06)
+        everything += list(-(assigned * (logits[:, position] / 0.12).log_softmax(1)).sum(1))
+        for picture in range(6):
+            for slot in (drawn.predict[picture, 0] == position).nonzero()[:, 0].tolist():
+                scores = weight @ normalize(asked[picture, slot], dim=0)
+                rows.append(-(assigned[picture] * (scores / 0.12).log_softmax(0)).sum())
+    assert output.losses["clustering"].item() == pytest.approx(
+        torch.stack(everything).mean().item(), rel=1e-4
+    )
+    assert output.losses["prediction"].item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-4)
+    assert len(rows) == 6 * 3
+
+
+def test_each_loss_teaches_its_own_part():
+    for name, learns, rests in (
+        ("clustering", "clustering.", "student."),
+        ("prediction", "student.", "clustering."),
+    ):
+        method = capi()
+        method(batch(), PROGRESS).losses[name].backward()
+        assert grads(method, learns) > 0
+        assert grads(method, rests) == 0
+        assert grads(method, "teacher.") == 0
+    method = capi()
+    sum(method(batch(), PROGRESS).losses.values()).backward()
+    unused = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused  # data-parallel training would wait for them
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+def test_the_teacher_sees_everything_and_the_student_what_is_kept():
+    method, drawn = capi(), batch()
+    seen: list[tuple[Tensor, Any]] = []
+    for network in (method.teacher.backbone, method.student.backbone):
+        network.register_forward_hook(
+            lambda module, args, kwargs, out: seen.append((out.patches, kwargs.get("keep"))), with_kwargs=True
+        )
+    method(drawn, PROGRESS)
+    (teacher, nothing), (student, keep) = seen
+    assert teacher.shape[1] == 16
+    assert nothing is None
+    assert student.shape[1] == drawn.keep.shape[2] == 7
+    assert torch.equal(keep, drawn.keep[:, 0])
+    for picture in range(6):
+        assert not set(drawn.keep[picture, 0].tolist()) & set(drawn.predict[picture, 0].tolist())
+
+
+def test_the_teacher_follows_one_minus_the_learning_rate():
+    method = capi()
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(0.1)
+    before = {n: p.clone() for n, p in method.teacher.named_parameters()}
+    assert method.after_step(PROGRESS, 2e-3) == {"momentum": 1 - 2e-3}
+    for name, p in method.teacher.named_parameters():
+        expected = (1 - 2e-3) * before[name] + 2e-3 * method.student.get_parameter(name)
+        assert (p - expected).abs().max() < 1e-6
+    assert any(n.startswith("predictor.blocks.0.") for n in before)
+    scheduled = capi(momentum={"value": 0.9})
+    assert scheduled.after_step(PROGRESS, 2e-3) == {"momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head": "mlp"},
+        {"targets": "teacher_head", "head": "mlp"},
+        {"targets": "features"},
+        {"predictor": None},
+        {"predictor": {"kind": "self"}},
+        {"predictor": {"width": 36}},
+        {"predictor": {"width": 36}, "targets": "features"},
+        {"clustering": {"prototypes": 7, "balance": "all"}},
+        {"targets": "teacher_head", "head": "mlp", "clustering": {"prototypes": 7, "balance": "all"}},
+    ],
+    ids=str,
+)
+def test_the_variants_of_the_ablations_learn(settings):
+    """Tables 1a, 1c, 1f and 1i: a fixed batch is fitted, everything that trains gets a gradient."""
+    method, drawn = capi(**settings), batch()
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    first = None
+    for _ in range(60):
+        losses = method(drawn, PROGRESS).losses
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+        first = first or losses["prediction"].item()
+    assert losses["prediction"].item() < first - 0.05 * abs(first)
+
+
+def test_regression_is_huber_on_normalised_patches():
+    method, drawn = capi(targets="features"), batch()
+    with torch.no_grad():
+        patches = method.teacher.backbone(drawn.global_views[:, 0]).patches
+        context = method.student.backbone(drawn.global_views[:, 0], keep=drawn.keep[:, 0])
+        asked = method.student.predictor(context, drawn.predict[:, 0], drawn.keep[:, 0])
+    total = []
+    for picture in range(6):
+        for slot, position in enumerate(drawn.predict[picture, 0].tolist()):
+            gap = (asked[picture, slot] - layer_norm(patches[picture, position], (24,))).double().abs()
+            total.append(torch.where(gap < 1, gap**2 / 2, gap - 0.5))
+    loss = method(drawn, PROGRESS).losses["prediction"].item()
+    assert loss == pytest.approx(torch.stack(total).mean().item(), rel=1e-5)
+
+
+def test_the_fused_variant_hides_what_is_not_kept():
+    method, drawn = capi(predictor=None), batch()
+    before = method(drawn, PROGRESS).losses["prediction"].item()
+    views = drawn.global_views.clone()
+    for picture in range(6):
+        for patch in set(range(16)) - set(drawn.keep[picture, 0].tolist()):
+            views[picture, 0, :, 4 * (patch // 4) :, 4 * (patch % 4) :][:, :4, :4] += 5
+    with torch.no_grad():
+        hidden = method._predict(views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0])
+        shown = method._predict(drawn.global_views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0])
+    assert torch.equal(hidden, shown)
+    assert math.isfinite(before)
+    assert method.predictor is None
+
+
+def test_signals_and_advice():
+    method = capi()
+    logs = method(batch(), PROGRESS).logs
+    assert 0 < logs["clustering/target_entropy"] < math.log(7)
+    assert 0 <= logs["clustering/kl_to_uniform"] < 0.5
+    assert abs(logs["clustering/position_information"]) < 1e-5  # the first batch has no past
+    told = method.diagnose()
+    assert 0 < told["clustering/prototypes_used"] <= 1
+    assert told["effective_rank"] > 1
+    assert method.advice(7) == []
+    (advice,) = method.advice(2)
+    assert f"{math.log(3.5):.2f} of {math.log(7):.2f} nats" in advice
+    assert "method.clustering.queue=5" in advice
+    assert capi(clustering={"prototypes": 7, "queue": 5}).advice(2) == []
+    assert capi(clustering={"prototypes": 7, "balance": "all"}).advice(2) == []
+
+
+def test_the_queue_holds_the_newest_pictures_and_survives_saving():
+    method = capi(clustering={"prototypes": 7, "queue": 8})
+    assert method.clustering is not None
+    assert method.clustering.past is not None
+    drawn = [batch(seed=s) for s in range(3)]
+    expected = torch.zeros(16, 0, 24)
+    for each in drawn:
+        with torch.no_grad():
+            patches = normalize(method.teacher.backbone(each.global_views[:, 0]).patches, dim=-1)
+        expected = torch.cat((patches.transpose(0, 1), expected), dim=1)[:, :8]
+        method(each, PROGRESS)
+    assert method.clustering.filled == 8
+    assert torch.allclose(method.clustering.past, expected, atol=1e-6)
+    other = capi(seed=1, clustering={"prototypes": 7, "queue": 8})
+    other.load_state_dict(method.state_dict())
+    a, b = (m(batch(seed=9), PROGRESS).losses["clustering"] for m in (method, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"dropping": None}, "set views.dropping"),
+        ({"local_count": 2}, r"views\.local_count=0"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(views, message):
+    with pytest.raises(ValueError, match=message):
+        CapiConfig().check(dataclasses.replace(VIEWS, **views), MODEL)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="needs head=mlp"):
+        CapiConfig(targets="teacher_head")
