@@ -30,8 +30,16 @@ class BlockShape:
     drop_subset: bool = False
 
 
+class RmsNorm(nn.RMSNorm):
+    """In float32 whatever comes in, as autocast does for LayerNorm but not on every device for RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+
+
 def make_norm(kind: Literal["layer", "rms"], width: int, affine: bool = True) -> nn.Module:
-    make = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+    make = nn.LayerNorm if kind == "layer" else RmsNorm
     return make(width, eps=EPS[kind], elementwise_affine=affine)
 
 
