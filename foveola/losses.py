@@ -5,12 +5,12 @@ views).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import l1_loss, linear, mse_loss, normalize, smooth_l1_loss
 
 from foveola.distributed import all_reduce_max, all_reduce_sum
 
@@ -147,7 +147,6 @@ class Clusters:
     loss: Float[Tensor, ""]
     targets: Float[Tensor, "Q B K"]  # assignments of the wanted patches
     usage: Float[Tensor, "N K"]  # mean assignment at each position
-    entropy: Float[Tensor, ""]  # mean over all patches, in nats
     first: Bool[Tensor, "K"]  # prototypes that are the first choice of some patch
 
 
@@ -162,7 +161,7 @@ def cluster(
     iterations: int = 3,
     by_position: bool = True,
     past: Float[Tensor, "N M D"] | None = None,
-    chunk: int = 2**24,
+    chunk: int | None = None,
 ) -> Clusters:
     """Assign patches to clusters in equal shares, and the loss that moves the centroids (CAPI, Section 3.1).
 
@@ -172,8 +171,9 @@ def cluster(
     goes to weight and bias only.
 
     Only assignments of the `wanted` patches are returned; logits and assignments of the others exist for some
-    positions at a time, about `chunk` numbers, because the gradient is taken on the way. Not so with
-    by_position=False, where all compete: those N * B * K numbers exist at once.
+    positions at a time, about `chunk` numbers (by default 16 MiB on a CPU, for its caches, and 256 MiB on a
+    GPU), because the gradient is taken on the way. Not so with by_position=False, where all compete: those
+    N * B * K numbers exist at once.
 
     Args:
         patches: unit vectors, without gradient, position first.
@@ -181,6 +181,8 @@ def cluster(
         past: patches of earlier pictures that take part in Sinkhorn-Knopp and in nothing else.
     """
     trained = torch.is_grad_enabled() and weight.requires_grad
+    if chunk is None:
+        chunk = 2**22 if patches.device.type == "cpu" else 2**26
     loss, *rest = _Cluster.apply(
         weight,
         bias,
@@ -214,7 +216,6 @@ class _Cluster(torch.autograd.Function):
         usage = patches.new_empty(positions, count, dtype=torch.float32)
         first = torch.zeros(count, dtype=torch.bool, device=patches.device)
         loss = patches.new_zeros((), dtype=torch.float32)
-        total_entropy = torch.zeros_like(loss)
         grad_weight = torch.zeros_like(weight) if trained else None
         grad_bias = torch.zeros_like(bias) if trained and bias is not None else None
         asked = wanted.flatten()  # [Q * B]
@@ -234,12 +235,11 @@ class _Cluster(torch.autograd.Function):
             # Without asking the device how many there are: every slot is read, those elsewhere are kept.
             targets = torch.where(here[:, None], assigned[slots, picture], targets)
             usage[start : start + step] = assigned.mean(dim=1)
-            total_entropy += entropy(assigned).sum()
             first[assigned.argmax(dim=-1).flatten()] = True
-            logits = logits / student_temperature
-            loss += logits.logsumexp(dim=-1).sum() - (assigned * logits).sum()
+            scores = (logits / student_temperature).log_softmax(dim=-1)
+            loss -= torch.linalg.vecdot(assigned, scores).sum()
             if grad_weight is not None:
-                slope = logits.softmax(dim=-1).sub_(assigned).flatten(0, 1)
+                slope = scores.exp_().sub_(assigned).flatten(0, 1)
                 with torch.autocast(slope.device.type, enabled=False):
                     grad_weight.addmm_(slope.T, part.flatten(0, 1).to(slope.dtype))
                     if grad_bias is not None:
@@ -251,7 +251,7 @@ class _Cluster(torch.autograd.Function):
             grad_bias *= scale / student_temperature
         ctx.gradients = grad_weight, grad_bias
         shaped = targets.view(*wanted.shape, count)
-        outputs = (loss * scale, shaped, usage, total_entropy * scale, first)
+        outputs = (loss * scale, shaped, usage, first)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -291,19 +291,56 @@ def position_information(
     return (usage * ratio.log()).sum(dim=1).mean()
 
 
-def koleo_loss(features: Float[Tensor, "n D"], eps: float = 1e-8) -> Float[Tensor, ""]:
+@torch.no_grad()
+def pixel_targets(pixels: Float[Tensor, "*n C"], normalised: bool = True, eps: float = 1e-6) -> Tensor:
+    """What is to be reconstructed of patches with C numbers each: (x - mean) / sqrt(var + eps), in float32.
+
+    Mean and unbiased variance are each patch's own, over pixels and channels (MAE, Section 3, and its code).
+    Not `normalised`: the pixels as they are (SimMIM).
+    """
+    pixels = pixels.float()
+    if not normalised:
+        return pixels
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    return (pixels - mean) / (variance + eps).sqrt()
+
+
+def pixel_loss(
+    predictions: Float[Tensor, "*n C"],
+    targets: Float[Tensor, "*n C"],
+    kind: Literal["squared", "absolute"] = "squared",
+) -> Float[Tensor, ""]:
+    """Mean squared (MAE) or absolute (SimMIM) error over patches and their pixels."""
+    compare = mse_loss if kind == "squared" else l1_loss
+    return compare(predictions.float(), targets)
+
+
+def huber_loss(
+    predictions: Float[Tensor, "*n D"], targets: Float[Tensor, "*n D"], beta: float = 1.0
+) -> Float[Tensor, ""]:
+    """Mean over all numbers of e^2 / (2 beta) for errors |e| < beta, else |e| - beta / 2 (I-JEPA: beta 1)."""
+    return smooth_l1_loss(predictions.float(), targets.float(), beta=beta)
+
+
+def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Tensor, ""]:
     """Kozachenko-Leonenko estimator: -mean_i log distance(x_i, nearest other x_j), x unit vectors (DINOv2).
 
-    Pushes each feature away from its nearest neighbour. Zero for fewer than two rows; finite for equal rows.
+    Pushes each feature away from its nearest neighbour, both ways. Zero for fewer than two rows.
+
+    Distances below `floor` count as `floor` and push nothing: equal rows have no direction to part in, and
+    the gradient of a row is at most 1 / floor for each neighbour. It is just above float32's rounding of
+    unit vectors, as with LayerScale the tokens of different pictures start 1e-5 apart. Neighbours are
+    therefore found by differences: dot products cannot tell distances below 3e-4.
     """
     if features.shape[0] < 2:
         return features.sum() * 0.0
     with torch.autocast(features.device.type, enabled=False):
-        x = normalize(features.float(), dim=1, eps=eps)
+        x = normalize(features.float(), dim=1, eps=1e-8)
         with torch.no_grad():
-            nearest = (x @ x.T).fill_diagonal_(-1).argmax(dim=1)
-        distance = ((x - x[nearest] + eps) ** 2).sum(dim=1).sqrt()
-        return -torch.log(distance + eps).mean()
+            apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+            nearest = apart.fill_diagonal_(torch.inf).argmin(dim=1)
+        squares = ((x - x[nearest]) ** 2).sum(dim=1)
+        return -0.5 * torch.log(squares.clamp(min=floor**2)).mean()
 
 
 def entropy(probabilities: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:

@@ -98,10 +98,9 @@ def test_clusters_are_the_loop(by_position, chunk):
             row = assigned[wanted[slot, picture], picture]
             assert (found.targets[slot, picture] - row).abs().max() < 1e-4
     assert (found.usage - assigned.mean(dim=1)).abs().max() < 1e-4
-    assert found.entropy.item() == pytest.approx(entropy(assigned).mean().item(), rel=1e-3)
     firsts = set(assigned.argmax(dim=-1).flatten().tolist())
     assert set(found.first.nonzero()[:, 0].tolist()) == firsts
-    assert not any(t.requires_grad for t in (found.targets, found.usage, found.entropy))
+    assert not any(t.requires_grad for t in (found.targets, found.usage))
 
 
 def test_gradient_goes_to_centroids_only():
@@ -153,8 +152,8 @@ def test_few_pictures_stay_flat_and_a_past_sharpens_them():
     past = normalize(normal(4, 248, WIDTH, seed=5), dim=-1)
     flat = cluster(patches, weight, None, wanted, **TEMPERATURES, iterations=50)
     sharp = cluster(patches, weight, None, wanted, **TEMPERATURES, iterations=50, past=past)
-    assert flat.entropy.item() > math.log(64 / 8) - 0.02
-    assert sharp.entropy.item() < 0.5 * flat.entropy.item()
+    assert entropy(flat.targets).min() > math.log(64 / 8) - 0.02
+    assert entropy(sharp.targets).mean() < 0.5 * entropy(flat.targets).mean()
 
 
 def test_assignment_loss_is_the_loop():

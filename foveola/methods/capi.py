@@ -161,7 +161,7 @@ class Clustering(nn.Module):
         information = position_information(self.seen, clusters.usage)
         self.seen.lerp_(clusters.usage, 0.02)
         return {
-            "target_entropy": clusters.entropy,
+            "target_entropy": entropy(clusters.targets).mean(),
             "kl_to_uniform": math.log(len(self.used)) - entropy(clusters.usage.mean(dim=0)),
             "position_information": information,
         }
@@ -264,7 +264,6 @@ class Capi(Method):
             loss=assigned.new_zeros(()),
             targets=assigned[wanted.T, torch.arange(len(patches), device=wanted.device)],
             usage=assigned.mean(dim=1),
-            entropy=entropy(assigned).mean(),
             first=torch.zeros_like(self.clustering.used).index_fill_(0, assigned.argmax(-1).flatten(), True),
         )
 

@@ -63,9 +63,9 @@ class Optimizer:
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for part in config.parts:
-            if not any(name.startswith(f"{part}.") for name in self.named):
+            if not hasattr(model, part):  # one without trained parameters is no mistake: a variant lacks them
                 known = ", ".join(sorted({name.partition(".")[0] for name in self.named}))
-                raise ConfigError(f"optimizer.parts: nothing trains in {part!r}; this method has {known}")
+                raise ConfigError(f"optimizer.parts: this method has no {part!r}, but {known}")
         norms = {
             id(module.weight)
             for module in model.modules()
