@@ -10,9 +10,9 @@ outputs, measured as the growth of a process, in pieces and all at once.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def encoder_table(recipe: str, batch: int, steps: int, device: torch.device) -> 
 
 
 def step_table(batch: int, steps: int, device: torch.device) -> None:
-    bench = Bench("capi-vits14-lvd", batch, device, **{"model.patch_size": 16})
+    bench = Bench("capi-vits14", batch, device, **{"model.patch_size": 16})
     clustering = bench.method.clustering
     assert clustering is not None
     teacher = bench.teacher()
@@ -116,6 +116,12 @@ def step_table(batch: int, steps: int, device: torch.device) -> None:
     print(f"{'  Sinkhorn and losses':<30}{rest / batch:>9.3f} s/picture{rest / whole:>8.1%}")
 
 
+def peak_mib() -> float:
+    """Most memory that this process held. Not `ru_maxrss`, which a child inherits from its parent (Linux)."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def grown(batch: int, pieces: bool, queue: multiprocessing.Queue) -> None:
     """Peak growth in MiB of this process over one clustering of ViT-S/16 patches."""
     torch.set_num_threads(1)
@@ -124,10 +130,10 @@ def grown(batch: int, pieces: bool, queue: multiprocessing.Queue) -> None:
     wanted = torch.randint(0, 196, (6, batch))
     settings = {"temperature": 0.06, "student_temperature": 0.12}
     cluster(patches[:1, :1], weight, None, torch.zeros(1, 1, dtype=torch.int64), **settings).loss.backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     made = cluster(patches, weight, None, wanted, **settings, chunk=None if pieces else 2**40)
     made.loss.backward()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(peak_mib() - before)
 
 
 def memory_table(batch: int) -> None:
@@ -157,7 +163,7 @@ def main() -> None:
     print(f"{device}, {arguments.threads} thread(s), torch {torch.__version__}")
     encoder_table("capi-vitl14-in22k", arguments.large, arguments.steps, device)
     step_table(arguments.batch, arguments.steps, device)
-    if device.type == "cpu":
+    if device.type == "cpu" and Path("/proc/self/status").exists():
         memory_table(arguments.batch)
 
 

@@ -331,40 +331,90 @@ def test_no_masked_patch_is_zero_with_a_gradient_of_zero():
 # KoLeo and entropy
 
 
-def naive_koleo(x: Tensor) -> float:
-    x = x.double()
-    x = x / x.norm(dim=1, keepdim=True)
-    total = 0.0
-    for i in range(len(x)):
-        total -= math.log(min((x[i] - x[j]).norm().item() for j in range(len(x)) if j != i) + 1e-8)
-    return total / len(x)
+def naive_koleo(x: Tensor, floor: float = 1e-6) -> Tensor:
+    """By the definition, row by row and pair by pair, in float64; distances below the floor are constants."""
+    unit = [row / row.pow(2).sum().sqrt() for row in x.double()]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, one in enumerate(unit):
+        squares = [(one - other).pow(2).sum() for j, other in enumerate(unit) if j != i]
+        least = min(squares, key=lambda square: square.item())
+        total = total - (least.sqrt().log() if least.item() > floor**2 else math.log(floor))
+    return total / len(unit)
+
+
+def koleo_gradients(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours, and that of the loop."""
+    ours, loop = features.clone().requires_grad_(), features.double().requires_grad_()
+    koleo_loss(ours).backward()
+    naive_koleo(loop).backward()
+    assert ours.grad is not None
+    assert loop.grad is not None
+    return ours.grad.double(), loop.grad
 
 
 @pytest.mark.parametrize(("rows", "width"), [(2, 3), (20, 5), (64, 16)])
 def test_koleo_is_the_loop(rows: int, width: int):
     features = normal(rows, width)
-    assert koleo_loss(features).item() == pytest.approx(naive_koleo(features), rel=1e-4, abs=1e-5)
+    assert koleo_loss(features).item() == pytest.approx(naive_koleo(features).item(), rel=1e-4, abs=1e-5)
+    ours, loop = koleo_gradients(features)
+    assert (ours - loop).abs().max() < 1e-5 * loop.abs().max()
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     assert koleo_loss(features[order]).item() == pytest.approx(koleo_loss(features).item(), rel=1e-5)
     assert koleo_loss(features * 37).item() == pytest.approx(koleo_loss(features).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-5])
+def test_koleo_finds_neighbours_that_dot_products_cannot_tell(apart: float):
+    """Tokens of different pictures before training, with LayerScale: all distances alike, and tiny."""
+    features = normal(1, 32) + apart * normal(12, 32, seed=1)
+    rounding = 1e-6 / apart  # of float32 features of length 1, relative to their distances
+    assert koleo_loss(features).item() == pytest.approx(naive_koleo(features).item(), abs=rounding)
+    ours, loop = koleo_gradients(features)
+    assert (ours - loop).norm() < rounding * loop.norm() + 1e-5 * loop.norm()
 
 
 def test_koleo_of_orthonormal_features_is_minus_log_sqrt_2():
     assert koleo_loss(torch.eye(6)).item() == pytest.approx(-math.log(math.sqrt(2)), abs=1e-6)
 
 
-def test_koleo_of_equal_rows_is_large_and_finite():
-    features = normal(5, 4)
-    features[1] = features[0]
-    features.requires_grad_()
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_equal_rows_make_koleo_large_and_push_nothing(copies: int):
+    features = normal(6, 4)
+    features[:copies] = features[0] * torch.arange(1, copies + 1)[:, None]  # directions count, not lengths
+    assert koleo_loss(features).item() == pytest.approx(naive_koleo(features).item(), rel=1e-5)
+    assert koleo_loss(features).item() > koleo_loss(normal(6, 4)).item() + 13 * copies / 6 - 2
+    # Which of the equal rows is another row's neighbour is open; what pushes that row is not.
+    ours, loop = koleo_gradients(features)
+    assert (ours - loop)[copies:].abs().max() < 1e-5
+    # Alone they are each other's neighbours: nothing is pushed. Rows apart from them still are.
+    alone = features[:copies].clone().requires_grad_()
+    koleo_loss(alone).backward()
+    assert alone.grad is not None
+    assert not alone.grad.any()
+    assert koleo_loss(alone).item() == pytest.approx(-math.log(1e-6), rel=1e-6)
+    assert ours[copies:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 1e-7, 1e-6, 1e-5, 1e-3])
+def test_the_gradient_of_koleo_is_bounded(apart: float):
+    """At most 1 / floor for each neighbour of a unit vector, whatever the distance."""
+    features = torch.nn.functional.normalize(normal(1, 8) + apart * normal(4, 8, seed=1)).requires_grad_()
     loss = koleo_loss(features)
-    assert loss.item() > 2
     loss.backward()
+    assert loss.isfinite()
     assert features.grad is not None
     assert features.grad.isfinite().all()
-    same = normal(1, 4).expand(3, 4)
-    assert koleo_loss(same).isfinite()
-    assert koleo_loss(same).item() > 15
+    # Each of 4 rows has its own term, and those of at most 3 others, in a mean over 4.
+    assert features.grad.norm(dim=1).max() <= 1e6
+
+
+def test_koleo_of_zeros_is_finite():
+    features = torch.zeros(3, 4, requires_grad=True)
+    loss = koleo_loss(features)
+    loss.backward()
+    assert loss.isfinite()
+    assert features.grad is not None
+    assert not features.grad.any()
 
 
 def test_koleo_pushes_neighbours_apart():
@@ -381,14 +431,23 @@ def test_koleo_of_a_lonely_row_is_zero(rows: int):
     loss = koleo_loss(features)
     loss.backward()
     assert loss.item() == 0
+    assert features.grad is not None
+    assert not features.grad.any()
 
 
 def test_koleo_is_float32_under_autocast():
-    features = normal(32, 8).bfloat16()
+    features = normal(32, 8).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loss = koleo_loss(features)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(naive_koleo(features), rel=1e-4)
+    assert loss.item() == pytest.approx(naive_koleo(features.detach()).item(), rel=1e-5)
+    loss.backward()
+    loop = features.detach().double().requires_grad_()
+    naive_koleo(loop).backward()
+    assert features.grad is not None
+    assert loop.grad is not None
+    # Rounded to bfloat16 only as the gradient of bfloat16 features.
+    assert (features.grad.double() - loop.grad).abs().max() < 2**-7 * loop.grad.abs().max()
 
 
 def test_entropy():

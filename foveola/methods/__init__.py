@@ -2,5 +2,7 @@
 
 from foveola.methods.capi import Capi
 from foveola.methods.distillation import Distillation
+from foveola.methods.ijepa import IJepa
+from foveola.methods.mae import Mae
 
-METHODS = {"distillation": Distillation, "capi": Capi}
+METHODS = {"distillation": Distillation, "capi": Capi, "mae": Mae, "ijepa": IJepa}

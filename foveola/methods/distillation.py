@@ -71,8 +71,10 @@ class DistillationConfig:
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views cannot serve the terms."""
-        if views.dropping is not None:
-            raise ValueError("method.name=distillation drops no patches: views.dropping=null")
+        if views.dropping is not None or views.blocks is not None:
+            raise ValueError(
+                "method.name=distillation drops no patches: views.dropping=null, views.blocks=null"
+            )
         if not model.class_token:
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         if self.patch is not None and views.masking is None:

@@ -5,15 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from foveola.models.predictor import Predictor
 from foveola.models.vit import VisionTransformer
 from foveola.schedules import Progress
-from foveola.views.batch import Batch
+from foveola.views.batch import Batch, ViewsConfig
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +45,10 @@ class Method(nn.Module, ABC):
         """Signals of collapse since the last call; called when a step is logged."""
         return {}
 
+    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Pictures of the last step that are worth a look, by name; called with each checkpoint."""
+        return {}
+
     @property
     @abstractmethod
     def backbone(self) -> VisionTransformer:
@@ -61,6 +66,19 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def trained(self) -> Iterable[nn.Module]:
         """The networks that see pictures in training: candidates for compilation and checkpointing."""
+
+
+def check_single_view(name: str, views: ViewsConfig) -> None:
+    """Raise ValueError for views, masks and object tokens that masked prediction in one view does not use."""
+    if views.local_count or views.masking is not None:
+        raise ValueError(
+            f"method.name={name} uses neither local views nor masks: views.local_count=0, views.masking=null"
+        )
+    if views.objects is not None and (views.objects.attention or views.objects.image_token):
+        raise ValueError(
+            f"method.name={name} has no object tokens: views.objects.attention=false, "
+            "views.objects.image_token=false"
+        )
 
 
 def freeze(module: M) -> M:

@@ -23,6 +23,7 @@ class BlockShape:
     heads: int
     hidden: int
     norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float | None = None
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: bool = True
     layer_scale: float | None = None
@@ -38,9 +39,11 @@ class RmsNorm(nn.RMSNorm):
             return super().forward(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
-def make_norm(kind: Literal["layer", "rms"], width: int, affine: bool = True) -> nn.Module:
+def make_norm(
+    kind: Literal["layer", "rms"], width: int, affine: bool = True, eps: float | None = None
+) -> nn.Module:
     make = nn.LayerNorm if kind == "layer" else RmsNorm
-    return make(width, eps=EPS[kind], elementwise_affine=affine)
+    return make(width, eps=EPS[kind] if eps is None else eps, elementwise_affine=affine)
 
 
 class Mlp(nn.Module):
@@ -102,7 +105,9 @@ class Residual(nn.Module):
         if self.drop_subset:
             rows = torch.randperm(batch, device=x.device)[: max(int(batch * keep), 1)]
             added = branch(x[rows], *(_rows_of(other, rows) for other in others))
-            return x.index_add(0, rows, added.to(x.dtype), alpha=batch / len(rows))
+            # As in x + added: branches behind a LayerScale are float32, and far below the steps of bf16.
+            kind = torch.promote_types(x.dtype, added.dtype)
+            return x.to(kind).index_add(0, rows, added.to(kind), alpha=batch / len(rows))
         alive = torch.rand(batch, 1, 1, device=x.device) < keep
         branched = branch(x, *others)
         return x + branched * (alive / keep).to(branched.dtype)
@@ -117,10 +122,10 @@ class Block(Residual):
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
-        self.norm1 = make_norm(shape.norm, shape.width)
+        self.norm1 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.attn = Attention(shape.width, shape.heads, shape.bias)
         self.ls1 = _scale(shape)
-        self.norm2 = make_norm(shape.norm, shape.width)
+        self.norm2 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.mlp = _mlp(shape)
         self.ls2 = _scale(shape)
 
@@ -143,10 +148,10 @@ class CrossBlock(Residual):
 
     def __init__(self, shape: BlockShape, context_width: int) -> None:
         super().__init__(shape)
-        self.norm1 = make_norm(shape.norm, shape.width)
+        self.norm1 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.attn = CrossAttention(shape.width, context_width, shape.heads, shape.bias)
         self.ls1 = _scale(shape)
-        self.norm2 = make_norm(shape.norm, shape.width)
+        self.norm2 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.mlp = _mlp(shape)
         self.ls2 = _scale(shape)
 

@@ -1,33 +1,49 @@
-"""Positions of patches: tables (learned or of sines), their resizing to any grid, and rotary positions."""
+"""Positions of patches: tables (learned, or fixed ones of sines), learned fields, and rotary positions."""
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.nn.init import trunc_normal_
+
+from foveola.geometry import resampling_weights
 
 ROPE_FREQUENCIES = (7.0, 7e-4)  # turns over a picture's side of the fastest and the slowest channel (CAPI)
 
 
 def resize_positions(
-    table: Float[Tensor, "1 N D"], grid: tuple[int, int], antialias: bool = False
+    table: Float[Tensor, "1 N D"],
+    grid: tuple[int, int],
+    antialias: bool = False,
+    fixed: bool = False,
+    offset: float = 0.0,
 ) -> Float[Tensor, "1 N2 D"]:
     """Resize a square table of position embeddings to a (rows, columns) grid, bicubic; itself if sizes agree.
 
+    `fixed`: it is the table of `fixed_positions`, which is computed anew instead.
+
     timm resizes with antialiasing (a bicubic kernel of a = -0.5), the code of DINO, iBOT and DINOv2 without
-    (a = -0.75). The latter passes a scale factor of (n + 0.1) / side instead of the size, which samples its
-    grid 0.1 / n of a cell short; that is not reproduced.
+    (a = -0.75). The latter passes a scale factor of (n + 0.1) / side instead of the size: patch i then reads
+    the table at (i + 1/2) side / (n + 0.1) - 1/2, ever shorter of its place, up to 0.1 side / n cells.
+    Weights that were trained so want `offset` 0.1. It cannot be had together with antialiasing.
     """
     side = round(table.shape[1] ** 0.5)
     if (side, side) == grid:
         return table
+    if fixed:
+        return fixed_positions(grid, table.shape[2], (side, side)).to(table)
     field = table.view(1, side, side, -1).permute(0, 3, 1, 2)
     # Interpolated in float32 also under autocast: the table is small and errors here reach every patch.
     with torch.autocast(table.device.type, enabled=False):
-        field = interpolate(
-            field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False
-        )
+        if offset:
+            scale = tuple((n + offset) / side for n in grid)
+            field = interpolate(field.float(), scale_factor=scale, mode="bicubic", align_corners=False)
+        else:
+            field = interpolate(
+                field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False
+            )
     return field.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 
@@ -37,13 +53,104 @@ def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) 
     Frequencies fall geometrically from 1 to 1/100 per patch: enough for grids of some hundred patches a side.
     Raises ValueError unless width is a multiple of 4.
     """
+    rows, columns = (torch.arange(n, dtype=torch.float32) for n in grid)
+    return amplitude * _waves(rows, columns, width, 100.0)
+
+
+def fixed_positions(
+    grid: tuple[int, int], width: int, fitted: tuple[int, int] | None = None
+) -> Float[Tensor, "1 N D"]:
+    """The table of MAE and I-JEPA, which is not trained: sines and cosines of frequencies from 1 to 1/10000.
+
+    Columns come first, then rows; of each first the sines, then the cosines. For another grid than the
+    `fitted` one the waves are evaluated where the centres of its patches lie on that one: nothing is
+    interpolated. Computed in float64. Raises ValueError unless width is a multiple of 4.
+    """
+    fitted = fitted or grid
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float64) + 0.5) * (side / n) - 0.5
+        for n, side in zip(grid, fitted, strict=True)
+    )
+    return _waves(rows, columns, width, 10_000.0).float()
+
+
+def _waves(
+    rows: Float[Tensor, "R"], columns: Float[Tensor, "C"], width: int, base: float
+) -> Float[Tensor, "1 N D"]:
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
-    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
-    angles = (place.flatten()[:, None] * frequencies for place in (columns, rows))
+    frequencies = base ** -(torch.arange(width // 4, dtype=rows.dtype) / (width // 4))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    angles = (place.flatten()[:, None] * frequencies for place in (x, y))
     parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
-    return amplitude * torch.cat(parts, dim=1)[None]
+    return torch.cat(parts, dim=1)[None]
+
+
+class PositionField(nn.Module):
+    """A learned vector for each place of a picture, read where the patches of a view lie in it.
+
+    `values` [rows, columns, D] stand at the nodes of a lattice whose outermost nodes are the borders of the
+    picture; between them they are interpolated, `linear` in each axis or `bicubic` (a = -0.5; at the border
+    without the nodes that are missing there). A patch of view (x0, y0, x1, y1) reads its own centre, at
+    x0 + (x1 - x0) (j + 1/2) / n of the unit square; a flipped view reads from right to left. (Position field
+    paper, Section 3.2.1, which leaves kernel, alignment and flips open.)
+    """
+
+    def __init__(
+        self, size: tuple[int, int], width: int, interpolation: Literal["linear", "bicubic"] = "linear"
+    ) -> None:
+        super().__init__()
+        self.interpolation: Literal["linear", "bicubic"] = interpolation
+        self.values = nn.Parameter(torch.zeros(*size, width))
+
+    @torch.no_grad()
+    def reset(self, waves: tuple[int, int] | None = None) -> None:
+        """Noise of 0.02; or the sines that a learned table of (rows, columns) patches may start from."""
+        if waves is None:
+            trunc_normal_(self.values, std=0.02)
+            return
+        # In units of patches, whose centres are at 0, 1, 2 ...
+        axes = (
+            torch.linspace(-0.5, n - 0.5, nodes)
+            for n, nodes in zip(waves, self.values.shape[:2], strict=True)
+        )
+        rows, columns = axes
+        self.values.copy_(0.5 * _waves(rows, columns, self.values.shape[2], 100.0).view_as(self.values))
+
+    def forward(
+        self,
+        grid: tuple[int, int],
+        boxes: Float[Tensor, "B 4"] | None = None,
+        flips: Bool[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "#B N D"]:
+        """Positions of (rows, columns) patches of B views, row-major; one row for all without `boxes`.
+
+        Args:
+            boxes: (x0, y0, x1, y1) of the views in the unit square; None = the whole picture.
+            flips: which of these views are mirrored left-right.
+
+        In the precision of `values`, float32 also under autocast: errors here reach every patch.
+        """
+        nodes, device = self.values.shape, self.values.device
+        if boxes is None:
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+        boxes = boxes.to(device, self.values.dtype)
+        weights = []
+        for axis, flip in ((0, None), (1, flips)):
+            # Nodes are the centres of cells: from the unit interval of outermost nodes to that of all cells.
+            low, high = (
+                (boxes[:, side] * (nodes[axis] - 1) + 0.5) / nodes[axis] for side in (1 - axis, 3 - axis)
+            )
+            weights.append(
+                resampling_weights(
+                    low, high, grid[axis], nodes[axis], self.interpolation, flip, antialias=False
+                )
+            )
+        rows, columns = weights
+        with torch.autocast(device.type, enabled=False):
+            lines = (rows.flatten(0, 1) @ self.values.flatten(1)).unflatten(1, nodes[1:])
+            lines = lines.unflatten(0, (len(boxes), grid[0]))  # [B, rows, columns of the field, D]
+            return (columns[:, None] @ lines).flatten(1, 2)
 
 
 def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:
@@ -52,6 +159,12 @@ def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) 
     The range is the same for any grid, so positions stretch with the resolution (CAPI).
     """
     axes = (torch.linspace(0, 1, n, device=device) for n in grid)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 2)
+
+
+def centre_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:
+    """(row, column) of the centre of each patch, row-major, in a picture from -1 to 1 (DINOv3)."""
+    axes = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in grid)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 2)
 
 
@@ -80,20 +193,30 @@ class Rope(nn.Module):
     rotation, but what its published weights were trained with.
 
     Frequencies fall geometrically from 7 to 0.0007 turns per picture, over d/4 values (CAPI, Table 6).
+    `dinov3`: pairs as `axial`, of (row, column) in [-1, 1], with frequencies 100^(-4 k / d) turns per unit.
     """
 
     angles: Tensor
 
-    def __init__(self, width: int, kind: Literal["axial", "capi"] = "axial") -> None:
+    def __init__(self, width: int, kind: Literal["axial", "capi", "dinov3"] = "axial") -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"rotary positions need heads whose width is a multiple of 4, not {width}")
+        self.kind: Literal["axial", "capi", "dinov3"] = kind
         high, low = ROPE_FREQUENCIES
-        turns = 2 * torch.pi * high * (low / high) ** torch.linspace(0, 1, width // 4)
+        falling = high * (low / high) ** torch.linspace(0, 1, width // 4)
+        if kind == "dinov3":
+            falling = 100.0 ** -(torch.arange(width // 4) * 4 / width)
+        turns = 2 * torch.pi * falling
         none = torch.zeros_like(turns)
         row, column = torch.stack((turns, none)), torch.stack((none, turns))
-        order = (row, column, row, column) if kind == "axial" else (row, row, column, column)
+        order = (row, row, column, column) if kind == "capi" else (row, column, row, column)
         self.register_buffer("angles", torch.cat(order, dim=1), persistent=False)  # [2, width]
+
+    def places(self, grid: tuple[int, int]) -> Float[Tensor, "1 N 2"]:
+        """(row, column) of each patch, row-major, as this kind of positions counts them."""
+        place = centre_coordinates if self.kind == "dinov3" else grid_coordinates
+        return place(grid, self.angles.device)
 
     def forward(self, coordinates: Float[Tensor, "B T 2"]) -> Float[Tensor, "B 2 T d"]:
         """Cosines and sines of the angles of each token, for `attention.rotate`, in float32."""

@@ -11,7 +11,12 @@ from torch.nn.init import normal_, trunc_normal_
 
 from foveola.config import key
 from foveola.models.blocks import Block, CrossBlock, initialise, make_norm
-from foveola.models.positions import Rope, grid_coordinates, resize_positions, take_rows
+from foveola.models.positions import (
+    Rope,
+    fixed_positions,
+    resize_positions,
+    take_rows,
+)
 from foveola.models.vit import Features, ViTConfig, token_rotation
 
 
@@ -20,7 +25,7 @@ class PredictorConfig:
     """Shape of the predictor; norms, biases, positions and MLP are the encoder's. Defaults: CAPI."""
 
     kind: Literal["cross", "self"] = key(
-        "cross", "mask tokens attend to the encoder's output only, or to it and to each other"
+        "cross", "mask tokens attend to the encoder's output only, or to it and to each other (MAE, I-JEPA)"
     )
     width: int | None = key(None, "token width; null = the encoder's", at_least=1)
     depth: int | None = key(None, "blocks; null = half the encoder's", at_least=1)
@@ -48,9 +53,11 @@ class Predictor(nn.Module):
 
     `cross`: blocks of cross-attention and MLP. A prediction depends on no other, so any places may be asked
     for (CAPI, Section 3.2). `self`: ordinary blocks over [encoder's tokens, mask tokens] (CAPI, Table 1a).
+    With fixed positions the encoder's tokens are first mapped to the predictor's width and get the positions
+    of that width, too: the decoder of MAE and the predictor of I-JEPA.
     """
 
-    pos_embed: nn.Parameter | None
+    pos_embed: Tensor | None
 
     def __init__(self, config: PredictorConfig, encoder: ViTConfig) -> None:
         super().__init__()
@@ -59,13 +66,17 @@ class Predictor(nn.Module):
         outside = encoder.shape[0]
         self.config, self.encoder = config, encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = None
-        if encoder.positions == "learned":
-            side = encoder.image_size // encoder.patch_size
-            self.pos_embed = nn.Parameter(torch.zeros(1, side * side, width))
+        fixed = encoder.positions == "sincos"
+        if fixed:
+            table = fixed_positions(encoder.grid, width)
+            self.register_buffer("pos_embed", table, persistent=False)
+        elif encoder.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, encoder.grid[0] * encoder.grid[1], width))
+        else:
+            self.pos_embed = None
         self.rope = Rope(width // heads, encoder.rope) if encoder.positions == "rope" else None
         self.embed: nn.Module = nn.Identity()
-        if config.kind == "self" and width != outside:
+        if config.kind == "self" and (fixed or width != outside):
             self.embed = nn.Linear(outside, width, bias=encoder.bias)
         shapes = [network.block(i) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -74,7 +85,7 @@ class Predictor(nn.Module):
         self.norm = make_norm(encoder.norm, width, encoder.final_norm_affine)
         initialise(self, encoder.init)
         normal_(self.mask_token, std=0.02)
-        if self.pos_embed is not None:
+        if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.02)
 
     @property
@@ -86,10 +97,12 @@ class Predictor(nn.Module):
         context: Features,
         targets: Int64[Tensor, "B P"] | None = None,
         keep: Int64[Tensor, "B K"] | None = None,
+        groups: int = 1,
     ) -> Float[Tensor, "B P D"]:
         """Predict the patches at `targets` (None: at every place of the grid), after the final norm.
 
-        `context` is what the encoder made of the patches `keep` (None: of all).
+        `context` is what the encoder made of the patches `keep` (None: of all). Targets are `groups` of equal
+        size, one after the other: mask tokens of one do not see those of another (I-JEPA's blocks).
         """
         tokens = torch.cat((context.objects, context.registers, context.patches), dim=1)
         if targets is None:
@@ -100,24 +113,38 @@ class Predictor(nn.Module):
         if self.rope is not None:
             objects, registers = context.objects.shape[1], context.registers.shape[1]
             rotation = token_rotation(self.rope, context.grid, keep, objects, registers)
-            places = self.rope(take_rows(grid_coordinates(context.grid, tokens.device), targets))
+            places = self.rope(take_rows(self.rope.places(context.grid), targets))
+        table = None
         if self.pos_embed is not None:
-            table = resize_positions(self.pos_embed, context.grid, self.encoder.position_antialias)
+            fixed, antialias = self.encoder.positions == "sincos", self.encoder.position_antialias
+            table = resize_positions(self.pos_embed, context.grid, antialias, fixed)
             x = x + take_rows(table, targets).to(x.dtype)
         if self.config.kind == "cross":
             for block in self.blocks:
                 x = block(x, tokens, places, rotation)
             return self.norm(x)
-        return self._among_themselves(tokens, x, rotation, places)
-
-    def _among_themselves(
-        self, tokens: Tensor, x: Tensor, rotation: Tensor | None, places: Tensor | None
-    ) -> Float[Tensor, "B P D"]:
+        tokens = self.embed(tokens)
+        if table is not None and self.encoder.positions == "sincos":
+            where = table if keep is None else take_rows(table, keep)
+            special, patches = tokens.split((tokens.shape[1] - where.shape[1], where.shape[1]), dim=1)
+            tokens = torch.cat((special, patches + where.to(patches.dtype)), dim=1)
         together = None
         if rotation is not None and places is not None:
             together = torch.cat((rotation.expand(len(places), -1, -1, -1), places), dim=2)
-        count = x.shape[1]
-        x = torch.cat((self.embed(tokens).to(x.dtype), x), dim=1)
+        return self._among_themselves(tokens, x, together, groups)
+
+    def _among_themselves(
+        self, tokens: Tensor, x: Tensor, rotation: Tensor | None, groups: int
+    ) -> Float[Tensor, "B P D"]:
+        """Blocks over tokens and the mask tokens of one group at a time, as sequences of their own."""
+        pictures, length = len(tokens), tokens.shape[1]
+        parts = x.unflatten(1, (groups, -1))
+        count = parts.shape[2]
+        x = torch.cat((tokens.to(x.dtype)[:, None].expand(-1, groups, -1, -1), parts), dim=2).flatten(0, 1)
+        if rotation is not None and groups > 1:
+            shared, own = rotation.split((length, groups * count), dim=2)
+            own = own.unflatten(2, (groups, count)).movedim(2, 1)
+            rotation = torch.cat((shared[:, None].expand(-1, groups, -1, -1, -1), own), dim=3).flatten(0, 1)
         for block in self.blocks:
-            x = block(x, 0, None, together)
-        return self.norm(x[:, -count:])
+            x = block(x, 0, None, rotation)
+        return self.norm(x[:, -count:]).unflatten(0, (pictures, groups)).flatten(1, 2)

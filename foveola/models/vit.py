@@ -20,9 +20,10 @@ from foveola.config import key
 from foveola.models.attention import readable_tokens
 from foveola.models.blocks import Block, BlockShape, initialise, make_norm
 from foveola.models.positions import (
+    PositionField,
     Rope,
     border_coordinates,
-    grid_coordinates,
+    fixed_positions,
     resize_positions,
     sincos_positions,
     take_rows,
@@ -33,6 +34,7 @@ SIZES = {  # width, depth, heads
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
     "giant": (1536, 40, 24),
 }
 
@@ -41,7 +43,9 @@ SIZES = {  # width, depth, heads
 class ViTConfig:
     """Shape of the network. Defaults: ViT-S/16 as in DINO and iBOT."""
 
-    size: Literal["tiny", "small", "base", "large", "giant"] = key("small", "width, depth and heads by name")
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = key(
+        "small", "width, depth and heads by name"
+    )
     width: int | None = key(None, "token width instead of the size's", at_least=1)
     depth: int | None = key(None, "blocks instead of the size's", at_least=1)
     heads: int | None = key(None, "attention heads instead of the size's", at_least=1)
@@ -52,6 +56,9 @@ class ViTConfig:
     class_token: bool = key(True, "whether there are class (object) tokens; CAPI has none")
     registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0)
     norm: Literal["layer", "rms"] = key("layer", "LayerNorm, or RMSNorm (CAPI)")
+    norm_eps: float | None = key(
+        None, "added to variances in norms; null = 1e-6 of LayerNorm, 1e-5 of RMSNorm", above=0
+    )
     final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
     bias: bool = key(True, "biases in attention and MLP")
     drop_path: float = key(0.1, "stochastic depth in training, of the last block", at_least=0, below=1)
@@ -61,15 +68,23 @@ class ViTConfig:
     drop_path_subset: bool = key(
         False, "drop a fixed share of pictures and skip their work (DINOv2, CAPI), not each by chance"
     )
-    positions: Literal["learned", "rope"] = key("learned", "a table added to patches, or rotary (CAPI)")
+    positions: Literal["learned", "sincos", "rope", "field"] = key(
+        "learned",
+        "added to patches: a table that trains or is fixed (MAE, I-JEPA), or a field; or rotary (CAPI)",
+    )
+    field_size: tuple[int, int] = key((50, 50), "rows and columns of positions=field", at_least=2)
+    field_interpolation: Literal["linear", "bicubic"] = key("linear", "between the nodes of the field")
     position_antialias: bool = key(
         False, "antialias when resizing positions: timm does, DINO and iBOT do not"
+    )
+    position_offset: float = key(
+        0.0, "added to the side when resizing positions: 0.1 in DINO, iBOT and DINOv2's weights", at_least=0
     )
     position_init: Literal["random", "sincos"] = key(
         "random", "start positions from noise of 0.02 (DINO), or from sines"
     )
-    rope: Literal["axial", "capi"] = key(
-        "axial", "rotary positions as meant, or as in the code behind CAPI's released weights"
+    rope: Literal["axial", "capi", "dinov3"] = key(
+        "axial", "rotary positions as meant, or as in the code behind CAPI's or DINOv3's released weights"
     )
     layer_scale: float | None = key(
         None, "initial per-channel scale of each residual branch; null = none", above=0
@@ -86,14 +101,24 @@ class ViTConfig:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
+        if self.positions == "sincos" and width % 4:
+            raise ValueError(f"positions=sincos needs a width that is a multiple of 4, not {width}")
+        if self.position_offset and self.position_antialias:
+            raise ValueError("position_offset and position_antialias cannot be had together")
         if self.positions == "rope":
             if width // heads % 4:
                 raise ValueError(f"positions=rope needs heads of 4, 8, 12 ... channels, not {width // heads}")
-            if self.registers % 4:
+            if self.registers % 4 and self.rope != "dinov3":
                 raise ValueError(
                     f"positions=rope places registers on four sides: registers={self.registers} "
                     "is not a multiple of 4"
                 )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches that fit the position table."""
+        side = self.image_size // self.patch_size
+        return side, side
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -110,6 +135,7 @@ class ViTConfig:
             heads=heads,
             hidden=int(width * self.mlp_ratio),
             norm=self.norm,
+            norm_eps=self.norm_eps,
             mlp=self.mlp,
             bias=self.bias,
             layer_scale=self.layer_scale,
@@ -126,6 +152,17 @@ class Features:
     registers: Float[Tensor, "B R D"]
     patches: Float[Tensor, "B N D"]  # of the kept patches only, in their order, where some were dropped
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What the blocks need to know about their tokens: [object tokens, registers, patches]."""
+
+    objects: int
+    registers: int
+    grid: tuple[int, int]
+    readable: Bool[Tensor, "B 1 M T"] | None
+    rotation: Float[Tensor, "#B 2 T d"] | None
 
 
 class PatchEmbed(nn.Module):
@@ -155,29 +192,51 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
 
 
+def unpatchify(
+    patches: Float[Tensor, "B N CPP"], patch_size: int, grid: tuple[int, int]
+) -> Float[Tensor, "B C H W"]:
+    """Pictures from the pixels of all their patches, row-major over (rows, columns): undoes `patchify`."""
+    rows, columns = grid
+    x = patches.view(len(patches), rows, columns, -1, patch_size, patch_size)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, rows * patch_size, columns * patch_size)
+
+
 class VisionTransformer(nn.Module):
     """ViT with object tokens, mask tokens, registers and a choice of the patches it sees."""
 
     cls_token: nn.Parameter | None
     reg_token: nn.Parameter | None
-    pos_embed: nn.Parameter | None
+    pos_embed: Tensor | None
+    pos_mask_token: nn.Parameter | None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, depth, heads = config.shape
         self.config = config
         self.checkpoint_activations = False
-        side = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        entries = side * side + config.class_token
-        learned = config.positions == "learned"
-        self.pos_embed = nn.Parameter(torch.zeros(1, entries, width)) if learned else None
+        if config.positions == "sincos":
+            table = fixed_positions(config.grid, width)
+            # A class token stands nowhere: its row is zero.
+            none = table.new_zeros(1, int(config.class_token), width)
+            self.register_buffer("pos_embed", torch.cat((none, table), dim=1))
+        elif config.positions == "learned":
+            entries = config.grid[0] * config.grid[1] + config.class_token
+            self.pos_embed = nn.Parameter(torch.zeros(1, entries, width))
+        elif config.positions == "field" and config.class_token:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1, width))  # the class token's
+        else:
+            self.pos_embed = None
+        self.pos_field = None
+        if config.positions == "field":
+            self.pos_field = PositionField(config.field_size, width, config.field_interpolation)
+        self.register_parameter("pos_mask_token", None)
         self.rope = Rope(width // heads, config.rope) if config.positions == "rope" else None
         self.blocks = nn.ModuleList(Block(config.block(i)) for i in range(depth))
-        self.norm = make_norm(config.norm, width, config.final_norm_affine)
+        self.norm = make_norm(config.norm, width, config.final_norm_affine, config.norm_eps)
         self.reset()
 
     def reset(self) -> None:
@@ -187,13 +246,14 @@ class VisionTransformer(nn.Module):
         self.patch_embed.proj.reset_parameters()
         if xavier:
             xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        if self.pos_embed is not None:
+        if isinstance(self.pos_embed, nn.Parameter):
             trunc_normal_(self.pos_embed, std=0.02)
-            if self.config.position_init == "sincos":
-                side = self.config.image_size // self.config.patch_size
+            if self.config.position_init == "sincos" and self.pos_field is None:
                 with torch.no_grad():
-                    table = sincos_positions((side, side), self.config.shape[0], amplitude=0.5)
+                    table = sincos_positions(self.config.grid, self.config.shape[0], amplitude=0.5)
                     self.pos_embed[:, self.config.class_token :] = table
+        if self.pos_field is not None:
+            self.pos_field.reset(self.config.grid if self.config.position_init == "sincos" else None)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
         if xavier:
@@ -203,12 +263,22 @@ class VisionTransformer(nn.Module):
         if self.reg_token is not None:
             normal_(self.reg_token, std=0.02 if xavier else 1e-6)
 
+    def learn_position_mask(self) -> None:
+        """Add the token that stands in for the positions of `unplaced` patches; a student needs it alone."""
+        token = torch.zeros_like(self.mask_token)
+        self.pos_mask_token = nn.Parameter(
+            token if self.config.init == "normal" else normal_(token, std=0.02)
+        )
+
     def forward(
         self,
         images: Float[Tensor, "B 3 H W"],
         objects: Bool[Tensor, "B M N"] | None = None,
         masked: Bool[Tensor, "B N"] | None = None,
         keep: Int64[Tensor, "B K"] | None = None,
+        places: Float[Tensor, "B 4"] | None = None,
+        flips: Bool[Tensor, "B"] | None = None,
+        unplaced: Bool[Tensor, "B N"] | None = None,
     ) -> Features:
         """Encode pictures whose sides are multiples of the patch size.
 
@@ -217,12 +287,37 @@ class VisionTransformer(nn.Module):
                 token). An object without patches reads everything.
             masked: patches replaced by the mask token before positions are added.
             keep: indices of the patches to process; the others are dropped and cost nothing.
+            places: (x0, y0, x1, y1) of each view in the position field; None = all of it.
+            flips: which views are mirrored, so that they read the field from right to left.
+            unplaced: patches whose position is replaced by a learned token (see `learn_position_mask`).
 
-        Raises ValueError for sides that are no multiples, and for objects where there is no class token.
+        Raises ValueError for sides that are no multiples, for objects where there is no class token, places
+        where there is no field, and unplaced patches where there is no such token.
         """
+        x, tokens = self.prepare(images, objects, masked, keep, places, flips, unplaced)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, tokens.objects, tokens.readable, tokens.rotation, use_reentrant=False
+                )
+            else:
+                x = block(x, tokens.objects, tokens.readable, tokens.rotation)
+        return self.finish(x, tokens)
+
+    def prepare(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        objects: Bool[Tensor, "B M N"] | None = None,
+        masked: Bool[Tensor, "B N"] | None = None,
+        keep: Int64[Tensor, "B K"] | None = None,
+        places: Float[Tensor, "B 4"] | None = None,
+        flips: Bool[Tensor, "B"] | None = None,
+        unplaced: Bool[Tensor, "B N"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], "Tokens"]:
+        """What enters the first block, and what every block needs to know about it; as `forward`."""
         if objects is not None and self.cls_token is None:
             raise ValueError("this network has no class token, so no object tokens")
-        x, grid = self.embed(images, masked, keep)
+        x, grid = self.embed(images, masked, keep, places, flips, unplaced)
         if keep is not None and objects is not None:
             objects = objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
         count = int(self.config.class_token) if objects is None else objects.shape[1]
@@ -237,20 +332,22 @@ class VisionTransformer(nn.Module):
         x = torch.cat((*(s.to(x.dtype) for s in special), x), dim=1)
         readable = None if objects is None else readable_tokens(objects, registers)
         rotation = None if self.rope is None else token_rotation(self.rope, grid, keep, count, registers)
-        for block in self.blocks:
-            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, count, readable, rotation, use_reentrant=False)
-            else:
-                x = block(x, count, readable, rotation)
+        return x, Tokens(count, registers, grid, readable, rotation)
+
+    def finish(self, x: Float[Tensor, "B T D"], tokens: "Tokens") -> Features:
+        """The output of a block through the final norm, token by kind."""
         x = self.norm(x)
-        tokens, extra, patches = x.split((count, registers, x.shape[1] - count - registers), dim=1)
-        return Features(tokens, extra, patches, grid)
+        special = (tokens.objects, tokens.registers)
+        return Features(*x.split((*special, x.shape[1] - sum(special)), dim=1), tokens.grid)
 
     def embed(
         self,
         images: Float[Tensor, "B 3 H W"],
         masked: Bool[Tensor, "B N"] | None = None,
         keep: Int64[Tensor, "B K"] | None = None,
+        places: Float[Tensor, "B 4"] | None = None,
+        flips: Bool[Tensor, "B"] | None = None,
+        unplaced: Bool[Tensor, "B N"] | None = None,
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
         """Tokens of the kept patches, with positions if those are added, and the (rows, columns) of all."""
         patch = self.config.patch_size
@@ -264,26 +361,54 @@ class VisionTransformer(nn.Module):
         if masked is not None:
             masked = masked if keep is None else masked.gather(1, keep)
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        if self.pos_embed is not None:
-            table = self.pos_embed[:, self.config.class_token :]
-            positions = resize_positions(table, grid, self.config.position_antialias)
+        positions = self.positions(grid, places, flips, unplaced)
+        if positions is not None:
             x = x + (positions if keep is None else take_rows(positions, keep)).to(x.dtype)
         return x, grid
+
+    def positions(
+        self,
+        grid: tuple[int, int],
+        places: Float[Tensor, "B 4"] | None = None,
+        flips: Bool[Tensor, "B"] | None = None,
+        unplaced: Bool[Tensor, "B N"] | None = None,
+    ) -> Float[Tensor, "#B N D"] | None:
+        """What is added to the patches of views; None with rotary positions. Arguments as in `forward`."""
+        positions = None
+        if self.pos_field is not None:
+            positions = self.pos_field(grid, places, flips)
+        elif places is not None or flips is not None:
+            raise ValueError("this network has no position field in which views could be placed")
+        elif self.pos_embed is not None:
+            table, fixed = self.pos_embed[:, self.config.class_token :], self.config.positions == "sincos"
+            positions = resize_positions(
+                table, grid, self.config.position_antialias, fixed, self.config.position_offset
+            )
+        if unplaced is None:
+            return positions
+        if self.pos_mask_token is None or positions is None:
+            raise ValueError("this network has no token for patches without position")
+        return torch.where(unplaced[..., None], self.pos_mask_token, positions)
 
 
 def token_rotation(
     rope: Rope, grid: tuple[int, int], keep: Int64[Tensor, "B K"] | None, objects: int, registers: int
 ) -> Float[Tensor, "B 2 T d"]:
-    """Rotation of [object tokens, registers, patches]; object tokens stay as they are.
+    """Rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay put.
 
     One row serves all pictures unless each keeps its own patches, which then also place its registers.
     """
-    patches = grid_coordinates(grid, rope.angles.device)
+    places = rope.places(grid)
     if keep is not None:
-        patches = take_rows(patches, keep)
-    rotation = rope(torch.cat((border_coordinates(registers, patches), patches), dim=1))
-    if not objects:
+        places = take_rows(places, keep)
+    still_ones = objects
+    if rope.kind == "dinov3":
+        still_ones += registers
+    else:
+        places = torch.cat((border_coordinates(registers, places), places), dim=1)
+    rotation = rope(places)
+    if not still_ones:
         return rotation
-    still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, objects, -1).clone()
+    still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, still_ones, -1).clone()
     still[:, 0] = 1  # cosines
     return torch.cat((still, rotation), dim=2)

@@ -15,6 +15,7 @@ from foveola.schedules import Progress
 from foveola.training.assemble import assemble, share
 from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig, check, plan
+from foveola.views.blocks import draw_blocks
 
 CPU_BATCH = 8  # pictures of a trial step on a CPU: enough to see the speed, few enough to wait for
 
@@ -44,7 +45,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "data": f"{source.name}: {len(source):,} pictures"
         + ("" if config.data else " (built in, as there is no data=)"),
         "parameters": _parameters(trainer.method),
-        "tokens per picture": _tokens(config),
+        "tokens per picture": _tokens(config, part, trainer.method),
         "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "
         f"{config.accumulate} part(s) x {part}",
         "steps": _steps(config, progress),
@@ -88,18 +89,32 @@ def _parameters(method: Method) -> str:
     return ", ".join(f"{names.get(name, name)} {count:,}" for name, count in counts.items() if count)
 
 
-def _tokens(config: RunConfig) -> str:
-    """Tokens that the networks go through for each picture."""
+def _tokens(config: RunConfig, part: int, method: Method) -> str:
+    """Tokens that the networks go through for each of `part` pictures that are taken at once."""
     views, model = config.views, config.model
     extra = model.class_token + model.registers
     patches = (views.global_size // model.patch_size) ** 2
     locals_ = views.local_count * ((views.local_size // model.patch_size) ** 2 + extra)
     teacher = views.global_count * (patches + extra)
-    if views.dropping is None:
+    if views.dropping is None and views.blocks is None:
         return f"student {teacher + locals_:,}, teacher {teacher:,}"
-    kept, predicted = views.dropping.counts(patches)
+    about, kept, predicted = "", 0, 0
+    if views.dropping is not None:
+        kept, predicted = views.dropping.counts(patches)
+    if views.blocks is not None:  # as many as the batch allows: the mean of some
+        about, side = "about ", views.global_size // model.patch_size
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = [
+            draw_blocks(views.blocks, part * views.global_count, (side, side), generator) for _ in range(16)
+        ]
+        kept, predicted = (round(sum(d[i].shape[1] for d in drawn) / len(drawn)) for i in range(2))
+    parts = {name for name, _ in method.get_submodule("student").named_children()}
+    if not parts & {"predictor", "decoder"}:  # the encoder reads mask tokens in place of what is dropped
+        about, kept = "", patches
     student, asked = views.global_count * (kept + extra), views.global_count * predicted
-    return f"student {student + locals_:,}, predicted {asked:,}, teacher {teacher:,}"
+    text = f"student {about}{student:,}, predicted {about}{asked:,}"
+    teaches = any(name == "teacher" for name, _ in method.named_children())
+    return f"{text}, teacher {teacher:,}" if teaches else text
 
 
 def _steps(config: RunConfig, progress: Progress) -> str:

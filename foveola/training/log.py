@@ -41,6 +41,7 @@ class Log:
         self._total, self._batch_size = total_steps, batch_size
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._notes = folder / "metrics.jsonl", folder / "log.txt"
+        self._pictures = folder / "pictures"
         kept = _truncate(self._path, start_step)
         self._lines = self._path.open("a", encoding="utf-8")
         self._board = _open_board(folder / "tensorboard", start_step)
@@ -79,9 +80,14 @@ class Log:
         self._show(step, metrics, now)
 
     def images(self, step: int, name: str, array: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Put a picture into tensorboard."""
-        if self._active:
-            self._board.add_image(name, array, step, dataformats="HWC")
+        """Put a picture into tensorboard, and into the run folder as `pictures/<name>-<step>.png`."""
+        if not self._active:
+            return
+        from PIL import Image
+
+        self._board.add_image(name, array, step, dataformats="HWC")
+        self._pictures.mkdir(exist_ok=True)
+        Image.fromarray(array).save(self._pictures / f"{name}-{step:08d}.png")
 
     def note(self, text: str, *, show: bool = True) -> None:
         """Say something once: with its time in log.txt and, if `show`, on the terminal."""

@@ -12,6 +12,8 @@ from foveola.data.loader import LoaderConfig
 from foveola.evaluation.knn import KnnConfig
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
+from foveola.methods.ijepa import IJepaConfig
+from foveola.methods.mae import MaeConfig
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress, Schedule, steps_of
@@ -53,7 +55,9 @@ class RunConfig:
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     device: str = key("auto", "cpu, cuda, cuda:N; auto = a GPU if there is one")
     model: ViTConfig = key(factory=ViTConfig, help="the network")
-    method: DistillationConfig | CapiConfig = key(factory=DistillationConfig, help="what is learned")
+    method: DistillationConfig | CapiConfig | MaeConfig | IJepaConfig = key(
+        factory=DistillationConfig, help="what is learned"
+    )
     views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each picture")
     loader: LoaderConfig = key(factory=LoaderConfig, help="how pictures are read")
     optimizer: OptimizerConfig = key(factory=OptimizerConfig, help="how weights move")
@@ -63,7 +67,9 @@ class RunConfig:
     log_every: int = key(50, "steps between lines in metrics.jsonl", at_least=1)
     checkpoint_every: str = key("1 epochs", "time between checkpoints")
     keep: int = key(2, "newest checkpoints to keep", at_least=1)
-    keep_every: str | None = key(None, "also keep one checkpoint of each such period for good")
+    keep_every: str | None = key(
+        None, "also keep the checkpoint of each such period for good, and its encoder in encoders/"
+    )
     evaluate_every: str | None = key(None, "time between k-NN evaluations; null = none")
     evaluate_train: str | None = key(None, "labelled data of the k-NN bank; null = data")
     evaluate_test: str | None = key(
@@ -85,7 +91,8 @@ class RunConfig:
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         model = dataclasses.replace(self.model, drop_path=0.0)
-        return EncoderConfig(model, transform, self.recipe, self.method.pool, self.method.predictor)
+        predictor = self.method.predictor if self.method.pool == "predictor" else None
+        return EncoderConfig(model, transform, self.recipe, self.method.pool, predictor)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------

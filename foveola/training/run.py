@@ -184,6 +184,7 @@ class _Session:
                 healthy = not trainer.bad_steps or config.precision == "fp16"
                 due = evaluating or self._is_due(self.every, step) or self._is_due(self.keep_every, step)
                 if last or (due and healthy):
+                    self._draw(step, log)
                     self._save(step)
                 if evaluating:
                     log.step(step, self._evaluate(log))
@@ -238,10 +239,18 @@ class _Session:
         kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
         return Diverged(f"{error}; {kept}")
 
+    def _draw(self, step: int, log: Log) -> None:
+        if distributed.is_main():
+            for name, picture in self.trainer.method.pictures().items():
+                log.images(step, name, picture)
+
     def _save(self, step: int) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again."""
         if distributed.is_main():
-            self._encoder().save(self.folder / "encoder")
+            encoder = self._encoder()
+            encoder.save(self.folder / "encoder")
+            if self.keep_every is not None and step % self.keep_every == 0:
+                encoder.save(self.folder / "encoders" / f"step-{step:08d}")
             state = {"step": step, "trainer": self.trainer.state_dict()}
             checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         distributed.barrier()

@@ -15,6 +15,7 @@ from foveola.config import key
 from foveola.data.sample import Canvases
 from foveola.geometry import random_boxes, sample
 from foveola.views import color
+from foveola.views.blocks import BlocksConfig, draw_blocks
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig, object_boxes, object_patches
 from foveola.views.tokens import DroppingConfig, MaskingConfig, draw_drops, draw_masks
@@ -53,6 +54,9 @@ class ViewsConfig:
     dropping: DroppingConfig | None = key(
         None, "patches of global views that the student does not get at all; null = none"
     )
+    blocks: BlocksConfig | None = key(
+        None, "blocks of patches to predict from a context (I-JEPA), instead of `dropping`; null = none"
+    )
 
     def __post_init__(self) -> None:
         for name in ("global_scale", "local_scale"):
@@ -61,6 +65,8 @@ class ViewsConfig:
                 raise ValueError(f"{name}: needs 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError("ratio: needs 0 < low <= high")
+        if self.dropping is not None and self.blocks is not None:
+            raise ValueError("dropping and blocks both choose what the student gets: set one of them to null")
 
     def check(self, patch_size: int) -> None:
         """Raise ValueError unless views are made of whole patches."""
@@ -74,11 +80,14 @@ class ViewsConfig:
                 raise ValueError(
                     f"views.{name}={size} is not a multiple of the patch size {patch_size}; try {near}"
                 )
-        if self.dropping is not None:
-            try:
-                self.dropping.counts((self.global_size // patch_size) ** 2)
-            except ValueError as error:
-                raise ValueError(f"views.{error}") from error
+        side = self.global_size // patch_size
+        try:
+            if self.dropping is not None:
+                self.dropping.counts(side**2)
+            if self.blocks is not None:
+                self.blocks.check((side, side))
+        except ValueError as error:
+            raise ValueError(f"views.{error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +178,15 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         # Found on the CPU, where the masks were drawn: counting on a GPU would make every step wait for it.
         masked_indices = masked.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
         masked = masked.to(pixels.device, non_blocking=True)
-    keep = predict = None
+    keep = predict = drops = None
+    batch, views = global_boxes.shape[:2]
     if config.dropping is not None:
-        batch, views = global_boxes.shape[:2]
         drops = draw_drops(config.dropping, batch * views, grid(config.global_size), streams("drops"))
+    elif config.blocks is not None:
+        drops = draw_blocks(config.blocks, batch * views, grid(config.global_size), streams("blocks"))
+        facts["blocks/context"] = torch.tensor(float(drops[0].shape[1]))
+        facts["blocks/target"] = torch.tensor(drops[1].shape[1] / config.blocks.targets)
+    if drops is not None:
         keep, predict = (
             indices.view(batch, views, -1).to(pixels.device, non_blocking=True) for indices in drops
         )

@@ -30,31 +30,73 @@ class MaskingConfig:
         False, "decide once for all views of a picture (the iBOT paper's text) whether to mask"
     )
     local: bool = key(False, "mask local views as well (ODIS Table 5, PMLC)")
+    stratified: bool = key(
+        False,
+        "mask exactly this share of the views of a batch, with ratios spread evenly over the range (DINOv2)",
+    )
+    smallest_block: int | None = key(
+        None, "least patches asked of a block (DINOv2: 4); null = (shorter side // 3)^2", at_least=1
+    )
+    largest_block: float = key(
+        1.0, "most patches of a block, as a share of all (DINOv2: 0.5)", above=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio[0] <= self.ratio[1] < 1:
             raise ValueError("ratio: needs 0 <= low <= high < 1")
+        if self.stratified and self.per_picture:
+            raise ValueError("stratified masks are dealt out over all views: per_picture=false")
 
 
 def draw_masks(
     config: MaskingConfig, batch: int, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "B V N"]:
     """Masks for `views` views of each of `batch` pictures over a (rows, columns) patch grid."""
+    patches = grid[0] * grid[1]
+    if config.stratified:
+        targets = stratified_targets(config, batch * views, patches, generator)
+    else:
+        low, high = config.ratio
+        coin = torch.rand(batch, 1 if config.per_picture else views, generator=generator)
+        ratios = low + (high - low) * torch.rand(batch, views, generator=generator)
+        targets = torch.where(coin < config.probability, ratios, 0.0).flatten() * patches
+    if config.shape == "random":
+        masks = _spread(targets, patches, generator)
+    else:
+        masks = _grow(targets, grid, generator, config.smallest_block, config.largest_block * patches)
+    return masks.view(batch, views, patches)
+
+
+def stratified_targets(
+    config: MaskingConfig, views: int, patches: int, generator: torch.Generator
+) -> Float[Tensor, "n"]:
+    """Whole numbers of patches to mask in each view, 0 for views left alone (DINOv2's collate function).
+
+    m = int(probability * views) views are masked. The range of ratios is cut into m equal intervals, each
+    gives one ratio, uniform in it; int(ratio * patches) each, shuffled over the views. So every batch has
+    exactly m masked views and almost the same number of masked patches. The batch is what a process takes at
+    once.
+    """
+    count = int(config.probability * views)
     low, high = config.ratio
-    coin = torch.rand(batch, 1 if config.per_picture else views, generator=generator).expand(batch, views)
-    ratios = low + (high - low) * torch.rand(batch, views, generator=generator)
-    ratios = torch.where(coin < config.probability, ratios, 0.0).flatten()
-    shape = block_masks if config.shape == "block" else random_masks
-    return shape(ratios, grid, generator).view(batch, views, grid[0] * grid[1])
+    edges = torch.linspace(low, high, count + 1, dtype=torch.float64)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    ratios = edges[:-1] + (edges[1:] - edges[:-1]) * uniform
+    targets = torch.zeros(views)
+    targets[:count] = (ratios * patches).floor().float()
+    return targets[torch.randperm(views, generator=generator)]
 
 
 def random_masks(
     ratios: Float[Tensor, "n"], grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "n N"]:
     """Exactly int(ratio * N) patches of each view, uniformly at random."""
-    patches = grid[0] * grid[1]
-    rank = torch.rand(len(ratios), patches, generator=generator).argsort(dim=1).argsort(dim=1)
-    return rank < (ratios * patches).long()[:, None]
+    return _spread(ratios * (grid[0] * grid[1]), grid[0] * grid[1], generator)
+
+
+def _spread(targets: Float[Tensor, "n"], patches: int, generator: torch.Generator) -> Bool[Tensor, "n N"]:
+    rank = torch.rand(len(targets), patches, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < targets.long()[:, None]
 
 
 def block_masks(
@@ -62,6 +104,7 @@ def block_masks(
     grid: tuple[int, int],
     generator: torch.Generator,
     smallest: int | None = None,
+    largest: float = 1.0,
 ) -> Bool[Tensor, "n N"]:
     """Unions of rectangles that never exceed ratio * N patches and end slightly below (facts of iBOT's code).
 
@@ -71,19 +114,31 @@ def block_masks(
 
     Args:
         smallest: least area asked for, in patches; default (shorter side // 3)^2, 16 for a 14 x 14 grid.
+            DINOv2: 4.
+        largest: bound of what counts as missing, so of a block, as a share of N. DINOv2: 0.5.
     """
+    patches = grid[0] * grid[1]
+    return _grow(ratios * patches, grid, generator, smallest, largest * patches)
+
+
+def _grow(
+    target: Float[Tensor, "n"],
+    grid: tuple[int, int],
+    generator: torch.Generator,
+    smallest: int | None,
+    largest: float,
+) -> Bool[Tensor, "n N"]:
     rows, columns = grid
     smallest = (min(grid) // 3) ** 2 if smallest is None else smallest
-    target = ratios * (rows * columns)
-    mask = torch.zeros(len(ratios), rows, columns, dtype=torch.bool)
-    count = torch.zeros(len(ratios))
-    failures = torch.zeros(len(ratios), dtype=torch.long)
+    mask = torch.zeros(len(target), rows, columns, dtype=torch.bool)
+    count = torch.zeros(len(target))
+    failures = torch.zeros(len(target), dtype=torch.long)
     y, x = torch.arange(rows)[:, None], torch.arange(columns)
     bound = -torch.log(torch.tensor(ASPECT))
     active = (count < target).nonzero()[:, 0]
     while len(active):
         uniform = torch.rand(4, len(active), generator=generator)
-        room = target[active] - count[active]
+        room = (target[active] - count[active]).clamp(max=largest)
         area = smallest + (room - smallest) * uniform[0]  # the range may be reversed: still between both
         aspect = torch.exp(bound * (2 * uniform[1] - 1))
         height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()

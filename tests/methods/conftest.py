@@ -1,10 +1,12 @@
 """Tiny batches of random views, and methods on them."""
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.models.heads import HeadConfig
@@ -73,6 +75,56 @@ def make_method(
             if not name.endswith(".g"):
                 parameters[name] += 0.2 * torch.randn(parameters[name].shape, generator=generator)
     return method.train()
+
+
+def plain_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """LayerNorm written out."""
+    apart = x - x.mean(dim=-1, keepdim=True)
+    return apart / (apart.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+
+
+def plain_network(x: Tensor, network: nn.Module) -> Tensor:
+    """Pre-norm blocks of attention and MLP and the final norm, on tokens [T, D] of one sequence."""
+    for block in network.blocks:
+        y = plain_norm(x, block.norm1)
+        parts = (y @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, dim=1)
+        heads = []
+        for q, k, v in zip(*(part.chunk(block.attn.heads, dim=1) for part in parts), strict=True):
+            logits = q @ k.T / q.shape[1] ** 0.5
+            heads.append((logits.exp() / logits.exp().sum(dim=1, keepdim=True)) @ v)
+        x = x + torch.cat(heads, dim=1) @ block.attn.proj.weight.T + block.attn.proj.bias
+        hidden = plain_norm(x, block.norm2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        x = x + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    return plain_norm(x, network.norm)
+
+
+def plain_sines(rows: int, columns: int, width: int) -> Tensor:
+    """MAE's fixed positions by a loop: of the column in the first half of the channels, then of the row."""
+    table = torch.zeros(rows * columns, width, dtype=torch.float64)
+    quarter = width // 4
+    for row in range(rows):
+        for column in range(columns):
+            for i in range(quarter):
+                frequency = 10_000 ** (-i / quarter)
+                values = (math.sin(column * frequency), math.cos(column * frequency))
+                values += (math.sin(row * frequency), math.cos(row * frequency))
+                for part, value in enumerate(values):
+                    table[row * columns + column, part * quarter + i] = value
+    return table
+
+
+def plain_pixels(image: Tensor, patch: int, side: int) -> Tensor:
+    """[3, side, side] pixels of one patch of an image, patches counted row by row."""
+    columns = image.shape[2] // side
+    top, left = patch // columns * side, patch % columns * side
+    return image[:, top : top + side, left : left + side]
+
+
+@pytest.fixture
+def plain() -> SimpleNamespace:
+    """Parts of a ViT written out in plain loops, for one picture at a time."""
+    return SimpleNamespace(norm=plain_norm, network=plain_network, sines=plain_sines, pixels=plain_pixels)
 
 
 @pytest.fixture

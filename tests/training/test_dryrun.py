@@ -20,6 +20,13 @@ SMALL = {
 }
 HEADS = {"method.heads.main": {"prototypes": 48, "hidden": 32, "bottleneck": 16}}
 CAPI = {"model.patch_size": 4, "method.clustering.prototypes": 12}
+NARROW = {"width": 16, "depth": 1, "heads": 2}
+PARTS = {  # what else is made small, by method
+    "distillation": HEADS,
+    "capi": CAPI,
+    "mae": {"model.patch_size": 4, "method.decoder": NARROW},
+    "ijepa": {"model.patch_size": 4, "method.predictor": NARROW, "views.blocks.min_context": 6},
+}
 FIELDS = ["recipe", "data", "parameters", "tokens per picture", "batch", "steps", "learning rate"]
 FIELDS += ["trial", "speed", "memory"]
 
@@ -31,14 +38,27 @@ def rows(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    capi = resolve(name).method.name == "capi"
+    method = resolve(name).method.name
     small = nested(SMALL) | {"data": "scenes:?size=32&count=64"}
-    config = resolve(name, merge(small, nested(CAPI if capi else HEADS)))
+    config = resolve(name, merge(small, nested(PARTS[method])))
     said = rows(dry_run(config))
     assert list(said) == FIELDS
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
     assert said["data"].endswith("64 pictures")
-    if capi:
+    if method in ("mae", "ijepa"):
+        loss = {"mae": "reconstruction", "ijepa": "prediction"}[method]
+        assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == [loss]
+        if method == "mae":
+            assert said["tokens per picture"] == "student 17, predicted 48"
+        else:
+            counts = re.fullmatch(
+                r"student about (\d+), predicted about (\d+), teacher 64", said["tokens per picture"]
+            )
+            assert counts is not None
+            assert 6 < int(counts[1]) < 40
+            assert 4 * 8 < int(counts[2]) < 4 * 14
+        return
+    if method == "capi":
         assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == ["clustering", "prediction"]
         assert (
             said["tokens per picture"]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from foveola.config import ConfigError
 from foveola.schedules import Progress, Schedule
 from foveola.training.assemble import assemble
-from foveola.training.optimizer import Optimizer, OptimizerConfig
+from foveola.training.optimizer import Optimizer, OptimizerConfig, PartConfig
 
 PROGRESS = Progress(0, 20, 5, 64)
 
@@ -130,6 +131,112 @@ def test_steps_equal_those_of_torch_adamw():
     assert torch.equal(ours.fixed, toy().fixed)
 
 
+def settings(optimizer: Optimizer, step: int) -> dict[str, tuple[float, float]]:
+    """(learning rate, weight decay) of each parameter at a step."""
+    optimizer.schedule(Progress(step, 20, 5, 64))
+    by_id = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.adamw.param_groups for p in g["params"]}
+    return {name: by_id[id(p)] for name, p in optimizer.named.items()}
+
+
+def test_layer_wise_rates_by_hand(tiny):
+    """DINOv2: 0.9 ** (L + 1 - id), id 0 for what embeds, i + 1 for block i; norm, heads 1; patches x 0.2."""
+    config = tiny(**{"model.depth": 3, "model.registers": 2, "model.layer_scale": 1e-5})
+    method = assemble(config, PROGRESS, torch.device("cpu")).method
+    optimizer = optimizer_of(method, layer_decay=0.9, patch_embed_lr=0.2)
+    found = {name: lr / 0.01 for name, (lr, _) in settings(optimizer, 3).items()}  # the end of the warm-up
+    embedding = 0.6561  # 0.9 ** 4
+    by_hand = {
+        "student.backbone.cls_token": embedding,
+        "student.backbone.reg_token": embedding,
+        "student.backbone.mask_token": embedding,
+        "student.backbone.pos_embed": embedding,
+        "student.backbone.patch_embed.proj.weight": 0.2 * embedding,
+        "student.backbone.patch_embed.proj.bias": 0.2 * embedding,
+        "student.backbone.blocks.0.attn.qkv.weight": 0.729,
+        "student.backbone.blocks.0.ls1.gamma": 0.729,
+        "student.backbone.blocks.1.norm2.bias": 0.81,
+        "student.backbone.blocks.2.mlp.fc2.weight": 0.9,
+        "student.backbone.norm.weight": 1,
+        "student.heads.main.mlp.0.weight": 1,
+        "student.heads.main.last_layer.v": 1,
+        "student.heads.main.last_layer.g": 1,
+    }
+    assert {name: found[name] for name in by_hand} == pytest.approx(by_hand)
+    kinds = {round(rate, 6) for rate in found.values()}
+    assert kinds == {round(rate, 6) for rate in by_hand.values()}
+    # Also in the middle of the cosine, and each parameter once.
+    later = settings(optimizer, 11)
+    whole = later["student.backbone.norm.weight"][0]
+    assert all(later[name][0] / whole == pytest.approx(rate) for name, rate in found.items())
+    assert sum(len(group["params"]) for group in optimizer.adamw.param_groups) == len(found)
+
+
+def test_what_decays_in_dinov2(tiny):
+    """All but biases, norms and LayerScale, whatever the layer; with norm_decay norms take their share."""
+    config = tiny(**{"model.registers": 2, "model.layer_scale": 1e-5})
+    method = assemble(config, PROGRESS, torch.device("cpu")).method
+    plain = settings(optimizer_of(method, layer_decay=0.9), 0)
+    assert {round(decay, 9) for _, decay in plain.values()} == {0, 0.04}
+    for name, (_, decay) in plain.items():
+        assert (decay == 0) == (name.endswith("bias") or "norm" in name or "gamma" in name), name
+    shared = settings(optimizer_of(method, norm_decay=0.1), 0)
+    for name, (_, decay) in shared.items():
+        norm = "norm" in name and name.endswith("weight")
+        assert decay == pytest.approx(0.004 if norm else plain[name][1]), name
+
+
+def test_parts_learn_in_their_own_way():
+    """By hand: half the rate with a decay of 0.01; a schedule of its own; the rest as it would be."""
+    own = Schedule(value=0.3, end=0.1, shape="linear")
+    parts = {
+        "linear": PartConfig(lr=0.5, weight_decay=0.01),
+        "head": PartConfig(lr=2.0, schedule=own),
+        "norm": PartConfig(weight_decay=0.2),
+    }
+    optimizer = optimizer_of(toy(), parts=parts, norm_decay=0.1)
+    at_12 = 1e-4 + 0.5 * (0.01 - 1e-4) * (1 + math.cos(math.pi * 8 / 16))
+    decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * 12 / 20))
+    expected = {
+        "linear.weight": (0.5 * at_12, 0.01),
+        "linear.bias": (0.5 * at_12, 0),
+        "norm.weight": (at_12, 0.1 * 0.2),
+        "norm.bias": (at_12, 0),
+        "pos_embed": (at_12, decay),
+        "head.last_layer.weight": (2 * (0.3 - 0.2 * 12 / 20), decay),
+    }
+    found = settings(optimizer, 12)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values), name
+    assert optimizer.schedule(Progress(12, 20, 5, 64)) == pytest.approx({"lr": at_12, "weight_decay": decay})
+
+
+def test_a_part_that_is_not_there_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="this method has no 'hed', but head, linear, norm, pos"):
+        optimizer_of(toy(), parts={"hed": PartConfig()})
+    optimizer_of(toy(), parts={"fixed": PartConfig()})  # there, though nothing of it trains
+
+
+def test_groups_of_layers_and_parts_survive_a_checkpoint(tiny):
+    """State is kept by group and place: both must follow from the configuration alone."""
+    changes = {"layer_decay": 0.9, "patch_embed_lr": 0.2, "norm_decay": 0.1}
+    config = tiny(**{"model.depth": 3, "model.layer_scale": 1e-5})
+    methods = [assemble(config, PROGRESS, torch.device("cpu")).method for _ in range(2)]
+    first, second = (optimizer_of(method, **changes) for method in methods)
+    for step in range(3):
+        fill(methods[0], step)
+        first.schedule(Progress(step + 1, 20, 5, 64))
+        first.adamw.step()
+    methods[1].load_state_dict(methods[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for method, optimizer in zip(methods, (first, second), strict=True):
+        fill(method, 9)
+        optimizer.schedule(Progress(4, 20, 5, 64))
+        optimizer.adamw.step()
+    for a, b in zip(methods[0].parameters(), methods[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 # -- clipping ------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +268,33 @@ def test_clipping_equals_a_naive_loop(each, limit):
         assert torch.equal(model.norm.weight.grad, small)
 
 
+def test_modules_are_clipped_alone(tiny):
+    """DINOv2: the backbone and each head by its own norm, a naive sum over its tensors."""
+    heads = {name: {"prototypes": 8, "hidden": 8, "bottleneck": 4} for name in ("main", "patches")}
+    config = tiny({"method": {"heads": heads, "patch": {"head": "patches"}}})
+    method = assemble(config, PROGRESS, torch.device("cpu")).method
+    fill(method, 4)
+    named = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    for name, p in named.items():
+        p.grad.mul_(1e-3 if ".patches." in name else 10 if ".main." in name else 1)
+    named["student.backbone.pos_embed"].grad = None
+    members = {"student.backbone.": [], "student.heads.main.": [], "student.heads.patches.": []}
+    for name, p in named.items():
+        if p.grad is not None:
+            next(own for start, own in members.items() if name.startswith(start)).append(
+                (name, p.grad.clone())
+            )
+    total = optimizer_of(method, clip=3.0, clip_each="module").clip()
+    norms = {}
+    for start, own in members.items():
+        norms[start] = math.sqrt(sum(v * v for _, g in own for v in g.double().flatten().tolist()))
+        factor = min(1.0, 3.0 / (norms[start] + 1e-6))
+        for name, before in own:
+            torch.testing.assert_close(named[name].grad, before * factor, rtol=1e-5, atol=1e-8, msg=name)
+    assert total.item() == pytest.approx(math.sqrt(sum(n * n for n in norms.values())), rel=1e-5)
+    assert norms["student.heads.patches."] < 3 < norms["student.heads.main."]  # one pays, the other does not
+
+
 def test_without_a_limit_gradients_stay():
     model = toy()
     fill(model, 1)
@@ -172,7 +306,7 @@ def test_without_a_limit_gradients_stay():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("each", ["parameter", "all"])
+@pytest.mark.parametrize("each", ["parameter", "module", "all"])
 def test_the_norm_tells_of_a_gradient_that_is_not_finite(bad, each):
     model = toy()
     fill(model, 1)

@@ -162,7 +162,11 @@ CAPI = {  # Table 6, and Table 8 for sizes
     "optimizer.lr.value": 1e-3,
     "optimizer.lr.warmup": "10 %",
     "optimizer.lr.truncate": 0.8,
+    "optimizer.lr.end": 0.0,
+    "optimizer.lr_rule": "none",
     "optimizer.weight_decay.value": 0.1,
+    "optimizer.weight_decay.end": None,
+    "optimizer.weight_decay.shape": "constant",
     "optimizer.betas": [0.9, 0.95],
     "optimizer.clip": None,
     "optimizer.patch_embed_lr": 0.2,
@@ -170,6 +174,148 @@ CAPI = {  # Table 6, and Table 8 for sizes
     "optimizer.parts.clustering.lr": 0.5,
     "optimizer.parts.clustering.weight_decay": 0.01,
 }
+TARGET_DINOV2 = {
+    "kind": "centering",
+    "student_temperature": 0.1,
+    "momentum": 0.9,
+    "temperature.start": 0.04,
+    "temperature.value": 0.07,
+    "temperature.warmup": "37500 steps",  # 30 "epochs" of 1,250
+    "temperature.per_epoch": False,
+}
+DINOV2 = COMMON | {  # the defaults of its code: the short run of ViT-L/16
+    "duration": "125k steps",
+    "batch_size": 2048,
+    "precision": "bf16",
+    "model.layer_scale": 1e-5,
+    "model.drop_path": 0.3,
+    "model.drop_path_rule": "constant",
+    "model.drop_path_subset": True,
+    "model.registers": 0,
+    "model.mlp": "gelu",
+    "views.global_scale": [0.32, 1.0],
+    "views.local_scale": [0.05, 0.32],
+    "views.local_count": 8,
+    "views.color.blur": [0.0, 0.9, 0.5],  # as released
+    "views.masking.shape": "block",
+    "views.masking.probability": 0.5,
+    "views.masking.ratio": [0.1, 0.5],
+    "views.masking.local": False,
+    "views.masking.stratified": True,
+    "views.masking.smallest_block": 4,
+    "views.masking.largest_block": 0.5,  # 98 of 196
+    "method.heads.main.prototypes": 65536,
+    "method.heads.main.norm_last_layer": False,
+    "method.token.head": "main",
+    "method.patch.head": "main",  # shared, as for ImageNet-1k
+    "method.patch.center": "masked",
+    "method.patch.weight": 1.0,
+    "method.spread.weight": 0.1,
+    "method.momentum.value": 0.992,
+    "optimizer.lr.value": 4e-3,
+    "optimizer.lr.end": 1e-6,
+    "optimizer.lr.warmup": "12500 steps",
+    "optimizer.lr_rule": "sqrt",
+    "optimizer.clip": 3.0,
+    "optimizer.clip_each": "module",
+    "optimizer.layer_decay": 0.9,
+    "optimizer.patch_embed_lr": 0.2,
+    "optimizer.norm_decay": 0.0,
+    "optimizer.freeze_last_layer": "1250 steps",
+}
+DINOV2 |= {f"method.{term}.target.{k}": v for term in ("token", "patch") for k, v in TARGET_DINOV2.items()}
+del DINOV2["method.spread"]
+NO_COLOR = {
+    "views.color.jitter": 0.0,
+    "views.color.grayscale": 0.0,
+    "views.color.blur": [0.0, 0.0, 0.0],
+    "views.color.solarize": [0.0, 0.0, 0.0],
+}
+MAE = NO_COLOR | {  # Table 8 of the appendix, and the official commands
+    "batch_size": 4096,
+    "duration": "1600 epochs",
+    "model.patch_size": 16,
+    "model.class_token": True,
+    "model.registers": 0,
+    "model.positions": "sincos",
+    "model.init": "xavier",
+    "model.drop_path": 0.0,
+    "model.norm": "layer",
+    "model.bias": True,
+    "views.global_size": 224,
+    "views.global_count": 1,
+    "views.global_scale": [0.2, 1.0],
+    "views.flip": 0.5,
+    "views.local_count": 0,
+    "views.blocks": None,
+    "views.dropping.shape": "random",
+    "views.dropping.ratio": 0.75,
+    "views.dropping.predict": 1.0,
+    "method.decoder.kind": "self",
+    "method.decoder.width": 512,
+    "method.decoder.depth": 8,
+    "method.decoder.heads": 16,
+    "method.decoder.drop_path": 0.0,
+    "method.normalise": True,
+    "method.loss": "squared",
+    "optimizer.lr.value": 1.5e-4,
+    "optimizer.lr.start": 0.0,
+    "optimizer.lr.end": 0.0,
+    "optimizer.lr.warmup": "40 epochs",
+    "optimizer.lr.shape": "cosine",
+    "optimizer.lr_rule": "linear",
+    "optimizer.weight_decay.value": 0.05,
+    "optimizer.weight_decay.end": None,
+    "optimizer.weight_decay.shape": "constant",
+    "optimizer.betas": [0.9, 0.95],
+    "optimizer.clip": None,
+    "optimizer.layer_decay": 1.0,
+    "optimizer.patch_embed_lr": 1.0,
+}
+IJEPA = NO_COLOR | {  # the released configurations
+    "batch_size": 2048,
+    "duration": "600 epochs",
+    "precision": "bf16",
+    "model.patch_size": 16,
+    "model.class_token": False,
+    "model.registers": 0,
+    "model.positions": "sincos",
+    "model.init": "normal",
+    "model.drop_path": 0.0,
+    "views.global_size": 224,
+    "views.global_count": 1,
+    "views.global_scale": [0.3, 1.0],
+    "views.flip": 0.0,
+    "views.local_count": 0,
+    "views.dropping": None,
+    "views.blocks.targets": 4,
+    "views.blocks.target_scale": [0.15, 0.2],
+    "views.blocks.target_aspect": [0.75, 1.5],
+    "views.blocks.context_scale": [0.85, 1.0],
+    "views.blocks.min_context": 10,
+    "views.blocks.published": False,
+    "method.predictor.kind": "self",
+    "method.predictor.width": 384,
+    "method.predictor.depth": 12,
+    "method.predictor.heads": 16,  # those of the encoder
+    "method.predictor.drop_path": 0.0,
+    "method.loss": "huber",
+    "method.momentum.value": 0.996,
+    "method.momentum.end": 1.0,
+    "method.momentum.shape": "linear",
+    "optimizer.lr.value": 1e-3,
+    "optimizer.lr.start": 2e-4,
+    "optimizer.lr.end": 1e-6,
+    "optimizer.lr.warmup": "40 epochs",
+    "optimizer.lr.shape": "cosine",
+    "optimizer.lr_rule": "none",
+    "optimizer.weight_decay.value": 0.04,
+    "optimizer.weight_decay.end": 0.4,
+    "optimizer.weight_decay.shape": "cosine",
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.clip": None,
+}
+IJEPA_B = {"model.size": "base", "method.predictor.depth": 6, "method.predictor.heads": 12}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "dino-vits16-in1k": COMMON
     | WIDE
@@ -192,11 +338,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "odis-vitl16-in1k": COMMON | IBOT | IBOT_L | OBJECTS,
     "ibot-vits16-coco": COMMON | IBOT | IBOT_S | COCO | NO_OBJECTS,
     "odis-vits16-coco": COMMON | IBOT | IBOT_S | COCO | OBJECTS,
+    "dinov2-vits16-in1k": DINOV2 | NO_OBJECTS | {"model.size": "small"},
+    "dinov2-vitb16-in1k": DINOV2 | NO_OBJECTS | {"model.size": "base"},
+    "dinov2-vitl16-in1k": DINOV2 | NO_OBJECTS | {"model.size": "large"},
+    "odis-dinov2-vits16-in1k": DINOV2 | OBJECTS | {"model.size": "small"},
+    "mae-vits16-in1k": MAE | {"model.size": "small", "duration": "800 epochs"},  # not published
+    "mae-vitb16-in1k": MAE | {"model.size": "base"},
+    "mae-vitl16-in1k": MAE | {"model.size": "large", "duration": "800 epochs"},
+    "mae-vith14-in1k": MAE | {"model.size": "huge", "model.patch_size": 14},
+    "ijepa-vitb16-in1k": IJEPA | IJEPA_B,
+    "ijepa-vitl16-in1k": IJEPA | {"model.size": "large"},
+    "ijepa-vith14-in1k": IJEPA | {"model.size": "huge", "model.patch_size": 14, "duration": "300 epochs"},
     "capi-vitl14-in22k": CAPI,
     "capi-vitl14-in1k": CAPI,
     "capi-vitl14-lvd": CAPI,
-    "capi-vitb14-lvd": CAPI | {"model.size": "base"},
-    "capi-vits14-lvd": CAPI | {"model.size": "small", "optimizer.lr.value": 2e-3},
+    "capi-vitb14": CAPI | {"model.size": "base"},
+    "capi-vits14": CAPI | {"model.size": "small", "optimizer.lr.value": 2e-3},
     "capi-vitl16-in22k": CAPI
     | {"model.patch_size": 16, "duration": "100k steps", "optimizer.lr.value": 2e-3},
 }
@@ -208,6 +365,9 @@ PEAKS = {
     "ibot-vitl16-in1k": 2e-3,
     "odis-vits16-in1k": 2e-3,
     "odis-vits16-coco": 5e-4,
+    "dinov2-vitl16-in1k": 4e-3 * 2**0.5,
+    "mae-vitb16-in1k": 2.4e-3,
+    "ijepa-vith14-in1k": 1e-3,
 }
 
 
@@ -227,8 +387,11 @@ def test_published_settings(name):
     assert config.data is None  # the user's own
 
 
+PUBLISHED_ON = ("in1k", "coco", "in22k", "lvd", "capi-vitb14", "capi-vits14")
+
+
 def test_every_published_recipe_is_in_the_table():
-    assert {name for name in recipes() if name.endswith(("in1k", "coco", "in22k", "lvd"))} == PUBLISHED.keys()
+    assert {name for name in recipes() if name.endswith(PUBLISHED_ON)} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize(("name", "peak"), PEAKS.items())
@@ -249,6 +412,8 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
         "tinyimagenet": 24_000,
         "in22k": 14_000_000,
         "lvd": 142_000_000,
+        "vitb14": 142_000_000,
+        "vits14": 142_000_000,
     }.get(name.split("-")[-1], 5000)
     progress = plan(config, pictures)
     check(config, progress)
@@ -266,6 +431,42 @@ def test_methods_differ_in_what_makes_them():
         assert ibot | {k: dino[k] for k in ("recipe", "about", "views", "method")} == dino
         assert ibot["method"] | {"patch": None} == dino["method"]
         assert ibot["views"] | {"masking": None} == dino["views"]
+
+
+def test_dinov2_is_ibot_with_its_own_terms_and_schedules_and_odis_adds_objects_alone():
+    for small in ("tiny-tinyimagenet", "vits16-in1k"):
+        plain, objects = (to_dict(resolve(f"{m}-{small}")) for m in ("dinov2", "odis-dinov2"))
+        assert plain | {k: objects[k] for k in ("recipe", "about", "views", "loader")} == objects
+        assert plain["views"] | {"objects": objects["views"]["objects"]} == objects["views"]
+    ibot, dinov2 = (to_dict(resolve(f"{m}-tiny-tinyimagenet")) for m in ("ibot", "dinov2"))
+    changed = {name for name in ibot if ibot[name] != dinov2[name]}
+    assert changed == {"recipe", "about", "model", "views", "method", "optimizer"}
+    for same in ("duration", "batch_size", "loader", "transform"):  # equal budget
+        assert ibot[same] == dinov2[same]
+    assert ibot["optimizer"]["lr"] == dinov2["optimizer"]["lr"]
+    assert ibot["views"] | {"masking": dinov2["views"]["masking"]} == dinov2["views"]
+    assert ibot["model"] | {"layer_scale": dinov2["model"]["layer_scale"]} == dinov2["model"]
+    assert dinov2["method"]["token"]["head"] != dinov2["method"]["patch"]["head"]
+
+
+def test_an_epoch_of_dinov2_is_1250_steps_whatever_the_data():
+    config = resolve("dinov2-vitl16-in1k")
+    for pictures in (IMAGENET, 50_000):
+        progress = plan(config, pictures)
+        assert progress.total_steps == 100 * 1250
+        peak = config.optimizer.lr.at(dataclasses.replace(progress, step=12_499))
+        assert peak == config.optimizer.lr.value
+        temperature = config.method.token.target.temperature
+        for step, value in (
+            (0, 0.04),
+            (18_750, 0.04 + 0.03 * 18_750 / 37_499),
+            (37_499, 0.07),
+            (99_999, 0.07),
+        ):
+            assert temperature.at(dataclasses.replace(progress, step=step)) == pytest.approx(value)
+        momentum = config.method.momentum
+        assert momentum.at(progress) == pytest.approx(0.992)
+        assert momentum.at(dataclasses.replace(progress, step=62_500)) == pytest.approx(0.996)
 
 
 # -- bases and overrides -------------------------------------------------------------------------------------

@@ -676,3 +676,15 @@ def test_what_is_kept_for_good_is_also_written(tiny, tmp_path):
     pretrain(tiny(out=str(tmp_path / "run"), checkpoint_every="5 steps", keep=1, keep_every="3 steps"))
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-0000000{step}" for step in (3, 6, 8)]
+
+
+def test_encoders_of_kept_steps_are_those_of_their_checkpoints(tiny, tmp_path):
+    run = pretrain(tiny(out=str(tmp_path / "run"), keep_every="4 steps"))
+    kept = sorted(path.name for path in (run.folder / "encoders").iterdir())
+    assert kept == ["step-00000004", "step-00000008"]
+    for name in kept:
+        teacher = checkpoint.load(run.folder / "checkpoints" / name)["trainer"]["method"]
+        weights = foveola.load(run.folder / "encoders" / name).backbone.state_dict()
+        assert weights
+        assert all(torch.equal(teacher[f"teacher.backbone.{key}"], value) for key, value in weights.items())
+    assert foveola.load(run.folder / "encoders" / kept[1]).fingerprint() == run.encoder().fingerprint()

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from foveola.views.tokens import MaskingConfig, block_masks, draw_masks, random_masks
+from foveola.views.tokens import (
+    MaskingConfig,
+    block_masks,
+    draw_masks,
+    random_masks,
+    stratified_targets,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -116,6 +122,129 @@ def test_random_masks_have_exactly_their_share():
         MaskingConfig(shape="random", probability=1.0, ratio=(0.5, 0.5)), 10, 2, (4, 4), seeded()
     )
     assert (drawn.sum(-1) == 8).all()
+
+
+# -- DINOv2: dealt out over a batch --------------------------------------------------------------------------
+
+DINOV2 = MaskingConfig(stratified=True, smallest_block=4, largest_block=0.5)
+
+
+@pytest.mark.parametrize(("pictures", "views"), [(64, 2), (5, 1), (7, 3), (1, 2), (1, 1), (2, 8)])
+@pytest.mark.parametrize("probability", [0.5, 0.3, 1.0, 0.0])
+def test_exactly_a_share_of_the_views_of_a_batch_is_masked(pictures: int, views: int, probability: float):
+    config = MaskingConfig(
+        stratified=True, probability=probability, ratio=(0.1, 0.5), smallest_block=4, largest_block=0.5
+    )
+    for seed in range(5):
+        targets = stratified_targets(config, pictures * views, 196, seeded(seed))
+        assert int((targets > 0).sum()) == int(probability * pictures * views)
+        masks = draw_masks(config, pictures, views, (14, 14), seeded(seed))
+        assert torch.equal(masks.any(-1).flatten(), targets > 0)
+        assert (masks.sum(-1).flatten() <= targets).all()
+
+
+def test_ratios_of_a_batch_are_one_from_each_interval():
+    """Sorted, the i-th target lies in its n-th of [0.1, 0.5]: whole patches of a grid of 196."""
+    config, counts = MaskingConfig(stratified=True), []
+    for seed in range(200):
+        targets = stratified_targets(config, 40, 196, seeded(seed)).sort().values
+        assert not targets[:20].any()
+        assert torch.equal(targets, targets.round())
+        for i, target in enumerate(targets[20:].tolist()):
+            low, high = (int(196 * (0.1 + 0.4 * j / 20)) for j in (i, i + 1))
+            assert low <= target <= high
+        counts.append(targets.sum().item())
+    # Their number hardly varies from batch to batch, which is what this is for.
+    assert np.mean(counts) == pytest.approx(20 * (0.3 * 196 - 0.5), rel=0.002)
+    assert np.std(counts) < 8  # of independent ratios: 100
+
+
+def test_masked_views_stand_anywhere_in_a_batch():
+    masked = torch.stack(
+        [stratified_targets(DINOV2, 12, 196, seeded(seed)) > 0 for seed in range(2000)]
+    ).float()
+    assert (masked.mean(dim=0) - 0.5).abs().max() < 0.05
+    both = (masked[:, 0] * masked[:, 1]).mean().item()  # two views of a picture
+    assert both == pytest.approx(6 / 12 * 5 / 11, abs=0.03)
+
+
+def test_blocks_of_dinov2_keep_their_limits_and_known_shares():
+    """0.298 of masked views are masked, a corner 4.5 % of the time and the centre 51 %."""
+    masks = torch.cat([draw_masks(DINOV2, 64, 2, (14, 14), seeded(seed)).flatten(0, 1) for seed in range(60)])
+    masks = masks[masks.any(1)]
+    assert len(masks) == 60 * 64
+    assert masks.float().mean().item() == pytest.approx(0.298, abs=0.002)
+    often = masks.float().mean(dim=0).view(14, 14)
+    assert often[[0, 0, -1, -1], [0, -1, 0, -1]].mean().item() == pytest.approx(0.045, abs=0.006)
+    assert often[6:8, 6:8].mean().item() == pytest.approx(0.51, abs=0.015)
+
+
+def naive_capped_mask(target: int, size: int, least: int, most: int, rng: random.Random) -> np.ndarray:
+    """One of DINOv2's masks, block by block."""
+    mask = np.zeros((size, size), dtype=bool)
+    while mask.sum() < target:
+        room = min(target - mask.sum(), most)
+        for _ in range(10):
+            area = rng.uniform(least, room)
+            aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+            height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if height < size and width < size:
+                top, left = rng.randint(0, size - height), rng.randint(0, size - width)
+                block = np.zeros_like(mask)
+                block[top : top + height, left : left + width] = True
+                if 0 < (block & ~mask).sum() <= room:
+                    mask |= block
+                    break
+        else:
+            break
+    return mask
+
+
+@pytest.mark.parametrize(("least", "most"), [(4, 98), (4, 12), (1, 20), (30, 40)])
+def test_limits_of_blocks_are_those_of_a_loop(least: int, most: int):
+    rng = random.Random(0)
+    naive = np.stack([naive_capped_mask(80, 14, least, most, rng) for _ in range(500)])
+    ours = block_masks(torch.full((500,), 80.5 / 196), (14, 14), seeded(), least, most / 196)
+    ours = ours.view(-1, 14, 14).numpy()
+    assert ours.mean() == pytest.approx(naive.mean(), abs=0.012)
+    borders = [(np.diff(masks.astype(int), axis=1) != 0).sum() / masks.sum() for masks in (ours, naive)]
+    assert borders[0] == pytest.approx(borders[1], rel=0.06)
+
+
+def test_no_block_adds_more_than_the_largest():
+    one = block_masks(torch.full((300,), 0.99), (14, 14), seeded(), 4, 10 / 196)
+    assert one.sum(dim=1).min() > 10  # several blocks
+    # A mask that one block fills is that block.
+    single = block_masks(torch.full((300,), 10.5 / 196), (14, 14), seeded(), 10, 10 / 196).view(-1, 14, 14)
+    filled = [m for m in single if m.sum() >= 9]
+    assert filled
+    assert single.sum(dim=(1, 2)).max() <= 10
+
+
+def test_random_patches_can_be_dealt_out_too():
+    config = MaskingConfig(shape="random", stratified=True)
+    masks = draw_masks(config, 20, 2, (7, 5), seeded())
+    assert torch.equal(masks.sum(-1).flatten(), stratified_targets(config, 40, 35, seeded()).long())
+
+
+@pytest.mark.parametrize("per_picture", [False, True])
+@pytest.mark.parametrize("shape", ["block", "random"])
+def test_other_ways_to_draw_do_not_move_the_streams_of_plain_masks(shape: str, per_picture: bool):
+    """A coin for each view (or picture), a ratio for each view, then the masks: in this order, no more."""
+    config = MaskingConfig(shape=shape, per_picture=per_picture)
+    generator, own = seeded(3), seeded(3)
+    for grid in ((14, 14), (8, 8), (3, 5)):
+        coin = torch.rand(20, 1 if per_picture else 2, generator=own).expand(20, 2)
+        ratios = 0.1 + 0.4 * torch.rand(20, 2, generator=own)
+        ratios = (ratios * (coin < 0.5)).flatten()
+        expected = (block_masks if shape == "block" else random_masks)(ratios, grid, own)
+        assert torch.equal(draw_masks(config, 20, 2, grid, generator).flatten(0, 1), expected)
+        assert torch.equal(generator.get_state(), own.get_state())
+
+
+def test_stratified_masks_are_not_drawn_per_picture():
+    with pytest.raises(ValueError, match=r"stratified .*per_picture=false"):
+        MaskingConfig(stratified=True, per_picture=True)
 
 
 def test_probability_one_and_zero():

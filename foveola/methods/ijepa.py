@@ -1,0 +1,147 @@
+"""I-JEPA: predict what the teacher makes of blocks of the picture from a context that lies around them.
+
+The student encodes the context; a narrow predictor tells the features of each block apart from the others.
+The teacher, the student's moving average, encodes the whole picture. There are no augmented views, no class
+token and no clusters: nothing but the teacher's slowness keeps features from collapsing.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, mse_loss
+
+from foveola.config import key
+from foveola.losses import huber_loss
+from foveola.methods.method import (
+    Method,
+    Output,
+    check_single_view,
+    ema_update,
+    freeze,
+    spread_and_rank,
+)
+from foveola.models.blocks import initialise
+from foveola.models.positions import take_rows
+from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.schedules import Progress, Schedule
+from foveola.views.batch import Batch, ViewsConfig
+
+
+@dataclass(frozen=True)
+class IJepaConfig:
+    """Defaults: I-JEPA ViT-B."""
+
+    name: Literal["ijepa"] = key("ijepa", "which method this is")
+    predictor: PredictorConfig = key(
+        factory=lambda: PredictorConfig(kind="self", width=384, depth=6, heads=12, drop_path=0.0),
+        help="from the context to the blocks",
+    )
+    loss: Literal["huber", "squared"] = key("huber", "error of features: the code's, or the paper's")
+    momentum: Schedule = key(
+        factory=lambda: Schedule(value=0.996, end=1.0, shape="linear"), help="EMA of the teacher"
+    )
+
+    def check(self, views: ViewsConfig, model: ViTConfig) -> None:
+        """Raise ValueError where the views or the network cannot serve the method."""
+        self.predictor.network(model)
+        if views.blocks is None and views.dropping is None:
+            raise ValueError(
+                "method.name=ijepa needs blocks to predict: set views.blocks (or views.dropping)"
+            )
+        check_single_view(self.name, views)
+
+    @property
+    def pool(self) -> Literal["average"]:
+        """The mean patch."""
+        return "average"
+
+
+class Student(nn.Module):
+    """Encoder, predictor, and the linear map to the encoder's width."""
+
+    def __init__(self, config: PredictorConfig, model: ViTConfig) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(model)
+        # Never used: data-parallel training would wait for its gradient.
+        self.backbone.mask_token.requires_grad_(False)
+        self.predictor = Predictor(config, model)
+        self.head = nn.Linear(self.predictor.width, model.shape[0])
+        initialise(self.head, model.init)
+
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        keep: Int64[Tensor, "B K"],
+        wanted: Int64[Tensor, "B Q"],
+        groups: int,
+    ) -> Float[Tensor, "B Q D"]:
+        """Features of the wanted patches, which are `groups` blocks of equal size."""
+        return self.head(self.predictor(self.backbone(images, keep=keep), wanted, keep, groups))
+
+
+class IJepa(Method):
+    """Student and teacher."""
+
+    def __init__(self, config: IJepaConfig, model: ViTConfig, views: ViewsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.student = Student(config.predictor, model)
+        self.teacher = freeze(deepcopy(self.student.backbone))
+        self.groups = 1 if views.blocks is None else views.blocks.targets
+        self.seen: Tensor | None = None
+
+    def train(self, mode: bool = True) -> "IJepa":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        assert batch.keep is not None
+        assert batch.predict is not None
+        images, keep, wanted = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        with torch.no_grad():
+            patches = self.teacher(images).patches.float()
+            targets = take_rows(layer_norm(patches, patches.shape[-1:]), wanted)
+        self.seen = patches.mean(dim=1)
+        predictions = self.student(images, keep, wanted, self.groups)
+        if self.config.loss == "huber":
+            loss = huber_loss(predictions, targets)
+        else:
+            loss = mse_loss(predictions.float(), targets)
+        return Output({"prediction": loss}, self._spread(patches) | batch.facts)
+
+    @torch.no_grad()
+    def _spread(self, patches: Float[Tensor, "B N D"]) -> dict[str, Tensor]:
+        """Deviations of the teacher's patches before the LayerNorm that makes targets of them.
+
+        Over all patches, and over pictures at the same place: features that tell the place alone have the
+        former but not the latter. Both are roots of mean variances over channels.
+        """
+        overall = patches.flatten(0, 1).var(dim=0, correction=0).mean().sqrt()
+        content = patches.var(dim=0, correction=0).mean().sqrt()
+        return {"targets/std": overall, "targets/content_std": content}
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
+        momentum = self.config.momentum.at(progress)
+        ema_update(self.teacher, self.student.backbone, momentum)
+        return {"momentum": momentum}
+
+    def diagnose(self) -> dict[str, float]:
+        if self.seen is None:
+            return {}
+        spread, rank = spread_and_rank(self.seen)
+        return {"feature_spread": spread, "effective_rank": rank}
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        return self.teacher
+
+    def trained(self) -> Iterable[nn.Module]:
+        return (self.student.backbone, self.teacher)

@@ -1,0 +1,153 @@
+"""MAE: reconstruct the pixels of the patches that the encoder never got; SimMIM: of those that it got masked.
+
+The encoder sees a quarter of the patches. A light decoder puts mask tokens where the others were, and tells
+their pixels. There is one network, one view and no teacher.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from foveola.config import key
+from foveola.losses import pixel_loss, pixel_targets
+from foveola.methods.method import Method, Output, check_single_view, spread_and_rank
+from foveola.models.blocks import initialise
+from foveola.models.positions import take_rows
+from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.vit import Features, VisionTransformer, ViTConfig, patchify, unpatchify
+from foveola.schedules import Progress
+from foveola.views.batch import Batch, ViewsConfig
+
+SHOWN = 8  # pictures of a step that are kept to be looked at
+
+
+@dataclass(frozen=True)
+class MaeConfig:
+    """Defaults: MAE."""
+
+    name: Literal["mae"] = key("mae", "which method this is")
+    decoder: PredictorConfig | None = key(
+        factory=lambda: PredictorConfig(kind="self", width=512, depth=8, heads=16, drop_path=0.0),
+        help="from kept to missing patches; null = mask tokens in the encoder (SimMIM)",
+    )
+    normalise: bool = key(True, "pixels of each patch less their mean, over their deviation")
+    loss: Literal["squared", "absolute"] = key("squared", "error of the pixels; SimMIM: absolute")
+
+    def check(self, views: ViewsConfig, model: ViTConfig) -> None:
+        """Raise ValueError where the views or the network cannot serve the method."""
+        if self.decoder is not None:
+            self.decoder.network(model)
+        if views.dropping is None:
+            raise ValueError("method.name=mae needs dropped patches: set views.dropping")
+        check_single_view(self.name, views)
+
+    @property
+    def pool(self) -> Literal["average"]:
+        """The mean patch: no loss reads the class token."""
+        return "average"
+
+    @property
+    def predictor(self) -> None:
+        """The decoder pools nothing, so it is not kept."""
+
+
+class Autoencoder(nn.Module):
+    """Encoder, decoder, and the linear map to pixels."""
+
+    def __init__(self, config: MaeConfig, model: ViTConfig) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(model)
+        width = model.shape[0]
+        if config.decoder is not None:
+            self.decoder = Predictor(config.decoder, model)
+            width = self.decoder.width
+            # Never used: data-parallel training would wait for its gradient.
+            self.backbone.mask_token.requires_grad_(False)
+        self.fused = config.decoder is None
+        self.head = nn.Linear(width, 3 * model.patch_size**2)
+        initialise(self.head, model.init)
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"], wanted: Int64[Tensor, "B Q"]
+    ) -> tuple[Float[Tensor, "B Q CPP"], Float[Tensor, "B K D"]]:
+        """Pixels of the wanted patches, in the order of `patchify`, and the encoder's kept patches."""
+        if not self.fused:
+            features: Features = self.backbone(images, keep=keep)
+            return self.head(self.decoder(features, wanted, keep)), features.patches
+        side = self.backbone.config.patch_size
+        count = (images.shape[2] // side) * (images.shape[3] // side)
+        masked = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
+        patches = self.backbone(images, masked=masked).patches
+        return self.head(take_rows(patches, wanted)), take_rows(patches, keep)
+
+
+def _with_rows(x: Tensor, indices: Int64[Tensor, "B K"], rows: Tensor) -> Float[Tensor, "B N CPP"]:
+    return x.scatter(1, indices[..., None].expand(-1, -1, x.shape[2]), rows)
+
+
+class Mae(Method):
+    """One autoencoder; the target is the picture itself."""
+
+    def __init__(self, config: MaeConfig, model: ViTConfig, views: ViewsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.student = Autoencoder(config, model)
+        self.patch_size = model.patch_size
+        self.colors = views.color.mean, views.color.std
+        self.seen: Tensor | None = None
+        self.shown: tuple[Tensor, ...] | None = None
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        assert batch.keep is not None
+        assert batch.predict is not None
+        images, keep, wanted = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        predictions, patches = self.student(images, keep, wanted)
+        targets = pixel_targets(take_rows(patchify(images, self.patch_size), wanted), self.config.normalise)
+        self.seen = patches.detach().mean(dim=1)
+        self.shown = tuple(t[:SHOWN].detach().clone() for t in (images, keep, wanted, predictions))
+        loss = pixel_loss(predictions, targets, self.config.loss)
+        return Output({"reconstruction": loss}, dict(batch.facts))
+
+    def diagnose(self) -> dict[str, float]:
+        if self.seen is None:
+            return {}
+        spread, rank = spread_and_rank(self.seen)
+        return {"feature_spread": spread, "effective_rank": rank}
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Some views of the last step in columns: as they are, as the encoder got them, and reconstructed.
+
+        Where targets are normalised, a reconstructed patch has the true mean and deviation, which the method
+        does not learn; its kept patches are the true ones.
+        """
+        if self.shown is None:
+            return {}
+        images, keep, wanted, predictions = self.shown
+        patches = patchify(images, self.patch_size)
+        predictions = predictions.float()
+        if self.config.normalise:
+            variance, mean = torch.var_mean(take_rows(patches, wanted), dim=-1, keepdim=True)
+            predictions = predictions * (variance + 1e-6).sqrt() + mean
+        # Zero is the mean colour.
+        hidden = _with_rows(torch.zeros_like(patches), keep, take_rows(patches, keep))
+        filled = _with_rows(hidden, wanted, predictions)
+        grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        rows = torch.stack([unpatchify(x, self.patch_size, grid) for x in (patches, hidden, filled)])
+        mean, std = (torch.tensor(c, device=rows.device)[:, None, None] for c in self.colors)
+        tiles = ((rows * std + mean) * 255).round().clamp(0, 255).byte()  # [3, pictures, 3, H, W]
+        sheet = pad(tiles, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        return {"reconstruction": sheet.cpu().numpy()}
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        return self.student.backbone
+
+    def trained(self) -> Iterable[nn.Module]:
+        return (self.student.backbone,)
