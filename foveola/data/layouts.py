@@ -75,7 +75,7 @@ def open_folder(
     name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
 ) -> Pictures:
     """Pictures below a folder: class subfolders make labels; own boxes or label maps make objects."""
-    files = _find(root, without=masks)
+    files = find_pictures(root, without=masks)
     tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     folders = {top for top in tops if top is not None}
     if boxes is not None and masks is not None:
@@ -116,7 +116,7 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
             for row in _read_table(root / "val" / "val_annotations.txt", 6)
         ]
     folders = sorted({row[0].rsplit("/", 1)[0] for row in listed})
-    present = {f"{folder}/{name}" for folder in folders for name in _find(root / folder)}
+    present = {f"{folder}/{name}" for folder in folders for name in find_pictures(root / folder)}
     listed = sorted(row for row in listed if row[0] in present)  # subsets often keep the full lists
     if len(listed) < len(present):
         nameless = min(present - {row[0] for row in listed})
@@ -145,7 +145,7 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
         raise DataError(
             f"imagenet: no folder {half} in {root} (use folder: for class folders without train and val)"
         )
-    files = _find(base)
+    files = find_pictures(base)
     nested = "/" in files[0]
     wnids = [file.split("/", 1)[0] for file in files] if nested else _flat_labels(root, base, files)
     classes = sorted(set(wnids))
@@ -203,7 +203,7 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
         raise DataError(
             f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
         ) from error
-    _check_listed(root, files)
+    check_listed(root, files)
     classes = [category["name"] for category in categories]
     return Pictures(name, root, files, None, classes, reader, reader.table.digest())
 
@@ -211,7 +211,7 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
 # -- finding and checking ---------------------------------------------------------------------------------
 
 
-def _find(root: Path, without: Path | None = None) -> list[str]:
+def find_pictures(root: Path, without: Path | None = None) -> list[str]:
     """All picture files below a folder, by extension, sorted; hidden ones and one folder left out."""
     found = []
     for folder, inner, files in os.walk(root, followlinks=True):
@@ -226,7 +226,7 @@ def _find(root: Path, without: Path | None = None) -> list[str]:
     return sorted(found)
 
 
-def _check_listed(root: Path, files: list[str]) -> None:
+def check_listed(root: Path, files: list[str]) -> None:
     """Every listed file is there. One look into each folder: a million separate questions take minutes."""
     present: dict[str, set[str]] = {}
     missing = []

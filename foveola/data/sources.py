@@ -1,17 +1,34 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import unquote
 
 from foveola.config import nearest
 from foveola.data.decode import decode
+from foveola.data.hub import open_hub
+from foveola.data.imagenet import (
+    open_imagenet_a,
+    open_imagenet_real,
+    open_imagenet_v2,
+    open_listed,
+    open_objectnet,
+)
 from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.scenes import Scenes
+from foveola.data.segmentation import (
+    PixelSource,
+    open_ade20k,
+    open_camvid,
+    open_cityscapes,
+    open_coco_stuff,
+    open_masks,
+    open_voc,
+)
 
-__all__ = ["BadImage", "DataError", "Source", "decode", "open_source"]
+__all__ = ["BadImage", "DataError", "PixelSource", "Source", "decode", "open_source"]
 
 Split = Literal["train", "test"]
 
@@ -49,8 +66,8 @@ class Source(Protocol):
 def open_source(spec: str, split: Split = "train") -> Source:
     """Open a data string; docs/data.md describes each kind.
 
-    `split` chooses between the halves of kinds that have them (scenes, tinyimagenet, imagenet), unless the
-    string says `split=`. Raises DataError, on one line, for an unknown kind or option, and for files that are
+    `split` chooses between the halves of kinds that have them (docs/data.md), unless the string
+    says `split=`. Raises DataError, on one line, for an unknown kind or option, and for files that are
     missing or wrong.
     """
     kind, colon, rest = spec.partition(":")
@@ -58,7 +75,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise DataError(_unknown_kind(spec, kind))
     place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
-    allowed = own | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
+    allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
         if place:
@@ -67,7 +84,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if not place:
         raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
     root = Path(unquote(place)).expanduser()
-    if not root.is_dir():
+    if kind != "hf" and not root.is_dir():
         near = nearest(
             root.name, [path.name for path in root.parent.glob("*/")] if root.parent.is_dir() else []
         )
@@ -78,7 +95,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
-    source = opener(spec, root, **options)
+    source = opener(spec, unquote(place) if kind == "hf" else root, **options)
     if limit is not None:
         source.limit(limit, seed)
     return source
@@ -121,6 +138,15 @@ def _split(text: str) -> str:
     return "train" if text == "train" else "test"
 
 
+def _one_of(*names: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
 def _range(text: str) -> tuple[int, int]:
     low, dash, high = text.partition("-")
     if not low.isdecimal() or (dash and not high.isdecimal()):
@@ -142,10 +168,25 @@ def _folder(text: str) -> Path:
     return path
 
 
-KINDS: dict[str, tuple[Callable[..., Any], dict[str, Callable[[str], Any]]]] = {
+KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] = {
     "scenes": (Scenes, {"size": _whole, "count": _whole, "seed": _whole, "objects": _range, "split": _split}),
     "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
     "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
     "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
     "coco": (open_coco, {"annotations": _path}),
+    "masks": (open_masks, {"labels": _folder, "classes": str, "ignore": _whole}),
+    "voc": (open_voc, {"split": _one_of("train", "trainaug", "val", "test")}),
+    "ade20k": (open_ade20k, {"split": _split}),
+    "cityscapes": (open_cityscapes, {"split": _split}),
+    "cocostuff": (open_coco_stuff, {"labels": _folder, "classes": str}),
+    "camvid": (open_camvid, {"split": _one_of("train", "val", "test")}),
+    "imagenetv2": (open_imagenet_v2, {}),
+    "imagenet-a": (open_imagenet_a, {}),
+    "imagenet-real": (open_imagenet_real, {"labels": _path}),
+    "objectnet": (open_objectnet, {"border": _whole}),
+    "listed": (open_listed, {"files": _path, "classes": str}),
+    "hf": (
+        open_hub,
+        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | {"ignore": _whole},
+    ),
 }

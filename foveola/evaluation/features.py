@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from foveola import distributed
 from foveola.config import UserError
 from foveola.data.loader import begin_worker
+from foveola.data.sample import BadImage
 from foveola.data.sources import Source
 from foveola.evaluation.rows import ExtractConfig, Pictures, Rows, join
 from foveola.models.encoder import Encoder
@@ -80,7 +81,7 @@ def extract_tables(
         readable.append(batch.masks.float().mean(dim=1))
         done.append(batch.without_pixels())
     rows = join(done)._asdict()
-    facts = _facts_of_bad(distributed.gather_rows(rows["bad"]), len(chosen), source)
+    facts = facts_of_bad(distributed.gather_rows(rows["bad"]), len(chosen), source)
     columns = {
         name: distributed.gather_rows(rows[name]) for name in ("labels", "pictures", "objects", "has_mask")
     }
@@ -239,14 +240,22 @@ def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
     yield from track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _facts_of_bad(bad: Int64[Tensor, "b"], pictures: int, source: Source) -> dict[str, Any]:
+def facts_of_bad(bad: Int64[Tensor, "b"], pictures: int, source: Source) -> dict[str, Any]:
     """Count and name pictures that could not be read; too many are an error."""
-    names = [source[int(index)].name for index in bad[:10]]
+    names = [_name_of(source, int(index)) for index in bad[:10]]
     if len(bad) > MAX_BAD * pictures:
         raise UserError(
             f"{source.name}: {len(bad)} of {pictures} pictures cannot be read, such as {names[0]}"
         )
     return {"unreadable": len(bad), "unreadable_names": names}
+
+
+def _name_of(source: Source, index: int) -> str:
+    """The name of a picture that cannot be read, perhaps not even asked for."""
+    try:
+        return source[index].name
+    except BadImage as error:
+        return str(error)
 
 
 def check_finite(features: Float32[Tensor, "R D"], pictures: Int64[Tensor, "R"], source: Source) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -13,7 +13,9 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
+from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, share
+from foveola.evaluation.kinds import need
 from foveola.evaluation.metrics import (
     Outcome,
     bootstrap,
@@ -63,7 +65,7 @@ def nearest(
     similarities = torch.empty(len(queries), k)
     indices = torch.zeros(len(queries), k, dtype=torch.int64)
     rows = max(1, tile // max(1, min(bank_chunk, len(bank))))
-    with _exact_products(torch.device(device).type):
+    with exact_products(torch.device(device).type):
         for start in range(0, len(queries), QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
             query = unit_rows(queries[block].to(device))
@@ -115,7 +117,7 @@ def top(x: Float[Tensor, "n W"], k: int) -> tuple[Float[Tensor, "n r"], Int64[Te
 
 
 @contextmanager
-def _exact_products(device: str) -> Iterator[None]:
+def exact_products(device: str) -> Iterator[None]:
     """Float32 products in full precision: TF32 or bf16 reorders neighbours that are nearly alike."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -177,6 +179,9 @@ class KnnConfig(ExtractConfig):
     exclude_self: bool = key(
         False, "rows of a query's own picture do not vote; needed when train and test are the same"
     )
+    store: Literal["float32", "float16"] = key(
+        "float32", "numbers in which features are kept, where they are (cache=, several protocols)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +189,21 @@ class KnnConfig(ExtractConfig):
             raise ValueError(f"k: needs different numbers of neighbours, got {list(self.k)}")
 
 
-def run(encoder: Encoder, train: Source, test: Source, config: KnnConfig, progress: bool = True) -> Outcome:
+def needs(config: KnnConfig, encoder: Encoder) -> Need | None:
+    """What of a picture the protocol reads; None where its rows are no pictures or no tokens."""
+    if config.rows != "pictures" or (config.pool or encoder.config.pool) != "token":
+        return None
+    return need("token") if config.masks is False else need("token", "masked")
+
+
+def run(
+    encoder: Encoder,
+    train: Source,
+    test: Source,
+    config: KnnConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
+) -> Outcome:
     """Extract the features of both sources and classify each test row by its neighbours in train.
 
     Metrics, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
@@ -198,10 +217,16 @@ def run(encoder: Encoder, train: Source, test: Source, config: KnnConfig, progre
         raise UserError("exclude_self=true needs the same data for train and test")
     kinds, notes = mask_kinds(config.masks, train, test)
     began = perf_counter()
-    banks, train_facts = extract_tables(encoder, train, kinds, config, progress=progress)
-    queries, test_facts = (
-        (banks, train_facts) if same else extract_tables(encoder, test, kinds, config, progress=progress)
-    )
+    wanted = needs(config, encoder) if feed is not None else None
+
+    def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
+        if feed is None or wanted is None:
+            return extract_tables(encoder, source, kinds, config, progress=progress)
+        store = feed.open(source, config, wanted)
+        return [store.table(masked) for masked in kinds], store.facts
+
+    banks, train_facts = tables(train)
+    queries, test_facts = (banks, train_facts) if same else tables(test)
     seconds = {"extract_seconds": round(perf_counter() - began, 2)}
     began, metrics = perf_counter(), {}
     for masked, bank, query in zip(kinds, banks, queries, strict=True):

@@ -16,6 +16,8 @@ class Outcome:
     metrics: dict[str, float]
     data: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
+    chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from a grid
+    grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
 
 
 def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:

@@ -1,10 +1,9 @@
 """The list of protocols, `evaluate()`, and the `Result` that it writes."""
 
-import json
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -15,10 +14,24 @@ import torch
 
 import foveola
 from foveola import distributed
-from foveola.config import UserError, build, nearest, to_dict
+from foveola.config import UserError, build, merge, nearest, to_dict
 from foveola.data.sources import Source, open_source
-from foveola.evaluation import knn, retrieval
+from foveola.evaluation import (
+    abmilp,
+    attentive,
+    dense_retrieval,
+    knn,
+    linear,
+    logistic,
+    probes,
+    retrieval,
+    segmentation,
+    segmentation_head,
+)
+from foveola.evaluation.cache import Feed
+from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.result import Result
 from foveola.models.encoder import Encoder, load
 
 
@@ -27,14 +40,53 @@ class Protocol:
     """A way to measure an encoder: its settings, what runs it, whether it needs labelled training data."""
 
     config: type
-    run: Callable[[Encoder, Any, Source, Any, bool], Outcome]
+    run: Callable[
+        ..., Outcome
+    ]  # of (encoder, train, test, config, progress), and `feed` where it `needs` one
     needs_train: bool
     help: str
+    # What it reads of a picture from the shared feature pass; None: it makes its own pass (with this config).
+    needs: Callable[[Any, Encoder], Need | None] | None = None
 
 
 PROTOCOLS = {
     "knn": Protocol(
-        knn.KnnConfig, knn.run, True, "k-NN classification by weighted vote, with and without object masks"
+        knn.KnnConfig,
+        knn.run,
+        True,
+        "k-NN classification by weighted vote, with and without object masks",
+        knn.needs,
+    ),
+    "linear": Protocol(
+        linear.LinearConfig,
+        linear.run,
+        True,
+        "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)",
+        linear.needs,
+    ),
+    "logistic": Protocol(
+        logistic.LogisticConfig,
+        logistic.run,
+        True,
+        "linear classification by L-BFGS logistic regression, over a path of C",
+        logistic.needs,
+    ),
+    "attentive": Protocol(
+        attentive.AttentiveConfig,
+        attentive.run,
+        True,
+        "classification of what one learned query reads from the patches (CAPI)",
+        attentive.needs,
+    ),
+    "abmilp": Protocol(
+        abmilp.AbmilpConfig,
+        abmilp.run,
+        True,
+        "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)",
+        abmilp.needs,
+    ),
+    "probes": Protocol(
+        probes.ProbesConfig, probes.run, True, "all of these side by side on the same features", probes.needs
     ),
     "retrieval": Protocol(
         retrieval.RetrievalConfig,
@@ -42,54 +94,31 @@ PROTOCOLS = {
         False,
         "find the other crop of an object among those of others",
     ),
+    "dense_retrieval": Protocol(
+        dense_retrieval.DenseRetrievalConfig,
+        dense_retrieval.run,
+        True,
+        "segmentation by attention to the nearest labelled patches",
+    ),
+    "knn_segmentation": Protocol(
+        segmentation.KnnSegmentationConfig,
+        segmentation.run_knn,
+        True,
+        "segmentation by the labels of the nearest patches",
+    ),
+    "logistic_segmentation": Protocol(
+        segmentation.LogisticSegmentationConfig,
+        segmentation.run_logistic,
+        True,
+        "segmentation by logistic regression on patches",
+    ),
+    "linear_segmentation": Protocol(
+        segmentation_head.LinearSegmentationConfig,
+        segmentation_head.run,
+        True,
+        "segmentation by a linear layer on patches, trained by gradient",
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one evaluation found, with everything needed to repeat it. Shares are in percent."""
-
-    protocol: str
-    settings: dict[str, Any]
-    metrics: dict[str, float]
-    data: dict[str, Any]
-    encoder: str
-    versions: dict[str, str]
-    date: str
-    seconds: float
-    notes: tuple[str, ...] = field(default=())
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `folder/results/<protocol>.json`, replaced whole, and return its path."""
-        path = Path(folder) / "results" / f"{self.protocol}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-        return path
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Result":
-        """The result that `save` wrote. Raises UserError for a file that holds none."""
-        try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**tree, "notes": tuple(tree["notes"])})
-        except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is no result of an evaluation: {error}") from error
-
-    def table(self) -> str:
-        """Metrics as aligned plain text, then the notes."""
-        wide = max(len(name) for name in self.metrics)
-        lines = [f"{name:<{wide}}  {value:8.2f}" for name, value in self.metrics.items()]
-        head = f"{self.protocol}: {self._data_line()}, {self.seconds:.1f} s"
-        return "\n".join([head, *lines, *(f"note: {note}" for note in self.notes)])
-
-    def _data_line(self) -> str:
-        sets = {which: facts for which, facts in self.data.items() if isinstance(facts, dict)}
-        return ", ".join(
-            f"{which} {facts['name']} ({facts.get('rows', facts.get('objects'))} rows)"
-            for which, facts in sets.items()
-        )
 
 
 def evaluate(
@@ -99,6 +128,7 @@ def evaluate(
     train: Source | str | None = None,
     test: Source | str | None = None,
     out: str | Path | None = None,
+    cache: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
     **settings: Any,
@@ -107,36 +137,122 @@ def evaluate(
 
     Args:
         model: an `Encoder`, or what `foveola.load` takes. Of a run folder the encoder is measured, and the
-        result is
-            written to its `results/<protocol>.json`.
+            result is written to its `results/<protocol>.json`.
         train, test: data strings (opened with the split of that name) or sources; `train` where the protocol
-        needs it. out: folder for `results/<protocol>.json`; by default the run folder, if the model is one.
+            needs it.
+        out: folder for `results/<protocol>.json`; by default the run folder, if the model is one.
+        cache: folder that keeps the features of the pass; by default that of FOVEOLA_CACHE, if it is set, and
+            otherwise a temporary one.
         device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
-        it is. settings: keys of the protocol's configuration, such as `k=(20,)`, `rows="objects"`.
+            it is.
+        settings: keys of the protocol's configuration, such as `k=(20,)`, `rows="objects"`.
 
     Raises UserError for unknown protocols and keys, bad values, data without what the protocol needs, and
     encoders whose features are not finite.
     """
-    if protocol not in PROTOCOLS:
-        near = nearest(protocol, PROTOCOLS)
-        raise UserError(
-            f"unknown protocol {protocol!r}; "
-            + (f"did you mean {near!r}?" if near else f"known: {', '.join(PROTOCOLS)}")
-        )
-    chosen = PROTOCOLS[protocol]
-    config = build(chosen.config, settings)
-    for name, source in {"test": test, **({"train": train} if chosen.needs_train else {})}.items():
-        if source is None:
-            raise UserError(f"{protocol}: {name} is needed, such as {name}=folder:/pictures")
-    bank = _open(train, "train") if chosen.needs_train else None
+    places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
+    return evaluate_all(model, (protocol,), progress=progress, **places, **settings)[protocol]
+
+
+def evaluate_all(
+    model: Encoder | str | Path,
+    protocols: Sequence[str],
+    *,
+    train: Source | str | None = None,
+    test: Source | str | None = None,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Result]:
+    """`evaluate` for several protocols, which share one pass of the encoder over the pictures where they can.
+
+    A setting counts for every protocol that knows it; `linear={"epochs": 5}` for that one alone. Raises
+    UserError for a setting that none of them knows, and as `evaluate`.
+    """
+    configs = configure(protocols, settings)
+    needs_train = [name for name in configs if PROTOCOLS[name].needs_train]
+    for which, source, users in (("test", test, list(configs)), ("train", train, needs_train)):
+        if source is None and users:
+            raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
+    bank = _open(train, "train") if needs_train else None
     queries = _open(test, "test")
     encoder = model if isinstance(model, Encoder) else load(model, _device(device))
     if out is None and not isinstance(model, Encoder) and (Path(model) / "encoder" / "config.json").is_file():
         out = model
-    began = perf_counter()
-    outcome = chosen.run(encoder, bank, queries, config, progress)
-    result = Result(
-        protocol=protocol,
+    cache = cache or os.environ.get("FOVEOLA_CACHE") or None
+    results = {}
+    feed = _feed(encoder, configs, cache, progress)
+    try:
+        if feed is not None:
+            _want(feed, encoder, configs, bank, queries)
+        for name, config in configs.items():
+            sources = (bank if PROTOCOLS[name].needs_train else None, queries)
+            results[name] = _measure(encoder, name, config, sources, progress, feed)
+            if out is not None and distributed.is_main():
+                results[name].save(out)
+    finally:
+        if feed is not None:
+            feed.close()
+    return results
+
+
+def configure(protocols: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of each protocol. Raises UserError for unknown protocols and keys, and bad values."""
+    for name in protocols:
+        if name not in PROTOCOLS:
+            near = nearest(name, PROTOCOLS)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(PROTOCOLS)}"
+            raise UserError(f"unknown protocol {name!r}; {hint}")
+    if not protocols or len(set(protocols)) < len(protocols):
+        raise UserError(f"expected different protocols, got {', '.join(protocols) or 'none'}")
+    own = {name: settings[name] for name in protocols if isinstance(settings.get(name), dict)}
+    common = {name: value for name, value in settings.items() if name not in own}
+    fields = {name: set(PROTOCOLS[name].config.__dataclass_fields__) for name in protocols}
+    configs, known = {}, set().union(*fields.values())
+    for name in protocols:
+        mine = {key: v for key, v in common.items() if key in fields[name] or key not in known}
+        configs[name] = build(PROTOCOLS[name].config, merge(mine, own.get(name, {})))
+    return configs
+
+
+def _feed(encoder: Encoder, configs: dict[str, Any], cache: str | Path | None, progress: bool) -> Feed | None:
+    """A feed where a protocol reads from one: k-NN alone does only with a folder that keeps the features."""
+    needing = [
+        name for name, config in configs.items() if (n := PROTOCOLS[name].needs) and n(config, encoder)
+    ]
+    if not needing or (needing == ["knn"] and cache is None):
+        return None
+    return Feed(encoder, cache, progress=progress)
+
+
+def _want(feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, test: Source) -> None:
+    """Tell the feed all that will be read before anything is."""
+    for name, config in configs.items():
+        wanted = probes.wants(config, encoder) if name == "probes" else []
+        needs = PROTOCOLS[name].needs
+        if name != "probes" and needs and (need := needs(config, encoder)):
+            wanted = [(getattr(config, "views", 0), need)]
+        for views, need in wanted:
+            feed.want(train, config, need, views)
+            feed.want(test, config, need)
+
+
+def _measure(
+    encoder: Encoder,
+    name: str,
+    config: Any,
+    sources: tuple[Any, Source],
+    progress: bool,
+    feed: Feed | None,
+) -> Result:
+    """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
+    protocol, began = PROTOCOLS[name], perf_counter()
+    more = {"feed": feed} if protocol.needs is not None else {}
+    outcome = distributed.broadcast_object(protocol.run(encoder, *sources, config, progress, **more))
+    return Result(
+        protocol=name,
         settings=to_dict(config),
         metrics=outcome.metrics,
         data=outcome.data,
@@ -150,10 +266,9 @@ def evaluate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - began, 2),
         notes=outcome.notes,
+        chosen=outcome.chosen,
+        grid=outcome.grid,
     )
-    if out is not None and distributed.is_main():
-        result.save(out)
-    return result
 
 
 def _open(source: Source | str | None, split: str) -> Any:

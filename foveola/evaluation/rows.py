@@ -62,6 +62,9 @@ def picture_crop(
     height: int, width: int, transform: TransformConfig
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Size (height, width) to which a picture is resized, and (top, left) of its centre crop in that size."""
+    if transform.squash:
+        size, margin = (transform.resize, transform.resize), (transform.resize - transform.crop) // 2
+        return size, (margin, margin)
     scale = transform.resize / min(height, width)
     size = max(transform.resize, round(height * scale)), max(transform.resize, round(width * scale))
     return size, ((size[0] - transform.crop) // 2, (size[1] - transform.crop) // 2)
@@ -88,13 +91,16 @@ def object_crop(
 
 
 def resize(
-    picture: UInt8[np.ndarray, "H W 3"], height: int, width: int
+    picture: UInt8[np.ndarray, "H W 3"],
+    height: int,
+    width: int,
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[Tensor, "3 {height} {width}"]:
-    """Antialiased bicubic, the rounding to uint8 included, as PIL does it."""
+    """Antialiased, the rounding to uint8 included, as PIL does it."""
     if not picture.flags.writeable:  # torch warns about memory that it could write to by mistake
         picture = picture.copy()
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    return interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0].contiguous()
+    return interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0].contiguous()
 
 
 def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
@@ -206,14 +212,14 @@ class Pictures(Dataset):
     ) -> tuple[list[Tensor], list[Box], list[int]]:
         """Images; the box of each row's image in the unit square of the picture; the image of each row."""
         height, width = picture.shape[:2]
-        side = self.transform.crop
+        side, kind = self.transform.crop, self.transform.interpolation
         if self.config.view == "object" and objects is not None:
             crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
-            images = [resize(picture[y0:y1, x0:x1], side, side) for x0, y0, x1, y1 in crops]
+            images = [resize(picture[y0:y1, x0:x1], side, side, kind) for x0, y0, x1, y1 in crops]
             boxes = [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in crops]
             return images, boxes, list(range(len(targets)))
         (rows, columns), (top, left) = picture_crop(height, width, self.transform)
-        image = resize(picture, rows, columns)[:, top : top + side, left : left + side]
+        image = resize(picture, rows, columns, kind)[:, top : top + side, left : left + side]
         box = (left / columns, top / rows, (left + side) / columns, (top + side) / rows)
         return [image], [box] * len(targets), [0] * len(targets)
 

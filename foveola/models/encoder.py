@@ -15,22 +15,26 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, UserError, build, key, to_dict
+from foveola.models.capture import Capture, capture
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
-__all__ = ["Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
+__all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
 
 UNTRAINED = "untrained:"
+LIBRARIES = ("timm:", "hf:")
 
 
 @dataclass(frozen=True)
 class TransformConfig:
     """What happens to a picture before it is encoded. Defaults: the usual ImageNet evaluation."""
 
-    resize: int = key(256, "pixels of the shorter side (bicubic, antialiased)", at_least=1)
+    resize: int = key(256, "pixels of the shorter side", at_least=1)
     crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1)
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
     std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
+    interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how pictures are resized, antialiased")
+    squash: bool = key(False, "resize both sides to `resize`, whatever the picture's shape")
 
     def __post_init__(self) -> None:
         if self.crop > self.resize:
@@ -119,7 +123,7 @@ class Encoder(nn.Module):
         if self.config.pool == "token":
             return self.backbone(images, objects)
         features = self.backbone(images)
-        pooled = features.patches if self.config.pool == "average" else self._predictions(features)
+        pooled = features.patches if self.config.pool == "average" else self.predictions(features)
         if objects is None:
             means = pooled.mean(dim=1, keepdim=True)
         else:
@@ -127,9 +131,33 @@ class Encoder(nn.Module):
             means = (read @ pooled) / read.sum(dim=2, keepdim=True)
         return dataclasses.replace(features, objects=means)
 
-    def _predictions(self, features: Features) -> Float[Tensor, "B N C"]:
-        assert self.predictor is not None
+    @torch.inference_mode()
+    def capture(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        n: int = 1,
+        objects: Bool[Tensor, "B M N"] | None = None,
+        attention: bool = False,
+    ) -> Capture:
+        """`layers`, and on request who reads what in the last block, from one pass."""
+        return capture(self.backbone, images, n, objects, attention)
+
+    def predictions(self, features: Features) -> Float[Tensor, "B N C"]:
+        """What the predictor's first block expects at every place. Raises UserError where there is none."""
+        if self.predictor is None:
+            raise UserError(f"pool=predictor: this encoder has {', '.join(self.config.pools)}")
         return self.predictor(features)
+
+    @torch.inference_mode()
+    def layers(
+        self, images: Float[Tensor, "B 3 H W"], n: int = 1, objects: Bool[Tensor, "B M N"] | None = None
+    ) -> tuple[Features, ...]:
+        """The outputs of the last n blocks, the last one last, each through the final norm (DINO, iBOT).
+
+        `objects` of each are object tokens, whatever `config.pool` says: M = 0 without class token. Raises
+        ValueError unless the network has n blocks.
+        """
+        return capture(self.backbone, images, n, objects).layers
 
     def pooled(self, pool: str | None) -> "Encoder":
         """The same networks with another `config.pool`; None: this one. Raises UserError for one it lacks."""
@@ -155,8 +183,10 @@ class Encoder(nn.Module):
         picture = picture.convert("RGB")
         scale = settings.resize / min(picture.size)
         width, height = (max(settings.resize, round(side * scale)) for side in picture.size)
+        if settings.squash:
+            width = height = settings.resize
         left, top = (width - settings.crop) // 2, (height - settings.crop) // 2
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.resize((width, height), Image.Resampling[settings.interpolation.upper()])
         picture = picture.crop((left, top, left + settings.crop, top + settings.crop))
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
         return self.normalise(pixels[None].to(self.device))[0]
@@ -222,10 +252,15 @@ def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256)
 def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
-    Known files: DINO, iBOT, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`), as published (the
-    teacher is taken where there are two networks). `untrained:PATH` is an encoder of the shape of the one at
-    PATH with fresh weights, drawn by seed 0. Raises UserError for anything else.
+    Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
+    as published (the teacher is taken where there are two networks). `timm:NAME` and `hf:NAME` are models of
+    these libraries, NAME one of theirs or a local folder (`zoo.load`). `untrained:PATH` is an encoder of the
+    shape of the one at PATH with fresh weights, drawn by seed 0. Raises UserError for anything else.
     """
+    if str(path).startswith(LIBRARIES):
+        from foveola.zoo.load import load_library
+
+        return load_library(str(path)).to(device)
     if str(path).startswith(UNTRAINED):
         return _untrained(str(path).removeprefix(UNTRAINED)).to(device)
     path = Path(path)
@@ -259,6 +294,9 @@ def _load_folder(folder: Path) -> Encoder:
         raise UserError(f"{folder} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{folder} is damaged: config.json holds a {type(settings).__name__}")
+    for name, library in (("model_type", "hf"), ("architecture", "timm")):
+        if name in settings:
+            raise UserError(f"{folder} is a folder of another library; load it as {library}:{folder}")
     encoder = Encoder(build(EncoderConfig, settings, where=str(folder / "config.json")))
     encoder.fill(state, folder)
     return encoder
@@ -293,7 +331,11 @@ def read_weights(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
+        raise UserError(
+            f"{path} is no readable checkpoint: it is damaged, or holds objects that only its code could read"
+        ) from error
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
     if not isinstance(state, dict):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from foveola.data.sample import Objects, Sample
+from foveola.data.sample import BadImage, Objects, Sample
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -32,6 +32,38 @@ class ListSource:
 
     def fingerprint(self) -> str:
         return f"{self.name}{len(self.samples)}"
+
+
+@dataclass
+class PixelListSource:
+    """Pictures [H, W, 3] and maps of classes [H, W], given one by one."""
+
+    pictures: list
+    maps: list
+    classes: tuple[str, ...] = ("a", "b", "c")
+    name: str = "maps:"
+    has_objects: bool = False
+    notes: tuple[str, ...] = ()
+    broken: frozenset = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.broken:
+            raise BadImage("damaged")
+        return Sample(self.pictures[index], f"picture-{index}")
+
+    def label_map(self, index: int) -> np.ndarray:
+        return self.maps[index]
+
+    def fingerprint(self) -> str:
+        return f"{self.name}{len(self)}"
+
+
+@pytest.fixture
+def pixel_source() -> type[PixelListSource]:
+    return PixelListSource
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def test_knn_on_an_encoder(encoder, shades, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["knn.json"]
     lines = result.table().splitlines()
     assert lines[0].startswith("knn: train shades0: (60 rows), test shades1000: (30 rows)")
-    assert lines[1].split() == ["top1_plain", f"{metrics['top1_plain']:.2f}"]
+    low, high = (metrics[f"top1_plain_{end}"] for end in ("low", "high"))
+    assert lines[1].split() == ["top1_plain", f"{metrics['top1_plain']:.2f}", f"[{low:.2f},", f"{high:.2f}]"]
 
 
 def test_a_run_folder_keeps_its_results(encoder, shades, tmp_path: Path) -> None:
@@ -97,7 +98,8 @@ def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample, 
     other = shades(200, 6, classes=("x", "y", "z"))
     for protocol, kwargs, message in [
         ("kn", {"train": train, "test": test}, "unknown protocol 'kn'; did you mean 'knn'"),
-        ("linear", {"train": train, "test": test}, "known: knn, retrieval"),
+        ("linar", {"train": train, "test": test}, "did you mean 'linear'"),
+        ("zzz", {"train": train, "test": test}, "known: knn, linear"),
         ("knn", {"train": train}, "knn: test is needed"),
         ("knn", {"test": test}, "knn: train is needed"),
         ("retrieval", {}, "retrieval: test is needed"),

@@ -22,7 +22,9 @@ def timm_vit(**options) -> nn.Module:
 
 def ours_like(model: nn.Module, **changes) -> VisionTransformer:
     weights, shape = plain_vit(model.state_dict())
-    ours = VisionTransformer(ViTConfig(**{"position_antialias": True, **shape, **changes})).eval()
+    ours = VisionTransformer(
+        ViTConfig(**{**shape, "position_offset": 0.0, "position_antialias": True, **changes})
+    ).eval()
     ours.load_state_dict(weights)
     return ours
 

@@ -18,7 +18,8 @@ SMALL = {
     "transform": None,
     "precision": "fp32",
 }
-HEADS = {"method.heads.main": {"prototypes": 48, "hidden": 32, "bottleneck": 16}}
+HEAD = {"prototypes": 48, "hidden": 32, "bottleneck": 16}
+HEADS = {"method.heads.main": HEAD}
 CAPI = {"model.patch_size": 4, "method.clustering.prototypes": 12}
 NARROW = {"width": 16, "depth": 1, "heads": 2}
 PARTS = {  # what else is made small, by method
@@ -40,7 +41,10 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     method = resolve(name).method.name
     small = nested(SMALL) | {"data": "scenes:?size=32&count=64"}
-    config = resolve(name, merge(small, nested(PARTS[method])))
+    parts = PARTS[method]
+    if method == "distillation":
+        parts = {f"method.heads.{head}": HEAD for head in resolve(name).method.heads}
+    config = resolve(name, merge(small, nested(parts)))
     said = rows(dry_run(config))
     assert list(said) == FIELDS
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
@@ -67,6 +71,7 @@ def test_every_recipe(name, tmp_path, monkeypatch):
         )
         return
     terms = ["token"] * (config.method.token is not None) + ["patch"] * (config.method.patch is not None)
+    terms += ["position"] * (config.method.position is not None)
     terms += ["spread"] * (config.method.spread is not None)
     assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == terms
     assert not list(tmp_path.iterdir())  # nothing is written

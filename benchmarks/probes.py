@@ -1,0 +1,145 @@
+"""What a grid of attentive probes costs beside one, and where the time of a feature pass goes.
+
+    python -m benchmarks.probes [--small] [--device cuda]
+
+Grid: seconds of a training step of one attentive probe, written as CAPI describes it (`torch.nn`, AdamW), of
+one folded probe, and of 30 folded ones at once; the same batch, the median of several steps. Pass: features
+of generated JPEG pictures by a ViT-S/16, printed as shares of the time: waiting for pictures, encoding
+and writing.
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from foveola.data.sample import Sample
+from foveola.evaluation.attentive import AttentiveBank
+from foveola.evaluation.cache import Feed, FeedConfig
+from foveola.evaluation.kinds import need
+from foveola.models.encoder import Encoder, EncoderConfig
+from foveola.models.vit import ViTConfig
+
+
+class Direct(nn.Module):
+    """One probe, not folded."""
+
+    def __init__(self, width: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(0.02 * torch.randn(width))
+        self.kv = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        k, v = self.kv(x).view(b, n, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        query = self.query.view(1, self.heads, 1, -1).expand(b, -1, -1, -1)
+        return self.head(scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(1))
+
+
+def median_seconds(work: Callable[[], None], device: str, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        if device != "cpu":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
+
+
+def grid(device: str, small: bool, repeats: int = 5) -> None:
+    width, patches, classes, batch = (384, 196, 100, 64) if small else (1024, 256, 1000, 1024)
+    heads = width // 64
+    x = torch.randn(batch, patches, width, device=device)
+    y = torch.randint(classes, (batch,), device=device)
+    module = Direct(width, heads, classes).to(device)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95))
+
+    def direct() -> None:
+        optimizer.zero_grad()
+        cross_entropy(module(x), y).backward()
+        optimizer.step()
+
+    def folded(count: int) -> Callable[[], None]:
+        rates = torch.full((count,), 1e-3)
+        bank = AttentiveBank(rates, rates, width, classes, heads=heads, device=device)
+        return lambda: bank.step({"patches": x}, y, 1.0)
+
+    print(f"a step of {batch} x {patches} patches of {width}, {heads} heads, {classes} classes, {device}")
+    rows = [
+        ("one probe, as it is written", direct),
+        ("one probe, folded", folded(1)),
+        ("30 probes, folded", folded(30)),
+    ]
+    first = None
+    for name, work in rows:
+        seconds = median_seconds(work, device, repeats)
+        first = first or seconds
+        print(f"{name:<32}{1000 * seconds:>10.1f} ms{seconds / first:>8.2f} x")
+
+
+class Jpegs:
+    """Generated pictures of 500 x 375 pixels, some of them over and over."""
+
+    name, classes, has_objects = "jpegs:", None, False
+
+    def __init__(self, count: int) -> None:
+        from PIL import Image
+
+        self.count, self.files = count, []
+        for seed in range(16):
+            small = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(small).resize((500, 375)).save(file, "JPEG", quality=90)
+            self.files.append(file.getvalue())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.files[index % 16], str(index), None, index % 10)
+
+    def fingerprint(self) -> str:
+        return f"jpegs{self.count}"
+
+
+def passing(device: str, small: bool) -> None:
+    encoder = Encoder(EncoderConfig(model=ViTConfig(width=384, depth=12, heads=6, patch_size=16))).to(device)
+    count = 256 if small else 4096
+    config = FeedConfig(batch_size=64, workers=1 if device == "cpu" else 12)
+    if device != "cpu":
+        config = FeedConfig(batch_size=256, workers=12, precision="bf16", store="float16")
+    with Feed(encoder, None, progress=False) as feed:
+        began = time.perf_counter()
+        facts = feed.open(Jpegs(count), config, need("token", "average", "patches")).facts
+        whole = time.perf_counter() - began
+    seconds = facts["pass_seconds"]
+    total = sum(seconds.values())
+    print(f"\n{count} pictures to tokens and patches, ViT-S/16: {count / whole:.1f} pictures a second")
+    for name, value in seconds.items():
+        print(f"{name:<12}{value:>8.2f} s{100 * value / total:>7.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    grid(arguments.device, arguments.small)
+    passing(arguments.device, arguments.small)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Data sets of Hugging Face: by name on the hub, or a folder that its library saved or can load."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from foveola.config import nearest
+from foveola.data.annotations import read_values
+from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.segmentation import IGNORE, MAX_CLASSES, read_names, to_classes, value_table
+
+
+class HubPictures:
+    """Rows of a split: a column of pictures, perhaps one of classes. Rows are read when asked for."""
+
+    def __init__(self, name: str, dataset: Any, image: str, label: str | None) -> None:
+        from datasets import Image
+
+        self.name, self.image, self.label = name, image, label
+        self.dataset = dataset.cast_column(image, Image(decode=False))
+        self.rows = np.arange(len(dataset))
+        self.has_objects = False
+        self.classes: tuple[str, ...] | None = None
+        self.labels = np.full(len(dataset), -1)
+        if label is not None:
+            self.classes, self.labels = _labels(dataset, label)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = int(self.rows[index])
+        label = int(self.labels[row])
+        return Sample(self._file(row, self.image), f"row {row}", None, None if label < 0 else label)
+
+    def _file(self, row: int, column: str) -> Path | bytes:
+        cell = self.dataset[row][column]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise BadImage(f"row {row}: no picture in column {column}")
+        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+    def limit(self, count: int, seed: int) -> None:
+        """Keep `count` rows, drawn evenly from all, in their order."""
+        drawn = np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count]
+        self.rows = self.rows[np.sort(drawn)]
+
+    def fingerprint(self) -> str:
+        """A hash of columns, size, labels, the rows in use, and what the library knows of the version."""
+        info = self.dataset.info
+        known = (
+            f"{info.builder_name} {info.config_name} {info.version} {sorted(info.download_checksums or {})}"
+        )
+        text = f"{self.classes} {self.dataset.features} {len(self.dataset)} {self.image} {self.label} {known}"
+        digest = hashlib.sha256(text.encode())
+        for array in (self.labels, self.rows):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+class HubPixels(HubPictures):
+    """Rows with a column of label maps."""
+
+    def __init__(
+        self, name: str, dataset: Any, image: str, pixels: str, classes: tuple[str, ...], ignore: int
+    ) -> None:
+        from datasets import Image
+
+        super().__init__(name, dataset.cast_column(pixels, Image(decode=False)), image, None)
+        if not 0 < len(classes) <= MAX_CLASSES:
+            raise DataError(f"{name}: {len(classes)} classes; from 1 to {MAX_CLASSES} are possible")
+        self.pixels, self.classes, self.notes = pixels, classes, ()
+        self.values = value_table({i: i for i in range(len(classes))}, [ignore])
+
+    def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
+        """Classes of the pixels of a picture. Raises BadImage and DataError."""
+        row = int(self.rows[index])
+        where = f"{self.name}, row {row}"
+        return to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
+
+    def fingerprint(self) -> str:
+        stamp = f"{super().fingerprint()} {self.pixels}".encode() + self.values.tobytes()
+        return hashlib.sha256(stamp).hexdigest()[:16]
+
+
+def open_hub(
+    name: str,
+    place: str,
+    split: str = "train",
+    config: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    pixels: str | None = None,
+    classes: str | None = None,
+    ignore: int = IGNORE,
+) -> HubPictures:
+    """A split of a data set. Columns are found by their kind where only one fits; `label=` none: `label=-`.
+
+    `pixels` is a column of label maps with `classes` (a number, or a file of names) and `ignore`.
+    """
+    dataset = _load(place, split, config)
+    kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}
+    image = _column(place, kinds, image, "Image", "image", without=pixels)
+    if pixels is not None:
+        pixels = _column(place, kinds, pixels, "Image", "pixels")
+        if classes is None:
+            raise DataError("hf: pixels= needs classes=, a number or a file of names")
+        names = [str(i) for i in range(int(classes))] if classes.isdecimal() else read_names(Path(classes))
+        return HubPixels(name, dataset, image, pixels, tuple(names), ignore)
+    if label == "-" or (label is None and "ClassLabel" not in kinds.values()):
+        return HubPictures(name, dataset, image, None)
+    if label is None:
+        label = _column(place, kinds, None, "ClassLabel", "label")
+    elif label not in kinds:
+        raise DataError(_no_column(place, label, kinds))
+    return HubPictures(name, dataset, image, label)
+
+
+def _load(place: str, split: str, config: str | None) -> Any:
+    try:
+        from datasets import DatasetDict, load_dataset, load_from_disk
+    except ImportError as error:
+        raise DataError("hf: needs the extra `datasets`: pip install 'foveola[datasets]'") from error
+    folder = Path(place).expanduser()
+    saved = folder.is_dir() and any((folder / n).is_file() for n in ("state.json", "dataset_dict.json"))
+    try:
+        if not saved:
+            return load_dataset(str(folder) if folder.is_dir() else place, config, split=split)
+        found = load_from_disk(str(folder))
+    except Exception as error:  # whatever the library and its file systems raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"hf: cannot load {place}, split {split}: {reason}") from error
+    if not isinstance(found, DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(f"hf: {place} has no split {split!r}; it has {', '.join(map(str, found))}")
+    return found[split]
+
+
+def _column(
+    place: str, kinds: dict[str, str], wanted: str | None, kind: str, option: str, without: str | None = None
+) -> str:
+    """The column asked for, of the right kind; or the only one of that kind."""
+    if wanted is not None:
+        if wanted not in kinds:
+            raise DataError(_no_column(place, wanted, kinds))
+        if kinds[wanted] != kind:
+            raise DataError(f"hf: column {wanted!r} of {place} is of kind {kinds[wanted]}, not {kind}")
+        return wanted
+    fitting = [column for column, found in kinds.items() if found == kind and column != without]
+    if len(fitting) != 1:
+        raise DataError(f"hf: {place} has {len(fitting)} columns of kind {kind}; name one with {option}=")
+    return fitting[0]
+
+
+def _no_column(place: str, wanted: str, kinds: dict[str, str]) -> str:
+    near = nearest(wanted, kinds)
+    return f"hf: {place} has no column {wanted!r}; " + (
+        f"did you mean {near!r}?" if near else ", ".join(kinds)
+    )
+
+
+def _labels(dataset: Any, column: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names and int64 labels of a column: class labels, whole numbers, or text (-1: none)."""
+    feature, cells = dataset.features[column], dataset[column][:]
+    if hasattr(feature, "names"):
+        return tuple(feature.names), np.array([-1 if cell is None else cell for cell in cells], np.int64)
+    if any(not isinstance(cell, int | str | None) for cell in cells):
+        raise DataError(f"hf: column {column!r} holds neither class labels, nor whole numbers, nor text")
+    if all(isinstance(cell, int | None) for cell in cells):
+        labels = np.array([-1 if cell is None else cell for cell in cells], np.int64)
+        return tuple(str(number) for number in range(int(labels.max(initial=-1)) + 1)), labels
+    words = sorted({str(cell) for cell in cells if cell is not None})
+    index = {word: number for number, word in enumerate(words)}
+    return tuple(words), np.array([-1 if cell is None else index[str(cell)] for cell in cells], np.int64)

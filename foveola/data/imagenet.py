@@ -1,0 +1,206 @@
+"""Test sets for classifiers of ImageNet-1k (v2, A, ReaL, ObjectNet), and pictures that a list names.
+
+The `classes` of the test sets are ImageNet's 1000 wnids, so that labels match those of `imagenet:` by name.
+What a plain label cannot say is in two more attributes: `answers(index)`, all labels that count as right, and
+`candidates`, the classes among which a prediction is chosen (CAPI and DINOv2 restrict it, which changes the
+numbers strongly).
+"""
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from foveola.data.annotations import read_json
+from foveola.data.decode import decode
+from foveola.data.layouts import Pictures, check_listed, find_pictures, open_imagenet
+from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.segmentation import read_names
+
+WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
+
+
+class Variant(Pictures):
+    """Pictures with one or more right answers among ImageNet's classes."""
+
+    candidates: tuple[int, ...] | None = None  # classes that may be predicted; None: all
+    border = 0  # pixels of frame around a picture, cut off
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        files: Sequence[str],
+        answers: Sequence[Sequence[int]],
+        classes: Sequence[str],
+    ) -> None:
+        super().__init__(name, root, files, [some[0] for some in answers], classes)
+        self.ends = np.cumsum([len(some) for some in answers], dtype=np.int64)
+        self.flat = np.array([label for some in answers for label in some], np.int64)
+        self.annotations = hashlib.sha256(self.ends.tobytes() + self.flat.tobytes()).hexdigest()
+
+    def answers(self, index: int) -> Int64[np.ndarray, "a"]:
+        """All labels that count as right for a picture; the first is the sample's label."""
+        row = int(self.rows[index])
+        return self.flat[self.ends[row - 1] if row else 0 : self.ends[row]]
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if not self.border:
+            return sample
+        pixels = decode(sample.image)
+        if min(pixels.shape[:2]) <= 2 * self.border + 8:
+            raise BadImage(
+                f"{pixels.shape[1]}x{pixels.shape[0]} pixels is too small for a frame of {self.border}"
+            )
+        inner = pixels[self.border : -self.border, self.border : -self.border]
+        return Sample(np.ascontiguousarray(inner), sample.name, None, sample.label)
+
+
+def wnids() -> list[str]:
+    """ImageNet-1k's classes in order."""
+    return read_names(WNIDS)
+
+
+def open_imagenet_v2(name: str, root: Path) -> Variant:
+    """ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10, 100)."""
+    files = find_pictures(root)
+    folders = [file.split("/", 1)[0] for file in files]
+    wrong = [folder for folder in folders if not folder.isdecimal() or int(folder) > 999]
+    if wrong:
+        raise DataError(f"imagenetv2: {root} has {wrong[0]} where folders 0 to 999 are expected")
+    return Variant(name, root, files, [[int(folder)] for folder in folders], wnids())
+
+
+def open_imagenet_a(name: str, root: Path) -> Variant:
+    """ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are candidates."""
+    files, classes = find_pictures(root), wnids()
+    index = {wnid: number for number, wnid in enumerate(classes)}
+    folders = [file.split("/", 1)[0] for file in files]
+    wrong = [folder for folder in folders if folder not in index]
+    if wrong:
+        raise DataError(
+            f"imagenet-a: {root} has {wrong[0]} where folders named by ImageNet's wnids are expected"
+        )
+    source = Variant(name, root, files, [[index[folder]] for folder in folders], classes)
+    source.candidates = tuple(sorted({index[folder] for folder in folders}))
+    return source
+
+
+def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Variant:
+    """ImageNet's validation pictures with ReaL's label lists; pictures with an empty list are left out."""
+    if labels is None:
+        raise DataError("imagenet-real: needs labels=, as in imagenet-real:/imagenet?labels=/real.json")
+    lists = read_json(labels)
+    if not isinstance(lists, list) or not all(isinstance(some, list) for some in lists):
+        raise DataError(
+            f"{labels}: must be a list of lists of class numbers, in order of the validation pictures"
+        )
+    pictures = open_imagenet(name, root, "test")
+    files, answers = [], []
+    for row in range(len(pictures)):
+        file = pictures[row].name
+        number = Path(file).stem.rsplit("_", 1)[-1]  # ILSVRC2012_val_00000001
+        if not number.isdecimal() or not 0 < int(number) <= len(lists):
+            raise DataError(f"{labels}: {len(lists)} lists, and none for {file} (its number is its place)")
+        if some := lists[int(number) - 1]:
+            files.append(file)
+            answers.append([int(label) for label in some])
+    if not files or not all(0 <= label < 1000 for some in answers for label in some):
+        raise DataError(f"{labels}: needs class numbers from 0 to 999")
+    return Variant(name, pictures.root, files, answers, wnids())
+
+
+def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
+    """ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
+    places = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
+    if not places:
+        raise DataError(f"objectnet: no folder mappings in {root}; give the folder objectnet-1.0")
+    base, tables = places[0], places[0] / "mappings"
+    label_of = _table(tables / "folder_to_objectnet_label.json")
+    known = _table(tables / "objectnet_to_imagenet_1k.json")
+    answers_of = {label: _numbers(tables, words) for label, words in known.items()}
+    files, answers = [], []
+    for file in find_pictures(base / "images"):
+        folder = file.split("/", 1)[0]
+        if folder not in label_of:
+            raise DataError(f"{tables}: no label for the folder {folder}")
+        if label_of[folder] in answers_of:
+            files.append(file)
+            answers.append(answers_of[label_of[folder]])
+    if not files:
+        raise DataError(f"objectnet: none of the folders in {base / 'images'} is a class of ImageNet")
+    source = Variant(name, base / "images", files, answers, wnids())
+    source.candidates = tuple(sorted({label for some in answers_of.values() for label in some}))
+    source.border = border
+    source.annotations += f" {border}"
+    return source
+
+
+def _table(path: Path) -> Mapping[str, str]:
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise DataError(f"{path}: must be an object of names")
+    return {str(name): str(value) for name, value in table.items()}
+
+
+def _numbers(tables: Path, words: str) -> list[int]:
+    """ImageNet's class numbers of "name a; name b", by a list of names in the order of the devkit."""
+    places = [tables / "imagenet_to_label_2012_v2", tables / "imagenet_to_label_2012_v2.txt"]
+    listed = next((place for place in places if place.is_file()), None)
+    if listed is None:
+        raise DataError(f"objectnet: no file {places[0]}")
+    line_of = {line.strip(): i for i, line in enumerate(listed.read_text(encoding="utf-8").splitlines())}
+    number_of = {int(i): int(n) for n, i in _table(tables / "pytorch_to_imagenet_2012_id.json").items()}
+    numbers = []
+    for word in (part.strip() for part in words.split("; ")):
+        if word not in line_of or line_of[word] not in number_of:
+            raise DataError(f"{listed}: does not name {word!r}")
+        numbers.append(number_of[line_of[word]])
+    return sorted(numbers)
+
+
+# -- lists --------------------------------------------------------------------------------------------------
+
+
+def open_listed(name: str, root: Path, files: Path | None = None, classes: str | None = None) -> Pictures:
+    """Pictures that a list names, a line each: `path label` (Places205), or `path` in class folders (SUN397).
+
+    Fields are apart by a comma, a tab, or the last space. Labels are numbers from 0, or names. Without
+    labels the class is the folder of the picture, however deep. `classes` is a file of class names, in order.
+    """
+    if files is None:
+        raise DataError("listed: needs files=, as in listed:/images?files=/train.csv")
+    rows = [_fields(line) for line in files.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not rows or len({len(row) for row in rows}) > 1:
+        raise DataError(f"{files}: every line is `path label`, or every line is `path`; and there is a line")
+    paths = [row[0].lstrip("/") for row in rows]
+    check_listed(root, paths)
+    words = [row[1] for row in rows] if len(rows[0]) > 1 else [path.rpartition("/")[0] for path in paths]
+    names = None if classes is None else read_names(Path(classes).expanduser())
+    if all(word.isdecimal() for word in words):
+        labels = [int(word) for word in words]
+        names = names or [str(number) for number in range(max(labels) + 1)]
+        if max(labels) >= len(names):
+            raise DataError(f"{files}: label {max(labels)}, but {classes} names {len(names)} classes")
+    else:
+        names = [name.strip("/") for name in names] if names else sorted(set(words))
+        index = {word: number for number, word in enumerate(names)}
+        unknown = [word for word in words if word.strip("/") not in index]
+        if unknown:
+            raise DataError(f"{files}: class {unknown[0]!r} is not in {classes}")
+        labels = [index[word.strip("/")] for word in words]
+    return Pictures(name, root, paths, labels, names)
+
+
+def _fields(line: str) -> list[str]:
+    """A path, and the label if there is one. A path may hold spaces, but not end before its extension."""
+    line = line.strip()
+    for separator in (",", "\t"):
+        if separator in line:
+            return [field.strip() for field in next(csv.reader([line], delimiter=separator))][:2]
+    path, space, label = line.rpartition(" ")
+    return [path.strip(), label] if space and "." not in label else [line]

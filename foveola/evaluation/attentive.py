@@ -1,0 +1,191 @@
+"""CAPI's attentive probe, one learned query that reads the patches, in a grid: protocol `attentive`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.init import trunc_normal_
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.banks import choose_and_score, note_choice, train_banks
+from foveola.evaluation.cache import Feed, Need
+from foveola.evaluation.kinds import need
+from foveola.evaluation.linear import length_of
+from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.probing import Columns, ProbeConfig, batches, open_task
+from foveola.evaluation.solvers import AdamW, closed_warm_cosine
+from foveola.models.encoder import Encoder
+
+ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
+
+# -- core ----------------------------------------------------------------------------------------------------
+
+
+class AttentiveBank:
+    """G attentive probes that differ in learning rate and weight decay (CAPI, Section 4; its Table 2).
+
+    A probe: keys and values of the patches x by one linear map each, a learned query q cut into `heads`,
+    softmax of q_h . k / sqrt(size of a head) over the patches, the weighted values side by side, a linear
+    classifier. No norm, no residual, no output map. 2 d^2 + (3 + C) d parameters, and C of the classifier's
+    bias.
+
+    Computed folded: q_h . (W_k^h x) = (W_k^h^T q_h) . x, and the values' map after the average, so that
+    patches meet G H vectors instead of 2 G d x d maps. The bias of the keys adds the same to all scores of a
+    head: it changes nothing, gets no gradient and stays 0.
+    """
+
+    def __init__(
+        self,
+        rates: Float[Tensor, "G"],
+        weight_decay: Float[Tensor, "G"],
+        width: int,
+        classes: int,
+        *,
+        heads: int,
+        group: str = "attentive",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if width % heads:
+            raise UserError(f"heads={heads} do not divide the width of the patches, {width}")
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape: int) -> Tensor:
+            first = trunc_normal_(torch.empty(*shape), std=0.02, generator=generator).to(device)
+            return first.repeat(len(rates), *[1] * len(shape))
+
+        count = len(rates)
+        self.heads, self.group = heads, group
+        self.query, self.keys, self.values = drawn(width), drawn(width, width), drawn(width, width)
+        self.head = drawn(classes, width)
+        self.keys_bias, self.values_bias = (torch.zeros(count, width, device=device) for _ in range(2))
+        self.bias = torch.zeros(count, classes, device=device)
+        self.trained = [self.query, self.keys, self.values, self.head, self.values_bias, self.bias]
+        # The query is decayed, biases are not.
+        decayed = [True, True, True, True, False, False]
+        self.optimizer = AdamW(self.trained, rates.to(device), weight_decay.to(device), decayed)
+        self.settings: list[dict[str, Any]] = [
+            {"lr": lr, "weight_decay": decay, "heads": heads}
+            for lr, decay in zip(rates.tolist(), weight_decay.tolist(), strict=True)
+        ]
+        everything = [*self.trained, self.keys_bias]
+        self.parameters_each = sum(p[0].numel() for p in everything)
+
+    def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
+        """One step on each probe's mean cross-entropy, with gradients summed over parts of the batch."""
+        total = [torch.zeros_like(p) for p in self.trained]
+        with torch.enable_grad():
+            for part, labels in zip(self._split(x["patches"]), self._split(y, x["patches"]), strict=True):
+                leaves = [p.detach().requires_grad_() for p in self.trained]
+                logits = self._scores(part, *leaves)
+                # The sum over probes: each has the gradient of its own loss.
+                every = labels.expand(len(logits), -1).flatten()
+                loss = cross_entropy(logits.flatten(0, 1), every, reduction="sum") / len(y)
+                for sum_, g in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+                    sum_ += g
+        self.optimizer.step(total, factor)
+
+    @torch.no_grad()
+    def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
+        """Scores of each probe."""
+        return torch.cat([self._scores(part, *self.trained) for part in self._split(x["patches"])], dim=1)
+
+    def _split(self, rows: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
+        count = (rows if patches is None else patches).shape[1]
+        return rows.split(max(1, ENTRIES // (len(self.query) * self.heads * count)))
+
+    def _scores(
+        self,
+        x: Float[Tensor, "b N D"],
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        head: Tensor,
+        values_bias: Tensor,
+        bias: Tensor,
+    ) -> Float[Tensor, "G b C"]:
+        g, width = query.shape
+        h, size = self.heads, width // self.heads
+        folded = torch.einsum("ghc,ghcd->ghd", query.view(g, h, size), keys.view(g, h, size, width))
+        scores = (folded.flatten(0, 1) / size**0.5) @ x.transpose(1, 2)  # [b, g h, N]
+        read = scores.softmax(dim=2) @ x  # [b, g h, D]
+        maps = values.view(g * h, size, width)
+        heads = torch.bmm(read.transpose(0, 1), maps.transpose(1, 2))  # [g h, b, size]
+        pooled = heads.view(g, h, len(x), size).transpose(1, 2).flatten(2) + values_bias[:, None]
+        return torch.baddbmm(bias[:, None], pooled, head.transpose(1, 2))
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentiveConfig(ProbeConfig):
+    """Settings of `attentive`. Defaults: CAPI."""
+
+    heads: tuple[int | None, ...] = key(
+        (None,), "attention heads to try, each reported; null = the width of the patches / 64"
+    )
+    lr: tuple[float, ...] = key(
+        (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        "learning rates to try, of a batch of 256",
+        above=0,
+    )
+    weight_decay: tuple[float, ...] = key((5e-4, 1e-3, 5e-2), "weight decays to try", at_least=0)
+    batch: int = key(1024, "pictures of a step; at most all there are", at_least=1)
+    iterations: int | None = key(12500, "steps of training", at_least=1)
+    epochs: int | None = key(None, "passes over the training pictures, in place of iterations", at_least=1)
+    warmup: float = key(0.1, "share of the training over which learning rates rise", at_least=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "lr", "weight_decay"):
+            value = getattr(self, name)
+            if not value or len(set(value)) < len(value):
+                raise ValueError(f"{name}: needs different values, got {list(value)}")
+
+
+def needs(config: AttentiveConfig, encoder: Encoder) -> Need:
+    """What of a picture the protocol reads."""
+    return need("patches")
+
+
+def run(
+    encoder: Encoder, train: Source, test: Source, config: AttentiveConfig, progress: bool, feed: Feed
+) -> Outcome:
+    """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`.
+
+    Metrics in percent, of group `attentive` (`attentive_12` for heads=12): as of `linear`. The chosen probe
+    is scored as it was trained, on the rows that were not held out.
+    """
+    wanted = need("patches")
+    task = open_task(feed, train, test, config, wanted, encoder.device)
+    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    batch, _, steps = length_of(
+        len(task.fit), config.batch, config.epochs, None if config.epochs else config.iterations
+    )
+    width = task.train.take("patches", slice(1)).shape[2]
+    pairs = [(lr, decay) for decay in config.weight_decay for lr in config.lr]
+    banks = []
+    for heads in config.heads:
+        bank = AttentiveBank(
+            torch.tensor([lr for lr, _ in pairs]) * (batch / 256),  # undocumented in the paper, in its code
+            torch.tensor([decay for _, decay in pairs]),
+            width,
+            task.classes,
+            heads=max(1, width // 64) if heads is None else heads,
+            group="attentive" if heads is None else f"attentive_{heads}",
+            seed=config.seed,
+            device=task.device,
+        )
+        bank.settings = [{"lr": lr, "weight_decay": decay, "heads": bank.heads} for lr, decay in pairs]
+        banks.append(bank)
+    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+    factor = closed_warm_cosine(steps, round(config.warmup * steps))
+    train_banks(banks, drawn, factor, steps, progress)
+    metrics, chosen, grid = choose_and_score(banks, task, wanted, config.seed)
+    note_choice(task, len(pairs))
+    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid)

@@ -1,0 +1,312 @@
+"""The pass over pictures with label maps: patch features beside the labels of their pixels, batch by batch.
+
+A picture and its map are squashed to one square (bicubic; nearest), so that patch and labels cover the same
+place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams past.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int16, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.sample import BadImage, DataError
+from foveola.data.segmentation import IGNORE, PixelSource
+from foveola.data.sources import decode
+from foveola.evaluation.features import check_finite, choose_pictures, facts_of_bad, read_ahead, share, show
+from foveola.evaluation.rows import PARCEL, resize
+from foveola.models.encoder import Encoder
+
+ROWS = 16384  # patches whose labels are counted at a time
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """How pictures become patches."""
+
+    image_size: int | None = key(
+        None, "pixels a side to which pictures are squashed; null = the encoder's crop", at_least=8
+    )
+    batch_size: int = key(16, "pictures encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=2)
+    seed: int = key(0, "seed of every random choice", at_least=0)
+    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
+    store: Literal["float32", "float16"] = key("float32", "numbers in which patch features are kept")
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBatch:
+    """Patches of some pictures, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
+
+    features: Float32[Tensor, "b N D"]
+    maps: UInt8[Tensor, "b S S"]  # classes, or IGNORE
+    originals: tuple[UInt8[Tensor, "H W"], ...]  # maps in the picture's own size, where asked for
+    pictures: Int64[Tensor, "b"]
+
+
+@dataclass(frozen=True, eq=False)
+class PatchTable:
+    """R patches, on the CPU: features, the classes of their Q pixels, the picture each is from."""
+
+    features: Float[Tensor, "R D"]
+    pixels: UInt8[Tensor, "R Q"]
+    pictures: Int64[Tensor, "R"]
+
+    def select(self, rows: Tensor) -> "PatchTable":
+        """The rows given by a boolean mask or by indices."""
+        return PatchTable(self.features[rows], self.pixels[rows], self.pictures[rows])
+
+
+# -- labels of patches ------------------------------------------------------------------------------------
+
+
+def patch_pixels(maps: UInt8[Tensor, "b S S"], patch: int) -> UInt8[Tensor, "b N Q"]:
+    """The pixels of each patch, patches and the pixels in each row by row."""
+    b, side = maps.shape[:2]
+    grid = side // patch
+    return maps.reshape(b, grid, patch, grid, patch).transpose(2, 3).reshape(b, grid * grid, patch * patch)
+
+
+def label_counts(pixels: UInt8[Tensor, "R Q"], classes: int) -> Int16[Tensor, "R {classes}+1"]:
+    """How many pixels of each patch have each class; the last column: none."""
+    counts = torch.zeros(len(pixels), classes + 1, dtype=torch.int16)
+    one = torch.ones((), dtype=torch.int16)
+    for into, part in zip(counts.split(ROWS), pixels.split(ROWS), strict=True):
+        index = part.long().clamp_(max=classes)
+        into.scatter_add_(1, index, one.expand(index.shape))
+    return counts
+
+
+def patch_modes(counts: Int16[Tensor, "R C1"]) -> Int64[Tensor, "R"]:
+    """The most frequent label of each patch, the smallest of equals; C (one past the last class) for none."""
+    return counts.argmax(dim=1)
+
+
+def choose_rows(
+    counts: Int16[Tensor, "N C1"], keep: int, how: Literal["rare", "uniform"], rng: np.random.Generator
+) -> Int64[Tensor, "n"]:
+    """`keep` patches of one picture (all, if there are no more), ascending. Patches without a class never.
+
+    "rare" (open-hummingbird): the smallest of U(0, 1) times the sum, over the classes in a patch, of how many
+    patches of the picture hold that class. So patches of one rare class are kept more often.
+    """
+    has = counts[:, :-1] > 0
+    rows = torch.nonzero(has.any(dim=1)).flatten()
+    if len(rows) <= keep:
+        return rows
+    scores = torch.from_numpy(rng.random(len(counts)))[rows]
+    if how == "rare":
+        scores = scores * (has.double() @ has.sum(dim=0).double())[rows]
+    return rows[scores.argsort(stable=True)[:keep]].sort().values
+
+
+# -- the pass ---------------------------------------------------------------------------------------------
+
+
+class Parcel(NamedTuple):
+    """Some pictures as a worker makes them."""
+
+    images: UInt8[Tensor, "b 3 S S"]
+    maps: UInt8[Tensor, "b S S"]
+    originals: tuple[Tensor, ...]
+    pictures: Int64[Tensor, "b"]
+    bad: tuple[int, ...] = ()  # pictures that cannot be read
+    problem: str = ""  # what is wrong with the data; an exception would lose its message on the way
+
+
+class LabelledDataset(Dataset):
+    """Parcels of pictures squashed to `side` pixels, with their maps."""
+
+    def __init__(
+        self, source: PixelSource, chosen: Int64[np.ndarray, "n"], side: int, originals: bool
+    ) -> None:
+        self.source, self.chosen, self.side, self.originals = source, chosen, side, originals
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // PARCEL)
+
+    def __getitem__(self, parcel: int) -> Parcel:
+        images, maps, originals, pictures, bad = [], [], [], [], []
+        for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
+            try:
+                image, labels = self.read(index)
+            except BadImage:
+                bad.append(index)
+                continue
+            except DataError as error:
+                return self._parcel([], [], [], [], [])._replace(problem=str(error))
+            images.append(resize(image, self.side, self.side))
+            maps.append(torch.from_numpy(squash(labels, self.side)))
+            originals += [torch.from_numpy(labels)] if self.originals else []
+            pictures.append(index)
+        return self._parcel(images, maps, originals, pictures, bad)
+
+    def _parcel(
+        self,
+        images: list[Tensor],
+        maps: list[Tensor],
+        originals: list[Tensor],
+        pictures: list[int],
+        bad: list[int],
+    ) -> Parcel:
+        side = self.side
+        return Parcel(
+            torch.stack(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8),
+            torch.stack(maps) if maps else torch.zeros(0, side, side, dtype=torch.uint8),
+            tuple(originals),
+            torch.tensor(pictures, dtype=torch.int64),
+            tuple(bad),
+        )
+
+    def read(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+        """A picture and its map, of one size. Raises BadImage, and DataError where they are not."""
+        sample = self.source[index]
+        image, labels = decode(sample.image), self.source.label_map(index)
+        if image.shape[:2] != labels.shape:
+            (h, w), (lh, lw) = image.shape[:2], labels.shape
+            raise DataError(f"{self.source.name}: {sample.name} is {w}x{h} pixels, its label map {lw}x{lh}")
+        return image, labels
+
+
+def squash(labels: UInt8[np.ndarray, "H W"], side: int) -> UInt8[np.ndarray, "{side} {side}"]:
+    """Nearest interpolation to a square: the pixel under the centre of each new one."""
+    rows, columns = (((2 * np.arange(side) + 1) * n) // (2 * side) for n in labels.shape)
+    return np.ascontiguousarray(labels[rows[:, None], columns])
+
+
+class DensePass:
+    """Iterates over the batches of this rank's share of `chosen` pictures; then `facts` of what was read.
+
+    Raises UserError for features that are not finite, DataError for a map of another size than its picture.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: PixelSource,
+        config: DenseConfig,
+        chosen: Int64[np.ndarray, "n"] | None = None,
+        *,
+        originals: bool = False,
+        void: int = IGNORE,
+        progress: bool = True,
+    ) -> None:
+        self.side = config.image_size or encoder.config.transform.crop
+        if self.side % encoder.patch_size:
+            raise UserError(
+                f"image_size={self.side} is no multiple of the encoder's patch size {encoder.patch_size}"
+            )
+        self.encoder, self.source, self.config, self.progress = encoder, source, config, progress
+        self.chosen = choose_pictures(len(source), config.limit, config.seed) if chosen is None else chosen
+        self.mine = self.chosen[share(len(self.chosen))]
+        self.dataset = LabelledDataset(source, self.mine, self.side, originals)
+        self.grid = self.side // encoder.patch_size
+        self.void = void  # what pixels of no class become
+        self.bad: list[int] = []
+
+    def __iter__(self) -> Iterator[DenseBatch]:
+        parcels = read_ahead(self.dataset, self.config.workers) if len(self.dataset) else []
+        waiting: list[Parcel] = []
+        for parcel in show(parcels, len(self.dataset), f"patches of {self.source.name}", self.progress):
+            if parcel.problem:
+                raise DataError(parcel.problem)
+            self.bad += parcel.bad
+            waiting.append(parcel)
+            if sum(len(part.pictures) for part in waiting) >= self.config.batch_size:
+                yield self._encode(waiting)
+                waiting = []
+        if any(len(part.pictures) for part in waiting):
+            yield self._encode(waiting)
+
+    def _encode(self, parcels: list[Parcel]) -> DenseBatch:
+        images = torch.cat([part.images for part in parcels])
+        pictures = torch.cat([part.pictures for part in parcels])
+        features = torch.empty(len(images), self.grid**2, self.encoder.config.model.shape[0])
+        for into, part in zip(
+            features.split(self.config.batch_size), images.split(self.config.batch_size), strict=True
+        ):
+            into.copy_(patch_features(self.encoder, part, self.config.precision))
+        check_finite(features.flatten(0, 1), pictures.repeat_interleave(self.grid**2), self.source)
+        originals = tuple(labels for part in parcels for labels in part.originals)
+        maps = torch.cat([part.maps for part in parcels])
+        return DenseBatch(features, maps.masked_fill_(maps == IGNORE, self.void), originals, pictures)
+
+    def facts(self) -> dict[str, Any]:
+        """Facts about the data, after the pass; every rank calls it. UserError for too many bad pictures."""
+        bad = distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
+        return {
+            "name": self.source.name,
+            "fingerprint": self.source.fingerprint(),
+            "pictures": len(self.chosen),
+            "rows": (len(self.chosen) - len(bad)) * self.grid**2,
+            **facts_of_bad(bad, len(self.chosen), self.source),
+        }
+
+
+def patch_features(
+    encoder: Encoder, images: UInt8[Tensor, "b 3 S S"], precision: str
+) -> Float32[Tensor, "b N D"]:
+    """Patch tokens of the last block after the final norm, encoded without masks; float32."""
+    training = encoder.training
+    encoder.eval()
+    try:
+        bf16 = torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), bf16:
+            return encoder.backbone(encoder.normalise(images.to(encoder.device))).patches.float().cpu()
+    finally:
+        encoder.train(training)
+
+
+def collect(
+    passing: DensePass, classes: int, memory: int | None, how: Literal["rare", "uniform"], seed: int
+) -> PatchTable:
+    """Patches that have a class, at most `memory` in all: the same number of each picture, as `choose_rows`.
+
+    Every rank gets all rows, in the order of the pictures. Which patches of a picture are kept depends on
+    seed and picture alone. Raises UserError where no patch has a class.
+    """
+    every = passing.grid**2
+    keep = every if memory is None else min(every, memory // max(1, len(passing.chosen)))
+    if not keep:
+        raise UserError(f"memory={memory} patches of {len(passing.chosen)} pictures: less than one of each")
+    dtype = getattr(torch, passing.config.store)
+    room = len(passing.mine) * keep
+    features = torch.empty(room, passing.encoder.config.model.shape[0], dtype=dtype)
+    pixels = torch.empty(room, passing.encoder.patch_size**2, dtype=torch.uint8)
+    pictures, count = torch.empty(room, dtype=torch.int64), 0
+    for batch in passing:
+        for x, labels, picture in zip(
+            batch.features, patch_pixels(batch.maps, passing.encoder.patch_size), batch.pictures, strict=True
+        ):
+            rng = np.random.default_rng([seed, int(picture)])
+            rows = choose_rows(label_counts(labels, classes), keep, how, rng)
+            into = slice(count, count + len(rows))
+            features[into], pixels[into], pictures[into] = x[rows].to(dtype), labels[rows], picture
+            count += len(rows)
+    gathered = (distributed.gather_rows(part[:count]) for part in (features, pixels, pictures))
+    table = PatchTable(*gathered)
+    if not len(table.pictures):
+        raise UserError(f"{passing.source.name}: no patch of {len(passing.chosen)} pictures has a class")
+    return table
+
+
+def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...], list[str]]:
+    """Both sources, their classes, and notes. Raises UserError unless they have pixel labels of one kind."""
+    for which, source in (("train", train), ("test", test)):
+        if not isinstance(source, PixelSource):
+            raise UserError(
+                f"{which}: {source.name} has no label for each pixel; use masks:, voc:, ade20k: and so on"
+            )
+    if train.classes != test.classes:
+        both = f"{len(train.classes)} classes of {train.name} and {len(test.classes)} of {test.name}"
+        raise UserError(f"train and test need the same classes in the same order, unlike {both}")
+    if train.fingerprint() == test.fingerprint():
+        raise UserError("train and test are the same data: every patch would find itself")
+    return train, test, train.classes, [*train.notes, *test.notes]

@@ -1,0 +1,237 @@
+"""Dense nearest-neighbour retrieval: segment pictures by looking up their patches among labelled ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int16, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.segmentation import IGNORE
+from foveola.evaluation.dense import (
+    DenseBatch,
+    DenseConfig,
+    DensePass,
+    collect,
+    label_counts,
+    patch_pixels,
+    pixel_sources,
+)
+from foveola.evaluation.features import choose_pictures
+from foveola.evaluation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
+from foveola.evaluation.knn import nearest
+from foveola.evaluation.metrics import Outcome
+from foveola.models.encoder import Encoder
+
+QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
+GATHERED = 2**24  # numbers of neighbours' labels in memory at a time: 64 MiB
+
+
+# -- pure functions ---------------------------------------------------------------------------------------
+
+
+def attend(
+    similarities: Float32[Tensor, "m K"],
+    indices: Int64[Tensor, "m K"],
+    counts: Int16[Tensor, "R C"],
+    pixels: int,
+    k: int,
+    temperature: float,
+) -> Float32[Tensor, "m C"]:
+    """Class shares of each query: those of its k nearest patches, weighted by softmax(cosine / temperature).
+
+    This is cross-attention whose keys are patches and whose values are their labels (Hummingbird). A patch's
+    label is the mean of the one-hot labels of its `pixels` pixels, so one of no class has no weight.
+    """
+    k = min(k, similarities.shape[1])
+    weights = (similarities[:, :k] / temperature).softmax(dim=1)
+    rows = max(1, GATHERED // (k * counts.shape[1]))
+    found = [torch.zeros(0, counts.shape[1])]
+    for w, i in zip(weights.split(rows), indices[:, :k].split(rows), strict=True):
+        found.append(torch.einsum("mk,mkc->mc", w, counts[i].float() / pixels))
+    return torch.cat(found)
+
+
+def label_pixels(
+    shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
+) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
+    """The class of each pixel: shares of a picture's patches, enlarged bilinearly, and the largest taken."""
+    field = shares.T.reshape(1, -1, grid, grid)
+    return interpolate(field, size, mode="bilinear", align_corners=False)[0].argmax(dim=0).to(torch.uint8)
+
+
+# -- protocol ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenseRetrievalConfig(DenseConfig):
+    """Settings of `dense_retrieval`. Defaults: open-hummingbird, without its mistakes."""
+
+    k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
+    temperature: float = key(0.02, "of the attention over neighbours, softmax(cosine / temperature)", above=0)
+    memory: int = key(10_240_000, "patches in the memory bank at most, as many of each picture", at_least=1)
+    subsample: tuple[int, ...] = key(
+        (1,), "the bank is made of one in so many train pictures; each is measured", at_least=1
+    )
+    repeats: int = key(1, "draws of a subsampled bank, whose mean IoU is averaged", at_least=1)
+    sampling: Literal["rare", "uniform"] = key(
+        "rare", "which patches of a picture are kept where not all fit: those of rare classes, or any"
+    )
+    void: Literal["drop", "first"] = key(
+        "drop", "pixels of no class in the bank: left out, or taken for class 0 (open-hummingbird)"
+    )
+    absent: Absent = key("skip", "classes neither true nor predicted: left out of the mean, or zero")
+    evaluate_at: Literal["input", "picture"] = key(
+        "input", "pixels that are compared: of the squashed picture (open-hummingbird), or of the original"
+    )
+
+    def __post_init__(self) -> None:
+        for name, values in (("k", self.k), ("subsample", self.subsample)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: needs different numbers, got {list(values)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Patches to look up, and how many of their pixels have each class."""
+
+    features: Float[Tensor, "R D"]
+    counts: Int16[Tensor, "R C"]
+    subsample: int
+
+
+def run(
+    encoder: Encoder, train: Any, test: Any, config: DenseRetrievalConfig, progress: bool = True
+) -> Outcome:
+    """Label every pixel of `test` by its patch's neighbours in `train`, and compare.
+
+    Metrics, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
+    `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
+    perfect class shares of every patch would get.
+    """
+    train, test, classes, notes = pixel_sources(train, test)
+    began = perf_counter()
+    banks, train_facts = _banks(encoder, train, config, classes, progress)
+    bank_seconds = round(perf_counter() - began, 2)
+    smallest = min(len(bank.features) for bank in banks)
+    if max(config.k) > smallest:
+        raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
+    began = perf_counter()
+    passing = DensePass(encoder, test, config, originals=config.evaluate_at == "picture", progress=progress)
+    settings = [(b, k) for b in range(len(banks)) for k in config.k]
+    areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
+    pixels = encoder.patch_size**2
+    for batch in _blocks(passing, QUERIES):
+        truth = batch.originals or tuple(batch.maps)
+        own = label_counts(patch_pixels(batch.maps, encoder.patch_size).flatten(0, 1), len(classes))[:, :-1]
+        areas["ceiling"] += _compare(own.float() / pixels, passing.grid, truth, len(classes))
+        for b, bank in enumerate(banks):
+            s, i = nearest(batch.features.flatten(0, 1), bank.features, max(config.k), device=encoder.device)
+            for k in config.k:
+                shares = attend(s, i, bank.counts, pixels, k, config.temperature)
+                areas[b, k] += _compare(shares, passing.grid, truth, len(classes))
+    test_facts = passing.facts()
+    stacked = {
+        setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
+    }
+    metrics, iou = _metrics(stacked, banks, config, classes)
+    data = {
+        "train": train_facts,
+        "test": test_facts,
+        "class_iou": iou,
+        "bank_seconds": bank_seconds,
+        "search_seconds": round(perf_counter() - began, 2),
+    }
+    return Outcome(metrics, data, tuple(notes))
+
+
+def _banks(
+    encoder: Encoder, train: Any, config: DenseRetrievalConfig, classes: Sequence[str], progress: bool
+) -> tuple[list[Bank], dict[str, Any]]:
+    """A bank for each subsampling and repeat; each is encoded anew, which costs a part of the first pass."""
+    every = choose_pictures(len(train), config.limit, config.seed)
+    banks, facts = [], {}
+    for divisor in config.subsample:
+        for repeat in range(config.repeats if divisor > 1 else 1):
+            some = choose_pictures(len(every), max(1, len(every) // divisor), config.seed + repeat)
+            void = 0 if config.void == "first" else IGNORE
+            passing = DensePass(encoder, train, config, every[some], void=void, progress=progress)
+            table = collect(passing, len(classes), config.memory, config.sampling, config.seed + repeat)
+            counts = label_counts(table.pixels, len(classes))[:, :-1].contiguous()
+            banks.append(Bank(table.features, counts, divisor))
+            known = passing.facts()
+            if not facts or known["pictures"] > facts["pictures"]:
+                facts = known | {"bank": len(table.pictures)}
+    return banks, facts
+
+
+def _blocks(batches: DensePass, rows: int) -> Iterator[DenseBatch]:
+    """Batches joined until they hold `rows` patches: a search costs a pass over the bank."""
+    waiting: list[DenseBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(part.features.shape[0] * part.features.shape[1] for part in waiting) >= rows:
+            yield _join(waiting)
+            waiting = []
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(parts: Sequence[DenseBatch]) -> DenseBatch:
+    return DenseBatch(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.maps for part in parts]),
+        tuple(labels for part in parts for labels in part.originals),
+        torch.cat([part.pictures for part in parts]),
+    )
+
+
+def _compare(
+    shares: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
+) -> list[Int64[Tensor, "3 C1"]]:
+    """Areas of each picture, from the class shares of the patches of all."""
+    parts = shares.split(grid * grid)
+    return [
+        region_areas(label_pixels(part, grid, (labels.shape[0], labels.shape[1])), labels, classes)
+        for part, labels in zip(parts, truth, strict=True)
+    ]
+
+
+def _stack(parts: list[Tensor], classes: int) -> Int64[Tensor, "P 3 C1"]:
+    return torch.stack(parts) if parts else torch.zeros(0, 3, classes + 1, dtype=torch.int64)
+
+
+def _metrics(
+    areas: dict[Any, Int64[Tensor, "P 3 C1"]],
+    banks: Sequence[Bank],
+    config: DenseRetrievalConfig,
+    classes: Sequence[str],
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Named numbers, and the IoU of each class (first bank, its best k)."""
+
+    def miou(setting: Any) -> float:
+        return float(mean_iou(areas[setting].sum(dim=0).numpy(), config.absent))
+
+    ceiling = miou("ceiling")
+    if np.isnan(ceiling):
+        raise UserError("no pixel of test has a class: nothing can be compared")
+    metrics: dict[str, float] = {}
+    best_of: list[int] = []
+    for divisor in config.subsample:
+        end = "" if divisor == 1 else f"_1of{divisor}"
+        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        means = {k: float(np.mean([miou((b, k)) for b in own])) for k in config.k}
+        best = max(config.k, key=lambda k: means[k])
+        best_of.append(best)
+        low, high = bootstrap_iou([areas[b, best] for b in own], config.absent, seed=config.seed)
+        metrics |= {f"miou{end}": means[best], f"miou{end}_low": low, f"miou{end}_high": high}
+        metrics |= {f"best_k{end}": float(best), **{f"miou{end}_k{k}": means[k] for k in config.k}}
+        if len(own) > 1:
+            metrics[f"miou{end}_sd"] = float(np.std([miou((b, best)) for b in own], ddof=1))
+    return metrics | {"miou_ceiling": ceiling}, named_iou(areas[0, best_of[0]], classes)

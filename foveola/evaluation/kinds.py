@@ -1,0 +1,157 @@
+"""Kinds of features: what one pass of an encoder can say about the pictures of a batch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float32, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from foveola.config import UserError
+from foveola.models.encoder import Encoder, load
+
+ATTENTION = ("attention", "lowest_entropy", "centre")
+KINDS = ("token", "masked", "average", "patches", "predictor", *ATTENTION)
+EXTERNAL = "external:"  # external:MODEL, patches averaged by the attention of another encoder
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a protocol reads of a picture.
+
+    Kinds: `token` and `masked` (class token, and object token that reads its object, of the last `layers`
+    blocks), `average` (of the patches), `patches` (all), `predictor` (mean of CAPI's predictions),
+    and the patches averaged by attention of the last block: `attention` (of the class token, mean over the
+    heads), `lowest_entropy` (of its head of lowest entropy, for each picture), `centre` (of the central
+    patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
+    """
+
+    kinds: frozenset[str]
+    layers: int = 1
+
+    def __or__(self, other: "Need") -> "Need":
+        return Need(self.kinds | other.kinds, max(self.layers, other.layers))
+
+
+def need(*kinds: str, layers: int = 1) -> Need:
+    """`Need` of the kinds given. Raises UserError for one that does not exist."""
+    for kind in kinds:
+        if kind not in KINDS and not (kind.startswith(EXTERNAL) and len(kind) > len(EXTERNAL)):
+            raise UserError(f"unknown features {kind!r}; known: {', '.join(KINDS)}, {EXTERNAL}MODEL")
+    return Need(frozenset(kinds), layers)
+
+
+def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
+    """Raise UserError where the encoder cannot give one of the kinds."""
+    if not 1 <= layers <= len(encoder.backbone.blocks):
+        raise UserError(
+            f"features of the last {layers} blocks: this encoder has {len(encoder.backbone.blocks)}"
+        )
+    for kind in kinds:
+        if (
+            kind in ("token", "masked", "attention", "lowest_entropy")
+            and not encoder.config.model.class_token
+        ):
+            raise UserError(
+                f"features {kind}: this encoder has no class token; use average, centre or patches"
+            )
+        if kind == "predictor" and encoder.predictor is None:
+            raise UserError(f"features predictor: this encoder has {', '.join(encoder.config.pools)}")
+
+
+def shape_of(encoder: Encoder, kind: str, layers: int) -> tuple[int, ...]:
+    """The shape of a kind of feature of one picture."""
+    width, patches = encoder.config.model.shape[0], encoder.grid[0] * encoder.grid[1]
+    if kind in ("token", "masked"):
+        return layers, width
+    if kind == "predictor" and encoder.predictor is not None:
+        return (encoder.predictor.width,)
+    return (patches, width) if kind == "patches" else (width,)
+
+
+class Reader:
+    """Computes kinds of features of pictures; keeps the other encoders of `external:` kinds."""
+
+    def __init__(self, encoder: Encoder, precision: str) -> None:
+        self.encoder, self.precision = encoder, precision
+        self.others: dict[str, Encoder] = {}
+
+    def other(self, kind: str) -> Encoder:
+        """The encoder of an `external:` kind. Raises UserError where it has no class token or grid."""
+        if kind not in self.others:
+            encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
+            check_kinds(encoder, ("attention",), 1)
+            if self.encoder.config.transform.crop % encoder.patch_size:
+                raise UserError(
+                    f"{kind}: pictures of {self.encoder.config.transform.crop} pixels are no whole "
+                    f"patches of {encoder.patch_size}"
+                )
+            self.others[kind] = encoder
+        return self.others[kind]
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: UInt8[Tensor, "b 3 S S"], masks: Bool[Tensor, "b N"], wanted: Need
+    ) -> dict[str, Float32[Tensor, "b ..."]]:
+        """Features of each wanted kind, float32 on the CPU; all but `masked` without regard to masks."""
+        encoder, kinds = self.encoder.eval(), wanted.kinds
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            moved = images.to(encoder.device)
+            pixels = encoder.normalise(moved)
+            found: dict[str, Tensor] = {}
+            plain = encoder.capture(pixels, wanted.layers, attention=bool(kinds & set(ATTENTION)))
+            last = plain.layers[-1]
+            tokens = [layer.objects[:, 0] for layer in plain.layers if layer.objects.shape[1]]
+            if "masked" in kinds:
+                found["masked"] = self._masked(
+                    pixels, masks, torch.stack(tokens, dim=1).float(), wanted.layers
+                )
+            if "token" in kinds:
+                found["token"] = torch.stack(tokens, dim=1)
+            patches = last.patches.float()
+            found |= {"average": patches.mean(dim=1), "patches": patches}
+            if "predictor" in kinds:
+                found["predictor"] = encoder.predictions(last).float().mean(dim=1)
+            count = patches.shape[1]
+            if plain.objects is not None and plain.centre is not None:
+                if plain.objects.shape[2]:
+                    rows = plain.objects[:, :, 0, -count:].float()
+                    found["attention"] = weigh(rows.mean(dim=1), patches)
+                    found["lowest_entropy"] = weigh(lowest_entropy(rows), patches)
+                found["centre"] = weigh(plain.centre[:, :, -count:].float().mean(dim=1), patches)
+            for kind in (kind for kind in kinds if kind.startswith(EXTERNAL)):
+                found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
+        return {kind: found[kind].float().cpu() for kind in kinds}
+
+    def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int) -> Tensor:
+        """Object tokens; one that reads everything is the class token, and not computed again."""
+        new = ~masks.all(dim=1)
+        tokens = plain.clone()
+        if new.any():
+            objects = masks[new][:, None].to(pixels.device)
+            outputs = self.encoder.layers(pixels[new.to(pixels.device)], layers, objects)
+            tokens[new.to(tokens.device)] = torch.stack([o.objects[:, 0] for o in outputs], dim=1).float()
+        return tokens
+
+    def _foreign(self, kind: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
+        other = self.other(kind).eval()
+        seen = other.capture(other.normalise(images), attention=True)
+        assert seen.objects is not None
+        rows, columns = seen.layers[-1].grid
+        maps = seen.objects[:, :, 0, -rows * columns :].float().mean(dim=1).view(-1, 1, rows, columns)
+        if (rows, columns) != grid:
+            maps = interpolate(maps, grid, mode="bilinear", antialias=True).clamp_(min=0)
+        return maps.flatten(1)
+
+
+def weigh(weights: Float[Tensor, "b N"], patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b D"]:
+    """Patches averaged with the weights, which need not sum to one."""
+    return torch.einsum("bn,bnd->bd", weights / weights.sum(dim=1, keepdim=True), patches)
+
+
+def lowest_entropy(rows: Float[Tensor, "b heads N"]) -> Float[Tensor, "b N"]:
+    """Of each picture the row of the head whose distribution over the patches has the lowest entropy."""
+    shares = rows / rows.sum(dim=2, keepdim=True)
+    best = torch.special.entr(shares).sum(dim=2).argmin(dim=1)
+    return shares[torch.arange(len(shares), device=shares.device), best]

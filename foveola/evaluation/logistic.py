@@ -1,0 +1,264 @@
+"""Multinomial logistic regression by L-BFGS (`fit`), a path over C: protocol `logistic`.
+
+The objective is scikit-learn's and cuML's, C sum_i CE_i + |W|^2 / 2 with a free intercept, divided by C n:
+its size then depends neither on C nor on the number of rows, and one tolerance serves every C.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from foveola.config import key
+from foveola.data.sources import Source
+from foveola.evaluation.banks import note_choice, scored
+from foveola.evaluation.cache import Feed, Need
+from foveola.evaluation.linear import assemble, need_of
+from foveola.evaluation.metrics import Outcome, percent
+from foveola.evaluation.probing import ProbeConfig, Task, open_task
+from foveola.models.encoder import Encoder
+
+CHUNK = 2**24  # logits in memory at a time: 128 MiB in float64
+
+# -- core ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticModel:
+    """A fitted classifier. A class that has no row of training gets the bias -inf and is never predicted."""
+
+    weight: Float[Tensor, "C D"]
+    bias: Float[Tensor, "C"]
+    loss: float  # the objective at the end
+    gradient: float  # the largest entry of its gradient there, in absolute value
+    iterations: int
+
+    def logits(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n C"]:
+        """Scores in the precision and on the device of the model."""
+        parts = [part.to(self.weight) @ self.weight.T + self.bias for part in x.split(_rows(self.weight))]
+        return torch.cat(parts) if parts else self.bias.new_zeros(0, len(self.bias))
+
+    def predict(self, x: Float[Tensor, "n D"]) -> Int64[Tensor, "n"]:
+        """The class of highest score of each row, on the CPU."""
+        parts = [self.logits(part).argmax(dim=1).cpu() for part in x.split(_rows(self.weight))]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def fit(
+    x: Float[Tensor, "n D"],
+    y: Int64[Tensor, "n"],
+    classes: int,
+    c: float,
+    *,
+    start: LogisticModel | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-12,
+    history: int = 5,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> LogisticModel:
+    """Minimise mean_i CE(W x_i + b, y_i) + |W|^2 / (2 C n) over W and b by L-BFGS with strong Wolfe steps.
+
+    Equal to scikit-learn's `LogisticRegression(C=c)` in its minimum. Logits exist for a chunk of rows only.
+
+    Args:
+        y: labels in [0, classes). c: inverse strength of the penalty, > 0.
+        start: a model to go on from, such as that of the next smaller c.
+        tolerance: stop when no entry of the gradient, or no change of loss or parameters, is larger.
+    Raises ValueError for no row, labels out of range, features that are not finite, and c of 0 or less.
+    """
+    if not len(x) or c <= 0:
+        raise ValueError(f"logistic regression of {len(x)} rows with C={c}")
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise ValueError(f"labels from {int(y.min())} to {int(y.max())} for {classes} classes")
+    if not all(bool(part.isfinite().all()) for part in x.split(65536)):
+        raise ValueError("features that are not finite")
+    x, present = x.to(device), torch.unique(y)
+    number = torch.full((classes,), -1, dtype=torch.int64)
+    number[present] = torch.arange(len(present))
+    y = number[y].to(device)
+    weight, bias = _begin(start, present, x.shape[1], x.device, dtype)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=20 * max_iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=tolerance,
+        history_size=history,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        loss, weight.grad, bias.grad = _objective(x, y, weight, bias, c)
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    loss, dw, db = _objective(x, y, weight, bias, c)
+    whole, offsets = weight.new_zeros(classes, x.shape[1]), weight.new_full((classes,), -torch.inf)
+    whole[present], offsets[present] = weight, bias
+    steps = optimizer.state[weight].get("n_iter", 0)
+    largest = max(dw.abs().amax().item(), db.abs().amax().item())
+    return LogisticModel(whole, offsets, loss.item(), largest, int(steps))
+
+
+def _begin(
+    start: LogisticModel | None, present: Tensor, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if start is None:
+        return torch.zeros(len(present), width, device=device, dtype=dtype), torch.zeros(
+            len(present), device=device, dtype=dtype
+        )
+    here = present.to(start.bias.device)
+    weight, bias = start.weight[here].to(device, dtype), start.bias[here].to(device, dtype)
+    return weight.clone(), torch.where(bias.isfinite(), bias, 0.0).clone()
+
+
+@torch.no_grad()
+def _objective(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The objective and its gradients, from one reading of the rows."""
+    n = len(x)
+    loss, dw, db = 0.5 / (c * n) * weight.square().sum(), weight / (c * n), torch.zeros_like(bias)
+    rows = _rows(weight)
+    for part, labels in zip(x.split(rows), y.split(rows), strict=True):
+        part = part.to(weight.dtype)
+        log = torch.log_softmax(torch.addmm(bias, part, weight.T), dim=1)
+        loss = loss - log.gather(1, labels[:, None]).sum() / n
+        residual = log.exp_()
+        residual[torch.arange(len(labels), device=labels.device), labels] -= 1
+        residual /= n
+        dw.addmm_(residual.T, part)
+        db += residual.sum(dim=0)
+    return loss, dw, db
+
+
+def _rows(weight: Tensor) -> int:
+    return max(1, CHUNK // max(weight.shape))
+
+
+def path(
+    x: Float[Tensor, "n D"],
+    y: Int64[Tensor, "n"],
+    classes: int,
+    values: Sequence[float],
+    *,
+    start: LogisticModel | None = None,
+    **settings: Any,
+) -> list[LogisticModel]:
+    """`fit` for each of `values`, from the smallest C to the largest, each from where the last one ended.
+
+    The models are in the order of `values`. `settings` are those of `fit`; each of `values` counts once.
+    """
+    models: dict[float, LogisticModel] = {}
+    for c in sorted(set(values)):
+        start = models[c] = fit(x, y, classes, c, start=start, **settings)
+    return [models[c] for c in values]
+
+
+def standardiser(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:
+    """(mean, scale) of each column: the population's standard deviation, 1 where a column is constant."""
+    mean = torch.stack([part.double().sum(dim=0) for part in x.split(65536)]).sum(dim=0) / len(x)
+    square = torch.stack([(part.double() - mean).square().sum(dim=0) for part in x.split(65536)]).sum(dim=0)
+    scale = (square / len(x)).sqrt()
+    # What rounding leaves of a constant column is no spread.
+    scale = torch.where(scale > 1e-6 * mean.abs() + torch.finfo(torch.float64).tiny, scale, 1.0)
+    return mean.float(), scale.float()
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogisticConfig(ProbeConfig):
+    """Settings of `logistic`. Defaults: DINOv2."""
+
+    features: str = key("token", "what is classified: token, token4, average, token+average, ...")
+    values: int = key(45, "how many values of C to try, 10^-6 to 10^5 in equal ratios", at_least=2)
+    c: tuple[float, ...] | None = key(None, "the values of C to try, instead", above=0)
+    iterations: int = key(1000, "L-BFGS iterations of each C at most", at_least=1)
+    tolerance: float = key(1e-6, "L-BFGS stops when no entry of the gradient is larger", above=0)
+    standardise: bool = key(False, "columns to mean 0 and deviation 1, by the rows that train")
+    masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
+    arithmetic: Literal["float64", "float32"] = key("float64", "numbers of the fit")
+
+    def __post_init__(self) -> None:
+        if self.c is not None and (not self.c or len(set(self.c)) < len(self.c)):
+            raise ValueError(f"c: needs different values, got {list(self.c)}")
+        if self.views:
+            raise ValueError(f"views={self.views}: logistic regression learns from the evaluation view")
+
+    @property
+    def grid(self) -> list[float]:
+        """All values of C, ascending."""
+        return sorted(self.c) if self.c else (10 ** torch.linspace(-6, 5, self.values).double()).tolist()
+
+
+def needs(config: LogisticConfig, encoder: Encoder) -> Need:
+    """What of a picture the protocol reads."""
+    return need_of((config.features,), config.masks)
+
+
+def run(
+    encoder: Encoder, train: Source, test: Source, config: LogisticConfig, progress: bool, feed: Feed
+) -> Outcome:
+    """Fit a path over C on the rows that train, choose C on the hold-out, refit on both, score on `test`.
+
+    Metrics in percent of group `logistic`: as of `linear`; the grid's `test` is of models before the refit.
+    """
+    wanted = needs(config, encoder)
+    task = open_task(feed, train, test, config, wanted, encoder.device)
+    values = config.grid
+    settings = {
+        "max_iterations": config.iterations,
+        "tolerance": config.tolerance,
+        "dtype": getattr(torch, config.arithmetic),
+        "device": task.device,
+    }
+
+    def rows(part: str) -> Float[Tensor, "n D"]:
+        store, index = {
+            "fit": (task.train, task.fit),
+            "hold": (task.train, task.hold),
+            "score": (task.test, task.score),
+            "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
+        }[part]
+        x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
+        return assemble(x, config.features, config.masks)
+
+    x, test_x = rows("fit"), rows("score")
+    mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))
+    models = path((x - mean) / scale, task.labels[task.fit], task.classes, values, **settings)
+    on_test = [_right(model, (test_x - mean) / scale, task, "test") for model in models]
+    grid = [{"c": c, "test": percent(right)} for c, right in zip(values, on_test, strict=True)]
+    best = max(range(len(values)), key=lambda i: grid[i]["test"])
+    if len(task.hold):
+        held = (rows("hold") - mean) / scale
+        for row, model in zip(grid, models, strict=True):
+            row["holdout"] = percent(_right(model, held, task, "hold"))
+        best = max(range(len(values)), key=lambda i: grid[i]["holdout"])
+        both = (rows("both") - mean) / scale
+        labels = task.labels[torch.cat((task.fit, task.hold)).sort().values]
+        model = fit(both, labels, task.classes, values[best], start=models[best], **settings)
+        right = _right(model, (test_x - mean) / scale, task, "test")
+    else:
+        model, right = models[best], on_test[best]
+    top5 = task.answers.top5(model.logits((test_x - mean) / scale).float().cpu())
+    metrics = scored("logistic", right, task.answers, config.seed, top5)
+    if len(values) > 1:
+        metrics["top1_logistic_best_on_test"] = max(row["test"] for row in grid)
+    if len(task.hold):
+        metrics["holdout_logistic"] = grid[best]["holdout"]
+    note_choice(task, len(values))
+    chosen = {"c": values[best], "parameters": model.weight.numel() + model.bias.numel()}
+    return Outcome(metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid})
+
+
+def _right(model: LogisticModel, x: Tensor, task: Task, which: str) -> Bool[Tensor, "m"]:
+    answers = task.answers if which == "test" else task.held
+    parts = [
+        answers.hits(model.logits(part), slice(start, start + len(part)))
+        for start, part in zip(range(0, len(x), 4096), x.split(4096), strict=True)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,229 @@
+"""The task of a trained probe: rows and labels, the hold-out, what counts as right, batches of features.
+
+The rows that train, those that choose (the hold-out, a share of the training pictures), and those that are
+scored (test) never mix. Test labels are read once everything is trained and chosen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.cache import Feed, FeedConfig, Need, Store
+from foveola.evaluation.knn import shared_labels
+from foveola.evaluation.metrics import hits
+
+PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
+
+
+@dataclass(frozen=True)
+class ProbeConfig(FeedConfig):
+    """Settings that all trained probes share."""
+
+    holdout: float = key(
+        0.1,
+        "share of the training pictures that chooses among a grid's probes; 0 = the test set does",
+        at_least=0,
+        below=1,
+    )
+    views: int = key(
+        0,
+        "random crops stored of each training picture, which epochs take in turn; 0 = no augmentation",
+        at_least=0,
+    )
+
+
+# -- the task ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What counts as right on the rows of a test set, in the numbering of the training classes."""
+
+    labels: Int64[Tensor, "m"]  # -1: a class that train lacks, always wrong
+    pictures: Int64[Tensor, "m"]
+    others: tuple[Int64[Tensor, "_"], ...] | None = None  # all right answers of each row (ReaL)
+    candidates: Bool[Tensor, "C"] | None = None  # classes that may be predicted (ImageNet-A, ObjectNet)
+
+    def hits(self, logits: Float[Tensor, "*G m C"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
+        """Whether the best (candidate) class of each row is right."""
+        if self.candidates is not None:
+            logits = logits.masked_fill(~self.candidates.to(logits.device), -torch.inf)
+        found = logits.argmax(dim=-1).cpu()
+        if self.others is None:
+            labels = self.labels[rows]
+            return (found == labels) & (labels >= 0)
+        right = [
+            torch.isin(each, some) for each, some in zip(found.unbind(-1), self.others[rows], strict=True)
+        ]
+        return torch.stack(right, dim=-1)
+
+    def top5(self, logits: Float[Tensor, "m C"]) -> Bool[Tensor, "m"]:
+        """Whether the label is among the five classes of highest score."""
+        if self.candidates is not None:
+            logits = logits.masked_fill(~self.candidates.to(logits.device), -torch.inf)
+        return hits(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu(), self.labels, 5)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Features and labels of a probe: which rows of the stores train, choose, and are scored."""
+
+    train: Store
+    test: Store
+    labels: Int64[Tensor, "n"]  # of all rows of `train`; -1 unknown
+    fit: Int64[Tensor, "f"]  # rows of `train` that train
+    hold: Int64[Tensor, "h"]  # rows of `train` that choose
+    score: Int64[Tensor, "m"]  # rows of `test` that are scored
+    answers: Answers
+    classes: int
+    device: torch.device
+    notes: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts about both sets, for the result."""
+        rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(self.score)}
+        return {"train": self.train.facts, "test": self.test.facts, "split": rows}
+
+    @property
+    def held(self) -> Answers:
+        """What is right on the hold-out."""
+        return Answers(self.labels[self.hold], self.train.pictures[self.hold])
+
+
+def open_task(
+    feed: Feed, train: Source, test: Source, config: ProbeConfig, need: Need, device: torch.device
+) -> Task:
+    """Stores of both sources with what is needed, and the split. Raises UserError where they are one set.
+
+    Also for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
+    """
+    if train.fingerprint() == test.fingerprint():
+        raise UserError("train and test are the same data: a probe would be scored on what it learned from")
+    feed.want(train, config, need, config.views)
+    feed.want(test, config, need)
+    bank, queries = feed.open(train, config, need, config.views), feed.open(test, config, need)
+    notes: list[str] = []
+    rows = _labelled(bank, "train", notes)
+    score = _labelled(queries, "test", notes)
+    labels, found = bank.column("labels"), queries.column("labels")[score]
+    classes = max(int(labels.max()) + 1, len(train.classes or ()))
+    present = torch.unique(labels[rows])
+    if len(present) < 2:
+        raise UserError(f"{train.name}: labels of {len(present)} class; a probe needs two or more")
+    if len(present) < classes:
+        notes.append(f"train: {classes - len(present)} of {classes} classes have no picture")
+    fit, hold = held_out(rows, config.holdout, config.seed)
+    if not len(fit):
+        raise UserError(
+            f"{train.name}: {len(rows)} labelled pictures are too few for holdout={config.holdout}"
+        )
+    right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
+    answers = _answers(test, train, right, queries.pictures[score], classes)
+    return Task(bank, queries, labels, fit, hold, score, answers, classes, device, notes)
+
+
+def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
+    known = store.column("labels") >= 0
+    if not known.any():
+        raise UserError(f"{which}: no labels on its pictures, which a probe needs")
+    if missing := int((~known).sum()):
+        notes.append(f"{which}: {missing} pictures without a label are left out")
+    return torch.nonzero(known).flatten()
+
+
+def held_out(
+    rows: Int64[Tensor, "r"], share: float, seed: int
+) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
+    """`rows` in two, ascending: those that train, and a drawn `share` that chooses.
+
+    At least one row is held out where share > 0.
+    """
+    count = max(1, int(share * len(rows))) if share else 0
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))
+    return rows[order[count:].sort().values], rows[order[:count].sort().values]
+
+
+def _answers(test: Source, train: Source, labels: Tensor, pictures: Tensor, classes: int) -> Answers:
+    """With what some test sets of ImageNet's say besides a label (`data.imagenet.Variant`)."""
+    names = train.classes or ()
+    place = {name: i for i, name in enumerate(names)}
+    matched = test.classes is not None and bool(names)
+    named = [place.get(name, -1) for name in test.classes or ()] if matched else range(classes)
+    number = dict(enumerate(named))  # of a class of test, in train; a class that train lacks has -1
+    others = candidates = None
+    answers: Callable[[int], Any] | None = getattr(test, "answers", None)
+    if answers is not None:
+        lists = [[number.get(int(label), -1) for label in answers(i)] for i in pictures.tolist()]
+        if any(len(some) != 1 for some in lists):
+            others = tuple(torch.tensor([n for n in some if n >= 0], dtype=torch.int64) for some in lists)
+    if allowed := getattr(test, "candidates", None):
+        candidates = torch.zeros(classes, dtype=torch.bool)
+        candidates[[number[label] for label in allowed if number.get(label, -1) >= 0]] = True
+    return Answers(labels, pictures, others, candidates)
+
+
+# -- features by batch ---------------------------------------------------------------------------------------
+
+
+class Columns:
+    """Kinds of features of some rows of a store, on the device if they are few enough, else read as asked."""
+
+    def __init__(
+        self, store: Store, rows: Int64[Tensor, "r"], wanted: Need, device: torch.device, views: int = 0
+    ) -> None:
+        self.store, self.rows, self.wanted, self.device = store, rows, wanted, device
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        every = range(1, 1 + views) if views else (0,)
+        size = sum(
+            4 * len(rows) * store.take(kind, slice(1), layers=wanted.layers)[0].numel()
+            for kind in wanted.kinds
+        )
+        if size * len(every) <= PRELOAD:
+            for kind in wanted.kinds:
+                for view in every:
+                    self.kept[kind, view] = store.take(kind, rows, view, wanted.layers).to(device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
+        """Features of the rows at the places `at`."""
+        if self.kept:
+            there = at.to(self.device)
+            return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
+        rows = self.rows[at]
+        return {
+            kind: self.store.take(kind, rows, view, self.wanted.layers).to(self.device)
+            for kind in self.wanted.kinds
+        }
+
+
+Batch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
+
+
+def per_epoch(rows: int, batch: int) -> int:
+    """Whole batches of an epoch, at least one."""
+    return max(1, rows // batch)
+
+
+def batches(
+    columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
+) -> Iterator[Batch]:
+    """Batches in an order that depends on seed and epoch alone; rows that fill no batch sit the epoch out."""
+    batch, labels = min(batch, len(columns)), labels.to(columns.device)
+    length = per_epoch(len(columns), batch)
+    order = torch.zeros(0, dtype=torch.int64)
+    for step in range(steps):
+        epoch, place = divmod(step, length)
+        if not place:
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(columns)))
+        at = order[place * batch : (place + 1) * batch].sort().values  # ascending rows are read faster
+        yield columns.take(at, 1 + epoch % views if views else 0), labels[at.to(labels.device)]

@@ -1,0 +1,235 @@
+"""Encoders of ours in the layouts of other libraries, which then load them as theirs.
+
+Positions are written as a table for the pictures of `encoder.transform`; at other sizes each library resizes
+it in its own way.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.models.encoder import Encoder
+from foveola.zoo.hf_models import plain_name
+from foveola.zoo.load import TOLERANCE, import_library, load_library
+from foveola.zoo.sizes import mlp_ratio
+
+FORMATS = ("timm", "hf", "torch")
+PACKED = {  # one matrix of ours, several of Hugging Face's
+    ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
+    ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj."),
+}
+
+
+def export(encoder: Encoder, out: str | Path, format: str = "timm") -> Path:
+    """Write an encoder for another library, and check that it gives the same tokens there.
+
+    `timm`: a folder for `timm.create_model("local-dir:OUT", pretrained=True)`. `hf`: a folder for
+    `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: a file of tensors by
+    timm's names, which is not checked.
+
+    Raises UserError for networks that the library cannot express (CAPI's norms and positions), for outputs
+    that differ, for an `out` that exists, and where the library is missing.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise UserError(f"format={format}: expected {', '.join(FORMATS)}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"out={out} exists; export writes to a new place")
+    _check(encoder)
+    if format == "torch":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_timm_weights(encoder), out)
+        return out
+    import_library({"timm": "timm", "hf": "transformers"}[format], format)
+    out.mkdir(parents=True, exist_ok=True)
+    (_write_timm if format == "timm" else _write_hf)(encoder, out)
+    _compare(encoder, load_library(f"{format}:{out}"), out)
+    return out
+
+
+def _check(encoder: Encoder) -> None:
+    model = encoder.config.model
+    for wrong, what in (
+        (model.positions == "rope", "rotary positions"),
+        (model.norm != "layer", f"norm={model.norm}"),
+        (not model.final_norm_affine, "a final norm without weights"),
+        (not model.bias, "no biases"),
+        (encoder.config.pool == "predictor", "pool=predictor"),
+    ):
+        if wrong:
+            raise UserError(f"this encoder has {what}, which other libraries do not express")
+
+
+@torch.inference_mode()
+def _compare(encoder: Encoder, other: Encoder, out: Path) -> None:
+    side = encoder.config.transform.crop
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ours, theirs = encoder.backbone(images.to(encoder.device)), other.backbone(images)
+    for part in ("objects", "registers", "patches"):
+        a, b = getattr(ours, part).cpu(), getattr(theirs, part)
+        scale = a.square().mean().sqrt().item() if a.numel() else 1.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=TOLERANCE * scale):
+            raise UserError(f"{out}: the exported network gives other {part} than the encoder")
+    settings = ("mean", "std", "crop", "resize", "squash", "interpolation")
+    for name in settings:
+        if getattr(encoder.config.transform, name) != getattr(other.config.transform, name):
+            raise UserError(f"{out}: the exported network has another transform.{name} than the encoder")
+
+
+@torch.inference_mode()
+def _weights(encoder: Encoder) -> dict[str, Tensor]:
+    """Tensors by our names on the CPU; `pos_embed` fits the pictures: class token's row first, if any."""
+    network = encoder.backbone
+    state = {name: value.detach().float().cpu().clone() for name, value in network.state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.startswith(("pos_field.", "pos_mask"))}
+    table = network.positions(encoder.grid)
+    if table is None:
+        raise UserError("this encoder has no positions to write")
+    rows = [table.float().cpu()]
+    if "cls_token" in state:
+        rows.insert(0, state["pos_embed"][:, :1])
+    return state | {"pos_embed": torch.cat(rows, dim=1)}
+
+
+def _timm_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """By timm's names and shapes: with registers, the class token holds its position (`no_embed_class`)."""
+    state = _weights(encoder)
+    del state["mask_token"]
+    if "reg_token" in state and "cls_token" in state:
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    return state
+
+
+def _write_timm(encoder: Encoder, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, transform = encoder.config.model, encoder.config.transform
+    if model.norm_eps not in (None, 1e-6):
+        raise UserError(f"this encoder has norm_eps={model.norm_eps}; a folder of timm's can only say 1e-6")
+    width, depth, heads = model.shape
+    gated, pool = model.mlp == "swiglu", "token" if encoder.config.pool == "token" else "avg"
+    state = _timm_weights(encoder)
+    arguments = {
+        "img_size": transform.crop,
+        "patch_size": model.patch_size,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[0], width),
+        "init_values": model.layer_scale,
+        "class_token": model.class_token,
+        "reg_tokens": model.registers,
+        "no_embed_class": model.registers > 0,
+        "global_pool": pool,
+        "fc_norm": False,
+        "dynamic_img_size": True,
+    }
+    share = transform.crop / transform.resize  # timm rounds crop / share down
+    while math.floor(transform.crop / share) != transform.resize:
+        share = math.nextafter(share, 0)
+    config = {
+        "architecture": "vit_giant_patch14_dinov2" if gated else "vit_small_patch16_224",  # for their MLP
+        "num_classes": 0,
+        "num_features": width,
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, transform.crop, transform.crop],
+            "fixed_input_size": False,
+            "interpolation": transform.interpolation,
+            "crop_pct": share,
+            "crop_mode": "squash" if transform.squash else "center",
+            "mean": list(transform.mean),
+            "std": list(transform.std),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: value.contiguous() for name, value in state.items()}, out / "model.safetensors")
+
+
+def _hf_kind(encoder: Encoder) -> str:
+    """Which of Hugging Face's networks is ours. Raises UserError where none is."""
+    model = encoder.config.model
+    plain = model.mlp == "gelu" and model.layer_scale is None and not model.registers
+    if not model.class_token:
+        if plain and encoder.config.pool == "average":
+            return "IJepa"
+        raise UserError("Hugging Face has no network without class token but with what this encoder has")
+    if encoder.config.pool != "token":
+        raise UserError("Hugging Face's networks with a class token pool by it: export with pool=token")
+    if plain:
+        return "ViT"
+    if not float(model.mlp_ratio).is_integer():
+        raise UserError(f"Hugging Face's DINOv2 takes a whole mlp_ratio only, not {model.mlp_ratio:g}")
+    return "Dinov2WithRegisters" if model.registers else "Dinov2"
+
+
+def _write_hf(encoder: Encoder, out: Path) -> None:
+    transformers = import_library("transformers", "hf")
+    model, transform = encoder.config.model, encoder.config.transform
+    if transform.squash and transform.crop != transform.resize:
+        raise UserError("Hugging Face's processors that squash do not crop: resize and crop must be the same")
+    kind, (width, depth, heads) = _hf_kind(encoder), model.shape
+    settings: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "layer_norm_eps": 1e-6 if model.norm_eps is None else model.norm_eps,
+        "image_size": transform.crop,
+        "patch_size": model.patch_size,
+        "hidden_act": "gelu",
+    }
+    options: dict[str, Any] = {}
+    if kind in ("ViT", "IJepa"):
+        settings["intermediate_size"] = model.block(0).hidden
+        options["add_pooling_layer"] = False
+    else:
+        settings |= {"mlp_ratio": int(model.mlp_ratio), "use_swiglu_ffn": model.mlp == "swiglu"}
+    if model.registers:
+        settings["num_register_tokens"] = model.registers
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    network = getattr(transformers, f"{kind}Model")(config, **options)
+    state = _weights(encoder)
+    own = network.state_dict()
+    network.load_state_dict({name: _part(state, plain_name(name)).view_as(v) for name, v in own.items()})
+    network.save_pretrained(out)
+    size: dict[str, Any] = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": transform.resize},
+    }
+    if transform.squash:
+        side = {"height": transform.crop, "width": transform.crop}
+        size = {"image_processor_type": "ViTImageProcessor", "size": side}
+    processor = size | {
+        "do_resize": True,
+        "do_center_crop": not transform.squash,
+        "crop_size": {"height": transform.crop, "width": transform.crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "resample": {"bilinear": 2, "bicubic": 3}[transform.interpolation],
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _part(state: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor by its half-way name: a third of `attn.qkv`, a half of a gated `mlp.fc1`, or as it is."""
+    for ours, parts in PACKED.items():
+        for index, part in enumerate(parts):
+            if part in name:
+                return state[name.replace(part, ours)].chunk(len(parts))[index]
+    if name.endswith(".gamma") and name not in state:  # a network without LayerScale
+        block = name.rsplit(".", 2)[0]
+        return torch.ones_like(state[f"{block}.norm1.weight"])
+    return state[name]

@@ -1,0 +1,194 @@
+"""Hugging Face's vision transformers, and what is done to pictures for them, in our terms."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.zoo.convert import plain_vit
+from foveola.zoo.load import Foreign, import_library, one_line
+
+KINDS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+NAMES = (  # of transformers 4 and 5 to timm's, which are ours
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)$", r"patch_embed.proj.\1"),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.)?(?:q_proj|query)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.)?(?:k_proj|key)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.)?(?:v_proj|value)\.", ".attn.v."),
+    (r"\.attention\.(?:o_proj|output\.dense)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
+
+
+def from_hf(name: str, revision: str | None = None, preprocess: str = "own") -> Foreign:
+    """A model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
+
+    Args:
+        preprocess: "own" for the settings of its image processor (`preprocessor_config.json`), "imagenet" for
+            the usual evaluation (256, 224, bicubic, ImageNet's mean and deviation).
+
+    Code that comes with a model is never run. Raises UserError for models that are not found or not whole,
+    and for those that our ViT cannot express.
+    """
+    where = f"hf:{name}"
+    if preprocess not in ("own", "imagenet"):
+        raise UserError(f"{where}: preprocess={preprocess}: expected own or imagenet")
+    transformers = import_library("transformers", "hf")
+    found: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **found)
+    except Exception as error:  # of the library, of its hub, of the network: there is no list of them
+        raise UserError(f"{where}: {one_line(error)}") from error
+    if config.model_type not in KINDS:
+        raise UserError(f"{where} is a {config.model_type!r}; known: {', '.join(KINDS)}")
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "ijepa") else {}
+    speech = transformers.utils.logging
+    loudness = speech.get_verbosity()
+    speech.set_verbosity_error()  # its report warns of heads that are left out; what is missing we say
+    try:
+        model, report = transformers.AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **found, **options
+        )
+    except Exception as error:
+        raise UserError(f"{where}: {one_line(error)}") from error
+    finally:
+        speech.set_verbosity(loudness)
+    if missing := sorted(map(str, report["missing_keys"])):
+        raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
+    transform = _transform(name, where, found) if preprocess == "own" else {}
+    return from_module(model.eval(), where, transform)
+
+
+def from_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
+    """A module of transformers in our terms. Raises UserError for those that our ViT cannot express."""
+    config = model.config
+    kind = config.model_type
+    rotary = kind == "dinov3_vit"
+    gated = getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False)
+    _check(config, name, rotary, gated)
+    try:
+        weights, shape = plain_vit(_plain_names(model.state_dict()), config.num_attention_heads, rotary)
+    except ValueError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+    shape |= {
+        "norm_eps": config.layer_norm_eps,
+        "position_antialias": kind == "dinov2_with_registers",
+        "position_offset": 0.0,
+    }
+    if rotary:
+        shape |= {"positions": "rope", "rope": "dinov3"}
+    settings = {
+        "model": shape,
+        "transform": transform,
+        "pool": "token" if shape["class_token"] else "average",
+    }
+    patch = shape["patch_size"]
+
+    def tokens(images: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        if kind in ("vit", "vit_mae", "vit_msn", "ijepa"):
+            options["interpolate_pos_encoding"] = True
+        if kind == "vit_mae":  # nothing masked, and in order
+            count = images.shape[2] // patch * (images.shape[3] // patch)
+            model.config.mask_ratio = 0.0
+            options["noise"] = torch.arange(count, dtype=torch.float32).repeat(len(images), 1)
+        return model(images, **options).last_hidden_state
+
+    return Foreign(weights, settings, tokens, ((3 * patch, 5 * patch),))
+
+
+def _check(config: Any, name: str, rotary: bool, gated: bool) -> None:
+    """Raise UserError for settings that our ViT has not; others show when outputs are compared."""
+    expected = "silu" if rotary and gated else "gelu"
+    if config.hidden_act != expected and not (gated and not rotary):  # DINOv2's gate is always silu
+        raise UserError(f"{name} has MLPs with {config.hidden_act!r}, where our ViT has {expected!r}")
+    if rotary and getattr(config, "rope_theta", 100.0) != 100.0:
+        raise UserError(f"{name} has rotary positions of base {config.rope_theta}; known: 100")
+    sides = config.image_size, config.patch_size
+    if any(not isinstance(side, int) and len(set(side)) > 1 for side in sides):
+        raise UserError(f"{name} has pictures or patches that are not square: {sides[0]}, {sides[1]}")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in timm, where `attn.q`, `attn.k`, `attn.v`, `mlp.gate_proj`, `mlp.up_proj` are one."""
+    for pattern, ours in NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by timm's names: one matrix for q, k and v, and one for gate and value.
+
+    Where only some of q, k and v have a bias, the others' is zero.
+    """
+    plain = {plain_name(name): value for name, value in state.items()}
+    if plain.get("reg_token") is not None and not plain["reg_token"].numel():
+        del plain["reg_token"]
+    for name in [name for name in plain if ".mlp.gate_proj." in name]:
+        both = plain.pop(name), plain.pop(name.replace(".gate_proj.", ".up_proj."))
+        plain[name.replace(".gate_proj.", ".fc1.")] = torch.cat(both)
+    plain = {name.replace(".mlp.up_proj.", ".mlp.fc1."): value for name, value in plain.items()}
+    for name in [name for name in plain if name.endswith(".attn.q.weight")]:
+        block = name.removesuffix("q.weight")
+        maps = [plain.pop(f"{block}{part}.weight") for part in "qkv"]
+        biases = [plain.pop(f"{block}{part}.bias", None) for part in "qkv"]
+        plain[f"{block}qkv.weight"] = torch.cat(maps)
+        if any(bias is not None for bias in biases):
+            zero = maps[0].new_zeros(len(maps[0]))
+            plain[f"{block}qkv.bias"] = torch.cat([zero if bias is None else bias for bias in biases])
+    return {name: value for name, value in plain.items() if not name.startswith("pooler.")}
+
+
+def _transform(name: str, where: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What the model's image processor does, as a tree for TransformConfig."""
+    transformers = import_library("transformers", "hf")
+    try:
+        own = transformers.AutoImageProcessor.from_pretrained(name, **found)
+    except Exception as error:
+        raise UserError(
+            f"{where}: no settings of an image processor ({one_line(error)[:120]}); "
+            "?preprocess=imagenet takes the usual ones"
+        ) from error
+
+    def extent(size: dict[str, Any], *names: str) -> int | None:
+        values = {value for n in names if (value := size.get(n)) is not None}
+        return int(values.pop()) if len(values) == 1 else None
+
+    def of(name: str) -> dict[str, Any]:
+        return dict(getattr(own, name, None) or {})
+
+    shorter, squashed = extent(of("size"), "shortest_edge"), extent(of("size"), "height", "width")
+    resize = shorter or squashed
+    crop = extent(of("crop_size"), "height", "width") if getattr(own, "do_center_crop", False) else squashed
+    kernel = RESAMPLE.get(int(own.resample)) if getattr(own, "resample", None) is not None else None
+    scaled = (
+        getattr(own, "do_rescale", True) and abs(getattr(own, "rescale_factor", 1 / 255) * 255 - 1) < 1e-4
+    )
+    if not (getattr(own, "do_resize", True) and resize and crop and kernel and scaled):
+        raise UserError(
+            f"{where}: its image processor does not resize to {{shortest_edge}} or {{height, width}} "
+            "(bicubic or bilinear), crop a square and scale to [0, 1]; ?preprocess=imagenet takes the usual"
+        )
+    normal = getattr(own, "do_normalize", True)
+    return {
+        "resize": resize,
+        "crop": crop,
+        "mean": list(own.image_mean) if normal else [0.0, 0.0, 0.0],
+        "std": list(own.image_std) if normal else [1.0, 1.0, 1.0],
+        "interpolation": kernel,
+        "squash": shorter is None,
+    }

@@ -1,0 +1,116 @@
+"""Models of other libraries by name or folder, `timm:NAME` and `hf:NAME`, as `Encoder`s of ours.
+
+A model is converted, not wrapped: object tokens, attention, layers and every protocol then work as for our
+own. That its function stayed the same is checked on noise each time one is loaded.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import Tensor
+
+from foveola.config import UserError, build, nearest
+from foveola.models.encoder import Encoder, EncoderConfig
+
+TOLERANCE = 1e-3  # of the root mean square of outputs; rounding in float32 makes some 1e-5
+OPTIONS = {"timm": ("pretrained",), "hf": ("preprocess", "revision")}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model of another library in our terms."""
+
+    weights: Mapping[str, Tensor]  # by our names
+    settings: dict[str, Any]  # a tree for EncoderConfig
+    tokens: Callable[[Tensor], Tensor]  # normalised pictures to [B, T, D]: class token, registers, patches
+    sizes: tuple[tuple[int, int], ...] = field(default=())  # of pictures on which both are compared
+
+
+def load_library(name: str) -> Encoder:
+    """Load `timm:NAME`, `timm:FOLDER`, `hf:NAME` or `hf:FOLDER`, with options behind a `?`, joined by `&`.
+
+    `timm:NAME` takes timm's own weights, `?pretrained=FILE` those of a file, `?pretrained=false` random ones
+    (seed 0). `hf:` takes `?revision=`, and `?preprocess=imagenet` where a model comes without the settings
+    of its image processor.
+
+    Raises UserError, in one line, where the library is missing, the model is not found or is not a ViT of
+    ours, and where the converted network does not give the same outputs.
+    """
+    library, _, rest = name.partition(":")
+    model, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not model:
+        raise UserError(f"{name!r} names no model: expected {library}:NAME or {library}:FOLDER")
+    for option in options:
+        if option not in OPTIONS[library]:
+            near = nearest(option, OPTIONS[library])
+            known = f"did you mean {near!r}?" if near else f"known: {', '.join(OPTIONS[library])}"
+            raise UserError(f"{name}: unknown option {option!r}; {known}")
+    if Path(model).is_file():
+        hint = f", or timm:NAME?pretrained={model} for weights of timm's NAME" if library == "timm" else ""
+        raise UserError(f"{name}: a file says nothing of its architecture; load it as {model}{hint}")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError(f"{name}: no folder {model}")
+    with torch.random.fork_rng(devices=[]):  # networks draw weights before they get others
+        torch.default_generator.manual_seed(0)
+        if library == "timm":
+            from foveola.zoo.timm_models import from_timm
+
+            foreign = from_timm(model, options.get("pretrained", "true"))
+        else:
+            from foveola.zoo.hf_models import from_hf
+
+            foreign = from_hf(model, options.get("revision"), options.get("preprocess", "own"))
+        return adopt(foreign, name)
+
+
+def adopt(foreign: Foreign, name: str) -> Encoder:
+    """An encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
+    encoder = Encoder(build(EncoderConfig, foreign.settings | {"origin": name}, where=name))
+    encoder.fill({key: value.detach() for key, value in foreign.weights.items()}, Path(name))
+    side = encoder.config.transform.crop
+    for size in dict.fromkeys(((side, side), *foreign.sizes)):
+        _compare(encoder, foreign, size, name)
+    return encoder
+
+
+@torch.inference_mode()
+def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: str) -> None:
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    theirs, features = foreign.tokens(images), encoder.backbone(images)
+    ours = torch.cat((features.objects, features.registers, features.patches), dim=1)
+    where = f"{name}: on a picture of {size[0]} x {size[1]} pixels"
+    if ours.shape != theirs.shape:
+        raise UserError(
+            f"{where} it gives {tuple(theirs.shape[1:])} numbers, converted {tuple(ours.shape[1:])}"
+        )
+    if not theirs.isfinite().all():
+        raise UserError(f"{where} it gives numbers that are not finite")
+    error, scale = (ours - theirs).abs().max().item(), theirs.square().mean().sqrt().item()
+    if not error <= TOLERANCE * scale:
+        raise UserError(
+            f"{where} its converted network differs by {error:.2g} where outputs are about {scale:.2g}: "
+            "it computes something that our ViT does not"
+        )
+
+
+def import_library(module: str, extra: str) -> Any:
+    """An optional library. Raises UserError that names the extra which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.split(".")[0]
+        raise UserError(
+            f"{extra}: models need {top} ({one_line(error)}); pip install 'foveola[{extra}]'"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

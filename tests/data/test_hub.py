@@ -1,0 +1,126 @@
+"""Data sets of Hugging Face, made and saved here: nothing is fetched."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pil
+
+from foveola.data.hub import HubPixels
+from foveola.data.sample import BadImage, DataError
+from foveola.data.segmentation import IGNORE, PixelSource
+from foveola.data.sources import Source, decode, open_source
+
+datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def pictures(count: int = 4) -> list[Pil.Image]:
+    rng = np.random.default_rng(0)
+    return [Pil.fromarray(rng.integers(0, 256, (16, 24, 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Two splits with a column of pictures, of classes, of whole numbers, of text, and of label maps."""
+    maps = [Pil.fromarray(np.full((16, 24), value, np.uint8)) for value in (0, 1, 9, 1)]
+    columns = {
+        "img": pictures(),
+        "species": [1, 0, 1, 2],
+        "number": [0, 5, 5, 0],
+        "word": ["owl", "wren", "owl", "crow"],
+        "segments": maps,
+    }
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "species": datasets.ClassLabel(names=["crow", "owl", "wren"]),
+            "number": datasets.Value("int64"),
+            "word": datasets.Value("string"),
+            "segments": datasets.Image(),
+        }
+    )
+    made = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict({"train": made, "test": made.select([0, 1])}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_saved_to_disk(saved: Path):
+    source = open_source(f"hf:{saved}?image=img")
+    assert isinstance(source, Source)
+    assert (len(source), source.classes) == (4, ("crow", "owl", "wren"))  # the only column of classes
+    assert [source[i].label for i in range(4)] == [1, 0, 1, 2]
+    for index, picture in enumerate(pictures()):
+        np.testing.assert_array_equal(decode(source[index].image), np.array(picture))
+    assert len(open_source(f"hf:{saved}?image=img", "test")) == 2
+    again = pickle.loads(pickle.dumps(source))
+    assert again.fingerprint() == source.fingerprint() == open_source(f"hf:{saved}?image=img").fingerprint()
+    assert again[2].label == 1
+    limited = open_source(f"hf:{saved}?image=img&limit=3")
+    assert len(limited) == 3
+    assert limited.fingerprint() != source.fingerprint()
+
+
+def test_labels_of_other_kinds(saved: Path):
+    by_number = open_source(f"hf:{saved}?image=img&label=number")
+    assert by_number.classes == ("0", "1", "2", "3", "4", "5")
+    assert by_number[1].label == 5
+    by_word = open_source(f"hf:{saved}?image=img&label=word")
+    assert by_word.classes == ("crow", "owl", "wren")
+    assert [by_word[i].label for i in range(4)] == [1, 2, 1, 0]
+    assert open_source(f"hf:{saved}?image=img&label=-")[0].label is None
+
+
+def test_label_maps(saved: Path):
+    source = open_source(f"hf:{saved}?image=img&pixels=segments&classes=2&ignore=9")
+    assert isinstance(source, PixelSource)
+    assert isinstance(source, HubPixels)
+    assert [int(source.label_map(i)[0, 0]) for i in range(4)] == [0, 1, IGNORE, 1]
+    assert source.label_map(0).shape == decode(source[0].image).shape[:2]
+    other = open_source(f"hf:{saved}?image=img&pixels=segments&classes=2")
+    assert isinstance(other, HubPixels)
+    with pytest.raises(DataError, match="row 2: holds the value 9, which is no class"):
+        other.label_map(2)
+    assert other.fingerprint() != source.fingerprint()
+
+
+def test_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        Pil.new("RGB", (16, 16), colour).save(tmp_path / "data" / "train" / name / "a.png")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = open_source(f"hf:{tmp_path / 'data'}")
+    assert source.classes == ("cat", "dog")
+    assert [source[i].label for i in range(2)] == [0, 1]
+    assert decode(source[1].image)[0, 0].tolist() == [0, 0, 255]
+
+
+def test_mistakes(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for query, match in (
+        ("", "has 2 columns of kind Image; name one with image="),
+        ("?image=imgs", "no column 'imgs'; did you mean 'img'?"),
+        ("?image=word", "column 'word' of .* is of kind Value, not Image"),
+        ("?image=img&label=specie", "no column 'specie'; did you mean 'species'?"),
+        ("?image=img&split=dev", "has no split 'dev'; it has train, test"),
+        ("?image=img&pixels=segments", "pixels= needs classes="),
+        ("?image=img&pixels=segments&classes=999", "999 classes; from 1 to 254"),
+    ):
+        with pytest.raises(DataError, match=match):
+            open_source(f"hf:{saved}{query}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^hf: cannot load .*empty, split train: "):
+        open_source(f"hf:{tmp_path / 'empty'}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"needs the extra `datasets`: pip install 'foveola\[datasets\]'"):
+        open_source(f"hf:{saved}?image=img")
+
+
+def test_a_row_without_a_picture(tmp_path: Path):
+    features = datasets.Features({"image": datasets.Image()})
+    made = datasets.Dataset.from_dict({"image": [pictures(1)[0], None]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    source = open_source(f"hf:{tmp_path / 'saved'}")
+    with pytest.raises(BadImage, match="row 1: no picture in column image"):
+        source[1]

@@ -1,0 +1,110 @@
+"""Results side by side: only those that were measured alike."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from foveola.cli import main
+from foveola.config import UserError
+from foveola.evaluation.compare import compare
+from foveola.evaluation.result import Result
+
+PLAIN = Result(
+    protocol="linear",
+    settings={"style": "dinov2", "lr": [0.1], "batch_size": 64, "workers": 2},
+    metrics={"top1_linear": 71.25, "top1_linear_low": 69.0, "top1_linear_high": 73.0, "entropy_x": 3.0},
+    data={
+        "train": {"name": "a:", "fingerprint": "1", "pictures": 90, "rows": 90, "unreadable": 0},
+        "test": {"name": "b:", "fingerprint": "2", "pictures": 30, "rows": 30, "unreadable": 0},
+    },
+    encoder="abc",
+    versions={"torch": "2.9"},
+    date="2026-01-01",
+    seconds=3.25,
+    chosen={"linear": {"lr": 0.1, "parameters": 1234}},
+)
+
+
+def save(folder: Path, **changes) -> Path:
+    dataclasses.replace(PLAIN, **changes).save(folder)
+    return folder
+
+
+def test_a_line_for_each_metric_and_the_best_marked(tmp_path: Path, capsys) -> None:
+    a = save(tmp_path / "a")
+    b = save(tmp_path / "b", metrics={"top1_linear": 80.5, "entropy_x": 9.0}, versions={"torch": "2.15"})
+    (only,) = compare([a, b])
+    lines = [line.split() for line in only.table().splitlines()]
+    assert lines[0] == ["linear", "a", "b"]
+    assert lines[1] == ["top1_linear", "71.25", "[69.0,", "73.0]", "80.50*"]
+    assert lines[2] == ["entropy_x", "3.00", "9.00"]
+    assert lines[3] == ["seconds", "3.2", "3.2"]
+    assert " ".join(lines[4]) == "note: measured with different versions of torch"
+    assert main(["compare", str(a), str(b / "results" / "linear.json")]) == 0
+    assert "80.50*" in capsys.readouterr().out
+
+
+def test_speed_may_differ_and_settings_and_data_may_not(tmp_path: Path, capsys) -> None:
+    a = save(tmp_path / "a")
+    other = {name: dict(facts) for name, facts in PLAIN.data.items()}
+    other["test"]["fingerprint"] = "3"
+    fewer = {name: dict(facts) for name, facts in PLAIN.data.items()}
+    fewer["train"]["rows"] = 89
+    assert compare([a, save(tmp_path / "fast", settings={**PLAIN.settings, "workers": 9, "batch_size": 1})])
+    for i, (changes, message) in enumerate(
+        [
+            ({"settings": {**PLAIN.settings, "style": "mae"}}, "style = dinov2 and mae"),
+            ({"settings": {k: v for k, v in PLAIN.settings.items() if k != "lr"}}, "and absent"),
+            ({"data": other}, "test fingerprint: b: and b:, 2 and 3"),
+            ({"data": fewer}, "train rows: 90 and 89"),
+            ({"data": {"test": PLAIN.data["test"]}}, "only one has train data"),
+        ]
+    ):
+        b = save(tmp_path / f"b{i}", **changes)
+        with pytest.raises(UserError, match=f"linear: a and b{i} were not measured alike: .*{message}"):
+            compare([a, b])
+        assert main(["compare", str(a), str(b)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_which_protocols(tmp_path: Path) -> None:
+    a, b = save(tmp_path / "x" / "run"), save(tmp_path / "y" / "run")
+    save(a, protocol="knn")
+    assert [c.protocol for c in compare([a, b])] == ["linear"]
+    assert compare([a, b])[0].names == ("x/run", "y/run")
+    save(b, protocol="knn")
+    assert [c.protocol for c in compare([a, b], "knn")] == ["knn"]
+    for places, protocol, message in (
+        ([a], None, "two or more"),
+        ([a, a], None, "is given twice"),
+        ([a, tmp_path], None, "holds no results"),
+        ([a, b], "lineer", "no results of 'lineer'; did you mean 'linear'"),
+        (
+            [save(tmp_path / "p"), save(tmp_path / "q", protocol="knn")],
+            None,
+            "no protocol was measured for all",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(places, protocol)
+
+
+def test_tables_of_probes() -> None:
+    lines = [line.split() for line in PLAIN.table().splitlines()]
+    assert lines[1][:3] == ["probe", "top1", "95"]
+    assert lines[2] == ["linear", "71.25", "[69.00,", "73.00]", "-", "-", "-", "1,234", "lr=0.1"]
+    assert lines[3] == ["entropy_x", "3.00"]
+
+
+def test_the_command_line_of_several_protocols(encoder, tmp_path: Path, capsys) -> None:
+    encoder.save(tmp_path / "run" / "encoder")
+    words = ["model=" + str(tmp_path / "run"), "train=scenes:?count=30", "test=scenes:?count=12", "workers=0"]
+    assert main(["evaluate", "knn,linear", *words[:1]]) == 2
+    assert "knn: test is needed" in capsys.readouterr().err
+    assert main(["evaluate", "knn,linear", *words, "temprature=1"]) == 2
+    assert "did you mean 'temperature'" in capsys.readouterr().err
+    assert main(["evaluate", "linear", "--help"]) == 0
+    assert "cache" in capsys.readouterr().out
+    for word in ("compare --help", "compare a b c=1", "compare"):
+        assert main(word.split()) == (0 if "help" in word else 2)

@@ -1,0 +1,110 @@
+"""Outputs of earlier blocks and rows of the last attention matrix, against hooks and loops."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveola.models.capture import capture
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.vit import VisionTransformer, ViTConfig
+
+
+def network(**changes) -> VisionTransformer:
+    torch.manual_seed(0)
+    settings = {"width": 24, "depth": 3, "heads": 2, "patch_size": 4, "image_size": 16} | changes
+    made = VisionTransformer(ViTConfig(**settings)).eval().requires_grad_(False)
+    for block in made.blocks:
+        block.attn.qkv.weight.mul_(10)
+    return made
+
+
+def pictures(count: int = 3, height: int = 16, width: int = 16) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def masks(count: int = 3, patches: int = 16) -> Tensor:
+    return torch.rand(count, 1, patches, generator=torch.Generator().manual_seed(2)) < 0.5
+
+
+@pytest.mark.parametrize("changes", [{}, {"registers": 2}, {"positions": "rope"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_layers_are_the_blocks_outputs_through_the_final_norm(changes, masked) -> None:
+    vit = network(**changes)
+    objects = masks() if masked else None
+    seen: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda m, i, o: seen.append(o)) for block in vit.blocks]
+    whole = vit(pictures(), objects)
+    for hook in hooks:
+        hook.remove()
+    found = capture(vit, pictures(), 3, objects).layers
+    registers = changes.get("registers", 0)
+    for x, features in zip(seen, found, strict=True):
+        expected = vit.norm(x)
+        torch.testing.assert_close(features.objects, expected[:, :1])
+        torch.testing.assert_close(features.registers, expected[:, 1 : 1 + registers])
+        torch.testing.assert_close(features.patches, expected[:, 1 + registers :])
+    torch.testing.assert_close(found[-1].objects, whole.objects)
+    torch.testing.assert_close(found[-1].patches, whole.patches)
+    torch.testing.assert_close(capture(vit, pictures(), 1, objects).layers[0].patches, whole.patches)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_rows_of_attention_by_a_loop(size) -> None:
+    """float64 softmax of q k / sqrt(c), entry by entry; the central patch of an even grid is upper left."""
+    vit, images = network(registers=1), pictures(2, *size)
+    inputs: list[Tensor] = []
+    hook = vit.blocks[-1].register_forward_hook(lambda m, i, o: inputs.append(i[0]))
+    found = capture(vit, images, 1, None, attention=True)
+    hook.remove()
+    if not inputs:
+        pytest.fail("the last block was not called")
+    block = vit.blocks[-1]
+    rows, columns = size[0] // 4, size[1] // 4
+    centre = 2 + (rows - 1) // 2 * columns + (columns - 1) // 2
+    for b in range(2):
+        qkv = block.attn.qkv(block.norm1(inputs[0][b])).double()
+        q, k = (qkv[:, 24 * i : 24 * i + 24].view(-1, 2, 12) for i in range(2))
+        for head in range(2):
+            for row, mine in ((0, found.objects[b, head, 0]), (centre, found.centre[b, head])):
+                scores = torch.stack([q[row, head] @ other / 12**0.5 for other in k[:, head]])
+                torch.testing.assert_close(mine.double(), scores.softmax(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_an_object_token_reads_only_its_object() -> None:
+    vit = network()
+    found = capture(vit, pictures(), 1, masks(), attention=True).objects
+    assert (found[:, :, 0, 1:][~masks().expand(-1, 2, -1)] == 0).all()
+    torch.testing.assert_close(found.sum(dim=3), torch.ones(3, 2, 1))
+
+
+def test_few_pictures_at_a_time_change_nothing(monkeypatch) -> None:
+    vit = network()
+    before = capture(vit, pictures(), 1, masks(), attention=True)
+    monkeypatch.setattr("foveola.models.capture.ENTRIES", 1)
+    after = capture(vit, pictures(), 1, masks(), attention=True)
+    torch.testing.assert_close(before.objects, after.objects)
+    torch.testing.assert_close(before.centre, after.centre)
+
+
+def test_without_class_token_there_is_only_the_centre() -> None:
+    found = capture(network(class_token=False), pictures(), 2, None, attention=True)
+    assert found.objects.shape[2] == found.layers[0].objects.shape[1] == 0
+    torch.testing.assert_close(found.centre.sum(dim=2), torch.ones(3, 2))
+
+
+def test_more_blocks_than_there_are() -> None:
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=f"the last {n} blocks of a network of 3"):
+            capture(network(), pictures(), n)
+
+
+def test_an_encoders_layers_and_capture() -> None:
+    vit = network()
+    encoder = Encoder(EncoderConfig(vit.config, TransformConfig(resize=16, crop=16)), vit)
+    layers = encoder.layers(pictures(), 2, masks())
+    both = encoder.capture(pictures(), 2, masks(), attention=True)
+    assert both.objects is not None
+    for a, b in zip(layers, both.layers, strict=True):
+        assert torch.equal(a.objects, b.objects)
+        assert torch.equal(a.patches, b.patches)
+    assert torch.equal(layers[-1].objects, encoder(pictures(), masks()).objects)
