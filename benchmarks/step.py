@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ class Bench:
         arguments: argparse.Namespace,
         device: torch.device,
         all_tokens: bool = False,
-        changes: dict[str, float] | None = None,
+        changes: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.device, self.all_tokens = resolve(recipe, changes), device, all_tokens
         torch.manual_seed(0)

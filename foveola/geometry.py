@@ -59,9 +59,8 @@ def resampling_weights(
     kernel: Kernel = "bicubic",
     flip: Bool[Tensor, "*N"] | None = None,
     blur: Float[Tensor, "*N"] | None = None,
-    antialias: bool = True,
 ) -> Float[Tensor, "*N {size} {source}"]:
-    """Interpolation weights of one axis, antialiased unless told otherwise; each row sums to one.
+    """Antialiased interpolation weights of one axis; each row sums to one.
 
     Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit
     interval. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as PIL and
@@ -72,8 +71,6 @@ def resampling_weights(
         flip: reverse the order of the output cells.
         blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them
             alone.
-        antialias: false = `bicubic` and `linear` keep the width of a source cell: the field is read at the
-            centres of the output cells. Beyond the first and the last source cell weights are not defined.
     """
     low, high = low[..., None, None], high[..., None, None]
     cell = (high - low) * (source / size)  # source pixels to an output pixel
@@ -84,8 +81,8 @@ def resampling_weights(
         weights = (torch.minimum(start + cell, j + 1) - torch.maximum(start, j)).clamp_(min=0)
     else:
         centre = low * source + (i + 0.5) * cell
-        distance = (j + 0.5 - centre).div_(cell.clamp(min=1) if antialias else 1).abs_()
-        weights = _bicubic(distance) if kernel == "bicubic" else (1 - distance).clamp_(min=0)
+        distance = ((j + 0.5 - centre) / cell.clamp(min=1)).abs_()
+        weights = bicubic(distance) if kernel == "bicubic" else (1 - distance).clamp_(min=0)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     if blur is not None:
         weights = _gaussian(blur, size) @ weights
@@ -94,7 +91,8 @@ def resampling_weights(
     return weights
 
 
-def _bicubic(x: Float[Tensor, "*N"], a: float = -0.5) -> Float[Tensor, "*N"]:
+def bicubic(x: Float[Tensor, "*N"], a: float = -0.5) -> Float[Tensor, "*N"]:
+    """Keys' kernel at distances x >= 0 in cells; a = -0.5 is PIL's, -0.75 torch's without antialiasing."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -65,11 +65,11 @@ class Store:
         """Index of each readable picture in its source."""
         return torch.from_numpy(self.chosen)[self.rows]
 
-    def table(self, masked: bool) -> FeatureTable:
-        """Tokens of the last block as the table that `extract` gives for the same pictures."""
-        kind = "masked" if masked else "token"
+    def table(self, kind: str) -> FeatureTable:
+        """One vector of a picture, of tokens that of the last block, as the table that `extract` gives."""
+        features = self.take(kind)
         return FeatureTable(
-            features=self.take(kind)[:, -1],
+            features=features[:, -1] if features.ndim == 3 else features,
             labels=self.column("labels"),
             pictures=self.pictures,
             objects=torch.full((len(self),), -1),

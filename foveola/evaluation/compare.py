@@ -30,7 +30,7 @@ class Comparison:
             ranked = metric.startswith(("top1", "top5", "rank", "recall", "miou", "holdout"))
             best = max((v for v in values if v is not None), default=None) if ranked else None
             cells = [
-                _cell(result, metric, value is not None and value == best and len(values) > 1)
+                _cell(result, metric, value is not None and value == best and len(set(values)) > 1)
                 for result, value in zip(self.results, values, strict=True)
             ]
             rows.append((metric, *cells))

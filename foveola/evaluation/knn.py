@@ -190,10 +190,11 @@ class KnnConfig(ExtractConfig):
 
 
 def needs(config: KnnConfig, encoder: Encoder) -> Need | None:
-    """What of a picture the protocol reads; None where its rows are no pictures or no tokens."""
-    if config.rows != "pictures" or (config.pool or encoder.config.pool) != "token":
+    """What of a picture the protocol reads; None where the shared pass does not have it."""
+    pool = config.pool or encoder.config.pool
+    if config.rows != "pictures" or (pool != "token" and config.masks is not False):
         return None
-    return need("token") if config.masks is False else need("token", "masked")
+    return need(pool) if config.masks is False else need("token", "masked")
 
 
 def run(
@@ -223,7 +224,8 @@ def run(
         if feed is None or wanted is None:
             return extract_tables(encoder, source, kinds, config, progress=progress)
         store = feed.open(source, config, wanted)
-        return [store.table(masked) for masked in kinds], store.facts
+        plain = config.pool or encoder.config.pool
+        return [store.table("masked" if masked else plain) for masked in kinds], store.facts
 
     banks, train_facts = tables(train)
     queries, test_facts = (banks, train_facts) if same else tables(test)

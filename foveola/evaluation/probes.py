@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
-from foveola.config import ConfigError, UserError, key
+from foveola.config import ConfigError, key
 from foveola.data.sources import Source
 from foveola.evaluation import abmilp, attentive, knn, linear, logistic
 from foveola.evaluation.cache import Feed, Need
@@ -62,8 +62,6 @@ def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name in config.run:
         if name == "knn":
-            if not token:
-                continue
             settings = knn.KnnConfig(**reading, masks=False, k=config.k)
             parts[name] = Part(settings, knn.run, knn.needs(settings, encoder) or Need(frozenset()))
         elif name == "logistic":
@@ -113,8 +111,6 @@ def run(
     same linear classifier on one vector of a picture `top1_abmilp`, `top1_token`, `top1_average`, ...
     """
     parts = parts_of(config, encoder)
-    if not parts:
-        raise UserError("run=[knn]: this encoder has no class token")
     metrics: dict[str, float] = {}
     data: dict[str, Any] = {}
     chosen: dict[str, Any] = {}

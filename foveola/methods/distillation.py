@@ -10,8 +10,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from foveola.config import key
@@ -20,16 +21,22 @@ from foveola.methods.method import Method, Output, ema_update, freeze, spread_an
 from foveola.methods.terms import (
     PatchTerm,
     PatchTermConfig,
+    PositionTerm,
+    PositionTermConfig,
     SpreadTerm,
     SpreadTermConfig,
     Tokens,
     TokenTerm,
     TokenTermConfig,
+    errors_of_places,
+    sheet_of_places,
 )
 from foveola.models.heads import HeadConfig, ProjectionHead
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
+
+LOOKED_AT = 16  # global views of a step whose patches are kept to be looked at
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,14 @@ class DistillationConfig:
         None, "a second token term, for views.objects.image_token (ODIS Table 5)"
     )
     patch: PatchTermConfig | None = key(factory=PatchTermConfig, help="masked patches of the same view")
+    position: PositionTermConfig | None = key(None, "masked positions of the same view")
     spread: SpreadTermConfig | None = key(None, "KoLeo")
     momentum: Schedule = key(
         factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"), help="EMA of the teacher"
     )
 
     def __post_init__(self) -> None:
-        terms = {"token": self.token, "image": self.image, "patch": self.patch}
+        terms = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
         if not any((*terms.values(), self.spread)):
             raise ValueError("all terms are null: nothing to learn")
         for name, term in terms.items():
@@ -79,6 +87,19 @@ class DistillationConfig:
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         if self.patch is not None and views.masking is None:
             raise ValueError("method.patch needs masked patches: set views.masking, or method.patch=null")
+        if self.position is not None and views.position_masking is None:
+            raise ValueError(
+                "method.position needs masked positions: set views.position_masking, or method.position=null"
+            )
+        if views.position_masking is not None and model.positions == "rope":
+            raise ValueError(
+                "views.position_masking hides what is added to patches: model.positions=field, or learned"
+            )
+        if views.placement is not None and model.positions != "field":
+            raise ValueError(
+                "views.placement moves views in a position field: set model.positions=field, "
+                "or views.placement=null"
+            )
         reads_image = any(t is not None and t.token == "image" for t in (self.token, self.image))
         if reads_image != (views.objects is not None and views.objects.image_token):
             raise ValueError("a term with token=image and views.objects.image_token=true go together")
@@ -110,18 +131,26 @@ class Distillation(Method):
         super().__init__()
         self.config = config
         self.image_token = views.objects is not None and views.objects.image_token
-        named = {"token": config.token, "image": config.image, "patch": config.patch}
-        used = {term.head for term in named.values() if term is not None}
+        named = (config.token, config.image, config.patch, config.position)
+        used = {term.head for term in named if term is not None}
         heads = {name: head for name, head in config.heads.items() if name in used}
         self.student = Branch(model, heads)
         self.teacher = freeze(deepcopy(self.student))
         if views.masking is None:  # never used: data-parallel training would wait for its gradient
             self.student.backbone.mask_token.requires_grad_(False)
+        if views.position_masking is not None:
+            self.student.backbone.learn_position_mask()
         self.token = TokenTerm(config.token, heads[config.token.head].prototypes) if config.token else None
         self.image = TokenTerm(config.image, heads[config.image.head].prototypes) if config.image else None
         self.patch = PatchTerm(config.patch, heads[config.patch.head].prototypes) if config.patch else None
+        self.position = (
+            PositionTerm(config.position, heads[config.position.head].prototypes) if config.position else None
+        )
         self.spread = SpreadTerm(config.spread) if config.spread else None
+        self.has_field = model.positions == "field"
+        self.colors = views.color.mean, views.color.std
         self.seen: Tensor | None = None
+        self.shown: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -143,6 +172,16 @@ class Distillation(Method):
             weights = mask_weights(batch.masked.flatten(0, 1), batch.masked_indices)
             heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
             outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
+        if self.position is not None:
+            assert batch.unplaced is not None
+            assert batch.unplaced_indices is not None
+            weights = mask_weights(batch.unplaced.flatten(0, 1), batch.unplaced_indices)
+            heads = self.student.head(self.position.config.head), self.teacher.head(self.position.config.head)
+            outputs["position"] = self.position(student, teacher, *heads, weights, progress)
+            assert student.looked_at is not None
+            assert teacher.looked_at is not None
+            images, unplaced = (t.flatten(0, 1)[:LOOKED_AT] for t in (batch.global_views, batch.unplaced))
+            self.shown = student.looked_at, teacher.looked_at, images.clone(), unplaced
         if self.spread is not None:
             outputs["spread"] = self.spread(student, self.image_token)
         self.seen = teacher.objects.detach().flatten(0, 2)
@@ -153,32 +192,60 @@ class Distillation(Method):
     def _teach(self, batch: Batch) -> Tokens:
         """The teacher's tokens of the unmasked global views."""
         views = batch.global_views
-        features = self.teacher.backbone(views.flatten(0, 1), _rows(batch.global_objects))
+        where = self._where(batch.global_places, batch.global_boxes, batch.global_flips)
+        features = self.teacher.backbone(views.flatten(0, 1), _rows(batch.global_objects), **where)
         everything = self.patch is not None and self.patch.config.center == "all"
         return Tokens(
             objects=features.objects.unflatten(0, views.shape[:2]),
             local_objects=None,
             masked_patches=self._masked(features, batch),
             patches=features.patches.flatten(0, 1) if everything else None,
+            unplaced_patches=self._unplaced(features, batch),
+            looked_at=self._looked_at(features),
         )
 
     def _study(self, batch: Batch) -> Tokens:
         """The student's tokens of all views; those of global views come from masked input."""
         views, local = batch.global_views, batch.local_views
         features = self.student.backbone(
-            views.flatten(0, 1), _rows(batch.global_objects), _rows(batch.masked)
+            views.flatten(0, 1),
+            _rows(batch.global_objects),
+            _rows(batch.masked),
+            unplaced=_rows(batch.unplaced),
+            **self._where(batch.global_places, batch.global_boxes, batch.global_flips),
         )
         local_objects = None
         if local is not None:
             small = self.student.backbone(
-                local.flatten(0, 1), _rows(batch.local_objects), _rows(batch.local_masked)
+                local.flatten(0, 1),
+                _rows(batch.local_objects),
+                _rows(batch.local_masked),
+                **self._where(batch.local_places, batch.local_boxes, batch.local_flips),
             )
             local_objects = small.objects.unflatten(0, local.shape[:2])
         return Tokens(
             objects=features.objects.unflatten(0, views.shape[:2]),
             local_objects=local_objects,
             masked_patches=self._masked(features, batch),
+            unplaced_patches=self._unplaced(features, batch),
+            looked_at=self._looked_at(features),
         )
+
+    def _where(
+        self, places: Tensor | None, boxes: Tensor | None, flips: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Where views read their positions, for a network that has a field: their boxes unless moved."""
+        if not self.has_field:
+            return {}
+        return {"places": _rows(boxes if places is None else places), "flips": _rows(flips)}
+
+    def _unplaced(self, features: Features, batch: Batch) -> Float[Tensor, "U D"] | None:
+        if self.position is None or batch.unplaced_indices is None:
+            return None
+        return features.patches.flatten(0, 1).index_select(0, batch.unplaced_indices)
+
+    def _looked_at(self, features: Features) -> Float[Tensor, "S N D"] | None:
+        return None if self.position is None else features.patches[:LOOKED_AT].detach().clone()
 
     def _masked(self, features: Features, batch: Batch) -> Float[Tensor, "P D"] | None:
         if self.patch is None or batch.masked_indices is None:
@@ -189,13 +256,13 @@ class Distillation(Method):
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         momentum = self.config.momentum.at(progress)
         ema_update(self.teacher, self.student, momentum)
-        for term in (self.token, self.image, self.patch):
+        for term in (self.token, self.image, self.patch, self.position):
             if term is not None:
                 term.targets.step()
         return {"momentum": momentum}
 
     def diagnose(self) -> dict[str, float]:
-        terms = {"token": self.token, "image": self.image, "patch": self.patch}
+        terms = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
         logs = {
             f"{name}/prototypes_used": t.targets.prototypes_used()
             for name, t in terms.items()
@@ -203,7 +270,37 @@ class Distillation(Method):
         }
         if self.seen is not None:
             logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
+        guessed = self._guesses()
+        if guessed is not None:
+            guesses, unplaced, _, grid = guessed
+            logs["position/found"], logs["position/distance"] = errors_of_places(guesses, unplaced, grid[1])
         return logs
+
+    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """The teacher's position field, and where patches without position are and were taken to be."""
+        sheets: dict[str, UInt8[np.ndarray, "H W 3"]] = {}
+        if self.backbone.pos_field is not None:
+            sheets["position_field"] = self.backbone.pos_field.picture()
+        guessed = self._guesses()
+        if guessed is not None:
+            guesses, unplaced, images, grid = guessed
+            mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in self.colors)
+            sheets["positions"] = sheet_of_places(images * std + mean, guesses, unplaced, grid)
+        return sheets
+
+    def _guesses(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None:
+        """Guessed places, unplaced patches and pictures of those of the kept views that have such patches."""
+        if self.position is None or self.shown is None:
+            return None
+        student, teacher, images, unplaced = self.shown
+        some = unplaced.any(dim=1)
+        if not some.any():
+            return None
+        heads = self.student.head(self.position.config.head), self.teacher.head(self.position.config.head)
+        guesses = self.position.guesses(student, teacher, *heads)
+        side = self.backbone.config.patch_size
+        grid = images.shape[2] // side, images.shape[3] // side
+        return guesses[some], unplaced[some], images[some], grid
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -8,9 +8,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
 
 from foveola.config import key
 from foveola.losses import (
@@ -36,6 +38,8 @@ class Tokens:
         Float[Tensor, "P D"] | None
     )  # patches that the student does not see, row-major in [B, V, N]
     patches: Float[Tensor, "n D"] | None = None  # all patches, where a term asks for them
+    unplaced_patches: Float[Tensor, "U D"] | None = None  # patches of which the student lacks the position
+    looked_at: Float[Tensor, "S N D"] | None = None  # all patches of the first views, without gradient
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,102 @@ class PatchTerm(nn.Module):
         temperature = self.config.target.student_temperature
         loss = masked_patch_loss(targets, predictions, weights, temperature)
         return Output({"loss": self.config.weight * loss}, logs)
+
+
+@dataclass(frozen=True)
+class PositionTermConfig:
+    """Masked positions of the same view. Defaults: the position field paper."""
+
+    weight: float = key(1.0, "of this term in the sum", at_least=0)
+    head: str = key("positions", "name of its head; terms that name the same one share it")
+    target: TargetConfig = key(
+        factory=lambda: TargetConfig(temperature=Schedule(value=0.04)), help="targets and temperatures"
+    )
+
+
+class PositionTerm(nn.Module):
+    """The teacher's assignment of a patch, predicted by a student that sees the patch but not where it is.
+
+    The target is of the patch with its position, so position is predicted in feature space (Section 3.3).
+    """
+
+    def __init__(self, config: PositionTermConfig, prototypes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.targets = Targets(config.target, prototypes)
+
+    def forward(
+        self,
+        student: Tokens,
+        teacher: Tokens,
+        student_head: ProjectionHead,
+        teacher_head: ProjectionHead,
+        weights: Float[Tensor, "U"],
+        progress: Progress,
+    ) -> Output:
+        assert student.unplaced_patches is not None
+        assert teacher.unplaced_patches is not None
+        with torch.no_grad():
+            targets, logs = self.targets(teacher_head(teacher.unplaced_patches), progress)
+        predictions = student_head(student.unplaced_patches)
+        temperature = self.config.target.student_temperature
+        loss = masked_patch_loss(targets, predictions, weights, temperature)
+        return Output({"loss": self.config.weight * loss}, logs)
+
+    @torch.no_grad()
+    def guesses(
+        self,
+        student: Float[Tensor, "S N D"],
+        teacher: Float[Tensor, "S N D"],
+        student_head: ProjectionHead,
+        teacher_head: ProjectionHead,
+    ) -> Int64[Tensor, "S N"]:
+        """For each patch of the student's the patch of the teacher's same view that is most like it.
+
+        Compared as unit vectors before the prototypes. Where the student lacks the position, this is where it
+        takes the patch to be.
+        """
+        mine, theirs = (
+            head.project(x.float().flatten(0, 1)).view(*x.shape[:2], -1)
+            for head, x in ((student_head, student), (teacher_head, teacher))
+        )
+        return (mine @ theirs.mT).argmax(dim=2)
+
+
+def errors_of_places(
+    guesses: Int64[Tensor, "S N"], unplaced: Bool[Tensor, "S N"], columns: int
+) -> tuple[float, float]:
+    """(share found, mean distance in patches) of guessed places of unplaced patches; NaN if there is none."""
+    true = torch.arange(guesses.shape[1], device=guesses.device).expand_as(guesses)[unplaced]
+    guessed = guesses[unplaced]
+    rows = (true // columns - guessed // columns).float()
+    distance = torch.hypot(rows, (true % columns - guessed % columns).float())
+    return (true == guessed).float().mean().item(), distance.mean().item()
+
+
+def sheet_of_places(
+    pictures: Float[Tensor, "S 3 H W"],
+    guesses: Int64[Tensor, "S N"],
+    unplaced: Bool[Tensor, "S N"],
+    grid: tuple[int, int],
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Pictures in [0, 1] in columns; below each where its unplaced patches are, and where they were guessed.
+
+    A place is a colour: red grows to the right, green downwards, blue to the top left. Other patches are
+    dark.
+    """
+    rows, columns = grid
+    index = torch.arange(rows * columns, device=guesses.device).expand_as(guesses)
+    tiles = [pictures]
+    for places in (index, guesses):
+        y, x = (places // columns / max(rows - 1, 1)), (places % columns / max(columns - 1, 1))
+        colors = torch.stack((x, y, 1 - (x + y) / 2), dim=1).unflatten(2, grid)
+        shown = unplaced.unflatten(1, grid)[:, None]
+        colors, shown = (interpolate(t.float(), pictures.shape[2:], mode="nearest") for t in (colors, shown))
+        tiles.append(torch.where(shown > 0, colors, 0.3 * pictures))
+    pixels = (torch.stack(tiles) * 255).round().clamp(0, 255).byte()  # [3, S, 3, H, W]
+    sheet = pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return sheet.cpu().numpy()
 
 
 @dataclass(frozen=True)

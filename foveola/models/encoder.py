@@ -23,6 +23,7 @@ __all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig",
 
 UNTRAINED = "untrained:"
 LIBRARIES = ("timm:", "hf:")
+PIXELS = "pixels:"
 
 
 @dataclass(frozen=True)
@@ -254,9 +255,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
 
     Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
     as published (the teacher is taken where there are two networks). `timm:NAME` and `hf:NAME` are models of
-    these libraries, NAME one of theirs or a local folder (`zoo.load`). `untrained:PATH` is an encoder of the
-    shape of the one at PATH with fresh weights, drawn by seed 0. Raises UserError for anything else.
+    these libraries, NAME one of theirs or a local folder (`zoo.load`); `pixels:` has pixels as features
+    (`zoo.pixels`). `untrained:PATH` is an encoder of the shape of the one at PATH with fresh weights, drawn
+    by seed 0. Raises UserError for anything else.
     """
+    if str(path).startswith(PIXELS):
+        from foveola.zoo.pixels import pixel_encoder
+
+        return pixel_encoder(str(path)).to(device)
     if str(path).startswith(LIBRARIES):
         from foveola.zoo.load import load_library
 

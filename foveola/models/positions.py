@@ -2,13 +2,14 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import embedding_bag, interpolate, pad
 from torch.nn.init import trunc_normal_
 
-from foveola.geometry import resampling_weights
+from foveola.geometry import bicubic
 
 ROPE_FREQUENCIES = (7.0, 7e-4)  # turns over a picture's side of the fastest and the slowest channel (CAPI)
 
@@ -89,18 +90,26 @@ def _waves(
 class PositionField(nn.Module):
     """A learned vector for each place of a picture, read where the patches of a view lie in it.
 
-    `values` [rows, columns, D] stand at the nodes of a lattice whose outermost nodes are the borders of the
-    picture; between them they are interpolated, `linear` in each axis or `bicubic` (a = -0.5; at the border
-    without the nodes that are missing there). A patch of view (x0, y0, x1, y1) reads its own centre, at
-    x0 + (x1 - x0) (j + 1/2) / n of the unit square; a flipped view reads from right to left. (Position field
-    paper, Section 3.2.1, which leaves kernel, alignment and flips open.)
+    `values` [rows, columns, D] stand at the nodes of a lattice. `cells`: nodes are the centres of as many
+    equal cells of the picture, as the pixels of a picture are, so that rows x columns patches of the whole
+    picture read the values themselves. `corners`: the outermost nodes are the borders of the picture. In
+    between values are interpolated, `linear` in each axis or `bicubic` (a = -0.5), from the nodes that there
+    are: half a cell at the border has no node beyond it. A patch reads its own centre, at x0 + (x1 - x0) (j +
+    1/2) / n of the unit square for the view (x0, y0, x1, y1); a flipped view reads from right to left.
+    (Position field paper, Section 3.2.1: the corners of field and picture meet; kernel, nodes and flips are
+    left open.)
     """
 
     def __init__(
-        self, size: tuple[int, int], width: int, interpolation: Literal["linear", "bicubic"] = "linear"
+        self,
+        size: tuple[int, int],
+        width: int,
+        interpolation: Literal["linear", "bicubic"] = "linear",
+        alignment: Literal["cells", "corners"] = "cells",
     ) -> None:
         super().__init__()
         self.interpolation: Literal["linear", "bicubic"] = interpolation
+        self.alignment: Literal["cells", "corners"] = alignment
         self.values = nn.Parameter(torch.zeros(*size, width))
 
     @torch.no_grad()
@@ -110,10 +119,10 @@ class PositionField(nn.Module):
             trunc_normal_(self.values, std=0.02)
             return
         # In units of patches, whose centres are at 0, 1, 2 ...
-        axes = (
-            torch.linspace(-0.5, n - 0.5, nodes)
-            for n, nodes in zip(waves, self.values.shape[:2], strict=True)
-        )
+        axes = []
+        for n, nodes in zip(waves, self.values.shape[:2], strict=True):
+            places = (torch.arange(nodes) + 0.5) / nodes
+            axes.append(n * (places if self.alignment == "cells" else torch.linspace(0, 1, nodes)) - 0.5)
         rows, columns = axes
         self.values.copy_(0.5 * _waves(rows, columns, self.values.shape[2], 100.0).view_as(self.values))
 
@@ -131,26 +140,68 @@ class PositionField(nn.Module):
 
         In the precision of `values`, float32 also under autocast: errors here reach every patch.
         """
-        nodes, device = self.values.shape, self.values.device
         if boxes is None:
-            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
-        boxes = boxes.to(device, self.values.dtype)
-        weights = []
-        for axis, flip in ((0, None), (1, flips)):
-            # Nodes are the centres of cells: from the unit interval of outermost nodes to that of all cells.
-            low, high = (
-                (boxes[:, side] * (nodes[axis] - 1) + 0.5) / nodes[axis] for side in (1 - axis, 3 - axis)
-            )
-            weights.append(
-                resampling_weights(
-                    low, high, grid[axis], nodes[axis], self.interpolation, flip, antialias=False
-                )
-            )
-        rows, columns = weights
-        with torch.autocast(device.type, enabled=False):
-            lines = (rows.flatten(0, 1) @ self.values.flatten(1)).unflatten(1, nodes[1:])
-            lines = lines.unflatten(0, (len(boxes), grid[0]))  # [B, rows, columns of the field, D]
-            return (columns[:, None] @ lines).flatten(1, 2)
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.values.device)
+        boxes = boxes.to(self.values)
+        flips = None if flips is None else flips.to(boxes.device)
+        y, rows = self._axis(boxes[:, 1], boxes[:, 3], grid[0], 0)
+        x, columns = self._axis(boxes[:, 0], boxes[:, 2], grid[1], 1, flips)
+        # [B, rows of patches, columns of patches, nodes above and below, nodes left and right]
+        nodes = y[:, :, None, :, None] * self.values.shape[1] + x[:, None, :, None, :]
+        weights = rows[:, :, None, :, None] * columns[:, None, :, None, :]
+        # A patch has 4 nodes of thousands: a gather is some twenty times as fast as products of matrices, and
+        # holds nothing larger than its result.
+        read = embedding_bag(
+            nodes.flatten(0, 2).flatten(1),
+            self.values.flatten(0, 1),
+            per_sample_weights=weights.flatten(0, 2).flatten(1),
+            mode="sum",
+        )
+        return read.view(len(boxes), grid[0] * grid[1], -1)
+
+    def _axis(
+        self,
+        low: Float[Tensor, "B"],
+        high: Float[Tensor, "B"],
+        size: int,
+        axis: int,
+        flips: Bool[Tensor, "B"] | None = None,
+    ) -> tuple[Int64[Tensor, "B {size} K"], Float[Tensor, "B {size} K"]]:
+        """The nodes around the centres of `size` patches of each view along one axis, and their weights."""
+        nodes = self.values.shape[axis]
+        cells = nodes if self.alignment == "cells" else nodes - 1
+        i = torch.arange(size, device=low.device) + 0.5
+        centre = low[:, None] * cells + (high - low)[:, None] * (cells / size) * i
+        if self.alignment == "cells":
+            centre = centre - 0.5
+        if flips is not None:
+            centre = torch.where(flips[:, None], centre.flip(1), centre)
+        first, last = (0, 1) if self.interpolation == "linear" else (-1, 2)
+        near = centre.floor()[..., None] + torch.arange(first, last + 1, device=low.device)
+        distance = (centre[..., None] - near).abs()
+        weights = (1 - distance).clamp(min=0) if self.interpolation == "linear" else bicubic(distance)
+        weights = torch.where((near >= 0) & (near < nodes), weights, 0)
+        return near.clamp(0, nodes - 1).long(), weights / weights.sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def picture(self, height: int = 200) -> UInt8[np.ndarray, "H W 3"]:
+        """Three principal components of the field as red, green and blue, about `height` pixels high.
+
+        Each from its 1st to its 99th percentile. Neighbours of like colour: the field is smooth.
+        """
+        values = self.values.detach().float().cpu()
+        flat = values.flatten(0, 1)
+        flat = flat - flat.mean(dim=0)
+        # The covariance is D x D; signs of its vectors are arbitrary: the largest entry of each is positive.
+        vectors = torch.linalg.eigh(flat.T.double() @ flat.double()).eigenvectors[:, -3:].flip(1)
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+        parts = flat @ vectors.float()
+        parts = pad(parts, (0, 3 - parts.shape[1]))
+        low, high = parts.quantile(0.01, dim=0), parts.quantile(0.99, dim=0)
+        colors = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        pixels = (colors * 255).round().byte().view(*values.shape[:2], 3)
+        times = max(height // pixels.shape[0], 1)
+        return pixels.repeat_interleave(times, 0).repeat_interleave(times, 1).numpy()
 
 
 def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:

@@ -74,6 +74,9 @@ class ViTConfig:
     )
     field_size: tuple[int, int] = key((50, 50), "rows and columns of positions=field", at_least=2)
     field_interpolation: Literal["linear", "bicubic"] = key("linear", "between the nodes of the field")
+    field_alignment: Literal["cells", "corners"] = key(
+        "cells", "nodes of the field are centres of cells, as pixels are, or reach the picture's borders"
+    )
     position_antialias: bool = key(
         False, "antialias when resizing positions: timm does, DINO and iBOT do not"
     )
@@ -232,7 +235,9 @@ class VisionTransformer(nn.Module):
             self.pos_embed = None
         self.pos_field = None
         if config.positions == "field":
-            self.pos_field = PositionField(config.field_size, width, config.field_interpolation)
+            self.pos_field = PositionField(
+                config.field_size, width, config.field_interpolation, config.field_alignment
+            )
         self.register_parameter("pos_mask_token", None)
         self.rope = Rope(width // heads, config.rope) if config.positions == "rope" else None
         self.blocks = nn.ModuleList(Block(config.block(i)) for i in range(depth))
@@ -338,7 +343,8 @@ class VisionTransformer(nn.Module):
         """The output of a block through the final norm, token by kind."""
         x = self.norm(x)
         special = (tokens.objects, tokens.registers)
-        return Features(*x.split((*special, x.shape[1] - sum(special)), dim=1), tokens.grid)
+        objects, registers, patches = x.split((*special, x.shape[1] - sum(special)), dim=1)
+        return Features(objects, registers, patches, tokens.grid)
 
     def embed(
         self,

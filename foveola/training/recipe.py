@@ -80,6 +80,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)
         self.method.check(self.views, self.model)
+        if self.method.name != "distillation":
+            field = self.model.positions == "field"
+            if field or self.views.placement is not None or self.views.position_masking is not None:
+                raise ValueError(
+                    f"method.name={self.method.name} knows no position field: use another model.positions, "
+                    "views.placement=null, views.position_masking=null"
+                )
         if self.transform is not None and self.transform.crop % self.model.patch_size:
             raise ValueError(
                 f"transform.crop={self.transform.crop} is not a multiple of "

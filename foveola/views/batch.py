@@ -18,6 +18,8 @@ from foveola.views import color
 from foveola.views.blocks import BlocksConfig, draw_blocks
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig, object_boxes, object_patches
+from foveola.views.placement import PlacementConfig, place_views
+from foveola.views.position_masks import PositionMaskingConfig, draw_both
 from foveola.views.tokens import DroppingConfig, MaskingConfig, draw_drops, draw_masks
 
 
@@ -51,6 +53,12 @@ class ViewsConfig:
     color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
     objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
     masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
+    placement: PlacementConfig | None = key(
+        None, "views moved in the position field, all of a picture together; null = where they were cut"
+    )
+    position_masking: PositionMaskingConfig | None = key(
+        None, "patches of global views whose position is hidden from the student; null = none"
+    )
     dropping: DroppingConfig | None = key(
         None, "patches of global views that the student does not get at all; null = none"
     )
@@ -110,6 +118,11 @@ class Batch:
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
     facts: dict[str, Tensor]
+    # Where views stand in the position field, and patches whose position the student does not get.
+    global_places: Float[Tensor, "B V 4"] | None = None  # None: at their boxes
+    local_places: Float[Tensor, "B L 4"] | None = None
+    unplaced: Bool[Tensor, "B V N"] | None = None
+    unplaced_indices: Int64[Tensor, "U"] | None = None  # as masked_indices
 
 
 def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
@@ -128,6 +141,13 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
     local_boxes = _boxes(canvases, masks, config, True, streams, facts) if config.local_count else None
     global_flips = _flips(global_boxes, config, streams("flips"))
     local_flips = None if local_boxes is None else _flips(local_boxes, config, streams("local flips"))
+
+    global_places = local_places = None
+    if config.placement is not None:
+        boxes = global_boxes if local_boxes is None else torch.cat((global_boxes, local_boxes), dim=1)
+        places = place_views(config.placement, boxes, streams("placement"))
+        global_places = places[:, : config.global_count]
+        local_places = None if local_boxes is None else places[:, config.global_count :]
 
     def grid(size: int) -> tuple[int, int]:
         return size // patch_size, size // patch_size
@@ -167,19 +187,29 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
             pixels, local_boxes, local_flips, config.local_size, kinds, config, streams("local color")
         )
 
-    masked = masked_indices = local_masked = None
-    if config.masking is not None:
-        batch, views = global_boxes.shape[:2]
+    masked = masked_indices = local_masked = unplaced = unplaced_indices = shown = None
+    batch, views = global_boxes.shape[:2]
+    if config.position_masking is not None:
+        masked, unplaced = draw_both(
+            config.position_masking, config.masking, batch, views, grid(config.global_size), streams
+        )
+        shown = ~unplaced.any(dim=2).any(dim=1)  # pictures whose contents may be masked, in local views too
+        unplaced_indices = unplaced.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
+        unplaced = unplaced.to(pixels.device, non_blocking=True)
+    elif config.masking is not None:
         masked = draw_masks(config.masking, batch, views, grid(config.global_size), streams("masks"))
+    if config.masking is not None and masked is not None:
         if config.masking.local and config.local_count:
             local_masked = draw_masks(
                 config.masking, batch, config.local_count, grid(config.local_size), streams("local masks")
-            ).to(pixels.device, non_blocking=True)
+            )
+            if shown is not None:
+                local_masked &= shown[:, None, None]
+            local_masked = local_masked.to(pixels.device, non_blocking=True)
         # Found on the CPU, where the masks were drawn: counting on a GPU would make every step wait for it.
         masked_indices = masked.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
         masked = masked.to(pixels.device, non_blocking=True)
     keep = predict = drops = None
-    batch, views = global_boxes.shape[:2]
     if config.dropping is not None:
         drops = draw_drops(config.dropping, batch * views, grid(config.global_size), streams("drops"))
     elif config.blocks is not None:
@@ -207,6 +237,10 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         labels=canvases.labels,
         indices=canvases.indices,
         facts=facts,
+        global_places=global_places,
+        local_places=local_places,
+        unplaced=unplaced,
+        unplaced_indices=unplaced_indices,
     )
 
 

@@ -310,6 +310,19 @@ def test_several_protocols_share_one_pass(encoder, shades, tmp_path: Path) -> No
         evaluate_all(encoder, ("knn", "knn"), train=train, test=test, **QUIET)
 
 
+def test_knn_of_averages_reads_the_shared_pass_too(encoder, shades) -> None:
+    settings = {"train": shades(0, 60), "test": shades(900, 15), "pool": "average", "masks": False, "k": (5,)}
+    shared = evaluate_all(encoder, ("knn", "logistic"), values=3, **settings, **QUIET)
+    assert shared["knn"].data["train"]["fingerprint"] == shared["logistic"].data["train"]["fingerprint"]
+    assert "computed" in shared["knn"].data["train"]
+    alone = evaluate(encoder, "knn", **settings, **QUIET)
+    assert "computed" not in alone.data["train"]
+    for name, value in alone.metrics.items():
+        assert shared["knn"].metrics[name] == pytest.approx(value, rel=1e-4), name
+    tokens = evaluate(encoder, "knn", **{**settings, "pool": "token"}, **QUIET)
+    assert tokens.metrics["effective_rank_plain"] != pytest.approx(alone.metrics["effective_rank_plain"])
+
+
 def test_a_cache_folder_serves_the_next_evaluation(encoder, shades, tmp_path: Path, monkeypatch) -> None:
     settings = {"train": shades(0, 60), "test": shades(900, 15), "values": 3, **QUIET}
     first = evaluate(encoder, "logistic", cache=tmp_path, **settings)
@@ -349,7 +362,7 @@ def test_an_encoder_without_class_token(shades) -> None:
         made = Encoder(config)
     sources = {"train": shades(0, 60), "test": shades(900, 15)}
     result = evaluate(made, "probes", **sources, **SHORT["probes"], **QUIET)
-    groups = {"logistic", "linear", "abmilp", "average", "centre", "attentive", "attentive_1"}
+    groups = {"knn", "logistic", "linear", "abmilp", "average", "centre", "attentive", "attentive_1"}
     assert {
         name.removeprefix("top1_").removesuffix("_low") for name in result.metrics if name.endswith("_low")
     } == groups

@@ -225,6 +225,47 @@ DINOV2 = COMMON | {  # the defaults of its code: the short run of ViT-L/16
 }
 DINOV2 |= {f"method.{term}.target.{k}": v for term in ("token", "patch") for k, v in TARGET_DINOV2.items()}
 del DINOV2["method.spread"]
+POSFIELD = DINOV2 | {  # Table 6; where it is silent, as DINOv2
+    "duration": "100 epochs",
+    "batch_size": 512,
+    "model.positions": "field",
+    "model.field_size": [50, 50],
+    "model.field_interpolation": "linear",
+    "model.drop_path": 0.1,
+    "model.drop_path_rule": "linear",
+    "views.placement.around": "views",
+    "views.placement.distribution": "beta",
+    "views.placement.beta": [2, 5],
+    "views.placement.area": [0.2, 1.0],
+    "views.masking.probability": 1.0,  # of the half whose contents are masked
+    "views.position_masking.shape": "cross",
+    "views.position_masking.ratio": [0.1, 0.5],
+    "views.position_masking.share": 0.5,
+    "method.patch.head": "patches",
+    "method.position.head": "positions",
+    "method.position.weight": 1.0,
+    "method.position.target.kind": "centering",
+    "optimizer.lr.value": 2e-3,
+    "optimizer.lr.warmup": "10 epochs",
+    "optimizer.layer_decay": 1.0,
+    "optimizer.patch_embed_lr": 1.0,
+    "optimizer.freeze_last_layer": "1 epochs",
+}
+POSFIELD |= {
+    f"method.heads.{head}.{name}": value
+    for head in ("main", "patches", "positions")
+    for name, value in {
+        "prototypes": 65536,
+        "norm_last_layer": True,
+        "hidden": 2048,
+        "bottleneck": 256,
+    }.items()
+}
+POSFIELD |= {
+    f"method.{term}.target.temperature.{name}": value
+    for term in ("token", "patch", "position")
+    for name, value in {"value": 0.04, "start": None, "warmup": "0 steps", "shape": "constant"}.items()
+}
 NO_COLOR = {
     "views.color.jitter": 0.0,
     "views.color.grayscale": 0.0,
@@ -342,6 +383,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dinov2-vitb16-in1k": DINOV2 | NO_OBJECTS | {"model.size": "base"},
     "dinov2-vitl16-in1k": DINOV2 | NO_OBJECTS | {"model.size": "large"},
     "odis-dinov2-vits16-in1k": DINOV2 | OBJECTS | {"model.size": "small"},
+    "posfield-vits16-in1k": POSFIELD | NO_OBJECTS | {"model.size": "small"},
+    "posfield-vitb16-in1k": POSFIELD | NO_OBJECTS | {"model.size": "base"},
     "mae-vits16-in1k": MAE | {"model.size": "small", "duration": "800 epochs"},  # not published
     "mae-vitb16-in1k": MAE | {"model.size": "base"},
     "mae-vitl16-in1k": MAE | {"model.size": "large", "duration": "800 epochs"},
@@ -366,6 +409,7 @@ PEAKS = {
     "odis-vits16-in1k": 2e-3,
     "odis-vits16-coco": 5e-4,
     "dinov2-vitl16-in1k": 4e-3 * 2**0.5,
+    "posfield-vits16-in1k": 2e-3 / 2**0.5,
     "mae-vitb16-in1k": 2.4e-3,
     "ijepa-vith14-in1k": 1e-3,
 }
