@@ -1,14 +1,12 @@
 """The command line: parse words, call the Python API, print what it returns."""
 
 import os
-import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
+from foveola.console import only, print_keys, print_table, split
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -31,7 +29,6 @@ On several GPUs: torchrun --nproc-per-node=8 --no-python foveola pretrain RECIPE
 FOVEOLA_DEBUG=1 shows the traceback behind an error message.
 """
 
-WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
 PLACES = [
     KeyInfo(
         "model",
@@ -108,33 +105,12 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
-    """Words without and with `=`, and the flags given."""
-    given = {"--help" if word == "-h" else word for word in arguments if word.startswith("-")}
-    for flag in sorted(given - {"--help", *flags}):
-        if "=" in flag:
-            raise UserError(f"keys take no dashes: write {flag.lstrip('-')}")
-        near = nearest(flag, ("--help", *flags))
-        raise UserError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else "see --help"))
-    words = [word for word in arguments if not word.startswith("-")]
-    names = [word for word in words if "=" not in word]
-    return names, [word for word in words if "=" in word], given
-
-
-def _only(names: list[str], what: str, usage: str) -> str:
-    if not names:
-        raise UserError(f"which {what}? usage: {usage}")
-    if len(names) > 1:
-        raise UserError(f"expected key=value, got {names[1]!r}; usage: {usage}")
-    return names[0]
-
-
 def _pretrain(arguments: list[str]) -> None:
-    names, overrides, flags = _split(arguments, ("--dry-run",))
+    names, overrides, flags = split(arguments, ("--dry-run",))
     if "--help" in flags and not names:
         print(USAGE, end="")
         return
-    recipe = _only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
+    recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
     from foveola import distributed
     from foveola.training import dryrun, run
     from foveola.training.recipe import resolve
@@ -144,7 +120,7 @@ def _pretrain(arguments: list[str]) -> None:
         print(
             f"foveola pretrain {recipe} [key=value ...]: every key, its value in this recipe, its meaning\n"
         )
-        _print_keys(describe(config))
+        print_keys(describe(config))
     elif "--dry-run" in flags:
         with distributed.joined(config.device):
             report = dryrun.dry_run(config)
@@ -155,21 +131,21 @@ def _pretrain(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    names, overrides, flags = _split(arguments, ())
+    names, overrides, flags = split(arguments, ())
     from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 
     known = ", ".join(PROTOCOLS)
     usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
-        _print_table([(f"  {name}", protocol.help) for name, protocol in PROTOCOLS.items()])
+        print_table([(f"  {name}", protocol.help) for name, protocol in PROTOCOLS.items()])
         print("\nSeveral protocols share one pass over the pictures; PROTOCOL.key=value is for one of them.")
         return
-    chosen = [name.strip() for name in _only(names, f"protocol ({known})", usage).split(",")]
+    chosen = [name.strip() for name in only(names, f"protocol ({known})", usage).split(",")]
     if "--help" in flags:
         for name, config in configure(chosen, {}).items():
             print(f"foveola evaluate {name} [key=value ...]: {PROTOCOLS[name].help}\n")
-            _print_keys([*PLACES, *describe(config)])
+            print_keys([*PLACES, *describe(config)])
         return
     settings = parse_overrides(overrides)
     places = {info.path: settings.pop(info.path, None) for info in PLACES}
@@ -187,7 +163,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    names, overrides, flags = _split(arguments, ())
+    names, overrides, flags = split(arguments, ())
     usage = "foveola compare RUN RUN ... [protocol=...]"
     if "--help" in flags:
         print(
@@ -208,7 +184,7 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
-    names, overrides, flags = _split(arguments, ())
+    names, overrides, flags = split(arguments, ())
     if names or overrides:
         raise UserError(f"recipes takes no {(names + overrides)[0]!r}; usage: foveola recipes")
     if "--help" in flags:
@@ -217,19 +193,19 @@ def _recipes(arguments: list[str]) -> None:
     from foveola.training.recipe import recipes
 
     rows = [(name, about.method, about.model, about.data, about.aim) for name, about in recipes().items()]
-    _print_table([("name", "method", "model", "data", "aim"), *rows])
+    print_table([("name", "method", "model", "data", "aim"), *rows])
 
 
 def _export(arguments: list[str]) -> None:
     usage = "foveola export MODEL out=... [format=timm|hf|torch]"
-    names, overrides, flags = _split(arguments, ())
+    names, overrides, flags = split(arguments, ())
     if "--help" in flags:
         print(
             f"usage: {usage}\n\nWrites an encoder, any that evaluate takes as model=, for another library.\n"
         )
-        _print_keys(EXPORT)
+        print_keys(EXPORT)
         return
-    model = _only(names, "model", usage)
+    model = only(names, "model", usage)
     settings = {name: str(value) for name, value in parse_overrides(overrides).items()}
     for name in settings.keys() - {info.path for info in EXPORT}:
         raise UserError(f"unknown key {name!r}; usage: {usage}")
@@ -242,7 +218,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    names, overrides, flags = _split(arguments, ())
+    names, overrides, flags = split(arguments, ())
     usage = "foveola demo [out=runs/demo] [seeds=3] [key=value ...]"
     if names:
         raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
@@ -256,9 +232,7 @@ def _demo(arguments: list[str]) -> None:
             "out/demo.png.\n"
             "Interrupted, the same command goes on.\n"
         )
-        _print_keys(
-            [*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))]
-        )
+        print_keys([*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))])
         return
     settings = parse_overrides(overrides)
     out, seeds = settings.pop("out", "runs/demo"), settings.pop("seeds", 3)
@@ -267,29 +241,6 @@ def _demo(arguments: list[str]) -> None:
     from foveola.demo import demo
 
     demo(str(out), seeds, settings)
-
-
-def _print_keys(keys: list[KeyInfo]) -> None:
-    rows = [(info.path, _shown(info.value), info.type, info.help) for info in keys]
-    _print_table([("key", "value", "type", "meaning"), *rows])
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Aligned columns; the last one wraps within a terminal. In a file or a pipe one row is one line."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    widths = [first, *(min(width, WIDEST) for width in others)]
-    indent = sum(widths) + 2 * len(widths)
-    room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else sys.maxsize
-    for *cells, last in rows:
-        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
-        lines = textwrap.wrap(last, max(room, 30)) or [""]
-        print((start + ("\n" + " " * indent).join(lines)).rstrip())
 
 
 if __name__ == "__main__":

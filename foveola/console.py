@@ -1,0 +1,55 @@
+"""Words of a command line, and aligned columns on a terminal; what every command of `cli` shares."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from foveola.config import KeyInfo, UserError, nearest
+
+WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
+
+
+def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
+    """Words without and with `=`, and the flags given."""
+    given = {"--help" if word == "-h" else word for word in arguments if word.startswith("-")}
+    for flag in sorted(given - {"--help", *flags}):
+        if "=" in flag:
+            raise UserError(f"keys take no dashes: write {flag.lstrip('-')}")
+        near = nearest(flag, ("--help", *flags))
+        raise UserError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else "see --help"))
+    words = [word for word in arguments if not word.startswith("-")]
+    names = [word for word in words if "=" not in word]
+    return names, [word for word in words if "=" in word], given
+
+
+def only(names: list[str], what: str, usage: str) -> str:
+    if not names:
+        raise UserError(f"which {what}? usage: {usage}")
+    if len(names) > 1:
+        raise UserError(f"expected key=value, got {names[1]!r}; usage: {usage}")
+    return names[0]
+
+
+def print_keys(keys: list[KeyInfo]) -> None:
+    rows = [(info.path, shown(info.value), info.type, info.help) for info in keys]
+    print_table([("key", "value", "type", "meaning"), *rows])
+
+
+def shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ", ".join(map(shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Aligned columns; the last one wraps within a terminal. In a file or a pipe one row is one line."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    widths = [first, *(min(width, WIDEST) for width in others)]
+    indent = sum(widths) + 2 * len(widths)
+    room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else sys.maxsize
+    for *cells, last in rows:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        lines = textwrap.wrap(last, max(room, 30)) or [""]
+        print((start + ("\n" + " " * indent).join(lines)).rstrip())
