@@ -218,7 +218,8 @@ def test_from_a_recipe_to_a_result(tiny, capsys, run_ranks):
 
 
 def test_tables_align_and_do_not_wrap_in_a_pipe(capsys):
-    console.print_keys([KeyInfo("a", "int", 1, "word " * 60), KeyInfo("long.key", "text or null", None, "last")])
+    keys = [KeyInfo("a", "int", 1, "word " * 60), KeyInfo("long.key", "text or null", None, "last")]
+    console.print_keys(keys)
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.index("meaning") == first.index("word") == second.index("last")
     assert second.split() == ["long.key", "null", "text", "or", "null", "last"]
