@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from foveola.losses import assignment_loss, cluster, entropy, position_information, sinkhorn
+from foveola.clustering import cluster, position_information
+from foveola.losses import assignment_loss, entropy, sinkhorn
 
 POSITIONS, PICTURES, WIDTH, CLUSTERS = 6, 10, 8, 5
 TEMPERATURES = {"temperature": 0.06, "student_temperature": 0.12}
@@ -223,7 +224,7 @@ def test_standard_balancing_lets_positions_collapse_and_the_positional_one_does_
 RANKS = """
 import torch
 from foveola import distributed
-from foveola.losses import cluster
+from foveola.clustering import cluster
 from torch.nn.functional import normalize
 
 distributed.start("cpu")

@@ -21,8 +21,8 @@ ALLOWED = {
     "training": {"methods", "data", "views", "distributed", "models.encoder", "models.vit"},
     "training.run": {"evaluation.protocol"},
     "training.recipe": {"evaluation.knn"},  # its config only
-    "methods": {"views", "models", "losses", "distributed"},
-    "pictures": {"models.encoder", "evaluation"},
+    "methods": {"views", "models", "losses", "clustering", "distributed"},
+    "pictures": {"models.encoder", "evaluation", "data"},
     "zoo": {"models.encoder"},
     "evaluation": {"models.encoder", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},
@@ -33,6 +33,7 @@ ALLOWED = {
         "zoo.pixels",
     },  # what other files, libraries and pixels become
     "losses": {"distributed"},
+    "clustering": {"losses"},
     "data": set(),
     "console": set(),
 }

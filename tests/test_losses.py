@@ -317,6 +317,40 @@ def test_masked_patch_loss_is_the_mean_over_views_of_means_over_their_masked_pat
         assert own == pytest.approx(1 / 6 if masked[view].any() else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_in_parts_are_those_of_float64(dtype: torch.dtype):
+    """More rows than are taken at a time; a gradient times a loss scale does not underflow in float16."""
+    rows, prototypes, scale = 40, 2**14, 1024.0
+    targets = normal(rows, prototypes, seed=1).softmax(dim=1)
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) / rows
+    predictions = (3 * normal(rows, prototypes)).to(dtype).requires_grad_()
+    exact = predictions.detach().double().requires_grad_()
+    expected = -(targets.double() * (exact / 0.1).log_softmax(dim=1)).sum(dim=1) @ weights.double()
+    (expected * scale).backward()
+    loss = masked_patch_loss(targets, predictions, weights, 0.1)
+    (loss * scale).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert predictions.grad is not None
+    assert exact.grad is not None
+    assert predictions.grad.dtype == dtype
+    step = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+    assert torch.allclose(predictions.grad.double(), exact.grad, rtol=step, atol=1e-5)
+
+    views = predictions.detach().view(4, 10, prototypes).requires_grad_()
+    pairs = exact.detach().view(4, 10, prototypes).requires_grad_()
+    teachers = targets[:8].view(4, 2, prototypes)
+    log = (pairs / 0.1).log_softmax(dim=2)
+    each = [-(teachers[:, t] * log[:, s]).sum(dim=1).mean() for t in range(2) for s in range(10) if s != t]
+    expected = torch.stack(each).mean()
+    (expected * scale).backward()
+    loss = cross_view_loss(teachers, views, 0.1)
+    (loss * scale).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert views.grad is not None
+    assert pairs.grad is not None
+    assert torch.allclose(views.grad.double(), pairs.grad, rtol=step, atol=1e-5)
+
+
 def test_no_masked_patch_is_zero_with_a_gradient_of_zero():
     masked = torch.zeros(4, 9, dtype=torch.bool)
     weights = mask_weights(masked, torch.zeros(0, dtype=torch.int64))

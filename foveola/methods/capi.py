@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, smooth_l1_loss
 
 from foveola import distributed
+from foveola.clustering import Clusters, cluster, position_information
 from foveola.config import key
-from foveola.losses import Clusters, assignment_loss, cluster, entropy, position_information, sinkhorn
+from foveola.losses import assignment_loss, entropy, sinkhorn
 from foveola.methods.method import Method, Output, ema_update, freeze, spread_and_rank
 from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
 from foveola.models.predictor import Predictor, PredictorConfig
