@@ -3,9 +3,10 @@
     python -m benchmarks.probes [--small] [--device cuda]
 
 Grid: seconds of a training step of one attentive probe, written as CAPI describes it (`torch.nn`, AdamW), of
-one folded probe, and of 30 folded ones at once; the same batch, the median of several steps. Pass: features
-of generated JPEG pictures by a ViT-S/16, printed as shares of the time: waiting for pictures, encoding
-and writing.
+one folded probe, of 30 folded ones at once, and of CAE's probe; the same batch, the median of several steps;
+ratios to the first and to the second. Pass: features
+of generated JPEG pictures by a ViT-S/16 and by a network so small that reading is the work, printed as shares
+of the time: waiting for pictures, encoding and writing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from foveola.data.sample import Sample
 from foveola.evaluation.attentive import AttentiveBank
 from foveola.evaluation.cache import Feed, FeedConfig
+from foveola.evaluation.cae import CaeBank
 from foveola.evaluation.kinds import need
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
@@ -74,17 +76,21 @@ def grid(device: str, small: bool, repeats: int = 5) -> None:
         bank = AttentiveBank(rates, rates, width, classes, heads=heads, device=device)
         return lambda: bank.step({"patches": x}, y, 1.0)
 
+    def cae(count: int) -> Callable[[], None]:
+        bank = CaeBank(torch.full((count,), 1e-3), width, classes, heads=heads, device=device)
+        return lambda: bank.step({"patches": x}, y, 1.0)
+
     print(f"a step of {batch} x {patches} patches of {width}, {heads} heads, {classes} classes, {device}")
     rows = [
         ("one probe, as it is written", direct),
         ("one probe, folded", folded(1)),
         ("30 probes, folded", folded(30)),
+        ("one probe of CAE, folded", cae(1)),
+        ("4 probes of CAE, folded", cae(4)),
     ]
-    first = None
-    for name, work in rows:
-        seconds = median_seconds(work, device, repeats)
-        first = first or seconds
-        print(f"{name:<32}{1000 * seconds:>10.1f} ms{seconds / first:>8.2f} x")
+    seconds = [median_seconds(work, device, repeats) for _, work in rows]
+    for (name, _), mine in zip(rows, seconds, strict=True):
+        print(f"{name:<32}{1000 * mine:>10.1f} ms{mine / seconds[0]:>8.2f} x{mine / seconds[1]:>8.2f} x")
 
 
 class Jpegs:
@@ -112,8 +118,9 @@ class Jpegs:
         return f"jpegs{self.count}"
 
 
-def passing(device: str, small: bool) -> None:
-    encoder = Encoder(EncoderConfig(model=ViTConfig(width=384, depth=12, heads=6, patch_size=16))).to(device)
+def passing(device: str, small: bool, width: int, depth: int) -> None:
+    model = ViTConfig(width=width, depth=depth, heads=width // 64, patch_size=16)
+    encoder = Encoder(EncoderConfig(model=model)).to(device)
     count = 256 if small else 4096
     config = FeedConfig(batch_size=64, workers=1 if device == "cpu" else 12)
     if device != "cpu":
@@ -124,7 +131,8 @@ def passing(device: str, small: bool) -> None:
         whole = time.perf_counter() - began
     seconds = facts["pass_seconds"]
     total = sum(seconds.values())
-    print(f"\n{count} pictures to tokens and patches, ViT-S/16: {count / whole:.1f} pictures a second")
+    name = f"a ViT of {depth} blocks, width {width}"
+    print(f"\n{count} pictures to tokens and patches, {name}: {count / whole:.1f} pictures a second")
     for name, value in seconds.items():
         print(f"{name:<12}{value:>8.2f} s{100 * value / total:>7.1f} %")
 
@@ -138,7 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     grid(arguments.device, arguments.small)
-    passing(arguments.device, arguments.small)
+    passing(arguments.device, arguments.small, 384, 12)
+    passing(arguments.device, arguments.small, 128, 2)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""CAPI's attentive probe, one learned query that reads the patches, in a grid: protocol `attentive`."""
+"""Attentive probes, one learned query that reads the patches, in a grid (CAPI): protocol `attentive`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,13 +12,15 @@ from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.banks import choose_and_score, note_choice, train_banks
+from foveola.evaluation.abmilp import SMALL
+from foveola.evaluation.banks import Bank, choose_and_score, note_choice, train_banks
 from foveola.evaluation.cache import Feed, Need
+from foveola.evaluation.cae import CaeBank
 from foveola.evaluation.kinds import need
 from foveola.evaluation.linear import length_of
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.probing import Columns, ProbeConfig, batches, open_task
-from foveola.evaluation.solvers import AdamW, closed_warm_cosine
+from foveola.evaluation.probing import Columns, ProbeConfig, Task, batches, open_task
+from foveola.evaluation.solvers import AdamW, closed_warm_cosine, warm_cosine
 from foveola.models.encoder import Encoder
 
 ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
@@ -51,8 +53,7 @@ class AttentiveBank:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if width % heads:
-            raise UserError(f"heads={heads} do not divide the width of the patches, {width}")
+        check_heads(heads, width)
         generator = torch.Generator().manual_seed(seed)
 
         def drawn(*shape: int) -> Tensor:
@@ -120,37 +121,78 @@ class AttentiveBank:
         return torch.baddbmm(bias[:, None], pooled, head.transpose(1, 2))
 
 
+def check_heads(heads: int, width: int) -> None:
+    """Raise UserError, with heads that would do, unless they divide the width."""
+    if width % heads:
+        right = [n for n in range(1, width + 1) if width % n == 0]
+        below, above = max(n for n in right if n < heads), min([n for n in right if n > heads], default=width)
+        raise UserError(
+            f"heads={heads} do not divide the width of the patches, {width}; {below} or {above} do"
+        )
+
+
 # -- protocol ------------------------------------------------------------------------------------------------
+
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+STYLES: dict[str, dict[str, Any]] = {
+    "capi": {
+        "lr": RATES,
+        "weight_decay": (5e-4, 1e-3, 5e-2),
+        "batch": 1024,
+        "iterations": 12500,
+        "warmup": 0.1,
+    },
+    "cae": {"lr": (0.4,), "weight_decay": (0.0,), "batch": 8192, "epochs": 90, "warmup": 1 / 9},
+}
 
 
 @dataclass(frozen=True)
 class AttentiveConfig(ProbeConfig):
-    """Settings of `attentive`. Defaults: CAPI."""
+    """Settings of `attentive`. What is null is as the style has it."""
 
+    style: Literal["capi", "cae"] = key(
+        "capi", "whose probe: CAPI's, or CAE's (LayerNorms, an output map, SGD); sets what is null below"
+    )
     heads: tuple[int | None, ...] = key(
         (None,), "attention heads to try, each reported; null = the width of the patches / 64"
     )
-    lr: tuple[float, ...] = key(
-        (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-        "learning rates to try, of a batch of 256",
-        above=0,
+    lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
+    weight_decay: tuple[float, ...] | None = key(
+        None, "style=capi: weight decays to try; CAE has none", at_least=0
     )
-    weight_decay: tuple[float, ...] = key((5e-4, 1e-3, 5e-2), "weight decays to try", at_least=0)
-    batch: int = key(1024, "pictures of a step; at most all there are", at_least=1)
-    iterations: int | None = key(12500, "steps of training", at_least=1)
-    epochs: int | None = key(None, "passes over the training pictures, in place of iterations", at_least=1)
-    warmup: float = key(0.1, "share of the training over which learning rates rise", at_least=0, at_most=1)
+    batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
+    iterations: int | None = key(None, "steps of training, instead of epochs", at_least=1)
+    epochs: int | None = key(None, "passes over the training pictures", at_least=1)
+    warmup: float | None = key(
+        None, "share of the training over which learning rates rise", at_least=0, at_most=1
+    )
+    norm_batch: int = key(2048, "style=cae: pictures whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:
         for name in ("heads", "lr", "weight_decay"):
             value = getattr(self, name)
-            if not value or len(set(value)) < len(value):
+            if value is not None and (not value or len(set(value)) < len(value)):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("epochs and iterations: give one of them")
+        if self.style == "cae" and any(self.weight_decay or ()):
+            raise ValueError("weight_decay: style=cae has none")
+
+    def resolved(self, pictures: int) -> "AttentiveConfig":
+        """With the style's settings in place of null, for so many pictures that train."""
+        defaults = dict(STYLES[self.style])
+        if self.style == "cae" and pictures < SMALL:
+            defaults["batch"] = 1024  # as Selective Aggregation has it on its small sets
+        if self.epochs is not None or self.iterations is not None:
+            defaults = {name: v for name, v in defaults.items() if name not in ("epochs", "iterations")}
+        return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
 
 def needs(config: AttentiveConfig, encoder: Encoder) -> Need:
-    """What of a picture the protocol reads."""
-    return need("patches")
+    """What of a picture the protocol reads: CAE's probe the class token, too."""
+    token = config.style == "cae" and encoder.config.model.class_token
+    return need("patches", *(["token"] if token else []))
 
 
 def run(
@@ -158,34 +200,45 @@ def run(
 ) -> Outcome:
     """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`.
 
-    Metrics in percent, of group `attentive` (`attentive_12` for heads=12): as of `linear`. The chosen probe
-    is scored as it was trained, on the rows that were not held out.
+    Metrics in percent, of group `attentive` (`attentive_12` for heads=12), style=cae: `cae`: as of `linear`.
+    The chosen probe is scored as it was trained, on the rows that were not held out.
     """
-    wanted = need("patches")
+    wanted = needs(config, encoder)
     task = open_task(feed, train, test, config, wanted, encoder.device)
     columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-    batch, _, steps = length_of(
-        len(task.fit), config.batch, config.epochs, None if config.epochs else config.iterations
-    )
+    config = config.resolved(len(task.fit))
+    batch, _, steps = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations)
+    if config.style == "cae" and batch < STYLES["cae"]["batch"]:
+        task.notes.append(f"cae: batches of {batch} pictures")
     width = task.train.take("patches", slice(1)).shape[2]
-    pairs = [(lr, decay) for decay in config.weight_decay for lr in config.lr]
-    banks = []
-    for heads in config.heads:
-        bank = AttentiveBank(
-            torch.tensor([lr for lr, _ in pairs]) * (batch / 256),  # undocumented in the paper, in its code
-            torch.tensor([decay for _, decay in pairs]),
-            width,
-            task.classes,
-            heads=max(1, width // 64) if heads is None else heads,
-            group="attentive" if heads is None else f"attentive_{heads}",
-            seed=config.seed,
-            device=task.device,
-        )
-        bank.settings = [{"lr": lr, "weight_decay": decay, "heads": bank.heads} for lr, decay in pairs]
-        banks.append(bank)
+    banks = [_bank(config, heads, width, batch, task) for heads in config.heads]
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-    factor = closed_warm_cosine(steps, round(config.warmup * steps))
-    train_banks(banks, drawn, factor, steps, progress)
+    schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
+    train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, progress)
     metrics, chosen, grid = choose_and_score(banks, task, wanted, config.seed)
-    note_choice(task, len(pairs))
+    note_choice(task, len(banks[0].settings))
     return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid)
+
+
+def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> Bank:
+    """The probes of one number of heads, with learning rates for a batch of this size."""
+    rates, decays = config.lr or (), config.weight_decay or ()
+    count = max(1, width // 64) if heads is None else heads
+    check_heads(count, width)
+    name = "attentive" if config.style == "capi" else "cae"
+    group = name if heads is None else f"{name}_{heads}"
+    if config.style == "cae":
+        bank = CaeBank(
+            torch.tensor(rates) * (batch / 256), width, task.classes, heads=count,
+            norm_batch=config.norm_batch, group=group, seed=config.seed, device=task.device,
+        )  # fmt: skip
+        bank.settings = [{"lr": lr, "heads": count} for lr in rates]
+        return bank
+    pairs = [(lr, decay) for decay in decays for lr in rates]
+    bank = AttentiveBank(
+        torch.tensor([lr for lr, _ in pairs]) * (batch / 256),  # undocumented in the paper, in its code
+        torch.tensor([decay for _, decay in pairs]),
+        width, task.classes, heads=count, group=group, seed=config.seed, device=task.device,
+    )  # fmt: skip
+    bank.settings = [{"lr": lr, "weight_decay": decay, "heads": count} for lr, decay in pairs]
+    return bank

@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola import distributed
 from foveola.data.sources import Source
+from foveola.evaluation.encoding import FeedConfig
 from foveola.evaluation.features import FeatureTable, choose_pictures
 from foveola.evaluation.kinds import EXTERNAL, Need, Reader, check_kinds
-from foveola.evaluation.passes import COLUMNS, READ, FeedConfig, Pass
-from foveola.evaluation.rows import ExtractConfig
+from foveola.evaluation.passes import COLUMNS, READ, Pass
 from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
+
+Where = tuple[str, FeedConfig, int, int | None]
 
 
 class Store:
@@ -56,8 +58,12 @@ class Store:
             block = block[:, -layers:]
         return torch.from_numpy(np.ascontiguousarray(block).astype(np.float32))
 
+    def maps(self, rows: Int64[Tensor, "b"]) -> UInt8[Tensor, "b S S"]:
+        """Label maps of readable pictures, of a store of squashed ones."""
+        return torch.from_numpy(self.arrays[self.names["maps"]][self.rows[rows].numpy(), 0])
+
     def column(self, name: str) -> Shaped[Tensor, "n"]:
-        """`labels` (-1: unknown), `has_mask` or `readable` of the readable pictures."""
+        """`labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable pictures."""
         return torch.from_numpy(self.columns[name])[self.rows]
 
     @property
@@ -67,14 +73,14 @@ class Store:
 
     def table(self, kind: str) -> FeatureTable:
         """One vector of a picture, of tokens that of the last block, as the table that `extract` gives."""
-        features = self.take(kind)
+        features, masked = self.take(kind), "masked" in self.names
         return FeatureTable(
             features=features[:, -1] if features.ndim == 3 else features,
             labels=self.column("labels"),
             pictures=self.pictures,
             objects=torch.full((len(self),), -1),
-            has_mask=self.column("has_mask"),
-            readable=self.column("readable"),
+            has_mask=self.column("has_mask") if masked else torch.zeros(len(self), dtype=torch.bool),
+            readable=self.column("readable") if masked else torch.ones(len(self)),
         )
 
     def sample_patches(self, count: int, seed: int) -> tuple[Float32[Tensor, "m D"], Int64[Tensor, "m"]]:
@@ -101,8 +107,8 @@ class Feed:
             folder = distributed.on_main(lambda: tempfile.mkdtemp(prefix="foveola-features-"))
         self.folder = Path(str(folder)).expanduser()
         self.fingerprint = encoder.fingerprint()
-        self.wanted: dict[tuple[str, FeedConfig, int], Need] = {}
-        self.stores: dict[tuple[str, FeedConfig, int], Store] = {}
+        self.wanted: dict[Where, Need] = {}
+        self.stores: dict[Where, Store] = {}
 
     def __enter__(self) -> "Feed":
         return self
@@ -116,26 +122,26 @@ class Feed:
         if self.temporary and distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def want(self, source: Source, config: FeedConfig | ExtractConfig, need: Need, views: int = 0) -> None:
+    def want(self, source: Source, config: Any, need: Need, views: int = 0) -> None:
         """Say before the first `open` what will be read, so that one pass gives all of it."""
         check_kinds(self.encoder, need.kinds, need.layers)
-        where = _where(source, config, views)
+        where = where_of(source, config, need, views)
         self.wanted[where] = self.wanted[where] | need if where in self.wanted else need
 
-    def open(self, source: Source, config: FeedConfig | ExtractConfig, need: Need, views: int = 0) -> Store:
+    def open(self, source: Source, config: Any, need: Need, views: int = 0) -> Store:
         """The store with what is needed (and wanted so far), computed where it is missing.
 
         Raises UserError for features that the encoder has not, too little disk, unreadable pictures (more
         than 1 %), features that are not finite, and a damaged folder.
         """
         self.want(source, config, need, views)
-        where = _where(source, config, views)
+        where = where_of(source, config, need, views)
         need = self.wanted[where]
         store = self.stores.get(where)
         names = self._names(need, config.precision)
         if store is None or not set(names.values()) <= set(store.names.values()):
             parts = (need, names, views, self.folder, self.progress)
-            passing = Pass(self.encoder, self.fingerprint, source, _feeding(config), *parts)
+            passing = Pass(self.encoder, self.fingerprint, source, feeding(config), *parts)
             facts = passing.run()
             store = self.stores[where] = Store(passing.folder, passing.chosen, names, facts)
         return store
@@ -150,11 +156,12 @@ class Feed:
         return names
 
 
-def _where(source: Source, config: FeedConfig | ExtractConfig, views: int) -> tuple[str, FeedConfig, int]:
-    return source.fingerprint(), replace(_feeding(config), batch_size=1, workers=0), views
+def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
+    """What two protocols must have in common to read one store: data, settings, crops, and geometry."""
+    return source.fingerprint(), replace(feeding(config), batch_size=1, workers=0), views, need.side
 
 
-def _feeding(config: FeedConfig | ExtractConfig) -> FeedConfig:
+def feeding(config: Any) -> FeedConfig:
     """The part of a protocol's settings that says how features are made; not how fast."""
     names = [field.name for field in fields(FeedConfig) if hasattr(config, field.name)]
     return FeedConfig(**{name: getattr(config, name) for name in names})

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveola.config import UserError, nearest
-from foveola.evaluation.result import Result
+from foveola.evaluation.result import ENDS, Result
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
-ENDS = ("_low", "_high")
+# Only shares that are better when higher are marked: not chosen settings, chances, entropies, ranks of
+# features (rankme_...), alignment or uniformity, of which one is bought with the other.
+BETTER_HIGH = ("top1", "top5", "rank1", "recall", "miou", "holdout", "maxboxacc", "boxacc")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class Comparison:
         rows = [(f"{self.protocol}", *self.names)]
         for metric in shown:
             values = [result.metrics.get(metric) for result in self.results]
-            # Only shares that are better when higher are marked: not chosen settings, chances or entropies.
-            ranked = metric.startswith(("top1", "top5", "rank", "recall", "miou", "holdout"))
+            ranked = metric.startswith(BETTER_HIGH)
             best = max((v for v in values if v is not None), default=None) if ranked else None
             cells = [
                 _cell(result, metric, value is not None and value == best and len(set(values)) > 1)
@@ -57,7 +58,10 @@ def _cell(result: Result, metric: str, best: bool) -> str:
     if value is None:
         return "-"
     low, high = (result.metrics.get(metric + end) for end in ENDS)
-    interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    interval = ""
+    if low is not None and high is not None:
+        digits = 1 if high - low >= 0.5 or high == low else 2
+        interval = f" [{low:.{digits}f}, {high:.{digits}f}]"
     return f"{value:.2f}{'*' if best else ''}{interval}"
 
 

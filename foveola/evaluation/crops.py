@@ -18,7 +18,8 @@ class Crops(Pictures):
 
     A crop is a random-resized crop (area 0.08 to 1 of the picture, ratio 3/4 to 4/3) resized to the encoder's
     crop. It depends on (seed, picture, number of the crop) alone. Object masks follow crop and flip; where an
-    object is not in the crop, its token reads everything.
+    object is not in the crop, its token reads everything. Without `masks` none are drawn, which is half of
+    the work on small pictures.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Crops(Pictures):
         patch_size: int,
         config: ExtractConfig,
         views: int,
+        masks: bool = True,
     ) -> None:
         super().__init__(source, chosen, transform, patch_size, config)
-        self.views, self.index = views, -1
+        self.views, self.masks, self.index = views, masks, -1
 
     def read(self, sample: Sample, index: int) -> Rows:
         """All rows of one picture. Raises BadImage."""
@@ -48,6 +50,9 @@ class Crops(Pictures):
 
     def _targets(self, sample: Sample) -> list[tuple[int, ...]]:
         return super()._targets(sample) * (1 + self.views)
+
+    def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Tensor | None:
+        return super()._mask(objects, target, box) if self.masks else None
 
     def _views(
         self, picture: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]

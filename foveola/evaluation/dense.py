@@ -1,26 +1,26 @@
 """The pass over pictures with label maps: patch features beside the labels of their pixels, batch by batch.
 
-A picture and its map are squashed to one square (bicubic; nearest), so that patch and labels cover the same
-place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams past.
+A picture and its map are squashed to one square (antialiased; nearest), so that patch and labels cover the
+same place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams by,
+from the encoder or from a store that several protocols share.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int16, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import UserError, key
-from foveola.data.sample import BadImage, DataError
 from foveola.data.segmentation import IGNORE, PixelSource
-from foveola.data.sources import decode
-from foveola.evaluation.features import check_finite, choose_pictures, facts_of_bad, read_ahead, share, show
-from foveola.evaluation.rows import PARCEL, resize
+from foveola.evaluation.cache import Feed, feeding
+from foveola.evaluation.encoding import Encoding, checked
+from foveola.evaluation.features import choose_pictures, facts_of_bad, share
+from foveola.evaluation.kinds import Need
 from foveola.models.encoder import Encoder
 
 ROWS = 16384  # patches whose labels are counted at a time
@@ -110,79 +110,19 @@ def choose_rows(
 # -- the pass ---------------------------------------------------------------------------------------------
 
 
-class Parcel(NamedTuple):
-    """Some pictures as a worker makes them."""
-
-    images: UInt8[Tensor, "b 3 S S"]
-    maps: UInt8[Tensor, "b S S"]
-    originals: tuple[Tensor, ...]
-    pictures: Int64[Tensor, "b"]
-    bad: tuple[int, ...] = ()  # pictures that cannot be read
-    problem: str = ""  # what is wrong with the data; an exception would lose its message on the way
-
-
-class LabelledDataset(Dataset):
-    """Parcels of pictures squashed to `side` pixels, with their maps."""
-
-    def __init__(
-        self, source: PixelSource, chosen: Int64[np.ndarray, "n"], side: int, originals: bool
-    ) -> None:
-        self.source, self.chosen, self.side, self.originals = source, chosen, side, originals
-
-    def __len__(self) -> int:
-        return -(-len(self.chosen) // PARCEL)
-
-    def __getitem__(self, parcel: int) -> Parcel:
-        images, maps, originals, pictures, bad = [], [], [], [], []
-        for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
-            try:
-                image, labels = self.read(index)
-            except BadImage:
-                bad.append(index)
-                continue
-            except DataError as error:
-                return self._parcel([], [], [], [], [])._replace(problem=str(error))
-            images.append(resize(image, self.side, self.side))
-            maps.append(torch.from_numpy(squash(labels, self.side)))
-            originals += [torch.from_numpy(labels)] if self.originals else []
-            pictures.append(index)
-        return self._parcel(images, maps, originals, pictures, bad)
-
-    def _parcel(
-        self,
-        images: list[Tensor],
-        maps: list[Tensor],
-        originals: list[Tensor],
-        pictures: list[int],
-        bad: list[int],
-    ) -> Parcel:
-        side = self.side
-        return Parcel(
-            torch.stack(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8),
-            torch.stack(maps) if maps else torch.zeros(0, side, side, dtype=torch.uint8),
-            tuple(originals),
-            torch.tensor(pictures, dtype=torch.int64),
-            tuple(bad),
-        )
-
-    def read(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-        """A picture and its map, of one size. Raises BadImage, and DataError where they are not."""
-        sample = self.source[index]
-        image, labels = decode(sample.image), self.source.label_map(index)
-        if image.shape[:2] != labels.shape:
-            (h, w), (lh, lw) = image.shape[:2], labels.shape
-            raise DataError(f"{self.source.name}: {sample.name} is {w}x{h} pixels, its label map {lw}x{lh}")
-        return image, labels
-
-
-def squash(labels: UInt8[np.ndarray, "H W"], side: int) -> UInt8[np.ndarray, "{side} {side}"]:
-    """Nearest interpolation to a square: the pixel under the centre of each new one."""
-    rows, columns = (((2 * np.arange(side) + 1) * n) // (2 * side) for n in labels.shape)
-    return np.ascontiguousarray(labels[rows[:, None], columns])
+def needs(config: DenseConfig, encoder: Encoder) -> Need:
+    """What of a picture the dense protocols read. Raises UserError for a size that is no whole patches."""
+    side = config.image_size or encoder.config.transform.crop
+    if side % encoder.patch_size:
+        raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
+    return Need(frozenset({"patches", "maps"}), side=side)
 
 
 class DensePass:
     """Iterates over the batches of this rank's share of `chosen` pictures; then `facts` of what was read.
+
+    With a `feed` patches and maps are read from its store, which it computes where they are missing; without,
+    they are computed and forgotten, batch by batch. `chosen` are some of the pictures of `config.limit`.
 
     Raises UserError for features that are not finite, DataError for a map of another size than its picture.
     """
@@ -197,46 +137,42 @@ class DensePass:
         originals: bool = False,
         void: int = IGNORE,
         progress: bool = True,
+        feed: Feed | None = None,
     ) -> None:
-        self.side = config.image_size or encoder.config.transform.crop
-        if self.side % encoder.patch_size:
-            raise UserError(
-                f"image_size={self.side} is no multiple of the encoder's patch size {encoder.patch_size}"
-            )
-        self.encoder, self.source, self.config, self.progress = encoder, source, config, progress
+        self.need = needs(config, encoder)
+        self.side = self.need.side or 0
+        self.grid = self.side // encoder.patch_size
+        self.encoder, self.source, self.config = encoder, source, config
+        self.progress, self.feed, self.originals = progress, feed, originals
         self.chosen = choose_pictures(len(source), config.limit, config.seed) if chosen is None else chosen
         self.mine = self.chosen[share(len(self.chosen))]
-        self.dataset = LabelledDataset(source, self.mine, self.side, originals)
-        self.grid = self.side // encoder.patch_size
         self.void = void  # what pixels of no class become
-        self.bad: list[int] = []
+        self.bad: list[int] = []  # of this rank's share
+        self.spent: dict[str, Any] = {}  # what the store says about the pass
 
     def __iter__(self) -> Iterator[DenseBatch]:
-        parcels = read_ahead(self.dataset, self.config.workers) if len(self.dataset) else []
-        waiting: list[Parcel] = []
-        for parcel in show(parcels, len(self.dataset), f"patches of {self.source.name}", self.progress):
-            if parcel.problem:
-                raise DataError(parcel.problem)
-            self.bad += parcel.bad
-            waiting.append(parcel)
-            if sum(len(part.pictures) for part in waiting) >= self.config.batch_size:
-                yield self._encode(waiting)
-                waiting = []
-        if any(len(part.pictures) for part in waiting):
-            yield self._encode(waiting)
+        for patches, maps, pictures in self._computed() if self.feed is None else self._stored(self.feed):
+            read = pictures.tolist() if self.originals else []
+            originals = tuple(torch.from_numpy(self.source.label_map(index)) for index in read)
+            yield DenseBatch(patches, maps.masked_fill(maps == IGNORE, self.void), originals, pictures)
 
-    def _encode(self, parcels: list[Parcel]) -> DenseBatch:
-        images = torch.cat([part.images for part in parcels])
-        pictures = torch.cat([part.pictures for part in parcels])
-        features = torch.empty(len(images), self.grid**2, self.encoder.config.model.shape[0])
-        for into, part in zip(
-            features.split(self.config.batch_size), images.split(self.config.batch_size), strict=True
-        ):
-            into.copy_(patch_features(self.encoder, part, self.config.precision))
-        check_finite(features.flatten(0, 1), pictures.repeat_interleave(self.grid**2), self.source)
-        originals = tuple(labels for part in parcels for labels in part.originals)
-        maps = torch.cat([part.maps for part in parcels])
-        return DenseBatch(features, maps.masked_fill_(maps == IGNORE, self.void), originals, pictures)
+    def _computed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        encoding = Encoding(
+            self.encoder, self.source, feeding(self.config), self.need, progress=self.progress
+        )
+        for found in encoding.batches(self.mine):
+            self.bad += found.bad.tolist()
+            if len(found.pictures):
+                patches = checked(found.kinds["patches"], self.config.store, found.pictures, self.source)
+                yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.pictures
+
+    def _stored(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        store = feed.open(self.source, self.config, self.need)
+        self.spent = {name: store.facts[name] for name in ("computed", "pass_seconds")}
+        rows = torch.from_numpy(np.flatnonzero(np.isin(store.pictures.numpy(), self.mine)))
+        self.bad = np.setdiff1d(self.mine, store.pictures.numpy()).tolist()
+        for some in rows.split(self.config.batch_size):
+            yield store.take("patches", some), store.maps(some), store.pictures[some]
 
     def facts(self) -> dict[str, Any]:
         """Facts about the data, after the pass; every rank calls it. UserError for too many bad pictures."""
@@ -247,21 +183,8 @@ class DensePass:
             "pictures": len(self.chosen),
             "rows": (len(self.chosen) - len(bad)) * self.grid**2,
             **facts_of_bad(bad, len(self.chosen), self.source),
+            **self.spent,
         }
-
-
-def patch_features(
-    encoder: Encoder, images: UInt8[Tensor, "b 3 S S"], precision: str
-) -> Float32[Tensor, "b N D"]:
-    """Patch tokens of the last block after the final norm, encoded without masks; float32."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        bf16 = torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), bf16:
-            return encoder.backbone(encoder.normalise(images.to(encoder.device))).patches.float().cpu()
-    finally:
-        encoder.train(training)
 
 
 def collect(

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.cache import Feed
 from foveola.evaluation.dense import (
     DenseBatch,
     DenseConfig,
@@ -25,8 +26,8 @@ from foveola.evaluation.dense import (
 )
 from foveola.evaluation.features import choose_pictures
 from foveola.evaluation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
-from foveola.evaluation.knn import nearest
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.search import nearest
 from foveola.models.encoder import Encoder
 
 QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
@@ -107,7 +108,12 @@ class Bank:
 
 
 def run(
-    encoder: Encoder, train: Any, test: Any, config: DenseRetrievalConfig, progress: bool = True
+    encoder: Encoder,
+    train: Any,
+    test: Any,
+    config: DenseRetrievalConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
 ) -> Outcome:
     """Label every pixel of `test` by its patch's neighbours in `train`, and compare.
 
@@ -117,13 +123,15 @@ def run(
     """
     train, test, classes, notes = pixel_sources(train, test)
     began = perf_counter()
-    banks, train_facts = _banks(encoder, train, config, classes, progress)
+    banks, train_facts = _banks(encoder, train, config, classes, progress, feed)
     bank_seconds = round(perf_counter() - began, 2)
     smallest = min(len(bank.features) for bank in banks)
     if max(config.k) > smallest:
         raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
     began = perf_counter()
-    passing = DensePass(encoder, test, config, originals=config.evaluate_at == "picture", progress=progress)
+    passing = DensePass(
+        encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
+    )
     settings = [(b, k) for b in range(len(banks)) for k in config.k]
     areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
     pixels = encoder.patch_size**2
@@ -152,16 +160,21 @@ def run(
 
 
 def _banks(
-    encoder: Encoder, train: Any, config: DenseRetrievalConfig, classes: Sequence[str], progress: bool
+    encoder: Encoder,
+    train: Any,
+    config: DenseRetrievalConfig,
+    classes: Sequence[str],
+    progress: bool,
+    feed: Feed | None,
 ) -> tuple[list[Bank], dict[str, Any]]:
-    """A bank for each subsampling and repeat; each is encoded anew, which costs a part of the first pass."""
+    """A bank for each subsampling and repeat; without a feed each is encoded anew."""
     every = choose_pictures(len(train), config.limit, config.seed)
     banks, facts = [], {}
     for divisor in config.subsample:
         for repeat in range(config.repeats if divisor > 1 else 1):
             some = choose_pictures(len(every), max(1, len(every) // divisor), config.seed + repeat)
             void = 0 if config.void == "first" else IGNORE
-            passing = DensePass(encoder, train, config, every[some], void=void, progress=progress)
+            passing = DensePass(encoder, train, config, every[some], void=void, progress=progress, feed=feed)
             table = collect(passing, len(classes), config.memory, config.sampling, config.seed + repeat)
             counts = label_counts(table.pixels, len(classes))[:, :-1].contiguous()
             banks.append(Bank(table.features, counts, divisor))

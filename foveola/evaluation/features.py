@@ -15,7 +15,7 @@ from foveola.config import UserError
 from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source
-from foveola.evaluation.rows import ExtractConfig, Pictures, Rows, join
+from foveola.evaluation.rows import PARCEL, ExtractConfig, Pictures, Rows, join
 from foveola.models.encoder import Encoder
 
 MAX_BAD = 0.01  # share of unreadable pictures above which a number would not be what it says
@@ -73,7 +73,10 @@ def extract_tables(
     features = [_Growing(len(pictures.chosen), encoder.width) for _ in masks]
     done, readable = [pictures.none()], [torch.zeros(0)]
     parcels = show(
-        read_ahead(pictures, config.workers), len(pictures), f"features of {source.name}", progress
+        read_ahead(pictures, config.workers, config.batch_size),
+        len(pictures),
+        f"features of {source.name}",
+        progress,
     )
     for batch in _batches(parcels, config.batch_size):
         for table, part in zip(features, _encode(encoder, batch, masks, config), strict=True):
@@ -212,16 +215,33 @@ def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[t
     return ((False, True) if masks == "both" else (True,)), notes
 
 
-def read_ahead(dataset: Dataset, workers: int) -> DataLoader:
-    """Items of a dataset in order, made by worker processes. Leaves the global random state alone."""
-    return DataLoader(
+def read_ahead(dataset: Dataset, workers: int, batch_size: int = 0) -> Iterator[Any]:
+    """Items of a dataset in order, made by worker processes. Leaves the global random state alone.
+
+    The items are parcels of pictures, of which batches of `batch_size` are encoded: workers read two batches
+    ahead, so that none of them stands idle while one is encoded.
+    """
+    workers = min(workers, len(dataset))  # type: ignore[arg-type]
+    loader = DataLoader(
         dataset,
         batch_size=None,
-        num_workers=min(workers, len(dataset)),  # type: ignore[arg-type]
-        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=max(2, -(-2 * batch_size // (PARCEL * workers))) if workers else None,
+        collate_fn=_packed if workers else _as_is,
         worker_init_fn=begin_worker,
         generator=torch.Generator().manual_seed(0),
     )
+    for item in loader:
+        yield Rows(*map(_tensor, item)) if isinstance(item, list) else item
+
+
+def _packed(item: Any) -> Any:
+    """Rows with their small tensors as arrays: each tensor that leaves a worker costs a millisecond."""
+    return [x.numpy() if x.nbytes < 2**20 else x for x in item] if isinstance(item, Rows) else item
+
+
+def _tensor(x: Any) -> Tensor:
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def _as_is(item: Any) -> Any:

@@ -25,13 +25,19 @@ class Need:
     and the patches averaged by attention of the last block: `attention` (of the class token, mean over the
     heads), `lowest_entropy` (of its head of lowest entropy, for each picture), `centre` (of the central
     patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
+
+    With `side`, pictures are not resized and cropped as the encoder has it, but squashed whole to so many
+    pixels a side; then there are `maps` too, their label maps squashed alike.
     """
 
     kinds: frozenset[str]
     layers: int = 1
+    side: int | None = None
 
     def __or__(self, other: "Need") -> "Need":
-        return Need(self.kinds | other.kinds, max(self.layers, other.layers))
+        if self.side != other.side:
+            raise ValueError(f"one pass over pictures of {self.side} and of {other.side} pixels")
+        return Need(self.kinds | other.kinds, max(self.layers, other.layers), self.side)
 
 
 def need(*kinds: str, layers: int = 1) -> Need:
@@ -60,11 +66,14 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
             raise UserError(f"features predictor: this encoder has {', '.join(encoder.config.pools)}")
 
 
-def shape_of(encoder: Encoder, kind: str, layers: int) -> tuple[int, ...]:
+def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
     """The shape of a kind of feature of one picture."""
-    width, patches = encoder.config.model.shape[0], encoder.grid[0] * encoder.grid[1]
+    width, side = encoder.config.model.shape[0], wanted.side or encoder.config.transform.crop
+    patches = (side // encoder.patch_size) ** 2
     if kind in ("token", "masked"):
-        return layers, width
+        return wanted.layers, width
+    if kind == "maps":
+        return side, side
     if kind == "predictor" and encoder.predictor is not None:
         return (encoder.predictor.width,)
     return (patches, width) if kind == "patches" else (width,)

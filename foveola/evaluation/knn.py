@@ -1,13 +1,12 @@
-"""k-NN classification by DINO's weighted vote: exact search in bounded memory, and the protocol `knn`."""
+"""k-NN classification by DINO's weighted vote, and the protocol `knn`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola import distributed
@@ -23,109 +22,13 @@ from foveola.evaluation.metrics import (
     hits,
     percent,
     ranking,
-    unit_rows,
     vote,
 )
 from foveola.evaluation.rows import ExtractConfig
+from foveola.evaluation.search import QUERY_BLOCK, nearest
 from foveola.models.encoder import Encoder
 
-QUERY_BLOCK = 8192  # queries that share one pass over the bank
-BANK_CHUNK = 32768  # bank rows on the device at a time
-TILE = 2**24  # similarities in memory at a time: 64 MiB
-
-
-# -- search --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def nearest(
-    queries: Float[Tensor, "m D"],
-    bank: Float[Tensor, "N D"],
-    k: int,
-    *,
-    query_groups: Int64[Tensor, "m"] | None = None,
-    bank_groups: Int64[Tensor, "N"] | None = None,
-    device: torch.device | str = "cpu",
-    bank_chunk: int = BANK_CHUNK,
-    tile: int = TILE,
-) -> tuple[Float32[Tensor, "m k"], Int64[Tensor, "m k"]]:
-    """The k bank rows of highest cosine similarity for each query, best first: (similarities, indices).
-
-    Naively: `(unit_rows(queries) @ unit_rows(bank).T).topk(k)`. Here the matrix of similarities exists only
-    in tiles of `tile` entries, and the bank goes to `device` in chunks. Products are float32 (no TF32, no
-    autocast). Results are on the CPU.
-
-    Args:
-        query_groups, bank_groups: a bank row of a query's own group is no neighbour of it (a picture is not
-        its own
-            neighbour). Where fewer than k rows are left, similarities end with -inf.
-        bank_chunk, tile: memory against speed; they change nothing in the result, but for ties.
-    """
-    k = min(k, len(bank))
-    similarities = torch.empty(len(queries), k)
-    indices = torch.zeros(len(queries), k, dtype=torch.int64)
-    rows = max(1, tile // max(1, min(bank_chunk, len(bank))))
-    with exact_products(torch.device(device).type):
-        for start in range(0, len(queries), QUERY_BLOCK):
-            block = slice(start, start + QUERY_BLOCK)
-            query = unit_rows(queries[block].to(device))
-            own = None if query_groups is None else query_groups[block].to(device)
-            found: list[tuple[Tensor, Tensor] | None] = [None] * -(-len(query) // rows)
-            for first in range(0, len(bank), bank_chunk):
-                part = unit_rows(bank[first : first + bank_chunk].to(device))
-                groups = None if bank_groups is None else bank_groups[first : first + bank_chunk].to(device)
-                for i in range(len(found)):
-                    piece = slice(i * rows, (i + 1) * rows)
-                    s = query[piece] @ part.T
-                    if own is not None and groups is not None:
-                        s.masked_fill_(own[piece, None] == groups, -torch.inf)
-                    values, columns = top(s, k)
-                    found[i] = _merge(found[i], (values, columns + first), k)
-            best = [pair for pair in found if pair is not None]
-            if best:
-                similarities[block] = torch.cat([values for values, _ in best]).cpu()
-                indices[block] = torch.cat([columns for _, columns in best]).cpu()
-    return similarities, indices
-
-
-def _merge(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    if a is None:
-        return b
-    values, place = torch.cat((a[0], b[0]), dim=1).topk(min(k, a[0].shape[1] + b[0].shape[1]), dim=1)
-    return values, torch.cat((a[1], b[1]), dim=1).gather(1, place)
-
-
-def top(x: Float[Tensor, "n W"], k: int) -> tuple[Float[Tensor, "n r"], Int64[Tensor, "n r"]]:
-    """`x.topk(min(k, W))` along rows, several times faster for wide rows.
-
-    Columns are dealt into groups; the k groups of the highest maxima hold the k highest entries. So the
-    selection, which is slow, sees W / g maxima and k g candidates, and only the maximum, which is fast, sees
-    all of x.
-    """
-    n, width = x.shape
-    g = int((width / max(k, 1)) ** 0.5)
-    if g < 4:
-        return x.topk(min(k, width), dim=1)
-    wide = width // g
-    grouped = x[:, : wide * g].unflatten(1, (g, wide))
-    groups = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates = grouped.gather(2, groups[:, None].expand(-1, g, -1)).flatten(1)
-    columns = (groups[:, None] + wide * torch.arange(g, device=x.device)[:, None]).flatten(1)
-    rest = torch.arange(wide * g, width, device=x.device).expand(n, -1)
-    values, place = torch.cat((candidates, x[:, wide * g :]), dim=1).topk(k, dim=1)
-    return values, torch.cat((columns, rest), dim=1).gather(1, place)
-
-
-@contextmanager
-def exact_products(device: str) -> Iterator[None]:
-    """Float32 products in full precision: TF32 or bf16 reorders neighbours that are nearly alike."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+# -- vote ----------------------------------------------------------------------------------------------------
 
 
 def predict(

@@ -13,7 +13,7 @@ from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.probing import ProbeConfig
 from foveola.models.encoder import Encoder
 
-Name = Literal["knn", "logistic", "linear", "aggregations", "attentive"]
+Name = Literal["knn", "logistic", "linear", "aggregations", "attentive", "cae"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ProbesConfig(ProbeConfig):
     """Settings of `probes`. Every probe trains for the same number of epochs, on the same rows."""
 
     run: tuple[Name, ...] = key(
-        ("knn", "logistic", "linear", "aggregations", "attentive"), "which probes, in this order"
+        ("knn", "logistic", "linear", "aggregations", "attentive", "cae"), "which probes, in this order"
     )
     epochs: int = key(30, "passes over the training pictures of each trained probe", at_least=1)
     batch: int = key(256, "pictures of a step", at_least=1)
@@ -32,14 +32,14 @@ class ProbesConfig(ProbeConfig):
     values: int = key(8, "values of C of the logistic regression", at_least=2)
     k: tuple[int, ...] = key((20,), "neighbours of k-NN; the best is reported", at_least=1)
     lr: tuple[float, ...] = key(
-        (0.01, 0.03, 0.1, 0.3), "learning rates of the aggregations, of a batch of 256", above=0
+        (0.01, 0.03, 0.1, 0.3), "learning rates of the aggregations and of cae, of a batch of 256", above=0
     )
     attention_of: str | None = key(None, "another encoder, whose attention averages the patches")
 
     def __post_init__(self) -> None:
         if not self.run or len(set(self.run)) < len(self.run):
             raise ValueError(f"run: needs different probes, got {list(self.run)}")
-        if set(self.run) & {"aggregations"} and not self.lr:
+        if set(self.run) & {"aggregations", "cae"} and not self.lr:
             raise ValueError("lr: needs a value")
 
 
@@ -73,7 +73,12 @@ def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, Part]:
             settings = linear.LinearConfig(**shared, **length)
             parts[name] = Part(settings, linear.run, linear.needs(settings, encoder))
         elif name == "attentive":
-            settings = attentive.AttentiveConfig(**shared, **length, heads=config.heads, iterations=None)
+            settings = attentive.AttentiveConfig(**shared, **length, heads=config.heads)
+            parts[name] = Part(settings, attentive.run, attentive.needs(settings, encoder))
+        elif name == "cae":
+            settings = attentive.AttentiveConfig(
+                **shared, **length, style="cae", heads=config.heads, lr=config.lr
+            )
             parts[name] = Part(settings, attentive.run, attentive.needs(settings, encoder))
         else:
             fixed = ("token", "average", "attention", "lowest_entropy", "centre")
@@ -108,7 +113,8 @@ def run(
     """Every probe on the same features: the metrics of all of them, with their intervals.
 
     Names are those of the protocols: `top1_knn`, `top1_logistic`, `top1_linear`, `top1_attentive`, and of the
-    same linear classifier on one vector of a picture `top1_abmilp`, `top1_token`, `top1_average`, ...
+    same linear classifier on one vector of a picture `top1_abmilp`, `top1_token`, `top1_average`, ...;
+    `top1_cae` is CAE's attentive probe.
     """
     parts = parts_of(config, encoder)
     metrics: dict[str, float] = {}

@@ -19,16 +19,19 @@ from foveola.data.sources import Source, open_source
 from foveola.evaluation import (
     abmilp,
     attentive,
+    dense,
     dense_retrieval,
     knn,
+    label_free,
     linear,
+    localisation,
     logistic,
     probes,
     retrieval,
     segmentation,
     segmentation_head,
 )
-from foveola.evaluation.cache import Feed
+from foveola.evaluation.cache import Feed, where_of
 from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.result import Result
@@ -47,6 +50,9 @@ class Protocol:
     help: str
     # What it reads of a picture from the shared feature pass; None: it makes its own pass (with this config).
     needs: Callable[[Any, Encoder], Need | None] | None = None
+    # What it reads of `train` from stored features where `train` is given; it can do without.
+    learns: Callable[[Any, Encoder], Need | None] | None = None
+    streams: bool = False  # whether it can do without stored features (feed=None), and does where it is alone
 
 
 PROTOCOLS = {
@@ -56,6 +62,7 @@ PROTOCOLS = {
         True,
         "k-NN classification by weighted vote, with and without object masks",
         knn.needs,
+        streams=True,
     ),
     "linear": Protocol(
         linear.LinearConfig,
@@ -75,7 +82,7 @@ PROTOCOLS = {
         attentive.AttentiveConfig,
         attentive.run,
         True,
-        "classification of what one learned query reads from the patches (CAPI)",
+        "classification of what one learned query reads from the patches (CAPI, CAE)",
         attentive.needs,
     ),
     "abmilp": Protocol(
@@ -94,29 +101,50 @@ PROTOCOLS = {
         False,
         "find the other crop of an object among those of others",
     ),
+    "label_free": Protocol(
+        label_free.LabelFreeConfig,
+        label_free.run,
+        False,
+        "numbers without labels: rank, alignment, uniformity, other views found again",
+    ),
+    "localisation": Protocol(
+        localisation.LocalisationConfig,
+        localisation.run,
+        False,
+        "boxes around what attention (or another map) lights up, against annotated boxes",
+        learns=localisation.learns,
+    ),
     "dense_retrieval": Protocol(
         dense_retrieval.DenseRetrievalConfig,
         dense_retrieval.run,
         True,
         "segmentation by attention to the nearest labelled patches",
+        dense.needs,
+        streams=True,
     ),
     "knn_segmentation": Protocol(
         segmentation.KnnSegmentationConfig,
         segmentation.run_knn,
         True,
         "segmentation by the labels of the nearest patches",
+        dense.needs,
+        streams=True,
     ),
     "logistic_segmentation": Protocol(
         segmentation.LogisticSegmentationConfig,
         segmentation.run_logistic,
         True,
         "segmentation by logistic regression on patches",
+        dense.needs,
+        streams=True,
     ),
     "linear_segmentation": Protocol(
         segmentation_head.LinearSegmentationConfig,
         segmentation_head.run,
         True,
         "segmentation by a linear layer on patches, trained by gradient",
+        dense.needs,
+        streams=True,
     ),
 }
 
@@ -176,20 +204,25 @@ def evaluate_all(
     for which, source, users in (("test", test, list(configs)), ("train", train, needs_train)):
         if source is None and users:
             raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
-    bank = _open(train, "train") if needs_train else None
+    learning = [name for name in configs if PROTOCOLS[name].learns is not None]
+    bank = _open(train, "train") if needs_train or (learning and train is not None) else None
     queries = _open(test, "test")
     encoder = model if isinstance(model, Encoder) else load(model, _device(device))
     if out is None and not isinstance(model, Encoder) and (Path(model) / "encoder" / "config.json").is_file():
         out = model
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     results = {}
-    feed = _feed(encoder, configs, cache, progress)
+    storing = _storing(encoder, configs, queries, cache)
+    learned = _learned(encoder, configs) if bank is not None else {}
+    feed = Feed(encoder, cache, progress=progress) if storing or learned else None
     try:
         if feed is not None:
-            _want(feed, encoder, configs, bank, queries)
+            _want(feed, encoder, {name: configs[name] for name in storing}, bank, queries)
+            _want_learned(feed, learned, configs, bank)
         for name, config in configs.items():
-            sources = (bank if PROTOCOLS[name].needs_train else None, queries)
-            results[name] = _measure(encoder, name, config, sources, progress, feed)
+            sources = (bank if PROTOCOLS[name].needs_train or name in learning else None, queries)
+            reads = name in storing or name in learned
+            results[name] = _measure(encoder, name, config, sources, progress, feed if reads else None)
             if out is not None and distributed.is_main():
                 results[name].save(out)
     finally:
@@ -217,14 +250,34 @@ def configure(protocols: Sequence[str], settings: dict[str, Any]) -> dict[str, A
     return configs
 
 
-def _feed(encoder: Encoder, configs: dict[str, Any], cache: str | Path | None, progress: bool) -> Feed | None:
-    """A feed where a protocol reads from one: k-NN alone does only with a folder that keeps the features."""
-    needing = [
-        name for name, config in configs.items() if (n := PROTOCOLS[name].needs) and n(config, encoder)
-    ]
-    if not needing or (needing == ["knn"] and cache is None):
-        return None
-    return Feed(encoder, cache, progress=progress)
+def _storing(
+    encoder: Encoder, configs: dict[str, Any], test: Source, cache: str | Path | None
+) -> dict[str, Need]:
+    """The protocols that read from stored features, with what they read.
+
+    Without a folder to keep them in, those that can stream store nothing that no other protocol reads.
+    """
+    found = {
+        name: needs(config, encoder) for name, config in configs.items() if (needs := PROTOCOLS[name].needs)
+    }
+    wanted = {name: need for name, need in found.items() if need}
+    places = [where_of(test, configs[name], need) for name, need in wanted.items()]
+    return {
+        name: need
+        for (name, need), place in zip(wanted.items(), places, strict=True)
+        if cache is not None or not PROTOCOLS[name].streams or places.count(place) > 1
+    }
+
+
+def _learned(encoder: Encoder, configs: dict[str, Any]) -> dict[str, Need]:
+    """What protocols that can do without training pictures read of them."""
+    found = {name: f(config, encoder) for name, config in configs.items() if (f := PROTOCOLS[name].learns)}
+    return {name: need for name, need in found.items() if need}
+
+
+def _want_learned(feed: Feed, learned: dict[str, Need], configs: dict[str, Any], train: Any) -> None:
+    for name, need in learned.items():
+        feed.want(train, configs[name], need)
 
 
 def _want(feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, test: Source) -> None:
@@ -249,7 +302,7 @@ def _measure(
 ) -> Result:
     """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
     protocol, began = PROTOCOLS[name], perf_counter()
-    more = {"feed": feed} if protocol.needs is not None else {}
+    more = {"feed": feed} if protocol.needs is not None or protocol.learns is not None else {}
     outcome = distributed.broadcast_object(protocol.run(encoder, *sources, config, progress, **more))
     return Result(
         protocol=name,

@@ -8,6 +8,9 @@ from typing import Any
 
 from foveola.config import UserError
 
+ENDS = ("_low", "_high")  # of an interval
+GROUPED = {"localisation": "maxboxacc_v2_"}  # printed with a line for each X of a metric of this name and X
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,9 +50,10 @@ class Result:
         """Aligned plain text: a line for each probe or metric with its interval, then notes."""
         grouped = self._probes()
         inside = {name for group in grouped for name in self.metrics if _belongs(name, group)}
+        groups, columns = self._groups()
+        inside |= {f"{column}_{group}{end}" for column in columns for group in groups for end in ("", *ENDS)}
         rest = {name: value for name, value in self.metrics.items() if name not in inside}
-        ends = ("_low", "_high")
-        shown = [n for n in rest if not (n.endswith(ends) and n.rpartition("_")[0] in rest)]
+        shown = [n for n in rest if not (n.endswith(ENDS) and n.rpartition("_")[0] in rest)]
         wide = max(map(len, shown), default=0)
         lines = []
         for name in shown:
@@ -57,11 +61,28 @@ class Result:
             lines.append(f"{name:<{wide}}  {rest[name]:8.2f}" + (f"  {interval}" if interval else ""))
         head = f"{self.protocol}: {self._data_line()}, {self.seconds:.1f} s"
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([head, *self._probe_lines(grouped), *lines, *self._pass_lines(), *notes])
+        tables = [*self._probe_lines(grouped), *self._group_lines(groups, columns)]
+        return "\n".join([head, *tables, *lines, *self._pass_lines(), *notes])
 
     def _interval(self, name: str) -> str:
-        low, high = (self.metrics.get(name + end) for end in ("_low", "_high"))
+        low, high = (self.metrics.get(name + end) for end in ENDS)
         return "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+
+    def _groups(self) -> tuple[list[str], list[str]]:
+        """What has a line of its own (the maps of localisation), and the metrics that each of them has."""
+        first = GROUPED.get(self.protocol, "")
+        whole = [name for name in self.metrics if not name.endswith(ENDS)] if first else []
+        groups = [name.removeprefix(first) for name in whole if name.startswith(first)]
+        end = f"_{groups[0]}" if groups else ""
+        return groups, [name.removesuffix(end) for name in whole if groups and name.endswith(end)]
+
+    def _group_lines(self, groups: list[str], columns: list[str]) -> list[str]:
+        rows = [(self.protocol, *columns)] if groups else []
+        for group in groups:
+            names = [f"{column}_{group}" for column in columns]
+            rows.append((group, *(f"{self.metrics[n]:.2f} {self._interval(n)}".rstrip() for n in names)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def _probes(self) -> list[str]:
         """Names of the probes whose settings were chosen; and k-NN, where it stands among them."""

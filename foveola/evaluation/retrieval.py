@@ -99,8 +99,16 @@ def choose_targets(source: Source, count: int, min_area: float, seed: int) -> li
 class TargetCanvases(Dataset):
     """Parcels of targets as `Canvases` of one object each; targets of unreadable pictures are left out."""
 
-    def __init__(self, source: Source, targets: Sequence[Target], canvas: int, mask_canvas: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        targets: Sequence[Target],
+        canvas: int,
+        mask_canvas: int,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    ) -> None:
         self.source, self.targets, self.canvas, self.mask_canvas = source, targets, canvas, mask_canvas
+        self.interpolation: Literal["bicubic", "bilinear"] = interpolation
 
     def __len__(self) -> int:
         return -(-len(self.targets) // PARCEL)
@@ -132,7 +140,7 @@ class TargetCanvases(Dataset):
     def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
         picture = decode(sample.image)
         aspect = picture.shape[1] / picture.shape[0]
-        image = resize(picture, self.canvas, self.canvas)
+        image = resize(picture, self.canvas, self.canvas, self.interpolation)
         if sample.objects is None or number < 0:
             return (
                 image,
@@ -226,9 +234,13 @@ def _embed(
     """Features of both views of every target, their pictures, and the pictures that could not be read."""
     parcels = range(-(-len(targets) // PARCEL))
     mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
-    canvas = config.canvas or encoder.config.transform.resize
+    transform = encoder.config.transform
     dataset = TargetCanvases(
-        source, targets[mine.start * PARCEL : mine.stop * PARCEL], canvas, config.mask_canvas
+        source,
+        targets[mine.start * PARCEL : mine.stop * PARCEL],
+        config.canvas or transform.resize,
+        config.mask_canvas,
+        transform.interpolation,
     )
     features = [torch.zeros(0, len(kinds), 2, encoder.width)]
     pictures, bad = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]

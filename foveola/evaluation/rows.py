@@ -125,10 +125,11 @@ class Rows(NamedTuple):
     objects: Int64[Tensor, "R"]
     has_mask: Bool[Tensor, "R"]
     bad: Int64[Tensor, "b"]  # pictures that could not be read
+    maps: UInt8[Tensor, "V2 H W"] = torch.zeros(0, 0, 0, dtype=torch.uint8)  # classes of pixels, if asked for
 
     def without_pixels(self) -> "Rows":
         """Without images and masks, which are large."""
-        large = ("images", "image_of", "masks")
+        large = ("images", "image_of", "masks", "maps")
         return self._replace(**{name: getattr(self, name)[:0].clone() for name in large})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation import knn
+from foveola.evaluation.cache import Feed
 from foveola.evaluation.dense import (
     DenseConfig,
     DensePass,
@@ -27,9 +27,9 @@ from foveola.evaluation.dense import (
 from foveola.evaluation.iou import mean_iou, named_iou, region_areas, rounded, summary
 from foveola.evaluation.logistic import path, standardiser
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest
 from foveola.models.encoder import Encoder
 
-Distance = Literal["l2", "cosine"]
 VOTES = 2**25  # votes in memory at a time: 64 MiB
 
 
@@ -60,44 +60,6 @@ def hold_out(pictures: Int64[Tensor, "R"], share: float, seed: int) -> Bool[Tens
     count = min(max(1, round(share * len(names))), len(names) - 1)
     drawn = np.random.default_rng(seed).permutation(len(names))[:count]
     return torch.isin(pictures, names[torch.from_numpy(drawn)])
-
-
-@torch.no_grad()
-def neighbours(
-    queries: Float[Tensor, "m D"],
-    bank: Float[Tensor, "R D"],
-    k: int,
-    distance: Distance,
-    *,
-    device: torch.device | str = "cpu",
-    bank_chunk: int = knn.BANK_CHUNK,
-    query_chunk: int = 512,
-) -> Int64[Tensor, "m k"]:
-    """The k nearest bank rows of each query, nearest first, in memory of query_chunk x bank_chunk numbers.
-
-    "l2" ranks by q.f - |f|^2 / 2, which falls with the distance, of features moved to the bank's mean: a
-    common offset would cost the digits that tell neighbours apart.
-    """
-    if not 0 < k <= len(bank):
-        raise ValueError(f"k={k} with a bank of {len(bank)} rows")
-    if distance == "cosine":
-        return knn.nearest(queries, bank, k, device=device, bank_chunk=bank_chunk)[1]
-    centre = sum(part.double().sum(dim=0) for part in bank.split(bank_chunk)) / len(bank)
-    centre = torch.as_tensor(centre).float().to(device)
-    best = torch.full((len(queries), k), -torch.inf, device=device)
-    index = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
-    with knn.exact_products(torch.device(device).type):
-        for first in range(0, len(bank), bank_chunk):
-            part = bank[first : first + bank_chunk].to(device).float() - centre
-            half = part.square().sum(dim=1) / 2
-            for start in range(0, len(queries), query_chunk):
-                block = slice(start, start + query_chunk)
-                query = queries[block].to(device).float() - centre
-                values, columns = knn.top((query @ part.T).sub_(half), k)
-                joined = torch.cat((best[block], values), dim=1)
-                best[block], place = joined.topk(k, dim=1)
-                index[block] = torch.cat((index[block], columns + first), dim=1).gather(1, place)
-    return index.cpu()
 
 
 def transplant(
@@ -177,7 +139,12 @@ Predict = Callable[[Float[Tensor, "m D"]], list[Tensor]]
 
 
 def run_knn(
-    encoder: Encoder, train: Any, test: Any, config: KnnSegmentationConfig, progress: bool = True
+    encoder: Encoder,
+    train: Any,
+    test: Any,
+    config: KnnSegmentationConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
 ) -> Outcome:
     """k-NN segmentation: every pixel gets the majority of its patch's nearest patches at the same place."""
     grid = [(distance, k) for distance in config.distance for k in config.k]
@@ -189,7 +156,7 @@ def run_knn(
 
         def predict(queries: Tensor) -> list[Tensor]:
             found = {
-                d: neighbours(queries, bank.features, most, d, device=encoder.device)
+                d: nearest(queries, bank.features, most, distance=d, device=encoder.device)[1]
                 for d in dict.fromkeys(d for d, _ in settings)
             }
             return [transplant(bank.pixels, found[d][:, :k], classes, config.void_votes) for d, k in settings]
@@ -199,11 +166,16 @@ def run_knn(
     def words(setting: Any) -> dict[str, Any]:
         return {"distance": setting[0], "k": setting[1]}
 
-    return _run("knn_segmentation", encoder, train, test, config, progress, grid, make, words)
+    return _run("knn_segmentation", encoder, (train, test), config, progress, feed, grid, make, words)
 
 
 def run_logistic(
-    encoder: Encoder, train: Any, test: Any, config: LogisticSegmentationConfig, progress: bool = True
+    encoder: Encoder,
+    train: Any,
+    test: Any,
+    config: LogisticSegmentationConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
 ) -> Outcome:
     """Logistic regression of the most frequent label of each patch, given to all of its pixels."""
     grid = sorted(config.c)
@@ -227,27 +199,26 @@ def run_logistic(
 
         return predict
 
-    return _run(
-        "logistic_segmentation", encoder, train, test, config, progress, grid, make, lambda c: {"c": c}
-    )
+    name = "logistic_segmentation"
+    return _run(name, encoder, (train, test), config, progress, feed, grid, make, lambda c: {"c": c})
 
 
 def _run(
     name: str,
     encoder: Encoder,
-    train: Any,
-    test: Any,
+    sources: tuple[Any, Any],
     config: PatchSegmentationConfig,
     progress: bool,
+    feed: Feed | None,
     grid: Sequence[Any],
     make: Callable[[PatchTable, Tensor, Sequence[Any], int], Predict],
     words: Callable[[Any], dict[str, Any]],
 ) -> Outcome:
     """Choose a setting on held-out pictures, learn from all, measure on test."""
-    train, test, classes, notes = pixel_sources(train, test)
+    train, test, classes, notes = pixel_sources(*sources)
     c = len(classes)
     began = perf_counter()
-    passing = DensePass(encoder, train, config, progress=progress)
+    passing = DensePass(encoder, train, config, progress=progress, feed=feed)
     table = collect(passing, c, config.memory, "uniform", config.seed)
     facts = passing.facts()
     modes = patch_modes(label_counts(table.pixels, c))
@@ -270,7 +241,7 @@ def _run(
     predict = make(table.select(usable), modes[usable], [chosen], c)
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
     began = perf_counter()
-    passing = DensePass(encoder, test, config, progress=progress)
+    passing = DensePass(encoder, test, config, progress=progress, feed=feed)
     areas = distributed.gather_rows(_measure(passing, predict, scaler, c))
     test_facts = passing.facts()
     seconds["test_seconds"] = round(perf_counter() - began, 2)
@@ -295,7 +266,7 @@ def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) 
     return scores
 
 
-def _parts(table: PatchTable, rows: int = knn.QUERY_BLOCK) -> Iterator[PatchTable]:
+def _parts(table: PatchTable, rows: int = QUERY_BLOCK) -> Iterator[PatchTable]:
     for part in torch.arange(len(table.pictures)).split(rows):
         yield table.select(part)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.cache import Feed
 from foveola.evaluation.dense import DenseConfig, DensePass, pixel_sources
 from foveola.evaluation.dense_retrieval import label_pixels
 from foveola.evaluation.iou import mean_iou, named_iou, region_areas, rounded, summary
@@ -110,13 +111,18 @@ def _order(count: int, draws: int, seed: int) -> Int64[Tensor, "draws"]:
 
 
 def run(
-    encoder: Encoder, train: Any, test: Any, config: LinearSegmentationConfig, progress: bool = True
+    encoder: Encoder,
+    train: Any,
+    test: Any,
+    config: LinearSegmentationConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
 ) -> Outcome:
     """Choose the learning rate on held-out pictures, train again on all, measure on test."""
     train, test, classes, notes = pixel_sources(train, test)
     c = len(classes)
     began = perf_counter()
-    passing = DensePass(encoder, train, config, progress=progress)
+    passing = DensePass(encoder, train, config, progress=progress, feed=feed)
     features, maps, pictures = _kept(passing)
     facts = passing.facts()
     held = hold_out(pictures, config.holdout, config.seed)
@@ -147,7 +153,9 @@ def run(
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
     began = perf_counter()
     areas = [torch.zeros(0, 3, c + 1, dtype=torch.int64)]
-    passing = DensePass(encoder, test, config, originals=config.evaluate_at == "picture", progress=progress)
+    passing = DensePass(
+        encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
+    )
     for batch in passing:
         x = batch.features if scaler is None else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
         areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, UserError, build, key, to_dict
-from foveola.models.capture import Capture, capture
+from foveola.models.capture import Capture, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
@@ -142,6 +143,16 @@ class Encoder(nn.Module):
     ) -> Capture:
         """`layers`, and on request who reads what in the last block, from one pass."""
         return capture(self.backbone, images, n, objects, attention)
+
+    @torch.inference_mode()
+    def visit(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        attention: Callable[[int, slice, slice, Tensor], None],
+        output: Callable[[int, Tensor], None] | None = None,
+    ) -> Features:
+        """A pass that hands out the attention of every block, a few matrices at a time: `capture.visit`."""
+        return visit(self.backbone, images, attention, output)
 
     def predictions(self, features: Features) -> Float[Tensor, "B N C"]:
         """What the predictor's first block expects at every place. Raises UserError where there is none."""

@@ -12,8 +12,9 @@ from foveola.data.sample import Sample
 from foveola.evaluation import passes
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.crops import Crops, random_crop
-from foveola.evaluation.features import extract_tables
+from foveola.evaluation.features import choose_pictures, extract_tables
 from foveola.evaluation.kinds import Reader, lowest_entropy, need, weigh
+from foveola.evaluation.rows import Pictures
 from foveola.models.predictor import PredictorConfig
 
 CONFIG = FeedConfig(batch_size=5, workers=0, seed=3)
@@ -42,6 +43,16 @@ def test_the_same_rows_as_without_a_store(encoder, pictures, tmp_path: Path) -> 
         assert torch.equal(store.take("token", torch.tensor([4, 1]))[:, 0], store.take("token")[[4, 1], 0])
 
 
+def test_some_pictures_are_the_same_as_among_all(encoder, pictures, tmp_path: Path) -> None:
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        every = feed.open(pictures, CONFIG, need("token"))
+        some = feed.open(pictures, dataclasses.replace(CONFIG, limit=7), need("token"))
+    assert len(some) == 7
+    assert some.pictures.tolist() == choose_pictures(13, 7, CONFIG.seed).tolist() != list(range(7))
+    torch.testing.assert_close(some.take("token"), every.take("token")[some.pictures], rtol=1e-4, atol=1e-5)
+    assert torch.equal(some.column("labels"), every.column("labels")[some.pictures])
+
+
 def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
     encoder, pictures, tmp_path: Path, monkeypatch
 ) -> None:
@@ -61,6 +72,26 @@ def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
         assert len(asked) == 3
         assert both.facts["computed"] == 13
         assert torch.equal(both.take("token"), before)
+
+
+def test_masks_are_drawn_for_those_who_read_them(encoder, pictures, tmp_path: Path, monkeypatch) -> None:
+    """And a later pass without them leaves what an earlier one said about them."""
+    drawn, plain = [], Pictures._mask
+    monkeypatch.setattr(Pictures, "_mask", lambda *a: drawn.append(1) or plain(*a))
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        bare = feed.open(pictures, CONFIG, need("token"))
+        assert not drawn
+        assert "rows_with_mask" not in bare.facts
+        table = bare.table("token")
+        assert not table.has_mask.any()
+        assert (table.readable == 1).all()
+        masked = feed.open(pictures, CONFIG, need("masked"))
+        assert len(drawn) == 13
+        assert masked.facts["rows_with_mask"] == 9 == int(masked.table("masked").has_mask.sum())
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        feed.open(pictures, CONFIG, need("average"))
+        assert feed.open(pictures, CONFIG, need("masked")).facts["rows_with_mask"] == 9
+    assert len(drawn) == 13
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The pass over labelled pictures: patches and labels cover the same place; the bank is chosen as said."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,8 @@ from foveola.evaluation.dense import (
     patch_modes,
     patch_pixels,
     pixel_sources,
-    squash,
 )
+from foveola.evaluation.labelled import squash
 from foveola.evaluation.rows import resize
 
 CONFIG = DenseConfig(workers=0, batch_size=3)
@@ -78,6 +80,19 @@ def test_pass_gives_what_the_encoder_gives(encoder, random_source):
     np.testing.assert_array_equal(maps[3], squash(source.maps[3], 32))
     facts = passing.facts()
     assert (facts["pictures"], facts["rows"], facts["unreadable"]) == (5, 5 * 16, 0)
+
+
+def test_pictures_are_resized_as_the_encoder_has_it(encoder, random_source):
+    source = random_source()
+    (plain,) = list(DensePass(encoder, source, DenseConfig(workers=0), progress=False))
+    transform = replace(encoder.config.transform, interpolation="bilinear")
+    encoder.config = replace(encoder.config, transform=transform)
+    (other,) = list(DensePass(encoder, source, DenseConfig(workers=0), progress=False))
+    for i in range(5):
+        pixels = resize(source.pictures[i], 32, 32, "bilinear")[None]
+        expected = encoder(encoder.normalise(pixels)).patches[0]
+        torch.testing.assert_close(other.features[i], expected, rtol=1e-4, atol=1e-4)
+        assert (plain.features[i] - expected).abs().max() > 0.01
 
 
 def test_a_map_of_another_size_than_its_picture_is_named(encoder, random_source):

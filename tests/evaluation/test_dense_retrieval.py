@@ -9,7 +9,7 @@ from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.dense import label_counts, patch_pixels
 from foveola.evaluation.dense_retrieval import DenseRetrievalConfig, attend, label_pixels, run
-from foveola.evaluation.knn import nearest
+from foveola.evaluation.search import nearest
 from foveola.models.encoder import Encoder
 
 COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features import choose_pictures, extract, extract_tables, mask_kinds
+from foveola.evaluation.features import choose_pictures, extract, extract_tables, mask_kinds, read_ahead
 from foveola.evaluation.rows import ExtractConfig, Pictures, object_crop
 from foveola.models.encoder import TransformConfig
 
@@ -278,6 +278,19 @@ def test_rows_and_labels(encoder, varied) -> None:
     assert objects.features.dtype == torch.float32
     some = objects.select(objects.labels == 2)
     assert some.pictures.tolist() == [0, 3, 3]
+
+
+def test_what_leaves_a_worker_arrives_as_it_was(list_source, make_sample) -> None:
+    """Small tensors travel as arrays, those of a megabyte and more as they are; nothing is lost."""
+    source = list_source([make_sample(i, [(10, 10, 40, 40)], label=i) for i in range(11)])
+    for side in (32, 256):
+        pictures = pictures_of(source, TransformConfig(resize=side, crop=side))
+        for batch_size in (1, 64):
+            for mine, there in zip(read_ahead(pictures, 0), read_ahead(pictures, 1, batch_size), strict=True):
+                for name, expected, found in zip(mine._fields, mine, there, strict=True):
+                    assert expected.dtype == found.dtype, name
+                    assert torch.equal(expected, found), name
+                there.labels.add_(1)  # its own memory, which may be written to
 
 
 def test_workers_and_parcels_change_nothing(encoder, list_source, make_sample) -> None:

@@ -6,7 +6,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from foveola.config import ConfigError, UserError, build
-from foveola.evaluation.knn import KnnConfig, nearest, predict, shared_labels, top
+from foveola.evaluation.knn import KnnConfig, predict, shared_labels
+from foveola.evaluation.search import nearest
 
 
 @pytest.fixture(scope="module")
@@ -61,49 +62,12 @@ def test_all_k_in_one_pass_equal_each_k_alone(problem) -> None:
         assert torch.equal(ranked, predict(queries, bank, labels, k=(k,), classes=4)[k])
 
 
-def test_chunks_change_nothing(problem) -> None:
-    bank, _, queries, _ = problem
-    expected = (torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(bank).T).topk(20)
-    for chunk in (1, 7, len(bank), 10**6):
-        for tile in (1, 10 * chunk, 2**24):
-            similarities, indices = nearest(queries, bank, 20, bank_chunk=chunk, tile=tile)
-            assert torch.equal(indices, expected.indices)
-            torch.testing.assert_close(similarities, expected.values, atol=1e-6, rtol=0)
-
-
 def test_more_queries_than_a_block(problem, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, labels, queries, _ = problem
     whole = predict(queries, bank, labels, k=(10, 20), classes=4)
     monkeypatch.setattr("foveola.evaluation.knn.QUERY_BLOCK", 7)
     blocks = predict(queries, bank, labels, k=(10, 20), classes=4)
     assert all(torch.equal(whole[k], blocks[k]) for k in whole)
-
-
-@pytest.mark.parametrize(("n", "k"), [(5000, 10), (5000, 200), (4099, 1), (100, 100), (64, 1000)])
-def test_fast_selection_equals_topk(n: int, k: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.stack([torch.randperm(n, generator=generator) for _ in range(4)]) / n  # no ties
-    values, columns = top(x, k)
-    expected = x.topk(min(k, n), dim=1)
-    assert torch.equal(values, expected.values)
-    assert torch.equal(columns, expected.indices)
-
-
-def test_fast_selection_keeps_neighbours_that_stand_close_together() -> None:
-    x = torch.zeros(1, 6000)
-    x[0, 1000:1030] = torch.arange(30.0) + 1
-    assert set(top(x, 30)[1][0].tolist()) == set(range(1000, 1030))
-
-
-def test_memory_does_not_grow_with_queries_times_bank(problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product is larger than a tile, however many rows there are."""
-    sizes = []
-    monkeypatch.setattr("foveola.evaluation.knn.top", lambda x, k: (sizes.append(x.numel()), top(x, k))[1])
-    queries, bank = torch.randn(3000, 4), torch.randn(50_000, 4)
-    similarities, indices = nearest(queries, bank, 5, tile=2**18, bank_chunk=4096)
-    assert max(sizes) <= 2**18
-    assert len(sizes) >= 3000 * 50_000 / 2**18
-    assert similarities.shape == indices.shape == (3000, 5)
 
 
 def test_positive_factors_change_nothing(problem) -> None:

@@ -54,7 +54,7 @@ def test_probes_learn_brightness(protocol, encoder, shades, tmp_path: Path) -> N
         "abmilp": {"abmilp", "token", "average", "attention", "lowest_entropy", "centre"},
         "probes": {
             *("knn", "logistic", "linear", "abmilp", "token", "average", "attention", "lowest_entropy"),
-            *("centre", "attentive", "attentive_1"),
+            *("centre", "attentive", "attentive_1", "cae", "cae_1"),
         },
     }
     assert groups == expected.get(protocol, {protocol})
@@ -362,7 +362,18 @@ def test_an_encoder_without_class_token(shades) -> None:
         made = Encoder(config)
     sources = {"train": shades(0, 60), "test": shades(900, 15)}
     result = evaluate(made, "probes", **sources, **SHORT["probes"], **QUIET)
-    groups = {"knn", "logistic", "linear", "abmilp", "average", "centre", "attentive", "attentive_1"}
+    groups = {
+        "knn",
+        "logistic",
+        "linear",
+        "abmilp",
+        "average",
+        "centre",
+        "attentive",
+        "attentive_1",
+        "cae",
+        "cae_1",
+    }
     assert {
         name.removeprefix("top1_").removesuffix("_low") for name in result.metrics if name.endswith("_low")
     } == groups

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from foveola.data.sample import Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.retrieval import PARCEL, RetrievalConfig, TargetCanvases, choose_targets, two_views
+from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder, Features
 
 
@@ -130,6 +133,22 @@ def test_settings_of_speed_change_nothing(encoder, colours) -> None:
     only = run(encoder, colours, masks=True).metrics
     assert only == pytest.approx({name: value for name, value in expected.items() if "plain" not in name})
     assert run(encoder, colours, seed=1).metrics != pytest.approx(expected)
+
+
+def test_pictures_are_resized_as_the_encoder_has_it(encoder, list_source, make_sample, monkeypatch) -> None:
+    source, seen = list_source([make_sample(i) for i in range(4)]), {}
+
+    def watched(canvases, *rest):
+        seen.update(zip(canvases.indices.tolist(), canvases.images, strict=True))
+        return two_views(canvases, *rest)
+
+    monkeypatch.setattr(retrieval, "two_views", watched)
+    transform = replace(encoder.config.transform, interpolation="bilinear")
+    encoder.config = replace(encoder.config, transform=transform)
+    retrieval.run(encoder, None, source, RetrievalConfig(workers=0), progress=False)
+    for i, sample in enumerate(source.samples):
+        assert torch.equal(seen[i], resize(sample.image, 40, 40, "bilinear"))
+        assert not torch.equal(seen[i], resize(sample.image, 40, 40))
 
 
 def test_fewer_objects_than_asked_for_is_said(encoder, colours) -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from foveola.config import UserError, build
@@ -14,7 +13,6 @@ from foveola.evaluation.segmentation import (
     LogisticSegmentationConfig,
     Scaler,
     hold_out,
-    neighbours,
     run_knn,
     run_logistic,
     transplant,
@@ -45,27 +43,6 @@ def rows(count: int, seed: int, offset: float = 0.0):
 
 
 # -- pure functions ---------------------------------------------------------------------------------------
-
-
-# Far from the origin all cosines are alike.
-@pytest.mark.parametrize(
-    ("distance", "metric", "offset"),
-    [("l2", "euclidean", 0.0), ("l2", "euclidean", 50.0), ("cosine", "cosine", 0.0)],
-)
-def test_neighbours_equal_scikit_learn(distance, metric, offset):
-    queries, bank = rows(40, 0, offset), rows(90, 1, offset)
-    judge = NearestNeighbors(n_neighbors=7, metric=metric, algorithm="brute")
-    expected = judge.fit(bank.double().numpy()).kneighbors(queries.double().numpy(), return_distance=False)
-    np.testing.assert_array_equal(neighbours(queries, bank, 7, distance), expected)
-    for sizes in ({"bank_chunk": 1}, {"bank_chunk": 13, "query_chunk": 7}):
-        if distance == "cosine":
-            sizes.pop("query_chunk", None)
-        np.testing.assert_array_equal(neighbours(queries, bank, 7, distance, **sizes), expected)
-
-
-def test_more_neighbours_than_rows():
-    with pytest.raises(ValueError, match="k=5 with a bank of 4 rows"):
-        neighbours(rows(2, 0), rows(4, 1), 5, "l2")
 
 
 def test_scaler_equals_scikit_learn_and_guards_constants():

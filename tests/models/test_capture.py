@@ -1,10 +1,10 @@
-"""Outputs of earlier blocks and rows of the last attention matrix, against hooks and loops."""
+"""Outputs of earlier blocks and attention matrices, against hooks and loops."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from foveola.models.capture import capture
+from foveola.models.capture import attention_logits, capture, visit
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
 
@@ -108,3 +108,88 @@ def test_an_encoders_layers_and_capture() -> None:
         assert torch.equal(a.objects, b.objects)
         assert torch.equal(a.patches, b.patches)
     assert torch.equal(layers[-1].objects, encoder(pictures(), masks()).objects)
+
+
+def visited(vit: VisionTransformer, images: Tensor) -> tuple[list[Tensor], list[Tensor], object]:
+    """Attention [B, heads, T, T] and output of every block, put together from what `visit` hands out."""
+    tokens = vit.config.class_token + vit.config.registers + images[0, 0].numel() // vit.config.patch_size**2
+    heads = vit.config.shape[2]
+    matrices = [torch.full((len(images), heads, tokens, tokens), torch.nan) for _ in vit.blocks]
+    outputs: list[Tensor] = []
+
+    def attention(block: int, pictures: slice, some: slice, logits: Tensor) -> None:
+        assert logits.dtype == torch.float32
+        matrices[block][pictures, some] = logits.softmax(dim=-1)
+        logits.fill_(torch.nan)  # a receiver may overwrite them
+
+    def output(block: int, x: Tensor) -> None:
+        assert block == len(outputs)
+        outputs.append(x)
+
+    return matrices, outputs, visit(vit, images, attention, output)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"registers": 4, "positions": "rope"},
+        {
+            "class_token": False,
+            "registers": 4,
+            "positions": "rope",
+            "rope": "capi",
+            "norm": "rms",
+            "bias": False,
+        },
+        {"positions": "sincos", "class_token": False},
+    ],
+)
+@pytest.mark.parametrize("entries", [1, 2**19])
+def test_visit_hands_out_the_attention_of_every_block(changes, entries, monkeypatch) -> None:
+    """softmax(q k^T / sqrt(c)) in float64 from the block's own weights and input; outputs bit for bit."""
+    monkeypatch.setattr("foveola.models.capture.CACHED", entries)
+    vit, images = network(**changes), pictures(3, 16, 12)
+    inputs: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda m, i, o: inputs.append(i[0])) for block in vit.blocks]
+    matrices, outputs, features = visited(vit, images)
+    for hook in hooks:
+        hook.remove()
+    whole = vit(images)
+    for name in ("objects", "registers", "patches"):
+        assert torch.equal(getattr(features, name), getattr(whole, name))
+    rotation = vit.prepare(images)[1].rotation
+    for index, block in enumerate(vit.blocks):
+        normed = block.norm1(inputs[index]).double()
+        bias = 0 if block.attn.qkv.bias is None else block.attn.qkv.bias.double()
+        qkv = normed @ block.attn.qkv.weight.double().T + bias
+        q, k, v = (qkv[..., 24 * i : 24 * i + 24].unflatten(2, (2, 12)).transpose(1, 2) for i in range(3))
+        if rotation is not None:
+            cosine, sine = (rotation[0, i].double() for i in range(2))
+            q, k = (x * cosine + torch.cat((-x[..., 6:], x[..., :6]), dim=-1) * sine for x in (q, k))
+        expected = (q @ k.mT / 12**0.5).softmax(dim=-1)
+        torch.testing.assert_close(matrices[index].double(), expected, rtol=1e-4, atol=1e-6)
+        # The matrices are those with which the block itself averaged its values.
+        read = (expected @ v).transpose(1, 2).flatten(2).float()
+        x = inputs[index] + block.ls1(block.attn.proj(read))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        torch.testing.assert_close(outputs[index], x, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_float32_under_autocast() -> None:
+    vit, images = network(registers=1), pictures()
+    exact = visited(vit, images)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = visited(vit, images)[0]  # asserts float32 logits
+    assert (coarse[0].sum(dim=-1) - 1).abs().max() < 1e-6
+    assert 0 < (coarse[0] - exact[0]).abs().max() < 0.05
+
+
+def test_logits_of_what_an_object_may_not_read() -> None:
+    vit = network()
+    x, tokens = vit.prepare(pictures(), masks())
+    block = vit.blocks[0]
+    expected = block.attn.weights(block.norm1(x), tokens.readable, tokens.rotation)
+    for entries in (1, 2**20):
+        for part, heads, logits in attention_logits(block, x, tokens, entries):
+            torch.testing.assert_close(logits.softmax(dim=-1), expected[part, heads])
