@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself; nothing else is needed than Python >= 3.11.
-#   make demo     install, pretrain on the built-in pictures, evaluate, draw demo.png
+#   make demo     install, pretrain on the built-in pictures, evaluate, draw demo.png, write report.html
 #   make test     install with the developer tools, run the tests
 #   make check    lint, formatting and types
 # PIP_FLAGS goes to pip: to choose a smaller CPU build of torch, say.

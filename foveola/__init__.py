@@ -7,18 +7,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveola.evaluation.analysis import analyze_attention
+    from foveola.evaluation.analysis_result import AttentionAnalysis
     from foveola.evaluation.protocol import Result, evaluate
     from foveola.models.encoder import Encoder, Features, load
+    from foveola.pictures.report import report
+    from foveola.pictures.visualize import visualize
     from foveola.training.run import Run, pretrain
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "Features", "Result", "Run", "__version__", "evaluate", "load", "pretrain"]
+__all__ = [
+    "AttentionAnalysis",
+    "Encoder",
+    "Features",
+    "Result",
+    "Run",
+    "__version__",
+    "analyze_attention",
+    "evaluate",
+    "load",
+    "pretrain",
+    "report",
+    "visualize",
+]
 
 _HOMES = {
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
     "evaluate": "foveola.evaluation.protocol",
+    "analyze_attention": "foveola.evaluation.analysis",
+    "AttentionAnalysis": "foveola.evaluation.analysis_result",
     "Result": "foveola.evaluation.protocol",
+    "report": "foveola.pictures.report",
+    "visualize": "foveola.pictures.visualize",
     "load": "foveola.models.encoder",
     "Encoder": "foveola.models.encoder",
     "Features": "foveola.models.encoder",

@@ -16,6 +16,15 @@ usage: foveola COMMAND ...
       --help                          every key of the recipe with its type, value and meaning
   evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]
       --help                          every key of the protocol
+  analyze attention model=A[,B ...] data=... out=... [key=value ...]
+                                      what each block and head of encoders reads: numbers and charts
+      --help                          every key of the analysis
+  visualize KIND model=A[,B ...] data=... [out=pictures] [key=value ...]
+                                      what encoders make of pictures: colours, attention, neighbours ...
+      --help                          every kind; after a kind, every key of it
+  report RUN [RUN ...] [data=...] [out=FILE] [key=value ...]
+                                      what runs learned and whether it helped, on one page: RUN/report.html
+      --help                          every key of the report
   compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
   export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf) or as a file (torch)
   demo [out=runs/demo] [seeds=3] [key=value ...]
@@ -54,12 +63,25 @@ PLACES = [
     ),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
+ANALYZE = [
+    KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
+    KeyInfo("data", "text", "(needed)", "pictures, as a data string; labels and objects are not used"),
+    KeyInfo("out", "text", "(needed)", "folder for attention.json, attention.csv and charts"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+VISUALIZE = [
+    KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas: columns"),
+    KeyInfo("data", "text", "(needed)", "pictures, as a data string; not for positions"),
+    KeyInfo("out", "text", "pictures", "folder for KIND.png, or a file that ends in .png"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+TRAIN = KeyInfo("train", "text or null", None, "where neighbours are looked for; null = data's split train")
 EXPORT = [
     KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
     KeyInfo("format", "timm|hf|torch", "timm", "library that is to load it; torch: tensors by timm's names"),
 ]
 DEMO = [
-    KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, out/seed-1, ... and of demo.png"),
+    KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
     KeyInfo("seeds", "int >= 1", 3, "how many runs to average; each starts from another seed"),
 ]
 
@@ -85,6 +107,9 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
         "evaluate": _evaluate,
+        "analyze": _analyze,
+        "visualize": _visualize,
+        "report": _report,
         "compare": _compare,
         "recipes": _recipes,
         "export": _export,
@@ -162,6 +187,86 @@ def _evaluate(arguments: list[str]) -> None:
             print("\n\n".join(result.table() for result in results.values()))
 
 
+def _analyze(arguments: list[str]) -> None:
+    names, overrides, flags = split(arguments, ())
+    from foveola.evaluation.analysis import AnalysisConfig, analyze_attention
+
+    usage = "foveola analyze attention model=A[,B ...] data=... out=... [key=value ...]"
+    if "--help" in flags:
+        print(
+            f"usage: {usage}\n\n"
+            "What each block and head reads, averaged over pictures: numbers and charts (docs/analysis.md).\n"
+        )
+        print_keys([*ANALYZE, *describe(AnalysisConfig())])
+        return
+    if (what := only(names, "analysis (attention)", usage)) != "attention":
+        raise UserError(f"unknown analysis {what!r}; known: attention")
+    settings = parse_overrides(overrides)
+    places = {info.path: settings.pop(info.path, None) for info in ANALYZE}
+    for name in ("model", "data", "out"):
+        if places[name] is None:
+            raise UserError(f"analyze attention needs {name}=; usage: {usage}")
+    model, data, out = places["model"], str(places["data"]), str(places["out"])
+    words = model if isinstance(model, list) else str(model).split(",")
+    models = [str(word).strip() for word in words if str(word).strip()]
+    from foveola import distributed
+    from foveola.pictures.attention_plots import save_attention_plots
+
+    with distributed.joined(str(places["device"] or "auto")) as device:
+        analysis = analyze_attention(models, data, out=out, device=device, **settings)
+        if distributed.is_main():
+            print(analysis.table())
+            print(*save_attention_plots(analysis, out), sep="\n")
+
+
+def _visualize(arguments: list[str]) -> None:
+    names, overrides, flags = split(arguments, ())
+    from foveola.pictures.visualize import KINDS, configure, visualize
+
+    known = ", ".join(KINDS)
+    usage = "foveola visualize KIND model=A[,B ...] data=... [out=pictures] [key=value ...]"
+    if "--help" in flags and not names:
+        print(f"usage: {usage}\n\n`foveola visualize KIND --help` lists the keys of a kind:")
+        print_table([(f"  {name}", kind.help) for name, kind in KINDS.items()])
+        return
+    kind = only(names, f"kind ({known})", usage)
+    places = [*VISUALIZE, TRAIN] if kind == "neighbours" else VISUALIZE
+    if "--help" in flags:
+        config = configure(kind, {})
+        print(f"foveola visualize {kind} [key=value ...]: {KINDS[kind].help}\n")
+        print_keys([*places, *describe(config)])
+        return
+    settings = parse_overrides(overrides)
+    given = {info.path: settings.pop(info.path) for info in places if info.path in settings}
+    configure(kind, settings)  # mistakes first, before anything is loaded
+    if "model" not in given:
+        raise UserError(f"visualize {kind} needs model=: a run folder, an encoder folder, or weights")
+    model = given.pop("model")
+    model = model if isinstance(model, list) else str(model)
+    given = {path: None if value is None else str(value) for path, value in given.items()}
+    print(*visualize(kind, model, **given, **settings), sep="\n")
+
+
+def _report(arguments: list[str]) -> None:
+    names, overrides, flags = split(arguments, ())
+    from foveola.pictures.report import report
+    from foveola.pictures.request import ReportConfig
+
+    usage = "foveola report RUN [RUN ...] [data=...] [out=FILE] [key=value ...]"
+    if "--help" in flags:
+        print(
+            f"usage: {usage}\n\n"
+            "Writes one web page that opens anywhere: whether training helped, whether the run is healthy,\n"
+            "curves, pictures and the exact configuration (docs/report.md). Further keys are settings of\n"
+            "the protocols: objects=200, knn.k=[20].\n"
+        )
+        print_keys(describe(ReportConfig()))
+        return
+    if not names:
+        raise UserError(f"which run? usage: {usage}")
+    print(report(names, **parse_overrides(overrides)))
+
+
 def _compare(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
     usage = "foveola compare RUN RUN ... [protocol=...]"
@@ -229,7 +334,7 @@ def _demo(arguments: list[str]) -> None:
             f"usage: {usage}\n\n"
             "Pretrains the recipe `demo` on built-in pictures from several seeds, compares the encoders\n"
             "with untrained ones on objects never seen in training, and draws what they learned to\n"
-            "out/demo.png.\n"
+            "out/demo.png and out/report.html.\n"
             "Interrupted, the same command goes on.\n"
         )
         print_keys([*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))])

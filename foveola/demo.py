@@ -14,13 +14,16 @@ from foveola.evaluation.features import FeatureTable, extract
 from foveola.evaluation.knn import KnnConfig
 from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
-from foveola.pictures.maps import heat, neighbours, object_attention, outline
+from foveola.pictures.maps import neighbours, object_attention
+from foveola.pictures.overlays import heat, outline
 from foveola.pictures.panel import Picture, Row, panel, save
+from foveola.pictures.report import report
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain, untrained
 from foveola.views.batch import Streams, make_views
 
 OBJECTS = 1000  # to find among each other
+REPORTED = 200  # objects and pictures of the measurements that the report makes at each kept step
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
     "object k-NN with masks": ("knn", "top1_masks"),
@@ -56,7 +59,8 @@ def _spread(values: np.ndarray) -> str:
 def demo(
     out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None
 ) -> Comparison | None:
-    """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png`.
+    """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png` and
+    `report.html`.
 
     Runs go to `out/seed-<n>`; one that is there is resumed or, if finished, reused. Returns None if a signal
     stopped it. Raises UserError for bad overrides, before anything is trained.
@@ -76,27 +80,15 @@ def demo(
                 table[name].append(value)
     comparison = Comparison(before, after)
     picture = save(picture_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
-    print(
-        f"\n{comparison.table()}\n\npicture: {picture}\nencoder: {Path(out) / 'seed-0' / 'encoder'}",
-        flush=True,
-    )
+    page = _report(Path(out), seeds, config)
+    print(f"\n{comparison.table()}\n\npicture: {picture}\nreport:  {page}")
+    print(f"encoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
     return comparison
 
 
 def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
     """The measures of the demo's table, in percent, for one encoder."""
-    views = config.views
-    assert views.objects is not None
-    find = {
-        "objects": OBJECTS,
-        "masks": True,
-        "scale": views.global_scale,
-        "min_visible": views.objects.min_visible,
-        "min_area": 0.03,
-        "color": to_dict(views.color),
-        "workers": 0,
-    }
-    settings = {"knn": _knn(config), "retrieval": find}
+    settings = {"knn": _knn(config), "retrieval": _find(config, OBJECTS)}
     results = {
         name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
         for name in ("knn", "retrieval")
@@ -106,6 +98,28 @@ def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
 
 def _knn(config: RunConfig) -> dict[str, Any]:
     return {f: getattr(config.evaluate, f) for f in KnnConfig.__dataclass_fields__}
+
+
+def _find(config: RunConfig, objects: int) -> dict[str, Any]:
+    """Settings of the retrieval: objects are searched in views like those of training."""
+    views = config.views
+    assert views.objects is not None
+    return {
+        "objects": objects,
+        "masks": True,
+        "scale": views.global_scale,
+        "min_visible": views.objects.min_visible,
+        "min_area": 0.03,
+        "color": to_dict(views.color),
+        "workers": 0,
+    }
+
+
+def _report(out: Path, seeds: int, config: RunConfig) -> Path:
+    """The report of all runs, with measurements small enough for a minute or two."""
+    limit = min(REPORTED, config.evaluate.limit or REPORTED)
+    settings = {"knn": {"limit": limit, "masks": True}, "retrieval": _find(config, limit), "limit": limit}
+    return report([out / f"seed-{seed}" for seed in range(seeds)], out / "report.html", **settings)
 
 
 def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Picture:

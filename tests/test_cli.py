@@ -48,7 +48,16 @@ def test_version_and_usage(capsys):
         ("evaluate knm model=x", "unknown protocol 'knm'; did you mean 'knn'?"),
         ("evaluate knn train=scenes:", "evaluate knn needs model=: a run folder"),
         ("evaluate knn model=x kk=3", "unknown key 'kk'; "),
+        ("analyze", "which analysis (attention)? usage: foveola analyze attention model=A[,B ...]"),
+        ("analyze attentoin model=x", "unknown analysis 'attentoin'; known: attention"),
+        ("analyze attention data=scenes: out=x", "analyze attention needs model=; usage: "),
+        ("analyze attention model=x,y data=scenes:", "analyze attention needs out=; usage: "),
+        ("analyze attention model=x data=scenes: out=x limit=0", "limit: must be >= 1, got 0"),
+        ("visualize pac", "unknown kind 'pac'; did you mean 'pca'?"),
+        ("visualize pca data=scenes:", "visualize pca needs model=: a run folder"),
         ("recipes all", "recipes takes no 'all'"),
+        ("report", "which run? usage: foveola report RUN [RUN ...]"),
+        ("report nowhere", "nowhere is no run folder: it does not exist"),
         ("demo quick", "expected key=value, got 'quick'; usage: foveola demo [out=runs/demo] [seeds=3]"),
         ("demo seeds=0", "seeds: expected a number of at least 1, got 0"),
         ("demo seeds=few", "seeds: expected a number of at least 1, got 'few'"),
@@ -139,6 +148,20 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
     assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
     config = calls.pop()
     assert (config.seed, config.data) == (3, "folder:/a b")
+
+
+def test_analysis_of_attention_prints_its_table_and_paths(capsys, tmp_path):
+    assert cli.main(["analyze", "attention", "--help"]) == 0
+    assert "outlier_deviations" in capsys.readouterr().out
+    out = tmp_path / "found"
+    words = ["data=scenes:?count=2", f"out={out}", "workers=0", "device=cpu"]
+    assert cli.main(["analyze", "attention", "model=pixels:,pixels:?size=64&patch=32", *words]) == 0
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert printed.startswith("attention: scenes:")
+    assert str(out / "attention_heads.png") in printed.splitlines()
+    made = ".csv", ".json", ".png", "_heads.png", "_vectors.png"
+    assert {path.name for path in out.iterdir()} == {f"attention{name}" for name in made}
 
 
 def test_help_of_the_demo(capsys):

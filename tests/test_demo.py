@@ -24,6 +24,7 @@ SHORT = [
 
 def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(module, "OBJECTS", 16)
+    monkeypatch.setattr(module, "REPORTED", 8)
     comparison = demo(tmp_path, seeds=2, overrides=SHORT)
     assert comparison is not None
     assert set(comparison.before) == set(comparison.after) == set(MEASURES)
@@ -36,6 +37,10 @@ def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert comparison.table() in printed
     assert str(tmp_path / "demo.png") in printed
+    assert f"report:  {tmp_path / 'report.html'}\n" in printed
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "seed-0, seed-1" in page
+    assert "k-NN top-1 (object masks)" in page
     lines = (tmp_path / "seed-1" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "seed-1" / "results" / "knn.json").read_text())["protocol"] == "knn"
     again = demo(tmp_path, seeds=2, overrides=SHORT)

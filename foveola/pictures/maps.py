@@ -1,11 +1,103 @@
 """What a network looks at and what it finds alike, as arrays."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from foveola.config import UserError
 from foveola.models.encoder import Encoder
+
+MASS = 0.6  # of a token's attention that its strongest patches hold together (DINO's and iBOT's pictures)
+ENTRIES = 2**25  # of attention matrices in memory at a time (128 MiB)
+
+
+class Rows(NamedTuple):
+    """Some rows of the attention matrices of a block, and what their columns are."""
+
+    weights: Float[Tensor, "B heads Q T"]  # softmax over all T tokens
+    special: int  # of the T tokens, the object tokens and registers that stand before the patches
+    grid: tuple[int, int]
+
+
+class _Sides(NamedTuple):
+    """What a block compares: queries and keys of all tokens, by head, and what the tokens are."""
+
+    query: Float[Tensor, "B heads T d"]
+    key: Float[Tensor, "B heads T d"]
+    tokens: Any
+
+
+def _sides(
+    encoder: Encoder, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None, block: int
+) -> _Sides:
+    network = encoder.backbone
+    if not -len(network.blocks) <= block < len(network.blocks):
+        raise UserError(f"block={block}: this encoder has {len(network.blocks)} blocks, counted from 0")
+    index = range(len(network.blocks))[block]
+    x, tokens = network.prepare(images, objects)
+    for earlier in network.blocks[:index]:
+        x = earlier(x, tokens.objects, tokens.readable, tokens.rotation)
+    last: Any = network.blocks[index]
+    query, key, _ = last.attn.heads_of(last.norm1(x), tokens.rotation)
+    return _Sides(query, key, tokens)
+
+
+def _softmax(
+    query: Float[Tensor, "B heads Q d"], key: Float[Tensor, "B heads T d"]
+) -> Float[Tensor, "B heads Q T"]:
+    return ((query @ key.mT).float() * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+@torch.no_grad()
+def attention_rows(
+    encoder: Encoder,
+    images: Float[Tensor, "B 3 H W"],
+    patches: Int64[Tensor, "B Q"] | None = None,
+    objects: Bool[Tensor, "B M N"] | None = None,
+    block: int = -1,
+) -> Rows:
+    """What some tokens read in a block: patches (indices, row-major), or the object tokens where None.
+
+    Only these rows are computed: memory is that of B heads Q T weights. Raises UserError for a block that
+    there is not, and where object tokens are asked for and there is no class token.
+    """
+    if patches is None and not encoder.config.model.class_token:
+        raise UserError(
+            "this encoder has no class token whose attention could be shown; ask for that of a patch"
+        )
+    query, key, tokens = _sides(encoder, images, objects, block)
+    special = tokens.objects + tokens.registers
+    if patches is not None:
+        places = (patches + special)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        return Rows(_softmax(query.gather(2, places), key), special, tokens.grid)
+    logits = (query[:, :, : tokens.objects] @ key.mT).float() * query.shape[-1] ** -0.5
+    if tokens.readable is not None:
+        logits = logits.masked_fill(~tokens.readable, -torch.inf)
+    return Rows(logits.softmax(dim=-1), special, tokens.grid)
+
+
+@torch.no_grad()
+def token_attention(
+    encoder: Encoder,
+    images: Float[Tensor, "B 3 H W"],
+    objects: Bool[Tensor, "B M N"] | None = None,
+    block: int = -1,
+) -> Float[Tensor, "B M heads h w"]:
+    """Attention of each object token over the patches in a block, of each head; sums to at most one.
+
+    What is missing from one goes to the token itself and to registers.
+
+    Args:
+        images: normalised, in whole patches.
+        objects: patches that each token may read; None = one token that reads all, the class token.
+        block: which block; negative numbers count from the last.
+    """
+    weights, special, grid = attention_rows(encoder, images, None, objects, block)
+    return weights[..., special:].transpose(1, 2).unflatten(-1, grid)
 
 
 @torch.no_grad()
@@ -15,70 +107,136 @@ def object_attention(
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> Float[Tensor, "B M h w"]:
-    """Attention of each object token over the patches in a block, averaged over heads; sums to at most one.
+    """`token_attention`, averaged over heads."""
+    return token_attention(encoder, images, objects, block).mean(dim=2)
 
-    What is missing from one goes to the token itself and to registers.
 
-    Args:
-        images: normalised, in whole patches.
-        objects: patches that each token may read; None = one token that reads all.
-        block: which block; negative numbers count from the last.
+@torch.no_grad()
+def query_attention(
+    encoder: Encoder,
+    images: Float[Tensor, "B 3 H W"],
+    points: Float[Tensor, "B 2"],
+    block: int = -1,
+) -> Float[Tensor, "B heads h w"]:
+    """What the patch under a point reads of the patches, of each head; every map sums to one.
+
+    `points` are (x, y) in the unit square. Object tokens and registers are left out, and the rest of the
+    patch's row of the attention matrix is divided by its sum (position field paper, Figure 6, which shows the
+    mean over heads).
     """
-    captured: list[Tensor] = []
+    grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
+    places = [patch_under((x, y), grid) for x, y in points.tolist()]
+    patches = torch.tensor([[row * grid[1] + column] for row, column in places], device=images.device)
+    weights, special, grid = attention_rows(encoder, images, patches, block=block)
+    weights = weights[:, :, 0, special:]
+    return (weights / weights.sum(dim=-1, keepdim=True)).unflatten(-1, grid)
 
-    def look(module, inputs) -> None:
-        x, _, *others = inputs
-        captured.append(module.weights(x, *others))
 
-    attention = encoder.backbone.get_submodule(f"blocks.{range(len(encoder.backbone.blocks))[block]}.attn")
-    handle = attention.register_forward_pre_hook(look)
-    try:
-        features = encoder(images, objects)
-    finally:
-        handle.remove()
-    count, registers = features.objects.shape[1], features.registers.shape[1]
-    weights = captured[0][:, :, :count, count + registers :].mean(dim=1)
-    return weights.unflatten(-1, features.grid).clone()
+@torch.no_grad()
+def received_attention(
+    encoder: Encoder, images: Float[Tensor, "B 3 H W"], block: int = -1
+) -> Float[Tensor, "B heads h w"]:
+    """How much of the patches' attention to patches each patch receives, of each head; maps sum to one.
+
+    The mean of the rows of all patches: for encoders without a class token, what everybody looks at. Rows are
+    computed some at a time, so memory does not grow with the square of the patches.
+    """
+    query, key, tokens = _sides(encoder, images, None, block)
+    special = tokens.objects + tokens.registers
+    few = max(ENTRIES // (query.shape[0] * query.shape[1] * query.shape[2]), 1)
+    total = torch.zeros(*query.shape[:2], query.shape[2] - special, device=images.device)
+    for part in query[:, :, special:].split(few, dim=2):
+        weights = _softmax(part, key)[..., special:]
+        total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
+    return (total / total.shape[-1]).unflatten(-1, tokens.grid)
+
+
+def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tensor, "*S h w"]:
+    """The fewest patches that hold at least the share `mass` of each map, the strongest first.
+
+    Of equal patches the upper left ones first. A map of zeros has none.
+    """
+    flat = weights.flatten(-2).double()
+    order = flat.argsort(dim=-1, descending=True, stable=True)
+    sums = flat.gather(-1, order).cumsum(dim=-1)
+    # A patch is needed while those before it hold less than the mass; 1e-12 is the rounding of the sums.
+    before = torch.cat((torch.zeros_like(sums[..., :1]), sums[..., :-1]), dim=-1)
+    needed = before < mass * sums[..., -1:] * (1 - 1e-12)
+    return torch.zeros_like(needed).scatter(-1, order, needed).view(weights.shape)
+
+
+def patch_under(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[int, int]:
+    """(row, column) of the patch that holds the point (x, y) of the unit square."""
+    row, column = (min(max(int(place * n), 0), n - 1) for place, n in zip(point[::-1], grid, strict=True))
+    return row, column
+
+
+def centre_of(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[float, float]:
+    """The centre (x, y) of the patch under a point."""
+    row, column = patch_under(point, grid)
+    return (column + 0.5) / grid[1], (row + 0.5) / grid[0]
+
+
+# -- what is alike -------------------------------------------------------------------------------------------
 
 
 def neighbours(
     queries: Float[Tensor, "n D"], bank: Float[Tensor, "N D"], count: int
 ) -> Int64[Tensor, "n count"]:
     """Rows of the bank by falling cosine similarity to each query."""
-    queries, bank = (torch.nn.functional.normalize(x.float(), dim=1) for x in (queries, bank))
+    queries, bank = (normalize(x.float(), dim=1) for x in (queries, bank))
     return (queries @ bank.T).topk(count, dim=1).indices
 
 
-def heat(
-    picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture in gray with `weights` as warm light over it, the largest weight brightest."""
-    from PIL import Image
-
-    height, width = picture.shape[:2]
-    strength = weights / max(float(weights.max()), 1e-12)
-    plane = Image.fromarray(strength.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST)
-    share = np.asarray(plane)[:, :, None]
-    warm = np.stack([np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3], axis=2)[..., 0]
-    gray = picture.mean(axis=2, keepdims=True) / 255 * 0.55
-    return np.rint(255 * (gray * (1 - 0.8 * share) + 0.8 * share * warm)).clip(0, 255).astype(np.uint8)
+def similarity(
+    features: Float[np.ndarray, "h w D"], point: tuple[float, float]
+) -> Float32[np.ndarray, "h w"]:
+    """Cosine of the features of every patch with those of the patch under the point (x, y), unit square."""
+    unit = _unit(features)
+    return unit @ unit[patch_under(point, features.shape[:2])]
 
 
-def outline(
-    picture: UInt8[np.ndarray, "H W 3"],
-    mask: Bool[np.ndarray, "h w"],
-    color: tuple[int, int, int] = (255, 220, 0),
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture with everything outside `mask` darkened and the border of the mask drawn."""
-    height, width = picture.shape[:2]
-    rows, columns = np.arange(height) * mask.shape[0] // height, np.arange(width) * mask.shape[1] // width
-    full = mask[rows][:, columns]
-    out = np.where(full[:, :, None], picture, picture * 0.45).astype(np.uint8)
-    inner = full.copy()
-    for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
-        shifted = np.roll(full, step, axis)
-        edge = (slice(0, 1) if step > 0 else slice(-1, None),)
-        shifted[edge if axis == 0 else (slice(None), *edge)] = False
-        inner &= shifted
-    out[full & ~inner] = color
-    return out
+class Pairs(NamedTuple):
+    """Patches of two pictures that match, best first: (row, column) of each, and their cosine."""
+
+    first: Int64[np.ndarray, "n 2"]
+    second: Int64[np.ndarray, "n 2"]
+    cosines: Float32[np.ndarray, "n"]
+
+
+def correspondences(
+    first: Float[np.ndarray, "h w D"], second: Float[np.ndarray, "h2 w2 D"], count: int = 12
+) -> Pairs:
+    """The best pairs of patches of two pictures that are each other's nearest neighbours, by cosine.
+
+    At most `count` of them (iBOT shows 12): there can be fewer that agree. Of equals, the upper left first.
+    """
+    a, b = (_unit(x).reshape(-1, x.shape[-1]) for x in (first, second))
+    forth, back = _nearest(a, b), _nearest(b, a)
+    rows = np.flatnonzero(back[0][forth[0]] == np.arange(len(a)))
+    cosines = forth[1][rows]
+    order = np.argsort(-cosines, kind="stable")[:count]
+    rows = rows[order]
+    places = [
+        np.stack(np.divmod(index, grid.shape[1]), axis=1).astype(np.int64)
+        for index, grid in ((rows, first), (forth[0][rows], second))
+    ]
+    return Pairs(places[0], places[1], cosines[order])
+
+
+def _nearest(
+    a: Float32[np.ndarray, "n D"], b: Float32[np.ndarray, "m D"]
+) -> tuple[Int64[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+    """The row of b of highest cosine for each row of a, and that cosine; some rows of a at a time."""
+    best, cosines = np.zeros(len(a), np.int64), np.zeros(len(a), np.float32)
+    few = max(ENTRIES // len(b), 1)
+    for start in range(0, len(a), few):
+        part = a[start : start + few] @ b.T
+        best[start : start + few] = part.argmax(axis=1)
+        cosines[start : start + few] = part.max(axis=1)
+    return best, cosines
+
+
+def _unit(features: Float[np.ndarray, "*S D"]) -> Float32[np.ndarray, "*S D"]:
+    length = np.linalg.norm(features, axis=-1, keepdims=True)
+    return (features / np.maximum(length, 1e-12)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A picture that shows what objects became: both crops with the mask, attention, and nearest neighbours."""
+"""Sheets of pictures: rows of tiles under column heads, with titles, captions, and frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-TILE, GAP, LEFT, TOP = 112, 8, 150, 64
+GAP, LEFT, TILE = 8, 150, 112  # pixels: between tiles, widest row title, side of a tile
+RIGHT, WRONG = "#1a9641", "#d7191c"
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size each
 
 
@@ -18,35 +19,124 @@ class Row:
 
     title: str
     tiles: Sequence[Picture]
-    captions: Sequence[str]
-    right: Sequence[bool | None]
+    captions: Sequence[str] = ()
+    right: Sequence[bool | None] = ()
 
 
-def panel(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Picture:
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Rows of tiles with a title, a head for each column, and a note below that says how to read it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    note: str = ""
+
+    def draw(self, tile: int = TILE) -> Picture:
+        """The sheet as pixels; tiles are scaled to fit squares of `tile` pixels, their shape kept."""
+        return panel(self.title, self.columns, self.rows, tile, self.note)
+
+
+def panel(
+    title: str, columns: Sequence[str], rows: Sequence[Row], tile: int = TILE, note: str = ""
+) -> Picture:
     """Tiles in rows under column heads; green frames are right, red ones wrong."""
-    width = LEFT + len(columns) * (TILE + GAP) + GAP
-    height = TOP + len(rows) * (TILE + 22) + GAP
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    pen.text((GAP, GAP), title, fill="black", font=large)
-    for number, head in enumerate(columns):
-        pen.text((LEFT + number * (TILE + GAP), TOP - 20), head, fill="#444", font=small)
-    for line, row in enumerate(rows):
-        top = TOP + line * (TILE + 22)
-        pen.multiline_text((GAP, top + TILE // 3), row.title, fill="black", font=small)
-        for number, (tile, caption, right) in enumerate(zip(row.tiles, row.captions, row.right, strict=True)):
-            left = LEFT + number * (TILE + GAP)
-            image.paste(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.BICUBIC), (left, top))
-            if right is not None:
-                frame = (left - 2, top - 2, left + TILE + 1, top + TILE + 1)
-                pen.rectangle(frame, outline="#1a9641" if right else "#d7191c", width=3)
-            pen.text((left, top + TILE + 3), caption, fill="#444", font=small)
+    titles = [_wrap(row.title, small, LEFT - 2 * GAP) for row in rows]
+    left = GAP + max((_length(line, small) + 2 * GAP for lines in titles for line in lines), default=0)
+    wide = max((len(row.tiles) for row in rows), default=1)
+    width = left + max(wide, len(columns)) * (tile + GAP)
+    width = max(width, 3 * TILE)
+    heads = [_wrap(head, small, tile) for head in columns]
+    top_lines, notes = _wrap(title, large, width - 2 * GAP), _wrap(note, small, width - 2 * GAP)
+    top = GAP + 20 * len(top_lines) + GAP + 15 * max(map(len, heads), default=0) + 4
+    tiles = [[_scaled(picture, tile) for picture in row.tiles] for row in rows]
+    heights = [
+        max((picture.height for picture in line), default=0) + (22 if any(row.captions) else GAP)
+        for row, line in zip(rows, tiles, strict=True)
+    ]
+    image = Image.new("RGB", (width, top + sum(heights) + GAP + 15 * len(notes) + GAP * bool(notes)), "white")
+    pen = ImageDraw.Draw(image)
+    pen.multiline_text((GAP, GAP), "\n".join(top_lines), fill="black", font=large, spacing=4)
+    for number, head in enumerate(heads):
+        place = (left + number * (tile + GAP), top - 4 - 15 * len(head))
+        pen.multiline_text(place, "\n".join(head), fill="#444", font=small, spacing=3)
+    for row, line, lines, height in zip(rows, tiles, titles, heights, strict=True):
+        middle = top + (max((picture.height for picture in line), default=0) - 15 * len(lines)) // 2
+        pen.multiline_text((GAP, max(middle, top)), "\n".join(lines), fill="black", font=small, spacing=3)
+        _draw_tiles(image, pen, row, line, (left, top, tile))
+        top += height
+    pen.multiline_text((GAP, top + GAP), "\n".join(notes), fill="#444", font=small, spacing=3)
     return np.asarray(image)
+
+
+def _draw_tiles(
+    image: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    row: Row,
+    tiles: list[Image.Image],
+    place: tuple[int, int, int],
+) -> None:
+    left, top, tile = place
+    small = ImageFont.load_default(12)
+    for number, picture in enumerate(tiles):
+        x = left + number * (tile + GAP)
+        image.paste(picture, (x, top))
+        right = row.right[number] if row.right else None
+        if right is not None:
+            frame = (x - 2, top - 2, x + picture.width + 1, top + picture.height + 1)
+            pen.rectangle(frame, outline=RIGHT if right else WRONG, width=3)
+        caption = row.captions[number] if row.captions else ""
+        if caption:
+            pen.text((x, top + picture.height + 3), _cut(caption, small, tile), fill="#444", font=small)
+
+
+def _scaled(picture: Picture, tile: int) -> Image.Image:
+    scale = tile / max(picture.shape[:2])
+    size = tuple(max(round(side * scale), 1) for side in (picture.shape[1], picture.shape[0]))
+    return Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+
+
+def _length(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return -int(-font.getlength(text) // 1)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken at spaces; a longer word behind - / or _, or anywhere."""
+    lines: list[str] = []
+    for paragraph in text.split("\n") if text else ():
+        line = ""
+        for word in paragraph.split():
+            while _length(word, font) > width and len(word) > 1:
+                part = _fitting(word, font, width)
+                lines += [line, word[:part]] if line else [word[:part]]
+                line, word = "", word[part:]
+            longer = f"{line} {word}".strip()
+            if line and _length(longer, font) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines
+
+
+def _fitting(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> int:
+    """How many letters of a word go on a line; at least one."""
+    fit = next((n for n in range(len(word) - 1, 1, -1) if _length(word[:n], font) <= width), 1)
+    return max((n for n in range(1, fit + 1) if word[n - 1] in "-/_"), default=fit)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Text shortened to one line of `width` pixels."""
+    if _length(text, font) <= width:
+        return text
+    while text and _length(text + "...", font) > width:
+        text = text[:-1]
+    return text + "..."
 
 
 def save(picture: Picture, path: Path) -> Path:
     """Write a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, optimize=True)
+    Image.fromarray(picture).save(path)
     return path

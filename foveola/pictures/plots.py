@@ -43,24 +43,38 @@ class Chart:
     log: bool = False  # logarithmic y axis
 
 
-def draw(charts: Sequence[Chart], columns: int = 1, size: tuple[float, float] = (6.4, 2.8)) -> Any:
-    """A matplotlib Figure with the charts in rows of `columns`; `size` is that of one chart in inches."""
+def draw(
+    charts: Sequence[Chart],
+    columns: int = 1,
+    size: tuple[float, float] = (6.4, 2.8),
+    text: float = 1.0,
+    legend: bool = True,
+) -> Any:
+    """A matplotlib Figure with the charts in rows of `columns`.
+
+    `size` is that of one chart in inches, `text` multiplies the size of letters (1: 8 to 10 points). Without
+    `legend` whoever shows the figure says which curve is which; `stroke` tells their colours and dashes.
+    """
     from matplotlib.figure import Figure
 
     rows = -(-len(charts) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for chart, axis in zip(charts, axes, strict=False):
-        _fill(axis, chart)
+        _fill(axis, chart, text, legend)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
     return figure
 
 
-def _fill(axis: Any, chart: Chart) -> None:
+def stroke(number: int) -> tuple[str, str]:
+    """Colour and dash (of matplotlib) of a chart's curve by its number."""
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+
+
+def _fill(axis: Any, chart: Chart, text: float, legend: bool) -> None:
     for number, line in enumerate(chart.lines):
-        color = COLORS[number % len(COLORS)]
-        dash = DASHES[number // len(COLORS) % len(DASHES)]
+        color, dash = stroke(number)
         axis.plot(line.x, line.y, dash, marker=line.marker, ms=4, lw=1.6, color=color, label=line.name)
         if line.low is not None and line.high is not None:
             axis.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, lw=0)
@@ -68,15 +82,15 @@ def _fill(axis: Any, chart: Chart) -> None:
         axis.axhline(value, color="#888888", ls=(":", "--", "-.")[number % 3], lw=1.2, label=name)
     if chart.log:
         axis.set_yscale("log")
-    axis.set_title(chart.title, fontsize=10, loc="left")
-    axis.set_xlabel(chart.x, fontsize=9)
-    axis.set_ylabel(chart.y, fontsize=9)
-    axis.tick_params(labelsize=8)
+    axis.set_title(chart.title, fontsize=10 * text, loc="left")
+    axis.set_xlabel(chart.x, fontsize=9 * text)
+    axis.set_ylabel(chart.y, fontsize=9 * text)
+    axis.tick_params(labelsize=8 * text)
     axis.grid(color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    if len(chart.lines) + len(chart.levels) > 1:
-        axis.legend(fontsize=8, frameon=False)
+    if legend and len(chart.lines) + len(chart.levels) > 1:
+        axis.legend(fontsize=8 * text, frameon=False)
 
 
 def to_svg(figure: Any, salt: str = "foveola") -> str:

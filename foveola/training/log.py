@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import sys
 import time
 from datetime import datetime
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 
+import foveola
 from foveola import distributed
 from foveola.config import UserError
 
@@ -134,6 +137,17 @@ class Log:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def surroundings(device: torch.device) -> str:
+    """What a run is made with, on one line: versions, processes and their device, machine."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    world = distributed.world_size()
+    return (
+        f"foveola {foveola.__version__}, torch {torch.__version__}, python {platform.python_version()}; "
+        f"{world} process{'es' * (world > 1)} on {device.type}, {kind}; "
+        f"{platform.system()} {platform.machine()}"
+    )
 
 
 def _truncate(path: Path, step: int) -> list[dict]:

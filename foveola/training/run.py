@@ -19,7 +19,7 @@ from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
 from foveola.training.assemble import assemble, share, untrained
-from foveola.training.log import Log
+from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
 from foveola.training.recipe import RunConfig, check, nested, period, plan, resolve
 from foveola.training.signals import Stop
@@ -136,6 +136,7 @@ class _Session:
         what = f"going on after step {start}" if start else "training"
         length = f"{self.total - start} steps of {self.config.batch_size} pictures"
         log.note(f"{what} in {self.folder}: {length}")
+        log.note(surroundings(self.device), show=False)
         for advice in self.trainer.method.advice(self.config.batch_size):
             log.note(advice)
         if self.config.views.objects is not None and not self.source.has_objects:

@@ -1,11 +1,25 @@
 """Maps equal what explicit attention matrices and sorted similarities say."""
 
 import numpy as np
+import pytest
 import torch
 
+from foveola.config import UserError
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
-from foveola.pictures.maps import heat, neighbours, object_attention, outline
+from foveola.pictures.maps import (
+    centre_of,
+    correspondences,
+    neighbours,
+    object_attention,
+    patch_under,
+    query_attention,
+    received_attention,
+    similarity,
+    strongest,
+    token_attention,
+)
+from foveola.pictures.overlays import HEADS, cool_to_warm, heat, link, mark, outline, paint_heads
 
 
 def small_encoder(registers: int = 0) -> Encoder:
@@ -83,3 +97,179 @@ def test_heat_is_brightest_at_the_largest_weight() -> None:
     weights = np.array([[0.0, 0.2], [0.1, 0.7]], np.float32)
     drawn = heat(np.zeros((4, 4, 3), np.uint8), weights).sum(axis=2)
     assert drawn[3, 3] == drawn.max() > drawn[0, 3] > drawn[0, 0]
+
+
+def rows_by_hand(encoder: Encoder, images: torch.Tensor, block: int) -> torch.Tensor:
+    """The whole attention matrix of a block, [B, heads, T, T], from weights; float64, nothing fused."""
+    net = encoder.backbone.double()
+    x, tokens = net.prepare(images.double())
+    for index, layer in enumerate(net.blocks):
+        q, k, v = layer.attn.heads_of(layer.norm1(x), tokens.rotation)
+        weights = torch.einsum("bhqd,bhkd->bhqk", q, k).div(q.shape[-1] ** 0.5).exp()
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        if index == block:
+            encoder.backbone.float()
+            return weights.detach().float()
+        x = x + layer.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.norm2(x))
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("registers", "block"), [(0, 1), (4, 0), (4, 1)])
+def test_a_patch_reads_its_row_of_the_matrix(registers, block):
+    encoder, images = small_encoder(registers), torch.randn(3, 3, 32, 48)
+    points = torch.tensor([[0.0, 0.0], [0.99, 0.3], [0.4, 1.0]])
+    patches = [0, 1 * 6 + 5, 3 * 6 + 2]
+    matrix = rows_by_hand(encoder, images, block)
+    maps = query_attention(encoder, images, points, block - 2)
+    assert maps.shape == (3, 4, 4, 6)
+    for picture, patch in enumerate(patches):
+        row = matrix[picture, :, 1 + registers + patch, 1 + registers :]
+        expected = row / row.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(maps[picture].flatten(1), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(maps.sum(dim=(2, 3)), torch.ones(3, 4))
+
+
+def test_heads_of_the_class_token_and_blocks_before_the_last():
+    encoder, images = small_encoder(4), torch.randn(2, 3, 32, 32)
+    for block in (0, 1):
+        maps = token_attention(encoder, images, None, block)
+        expected = rows_by_hand(encoder, images, block)[:, :, :1, 5:].transpose(1, 2)
+        torch.testing.assert_close(maps.flatten(3), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("entries", [1, 2**25])
+def test_what_everybody_looks_at_is_the_mean_of_all_rows(entries, monkeypatch):
+    monkeypatch.setattr("foveola.pictures.maps.ENTRIES", entries)  # one row at a time, all at once
+    encoder, images = small_encoder(4), torch.randn(2, 3, 32, 48)
+    rows = rows_by_hand(encoder, images, 1)[:, :, 5:, 5:]
+    expected = (rows / rows.sum(dim=-1, keepdim=True)).mean(dim=2)
+    torch.testing.assert_close(received_attention(encoder, images).flatten(2), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_an_encoder_without_class_token_has_rows_of_patches_only():
+    torch.manual_seed(0)
+    model = ViTConfig(
+        width=32, depth=2, heads=4, patch_size=8, image_size=32, class_token=False, positions="rope"
+    )
+    transform = TransformConfig(resize=32, crop=32)
+    encoder = Encoder(EncoderConfig(model=model, transform=transform, pool="average"))
+    images = torch.randn(1, 3, 32, 32)
+    row = rows_by_hand(encoder, images, 1)[0, :, 10]
+    maps = query_attention(encoder, images, torch.tensor([[0.6, 0.6]]))
+    torch.testing.assert_close(maps[0].flatten(1), row, atol=1e-6, rtol=1e-4)
+    with pytest.raises(UserError, match="no class token"):
+        object_attention(encoder, images)
+    for block in (2, -3):
+        with pytest.raises(UserError, match=f"^block={block}: this encoder has 2 blocks"):
+            query_attention(encoder, images, torch.zeros(1, 2), block)
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.6, 1.0])
+def test_the_strongest_patches_hold_the_mass_and_no_fewer_would(mass):
+    weights = torch.rand(4, 3, 5, 6) ** 4
+    kept = strongest(weights, mass)
+    flat, chosen = weights.flatten(2), kept.flatten(2)
+    for i in range(4):
+        for j in range(3):
+            ordered = flat[i, j].double().sort(descending=True).values
+            count = int(chosen[i, j].sum())
+            total = ordered.sum()
+            assert flat[i, j][chosen[i, j]].double().sum() >= mass * total - 1e-9
+            assert ordered[: count - 1].sum() < mass * total, "one patch fewer, even the best, holds less"
+
+
+def test_strongest_of_equal_and_of_no_weights():
+    kept = strongest(torch.ones(2, 5), 0.6)
+    assert kept.flatten().tolist() == [True] * 6 + [False] * 4
+    assert not strongest(torch.zeros(2, 5)).any()
+    single = torch.zeros(3, 3)
+    single[1, 2] = 2.0
+    assert strongest(single).nonzero().tolist() == [[1, 2]]
+
+
+def test_similarity_is_the_cosine_with_the_patch_under_the_point():
+    features = np.random.default_rng(0).normal(size=(3, 5, 7)) + 0.5
+    cosines = similarity(features, (0.5, 0.99))
+    one = features[2, 2]
+    for i in range(3):
+        for j in range(5):
+            other = features[i, j]
+            expected = one @ other / np.sqrt((one @ one) * (other @ other))
+            assert cosines[i, j] == pytest.approx(expected, abs=1e-6)
+    assert cosines[2, 2] == pytest.approx(1)
+    assert np.isfinite(similarity(np.zeros((2, 2, 3)), (0, 0))).all()
+
+
+def test_correspondences_of_a_shifted_picture_are_the_shift(monkeypatch):
+    features = np.random.default_rng(1).normal(size=(6, 9, 12))
+    first, second = features[:, :7], features[1:, 2:]
+    pairs = correspondences(first, second, 100)
+    assert len(pairs.cosines) >= 5 * 5
+    exact = pairs.cosines > 1 - 1e-6
+    assert exact.sum() == 5 * 5, "the patches that are in both"
+    np.testing.assert_array_equal(pairs.first[exact] - pairs.second[exact], [[1, 2]] * 25)
+    assert (np.diff(pairs.cosines) <= 0).all()
+    few = correspondences(first, second)
+    assert len(few.cosines) == 12
+    monkeypatch.setattr("foveola.pictures.maps.ENTRIES", 1)
+    again = correspondences(first, second, 100)
+    both = [np.concatenate((p.first, p.second), axis=1).tolist() for p in (pairs, again)]
+    assert sorted(both[0]) == sorted(both[1])
+
+
+def test_correspondences_are_mutual():
+    a, b = (np.random.default_rng(s).normal(size=(4, 5, 3)) for s in (2, 3))
+    unit = [x.reshape(20, 3) / np.linalg.norm(x.reshape(20, 3), axis=1, keepdims=True) for x in (a, b)]
+    cosines = unit[0] @ unit[1].T
+    expected = [
+        (cosines[i, j], divmod(i, 5), divmod(j, 5))
+        for i in range(20)
+        for j in range(20)
+        if cosines[i].argmax() == j and cosines[:, j].argmax() == i
+    ]
+    expected.sort(reverse=True)
+    pairs = correspondences(a, b, 100)
+    assert [tuple(place) for place in pairs.first.tolist()] == [e[1] for e in expected]
+    assert [tuple(place) for place in pairs.second.tolist()] == [e[2] for e in expected]
+
+
+def test_points_lie_in_patches():
+    assert patch_under((0.0, 0.0), (3, 4)) == (0, 0)
+    assert patch_under((1.0, 1.0), (3, 4)) == (2, 3)
+    assert patch_under((0.5, 0.34), (3, 4)) == (1, 2)
+    assert centre_of((0.55, 0.34), (3, 4)) == (0.625, 0.5)
+
+
+def test_heads_are_painted_where_they_look():
+    picture = np.full((8, 8, 3), 200, np.uint8)
+    weights = np.zeros((2, 2, 2), np.float32)
+    weights[0] = [[0.9, 0.0], [0.1, 0.0]]
+    weights[1] = [[0.3, 0.0], [0.3, 0.4]]
+    kept = weights > 0.2
+    drawn = paint_heads(picture, weights, kept)
+    red, blue = np.array(HEADS[0], float), np.array(HEADS[1], float)
+
+    def hue(pixel: np.ndarray) -> np.ndarray:
+        return np.argsort(pixel.astype(int))
+
+    assert (hue(drawn[0, 0]) == hue(red)).all(), "both keep it; the first has more of its attention there"
+    assert (hue(drawn[6, 1]) == hue(blue)).all()
+    assert (drawn[0, 6] == 80).all(), "nobody looks: dark gray"
+
+
+def test_colours_of_cosines_and_dots():
+    colors = cool_to_warm(np.array([[-1.0, 0.0, 1.0]]))
+    assert colors[0, 0].argmax() == 2
+    assert colors[0, 2].argmax() == 0
+    assert np.ptp(colors[0, 1].astype(int)) < 10
+    moved = cool_to_warm(np.array([[0.2, 0.6, 1.0]]), 0.2, 1.0)
+    np.testing.assert_allclose(moved, colors.astype(int), atol=1)
+    dotted = mark(np.zeros((90, 90, 3), np.uint8), (0.5, 0.2))
+    assert tuple(dotted[18, 45]) == (255, 30, 30)
+    assert not dotted[40:].any()
+    linked = link(np.zeros((40, 40, 3), np.uint8), np.zeros((40, 60, 3), np.uint8), *np.full((2, 1, 2), 0.5))
+    assert linked.shape == (40, 104, 3)
+    assert linked[20, 20].any()
+    assert linked[20, 74].any()
+    assert not linked[:10, :40].any()

@@ -11,6 +11,18 @@ from foveola.training import log as log_module
 from foveola.training.log import Log
 
 
+def test_surroundings_name_versions_and_machine():
+    import torch
+
+    from foveola import __version__
+    from foveola.training.log import surroundings
+
+    text = surroundings(torch.device("cpu"))
+    assert text.startswith(f"foveola {__version__}, torch {torch.__version__}, python 3.")
+    assert re.search(r"; 1 process on cpu, \d+ CPU cores; ", text)
+    assert "\n" not in text
+
+
 def open_log(folder, start=0, terminal=False) -> Log:
     return Log(folder, total_steps=100, start_step=start, batch_size=8, terminal=terminal)
 

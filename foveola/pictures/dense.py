@@ -1,0 +1,121 @@
+"""Features of every patch of a picture, at any resolution: whole, or in overlapping tiles where it is big."""
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.evaluation.rows import resize
+from foveola.models.encoder import Encoder
+
+WHOLE = 4096  # patches of a picture that is encoded at once when nobody says how; more are cut into tiles
+OVERLAP = 0.5  # of a tile's side that it shares with the next
+
+
+def fitted_size(picture: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
+    """(height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a patch."""
+    height, width = picture.shape[:2]
+    longer = max(round(size / patch), 1)
+    rows, columns = (max(round(longer * side / max(height, width)), 1) for side in (height, width))
+    return rows * patch, columns * patch
+
+
+def fit(
+    picture: UInt8[np.ndarray, "H W 3"], encoder: Encoder, size: int | None = None
+) -> UInt8[Tensor, "3 h w"]:
+    """A picture resized, antialiased, to whole patches of the encoder with the longer side `size`.
+
+    `size` is in pixels, None that of the encoder's transform; it is rounded to whole patches.
+    """
+    size = encoder.config.transform.crop if size is None else size
+    height, width = fitted_size(picture, encoder.patch_size, size)
+    return resize(picture, height, width, encoder.config.transform.interpolation)
+
+
+def patch_map(
+    encoder: Encoder,
+    picture: UInt8[np.ndarray, "H W 3"],
+    size: int | None = None,
+    tile: int | None = None,
+    overlap: float = OVERLAP,
+) -> Float32[np.ndarray, "h w D"]:
+    """Features of the h x w patches of a picture, after the final norm.
+
+    The picture is resized so that its longer side has `size` pixels, in whole patches, its aspect ratio kept.
+    Positions are interpolated, computed anew or rotary, as the encoder has them.
+
+    Args:
+        size: pixels of the longer side; None = that of the encoder's transform.
+        tile: pixels a side of the squares in which a larger picture is encoded; 0 = always at once; None = at
+            once up to 4096 patches, above in tiles of the transform's size.
+        overlap: share of a tile's side that it has in common with the next. Where tiles overlap, features are
+            averaged with weights that fall towards a tile's border, so that no seams show.
+
+    A tile is encoded as a picture of its own: it knows nothing of what lies outside, and its positions are
+    those of a whole picture, except with a position field, which is read where the tile lies. Memory is that
+    of the result and of 4096 patches (or one tile) in the network. Raises UserError for sizes below a patch.
+    """
+    if size is not None and size < encoder.patch_size:
+        raise UserError(f"size={size}: a patch of this encoder has {encoder.patch_size} pixels a side")
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap={overlap}: expected a share of a tile, at least 0 and below 1")
+    pixels = fit(picture, encoder, size)
+    grid = tuple(side // encoder.patch_size for side in pixels.shape[1:])
+    if tile is None:
+        tile = 0 if grid[0] * grid[1] <= WHOLE else encoder.config.transform.crop
+    side = round(tile / encoder.patch_size)
+    if tile and not side:
+        raise UserError(f"tile={tile}: a patch of this encoder has {encoder.patch_size} pixels a side")
+    if not side or (grid[0] <= side and grid[1] <= side):
+        return _encode(encoder, pixels[None], [(0.0, 0.0, 1.0, 1.0)])[0]
+    return _tiled(encoder, pixels, side, overlap)
+
+
+def starts(length: int, side: int, overlap: float) -> list[int]:
+    """Where tiles of `side` patches begin along an axis of `length`: evenly, from end to end."""
+    if length <= side:
+        return [0]
+    step = max(int(side * (1 - overlap)), 1)
+    count = -(-(length - side) // step) + 1
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+def _tiled(
+    encoder: Encoder, pixels: UInt8[Tensor, "3 H W"], side: int, overlap: float
+) -> Float32[np.ndarray, "h w D"]:
+    patch = encoder.patch_size
+    rows, columns = (length // patch for length in pixels.shape[1:])
+    high, wide = min(side, rows), min(side, columns)
+    corners = [(y, x) for y in starts(rows, high, overlap) for x in starts(columns, wide, overlap)]
+    weights = np.outer(_ramp(high), _ramp(wide))[:, :, None]
+    total, shares = np.zeros((rows, columns, 0), np.float32), np.zeros((rows, columns, 1), np.float32)
+    few = max(WHOLE // (high * wide), 1)
+    for start in range(0, len(corners), few):
+        some = corners[start : start + few]
+        cuts = [pixels[:, patch * y : patch * (y + high), patch * x : patch * (x + wide)] for y, x in some]
+        places = [(x / columns, y / rows, (x + wide) / columns, (y + high) / rows) for y, x in some]
+        for (y, x), features in zip(some, _encode(encoder, torch.stack(cuts), places), strict=True):
+            if not total.shape[2]:
+                total = np.zeros((rows, columns, features.shape[2]), np.float32)
+            total[y : y + high, x : x + wide] += weights * features
+            shares[y : y + high, x : x + wide] += weights
+    total /= shares
+    return total
+
+
+def _ramp(length: int) -> Float32[np.ndarray, "{length}"]:
+    """Weights that rise from the border of a tile to its middle, linearly."""
+    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 1
+    return (distance / distance.max()).astype(np.float32)
+
+
+@torch.no_grad()
+def _encode(
+    encoder: Encoder, pixels: UInt8[Tensor, "B 3 H W"], places: list[tuple[float, float, float, float]]
+) -> Float32[np.ndarray, "B h w D"]:
+    images = encoder.normalise(pixels.to(encoder.device))
+    network = encoder.backbone
+    where = None if network.pos_field is None else torch.tensor(places, device=encoder.device)
+    features = network(images, places=where)
+    return features.patches.unflatten(1, features.grid).float().cpu().numpy()

@@ -1,0 +1,321 @@
+"""Is a run healthy? Verdicts in words from its metrics, each with its number and its threshold."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+State = Literal["OK", "LOOK", "BAD", "NOT KNOWN"]
+Line = Mapping[str, float | None]
+
+# Where LOOK begins, and where BAD does. docs/report.md says where each comes from.
+FLAT = 0.90, 0.98  # entropy of targets, as a share of log K
+SHARP = 0.01  # the same, from below
+ALIVE = 4.0, 2.0  # prototypes that the targets of a batch amount to: exp(entropy of their mean)
+USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an epoch
+SPREAD = 0.10, 0.03  # of features: cosines between pictures are then about 0.99, 0.999
+RANK = 0.05, 0.01  # effective rank, as a share of the most possible
+RANK_LOST = 0.5  # share of its own highest value
+PLACE = 0.5, 0.9  # share of the variance of patches that their place explains
+INFORMATION = 0.1, 0.5  # of place and cluster, as a share of the most possible
+WAIT = 0.10, 0.30  # share of the time spent waiting for data
+FALL = 0.01  # of the loss, as a share of where it began
+NOT_FINITE = 0.01  # share of logged steps, and more than one
+
+FIXED_TARGETS = ("mae",)  # methods whose loss can be read as progress: the target does not move
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question, its answer, and the sentence with number and threshold behind it."""
+
+    name: str
+    state: State
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a run the verdicts need besides its metrics; None or empty: not known."""
+
+    method: str = ""  # method.name
+    precision: str = "fp32"
+    total_steps: int | None = None
+    prototypes: Mapping[str, int] | None = None  # by kind of targets
+    features: int | None = None  # features of a batch from which rank and spread are computed
+    width: int | None = None  # their dimensions
+    places: int | None = None  # patches of a view
+    notes: Sequence[str] = ()  # log.txt
+    # Share of the variance of patches that their place explains: trained, and untrained (measured apart).
+    place_share: tuple[float, float | None] | None = None
+
+
+def health(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
+    """All verdicts that the metrics allow, in the order in which they are worth reading."""
+    return [
+        ended(lines, facts),
+        *targets(lines, facts),
+        spread(lines),
+        rank(lines, facts),
+        place(lines, facts),
+        finite(lines, facts),
+        loss(lines, facts),
+        loader(lines),
+        readable(lines),
+    ]
+
+
+def worst(verdicts: Sequence[Verdict]) -> State:
+    """BAD before LOOK before OK; NOT KNOWN where nothing is known."""
+    states = {verdict.state for verdict in verdicts}
+    order: tuple[State, ...] = ("BAD", "LOOK", "OK", "NOT KNOWN")
+    for state in order:
+        if state in states:
+            return state
+    return "NOT KNOWN"
+
+
+def values(lines: Sequence[Line], name: str) -> list[float]:
+    """The finite values of a metric, in order."""
+    found = (line.get(name) for line in lines)
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def recent(lines: Sequence[Line], name: str) -> float | None:
+    """The mean of a metric over the last tenth of its values, at least three of them where there are."""
+    found = values(lines, name)
+    return fmean(found[-max(3, len(found) // 10) :]) if found else None
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+# -- one verdict each ----------------------------------------------------------------------------------------
+
+
+def ended(lines: Sequence[Line], facts: Facts) -> Verdict:
+    name = "Is the run finished?"
+    if not lines:
+        return Verdict(name, "NOT KNOWN", "No step was logged.")
+    step = int(lines[-1]["step"] or 0)
+    if facts.total_steps is None:
+        return Verdict(
+            name, "NOT KNOWN", f"{step:,} steps were logged; how many there are to be is not known."
+        )
+    if step >= facts.total_steps:
+        return Verdict(name, "OK", f"All {facts.total_steps:,} steps were done.")
+    share = step / facts.total_steps
+    return Verdict(
+        name,
+        "LOOK",
+        f"{step:,} of {facts.total_steps:,} steps are logged ({percent(share)}). The schedules have not run "
+        "out, so numbers will still move; the same command goes on.",
+    )
+
+
+def targets(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
+    """For each kind of targets: neither flat nor all alike, and prototypes in use."""
+    kinds = dict.fromkeys(
+        name.partition("/")[0] for line in lines for name in line if name.endswith("/target_entropy")
+    )
+    if not kinds:
+        why = "This method has no prototypes, or none were logged; feature spread and rank tell of collapse."
+        return [Verdict("Do the targets say something?", "NOT KNOWN", why)]
+    verdicts = []
+    for kind in kinds:
+        count = (facts.prototypes or {}).get(kind)
+        if count is None or count < 2:
+            why = "How many prototypes there are is not known, so neither is the most possible entropy."
+            verdicts.append(Verdict(f"Do the targets of {kind} say something?", "NOT KNOWN", why))
+            continue
+        verdicts += [_entropy(lines, kind, count), _usage(lines, kind, count)]
+    return verdicts
+
+
+def _entropy(lines: Sequence[Line], kind: str, count: int) -> Verdict:
+    name, most = f"Do the targets of {kind} say something?", math.log(count)
+    entropy, apart = recent(lines, f"{kind}/target_entropy"), recent(lines, f"{kind}/kl_to_uniform")
+    if entropy is None:
+        return Verdict(name, "NOT KNOWN", "No finite entropy was logged.")
+    share = entropy / most
+    text = (
+        f"Mean entropy {entropy:.2f} of at most {most:.2f} nats ({percent(share, 1)}; {count:,} prototypes)"
+    )
+    if share >= FLAT[0]:
+        state = "BAD" if share >= FLAT[1] else "LOOK"
+        return Verdict(
+            name,
+            state,
+            f"{text}: close to uniform, so this term teaches little or nothing. LOOK from "
+            f"{percent(FLAT[0])}, BAD from {percent(FLAT[1])}. A lower teacher temperature, fewer prototypes "
+            "or a larger batch may help.",
+        )
+    if apart is not None and (alive := math.exp(max(most - apart, 0.0))) < ALIVE[0]:
+        state = "BAD" if alive < ALIVE[1] else "LOOK"
+        return Verdict(
+            name,
+            state,
+            f"{text}, but all targets of a batch together amount to {alive:.1f} prototypes: everything is "
+            f"called the same. LOOK below {ALIVE[0]:.0f}, BAD below {ALIVE[1]:.0f}.",
+        )
+    if share < SHARP:
+        return Verdict(
+            name,
+            "LOOK",
+            f"{text}: one-hot, without any doubt left. LOOK below {percent(SHARP)}. Harmless while many "
+            "prototypes are in use; else a higher teacher temperature.",
+        )
+    return Verdict(name, "OK", f"{text}. OK from {percent(SHARP)} to {percent(FLAT[0])}.")
+
+
+def _usage(lines: Sequence[Line], kind: str, count: int) -> Verdict:
+    name = f"Are the prototypes of {kind} in use?"
+    last = values(lines, "epoch")[-1:] or [0.0]
+    # They are counted anew in each epoch: the highest count since the start of the one before the last.
+    late = [line for line in lines if (line.get("epoch") or 0.0) > math.ceil(last[0]) - 2]
+    found = values(late, f"{kind}/prototypes_used")
+    if not found:
+        return Verdict(name, "NOT KNOWN", "Their use was not logged.")
+    share = max(found)
+    text = f"{percent(share, 1)} of {count:,} prototypes were the first choice of something within an epoch"
+    limits = f"LOOK below {percent(USED[0])}, BAD below {percent(USED[1])}"
+    if share < USED[0]:
+        return Verdict(
+            name, "BAD" if share < USED[1] else "LOOK", f"{text}. {limits}. Fewer would do as well."
+        )
+    return Verdict(name, "OK", f"{text}. {limits}.")
+
+
+def spread(lines: Sequence[Line]) -> Verdict:
+    name, value = "Do pictures have different features?", recent(lines, "feature_spread")
+    if value is None:
+        return Verdict(name, "NOT KNOWN", "The spread of features was not logged.")
+    cosine = max(0.0, 1 - value**2)
+    text = f"Feature spread {value:.3f}: two pictures have a cosine of about {cosine:.3f}"
+    limits = f"1 is in all directions, 0 is one point. LOOK below {SPREAD[0]}, BAD below {SPREAD[1]}."
+    state = "BAD" if value < SPREAD[1] else "LOOK" if value < SPREAD[0] else "OK"
+    return Verdict(name, state, f"{text}. {limits}")
+
+
+def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
+    name, value = "Do features use many directions?", recent(lines, "effective_rank")
+    if value is None:
+        return Verdict(name, "NOT KNOWN", "The effective rank was not logged.")
+    bounds = [bound for bound in (facts.width, facts.features) if bound]
+    if not bounds:
+        return Verdict(name, "NOT KNOWN", f"Effective rank {value:.1f}; the most possible is not known.")
+    most, highest = min(bounds), max(values(lines, "effective_rank"))
+    text = f"Effective rank {value:.1f} of at most {most}"
+    limits = f"LOOK below {percent(RANK[0])} of that or {percent(RANK_LOST)} of its own peak"
+    limits += f", BAD below {percent(RANK[1])}"
+    if value < max(RANK[1] * most, 1.5):
+        return Verdict(name, "BAD", f"{text}: one direction tells all pictures apart. {limits} (or 1.5).")
+    if value < RANK[0] * most:
+        return Verdict(name, "LOOK", f"{text}: few directions. {limits}.")
+    if value < RANK_LOST * highest:
+        return Verdict(name, "LOOK", f"{text}, fallen from {highest:.1f}: directions die out. {limits}.")
+    return Verdict(name, "OK", f"{text}. {limits}.")
+
+
+def place(lines: Sequence[Line], facts: Facts) -> Verdict:
+    """Positional collapse: features or clusters that tell the place of a patch and not what is there."""
+    name = "Do patches tell content, not place?"
+    known = recent(lines, "clustering/position_information")
+    clusters = (facts.prototypes or {}).get("clustering")
+    if known is not None and clusters and facts.places and facts.places > 1:
+        most = math.log(min(clusters, facts.places))
+        share, (look, bad) = known / most, INFORMATION
+        text = (
+            f"Place tells {known:.3f} of at most {most:.2f} nats of a patch's cluster ({percent(share, 1)})"
+        )
+        return _share_verdict(name, text, share, look, bad)
+    overall, content = recent(lines, "targets/std"), recent(lines, "targets/content_std")
+    if overall is not None and content is not None and overall > 0:
+        share = 1 - min(content / overall, 1.0) ** 2
+        text = f"Place explains {percent(share, 1)} of the variance of the teacher's patches"
+        return _share_verdict(name, text, share, *PLACE)
+    if facts.place_share is not None:
+        trained, fresh = facts.place_share
+        text = f"Place explains {percent(trained, 1)} of the variance of the encoder's patches"
+        text += "" if fresh is None else f" (untrained: {percent(fresh, 1)})"
+        return _share_verdict(name, text, trained, *PLACE)
+    return Verdict(
+        name, "NOT KNOWN", "The method does not log it, and no pictures or no encoder to measure it on."
+    )
+
+
+def _share_verdict(name: str, text: str, share: float, look: float, bad: float) -> Verdict:
+    state = "BAD" if share >= bad else "LOOK" if share >= look else "OK"
+    return Verdict(name, state, f"{text}. LOOK from {percent(look)}, BAD from {percent(bad)}.")
+
+
+def finite(lines: Sequence[Line], facts: Facts) -> Verdict:
+    name = "Was every step finite?"
+    if not lines:
+        return Verdict(name, "NOT KNOWN", "No step was logged.")
+    trained = [line for line in lines if "loss" in line]
+    losses = sum(line["loss"] is None for line in trained)
+    norms = sum(line.get("grad_norm", 0.0) is None for line in trained)
+    skipped = sum("gradients are not finite" in note for note in facts.notes)
+    if any("gradients were not finite in" in note for note in facts.notes):
+        return Verdict(name, "BAD", "Training gave up: gradients were not finite in several steps in a row.")
+    if trained and trained[-1]["loss"] is None:
+        return Verdict(name, "BAD", "The last loss that was logged is not finite.")
+    share = max(losses, norms) / max(len(trained), 1)
+    text = f"{losses} losses and {norms} gradient norms of {len(trained)} logged steps are not finite"
+    limits = f"LOOK from the first, BAD from the second that are {percent(NOT_FINITE)} of the logged steps"
+    if facts.precision == "fp16" and not losses:
+        return Verdict(name, "OK", f"{text}; with precision=fp16 gradients overflow now and then.")
+    if share >= NOT_FINITE and max(losses, norms) > 1:
+        return Verdict(name, "BAD", f"{text}. {limits}.")
+    if skipped or losses or norms:
+        return Verdict(name, "LOOK", f"{text}, and {skipped} steps left the weights as they were. {limits}.")
+    return Verdict(name, "OK", f"{text}, no step was skipped. {limits}.")
+
+
+def loss(lines: Sequence[Line], facts: Facts) -> Verdict:
+    name, found = "Does the loss fall?", values(lines, "loss")
+    if len(found) < 4:
+        return Verdict(name, "NOT KNOWN", f"{len(found)} losses were logged, at least 4 are needed.")
+    tenth = max(1, len(found) // 10)
+    first, last = fmean(found[:tenth]), fmean(found[-tenth:])
+    share = (first - last) / max(abs(first), 1e-12)
+    text = f"From {first:.3g} in the first tenth of the log to {last:.3g} in the last"
+    if share >= FALL:
+        return Verdict(name, "OK", f"{text}. OK from a fall of {percent(FALL)} on.")
+    if facts.method in FIXED_TARGETS:
+        return Verdict(
+            name, "BAD", f"{text}, with targets that do not move. OK from a fall of {percent(FALL)} on."
+        )
+    return Verdict(
+        name,
+        "LOOK",
+        f"{text}. OK from a fall of {percent(FALL)} on. Here targets move with the teacher, so a loss may "
+        "stay or rise while features improve: trust the measurements below more.",
+    )
+
+
+def loader(lines: Sequence[Line]) -> Verdict:
+    name, found = "Does data come fast enough?", values(lines, "data_wait")
+    if not found:
+        return Verdict(name, "NOT KNOWN", "The time spent waiting for data was not logged.")
+    share = fmean(found[1:] or found)  # the first line has the start of the workers in it
+    state = "BAD" if share >= WAIT[1] else "LOOK" if share >= WAIT[0] else "OK"
+    text = f"{percent(share, 1)} of the time was spent waiting for data"
+    text += f". LOOK from {percent(WAIT[0])}, BAD from {percent(WAIT[1])}."
+    more = " More loader.workers, a smaller loader.canvas, or smaller files on a faster disk help."
+    return Verdict(name, state, text + (more if state != "OK" else ""))
+
+
+def readable(lines: Sequence[Line]) -> Verdict:
+    name, found = "Could all pictures be read?", values(lines, "bad_pictures")
+    if not found:
+        return Verdict(name, "NOT KNOWN", "Unreadable pictures were not counted.")
+    bad = int(max(found))
+    if bad:
+        return Verdict(
+            name, "LOOK", f"{bad:,} could not, and were replaced by others; log.txt names them. LOOK from 1."
+        )
+    return Verdict(name, "OK", "None had to be replaced. LOOK from 1.")

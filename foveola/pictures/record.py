@@ -1,0 +1,147 @@
+"""What a run folder holds, read without the training code: also of old, unfinished and resumed runs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from foveola.config import ConfigError, UserError, read_yaml
+from foveola.schedules import steps_of
+
+Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
+TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One run: `config` is the tree of config.yaml, `lines` its metrics by rising step, `notes` log.txt."""
+
+    folder: Path
+    name: str  # tells it apart from the other runs of a report
+    config: dict[str, Any]
+    lines: list[Line]
+    notes: list[str]
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """A setting by its dotted path; `default` where this run has none."""
+        return setting(self.config, path, default)
+
+    @cached_property
+    def step(self) -> int:
+        """Steps done, as far as they were logged."""
+        return int(self.lines[-1]["step"] or 0) if self.lines else 0
+
+    @cached_property
+    def steps_per_epoch(self) -> int | None:
+        pairs = [(line["step"], line.get("epoch")) for line in self.lines]
+        return next((round(step / epoch) for step, epoch in reversed(pairs) if step and epoch), None)
+
+    @cached_property
+    def total_steps(self) -> int | None:
+        """The length of the run; None where it is in epochs and no step was logged."""
+        try:
+            return steps_of(
+                self.get("duration", ""),
+                total_steps=None,
+                steps_per_epoch=self.steps_per_epoch or 0,
+                batch_size=int(self.get("batch_size", 0)) or 1,
+            ) or None  # fmt: skip
+        except ConfigError:
+            return None
+
+    @property
+    def method(self) -> str:
+        """As the recipe calls it."""
+        return str(self.get("about.method") or self.get("method.name") or "unknown method")
+
+    @property
+    def has_encoder(self) -> bool:
+        return all(
+            (self.folder / "encoder" / name).is_file() for name in ("config.json", "model.safetensors")
+        )
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the encoders that were kept on the way, by rising step."""
+        found = (self.folder / "encoders").glob("step-*/config.json")
+        numbered = [(path.parent.name.removeprefix("step-"), path.parent) for path in found]
+        return sorted((int(number), path) for number, path in numbered if number.isdecimal())
+
+    def pictures(self) -> dict[str, Path]:
+        """The newest of the pictures that training drew, by name."""
+        named: dict[str, Path] = {}
+        for path in sorted((self.folder / "pictures").glob("*-*.png")):
+            named[path.stem.rpartition("-")[0]] = path
+        return named
+
+    def prototypes(self) -> dict[str, int]:
+        """Prototypes of each kind of targets, by its name in the metrics ("token", "clustering")."""
+        counts = {}
+        for term in TERMS:
+            head = self.get(f"method.{term}.head")
+            count = None if head is None else self.get(f"method.heads.{head}.prototypes")
+            if isinstance(count, int):
+                counts[term] = count
+        clusters = self.get("method.clustering.prototypes")
+        return counts | ({"clustering": clusters} if isinstance(clusters, int) else {})
+
+
+def setting(tree: Any, path: str, default: Any = None) -> Any:
+    """A value in a tree of dicts by its dotted path."""
+    for part in path.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return default
+        tree = tree[part]
+    return tree
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Record]:
+    """Records of run folders. Raises UserError for what is none, damaged files, and one given twice."""
+    if not folders:
+        raise UserError("report needs a run folder, such as runs/demo/seed-0")
+    paths = [Path(folder).expanduser() for folder in folders]
+    for path in paths:
+        if not (path / "config.yaml").is_file():
+            what = "lacks config.yaml" if path.is_dir() else "does not exist"
+            raise UserError(f"{path} is no run folder: it {what}")
+    return [
+        Record(path, name, read_yaml(path / "config.yaml"), _lines(path / "metrics.jsonl"), _notes(path))
+        for path, name in zip(paths, _names(paths), strict=True)
+    ]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{next(p for p in paths if parts.count(p.resolve().parts) > 1)} is given twice")
+
+
+def _lines(path: Path) -> list[Line]:
+    """The metrics by step; lines of one step (training and evaluation) are laid together."""
+    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    steps: dict[int, Line] = {}
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(texts):  # torn by an interruption
+                break
+            raise UserError(f"{path}, line {number}: no metrics; repair the line or remove it") from None
+        numbers = {name: value for name, value in line.items() if value is None or _is_number(value)}
+        steps[step] = steps.get(step, {}) | numbers
+    return [steps[step] for step in sorted(steps)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _notes(folder: Path) -> list[str]:
+    path = folder / "log.txt"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -1,0 +1,270 @@
+"""The parts of a report, each from what was found out about one or several runs."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from foveola.models.encoder import load
+from foveola.pictures import answers, page
+from foveola.pictures.curves import curves
+from foveola.pictures.health import Verdict, values, worst
+from foveola.pictures.progress import Progress
+from foveola.pictures.record import Record
+from foveola.pictures.request import Data, ReportConfig
+from foveola.pictures.sheets import sheets
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything that the page says of one run."""
+
+    record: Record
+    data: Data
+    progress: Progress
+    verdicts: list[Verdict]
+
+
+def verdict(found: Sequence[Findings]) -> str:
+    parts = []
+    for each in found:
+        state, sentence = answers.summary(answers.changes(each.progress))
+        name = page.tag("b", page.escape(each.record.name)) + "<br>" if len(found) > 1 else ""
+        bad, look = ([v for v in each.verdicts if v.state == s] for s in ("BAD", "LOOK"))
+        told = [*each.progress.notes] if state == "OPEN" else []
+        inner = page.tag("p", name + page.escape(sentence), "lead") + page.paragraph(
+            _health_line(each.verdicts), "note"
+        )
+        inner += page.items(told + [f"{v.state}: {v.name} {v.text}" for v in (*bad, *look)])
+        parts.append(page.tag("div", page.chip(state) + page.tag("div", inner), "verdict"))
+    return "".join(parts)
+
+
+def _health_line(verdicts: Sequence[Verdict]) -> str:
+    counts = {state: sum(v.state == state for v in verdicts) for state in ("OK", "LOOK", "BAD", "NOT KNOWN")}
+    words = {"OK": "fine", "LOOK": "worth a look", "BAD": "bad", "NOT KNOWN": "not known"}
+    told = ", ".join(f"{count} {words[state]}" for state, count in counts.items() if count)
+    return f"Health of the run, {len(verdicts)} questions: {told}."
+
+
+def setup(found: Sequence[Findings]) -> str:
+    columns = [_about(each) for each in found]
+    if len(found) == 1:
+        return page.facts(columns[0].items())
+    rows = dict.fromkeys(name for column in columns for name in column)
+    head = ["", *(page.escape(each.record.name) for each in found)]
+    lines = [[page.escape(row), *(page.escape(column.get(row, "-")) for column in columns)] for row in rows]
+    return page.table(head, lines, "wrap")
+
+
+def _about(each: Findings) -> dict[str, str]:
+    record = each.record
+    total, batch = record.total_steps, record.get("batch_size")
+    steps = f"{record.step:,} of {total:,}" if total else f"{record.step:,}"
+    last = record.lines[-1] if record.lines else {}
+    seconds, speeds = values(record.lines, "seconds"), values(record.lines, "images_per_second")
+    made = [note.partition("  ")[2] for note in record.notes if "  foveola " in note]
+    measured = next((r.versions for point in each.progress.points for r in point.results.values()), None)
+    about = {
+        "Method": record.method,
+        "Recipe": str(record.get("recipe") or "-"),
+        "Network": _network(record),
+        "Trained on": str(record.get("data") or "-"),
+        "Pictures in it": f"about {record.steps_per_epoch * batch:,}"
+        if record.steps_per_epoch and batch
+        else "-",
+        "Steps": f"{steps}, {batch} pictures each" if batch else steps,
+        "Pictures seen": f"{record.step * batch:,} ({last.get('epoch') or 0:.1f} epochs)" if batch else "-",
+        "Time": _duration(max(seconds)) if seconds else "-",
+        "Speed": f"{fmean(speeds):,.0f} pictures a second" if speeds else "-",
+        "Seed": str(record.get("seed", "-")),
+        "Measured on": each.data.test.name if each.data.test else "-",
+        "Trained with": made[-1] if made else "not noted by the run",
+        "Measured with": ", ".join(f"{k} {v}" for k, v in measured.items()) if measured else "-",
+        "Folder": str(record.folder),
+    }
+    return {name: value for name, value in about.items() if value != "-"}
+
+
+def _network(record: Record) -> str:
+    if not record.has_encoder:
+        width, depth = record.get("model.width"), record.get("model.depth")
+        size = (
+            f"width {width}, {depth} blocks"
+            if width and depth
+            else str(record.get("model.size", "not known"))
+        )
+        return f"ViT, {size}, patches of {record.get('model.patch_size', '?')}; no encoder written yet"
+    encoder = load(record.folder)
+    width, depth, heads = encoder.config.model.shape
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    return (
+        f"ViT, width {width}, {depth} blocks, {heads} heads, patches of {encoder.patch_size} on "
+        f"{encoder.config.transform.crop} pixels, {count / 1e6:.2f} M parameters"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def helped(found: Sequence[Findings]) -> str:
+    parts = [
+        page.paragraph(
+            "The same measurements for the untrained network (same shape, fresh weights), for the trained "
+            "one on its way, and at the end. Brackets are 95 % intervals over test pictures."
+        )
+    ]
+    drawn = answers.charts([each.record.name for each in found], [each.progress for each in found])
+    parts.append(page.charts(drawn, "helped", _names([each.record for each in found])))
+    for each in found:
+        if len(found) > 1:
+            parts.append(page.tag("h3", page.escape(each.record.name)))
+        parts.append(_answers(each.progress))
+        parts += [page.paragraph(note, "note") for note in each.progress.notes]
+        parts.append(_results(each.progress))
+    return "".join(parts)
+
+
+def _answers(progress: Progress) -> str:
+    """A sentence for each main metric, with a word of what came out."""
+    words = {"better": "HELPED", "worse": "WORSE", "open": "OPEN"}
+    rows = [
+        page.tag("div", page.chip(words[change.outcome])) + page.tag("div", page.escape(change.sentence()))
+        for change in answers.changes(progress)
+    ]
+    return page.tag("div", "".join(rows), "health") if rows else ""
+
+
+def _results(progress: Progress) -> str:
+    """A table of the main metrics, and a folded one of all numbers."""
+    points = [point for point in progress.points if point.results]
+    if not points:
+        return ""
+    main = answers.main_metrics(progress)
+    every = dict.fromkeys(
+        (name, metric)
+        for p in points
+        for name, result in p.results.items()
+        for metric in answers.numbers(result)
+    )
+    labels = [page.escape(point.label) for point in points]
+
+    def lines(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+        rows = []
+        for protocol, metric in pairs:
+            cells = [answers.number(point, protocol, metric) for point in points]
+            rows.append([page.escape(answers.label(protocol, metric)), *map(_cell, cells)])
+        return rows
+
+    about = answers.descriptions(progress)
+    rest = [pair for pair in every if pair not in main and pair not in about]
+    notes = dict.fromkeys(
+        f"{name}: {note}" for p in points for name, r in p.results.items() for note in r.notes
+    )
+    shown = page.table(["in % [95 % interval]", *labels], lines(main)) if main else ""
+    if about:
+        shown += page.tag("h3", "How features fill their space")
+        shown += page.paragraph("Without labels, and without a better direction: see what changed.", "note")
+        shown += page.table(["", *labels], lines(about))
+    folded = page.folded(
+        "All other numbers", page.table(["", *labels], lines(rest)) + page.items(notes, "note")
+    )
+    return shown + folded
+
+
+def _cell(number: answers.Number | None) -> str:
+    if number is None:
+        return "-"
+    if number.low is None or number.high is None:
+        return page.escape(str(number))
+    interval = f"[{answers.shown(number.low)}, {answers.shown(number.high)}]"
+    return page.escape(str(number)) + page.tag("small", page.escape(interval))
+
+
+def health(found: Sequence[Findings]) -> str:
+    parts = [
+        page.paragraph(
+            "Each answer names its number and the threshold it was held to. They are rules of thumb: LOOK "
+            "asks for a look, BAD says that something is broken."
+        )
+    ]
+    for each in found:
+        if len(found) > 1:
+            parts.append(page.tag("h3", f"{page.escape(each.record.name)} {page.chip(worst(each.verdicts))}"))
+        rows = [
+            page.tag("div", page.chip(verdict.state))
+            + page.tag(
+                "div",
+                page.tag("b", page.escape(verdict.name))
+                + page.tag("span", page.escape(verdict.text), "text"),
+            )
+            for verdict in each.verdicts
+        ]
+        parts.append(page.tag("div", "".join(rows), "health"))
+    return "".join(parts)
+
+
+def pictures(found: Sequence[Findings], config: ReportConfig) -> str:
+    """Of several runs all but the first are folded."""
+    parts = []
+    for number, each in enumerate(found):
+        inner = sheets(each.record, each.data, each.progress, config)
+        parts.append(page.folded(each.record.name, inner) if number else inner)
+    return "".join(parts)
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """Names for a legend that charts share; none for a single run."""
+    return [record.name for record in records] if len(records) > 1 else []
+
+
+def curve_charts(records: Sequence[Record]) -> str:
+    groups = curves(records)
+    if not groups:
+        return page.paragraph("No step was logged, so there is nothing to draw.")
+    parts = []
+    for number, group in enumerate(groups):
+        inner = page.paragraph(group.about, "note") + page.charts(
+            group.charts, f"curve{number}-", _names(records)
+        )
+        folded = page.folded(group.title, inner)
+        parts.append(folded if group.folded else page.tag("h3", page.escape(group.title)) + inner)
+    return "".join(parts)
+
+
+def configuration(found: Sequence[Findings]) -> str:
+    parts = [page.paragraph("The command repeats the run in a new folder; the file is everything it needs.")]
+    for each in found:
+        place = shlex.quote(str(each.record.folder / "config.yaml"))
+        parts.append(page.code(f"foveola pretrain {place} out=NEW_FOLDER"))
+        text = (each.record.folder / "config.yaml").read_text(encoding="utf-8")
+        parts.append(page.folded(f"{each.record.name}/config.yaml", page.code(text)))
+    return "".join(parts)
+
+
+def usage(each: Findings) -> str:
+    folder = str(each.record.folder)
+    lines = [
+        "import foveola",
+        "from PIL import Image",
+        f"encoder = foveola.load({folder!r})",
+        'features = encoder(encoder.transform(Image.open("picture.jpg"))[None])',
+        "print(features.objects.shape, features.patches.shape)  # one token and all patches of the picture",
+    ]
+    data = shlex.quote(str(each.record.get("data") or "folder:/my/pictures"))
+    run = shlex.quote(folder)
+    commands = [
+        f"foveola evaluate knn model={run} train={data} test={data}",
+        f"foveola export {run} out=encoder-for-timm format=timm",
+    ]
+    return "".join(
+        [
+            page.tag("h3", "In Python"),
+            page.code("\n".join(lines)),
+            page.tag("h3", "Measure it, or take it to another library"),
+            page.code("\n".join(commands)),
+        ]
+    )

@@ -1,0 +1,119 @@
+"""The pictures of a report: what the trained encoder makes of the user's own, and what training drew."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import foveola
+from foveola.config import UserError
+from foveola.evaluation.rows import ExtractConfig
+from foveola.models.encoder import Encoder, load
+from foveola.pictures import page
+from foveola.pictures.gallery import attention_sheet, pca_sheet
+from foveola.pictures.nearest import neighbour_sheet
+from foveola.pictures.panel import Sheet
+from foveola.pictures.places import position_sheet
+from foveola.pictures.progress import LIMIT, UNTRAINED, Progress
+from foveola.pictures.record import Record
+from foveola.pictures.request import Data, ReportConfig, choose_samples
+
+FOUND = 5  # neighbours of a picture
+ABOUT = {  # what to make of a sheet
+    "pca": (
+        "Patches of one colour are alike to the network: borders that follow things rather than the grid are "
+        "a good sign."
+    ),
+    "attention": (
+        "Of the last block. Alone it is no proof of anything: good encoders may read the background, too."
+    ),
+    "neighbours": "Green: the label of the query. Red: another one. Same things should find each other.",
+    "positions": "What the network was given or taught of places; next to each other they should be alike.",
+}
+
+
+def sheets(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
+    """HTML of the pictures of one run; those of its encoder are kept beside its results and used again."""
+    return _encoder(record, data, progress, config) + _drawn(record)
+
+
+def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
+    if not config.pictures:
+        return page.paragraph("No pictures were asked for (pictures=0).", "note")
+    if data.test is None or data.train is None:
+        return page.paragraph("There are no pictures to draw; data= says where some are.", "note")
+    if not record.has_encoder:
+        return page.paragraph("The run has no encoder yet.", "note")
+    trained = load(record.folder)
+    rows = _rows(progress, config)
+    about = {
+        "foveola": foveola.__version__,
+        "data": [data.train.fingerprint(), data.test.fingerprint()],
+        "pictures": config.pictures,
+        "rows": rows,
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    path = record.folder / "report" / trained.fingerprint() / f"pictures-{key}.html"
+    if not path.is_file():
+        both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}"), "trained": trained}
+        text = "".join(_each(both, data, rows, config.pictures))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return page.tag("div", path.read_text(encoding="utf-8"), "sheets")
+
+
+def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
+    """Which rows k-NN reads, and so the neighbours: pictures or objects."""
+    known = ExtractConfig.__dataclass_fields__
+    settings = {k: v for k, v in progress.settings.get("knn", {}).items() if k in known}
+    return {"limit": config.limit or LIMIT} | settings
+
+
+def _each(both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int) -> Iterator[str]:
+    """Each sheet as HTML, or a line that says why it could not be drawn."""
+    assert data.train is not None
+    assert data.test is not None
+    chosen = choose_samples(data.test, count)
+    samples, names = [sample for _, sample in chosen], [sample.name for _, sample in chosen]
+    if not samples:
+        yield page.paragraph(f"None of the pictures of {data.test.name} can be read.", "note")
+        return
+    trained, indices = both["trained"], [index for index, _ in chosen]
+    settings = ExtractConfig(**rows)
+    bank, queries = data.train, data.test
+    drawers = {
+        "pca": lambda: pca_sheet(both, samples),
+        "attention": lambda: attention_sheet(trained, samples),
+        "neighbours": lambda: neighbour_sheet(
+            trained, bank, queries, indices, FOUND, masks=settings.rows == "objects", config=settings
+        ),
+        "positions": lambda: position_sheet(both),
+    }
+    for kind, drawer in drawers.items():
+        try:
+            yield page.sheet(_with_note(drawer(), ABOUT[kind]), names, kind)
+        except UserError as error:
+            yield page.paragraph(f"{kind} could not be drawn: {error}", "note")
+
+
+def _with_note(sheet: Sheet, about: str) -> Sheet:
+    return dataclasses.replace(sheet, note=f"{sheet.note} {about}".strip())
+
+
+def _drawn(record: Record) -> str:
+    """The newest picture of each kind that training drew."""
+    figures = []
+    for name, path in record.pictures().items():
+        told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
+        picture = page.image(page.read_picture(path), f"{told}, drawn in training")
+        figures.append(
+            page.tag(
+                "figure", page.tag("figcaption", page.escape(told)) + page.scroll(picture, told), "drawn"
+            )
+        )
+    return (
+        page.tag("h3", "Drawn while training") + page.tag("div", "".join(figures), "drawings")
+        if figures
+        else ""
+    )
