@@ -116,7 +116,7 @@ def image(picture: Picture, alt: str, width: int | None = None) -> str:
 
 def data_uri(picture: Picture) -> str:
     """`data:image/...;base64,...` of pixels."""
-    kinds = (("png", {"optimize": True}), ("jpeg", {"quality": 88, "subsampling": 0}))
+    kinds = (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0}))
     written: bytes = b""
     for kind, options in kinds:
         file = io.BytesIO()

@@ -86,11 +86,21 @@ def _fill(axis: Any, chart: Chart, text: float, legend: bool) -> None:
     axis.set_xlabel(chart.x, fontsize=9 * text)
     axis.set_ylabel(chart.y, fontsize=9 * text)
     axis.tick_params(labelsize=8 * text)
+    _shorten(axis)
     axis.grid(color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     if legend and len(chart.lines) + len(chart.levels) > 1:
         axis.legend(fontsize=8 * text, frameon=False)
+
+
+def _shorten(axis: Any) -> None:
+    """Numbers of five digits and more as 25k or 1.5M, which do not run into each other."""
+    from matplotlib.ticker import EngFormatter
+
+    for line in (axis.xaxis, axis.yaxis):
+        if line.get_scale() == "linear" and max(map(abs, line.get_view_interval())) >= 10_000:
+            line.set_major_formatter(EngFormatter(sep=""))
 
 
 def to_svg(figure: Any, salt: str = "foveola") -> str:

@@ -28,9 +28,11 @@ ABOUT = {  # what to make of a sheet
     "attention": (
         "Of the last block. Alone it is no proof of anything: good encoders may read the background, too."
     ),
-    "neighbours": "Green: the label of the query. Red: another one. Same things should find each other.",
-    "positions": "What the network was given or taught of places; next to each other they should be alike.",
+    "neighbours": "Same things should find each other.",
+    "positions": "What the network learned of places; next to each other they should be alike.",
 }
+FRAMES = "Green: the label of the query. Red: another one."
+LEARNED = ("learned", "field")  # kinds of positions that training changes
 
 
 def sheets(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
@@ -90,6 +92,8 @@ def _each(both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int
         ),
         "positions": lambda: position_sheet(both),
     }
+    if trained.config.model.positions not in LEARNED:
+        del drawers["positions"]
     for kind, drawer in drawers.items():
         try:
             yield page.sheet(_with_note(drawer(), ABOUT[kind]), names, kind)
@@ -98,7 +102,9 @@ def _each(both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int
 
 
 def _with_note(sheet: Sheet, about: str) -> Sheet:
-    return dataclasses.replace(sheet, note=f"{sheet.note} {about}".strip())
+    framed = any(right is not None for row in sheet.rows for right in row.right)
+    words = (sheet.note, FRAMES if framed else "", about)
+    return dataclasses.replace(sheet, note=" ".join(filter(None, words)))
 
 
 def _drawn(record: Record) -> str:

@@ -13,12 +13,13 @@ from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation import localisation
 from foveola.evaluation.box_accuracy import STEPS, best_iou, distinct, enlarge, overlaps, square_hits
+from foveola.evaluation.cache import Feed
 from foveola.evaluation.compare import compare
 from foveola.evaluation.components import components, holes
 from foveola.evaluation.localisation import LocalisationConfig, locate, max_box_acc
 from foveola.evaluation.protocol import evaluate
 from foveola.evaluation.result import Result
-from foveola.evaluation.score_maps import MapReader, choose_maps, first_component
+from foveola.evaluation.score_maps import MapReader, choose_maps, first_component, learn_weights
 from foveola.models.encoder import Encoder
 
 IOUS = (0.3, 0.5, 0.7)
@@ -467,17 +468,26 @@ def test_built_in_scenes_by_the_command_line(encoder, tmp_path, capsys) -> None:
 def test_weights_of_a_trained_abmilp(encoder) -> None:
     """Trained on labelled pictures, from stored patches; its map is the softmax of its linear score."""
     train, test = open_source("scenes:?count=30", "train"), open_source("scenes:?count=12", "test")
-    result = evaluate(
-        encoder, "localisation", train=train, test=test, epochs=2, lr=(0.01, 0.3), workers=0, progress=False
-    )
-    assert result.data["train"]["fit"] == 27
+    settings = {"epochs": 2, "lr": (0.01, 0.3), "workers": 0, "limit": 20, "progress": False}
+    result = evaluate(encoder, "localisation", train=train, test=test, **settings)
+    assert result.data["train"]["fit"] == 18
+    assert result.data["test"]["rows"] == 12
     assert result.chosen["abmilp"]["lr"] in (0.01, 0.3)
     assert 0 <= result.metrics["holdout_abmilp"] <= 100
     assert {"maxboxacc_v2_abmilp", "boxacc_v2_abmilp"} <= set(result.metrics)
-    without = evaluate(
-        encoder, "localisation", train=train, test=test, maps=("centre",), workers=0, progress=False
-    )
+    without = evaluate(encoder, "localisation", train=train, test=test, maps=("centre",), **settings)
     assert any("train is not used" in note for note in without.notes)
+    with Feed(encoder, progress=False) as feed:
+        config = LocalisationConfig(workers=0).feeding()
+        learned = learn_weights(
+            feed, train, config, torch.device("cpu"), lr=(3.0,), epochs=3, progress=False
+        ).weights
+    patches = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    patches[:, 4] = (patches[:, 0] + patches[:, 1]) / 2
+    logs = learned(patches).log()
+    assert logs.exp().sum(dim=1) == pytest.approx(torch.ones(2))
+    assert logs[:, 4] == pytest.approx((logs[:, 0] + logs[:, 1]) / 2, abs=1e-5)  # a linear score
+    assert (logs.amax(dim=1) - logs.amin(dim=1)).min() > 1e-3
 
 
 def test_tables(tmp_path) -> None:

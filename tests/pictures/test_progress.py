@@ -231,6 +231,12 @@ def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) 
     assert [set(point.results) for point in measured.points] == [{"label_free"}] * 2
     (note,) = measured.notes
     assert note.startswith("knn was not measured: ")
+    (copy / "config.yaml").write_text(f"data: {SCENES!r}\nevaluate: {{workers: 0, k: many}}\n")
+    (found,) = read_runs([copy])
+    config = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0)
+    assert measure(found, open_data(found, config), config, {}).notes == (
+        "knn was not measured: k: expected [int, ...], got 'many'",
+    )
 
 
 def test_another_encoder_and_a_run_without_one(run: Path, tmp_path: Path) -> None:

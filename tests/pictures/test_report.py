@@ -79,7 +79,7 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveola.pictures import page as pieces
 
     monkeypatch.setattr(
-        pieces, "charts", lambda charts, salt: "".join(f"<p>{chart.title}</p>" for chart in charts)
+        pieces, "charts", lambda charts, salt, names=(): "".join(f"<p>{chart.title}</p>" for chart in charts)
     )
 
 
