@@ -111,6 +111,8 @@ def cross_view_loss(
     everyone = targets.sum(dim=1)
     own = min(views, students)
     pairs = views * students - own
+    if not pairs:
+        raise ValueError("cross_view_loss: a single view has no other one to predict")
 
     def partners(view: int, rows: slice) -> Tensor:
         return everyone[rows] - targets[rows, view] if view < own else everyone[rows]

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class Pictures:
         self.rows = np.arange(len(files))
         self.annotations = annotations  # tells these annotations from others, for the fingerprint
         self.has_objects = reader is not None
+        self._stamp: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,8 +66,31 @@ class Pictures:
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
+    def stamp(self) -> tuple[str, str]:
+        """Hashes of the sizes, and of the times, of all files in use; found once."""
+        if self._stamp is None:
+            sizes, times = hashlib.sha256(), hashlib.sha256()
+            for path in (path for row in self.rows for path in self._paths(int(row))):
+                try:
+                    state = path.stat()
+                except OSError:
+                    sizes.update(b"-")
+                    continue
+                sizes.update(b"%d " % state.st_size)
+                times.update(b"%d " % state.st_mtime_ns)
+            self._stamp = sizes.hexdigest()[:16], times.hexdigest()[:16]
+        return self._stamp
+
+    def _paths(self, row: int) -> Iterator[Path]:
+        """The file of a picture, and that of its annotation where it has one of its own."""
+        file = os.fsdecode(self.files[row])
+        yield self.root / file
+        if isinstance(self.reader, LabelMaps):
+            yield self.reader.path(file)
+
     def limit(self, count: int, seed: int) -> None:
         """Keep `count` pictures, drawn evenly from all, in their order."""
+        self._stamp = None
         drawn = np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count]
         self.rows = self.rows[np.sort(drawn)]
 

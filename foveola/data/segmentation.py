@@ -7,7 +7,7 @@ here.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -78,6 +78,10 @@ class LabelledPictures(Pictures):
         if self.official is None or len(self.maps) == self.official:
             return ()
         return (f"{self.name} has {len(self.maps)} pictures, the official set {self.official}",)
+
+    def _paths(self, row: int) -> Iterator[Path]:
+        yield from super()._paths(row)
+        yield self.root / os.fsdecode(self.maps[row])
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """Classes of the pixels of a picture. Raises BadImage (damaged), DataError (values of no class)."""

@@ -63,6 +63,27 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Pictures that can be told from others: sources, with or without label maps."""
+
+    def fingerprint(self) -> str: ...
+
+
+def stamp_of(source: Fingerprinted) -> tuple[str, str]:
+    """Hashes of the sizes and of the times of a source's files; empty for one that is made, not read."""
+    stamp = getattr(source, "stamp", None)
+    return ("", "") if stamp is None else stamp()
+
+
+def same_data(a: Fingerprinted, b: Fingerprinted) -> bool:
+    """Whether two sources hold the same pictures: names, labels, annotations, and the sizes of files.
+
+    Not their times, so that a copy counts as the same; a set of the same names with other pixels does not.
+    """
+    return a is b or (a.fingerprint() == b.fingerprint() and stamp_of(a)[0] == stamp_of(b)[0])
+
+
 def open_source(spec: str, split: Split = "train") -> Source:
     """Open a data string; docs/data.md describes each kind.
 

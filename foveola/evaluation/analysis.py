@@ -144,8 +144,12 @@ def _named(models: Any) -> dict[str, Encoder | str | Path]:
     else:
         several = [models] if isinstance(models, Encoder | str | Path) else list(models)
         full = [
-            model.config.origin or f"encoder {number + 1}" if isinstance(model, Encoder) else str(model)
-            for number, model in enumerate(several)
+            model.config.origin or "encoder" if isinstance(model, Encoder) else str(model)
+            for model in several
+        ]
+        full = [  # encoders may well come from files of one name
+            f"{name} {number}" if isinstance(model, Encoder) and full.count(name) > 1 else name
+            for number, (name, model) in enumerate(zip(full, several, strict=True), start=1)
         ]
         short = [_short(name) for name in full]
         names = short if len(set(short)) == len(short) else full

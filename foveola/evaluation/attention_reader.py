@@ -161,7 +161,7 @@ class AttentionReader:
         after = int(self.timed[1] > 0)
         pictures = max(self.timed[after], 1)
         plain, analysis = (self.seconds[name][after] / pictures for name in ("plain", "analysis"))
-        ratio = analysis / plain if plain else float("nan")
+        ratio = analysis / plain if plain else 0.0  # nothing was timed: this process read no picture
         return {"plain": plain, "analysis": analysis, "ratio": ratio, "pictures": self.timed[after]}
 
 

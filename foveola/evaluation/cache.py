@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola import distributed
-from foveola.data.sources import Source
+from foveola.data.sources import Source, stamp_of
 from foveola.evaluation.encoding import FeedConfig
 from foveola.evaluation.features import FeatureTable, choose_pictures
 from foveola.evaluation.kinds import EXTERNAL, Need, Reader, check_kinds
@@ -25,7 +25,7 @@ from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
 
-Where = tuple[str, FeedConfig, int, int | None]
+Where = tuple[tuple[str, tuple[str, str]], FeedConfig, int, int | None]
 
 
 class Store:
@@ -158,7 +158,8 @@ class Feed:
 
 def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
     """What two protocols must have in common to read one store: data, settings, crops, and geometry."""
-    return source.fingerprint(), replace(feeding(config), batch_size=1, workers=0), views, need.side
+    data = source.fingerprint(), stamp_of(source)
+    return data, replace(feeding(config), batch_size=1, workers=0), views, need.side
 
 
 def feeding(config: Any) -> FeedConfig:

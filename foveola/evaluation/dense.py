@@ -17,6 +17,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE, PixelSource
+from foveola.data.sources import same_data
 from foveola.evaluation.cache import Feed, feeding
 from foveola.evaluation.encoding import Encoding, checked
 from foveola.evaluation.features import choose_pictures, facts_of_bad, share
@@ -230,6 +231,6 @@ def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tupl
     if train.classes != test.classes:
         both = f"{len(train.classes)} classes of {train.name} and {len(test.classes)} of {test.name}"
         raise UserError(f"train and test need the same classes in the same order, unlike {both}")
-    if train.fingerprint() == test.fingerprint():
+    if same_data(train, test):
         raise UserError("train and test are the same data: every patch would find itself")
     return train, test, train.classes, [*train.notes, *test.notes]

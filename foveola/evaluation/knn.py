@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, key
-from foveola.data.sources import Source
+from foveola.data.sources import Source, same_data
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, share
 from foveola.evaluation.kinds import need
@@ -114,7 +114,7 @@ def run(
     best k, `top1_*_low` and `_high` (95 % bootstrap over test pictures), `best_k_*`, `top1_*_k20` and so on
     for every k.
     """
-    same = train.fingerprint() == test.fingerprint()
+    same = same_data(train, test)
     if same and not config.exclude_self:
         raise UserError("train and test are the same data: each row would find itself; set exclude_self=true")
     if config.exclude_self and not same:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, key
-from foveola.data.sources import Source
+from foveola.data.sources import Source, same_data
 from foveola.evaluation.box_accuracy import (
     IOUS,
     SIDE,
@@ -186,7 +186,10 @@ def run(
         raise UserError(
             f"{test.name} has no boxes, against which to localise; give it some (boxes=, annotations=)"
         )
-    names = choose_maps(encoder, config.maps, train is not None)
+    labelled = train is not None and len(train.classes or ()) > 1
+    names = choose_maps(encoder, config.maps, labelled)
+    if "abmilp" in names and train is not None and same_data(train, test):
+        raise UserError(f"{test.name}: abmilp would learn from the pictures that it is measured on")
     side = config.image_size or encoder.config.transform.crop
     if side % encoder.patch_size:
         raise UserError(f"image_size={side} is not a multiple of the patch size {encoder.patch_size}")

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64
 
 from foveola import distributed
 from foveola.config import UserError
-from foveola.data.sources import Source
+from foveola.data.sources import Source, stamp_of
 from foveola.evaluation.encoding import Encoding, FeedConfig, checked
 from foveola.evaluation.features import choose_pictures, facts_of_bad, share
 from foveola.evaluation.kinds import Need, shape_of
@@ -58,6 +58,7 @@ class Pass:
             "format": FORMAT,
             "encoder": fingerprint,
             "data": source.fingerprint(),
+            "files": stamp_of(source),
             "pictures": hashlib.sha256(self.chosen.tobytes()).hexdigest()[:16],
             "precision": config.precision,
             "store": config.store,

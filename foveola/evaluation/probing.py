@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
-from foveola.data.sources import Source
+from foveola.data.sources import Source, same_data
 from foveola.evaluation.cache import Feed, FeedConfig, Need, Store
 from foveola.evaluation.knn import shared_labels
 from foveola.evaluation.metrics import hits
@@ -105,7 +105,7 @@ def open_task(
 
     Also for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
     """
-    if train.fingerprint() == test.fingerprint():
+    if same_data(train, test):
         raise UserError("train and test are the same data: a probe would be scored on what it learned from")
     feed.want(train, config, need, config.views)
     feed.want(test, config, need)

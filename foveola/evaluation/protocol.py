@@ -213,7 +213,7 @@ def evaluate_all(
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     results = {}
     storing = _storing(encoder, configs, queries, cache)
-    learned = _learned(encoder, configs) if bank is not None else {}
+    learned = _learned(encoder, configs) if bank is not None and len(bank.classes or ()) > 1 else {}
     feed = Feed(encoder, cache, progress=progress) if storing or learned else None
     try:
         if feed is not None:

@@ -74,7 +74,8 @@ class Result:
         whole = [name for name in self.metrics if not name.endswith(ENDS)] if first else []
         groups = [name.removeprefix(first) for name in whole if name.startswith(first)]
         end = f"_{groups[0]}" if groups else ""
-        return groups, [name.removesuffix(end) for name in whole if groups and name.endswith(end)]
+        columns = [name.removesuffix(end) for name in whole if groups and name.endswith(end)]
+        return groups, [c for c in columns if all(f"{c}_{group}" in self.metrics for group in groups)]
 
     def _group_lines(self, groups: list[str], columns: list[str]) -> list[str]:
         rows = [(self.protocol, *columns)] if groups else []

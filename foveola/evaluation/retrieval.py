@@ -79,7 +79,10 @@ def choose_targets(source: Source, count: int, min_area: float, seed: int) -> li
     chosen: list[Target] = []
     left: list[tuple[int, list[int]]] = []
     for picture in np.random.default_rng((seed, 0)).permutation(len(source)).tolist():
-        objects = source[picture].objects
+        try:
+            objects = source[picture].objects
+        except BadImage:  # found again, and counted, where the picture is read
+            objects = None
         large = [-1] if objects is None else np.flatnonzero(objects.areas >= min_area).tolist()
         if len(large):
             order = np.random.default_rng((seed, 1, picture)).permutation(large).tolist()

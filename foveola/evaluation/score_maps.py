@@ -60,7 +60,7 @@ def choose_maps(encoder: Encoder, names: tuple[str, ...] | None, train: bool) ->
         if of_head and int(name.removeprefix(HEAD)) >= heads:
             raise UserError(f"maps: there is no {name}; this encoder has head0 to head{heads - 1}")
         if name == "abmilp" and not train:
-            raise UserError("maps: abmilp learns from labelled pictures; give train=")
+            raise UserError("maps: abmilp learns from pictures of two or more classes; give train=")
     return tuple(dict.fromkeys(chosen))
 
 
@@ -134,7 +134,8 @@ def _attention(
     patches = grid[0] * grid[1]
     centre = x.shape[1] - patches + (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
     asked = torch.cat((query[:, :, :objects], query[:, :, centre : centre + 1]), dim=2).float()
-    logits = (asked @ key.float().mT) * query.shape[-1] ** -0.5
+    with torch.autocast(x.device.type, enabled=False):  # which would round logits to half precision
+        logits = (asked @ key.float().mT) * query.shape[-1] ** -0.5
     return logits.softmax(dim=-1)[..., -patches:]
 
 

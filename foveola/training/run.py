@@ -14,7 +14,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import ConfigError, UserError, build, merge, to_dict
 from foveola.data.loader import Loader
-from foveola.data.sources import Source, open_source
+from foveola.data.sources import Source, open_source, same_data
 from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
@@ -296,7 +296,7 @@ def _labelled(config: RunConfig) -> tuple[Source, Source]:
     for name, source in zip(("evaluate_train", "evaluate_test"), sources, strict=True):
         if source.classes is None:
             raise ConfigError(f"{name}: {source.name} has no labels, which evaluate_every needs")
-    same = sources[0].fingerprint() == sources[1].fingerprint()
+    same = same_data(*sources)
     if same and not config.evaluate.exclude_self:
         raise ConfigError(
             f"evaluate_every: {sources[0].name} is both bank and queries; "

@@ -1,14 +1,17 @@
 """The feature pass: what it stores, what it skips, and what a kill costs."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Sample
+from foveola.data.sources import open_source, same_data
 from foveola.evaluation import passes
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.crops import Crops, random_crop
@@ -51,6 +54,30 @@ def test_some_pictures_are_the_same_as_among_all(encoder, pictures, tmp_path: Pa
     assert some.pictures.tolist() == choose_pictures(13, 7, CONFIG.seed).tolist() != list(range(7))
     torch.testing.assert_close(some.take("token"), every.take("token")[some.pictures], rtol=1e-4, atol=1e-5)
     assert torch.equal(some.column("labels"), every.column("labels")[some.pictures])
+
+
+def test_files_written_anew_are_read_again(encoder, tmp_path: Path) -> None:
+    """Names say nothing about pixels: neither after an edit, nor in another folder of the same names."""
+    for folder, levels in (("a", 256), ("b", 100)):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            noise = np.random.default_rng(i).integers(0, levels, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / folder / f"{i}.png")
+
+    def tokens(folder: str) -> torch.Tensor:
+        source = open_source(f"folder:{tmp_path / folder}")
+        with Feed(encoder, tmp_path / "cache", progress=False) as feed:
+            return feed.open(source, CONFIG, need("token")).take("token")[:, -1]
+
+    first = tokens("a")
+    assert torch.equal(first, tokens("a"))
+    other = tokens("b")
+    assert (first - other).abs().max() > 1e-3
+    assert not same_data(open_source(f"folder:{tmp_path / 'a'}"), open_source(f"folder:{tmp_path / 'b'}"))
+    (tmp_path / "b" / "1.png").replace(tmp_path / "a" / "1.png")
+    torch.testing.assert_close(tokens("a"), torch.stack([first[0], other[1], first[2]]))
+    shutil.copytree(tmp_path / "a", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert same_data(open_source(f"folder:{tmp_path / 'a'}"), open_source(f"folder:{tmp_path / 'copy'}"))
 
 
 def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(

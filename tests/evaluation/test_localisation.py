@@ -475,6 +475,10 @@ def test_weights_of_a_trained_abmilp(encoder) -> None:
     assert result.chosen["abmilp"]["lr"] in (0.01, 0.3)
     assert 0 <= result.metrics["holdout_abmilp"] <= 100
     assert {"maxboxacc_v2_abmilp", "boxacc_v2_abmilp"} <= set(result.metrics)
+    alone = evaluate(encoder, "localisation", train=train, test=test, maps=("abmilp",), **settings)
+    assert alone.table().splitlines()[1].split()[:2] == ["localisation", "maxboxacc_v2"]
+    with pytest.raises(UserError, match="would learn from the pictures that it is measured on"):
+        evaluate(encoder, "localisation", train=test, test=test, **settings)
     without = evaluate(encoder, "localisation", train=train, test=test, maps=("centre",), **settings)
     assert any("train is not used" in note for note in without.notes)
     with Feed(encoder, progress=False) as feed:

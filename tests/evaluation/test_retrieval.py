@@ -5,12 +5,25 @@ import pytest
 import torch
 
 from foveola.config import ConfigError, UserError, build
-from foveola.data.sample import Objects, Sample
+from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.retrieval import PARCEL, RetrievalConfig, TargetCanvases, choose_targets, two_views
 from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder, Features
+
+
+def test_a_damaged_annotation_stops_nothing(list_source, make_sample) -> None:
+    """It is counted where the picture is read; up to one in a hundred may be bad."""
+
+    class Damaged(type(list_source([]))):
+        def __getitem__(self, index: int):
+            if index == 3:
+                raise BadImage("3.png: label map is damaged")
+            return super().__getitem__(index)
+
+    source = Damaged([make_sample(i, [(0, 0, 20, 20)]) for i in range(5)])
+    assert sorted(choose_targets(source, 5, 0, seed=3)) == [(0, 0), (1, 0), (2, 0), (3, -1), (4, 0)]
 
 
 def test_one_object_a_picture_while_pictures_last(list_source, make_sample) -> None:
