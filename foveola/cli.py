@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
-from foveola.console import only, print_keys, print_table, split
+from foveola.console import is_path, only, print_keys, print_table, split
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -207,8 +207,9 @@ def _analyze(arguments: list[str]) -> None:
         if places[name] is None:
             raise UserError(f"analyze attention needs {name}=; usage: {usage}")
     model, data, out = places["model"], str(places["data"]), str(places["out"])
-    words = model if isinstance(model, list) else str(model).split(",")
-    models = [str(word).strip() for word in words if str(word).strip()]
+    if not isinstance(model, list):  # a path may have a comma in it
+        model = [model] if is_path(str(model)) else str(model).split(",")
+    models = [str(word).strip() for word in model if str(word).strip()]
     from foveola import distributed
     from foveola.pictures.attention_plots import save_attention_plots
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from foveola.config import KeyInfo, UserError, nearest
@@ -12,7 +13,10 @@ WIDEST = 36  # characters of a column after the first; a longer cell pushes the 
 
 
 def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
-    """Words without and with `=`, and the flags given."""
+    """Words without and with `=`, and the flags given.
+
+    A path that exists, such as runs/lr=0.1, is a name; keys have no slash, so ./lr=0.1 can be told from one.
+    """
     given = {"--help" if word == "-h" else word for word in arguments if word.startswith("-")}
     for flag in sorted(given - {"--help", *flags}):
         if "=" in flag:
@@ -20,8 +24,21 @@ def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list
         near = nearest(flag, ("--help", *flags))
         raise UserError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else "see --help"))
     words = [word for word in arguments if not word.startswith("-")]
-    names = [word for word in words if "=" not in word]
-    return names, [word for word in words if "=" in word], given
+    names = [word for word in words if _is_name(word)]
+    return names, [word for word in words if not _is_name(word)], given
+
+
+def is_path(word: str) -> bool:
+    """Whether this names a file or folder that exists; False for what cannot, such as long words."""
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_name(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return not equals or ("/" in key and is_path(word))
 
 
 def only(names: list[str], what: str, usage: str) -> str:

@@ -79,7 +79,7 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Float[Tensor, "n K"], temperature: float) -> Float[Tensor, "n K"]:
-        return ((logits.float() - self.center) / temperature).softmax(dim=-1)
+        return (logits.float() - self.center).div_(temperature).softmax(dim=-1)
 
     @torch.no_grad()
     def update(self, mean: Float[Tensor, "K"], rows: int) -> None:
@@ -181,15 +181,18 @@ class _CrossEntropy(torch.autograd.Function):
         kept = torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
         gradient = torch.empty_like(predictions, dtype=kept) if trained else None
         loss = predictions.new_zeros((), dtype=torch.float32)
+        # Fresh memory for each part would cost a CPU more than the arithmetic on it.
+        room = predictions.new_empty(2, min(step, pictures), prototypes, dtype=torch.float32)
         for view, whole in enumerate(mass):
             for start in range(0, pictures, step):
                 rows = slice(start, start + step)
                 target, weight = targets(view, rows), weights[rows]
-                logits = predictions[rows, view].float() / temperature
-                shares = logits.softmax(dim=-1)
+                logits, shares = room[:, : len(weight)]
+                logits.copy_(predictions[rows, view]).div_(temperature)
+                torch.softmax(logits, dim=-1, out=shares)
                 # The largest share is at least 1 / K, so that its logarithm is exact enough.
                 normaliser = logits.amax(dim=-1) - shares.amax(dim=-1).log()
-                loss += ((normaliser * whole - (target * logits).sum(dim=-1)) * weight).sum()
+                loss += ((normaliser * whole - logits.mul_(target).sum(dim=-1)) * weight).sum()
                 if gradient is not None:
                     slope = torch.sub(shares if whole == 1 else shares.mul_(whole), target, out=shares)
                     gradient[rows, view] = slope.mul_(weight[:, None] / temperature)

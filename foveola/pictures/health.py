@@ -17,11 +17,14 @@ USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an
 SPREAD = 0.10, 0.03  # of features: cosines between pictures are then about 0.99, 0.999
 RANK = 0.05, 0.01  # effective rank, as a share of the most possible
 RANK_LOST = 0.5  # share of its own highest value
-PLACE = 0.5, 0.9  # share of the variance of patches that their place explains
+PLACE = 0.5, 0.9  # share of the variance of patches that their place explains, beyond the untrained one
+PLACE_FROM = 32  # pictures on which that can be measured
 INFORMATION = 0.1, 0.5  # of place and cluster, as a share of the most possible
 WAIT = 0.10, 0.30  # share of the time spent waiting for data
 FALL = 0.01  # of the loss, as a share of where it began
 NOT_FINITE = 0.01  # share of logged steps, and more than one
+OVERFLOW = 0.10  # the same of gradients with precision=fp16, where some are ordinary
+ONE = 1.5  # effective rank below which one direction tells all pictures apart
 
 FIXED_TARGETS = ("mae",)  # methods whose loss can be read as progress: the target does not move
 
@@ -49,6 +52,8 @@ class Facts:
     notes: Sequence[str] = ()  # log.txt
     # Share of the variance of patches that their place explains: trained, and untrained (measured apart).
     place_share: tuple[float, float | None] | None = None
+    place_pictures: int | None = None  # on which they were measured
+    processes: int | None = None  # over which `features` are those of one; None: not noted
 
 
 def health(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
@@ -208,10 +213,13 @@ def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
         return Verdict(name, "NOT KNOWN", f"Effective rank {value:.1f}; the most possible is not known.")
     most, highest = min(bounds), max(values(lines, "effective_rank"))
     text = f"Effective rank {value:.1f} of at most {most}"
+    if most == facts.features:
+        text += " (rows of a batch of one process" + ("" if facts.processes else ", if there was one") + ")"
     limits = f"LOOK below {percent(RANK[0])} of that or {percent(RANK_LOST)} of its own peak"
     limits += f", BAD below {percent(RANK[1])}"
-    if value < max(RANK[1] * most, 1.5):
-        return Verdict(name, "BAD", f"{text}: one direction tells all pictures apart. {limits} (or 1.5).")
+    if value < max(RANK[1] * most, ONE):
+        few = "one direction tells all pictures apart" if value < ONE else "hardly any directions"
+        return Verdict(name, "BAD", f"{text}: {few}. {limits} (or {ONE}).")
     if value < RANK[0] * most:
         return Verdict(name, "LOOK", f"{text}: few directions. {limits}.")
     if value < RANK_LOST * highest:
@@ -237,13 +245,23 @@ def place(lines: Sequence[Line], facts: Facts) -> Verdict:
         text = f"Place explains {percent(share, 1)} of the variance of the teacher's patches"
         return _share_verdict(name, text, share, *PLACE)
     if facts.place_share is not None:
-        trained, fresh = facts.place_share
-        text = f"Place explains {percent(trained, 1)} of the variance of the encoder's patches"
-        text += "" if fresh is None else f" (untrained: {percent(fresh, 1)})"
-        return _share_verdict(name, text, trained, *PLACE)
+        return _measured_place(name, *facts.place_share, facts.place_pictures)
     return Verdict(
         name, "NOT KNOWN", "The method does not log it, and no pictures or no encoder to measure it on."
     )
+
+
+def _measured_place(name: str, trained: float, fresh: float | None, pictures: int | None) -> Verdict:
+    """Aligned pictures, such as faces, let place explain much without any collapse, also when untrained."""
+    text = f"Place explains {percent(trained, 1)} of the variance of the encoder's patches"
+    text += "" if pictures is None else f" of {pictures} pictures"
+    if pictures is not None and pictures < PLACE_FROM:
+        return Verdict(name, "NOT KNOWN", f"{text}: too few, {PLACE_FROM} are needed.")
+    if fresh is None:
+        return _share_verdict(name, text, trained, *PLACE)
+    excess = (trained - fresh) / (1 - fresh) if fresh < 1 else 0.0
+    text += f", {percent(fresh, 1)} untrained: {percent(max(excess, 0.0), 1)} of what was left to explain"
+    return _share_verdict(name, text, excess, *PLACE)
 
 
 def _share_verdict(name: str, text: str, share: float, look: float, bad: float) -> Verdict:
@@ -267,7 +285,9 @@ def finite(lines: Sequence[Line], facts: Facts) -> Verdict:
     text = f"{losses} losses and {norms} gradient norms of {len(trained)} logged steps are not finite"
     limits = f"LOOK from the first, BAD from the second that are {percent(NOT_FINITE)} of the logged steps"
     if facts.precision == "fp16" and not losses:
-        return Verdict(name, "OK", f"{text}; with precision=fp16 gradients overflow now and then.")
+        state = "OK" if share < OVERFLOW else "LOOK"
+        why = f"with precision=fp16 gradients overflow now and then. LOOK from {percent(OVERFLOW)}"
+        return Verdict(name, state, f"{text}; {why}.")
     if share >= NOT_FINITE and max(losses, norms) > 1:
         return Verdict(name, "BAD", f"{text}. {limits}.")
     if skipped or losses or norms:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from foveola.config import UserError
 from foveola.data.sample import BadImage
-from foveola.data.sources import Source
+from foveola.data.sources import Source, same_data
 from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, object_tokens
 from foveola.evaluation.rows import ExtractConfig, Pictures, resize
 from foveola.models.encoder import Encoder
@@ -57,7 +57,7 @@ def neighbour_sheet(
     """
     config = config or ExtractConfig(limit=LIMIT)
     kinds, notes = mask_kinds(masks, bank, queries)
-    same = bank.fingerprint() == queries.fingerprint()
+    same = same_data(bank, queries)
     rows = []
     names = named(encoders)
     tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}

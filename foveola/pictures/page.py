@@ -179,7 +179,7 @@ def chart(drawn: Chart, salt: str, lines: bool = True) -> str:
     plain = Chart("", drawn.lines, drawn.x, drawn.y, drawn.levels, drawn.log)
     svg = to_svg(draw([plain], size=CHART, text=TEXT, legend=False), salt)
     told = f"{drawn.title}: {', '.join(line.name for line in drawn.lines if len(line.x))} over {drawn.x}"
-    svg = re.sub(r"^<svg", f'<svg role="img" aria-label="{escape(told)}"', svg)
+    svg = re.sub(r"^<svg", lambda _: f'<svg role="img" aria-label="{escape(told)}"', svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     keys = _keys([line.name for line in drawn.lines]) if lines and len(drawn.lines) > 1 else []
     keys += [_key(name, "#888888", LEVELS[n % 3]) for n, name in enumerate(drawn.levels)]

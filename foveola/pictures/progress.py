@@ -3,7 +3,7 @@ for another encoder. Results are kept beside the run and used again where nothin
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from foveola.data.sources import Source
 from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
 from foveola.models.encoder import Encoder, load
+from foveola.pictures import kept as files
+from foveola.pictures.device import device_of
 from foveola.pictures.record import Record
-from foveola.pictures.request import Data, ReportConfig, choose_samples
+from foveola.pictures.request import Data, ReportConfig, each_sample
 
 PLACES_OF = 128  # pictures on which the share of places is measured
 LIMIT = 1000  # pictures of each set, where nobody says how many
@@ -37,6 +39,7 @@ class Point:
     step: int | None
     results: dict[str, Result]
     place_share: float | None = None  # of the variance of patches that their place explains
+    place_pictures: int | None = None  # on so many pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,35 +115,42 @@ def measure(
         changes: settings of protocols, as `evaluate_all` takes them.
         kept: folders of other runs' results to look in as well.
 
-    Raises UserError for unknown protocols and keys, and for a reference that cannot be loaded. What the run
-    itself lacks becomes a note.
+    Raises UserError for unknown protocols and keys, a device that is not there, and a reference that cannot
+    be loaded, before anything is measured. What the run itself lacks becomes a note.
     """
     settings = plan(record, data, config, changes)
+    device = device_of(config.device)
+    reference = load(config.reference, device) if config.reference else None
     if data.test is None:
         return Progress(notes=data.notes)
     if not record.has_encoder:
         why = "The run has no encoder yet: the first checkpoint writes it."
         return Progress(notes=(*data.notes, why), settings=settings)
     points, notes = [], list(data.notes)
+    own = files.key_of([None if s is None else files.identity(s) for s in (data.train, data.test)])
     for label, step, place in _encoders(record, config):
-        encoder = load(place, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folders = [folder / encoder.fingerprint() for folder in (record.folder / "report", *kept)]
+        try:
+            encoder = load(place, device) if reference is None or step is not None else reference
+        except UserError as error:
+            notes.append(f"{label} was not measured: {error}")
+            continue
+        folders = [folder / encoder.fingerprint() / own for folder in (record.folder / "report", *kept)]
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
-        share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else None
-        points.append(Point(label, step, results, share))
+        share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)
+        points.append(Point(label, step, results, *share))
     return Progress(tuple(points), tuple(dict.fromkeys(notes)), settings)
 
 
 def _encoders(record: Record, config: ReportConfig) -> list[tuple[str, int | None, str | Path]]:
     """Label, step and place of what is measured; of the kept encoders at most `checkpoints`."""
-    kept = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.step]
+    kept = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.encoder_step]
     if len(kept) > config.checkpoints:
         chosen = np.linspace(0, len(kept), config.checkpoints + 2)[1:-1].astype(int)
         kept = [kept[i] for i in dict.fromkeys(chosen.tolist())]
     found: list[tuple[str, int | None, str | Path]] = [(UNTRAINED, 0, f"untrained:{record.folder}")]
     found += [(f"step {step:,}", step, path) for step, path in kept]
-    found.append((END, record.step, record.folder))
+    found.append((END, record.encoder_step, record.folder))
     return found + ([(config.reference, None, config.reference)] if config.reference else [])
 
 
@@ -184,11 +194,14 @@ def _evaluate(
 
 
 def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
-    """An earlier result of the encoder whose folder this is, if all else is the same as well."""
+    """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
     path = folder / "results" / f"{name}.json"
-    if not path.is_file() or data.test is None:
+    if not files.read_tree(path) or data.test is None:
         return None
-    result = Result.read(path)
+    try:
+        result = Result.read(path)
+    except UserError:  # of another version
+        return None
     config = configure((name,), {name: wanted})[name]
     same = json.loads(json.dumps(to_dict(config))) == result.settings
     for which, source in (("train", data.train), ("test", data.test)):
@@ -206,37 +219,47 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
 # -- place ---------------------------------------------------------------------------------------------------
 
 
-def place_share(patches: Float[Tensor, "P N D"]) -> float:
-    """Share of the variance of patches that their place explains, in [0, 1]; 0 for constant features.
+def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
+    """Share of the variance of patches that their place explains, in [0, 1], and of how many pictures.
 
-    Components of variance of a one-way analysis with the N places as groups of P >= 2 pictures: the
-    variance of the places' means, less what it would have by chance (within / P), over its sum with that
-    within places.
+    Components of variance of a one-way analysis with the N places as groups of all pictures, at least 2: the
+    variance of the places' means, less what it would have by chance (within / pictures), over its sum with
+    that within places; 0 for constant features and for a single picture. Batches are read one by one.
     """
-    x = patches.double()
-    within = x.var(dim=0, correction=1).sum(dim=1).mean().item()
-    between = x.mean(dim=0).var(dim=0, correction=1).sum().item() - within / len(x)
+    mean, squares, count = torch.zeros(()), torch.zeros(()), 0
+    for batch in batches:
+        x, before = batch.double(), count
+        count += len(x)
+        step = x.mean(dim=0) - mean
+        squares = squares + (x - x.mean(dim=0)).square().sum(dim=0)
+        squares = squares + step.square() * before * len(x) / count
+        mean = mean + step * len(x) / count
+    if count < 2:
+        return 0.0, count
+    within = (squares / (count - 1)).sum(dim=1).mean().item()
+    between = mean.var(dim=0, correction=1).sum().item() - within / count
     total = max(between, 0.0) + within
-    return max(between, 0.0) / total if total > 0 else 0.0
+    return (max(between, 0.0) / total if total > 0 else 0.0), count
 
 
-def _place_share(encoder: Encoder, source: Source, folders: Sequence[Path]) -> float | None:
+def _place_share(
+    encoder: Encoder, source: Source, folders: Sequence[Path]
+) -> tuple[float | None, int | None]:
     """Of the encoder's patches on some pictures, kept like results; None where too few can be read."""
-    about = {"pictures": PLACES_OF, "fingerprint": source.fingerprint(), "foveola": foveola.__version__}
-    for path in (folder / "place.json" for folder in folders):
-        if path.is_file() and (tree := json.loads(path.read_text(encoding="utf-8"))).get("about") == about:
-            return tree["share"]
-    samples = [sample for _, sample in choose_samples(source, PLACES_OF)]
-    if len(samples) < 2 or encoder.grid == (1, 1):
-        return None
-    patches = [
-        encoder(
-            torch.stack([encoder.transform(sample.image) for sample in samples[i : i + 16]])
-        ).patches.cpu()
-        for i in range(0, len(samples), 16)
-    ]
-    share = place_share(torch.cat(patches))
-    folders[0].mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"about": about, "share": share}) + "\n"
-    (folders[0] / "place.json").write_text(text, encoding="utf-8")
-    return share
+    about = {"pictures": PLACES_OF, "data": files.identity(source), "foveola": foveola.__version__}
+    for folder in folders:
+        tree = files.read_tree(folder / "place.json")
+        if tree.get("about") == about and isinstance(tree.get("share"), float):
+            return tree["share"], tree.get("used")
+    if encoder.grid == (1, 1):
+        return None, None
+    patches = (
+        encoder(encoder.transform(sample.image)[None]).patches.cpu()
+        for _, sample in each_sample(source, PLACES_OF)
+    )
+    share, used = place_share(patches)
+    if used < 2:
+        return None, None
+    tree = {"about": about, "share": share, "used": used}
+    files.write(folders[0] / "place.json", json.dumps(tree) + "\n")
+    return share, used

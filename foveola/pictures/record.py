@@ -1,6 +1,7 @@
 """What a run folder holds, read without the training code: also of old, unfinished and resumed runs."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,9 @@ from foveola.config import ConfigError, UserError, read_yaml
 from foveola.schedules import steps_of
 
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
+PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
+CHECKPOINT = re.compile(r"step-(\d+)", re.ASCII)
+ENCODER = "config.json", "model.safetensors"  # its files
 TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
 
 
@@ -32,6 +36,12 @@ class Record:
     def step(self) -> int:
         """Steps done, as far as they were logged."""
         return int(self.lines[-1]["step"] or 0) if self.lines else 0
+
+    @cached_property
+    def encoder_step(self) -> int:
+        """Steps behind `encoder/`: those of the newest checkpoint; as far as logged where there is none."""
+        found = (CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("step-*"))
+        return max((int(match[1]) for match in found if match), default=self.step)
 
     @cached_property
     def steps_per_epoch(self) -> int | None:
@@ -58,22 +68,18 @@ class Record:
 
     @property
     def has_encoder(self) -> bool:
-        return all(
-            (self.folder / "encoder" / name).is_file() for name in ("config.json", "model.safetensors")
-        )
+        return _is_encoder(self.folder / "encoder")
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the encoders that were kept on the way, by rising step."""
-        found = (self.folder / "encoders").glob("step-*/config.json")
-        numbered = [(path.parent.name.removeprefix("step-"), path.parent) for path in found]
-        return sorted((int(number), path) for number, path in numbered if number.isdecimal())
+        found = [(CHECKPOINT.fullmatch(p.name), p) for p in (self.folder / "encoders").glob("step-*")]
+        return sorted((int(match[1]), path) for match, path in found if match and _is_encoder(path))
 
     def pictures(self) -> dict[str, Path]:
         """The newest of the pictures that training drew, by name."""
-        named: dict[str, Path] = {}
-        for path in sorted((self.folder / "pictures").glob("*-*.png")):
-            named[path.stem.rpartition("-")[0]] = path
-        return named
+        found = [(PICTURE.fullmatch(path.name), path) for path in (self.folder / "pictures").glob("*-*.png")]
+        numbered = [(match["name"], int(match["step"]), path) for match, path in found if match]
+        return {name: path for name, _, path in sorted(numbered)}
 
     def prototypes(self) -> dict[str, int]:
         """Prototypes of each kind of targets, by its name in the metrics ("token", "clustering")."""
@@ -85,6 +91,10 @@ class Record:
                 counts[term] = count
         clusters = self.get("method.clustering.prototypes")
         return counts | ({"clustering": clusters} if isinstance(clusters, int) else {})
+
+
+def _is_encoder(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ENCODER)
 
 
 def setting(tree: Any, path: str, default: Any = None) -> Any:

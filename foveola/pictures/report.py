@@ -1,5 +1,6 @@
 """`foveola report`: what a run learned and whether it helped, on one page that opens anywhere."""
 
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,7 +11,7 @@ import foveola
 from foveola.config import UserError, build
 from foveola.evaluation.protocol import PROTOCOLS
 from foveola.models.encoder import load
-from foveola.pictures import page, sections
+from foveola.pictures import kept, page, sections
 from foveola.pictures.health import Facts, health
 from foveola.pictures.progress import END, UNTRAINED, Progress, measure
 from foveola.pictures.record import Record, read_runs
@@ -37,8 +38,9 @@ def report(
             others are settings of the protocols (`limit=500`, `knn={"k": (20,)}`).
 
     Results are kept in RUN/report/<fingerprint of the encoder>/ and used again while encoder, settings, data
-    and version are the same. Raises UserError for what is no run folder, unknown keys, bad values, data and
-    reference that were asked for and cannot be opened. What a run itself lacks is said on the page.
+    (with sizes and times of files) and version are the same. Raises UserError for what is no run folder,
+    unknown keys, bad values, a device, data and reference that were asked for and are not there. What a run
+    itself lacks is said on the page.
     """
     records = read_runs([runs] if isinstance(runs, str | Path) else list(runs))
     config, changes = configure(settings | ({} if out is None else {"out": str(out)}))
@@ -50,12 +52,11 @@ def report(
         if progress:
             print(f"report: {record.name}", file=sys.stderr, flush=True)
         data = open_data(record, config)
-        kept = [other.record.folder / "report" for other in found]
-        measured = measure(record, data, config, changes, kept)
+        others = [other.record.folder / "report" for other in found]
+        measured = measure(record, data, config, changes, others)
         found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))
     text = render(found, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    kept.write(path, text)
     return path
 
 
@@ -76,24 +77,38 @@ def facts_of(record: Record, progress: Progress) -> Facts:
     size, patch = record.get("views.global_size"), record.get("model.patch_size")
     first, last = progress.point(UNTRAINED), progress.point(END)
     share = None if last is None else last.place_share
-    views = record.get("views.global_count", GLOBAL_VIEWS)
+    views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
+    parts = (record.get("accumulate") or 1) * (processes or 1)
     return Facts(
         method=str(record.get("method.name", "")),
         precision=str(record.get("precision", "fp32")),
         total_steps=record.total_steps,
         prototypes=record.prototypes(),
-        features=(record.get("batch_size") or 0) * (views or 1) or None,
+        features=(record.get("batch_size") or 0) // parts * (views or 1) or None,
         width=_width(record),
         places=(size // patch) ** 2 if size and patch else None,
         notes=record.notes,
         place_share=None if share is None else (share, None if first is None else first.place_share),
+        place_pictures=None if last is None else last.place_pictures,
+        processes=processes,
     )
+
+
+def _processes(record: Record) -> int | None:
+    """Over how many the run's batches were spread, as its log says; None for logs that do not."""
+    found = [re.search(r"  foveola .*; (\d+) process(es)? on ", note) for note in record.notes]
+    return next((int(match[1]) for match in reversed(found) if match), None)
 
 
 def _width(record: Record) -> int | None:
     if record.get("model.width"):
         return record.get("model.width")
-    return load(record.folder).config.model.shape[0] if record.has_encoder else None
+    if not record.has_encoder:
+        return None
+    try:
+        return load(record.folder).config.model.shape[0]
+    except UserError:  # damaged, which the measurements say
+        return None
 
 
 # -- the page ------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """What a report was asked for, and the pictures it measures and draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from foveola.config import UserError, key
 from foveola.data.sample import BadImage, Sample
-from foveola.data.sources import Source, decode, open_source
+from foveola.data.sources import Source, decode, open_source, same_data
 from foveola.pictures.record import Record
 
 LOOKED_AT = 32  # pictures of which labels are looked for
@@ -33,7 +33,7 @@ class ReportConfig:
     limit: int | None = key(
         None, "pictures of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1
     )
-    device: str | None = key(None, "cpu, cuda, cuda:1; null = a GPU if there is one")
+    device: str | None = key(None, "auto, cpu, cuda, cuda:1; null = auto: a GPU if there is one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Data:
         """Whether the bank and the queries are the same pictures."""
         if self.train is None or self.test is None:
             return False
-        return self.train.fingerprint() == self.test.fingerprint()
+        return same_data(self.train, self.test)
 
 
 def open_data(record: Record, config: ReportConfig) -> Data:
@@ -99,14 +99,19 @@ def _samples(source: Source, indices: Sequence[int]) -> list[Sample]:
 
 def choose_samples(source: Source, count: int, seed: int = 0) -> list[tuple[int, Sample]]:
     """`count` pictures of a source drawn by seed: index and sample with pixels; fewer where some are bad."""
-    chosen: list[tuple[int, Sample]] = []
+    return list(each_sample(source, count, seed))
+
+
+def each_sample(source: Source, count: int, seed: int = 0) -> Iterator[tuple[int, Sample]]:
+    """What `choose_samples` chooses, one by one: no more than one picture is in memory."""
+    left = count
     for index in np.random.default_rng(seed).permutation(len(source)).tolist():
-        if len(chosen) == count:
+        if not left:
             break
         for sample in _samples(source, (index,)):
             try:
                 pixels = decode(sample.image)
             except BadImage:
                 continue
-            chosen.append((index, Sample(pixels, sample.name, sample.objects, sample.label)))
-    return chosen
+            left -= 1
+            yield index, Sample(pixels, sample.name, sample.objects, sample.label)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from foveola.models.encoder import load
+from foveola.config import UserError
+from foveola.models.encoder import Encoder, load
 from foveola.pictures import answers, page
 from foveola.pictures.curves import curves
 from foveola.pictures.health import Verdict, values, worst
@@ -87,21 +88,31 @@ def _about(each: Findings) -> dict[str, str]:
 
 
 def _network(record: Record) -> str:
-    if not record.has_encoder:
+    encoder, why = _loaded(record)
+    if encoder is None:
         width, depth = record.get("model.width"), record.get("model.depth")
         size = (
             f"width {width}, {depth} blocks"
             if width and depth
             else str(record.get("model.size", "not known"))
         )
-        return f"ViT, {size}, patches of {record.get('model.patch_size', '?')}; no encoder written yet"
-    encoder = load(record.folder)
+        return f"ViT, {size}, patches of {record.get('model.patch_size', '?')}; {why}"
     width, depth, heads = encoder.config.model.shape
     count = sum(parameter.numel() for parameter in encoder.parameters())
     return (
         f"ViT, width {width}, {depth} blocks, {heads} heads, patches of {encoder.patch_size} on "
         f"{encoder.config.transform.crop} pixels, {count / 1e6:.2f} M parameters"
     )
+
+
+def _loaded(record: Record) -> tuple[Encoder | None, str]:
+    """The encoder at the end of the run, or None and why there is none."""
+    if not record.has_encoder:
+        return None, "no encoder written yet"
+    try:
+        return load(record.folder), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _duration(seconds: float) -> str:
@@ -254,17 +265,39 @@ def usage(each: Findings) -> str:
         'features = encoder(encoder.transform(Image.open("picture.jpg"))[None])',
         "print(features.objects.shape, features.patches.shape)  # one token and all patches of the picture",
     ]
-    data = shlex.quote(str(each.record.get("data") or "folder:/my/pictures"))
     run = shlex.quote(folder)
-    commands = [
-        f"foveola evaluate knn model={run} train={data} test={data}",
-        f"foveola export {run} out=encoder-for-timm format=timm",
-    ]
+    commands = [_evaluation(each, run)]
+    rest = page.paragraph("Other libraries have no such network: export cannot write it.", "note")
+    if _expressed(each.record):
+        commands.append(f"foveola export {run} out=encoder-for-timm format=timm")
+        rest = ""
     return "".join(
         [
             page.tag("h3", "In Python"),
             page.code("\n".join(lines)),
             page.tag("h3", "Measure it, or take it to another library"),
             page.code("\n".join(commands)),
+            rest,
         ]
     )
+
+
+def _evaluation(each: Findings, run: str) -> str:
+    """A command that measures the run on its pictures: what can be measured without labels, or k-NN."""
+    train, test = each.data.train, each.data.test
+    if train is None or test is None or each.data.labels is None:
+        place = test.name if test else str(each.record.get("data") or "folder:/my/pictures")
+        return f"foveola evaluate label_free model={run} test={shlex.quote(place)}"
+    words = f"foveola evaluate knn model={run} train={shlex.quote(train.name)} test={shlex.quote(test.name)}"
+    words += " rows=objects view=object" if each.data.labels == "objects" else ""
+    return words + (" exclude_self=true" if each.data.same else "")
+
+
+def _expressed(record: Record) -> bool:
+    """Whether other libraries have networks of this kind, so that it can be exported."""
+    encoder, _ = _loaded(record)
+    if encoder is None:
+        return record.get("model.positions") != "rope"
+    model = encoder.config.model
+    plain = model.norm == "layer" and model.final_norm_affine and model.bias
+    return plain and model.positions != "rope" and encoder.config.pool != "predictor"

@@ -1,8 +1,6 @@
 """The pictures of a report: what the trained encoder makes of the user's own, and what training drew."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +8,8 @@ import foveola
 from foveola.config import UserError
 from foveola.evaluation.rows import ExtractConfig
 from foveola.models.encoder import Encoder, load
-from foveola.pictures import page
+from foveola.pictures import kept, page
+from foveola.pictures.device import device_of
 from foveola.pictures.gallery import attention_sheet, pca_sheet
 from foveola.pictures.nearest import neighbour_sheet
 from foveola.pictures.panel import Sheet
@@ -47,22 +46,27 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
         return page.paragraph("There are no pictures to draw; data= says where some are.", "note")
     if not record.has_encoder:
         return page.paragraph("The run has no encoder yet.", "note")
-    trained = load(record.folder)
+    device = device_of(config.device)
+    try:
+        trained = load(record.folder, device)
+    except UserError as error:
+        return page.paragraph(f"No pictures of the encoder: {error}", "note")
     rows = _rows(progress, config)
     about = {
         "foveola": foveola.__version__,
-        "data": [data.train.fingerprint(), data.test.fingerprint()],
+        "data": [kept.identity(data.train), kept.identity(data.test)],
         "pictures": config.pictures,
         "rows": rows,
     }
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    path = record.folder / "report" / trained.fingerprint() / f"pictures-{key}.html"
-    if not path.is_file():
-        both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}"), "trained": trained}
-        text = "".join(_each(both, data, rows, config.pictures))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return page.tag("div", path.read_text(encoding="utf-8"), "sheets")
+    path = record.folder / "report" / trained.fingerprint() / f"pictures-{kept.key_of(about)}.html"
+    text = kept.read(path)
+    if text is None:
+        both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}", device), "trained": trained}
+        drawn = list(_each(both, data, rows, config.pictures))
+        text = "".join(html for html, _ in drawn)
+        if all(whole for _, whole in drawn):
+            kept.write(path, text)
+    return page.tag("div", text, "sheets")
 
 
 def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
@@ -72,14 +76,16 @@ def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
     return {"limit": config.limit or LIMIT} | settings
 
 
-def _each(both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int) -> Iterator[str]:
-    """Each sheet as HTML, or a line that says why it could not be drawn."""
+def _each(
+    both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int
+) -> Iterator[tuple[str, bool]]:
+    """Each sheet as HTML and True, or a line that says why it could not be drawn, and False."""
     assert data.train is not None
     assert data.test is not None
     chosen = choose_samples(data.test, count)
     samples, names = [sample for _, sample in chosen], [sample.name for _, sample in chosen]
     if not samples:
-        yield page.paragraph(f"None of the pictures of {data.test.name} can be read.", "note")
+        yield page.paragraph(f"None of the pictures of {data.test.name} can be read.", "note"), False
         return
     trained, indices = both["trained"], [index for index, _ in chosen]
     settings = ExtractConfig(**rows)
@@ -96,9 +102,9 @@ def _each(both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int
         del drawers["positions"]
     for kind, drawer in drawers.items():
         try:
-            yield page.sheet(_with_note(drawer(), ABOUT[kind]), names, kind)
+            yield page.sheet(_with_note(drawer(), ABOUT[kind]), names, kind), True
         except UserError as error:
-            yield page.paragraph(f"{kind} could not be drawn: {error}", "note")
+            yield page.paragraph(f"{kind} could not be drawn: {error}", "note"), False
 
 
 def _with_note(sheet: Sheet, about: str) -> Sheet:
@@ -109,17 +115,21 @@ def _with_note(sheet: Sheet, about: str) -> Sheet:
 
 def _drawn(record: Record) -> str:
     """The newest picture of each kind that training drew."""
-    figures = []
+    figures, notes = [], []
     for name, path in record.pictures().items():
         told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
-        picture = page.image(page.read_picture(path), f"{told}, drawn in training")
+        try:
+            pixels = page.read_picture(path)
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for torn files
+            notes.append(f"{path.name} cannot be read: {error}")
+            continue
+        picture = page.image(pixels, f"{told}, drawn in training")
         figures.append(
             page.tag(
                 "figure", page.tag("figcaption", page.escape(told)) + page.scroll(picture, told), "drawn"
             )
         )
-    return (
-        page.tag("h3", "Drawn while training") + page.tag("div", "".join(figures), "drawings")
-        if figures
-        else ""
-    )
+    if not figures and not notes:
+        return ""
+    drawings = page.tag("div", "".join(figures), "drawings") if figures else ""
+    return page.tag("h3", "Drawn while training") + drawings + page.items(notes, "note")

@@ -12,6 +12,7 @@ from foveola.data.sources import Source, open_source
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import gallery
 from foveola.pictures.choice import choose, pairs_of, points_of, samples_of
+from foveola.pictures.device import device_of
 from foveola.pictures.panel import Sheet, save
 from foveola.pictures.pca import Basis, Maps, fit_basis
 from foveola.pictures.settings import (
@@ -26,6 +27,9 @@ from foveola.pictures.settings import (
     SimilarityConfig,
 )
 from foveola.pictures.tiles import named, pictures_of, size_of
+
+# Other files of pictures, which are not written; a folder's name may have another dot.
+OTHERS = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps")
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,11 @@ def visualize(
     `foveola.pictures.gallery`. Raises UserError for unknown kinds and keys, bad values, and what an encoder
     or the data does not have.
     """
-    out = Path(out)
-    sheet = draw(kind, model, data, train=train, device=device, **settings)
-    config = configure(kind, settings)
+    out, config = Path(out), configure(kind, settings)
     alone = out.suffix.lower() == ".png"
-    if out.suffix and not alone and not out.is_dir():
+    if out.suffix.lower() in OTHERS and not out.is_dir():
         raise UserError(f"out={out}: expected a folder, or a file that ends in .png")
+    sheet = draw(kind, model, data, train=train, device=device, **settings)
     path = out if alone else out / f"{kind}.png"
     written = [save(sheet.draw(config.cell), path)]
     if config.each:
@@ -121,7 +124,7 @@ def open_models(
         return named(model)
     if isinstance(model, str | Path):
         model = [model] if Path(model).exists() else [part.strip() for part in str(model).split(",")]
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_of(device)
     texts = [str(one).rstrip("/") for one in model]
     if not texts or not all(texts) or len(set(texts)) < len(texts):
         raise UserError(f"model: expected different models, got {', '.join(texts) or 'none'}")

@@ -10,6 +10,7 @@ from PIL import Image
 import foveola
 from foveola import cli
 from foveola.config import UserError
+from foveola.console import split
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation.features import extract
@@ -256,6 +257,24 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "joint=true", "save_basis=kept/b.safetensors", "out=a.png"]) == 0
     assert cli.main([*words, "basis=kept/b.safetensors", "out=b.png"]) == 0
     assert Path("a-001-1-features.png").read_bytes() == Path("b-001-1-features.png").read_bytes()
+
+
+def test_out_and_device_are_checked_before_anything_is_drawn(tmp_path, monkeypatch):
+    path = foveola.visualize("pca", ENCODER, DATA, out=tmp_path / "v1.5", count=1)[0]
+    assert path == tmp_path / "v1.5" / "pca.png"
+    ENCODER.save(tmp_path / "a,b=1")
+    assert list(open_models(str(tmp_path / "a,b=1"), "cpu")) == ["a,b=1"]
+    with pytest.raises(UserError, match="no such device: 'foo'"):
+        open_models(str(tmp_path / "a,b=1"), "foo")
+    monkeypatch.setattr("foveola.pictures.visualize.draw", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(UserError, match="expected a folder"):
+        foveola.visualize("pca", ENCODER, DATA, out=tmp_path / "a.svg")
+
+
+def test_words_that_are_paths_are_names(tmp_path):
+    (tmp_path / "lr=0.1").mkdir()
+    words = [f"{tmp_path}/lr=0.1", "lr=0.1", f"data=folder:{tmp_path}", f"{tmp_path}/lr=0.2"]
+    assert split(words, ())[:2] == (words[:1], words[1:])
 
 
 def test_help(capsys):

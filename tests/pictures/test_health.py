@@ -168,7 +168,9 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
     lines = series("effective_rank", 15.0)
     check(h.rank(lines, Facts(width=384, features=16)), "OK", "of at most 16")
     check(h.rank(lines, Facts(width=384)), "LOOK", "of at most 384")
-    check(h.rank(series("effective_rank", 9.9), Facts(width=1000, features=2000)), "BAD", "one direction")
+    check(h.rank(series("effective_rank", 9.9), Facts(width=1000, features=2000)), "BAD", "hardly any")
+    check(h.rank(series("effective_rank", 1.4), Facts(width=96)), "BAD", "one direction")
+    check(h.rank(lines, Facts(features=16, processes=2)), "OK", "of one process)")
     check(h.rank(lines, Facts()), "NOT KNOWN", "15.0")
     check(h.rank([], Facts(width=3)), "NOT KNOWN")
 
@@ -177,8 +179,12 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
     ("share", "state"), [(0.5 - EPS, "OK"), (0.5 + EPS, "LOOK"), (0.9 - EPS, "LOOK"), (0.91, "BAD")]
 )
 def test_place_by_what_there_is(share: float, state: str) -> None:
-    measured = h.place([], Facts(place_share=(share, 0.087)))
-    check(measured, state, f"{100 * share:.1f} %", "untrained: 8.7 %", "50 %", "90 %")
+    trained = 0.087 + share * (1 - 0.087)  # of what the untrained one leaves
+    measured = h.place([], Facts(place_share=(trained, 0.087), place_pictures=64))
+    check(measured, state, f"{100 * trained:.1f} %", "64 pictures", "8.7 % untrained", "50 %", "90 %")
+    check(h.place([], Facts(place_share=(share, None))), state, f"{100 * share:.1f} %")
+    check(h.place([], Facts(place_share=(share, 0.087), place_pictures=31)), "NOT KNOWN", "31 pictures", "32")
+    check(h.place([], Facts(place_share=(0.95, 0.95), place_pictures=64)), "OK", "0.0 %")
     logged = series("targets/std", 2.0, **{"targets/content_std": 2 * math.sqrt(1 - share)})
     check(h.place(logged, Facts(place_share=(0.0, 0.0))), state, f"{100 * share:.1f} %")
 
@@ -219,7 +225,8 @@ def test_steps_that_are_not_finite() -> None:
 
 def test_overflow_is_ordinary_in_half_precision() -> None:
     lines = [line | {"grad_norm": None} for line in series("loss", 1.0, 1.0)] + series("loss", 1.0)
-    check(h.finite(lines, Facts(precision="fp16")), "OK", "fp16")
+    check(h.finite(lines, Facts(precision="fp16")), "LOOK", "fp16", "10 %")
+    check(h.finite(lines[:1] + series("loss", *[1.0] * 19), Facts(precision="fp16")), "OK", "fp16")
     check(h.finite(lines, Facts(precision="bf16")), "BAD")
 
 

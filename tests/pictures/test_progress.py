@@ -14,6 +14,7 @@ from foveola.data.sources import open_source
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
 from foveola.models.vit import ViTConfig
 from foveola.pictures import progress as module
+from foveola.pictures.device import device_of
 from foveola.pictures.progress import measure, place_share, plan
 from foveola.pictures.record import Record, read_runs
 from foveola.pictures.request import Data, ReportConfig, choose_samples, open_data
@@ -39,17 +40,20 @@ def test_place_share_equals_naive_components_of_variance() -> None:
         means = [sum(x[p, n, d].item() for p in range(7)) / 7 for n in range(5)]
         between += sum((m - sum(means) / 5) ** 2 for m in means) / 4
     between -= within / 7
-    assert place_share(x) == pytest.approx(between / (between + within), rel=1e-5)
+    wanted = pytest.approx(between / (between + within), rel=1e-5)
+    assert place_share([x]) == (wanted, 7)
+    assert place_share(iter([x[:1], x[1:5], x[5:]])) == (wanted, 7), "one by one"
+    assert place_share([]) == (0.0, 0)
 
 
 def test_place_share_of_known_cases() -> None:
     torch.manual_seed(0)
     place, content = torch.randn(1, 64, 8), torch.randn(40, 64, 8)
-    assert place_share(place.expand(40, -1, -1)) == pytest.approx(1)
-    assert place_share(content) < 0.01
-    assert place_share(place + content) == pytest.approx(0.5, abs=0.08)
-    assert place_share(torch.ones(4, 5, 6)) == 0
-    assert place_share(content[:, :1].expand(-1, 64, -1)) == 0  # every picture is one colour
+    assert place_share([place.expand(40, -1, -1)])[0] == pytest.approx(1)
+    assert place_share([content])[0] < 0.01
+    assert place_share([place + content])[0] == pytest.approx(0.5, abs=0.08)
+    assert place_share([torch.ones(4, 5, 6)])[0] == 0
+    assert place_share([content[:, :1].expand(-1, 64, -1)])[0] == 0  # every picture is one colour
 
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def test_results_of_another_version_or_of_other_data_are_not_used(run: Path, tmp
     config, changes = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0, limit=6), {"k": [3]}
     data = open_data(found, config)
     measure(found, data, config, changes)
-    path = copy / "report" / load(copy).fingerprint() / "results" / "knn.json"
+    (path,) = (copy / "report" / load(copy).fingerprint()).glob("*/results/knn.json")
     kept = json.loads(path.read_text())
 
     def spoiled(**change: object) -> float:
@@ -220,6 +224,57 @@ def test_results_of_another_version_or_of_other_data_are_not_used(run: Path, tmp
     assert spoiled(versions=kept["versions"] | {"foveola": "0.0"}) != -1
     assert spoiled(settings=kept["settings"] | {"temperature": 0.5}) != -1
     assert spoiled(data=kept["data"] | {"train": kept["data"]["train"] | {"fingerprint": "other"}}) != -1
+    for torn in ("", "{", "[1]"):
+        path.write_text(torn)
+        assert measure(found, data, config, changes).points[-1].results["knn"].metrics["top1_plain"] >= 0
+        (place,) = path.parents[1].glob("place.json")
+        place.write_text(torn)
+
+
+def test_the_same_names_with_other_pixels_are_measured_again(run: Path, tmp_path: Path) -> None:
+    copy, flat = Path(shutil.copytree(run, tmp_path / "run")), pictures_in(tmp_path / "flat", 0)
+    (found,) = read_runs([copy])
+    config = ReportConfig(device="cpu", data=f"folder:{flat}", protocols=("label_free",), checkpoints=0)
+
+    def point() -> module.Point:
+        return measure(found, open_data(found, config), config, {"limit": 6}).points[-1]
+
+    first = point()
+    assert point().results == first.results
+    from PIL import Image
+
+    for path in flat.iterdir():
+        Image.effect_noise((24, 24), 90).convert("RGB").save(path)
+    second = point()
+    assert second.results != first.results
+    assert second.place_share != first.place_share
+
+
+def test_an_interrupted_run_and_a_damaged_encoder(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "checkpoints" / "step-00000060").mkdir(parents=True)
+    (copy / "encoders" / "step-00000025" / "model.safetensors").write_bytes(b"torn")
+    (found,) = read_runs([copy])
+    config = ReportConfig(device="cpu", protocols=("knn",))
+    measured = measure(found, open_data(found, config), config, {"k": [3]})
+    assert [(p.label, p.step) for p in measured.points] == [("untrained", 0), ("step 50", 50), ("end", 60)]
+    (note,) = measured.notes
+    assert note.startswith("step 25 was not measured: ")
+    assert "damaged" in note
+
+
+def test_a_device_that_is_not_there(run: Path) -> None:
+    (found,) = read_runs([run])
+    for name, words in (
+        ("foo", "no such device: 'foo'"),
+        ("cuda:99", "no GPU with index 99"),
+        ("meta", "meta"),
+    ):
+        config = ReportConfig(device=name)
+        with pytest.raises(UserError, match=words):
+            measure(found, open_data(found, config), config, {})
+    assert device_of("cpu") == torch.device("cpu")
+    assert device_of("auto") == device_of(None)
 
 
 def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) -> None:

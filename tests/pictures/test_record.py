@@ -97,9 +97,11 @@ def test_encoders_and_pictures_on_the_way(tmp_path: Path) -> None:
     for name in ("step-00000020", "step-00000003", "step-x", ".step-00000009"):
         (run / "encoders" / name).mkdir(parents=True)
         (run / "encoders" / name / "config.json").write_text("{}")
+        (run / "encoders" / name / "model.safetensors").write_bytes(b"")
     (run / "encoders" / "step-00000030").mkdir()  # not whole
+    (run / "encoders" / "step-00000030" / "config.json").write_text("{}")
     (run / "pictures").mkdir()
-    for name in ("a-00000010.png", "a-00000002.png", "two_words-00000001.png", "other.png"):
+    for name in ("a-00000010.png", "a-00000002.png", "two_words-00000001.png", "other.png", "my-own.png"):
         (run / "pictures" / name).write_bytes(b"")
     (record,) = read_runs([run])
     assert [step for step, _ in record.checkpoints()] == [3, 20]
@@ -108,6 +110,10 @@ def test_encoders_and_pictures_on_the_way(tmp_path: Path) -> None:
         "two_words": "two_words-00000001.png",
     }
     assert not record.has_encoder
+    assert record.encoder_step == record.step == 0
+    for name in ("step-00000007", "step-00000020", ".writing-step-00000030", "step-x"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    assert read_runs([run])[0].encoder_step == 20
 
 
 def test_settings_by_path() -> None:

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -214,6 +215,39 @@ def test_runs_of_different_methods_side_by_side(page: Path, runs: Path, tmp_path
         "targets that do not",
     ):
         assert words in text, words
+
+
+def test_what_cannot_be_read_is_said(runs: Path, page: Path, no_charts: None, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "odis", tmp_path / "run"))
+    (run / "pictures" / "mine-00000003.png").write_bytes(b"no picture")
+    (run / "pictures" / "my-own.png").write_bytes(b"")
+    for kept in run.glob("report/*/pictures-*.html"):
+        kept.write_text("")
+    text = html.unescape(report(run, **QUICK).read_text(encoding="utf-8"))
+    assert "mine-00000003.png cannot be read" in text
+    assert "Same things should find each other" in text, "drawn again"
+    (run / "encoder" / "model.safetensors").write_bytes(b"torn")
+    text = html.unescape(report(run, **QUICK).read_text(encoding="utf-8"))
+    assert "end was not measured: " in text
+    assert "No pictures of the encoder" in text
+    with pytest.raises(UserError, match="no such device"):
+        report(run, progress=False, device="foo")
+
+
+def test_the_commands_work(page: Path, runs: Path) -> None:
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    found = re.search(r"foveola (evaluate .*)", text)
+    assert found is not None
+    more = ["limit=8", "workers=0", "device=cpu", "k=[3]"]
+    assert cli.main([*shlex.split(found[1]), *more]) == 0
+
+
+def test_titles_are_no_patterns() -> None:
+    from foveola.pictures import page as pieces
+    from foveola.pictures.plots import Chart, Line
+
+    drawn = pieces.chart(Chart(r"a\1b\g<x>", [Line("one", [0.0, 1.0], [0.0, 1.0])], "step", "y"), "s")
+    assert r"a\1b\g&lt;x&gt;" in drawn
 
 
 @pytest.mark.parametrize("left", ["config alone", "no pictures", "old encoder gone"])

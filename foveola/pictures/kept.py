@@ -1,0 +1,44 @@
+"""What reports keep beside a run: files that are whole or not there, named by the pictures they are of."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from foveola.data.sources import Source, stamp_of
+
+
+def identity(source: Source) -> list[str]:
+    """Changes with names, labels, annotations, and the sizes and times of files: with the pixels, too."""
+    return [source.fingerprint(), *stamp_of(source)]
+
+
+def key_of(about: Any) -> str:
+    """A short name of anything that JSON can hold: part of a path."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: an interruption leaves the old one or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> str | None:
+    """The text of a kept file; None for one that is missing, empty or unreadable: it is made anew."""
+    try:
+        return path.read_text(encoding="utf-8") or None
+    except (OSError, ValueError):
+        return None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The JSON object in a kept file; empty for one that is missing or torn."""
+    try:
+        tree = json.loads(read(path) or "{}")
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
