@@ -430,6 +430,7 @@ SMALL = {  # 16 prototypes for 64 tokens, and pictures that are hardly changed: 
     "model.image_size": 32,
     "model.registers": 4,
     "model.mlp": "swiglu",
+    "model.layer_scale": 1e-5,
     "model.drop_path": 0.1,
     "model.drop_path_rule": "constant",
     "model.drop_path_subset": True,
