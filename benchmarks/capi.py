@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.step import canvases, flops, seconds
-from foveola.losses import assignment_loss, cluster
+from foveola.clustering import cluster
+from foveola.losses import assignment_loss
 from foveola.methods.capi import Capi
 from foveola.schedules import Progress
 from foveola.training.recipe import resolve

@@ -1,6 +1,7 @@
 """Which way imports point, and what importing costs."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -150,3 +151,9 @@ def test_calls_are_checked_against_their_annotations():
         config.nearest(3, [])
     with pytest.raises(TypeCheckError):
         distributed.all_reduce_mean(torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_find_what_they_measure(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    importlib.import_module(f"benchmarks.{path.stem}".removesuffix(".__init__"))
