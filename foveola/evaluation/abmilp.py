@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, relu
+from torch.nn.functional import gelu, relu
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +19,7 @@ from foveola.evaluation.kinds import ATTENTION, EXTERNAL, need
 from foveola.evaluation.linear import BatchNorm, LinearBank, length_of, need_of
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.probing import Columns, ProbeConfig, batches, open_task
-from foveola.evaluation.solvers import OPTIMIZERS, OptimizerName, warm_cosine
+from foveola.evaluation.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
 from foveola.models.encoder import Encoder
 
 Activation = Literal["relu", "gelu", "tanh"]
@@ -106,10 +106,7 @@ class AbmilpBank:
                     dim=1,
                 )
                 logits = self._classify(self.norm.train(pooled), leaves)
-                every = labels.expand(len(logits), -1).flatten()
-                loss = cross_entropy(logits.flatten(0, 1), every, reduction="sum") / len(y)
-                for sum_, g in zip(total, torch.autograd.grad(loss, leaves), strict=True):
-                    sum_ += g
+                add_gradients(total, logits, labels, len(y), leaves)
         self.optimizer.step(total, factor)
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
@@ -20,7 +19,7 @@ from foveola.evaluation.kinds import need
 from foveola.evaluation.linear import length_of
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.probing import Columns, ProbeConfig, Task, batches, open_task
-from foveola.evaluation.solvers import AdamW, closed_warm_cosine, warm_cosine
+from foveola.evaluation.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.models.encoder import Encoder
 
 ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
@@ -84,11 +83,7 @@ class AttentiveBank:
             for part, labels in zip(self._split(x["patches"]), self._split(y, x["patches"]), strict=True):
                 leaves = [p.detach().requires_grad_() for p in self.trained]
                 logits = self._scores(part, *leaves)
-                # The sum over probes: each has the gradient of its own loss.
-                every = labels.expand(len(logits), -1).flatten()
-                loss = cross_entropy(logits.flatten(0, 1), every, reduction="sum") / len(y)
-                for sum_, g in zip(total, torch.autograd.grad(loss, leaves), strict=True):
-                    sum_ += g
+                add_gradients(total, logits, labels, len(y), leaves)
         self.optimizer.step(total, factor)
 
     @torch.no_grad()

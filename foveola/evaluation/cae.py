@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.evaluation.linear import BatchNorm
-from foveola.evaluation.solvers import Sgd
+from foveola.evaluation.solvers import Sgd, add_gradients
 
 ENTRIES = 2**26  # attention scores, or what was read, of all probes in memory at a time: 256 MiB
 EPS = 1e-6  # of the LayerNorms
@@ -86,10 +85,7 @@ class CaeBank:
                     checkpoint(self._read, few, leaves, use_reentrant=False) for few in self._split(tokens)
                 ]
                 logits = self._classify(self.norm.train(torch.cat(read, dim=1)), leaves)
-                every = labels.expand(len(logits), -1).flatten()
-                loss = cross_entropy(logits.flatten(0, 1), every, reduction="sum") / len(y)
-                for sum_, g in zip(total, torch.autograd.grad(loss, leaves), strict=True):
-                    sum_ += g
+                add_gradients(total, logits, labels, len(y), leaves)
         self.optimizer.step(total, factor)
 
     @torch.no_grad()

@@ -11,11 +11,29 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 OptimizerName = Literal["sgd", "lars", "adamw"]
 Factor = Callable[[int], float]
+
+
+def add_gradients(
+    total: Sequence[Tensor],
+    logits: Float[Tensor, "G b C"],
+    labels: Int64[Tensor, "b"],
+    count: int,
+    leaves: Sequence[Tensor],
+) -> None:
+    """Add what these of `count` pictures contribute to the gradient of each probe's mean cross-entropy.
+
+    The loss is summed over probes: each has the gradient of its own.
+    """
+    every = labels.expand(len(logits), -1).flatten()
+    loss = cross_entropy(logits.flatten(0, 1), every, reduction="sum") / count
+    for sum_, gradient in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+        sum_ += gradient
 
 
 class Stacked(ABC):
