@@ -27,7 +27,7 @@ from foveola.models.encoder import Encoder
 
 FORMAT = 1  # of the folder: another one is another key
 FLUSH_SECONDS = 20.0  # what a kill may cost
-TODO, READ, UNREADABLE = 0, 1, 2  # marks of a row
+MISSING, READ, UNREADABLE = 0, 1, 2  # marks of a row
 COLUMNS: dict[str, tuple[str, Any]] = {
     "labels": ("<i8", -1),
     "has_mask": ("|b1", False),
@@ -78,18 +78,18 @@ class Pass:
                 f"{self.folder} is not on this machine: give cache= a folder that all processes reach"
             )
         marks = {name: self._map(f"{name}.done") for name in self.names.values()}
-        todo = np.flatnonzero(np.any([mark == TODO for mark in marks.values()], axis=0))
+        missing = np.flatnonzero(np.any([mark == MISSING for mark in marks.values()], axis=0))
         # Before any rank marks rows: all ranks must share out the same ones.
         distributed.barrier()
         problem = ""
         try:
-            self._compute(todo[share(len(todo))], marks)
+            self._compute(missing[share(len(missing))], marks)
         except UserError as error:
             problem = str(error)
         for found in distributed.gather_objects(problem):
             if found:
                 raise UserError(found)
-        return self._facts(len(todo))
+        return self._facts(len(missing))
 
     def _prepare(self) -> None:
         """Empty arrays of the right size where there are none (sparse files: the disk fills as rows come)."""
