@@ -39,6 +39,26 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def find_device(device: str | torch.device | None = None, local: int = 0) -> torch.device:
+    """`cpu`, `cuda` (that of index `local`), `cuda:1`; None and `auto`: a GPU if there is one.
+
+    Raises UserError when there is no such device.
+    """
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"no such device: {str(device)!r}; known: auto, cpu, cuda, cuda:0, ...") from error
+    if chosen.type == "cuda":
+        index = local if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"no GPU with index {index}: this machine shows {torch.cuda.device_count()}")
+    if chosen.type == "meta":
+        raise UserError("device=meta computes nothing; known: auto, cpu, cuda, cuda:0, ...")
+    return chosen
+
+
 def start(device: str) -> torch.device:
     """Join the processes that torchrun started (if it did), and return this process's device.
 
@@ -48,16 +68,9 @@ def start(device: str) -> torch.device:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"no such device: {device!r}; known: auto, cpu, cuda, cuda:0, ...") from error
+    chosen = find_device(device, local)
     if chosen.type == "cuda":
         index = local if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"no GPU with index {index}: this machine shows {torch.cuda.device_count()}")
         if size > 1 and chosen.index is not None:
             raise UserError(f"several processes cannot share {device!r}; write device=cuda")
         chosen = torch.device("cuda", index)

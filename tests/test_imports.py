@@ -23,7 +23,7 @@ ALLOWED = {
     "training.run": {"evaluation.protocol"},
     "training.recipe": {"evaluation.knn"},  # its config only
     "methods": {"views", "models", "losses", "clustering", "distributed"},
-    "pictures": {"models.encoder", "evaluation", "data"},
+    "pictures": {"models.encoder", "evaluation", "data", "distributed"},
     "zoo": {"models.encoder"},
     "evaluation": {"models.encoder", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},

@@ -3,7 +3,6 @@
 Nothing of a picture is kept but its share in the means, so memory does not grow with their number.
 """
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,6 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import foveola
 from foveola import distributed
 from foveola.config import UserError, build, to_dict
 from foveola.data.sample import BadImage
@@ -30,6 +28,7 @@ from foveola.evaluation.attention_reader import (
     group_readers,
 )
 from foveola.evaluation.features import choose_pictures, facts_of_bad, read_ahead, share, show
+from foveola.evaluation.result import versions
 from foveola.evaluation.rows import PARCEL, picture_crop, resize
 from foveola.models.encoder import Encoder, TransformConfig, load
 
@@ -63,7 +62,7 @@ def analyze_attention(
     """
     config, began = build(AnalysisConfig, settings), perf_counter()
     source = open_source(data, "test") if isinstance(data, str) else data
-    at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    at = distributed.find_device(device)
     readers = [AttentionReader(name, _open(model, at), config) for name, model in _named(models).items()]
     groups = group_readers(readers)
     folder = None if out is None else distributed.on_main(lambda: _folder(Path(out)))
@@ -73,12 +72,7 @@ def analyze_attention(
         vectors=tuple(group.result() for group in groups),
         data=about,
         settings=to_dict(config),
-        versions={
-            "foveola": foveola.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - began, 2),
         notes=_notes(readers),

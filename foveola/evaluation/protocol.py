@@ -1,7 +1,6 @@
 """The list of protocols, `evaluate()`, and the `Result` that it writes."""
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,10 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
-import foveola
 from foveola import distributed
 from foveola.config import UserError, build, merge, nearest, to_dict
 from foveola.data.sources import Source, open_source
@@ -34,7 +31,7 @@ from foveola.evaluation import (
 from foveola.evaluation.cache import Feed, where_of
 from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.result import Result
+from foveola.evaluation.result import Result, versions
 from foveola.models.encoder import Encoder, load
 
 
@@ -207,7 +204,7 @@ def evaluate_all(
     learning = [name for name in configs if PROTOCOLS[name].learns is not None]
     bank = _open(train, "train") if needs_train or (learning and train is not None) else None
     queries = _open(test, "test")
-    encoder = model if isinstance(model, Encoder) else load(model, _device(device))
+    encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder) and (Path(model) / "encoder" / "config.json").is_file():
         out = model
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
@@ -310,12 +307,7 @@ def _measure(
         metrics=outcome.metrics,
         data=outcome.data,
         encoder=encoder.fingerprint(),
-        versions={
-            "foveola": foveola.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - began, 2),
         notes=outcome.notes,
@@ -326,7 +318,3 @@ def _measure(
 
 def _open(source: Source | str | None, split: str) -> Any:
     return open_source(source, split) if isinstance(source, str) else source  # type: ignore[arg-type]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -2,14 +2,29 @@
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+import foveola
 from foveola.config import UserError
 
 ENDS = ("_low", "_high")  # of an interval
 GROUPED = {"localisation": "maxboxacc_v2_"}  # printed with a line for each X of a metric of this name and X
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers depend on."""
+    return {
+        "foveola": foveola.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 import foveola
+from foveola import distributed
 from foveola.config import UserError, merge, to_dict
 from foveola.data.sources import Source
 from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import kept as files
-from foveola.pictures.device import device_of
 from foveola.pictures.record import Record
 from foveola.pictures.request import Data, ReportConfig, each_sample
 
@@ -119,7 +119,7 @@ def measure(
     be loaded, before anything is measured. What the run itself lacks becomes a note.
     """
     settings = plan(record, data, config, changes)
-    device = device_of(config.device)
+    device = distributed.find_device(config.device)
     reference = load(config.reference, device) if config.reference else None
     if data.test is None:
         return Progress(notes=data.notes)

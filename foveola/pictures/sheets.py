@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import foveola
+from foveola import distributed
 from foveola.config import UserError
 from foveola.evaluation.rows import ExtractConfig
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import kept, page
-from foveola.pictures.device import device_of
 from foveola.pictures.gallery import attention_sheet, pca_sheet
 from foveola.pictures.nearest import neighbour_sheet
 from foveola.pictures.panel import Sheet
@@ -46,7 +46,7 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
         return page.paragraph("There are no pictures to draw; data= says where some are.", "note")
     if not record.has_encoder:
         return page.paragraph("The run has no encoder yet.", "note")
-    device = device_of(config.device)
+    device = distributed.find_device(config.device)
     try:
         trained = load(record.folder, device)
     except UserError as error:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from foveola import distributed
 from foveola.config import UserError, build, nearest
 from foveola.data.sources import Source, open_source
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import gallery
 from foveola.pictures.choice import choose, pairs_of, points_of, samples_of
-from foveola.pictures.device import device_of
 from foveola.pictures.panel import Sheet, save
 from foveola.pictures.pca import Basis, Maps, fit_basis
 from foveola.pictures.settings import (
@@ -124,7 +124,7 @@ def open_models(
         return named(model)
     if isinstance(model, str | Path):
         model = [model] if Path(model).exists() else [part.strip() for part in str(model).split(",")]
-    where = device_of(device)
+    where = distributed.find_device(device)
     texts = [str(one).rstrip("/") for one in model]
     if not texts or not all(texts) or len(set(texts)) < len(texts):
         raise UserError(f"model: expected different models, got {', '.join(texts) or 'none'}")

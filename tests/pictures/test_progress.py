@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from foveola import distributed
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
 from foveola.models.vit import ViTConfig
 from foveola.pictures import progress as module
-from foveola.pictures.device import device_of
 from foveola.pictures.progress import measure, place_share, plan
 from foveola.pictures.record import Record, read_runs
 from foveola.pictures.request import Data, ReportConfig, choose_samples, open_data
@@ -273,8 +273,8 @@ def test_a_device_that_is_not_there(run: Path) -> None:
         config = ReportConfig(device=name)
         with pytest.raises(UserError, match=words):
             measure(found, open_data(found, config), config, {})
-    assert device_of("cpu") == torch.device("cpu")
-    assert device_of("auto") == device_of(None)
+    assert distributed.find_device("cpu") == torch.device("cpu")
+    assert distributed.find_device("auto") == distributed.find_device(None)
 
 
 def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) -> None:
