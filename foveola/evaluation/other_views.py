@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
@@ -16,52 +16,28 @@ from foveola.data.sample import Canvases, Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.feature_space import Moments, rows_rankme
 from foveola.evaluation.features import check_finite, object_tokens, read_ahead, share, show
-from foveola.evaluation.retrieval import PARCEL, RetrievalConfig, Target, TargetCanvases, two_views
+from foveola.evaluation.retrieval import (
+    PARCEL,
+    OtherViewsConfig,
+    Target,
+    TargetCanvases,
+    two_views,
+    views_config,
+)
 from foveola.evaluation.rows import picture_crop, resize
 from foveola.models.encoder import Encoder, TransformConfig
-from foveola.views.batch import Streams, ViewsConfig, make_views
-from foveola.views.color import ColorConfig
+from foveola.views.batch import Streams, make_views
 
 
 @dataclass(frozen=True)
-class LabelFreeConfig:
+class LabelFreeConfig(OtherViewsConfig):
     """Settings of `label_free`."""
 
     limit: int = key(1000, "use at most this many pictures, drawn by seed", at_least=2)
     objects: bool = key(True, "also find objects again in other crops, where the data have some")
-    recall: int = key(5, "rank up to which `recall` counts", at_least=1)
     duplicate: float = key(
         0.99, "cosine similarity from which two pictures count as told apart by nothing", above=0, below=1
     )
-    scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the picture's area that a view covers", above=0, at_most=1
-    )
-    min_visible: float = key(
-        0.0, "share of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
-    )
-    color: ColorConfig = key(ColorConfig(), "colours of the views; mean and std are the encoder's")
-    batch_size: int = key(64, "views encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    seed: int = key(0, "seed of the choice of pictures and objects, of crops and colours", at_least=0)
-    precision: Literal["fp32", "bf16"] = key(
-        "fp32", "arithmetic of the encoder; features are float32 in any case"
-    )
-    canvas: int | None = key(
-        None, "pixels a side to which pictures are squashed before views are cut; null = resize", at_least=1
-    )
-    pool: Literal["token", "average", "predictor"] | None = key(
-        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
-    )
-    mask_canvas: int = key(128, "pixels a side on which masks are drawn", at_least=1)
-
-    def __post_init__(self) -> None:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError("scale: needs low <= high")
-
-    def object_views(self) -> RetrievalConfig:
-        """The same as settings of `retrieval`, as far as its views of objects need them."""
-        names = ("scale", "min_visible", "color", "seed")
-        return RetrievalConfig(**{name: getattr(self, name) for name in names})
 
 
 # -- pictures and views --------------------------------------------------------------------------------------
@@ -112,14 +88,7 @@ def picture_views(
     They are a pure function of (seed, number of the parcel). A view of an object (`retrieval.two_views`) is
     the picture's view where that holds the object.
     """
-    transform = encoder.config.transform
-    views = ViewsConfig(
-        global_size=transform.crop,
-        global_count=2,
-        global_scale=config.scale,
-        local_count=0,
-        color=replace(config.color, mean=transform.mean, std=transform.std),
-    )
+    views = views_config(encoder, config)
     moved = canvases.to(encoder.device)
     return make_views(moved, views, encoder.patch_size, Streams(config.seed, number)).global_views
 
@@ -169,7 +138,7 @@ class Watcher:
         there = ~canvases.whole[:, 0]
         if not self.with_objects or not there.any():
             return seen
-        views, masks = two_views(canvases, self.encoder, self.config.object_views(), number)
+        views, masks = two_views(canvases, self.encoder, self.config, number)
         views, masks = views[there].flatten(0, 1), masks[there].flatten(0, 1)
         both = [self._tokens(views, some).unflatten(0, (-1, 2)) for some in (None, masks)]
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))

@@ -1,7 +1,7 @@
 """Same-object retrieval: is the other crop of an object, in other colours, found among those of others?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
@@ -27,32 +27,27 @@ PARCEL = 32  # objects whose views are drawn together; a constant, so that no se
 
 
 @dataclass(frozen=True)
-class RetrievalConfig:
-    """Settings of `retrieval`."""
+class OtherViewsConfig:
+    """Settings of two views of a picture or of an object in it, and of reading them."""
 
-    objects: int = key(1000, "objects to find, at most one a picture while pictures last", at_least=2)
-    masks: Literal["both"] | bool = key(
-        "both", "object tokens read only their object's patches: true, false, both"
-    )
     recall: int = key(5, "rank up to which `recall` counts", at_least=1)
     scale: tuple[float, float] = key(
         (0.25, 1.0), "share of the picture's area that a view covers", above=0, at_most=1
     )
     min_visible: float = key(
-        0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1
-    )
-    min_area: float = key(
-        0.0, "objects smaller than this share of their picture are not used", at_least=0, below=1
+        0.0, "share of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
     )
     color: ColorConfig = key(ColorConfig(), "colours of the views; mean and std are the encoder's")
     batch_size: int = key(64, "views encoded at once", at_least=1)
     workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    seed: int = key(0, "seed of the choice of objects, of crops and colours", at_least=0)
+    seed: int = key(0, "seed of the choice of pictures and objects, of crops and colours", at_least=0)
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; features are float32 in any case"
     )
     canvas: int | None = key(
-        None, "pixels a side to which pictures are squashed; null = the encoder's resize", at_least=1
+        None,
+        "pixels a side to which pictures are squashed before views are cut; null = the encoder's resize",
+        at_least=1,
     )
     pool: Literal["token", "average", "predictor"] | None = key(
         None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
@@ -62,6 +57,19 @@ class RetrievalConfig:
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
             raise ValueError("scale: needs low <= high")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(OtherViewsConfig):
+    """Settings of `retrieval`."""
+
+    objects: int = key(1000, "objects to find, at most one a picture while pictures last", at_least=2)
+    masks: Literal["both"] | bool = key(
+        "both", "object tokens read only their object's patches: true, false, both"
+    )
+    min_area: float = key(
+        0.0, "objects smaller than this share of their picture are not used", at_least=0, below=1
+    )
 
 
 class Target(NamedTuple):
@@ -154,23 +162,26 @@ class TargetCanvases(Dataset):
         return image, aspect, torch.from_numpy(sample.objects.draw(number, self.mask_canvas)), False
 
 
+def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
+    """Two crops of the encoder's size in two colours, normalised for it."""
+    transform = encoder.config.transform
+    return ViewsConfig(
+        global_size=transform.crop,
+        global_count=2,
+        global_scale=config.scale,
+        local_count=0,
+        color=replace(config.color, mean=transform.mean, std=transform.std),
+    )
+
+
 def two_views(
-    canvases: Canvases, encoder: Encoder, config: RetrievalConfig, number: int
+    canvases: Canvases, encoder: Encoder, config: OtherViewsConfig, number: int
 ) -> tuple[Float[Tensor, "B 2 3 H W"], Bool[Tensor, "B 2 N"]]:
     """Two object-aware crops in two colours of each target, normalised for `encoder`, with their patch masks.
 
     `number` is the parcel's number among all of the evaluation: views are a pure function of (seed, number).
     """
-    transform = encoder.config.transform
-    color = {f: getattr(config.color, f) for f in config.color.__dataclass_fields__}
-    views = ViewsConfig(
-        global_size=transform.crop,
-        global_count=2,
-        global_scale=config.scale,
-        local_count=0,
-        color=ColorConfig(**{**color, "mean": transform.mean, "std": transform.std}),
-        objects=ObjectsConfig(min_visible=config.min_visible),
-    )
+    views = replace(views_config(encoder, config), objects=ObjectsConfig(min_visible=config.min_visible))
     batch = make_views(canvases.to(encoder.device), views, encoder.patch_size, Streams(config.seed, number))
     if batch.global_objects is None:
         raise RuntimeError("object-aware views came without objects")

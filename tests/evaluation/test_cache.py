@@ -1,6 +1,7 @@
 """The feature pass: what it stores, what it skips, and what a kill costs."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,27 @@ def test_files_written_anew_are_read_again(encoder, tmp_path: Path) -> None:
     torch.testing.assert_close(tokens("a"), torch.stack([first[0], other[1], first[2]]))
     shutil.copytree(tmp_path / "a", tmp_path / "copy", copy_function=shutil.copyfile)
     assert same_data(open_source(f"folder:{tmp_path / 'a'}"), open_source(f"folder:{tmp_path / 'copy'}"))
+
+
+def test_a_file_of_the_same_size_written_anew_is_read_again(encoder, tmp_path: Path) -> None:
+    """An edit that keeps name and size shows in the file's time alone."""
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "0.bmp"
+
+    def token(level: int, nanoseconds: int) -> torch.Tensor:
+        picture = np.full((24, 24, 3), 40, dtype=np.uint8)
+        picture[:12] = level
+        Image.fromarray(picture).save(path)  # without compression: as many bytes for any content
+        os.utime(path, ns=(nanoseconds, nanoseconds))
+        with Feed(encoder, tmp_path / "cache", progress=False) as feed:
+            return feed.open(open_source(f"folder:{tmp_path / 'a'}"), CONFIG, need("token")).take("token")
+
+    first = token(200, 10**18)
+    size = path.stat().st_size
+    assert torch.equal(first, token(90, 10**18)), "size and time are all that is looked at"
+    second = token(90, 10**18 + 1)
+    assert path.stat().st_size == size
+    assert (first - second).abs().max() > 1e-3
 
 
 def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(

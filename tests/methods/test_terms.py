@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveola.losses import koleo_loss
 from foveola.methods.terms import (
+    SAMPLE,
     PatchTerm,
     PatchTermConfig,
     SpreadTerm,
@@ -173,6 +174,21 @@ def test_collapse_shows_in_the_logs():
     _, spread = targets(10 * torch.eye(PROTOTYPES), at())
     assert spread["target_entropy"].item() == pytest.approx(0, abs=1e-6)
     assert spread["kl_to_uniform"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [7, SAMPLE, SAMPLE + 1, 1000])
+def test_the_entropy_logged_is_of_rows_evenly_spread(count: int):
+    """All of them while they are few; the targets themselves are of every row in any case."""
+    logits = torch.randn(count, PROTOTYPES, generator=torch.Generator().manual_seed(count))
+    targets, logs = Targets(CONSTANT, PROTOTYPES)(logits, at())
+    assert len(targets) == count
+    entropies = -torch.xlogy(targets.double(), targets.double()).sum(dim=1)
+    stride = next(s for s in range(1, count + 1) if len(range(0, count, s)) <= SAMPLE)
+    assert logs["target_entropy"].item() == pytest.approx(entropies[::stride].mean().item(), rel=1e-5)
+    assert stride == 1 or abs(logs["target_entropy"].item() - entropies.mean().item()) > 1e-6
+    mean = targets.double().mean(dim=0)
+    uniform = math.log(PROTOTYPES) + torch.xlogy(mean, mean).sum().item()
+    assert logs["kl_to_uniform"].item() == pytest.approx(uniform, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("center", ["masked", "all"])
