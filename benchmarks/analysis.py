@@ -9,13 +9,12 @@ many pictures, reading included.
 """
 
 import argparse
-import multiprocessing
 import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.capi import peak_mib
+from benchmarks.memory import in_a_process, peak_mib
 from benchmarks.step import seconds
 from foveola import analyze_attention
 from foveola.evaluation.attention_reader import AnalysisConfig, AttentionReader
@@ -64,22 +63,17 @@ def cost_table(pictures: int, batch: int, rounds: int, device: torch.device) -> 
         print(f"{name:<30}{1e3 * middle:>9.2f} ms/picture{middle / first:>7.2f} of forward alone")
 
 
-def held(pictures: int, queue: multiprocessing.Queue) -> None:
+def held(pictures: int) -> float:
     torch.set_num_threads(1)
     vit = encoder(torch.device("cpu"), size="tiny", depth=4, image_size=224)
     analyze_attention(vit, f"scenes:?count={pictures}", limit=None, workers=0, progress=False)
-    queue.put(peak_mib())
+    return peak_mib()
 
 
 def memory_table(counts: list[int]) -> None:
-    context = multiprocessing.get_context("spawn")
     print("\nmost memory of a process that analyses so many pictures (ViT-Ti/16 of 4 blocks at 224)")
     for count in counts:
-        queue = context.Queue()
-        process = context.Process(target=held, args=(count, queue))
-        process.start()
-        print(f"{count:<30}{queue.get():>9.0f} MiB")
-        process.join()
+        print(f"{count:<30}{in_a_process(held, count):>9.0f} MiB")
 
 
 def main() -> None:

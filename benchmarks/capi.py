@@ -9,7 +9,6 @@ outputs, measured as the growth of a process, in pieces and all at once.
 """
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.memory import in_a_process, peak_mib
 from benchmarks.step import canvases, flops, seconds
 from foveola.clustering import cluster
 from foveola.losses import assignment_loss
@@ -117,13 +117,7 @@ def step_table(batch: int, steps: int, device: torch.device) -> None:
     print(f"{'  Sinkhorn and losses':<30}{rest / batch:>9.3f} s/picture{rest / whole:>8.1%}")
 
 
-def peak_mib() -> float:
-    """Most memory that this process held. Not `ru_maxrss`, which a child inherits from its parent (Linux)."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def grown(batch: int, pieces: bool, queue: multiprocessing.Queue) -> None:
+def grown(batch: int, pieces: bool) -> float:
     """Peak growth in MiB of this process over one clustering of ViT-S/16 patches."""
     torch.set_num_threads(1)
     patches = normalize(torch.randn(196, batch, 384), dim=-1)
@@ -134,19 +128,14 @@ def grown(batch: int, pieces: bool, queue: multiprocessing.Queue) -> None:
     before = peak_mib()
     made = cluster(patches, weight, None, wanted, **settings, chunk=None if pieces else 2**40)
     made.loss.backward()
-    queue.put(peak_mib() - before)
+    return peak_mib() - before
 
 
 def memory_table(batch: int) -> None:
-    context = multiprocessing.get_context("spawn")
     size = batch * 196 * 16384 / 2**18
     print(f"\nclustering {batch} x 196 patches, 16384 prototypes: logits are {size:.0f} MiB; memory grows by")
     for name, pieces in (("in pieces", True), ("all at once", False)):
-        queue = context.Queue()
-        process = context.Process(target=grown, args=(batch, pieces, queue))
-        process.start()
-        print(f"{name:<30}{queue.get():>9.0f} MiB")
-        process.join()
+        print(f"{name:<30}{in_a_process(grown, batch, pieces):>9.0f} MiB")
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ told apart.
 """
 
 import argparse
-import multiprocessing
-import resource
 import time
 
 import numpy as np
 import torch
+
+from benchmarks.memory import in_a_process, peak_mib
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -62,16 +62,16 @@ def search(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: st
     model.fit(bank).kneighbors(queries)
 
 
-def measure(name: str, sizes: tuple[int, int, int], device: str, out: "multiprocessing.Queue") -> None:
+def measure(name: str, sizes: tuple[int, int, int], device: str) -> tuple[float, float, np.ndarray]:
+    """Seconds, MiB above those of the data, predictions."""
     bank, labels, queries = make(*sizes)
     candidate = {"ours": ours, "classifier": classifier, "search": search}[name]
     candidate(bank[:1000], labels[:1000], queries[:100], device)  # imports, thread pools
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     start = time.perf_counter()
     predictions = candidate(bank, labels, queries, device)
     seconds = time.perf_counter() - start
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    out.put((seconds, memory, predictions))
+    return seconds, peak_mib() - before, predictions
 
 
 def main() -> None:
@@ -84,14 +84,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where ours runs")
     arguments = parser.parse_args()
     sizes = (2_000, 20_000, 384) if arguments.small else (50_000, 100_000, 384)
-    context = multiprocessing.get_context("spawn")
-    results = {}
-    for name in ("ours", "classifier", "search"):
-        queue = context.Queue()
-        process = context.Process(target=measure, args=(name, sizes, arguments.device, queue))
-        process.start()
-        results[name] = queue.get()
-        process.join()
+    names = ("ours", "classifier", "search")
+    results = {name: in_a_process(measure, name, sizes, arguments.device) for name in names}
     print(
         f"{sizes[0]:,} queries, bank {sizes[1]:,} x {sizes[2]}, k = {KS}, {torch.get_num_threads()} threads"
     )
