@@ -10,11 +10,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate, linear, pad
 
 from foveola.config import key
+from foveola.cross_entropy import (
+    PrototypeWeights,
+    first_choice,
+    multiply,
+    precision,
+    room_for,
+    rows_in_cache,
+    scales_of,
+)
 from foveola.losses import (
     Centering,
     cross_view_loss,
@@ -27,9 +36,8 @@ from foveola.methods.method import Output
 from foveola.models.heads import ProjectionHead
 from foveola.schedules import Progress, Schedule
 
-SAMPLE = (
-    128  # rows whose entropy is logged, evenly spread: of thousands of rows it costs as much as their targets
-)
+# Rows whose entropy is logged, evenly spread: of thousands of rows it costs as much as their targets.
+SAMPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,32 +85,28 @@ class Targets(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        logits: Float[Tensor, "n K"],
+        features: Float[Tensor, "n P"],
+        prototypes: PrototypeWeights,
         progress: Progress,
-        mean: Float[Tensor, "K"] | None = None,
-        rows: int = 0,
-    ) -> tuple[Float[Tensor, "n K"], dict[str, Tensor]]:
-        """Targets of n rows, and what to log. The centre learns `mean` of `rows` logits instead, if given."""
-        temperature = self.config.temperature.at(progress)
-        if self.centering is None:
-            targets = sinkhorn(logits, temperature, self.config.iterations)
-        else:
-            targets = self.centering(logits, temperature)
-            if mean is not None:
-                self.centering.update(mean, rows)
-            elif len(logits):
-                self.centering.update(logits.float().mean(dim=0), len(logits))
-        if not len(logits):
-            return targets, {}
+        everyone: Float[Tensor, "m P"] | None = None,
+    ) -> "TeacherTargets":
+        """Targets of n rows, from what the teacher's head projects and its prototypes.
+
+        The centre learns the mean logits of `everyone` instead of those of `features`, if given.
+        """
+        if self.centering is not None:
+            counted = features if everyone is None else everyone
+            if len(counted):
+                # Logits are linear in the features: their mean needs the prototypes only once.
+                with torch.autocast(features.device.type, enabled=False):
+                    mean = prototypes[0] @ counted.float().mean(dim=0)
+                self.centering.update(mean * scales_of(prototypes), len(counted))
         # Once an epoch, at its first step: a run resumed within an epoch keeps what the checkpoint held.
-        if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
+        first = progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch
+        if first and len(features):
             self.epoch = int(progress.epoch)
             self.used.zero_()
-        self.used[targets.argmax(dim=1)] = True
-        return targets, {
-            "target_entropy": entropy(targets[:: -(-len(targets) // SAMPLE)]).mean(),
-            "kl_to_uniform": math.log(targets.shape[1]) - entropy(targets.mean(dim=0)),
-        }
+        return TeacherTargets(self, features, prototypes, self.config.temperature.at(progress))
 
     def step(self) -> None:
         if self.centering is not None:
@@ -111,6 +115,61 @@ class Targets(nn.Module):
     def prototypes_used(self) -> float:
         """Share of prototypes that were the first choice of some row since the epoch began (on this rank)."""
         return self.used.float().mean().item()
+
+
+class TeacherTargets:
+    """Targets of n rows as a loss reads them (`losses.Rows`), and what shows of them in the logs.
+
+    Sinkhorn-Knopp needs all rows at once. Centred ones are made when they are asked for, and stand where
+    those before them stood, so that no more than some rows of logits are in memory at a time.
+    """
+
+    def __init__(
+        self,
+        owner: Targets,
+        features: Float[Tensor, "n P"],
+        prototypes: PrototypeWeights,
+        temperature: float,
+    ) -> None:
+        self.owner, self.features, self.temperature = owner, features, temperature
+        self.v, self.scales = prototypes[0].to(precision(features)), scales_of(prototypes)
+        self.all: Tensor | None = None
+        self.sum = torch.zeros_like(self.scales)
+        self.entropies: list[Tensor] = []
+        # Now, and not when it is asked for: ranks without rows, who never ask, take part in its sums, too.
+        if owner.centering is None:
+            logits = linear(features, self.v) * self.scales
+            self.all = sinkhorn(logits, temperature, owner.config.iterations)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @torch.no_grad()
+    def __getitem__(self, rows: slice) -> Float32[Tensor, "b K"]:
+        start, stop, _ = rows.indices(len(self))
+        if self.all is not None:
+            made = self.all[rows]
+        else:
+            room = room_for("targets", stop - start, len(self.v), self.features.device)
+            made = multiply(self.features[rows], self.v, room)
+        stride = max(-(-len(self) // SAMPLE), 1)
+        for part in made.split(rows_in_cache(made.device, made.shape[1])):
+            if self.owner.centering is not None:
+                part.copy_(self.owner.centering(part * self.scales, self.temperature))
+            self.owner.used.index_fill_(0, first_choice(part), True)
+            self.sum += part.sum(dim=0)
+            self.entropies.append(entropy(part[-start % stride :: stride]))
+            start += len(part)
+        return made
+
+    def logs(self) -> dict[str, Tensor]:
+        """Of the rows that were asked for; nothing if there are none."""
+        if not len(self):
+            return {}
+        return {
+            "target_entropy": torch.cat(self.entropies).mean(),
+            "kl_to_uniform": math.log(len(self.sum)) - entropy(self.sum / len(self)),
+        }
 
 
 @dataclass(frozen=True)
@@ -151,13 +210,12 @@ class TokenTerm(nn.Module):
         # [B, V, M, D] -> [B * M, V, D]: each object of a picture has its own pairs of views.
         mine, theirs = (t.transpose(1, 2).flatten(0, 1) for t in (mine, theirs))
         with torch.no_grad():
-            logits = teacher_head(theirs.flatten(0, 1))
-            targets, logs = self.targets(logits, progress)
-        predictions = student_head(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
-        loss = cross_view_loss(
-            targets.unflatten(0, theirs.shape[:2]), predictions, self.config.target.student_temperature
-        )
-        return Output({"loss": self.config.weight * loss}, logs)
+            features = teacher_head.project(theirs.flatten(0, 1))
+            targets = self.targets(features, _prototypes(teacher_head), progress)
+        predictions = student_head.project(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
+        temperature = self.config.target.student_temperature
+        loss = cross_view_loss(targets, predictions, temperature, _prototypes(student_head))
+        return Output({"loss": self.config.weight * loss}, targets.logs())
 
     def _select(self, tokens: Float[Tensor, "B V M D"], image_token: bool) -> Float[Tensor, "B V M2 D"]:
         if not image_token:
@@ -196,19 +254,41 @@ class PatchTerm(nn.Module):
     ) -> Output:
         assert student.masked_patches is not None
         assert teacher.masked_patches is not None
-        with torch.no_grad():
-            mean, rows = None, 0
-            if teacher.patches is not None:
-                # Logits are linear in the projected patches: their mean needs the prototypes only once.
-                mean = teacher_head.last_layer(
-                    teacher_head.project(teacher.patches).mean(dim=0, keepdim=True)
-                )[0]
-                rows = len(teacher.patches)
-            targets, logs = self.targets(teacher_head(teacher.masked_patches), progress, mean, rows)
-        predictions = student_head(student.masked_patches)
-        temperature = self.config.target.student_temperature
-        loss = masked_patch_loss(targets, predictions, weights, temperature)
-        return Output({"loss": self.config.weight * loss}, logs)
+        return _patches(
+            self.config.weight,
+            self.targets,
+            student_head,
+            teacher_head,
+            student.masked_patches,
+            teacher.masked_patches,
+            weights,
+            progress,
+            everyone=teacher.patches,
+        )
+
+
+def _patches(
+    weight: float,
+    target: Targets,
+    student_head: ProjectionHead,
+    teacher_head: ProjectionHead,
+    mine: Float[Tensor, "n D"],
+    theirs: Float[Tensor, "n D"],
+    weights: Float[Tensor, "n"],
+    progress: Progress,
+    everyone: Float[Tensor, "m D"] | None = None,
+) -> Output:
+    """The teacher's assignment of each patch, predicted by the student's patch in its place."""
+    with torch.no_grad():
+        centred = None if everyone is None else teacher_head.project(everyone)
+        targets = target(teacher_head.project(theirs), _prototypes(teacher_head), progress, centred)
+    predictions, temperature = student_head.project(mine), target.config.student_temperature
+    loss = masked_patch_loss(targets, predictions, weights, temperature, _prototypes(student_head))
+    return Output({"loss": weight * loss}, targets.logs())
+
+
+def _prototypes(head: ProjectionHead) -> PrototypeWeights:
+    return head.last_layer.v, head.last_layer.g
 
 
 @dataclass(frozen=True)
@@ -244,12 +324,16 @@ class PositionTerm(nn.Module):
     ) -> Output:
         assert student.unplaced_patches is not None
         assert teacher.unplaced_patches is not None
-        with torch.no_grad():
-            targets, logs = self.targets(teacher_head(teacher.unplaced_patches), progress)
-        predictions = student_head(student.unplaced_patches)
-        temperature = self.config.target.student_temperature
-        loss = masked_patch_loss(targets, predictions, weights, temperature)
-        return Output({"loss": self.config.weight * loss}, logs)
+        return _patches(
+            self.config.weight,
+            self.targets,
+            student_head,
+            teacher_head,
+            student.unplaced_patches,
+            teacher.unplaced_patches,
+            weights,
+            progress,
+        )
 
     @torch.no_grad()
     def guesses(

@@ -1,12 +1,14 @@
 """Terms on tokens given by hand: which tokens they read, which pairs they form, what their targets follow."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from foveola.losses import koleo_loss
+from foveola.losses import entropy, koleo_loss, sinkhorn
+from foveola.methods import terms
 from foveola.methods.terms import (
     SAMPLE,
     PatchTerm,
@@ -63,6 +65,15 @@ def part(given: Tokens, objects: slice, local: slice | None = None) -> Tokens:
         else given.local_objects[:, :, local]
     )
     return Tokens(given.objects[:, :, objects], own, given.masked_patches)
+
+
+def targets_of(
+    targets: Targets, logits: Tensor, progress: Progress, everyone: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All targets of these logits, and what is logged."""
+    lazy = targets(logits, (torch.eye(PROTOTYPES), torch.ones(PROTOTYPES, 1)), progress, everyone)
+    made = lazy[:]
+    return made, lazy.logs()
 
 
 def test_objects_form_their_own_pairs():
@@ -123,16 +134,16 @@ def test_targets_follow_the_temperature_schedule_by_epoch():
     targets = Targets(TargetConfig(), PROTOTYPES)
     logits = torch.randn(3, PROTOTYPES)
     for step, temperature in ((0, 0.04), (9, 0.04), (10, 0.04 + 0.03 / 29), (290, 0.07), (900, 0.07)):
-        made, _ = targets(logits, at(step))
+        made, _ = targets_of(targets, logits, at(step))
         assert (made - (logits / temperature).softmax(-1)).abs().max() < 1e-5
 
 
 def test_targets_learn_the_mean_they_are_given():
     given, own = Targets(CONSTANT, PROTOTYPES), Targets(CONSTANT, PROTOTYPES)
-    logits, mean = torch.randn(8, PROTOTYPES), torch.arange(5.0)
-    given(logits, at(), mean, 3)
-    own(logits, at())
-    for targets, expected in ((given, mean), (own, logits.mean(dim=0))):
+    logits, others = torch.randn(8, PROTOTYPES), torch.randn(3, PROTOTYPES)
+    targets_of(given, logits, at(), others)
+    targets_of(own, logits, at())
+    for targets, expected in ((given, others.mean(dim=0)), (own, logits.mean(dim=0))):
         targets.step()
         assert targets.centering is not None
         assert torch.allclose(targets.centering.center, 0.1 * expected, atol=1e-6)
@@ -141,14 +152,14 @@ def test_targets_learn_the_mean_they_are_given():
 def test_targets_of_no_rows_log_nothing_and_move_nothing():
     for kind in ("centering", "sinkhorn"):
         targets = Targets(TargetConfig(kind=kind), PROTOTYPES)
-        made, logs = targets(torch.zeros(0, PROTOTYPES), at())
+        made, logs = targets_of(targets, torch.zeros(0, PROTOTYPES), at())
         assert made.shape == (0, PROTOTYPES)
         assert logs == {}
         targets.step()
         assert targets.prototypes_used() == 0
     # Unless the centre learns from other patches.
     targets = Targets(CONSTANT, PROTOTYPES)
-    targets(torch.zeros(0, PROTOTYPES), at(), torch.ones(PROTOTYPES), 10)
+    targets_of(targets, torch.zeros(0, PROTOTYPES), at(), torch.ones(10, PROTOTYPES))
     targets.step()
     assert targets.centering is not None
     assert torch.allclose(targets.centering.center, torch.full((PROTOTYPES,), 0.1))
@@ -157,30 +168,63 @@ def test_targets_of_no_rows_log_nothing_and_move_nothing():
 def test_prototypes_used_are_counted_over_an_epoch():
     targets = Targets(CONSTANT, PROTOTYPES)
     for step, favourite in ((0, 1), (5, 3), (9, 1)):
-        targets(torch.eye(PROTOTYPES)[[favourite]], at(step))
+        targets_of(targets, torch.eye(PROTOTYPES)[[favourite]], at(step))
     assert targets.prototypes_used() == pytest.approx(2 / PROTOTYPES)
-    targets(torch.eye(PROTOTYPES)[[4]], at(10))
+    targets_of(targets, torch.eye(PROTOTYPES)[[4]], at(10))
     assert targets.prototypes_used() == pytest.approx(1 / PROTOTYPES)
 
 
 def test_collapse_shows_in_the_logs():
     targets = Targets(TargetConfig(kind="centering", temperature=Schedule(value=0.05)), PROTOTYPES)
-    _, uniform = targets(torch.zeros(6, PROTOTYPES), at())
+    _, uniform = targets_of(targets, torch.zeros(6, PROTOTYPES), at())
     assert uniform["target_entropy"].item() == pytest.approx(math.log(PROTOTYPES))
     assert uniform["kl_to_uniform"].item() == pytest.approx(0, abs=1e-6)
-    _, one_hot = targets(10 * torch.eye(PROTOTYPES)[[2]].expand(6, -1), at())
+    _, one_hot = targets_of(targets, 10 * torch.eye(PROTOTYPES)[[2]].expand(6, -1), at())
     assert one_hot["target_entropy"].item() == pytest.approx(0, abs=1e-6)
     assert one_hot["kl_to_uniform"].item() == pytest.approx(math.log(PROTOTYPES))
-    _, spread = targets(10 * torch.eye(PROTOTYPES), at())
+    _, spread = targets_of(targets, 10 * torch.eye(PROTOTYPES), at())
     assert spread["target_entropy"].item() == pytest.approx(0, abs=1e-6)
     assert spread["kl_to_uniform"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["centering", "sinkhorn"])
+def test_targets_made_in_parts_are_those_of_the_whole(
+    kind: Literal["centering", "sinkhorn"], monkeypatch: pytest.MonkeyPatch
+):
+    """And what is logged of them, which of 1,000 rows is of every eighth."""
+    monkeypatch.setattr(terms, "rows_in_cache", lambda device, prototypes: 3)
+    config = TargetConfig(kind=kind, temperature=Schedule(value=0.07))
+    teacher, features = head(2).last_layer, torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    made = []
+    for parts in ([slice(0, 1000)], [slice(0, 4), slice(4, 5), slice(5, 900), slice(900, 1000)]):
+        targets = Targets(config, PROTOTYPES)
+        if targets.centering is not None:
+            targets.centering.center.copy_(torch.arange(PROTOTYPES) / 10)
+        lazy = targets(features, (teacher.v, teacher.g), at())
+        assert len(lazy) == 1000
+        rows = torch.cat([lazy[part].clone() for part in parts])
+        made.append((rows, lazy.logs(), targets.used.clone()))
+    (whole, logs, used), (parted, logged, noted) = made
+    assert logs["target_entropy"].item() == pytest.approx(entropy(whole[::8]).mean().item(), rel=1e-5)
+    assert (whole - parted).abs().max() < 1e-6
+    assert {name: x.item() for name, x in logs.items()} == pytest.approx(
+        {name: x.item() for name, x in logged.items()}, abs=1e-6
+    )
+    assert used.tolist() == noted.tolist() == [k in whole.argmax(dim=1) for k in range(PROTOTYPES)]
+    with torch.no_grad():
+        logits = teacher(features).double()
+    if kind == "centering":
+        expected = ((logits - torch.arange(PROTOTYPES) / 10) / 0.07).softmax(dim=1)
+    else:
+        expected = sinkhorn(logits, 0.07).double()
+    assert (whole - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("count", [7, SAMPLE, SAMPLE + 1, 1000])
 def test_the_entropy_logged_is_of_rows_evenly_spread(count: int):
     """All of them while they are few; the targets themselves are of every row in any case."""
     logits = torch.randn(count, PROTOTYPES, generator=torch.Generator().manual_seed(count))
-    targets, logs = Targets(CONSTANT, PROTOTYPES)(logits, at())
+    targets, logs = targets_of(Targets(CONSTANT, PROTOTYPES), logits, at())
     assert len(targets) == count
     entropies = -torch.xlogy(targets.double(), targets.double()).sum(dim=1)
     stride = next(s for s in range(1, count + 1) if len(range(0, count, s)) <= SAMPLE)

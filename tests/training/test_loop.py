@@ -151,7 +151,12 @@ def test_two_parts_equal_one_where_the_loss_is_a_mean(tiny, plain_tree):
     for a, b in zip(one, two, strict=True):
         assert a["loss"].item() == pytest.approx(b["loss"].item(), rel=1e-5)
         assert a["grad_norm"].item() == pytest.approx(b["grad_norm"].item(), rel=1e-4)
-    assert 0 < farthest(whole, parts) < 1e-5
+    # Whatever the loss, keys' biases have a gradient of zero but for rounding, which AdamW makes steps of.
+    for trainer in (whole, parts):
+        for name, value in trainer.method.state_dict().items():
+            if name.endswith("qkv.bias"):
+                value.unflatten(0, (3, -1))[1] = 0
+    assert 0 < farthest(whole, parts) < 1e-6
 
 
 def test_two_parts_differ_from_one_part_alone(tiny, plain_tree):
