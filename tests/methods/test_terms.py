@@ -1,6 +1,8 @@
 """Terms on tokens given by hand: which tokens they read, which pairs they form, what their targets follow."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -218,6 +220,49 @@ def test_targets_made_in_parts_are_those_of_the_whole(
     else:
         expected = sinkhorn(logits, 0.07).double()
     assert (whole - expected).abs().max() < 1e-5
+
+
+RANKS = """
+import torch
+from foveola import distributed
+from foveola.losses import masked_patch_loss
+from foveola.methods.terms import TargetConfig, Targets
+from foveola.schedules import Progress
+
+distributed.start("cpu")
+generator = torch.Generator().manual_seed(0)
+features, mine, v = (torch.randn(n, 4, generator=generator) for n in (9, 9, 5))
+rows = slice(0, 9 if distributed.rank() == 0 else 0)
+v.requires_grad_()
+prototypes = v, torch.ones(5, 1)
+for kind in ("sinkhorn", "centering"):
+    targets = Targets(TargetConfig(kind=kind), 5)
+    lazy = targets(features[rows], (v.detach(), prototypes[1]), Progress(0, 10, 10, 4))
+    loss = masked_patch_loss(lazy, mine[rows], torch.ones(9)[rows] / 9, 0.1, prototypes)
+    targets.step()
+    gradient = torch.autograd.grad(loss, v)[0]
+    found = loss.item(), gradient, lazy.logs(), targets.state_dict()
+    torch.save(found, f"OUT/{distributed.rank()}-{kind}.pt")
+distributed.stop()
+"""
+
+
+def test_a_process_without_masked_patches_takes_part(run_ranks: Callable[..., list[str]], tmp_path: Path):
+    """It waits for nobody and nobody for it; its gradient is zero, and its centre follows the others'."""
+    run_ranks(RANKS.replace("OUT", str(tmp_path)))
+    for kind in ("sinkhorn", "centering"):
+        (loss, gradient, logs, state), (none, zero, nothing, followed) = (
+            torch.load(tmp_path / f"{rank}-{kind}.pt") for rank in (0, 1)
+        )
+        assert loss > 0
+        assert gradient.abs().max() > 0
+        assert set(logs) == {"target_entropy", "kl_to_uniform"}
+        assert none == 0
+        assert (zero == 0).all()
+        assert nothing == {}
+        if kind == "centering":
+            assert torch.equal(followed["centering.center"], state["centering.center"])
+            assert state["centering.center"].abs().max() > 0
 
 
 @pytest.mark.parametrize("count", [7, SAMPLE, SAMPLE + 1, 1000])
