@@ -174,11 +174,9 @@ class _CrossEntropy(torch.autograd.Function):
                     of_predictions[rows] = logits
                 continue
             with torch.autocast(device.type, enabled=False):
-                slopes, weight = logits.flatten(0, 1).to(exact), rounded if half == exact else v
+                slopes, directions = logits.flatten(0, 1).to(exact), rounded if half == exact else v
                 if of_predictions is not None:
-                    of_predictions[rows] = (slopes @ (rounded if half == exact else v)).view_as(
-                        of_predictions[rows]
-                    )
+                    of_predictions[rows] = (slopes @ directions).unflatten(0, (-1, students))
                 if needs[1] or needs[2]:
                     of_v = _add_product(of_v, slopes.T, seen.to(exact))
         of_g = None

@@ -118,7 +118,7 @@ class Targets(nn.Module):
 
 
 class TeacherTargets:
-    """Targets of n rows as a loss reads them (`losses.Rows`), and what shows of them in the logs.
+    """Targets of n rows as a loss reads them (`cross_entropy.Rows`), and what shows of them in the logs.
 
     Sinkhorn-Knopp needs all rows at once. Centred ones are made when they are asked for, and stand where
     those before them stood, so that no more than some rows of logits are in memory at a time.

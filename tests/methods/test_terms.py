@@ -212,6 +212,8 @@ def test_targets_made_in_parts_are_those_of_the_whole(
     assert {name: x.item() for name, x in logs.items()} == pytest.approx(
         {name: x.item() for name, x in logged.items()}, abs=1e-6
     )
+    uniform = math.log(PROTOTYPES) - entropy(whole.double().mean(dim=0)).item()
+    assert logs["kl_to_uniform"].item() == pytest.approx(uniform, rel=1e-4)
     assert used.tolist() == noted.tolist() == [k in whole.argmax(dim=1) for k in range(PROTOTYPES)]
     with torch.no_grad():
         logits = teacher(features).double()
