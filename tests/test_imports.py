@@ -39,7 +39,7 @@ ALLOWED = {
     "data": set(),
     "console": set(),
 }
-METHOD_BASES = {"method", "terms"}  # the files of methods/ that other methods may build on
+METHOD_BASES = {"method", "targets", "terms"}  # the files of methods/ that other methods may build on
 
 
 def module_of(path: Path) -> str:

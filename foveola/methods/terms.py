@@ -4,40 +4,22 @@ A term sees what student and teacher made of a batch (`Tokens`), their heads, an
 named, so that two terms may share one.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, pad
+from torch.nn.functional import interpolate, pad
 
 from foveola.config import key
-from foveola.cross_entropy import (
-    PrototypeWeights,
-    first_choice,
-    multiply,
-    precision,
-    room_for,
-    rows_in_cache,
-    scales_of,
-)
-from foveola.losses import (
-    Centering,
-    cross_view_loss,
-    entropy,
-    koleo_loss,
-    masked_patch_loss,
-    sinkhorn,
-)
+from foveola.cross_entropy import PrototypeWeights
+from foveola.losses import cross_view_loss, koleo_loss, masked_patch_loss
 from foveola.methods.method import Output
+from foveola.methods.targets import TargetConfig, Targets
 from foveola.models.heads import ProjectionHead
 from foveola.schedules import Progress, Schedule
-
-# Rows whose entropy is logged, evenly spread: of thousands of rows it costs as much as their targets.
-SAMPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,124 +34,6 @@ class Tokens:
     patches: Float[Tensor, "n D"] | None = None  # all patches, where a term asks for them
     unplaced_patches: Float[Tensor, "U D"] | None = None  # patches of which the student lacks the position
     looked_at: Float[Tensor, "S N D"] | None = None  # all patches of the first views, without gradient
-
-
-@dataclass(frozen=True)
-class TargetConfig:
-    """How teacher logits become targets. Defaults: DINO and iBOT."""
-
-    kind: Literal["centering", "sinkhorn"] = key(
-        "centering", "running mean of logits, or Sinkhorn-Knopp over the batch"
-    )
-    temperature: Schedule = key(
-        factory=lambda: Schedule(value=0.07, start=0.04, warmup="30 epochs", per_epoch=True),
-        help="teacher temperature",
-    )
-    student_temperature: float = key(0.1, "temperature of predictions", above=0)
-    momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
-    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1)
-
-
-class Targets(nn.Module):
-    """Teacher logits to targets, and the signals by which collapse shows."""
-
-    used: Tensor
-
-    def __init__(self, config: TargetConfig, prototypes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.centering = Centering(prototypes, config.momentum) if config.kind == "centering" else None
-        self.register_buffer("used", torch.zeros(prototypes, dtype=torch.bool))
-        self.epoch = -1
-
-    @torch.no_grad()
-    def forward(
-        self,
-        features: Float[Tensor, "n P"],
-        prototypes: PrototypeWeights,
-        progress: Progress,
-        everyone: Float[Tensor, "m P"] | None = None,
-    ) -> "TeacherTargets":
-        """Targets of n rows, from what the teacher's head projects and its prototypes.
-
-        The centre learns the mean logits of `everyone` instead of those of `features`, if given.
-        """
-        if self.centering is not None:
-            counted = features if everyone is None else everyone
-            if len(counted):
-                # Logits are linear in the features: their mean needs the prototypes only once.
-                with torch.autocast(features.device.type, enabled=False):
-                    mean = prototypes[0] @ counted.float().mean(dim=0)
-                self.centering.update(mean * scales_of(prototypes), len(counted))
-        # Once an epoch, at its first step: a run resumed within an epoch keeps what the checkpoint held.
-        first = progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch
-        if first and len(features):
-            self.epoch = int(progress.epoch)
-            self.used.zero_()
-        return TeacherTargets(self, features, prototypes, self.config.temperature.at(progress))
-
-    def step(self) -> None:
-        if self.centering is not None:
-            self.centering.step()
-
-    def prototypes_used(self) -> float:
-        """Share of prototypes that were the first choice of some row since the epoch began (on this rank)."""
-        return self.used.float().mean().item()
-
-
-class TeacherTargets:
-    """Targets of n rows as a loss reads them (`cross_entropy.Rows`), and what shows of them in the logs.
-
-    Sinkhorn-Knopp needs all rows at once. Centred ones are made when they are asked for, and stand where
-    those before them stood, so that no more than some rows of logits are in memory at a time.
-    """
-
-    def __init__(
-        self,
-        owner: Targets,
-        features: Float[Tensor, "n P"],
-        prototypes: PrototypeWeights,
-        temperature: float,
-    ) -> None:
-        self.owner, self.features, self.temperature = owner, features, temperature
-        self.v, self.scales = prototypes[0].to(precision(features)), scales_of(prototypes)
-        self.all: Tensor | None = None
-        self.sum = torch.zeros_like(self.scales)
-        self.entropies: list[Tensor] = []
-        # Now, and not when it is asked for: ranks without rows, who never ask, take part in its sums, too.
-        if owner.centering is None:
-            logits = linear(features, self.v) * self.scales
-            self.all = sinkhorn(logits, temperature, owner.config.iterations)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    @torch.no_grad()
-    def __getitem__(self, rows: slice) -> Float32[Tensor, "b K"]:
-        start, stop, _ = rows.indices(len(self))
-        if self.all is not None:
-            made = self.all[rows]
-        else:
-            room = room_for("targets", stop - start, len(self.v), self.features.device)
-            made = multiply(self.features[rows], self.v, room)
-        stride = max(-(-len(self) // SAMPLE), 1)
-        for part in made.split(rows_in_cache(made.device, made.shape[1])):
-            if self.owner.centering is not None:
-                part.copy_(self.owner.centering(part * self.scales, self.temperature))
-            self.owner.used.index_fill_(0, first_choice(part), True)
-            self.sum += part.sum(dim=0)
-            self.entropies.append(entropy(part[-start % stride :: stride]))
-            start += len(part)
-        return made
-
-    def logs(self) -> dict[str, Tensor]:
-        """Of the rows that were asked for; nothing if there are none."""
-        if not len(self):
-            return {}
-        return {
-            "target_entropy": torch.cat(self.entropies).mean(),
-            "kl_to_uniform": math.log(len(self.sum)) - entropy(self.sum / len(self)),
-        }
 
 
 @dataclass(frozen=True)

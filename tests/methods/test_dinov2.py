@@ -16,11 +16,11 @@ from torch import Tensor
 import foveola
 from foveola.data.sources import open_source
 from foveola.methods.distillation import Branch, Distillation
+from foveola.methods.targets import TargetConfig
 from foveola.methods.terms import (
     PatchTermConfig,
     SpreadTerm,
     SpreadTermConfig,
-    TargetConfig,
     Tokens,
     TokenTermConfig,
 )

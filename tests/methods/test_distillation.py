@@ -12,7 +12,8 @@ from torch import Tensor
 
 from foveola.methods.distillation import Distillation, DistillationConfig, spread_and_rank
 from foveola.methods.method import ema_update
-from foveola.methods.terms import PatchTermConfig, SpreadTermConfig, TargetConfig, TokenTermConfig
+from foveola.methods.targets import TargetConfig
+from foveola.methods.terms import PatchTermConfig, SpreadTermConfig, TokenTermConfig
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress, Schedule
@@ -391,7 +392,8 @@ import importlib.util
 
 import torch
 from foveola import distributed
-from foveola.methods.terms import PatchTermConfig, TargetConfig, TokenTermConfig
+from foveola.methods.targets import TargetConfig
+from foveola.methods.terms import PatchTermConfig, TokenTermConfig
 from foveola.schedules import Progress, Schedule
 
 spec = importlib.util.spec_from_file_location("shared", "CONFTEST")

@@ -17,11 +17,11 @@ from foveola.config import ConfigError
 from foveola.data.sample import Canvases
 from foveola.data.sources import open_source
 from foveola.methods.distillation import Distillation, DistillationConfig
+from foveola.methods.targets import TargetConfig
 from foveola.methods.terms import (
     PatchTermConfig,
     PositionTermConfig,
     SpreadTermConfig,
-    TargetConfig,
     errors_of_places,
     sheet_of_places,
 )

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from foveola.losses import entropy, koleo_loss, sinkhorn
-from foveola.methods import terms
+from foveola.methods import targets as module
+from foveola.methods.targets import SAMPLE, TargetConfig, Targets
 from foveola.methods.terms import (
-    SAMPLE,
     PatchTerm,
     PatchTermConfig,
     SpreadTerm,
     SpreadTermConfig,
-    TargetConfig,
-    Targets,
     Tokens,
     TokenTerm,
     TokenTermConfig,
@@ -194,7 +192,7 @@ def test_targets_made_in_parts_are_those_of_the_whole(
     kind: Literal["centering", "sinkhorn"], monkeypatch: pytest.MonkeyPatch
 ):
     """And what is logged of them, which of 1,000 rows is of every eighth."""
-    monkeypatch.setattr(terms, "rows_in_cache", lambda device, prototypes: 3)
+    monkeypatch.setattr(module, "rows_in_cache", lambda device, prototypes: 3)
     config = TargetConfig(kind=kind, temperature=Schedule(value=0.07))
     teacher, features = head(2).last_layer, torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
     made = []
@@ -228,7 +226,7 @@ RANKS = """
 import torch
 from foveola import distributed
 from foveola.losses import masked_patch_loss
-from foveola.methods.terms import TargetConfig, Targets
+from foveola.methods.targets import TargetConfig, Targets
 from foveola.schedules import Progress
 
 distributed.start("cpu")
