@@ -8,12 +8,16 @@ from foveola.evaluation.metrics import (
     bootstrap,
     effective_rank,
     hits,
+    interval,
+    paired_interval,
     partner_ranks,
     percent,
     ranking,
     recall_at,
+    tango,
     unit_rows,
     vote,
+    wilson,
 )
 
 
@@ -123,3 +127,94 @@ def test_effective_rank_equals_singular_values() -> None:
         )
     line = torch.randn(20, 1) * torch.randn(1, 5)
     assert effective_rank(line) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("right", "count"), [(100, 100), (0, 7), (99, 100), (19, 20), (1, 1), (4321, 50000)])
+def test_wilson_is_scipys(right: int, count: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_intervals_of_plain_hits_hold_what_they_promise_near_the_end() -> None:
+    """Of 2000 draws with p = 0.99 and n = 100: a bootstrap holds the truth in two of three."""
+    rights = np.random.default_rng(0).binomial(100, 0.99, 2000)
+    inside = {}
+    for right in np.unique(rights).tolist():
+        hit = torch.arange(100) < right
+        low, high = interval(hit)
+        other = bootstrap(hit)
+        inside[right] = low <= 0.99 <= high, other[0] <= 0.99 <= other[1]
+    ours, theirs = np.mean([inside[right] for right in rights.tolist()], axis=0)
+    assert ours > 0.9
+    assert theirs < 0.75
+
+
+def test_which_interval() -> None:
+    """Wilson for hits of rows of their own; a bootstrap where rows belong together or are no hits."""
+    hit, pairs = torch.tensor([True, True, False, True] * 5), torch.arange(20) // 2
+    assert interval(hit, torch.arange(20) + 7) == interval(hit) == wilson(0.75, 20)
+    assert interval(hit, pairs) == bootstrap(hit, pairs)
+    assert interval(hit.double() / 3) == bootstrap(hit.double() / 3)
+    for all_alike, end in ((torch.ones(20), 1.0), (torch.zeros(20, dtype=torch.bool), 0.0)):
+        assert interval(all_alike, pairs) == wilson(end, 10)  # ten images, whatever their rows
+        low, high = interval(all_alike)
+        assert low < high
+
+
+def profile_score(d: float, gained: int, lost: int, count: int) -> float:
+    """Tango's statistic at difference d, the nuisance found by searching the likelihood itself."""
+    from scipy.optimize import minimize_scalar
+
+    def unlikely(q: float) -> float:
+        terms = ((gained, q + d), (lost, q), (count - gained - lost, 1 - 2 * q - d))
+        return -sum(n * math.log(max(p, 1e-300)) for n, p in terms if n)
+
+    low, high = max(0.0, -d), (1 - d) / 2
+    q = minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (gained - lost - count * d) / math.sqrt(count * (2 * q + d - d * d))
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(12, 5, 60), (3, 9, 40), (30, 28, 2000), (7, 0, 50)])
+def test_tango_by_searching_the_likelihood(gained: int, lost: int, count: int) -> None:
+    low, high = tango(gained, lost, count)
+    assert low < (gained - lost) / count < high
+    assert profile_score(low, gained, lost, count) == pytest.approx(1.959964, abs=1e-3)
+    assert profile_score(high, gained, lost, count) == pytest.approx(-1.959964, abs=1e-3)
+    assert tango(lost, gained, count) == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_paired_interval_leaves_out_zero_where_mcnemar_rejects() -> None:
+    for gained in range(12):
+        for lost in range(12):
+            low, high = tango(gained, lost, 100)
+            assert (low > 0 or high < 0) == ((gained - lost) ** 2 > 3.8415 * (gained + lost)), (gained, lost)
+
+
+def test_paired_interval_is_narrower_than_two_of_their_own() -> None:
+    """200 rows: 27.5 % and, of the same ones, 21 % right."""
+    a, b = torch.arange(200) < 55, torch.arange(200) < 42
+    difference, low, high = paired_interval(a, b)
+    assert difference == pytest.approx(-0.065)
+    assert high < 0  # the intervals of their own overlap
+    assert interval(b)[1] > interval(a)[0]
+    assert paired_interval(b, a)[1:] == pytest.approx((-high, -low))
+    assert paired_interval(a, a)[0] == 0
+    low, high = paired_interval(a, a)[1:]
+    assert low < 0 < high  # nothing seen in 200 rows is not nothing
+
+
+def test_paired_intervals_of_groups_and_of_numbers_are_a_bootstrap_of_differences() -> None:
+    rng = np.random.default_rng(3)
+    a, b = (torch.from_numpy(rng.random(60) < p) for p in (0.4, 0.6))
+    images = torch.arange(60) // 3
+    difference, low, high = paired_interval(a, b, images, seed=5)
+    change = b.double() - a.double()
+    assert difference == pytest.approx(b.double().mean().item() - a.double().mean().item())
+    assert (low, high) == bootstrap(change, images, seed=5)
+    assert paired_interval(a.double() / 3, b.double() / 3) == pytest.approx(
+        (difference / 3, *bootstrap(change / 3))
+    )
+    with pytest.raises(ValueError, match="of 60 and 59 rows"):
+        paired_interval(a, b[1:])
