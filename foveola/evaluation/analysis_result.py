@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from foveola import files
 from foveola.evaluation.attention import BLOCK_STATISTICS, HEAD_STATISTICS, Layout
 
 COLUMNS: tuple[str, ...] = (
@@ -176,13 +176,15 @@ class AttentionAnalysis:
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Write `folder/attention.json` and `folder/attention.csv`, each replaced whole."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         tree = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        return _write(folder / "attention.json", tree), _write(folder / "attention.csv", text.getvalue())
+        return (
+            files.write_text(folder / "attention.json", tree),
+            files.write_text(folder / "attention.csv", text.getvalue()),
+        )
 
     def table(self) -> str:
         """Aligned plain text: statistics averaged over blocks and heads, then what the analysis cost."""
@@ -246,10 +248,3 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _write(path: Path, text: str) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-    return path

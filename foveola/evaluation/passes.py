@@ -7,7 +7,6 @@ disk.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from foveola import distributed
+from foveola import distributed, files
 from foveola.config import UserError
 from foveola.data.sources import Source, stamp_of
 from foveola.evaluation.encoding import Encoding, FeedConfig, checked
@@ -113,7 +112,7 @@ class Pass:
         for name in new:
             np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shapes[name])
             _save(self.folder / f"{name}.done.npy", np.zeros(n, np.uint8))
-        (self.folder / "key.json").write_text(json.dumps(self.key, indent=2) + "\n")
+        files.write_text(self.folder / "key.json", json.dumps(self.key, indent=2) + "\n")
         for name, shape in shapes.items():
             if self._map(name).shape != shape or self._map(f"{name}.done").shape != (n,):
                 raise UserError(f"{self.folder / name}.npy is not what it should be: remove the folder")
@@ -188,7 +187,5 @@ class Pass:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
+    with files.whole(path) as part, part.open("wb") as file:
         np.save(file, array)
-    part.replace(path)

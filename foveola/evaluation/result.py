@@ -1,7 +1,6 @@
 """`Result`: what one evaluation found, as it is written to `results/<protocol>.json` and printed."""
 
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 import foveola
+from foveola import files
 from foveola.config import UserError
 
 ENDS = ("_low", "_high")  # of an interval
@@ -46,11 +46,7 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Write `folder/results/<protocol>.json`, replaced whole, and return its path."""
         path = Path(folder) / "results" / f"{self.protocol}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-        return path
+        return files.write_text(path, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "Result":

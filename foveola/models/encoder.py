@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from foveola import files
 from foveola.config import ConfigError, UserError, build, key, to_dict
 from foveola.models.capture import Capture, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
@@ -235,15 +235,10 @@ class Encoder(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().float().contiguous() for k, v in self.weights().items()}
-        for name, write in (
-            ("model.safetensors", lambda p: save_file(state, p)),
-            ("config.json", lambda p: p.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")),
-        ):
-            part = folder / f".{name}.{os.getpid()}"
-            write(part)
-            part.replace(folder / name)
+        with files.whole(folder / "model.safetensors") as part:
+            save_file(state, part)
+        files.write_text(folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
         return folder
 
 

@@ -1,8 +1,7 @@
-"""What reports keep beside a run: files that are whole or not there, named by the pictures they are of."""
+"""What reports keep beside a run: files named by the pictures that they are of."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,6 @@ def identity(source: Source) -> list[str]:
 def key_of(about: Any) -> str:
     """A short name of anything that JSON can hold: part of a path."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it: an interruption leaves the old one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def read(path: Path) -> str | None:

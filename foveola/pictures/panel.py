@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from foveola import files
+
 GAP, LEFT, TILE = 8, 150, 112  # pixels: between tiles, widest row title, side of a tile
 RIGHT, WRONG = "#1a9641", "#d7191c"
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size each
@@ -137,6 +139,6 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 def save(picture: Picture, path: Path) -> Path:
     """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with files.whole(path) as part:
+        Image.fromarray(picture).save(part, "PNG")
     return path

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
+from foveola import files
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 from foveola.pictures.dense import OVERLAP, patch_map
@@ -90,8 +91,8 @@ class Basis:
         tensors = {"mean": self.mean, "components": self.components, "scale": self.scale}
         if self.divider is not None:
             tensors |= {"divider": self.divider, "threshold": np.array([self.threshold])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        with files.whole(path) as part:
+            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, part)
         return path
 
     @classmethod

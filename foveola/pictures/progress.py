@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 import foveola
-from foveola import distributed
+from foveola import distributed, files
 from foveola.config import UserError, merge, to_dict
 from foveola.data.sources import Source
 from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
 from foveola.models.encoder import Encoder, load
-from foveola.pictures import kept as files
+from foveola.pictures.kept import identity, key_of, read_tree
 from foveola.pictures.record import Record
 from foveola.pictures.request import Data, ReportConfig, each_sample
 
@@ -127,7 +127,7 @@ def measure(
         why = "The run has no encoder yet: the first checkpoint writes it."
         return Progress(notes=(*data.notes, why), settings=settings)
     points, notes = [], list(data.notes)
-    own = files.key_of([None if s is None else files.identity(s) for s in (data.train, data.test)])
+    own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
     for label, step, place in _encoders(record, config):
         try:
             encoder = load(place, device) if reference is None or step is not None else reference
@@ -196,7 +196,7 @@ def _evaluate(
 def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
     """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
     path = folder / "results" / f"{name}.json"
-    if not files.read_tree(path) or data.test is None:
+    if not read_tree(path) or data.test is None:
         return None
     try:
         result = Result.read(path)
@@ -246,9 +246,9 @@ def _place_share(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
     """Of the encoder's patches on some pictures, kept like results; None where too few can be read."""
-    about = {"pictures": PLACES_OF, "data": files.identity(source), "foveola": foveola.__version__}
+    about = {"pictures": PLACES_OF, "data": identity(source), "foveola": foveola.__version__}
     for folder in folders:
-        tree = files.read_tree(folder / "place.json")
+        tree = read_tree(folder / "place.json")
         if tree.get("about") == about and isinstance(tree.get("share"), float):
             return tree["share"], tree.get("used")
     if encoder.grid == (1, 1):
@@ -261,5 +261,5 @@ def _place_share(
     if used < 2:
         return None, None
     tree = {"about": about, "share": share, "used": used}
-    files.write(folders[0] / "place.json", json.dumps(tree) + "\n")
+    files.write_text(folders[0] / "place.json", json.dumps(tree) + "\n")
     return share, used

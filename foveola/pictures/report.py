@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import foveola
+from foveola import files
 from foveola.config import UserError, build
 from foveola.evaluation.protocol import PROTOCOLS
 from foveola.models.encoder import load
-from foveola.pictures import kept, page, sections
+from foveola.pictures import page, sections
 from foveola.pictures.health import Facts, health
 from foveola.pictures.progress import END, UNTRAINED, Progress, measure
 from foveola.pictures.record import Record, read_runs
@@ -56,7 +57,7 @@ def report(
         measured = measure(record, data, config, changes, others)
         found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))
     text = render(found, config)
-    kept.write(path, text)
+    files.write_text(path, text)
     return path
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import foveola
-from foveola import distributed
+from foveola import distributed, files
 from foveola.config import UserError
 from foveola.evaluation.rows import ExtractConfig
 from foveola.models.encoder import Encoder, load
@@ -65,7 +65,7 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
         drawn = list(_each(both, data, rows, config.pictures))
         text = "".join(html for html, _ in drawn)
         if all(whole for _, whole in drawn):
-            kept.write(path, text)
+            files.write_text(path, text)
     return page.tag("div", text, "sheets")
 
 

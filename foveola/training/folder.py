@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from foveola import files
 from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
 from foveola.training import checkpoint
 from foveola.training.recipe import RunConfig
@@ -78,9 +79,7 @@ def begin(folder: Path, config: RunConfig) -> None:
     """Write the configuration into the folder, unless there is one already."""
     path = folder / "config.yaml"
     if not path.exists():
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(dump_yaml(to_dict(config) | {"out": None}), encoding="utf-8")
-        part.replace(path)
+        files.write_text(path, dump_yaml(to_dict(config) | {"out": None}))
 
 
 @contextmanager

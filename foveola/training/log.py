@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 
 import foveola
-from foveola import distributed
+from foveola import distributed, files
 from foveola.config import UserError
 
 LINE_SECONDS = 10.0  # at least this long between plain lines where there is no terminal
@@ -89,8 +89,8 @@ class Log:
         from PIL import Image
 
         self._board.add_image(name, array, step, dataformats="HWC")
-        self._pictures.mkdir(exist_ok=True)
-        Image.fromarray(array).save(self._pictures / f"{name}-{step:08d}.png")
+        with files.whole(self._pictures / f"{name}-{step:08d}.png") as part:
+            Image.fromarray(array).save(part, "PNG")
 
     def note(self, text: str, *, show: bool = True) -> None:
         """Say something once: with its time in log.txt and, if `show`, on the terminal."""
@@ -166,12 +166,7 @@ def _truncate(path: Path, step: int) -> list[dict]:
             kept.append(line)
     whole = "".join(json.dumps(line) + "\n" for line in kept)
     if whole != path.read_text(encoding="utf-8"):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(whole)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write_text(path, whole)
     return kept
 
 

@@ -67,7 +67,7 @@ def test_resuming_drops_what_came_after(tmp_path):
     assert scalars(tmp_path, "loss") == {10: 10, 20: 20, 30: 30, 40: -1}
     with open_log(tmp_path, start=0):
         assert lines(tmp_path) == []
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def lines_up_to(folder, step) -> list[dict]:

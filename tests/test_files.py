@@ -1,0 +1,83 @@
+"""Files that are whole or not there, with the permissions of any other file."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from foveola import files
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "notes.txt"
+    assert files.write_text(path, "first ä\n") == path
+    with files.whole(path) as part:
+        part.write_text("second")
+        assert path.read_text(encoding="utf-8") == "first ä\n"
+    assert path.read_text() == "second"
+    assert [left.name for left in path.parent.iterdir()] == ["notes.txt"]
+
+
+def write_half(path):
+    with files.whole(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "notes.txt"
+    for before in (None, "first"):
+        if before:
+            path.write_text(before)
+        with pytest.raises(KeyboardInterrupt):
+            write_half(path)
+        assert [left.read_text() for left in tmp_path.iterdir()] == ([before] if before else [])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_permissions_are_those_of_any_new_file(tmp_path, mask):
+    """safetensors writes files that only their owner can read, whatever the umask says."""
+    code = f"""
+        import os, torch
+        from pathlib import Path
+        from safetensors.torch import save_file
+        from foveola import files
+        os.umask({mask})
+        with files.whole("model.safetensors") as part:
+            save_file({{"x": torch.zeros(1)}}, part)
+        files.write_text("notes.txt", "text")
+        Path("other").touch()
+    """
+    root = str(Path(files.__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        check=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "notes.txt", "other"), 0o666 & ~mask)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    path, old = tmp_path / "model[1].safetensors", 2 * files.STALE_SECONDS
+    names = {
+        ".model[1].safetensors.123": True,  # left by a killed process
+        ".model[1].safetensors.124": False,  # another process may be writing it
+        ".other.safetensors.123": False,
+        ".model[1].safetensors.txt": False,
+    }
+    for name in names:
+        (tmp_path / name).touch()
+        if name != ".model[1].safetensors.124":
+            os.utime(tmp_path / name, (time.time() - old,) * 2)
+    with files.whole(path) as part:
+        save_file({"x": torch.ones(2)}, part)
+    left = {name for name, removed in names.items() if not removed}
+    assert {found.name for found in tmp_path.iterdir()} == left | {path.name}
