@@ -7,6 +7,7 @@ from collections.abc import Callable
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
 from foveola.console import is_path, only, print_keys, print_table, split
+from foveola.failures import explain
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -87,20 +88,30 @@ DEMO = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked or a
+    fault of the machine, 130 interrupted."""
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
             raise
-        print(f"foveola: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("foveola: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        reason = explain(error)
+        if reason is None or os.environ.get("FOVEOLA_DEBUG") == "1":
+            raise
+        return _refuse(reason)
+
+
+def _refuse(reason: str) -> int:
+    print(f"foveola: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -16,8 +16,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from foveola.config import UserError
+from foveola.failures import explain
 
 T = TypeVar("T")
+# What launchers other than torchrun tell their tasks: how many they are.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
 def _active() -> bool:
@@ -63,9 +66,11 @@ def start(device: str) -> torch.device:
     """Join the processes that torchrun started (if it did), and return this process's device.
 
     `device` is "cpu", "cuda" (this process's own GPU), "cuda:1", or "auto" (a GPU if there is
-    one). Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError when there is no such device, or when the
-    environment names only some of the variables.
+    one). Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError when there is no such device, when the
+    environment names only some of the variables, and for tasks of srun or mpirun, which know nothing of each
+    other.
     """
+    _refuse_lone_tasks()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = find_device(device, local)
@@ -83,6 +88,18 @@ def start(device: str) -> torch.device:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return chosen
+
+
+def _refuse_lone_tasks() -> None:
+    for name, launcher in LAUNCHERS.items():
+        count = os.environ.get(name, "")
+        if "WORLD_SIZE" not in os.environ and count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{launcher} started {count} tasks, and each would do the whole work alone: start one task a "
+                "machine, and in it `torchrun --nnodes=MACHINES --nproc-per-node=GPUS --rdzv-backend=c10d "
+                "--rdzv-endpoint=FIRST_MACHINE:29500 --no-python foveola ...`; tasks that are meant to be "
+                "independent set WORLD_SIZE=1"
+            )
 
 
 def stop() -> None:
@@ -173,13 +190,20 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on all of them. A UserError, too, is raised on all."""
+    """What `work` returns on the main process, on all of them. A UserError, too, is raised on all.
+
+    So is a fault of the machine (a full disk, a lack of memory), as a UserError.
+    """
     outcome: Any = None
     if is_main():
         try:
             outcome = work()
         except UserError as error:
             outcome = error
+        except Exception as error:
+            if world_size() == 1 or (reason := explain(error)) is None:
+                raise
+            outcome = UserError(reason)
     outcome = broadcast_object(outcome)
     if isinstance(outcome, UserError):
         raise outcome

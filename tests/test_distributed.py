@@ -67,3 +67,37 @@ def test_impossible_devices_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT not set; start with torchrun"):
         distributed.start("cpu")
+
+
+def test_lone_tasks_of_another_launcher_are_refused(monkeypatch):
+    """srun and mpirun start as many whole runs as there are tasks: none of them knows of the others."""
+    for name in ("WORLD_SIZE", *distributed.LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, launcher in distributed.LAUNCHERS.items():
+        monkeypatch.setenv(name, "8")
+        with pytest.raises(UserError, match=rf"^{launcher} started 8 tasks, .*torchrun --nnodes"):
+            distributed.start("cpu")
+        monkeypatch.setenv("WORLD_SIZE", "1")  # on purpose
+        assert distributed.start("cpu") == torch.device("cpu")
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.setenv(name, "1")
+        assert distributed.start("cpu") == torch.device("cpu")
+
+
+FAILING = """
+from foveola import distributed as d
+from foveola.config import UserError
+d.start("cpu")
+def work():
+    open("/nowhere/at/all", "w")
+try:
+    d.on_main(work)
+except UserError as error:
+    print(error)
+d.stop()
+"""
+
+
+def test_a_full_disk_of_the_first_process_is_an_error_of_all(run_ranks):
+    first, second = run_ranks(FAILING)
+    assert first == second == "/nowhere/at/all: No such file or directory\n"

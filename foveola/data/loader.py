@@ -258,7 +258,7 @@ def begin_worker(_: int) -> None:
     end.
     """
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     # A spawned worker would tear down the interpreter while a thread hands over a batch; torch then aborts.

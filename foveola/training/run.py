@@ -53,7 +53,8 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
         overrides: any key of `RunConfig`; nested ones as dicts (`model={"size": "base"}`) or through
             `**{"model.size": "base"}`.
 
-    SIGINT, SIGTERM and SIGUSR2 end the step, write a checkpoint and return; the same call then goes on.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end the step, write a checkpoint and return; the same call
+    then goes on.
     Raises UserError for mistakes in the configuration and the data, and `Diverged`.
     """
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)

@@ -4,22 +4,25 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from foveola import distributed
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR2")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 IMPATIENT = (
     1.0  # seconds after which a second Ctrl-C counts; torchrun passes on the one that workers got, too
 )
 
 
 class Stop:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 are only noted; a second Ctrl-C ends it at once.
+    """A context in which signals that end a process are only noted; a second Ctrl-C ends it at once.
 
-    In a thread other than the main one, where signals never come, it does nothing.
+    They are SIGINT, SIGTERM, SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (of batch systems). A signal
+    that is ignored when it begins, as SIGHUP under nohup, stays so. In a thread other than the main one,
+    where signals never come, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,11 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-            self._previous = {number: signal.signal(number, self._note) for number in numbers}
+            self._previous = {
+                number: signal.signal(number, self._note)
+                for number in numbers
+                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -48,5 +55,6 @@ class Stop:
             raise KeyboardInterrupt
         if not self.told and distributed.is_main():
             # Not print, which the signal may have interrupted.
-            os.write(2, b"stopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
         self.told, self._last = True, now

@@ -315,6 +315,26 @@ def test_signals_checkpoint_and_exit_0_and_the_same_command_goes_on(tiny, tmp_pa
         last = steps[-1]
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_closed_terminal_and_batch_systems_end_a_run_with_a_checkpoint(
+    tiny, tmp_path, newest, interrupt_after, name
+):
+    interrupt_after(2, getattr(signal, name))
+    before = signal.getsignal(getattr(signal, name))
+    run = pretrain(tiny(out=str(tmp_path / "run")))
+    assert run.step == newest(run.folder)["step"] == 2
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_what_nohup_ignores_stays_ignored(tiny, tmp_path, interrupt_after):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_after(2, signal.SIGHUP)
+        assert pretrain(tiny(out=str(tmp_path / "run"))).finished
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_during_an_evaluation_waits_for_it(tiny, tmp_path, lines):
     """Ctrl-C reaches the workers of the evaluation, too, and must not break them."""
     evaluation = {"evaluate_every": "1 steps", "evaluate.workers": 2, "evaluate.limit": 64}
