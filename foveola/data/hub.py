@@ -23,6 +23,7 @@ class HubPictures:
         self.dataset = dataset.cast_column(image, Image(decode=False))
         self.rows = np.arange(len(dataset))
         self.has_objects = False
+        self.notes: tuple[str, ...] = ()
         self.classes: tuple[str, ...] | None = None
         self.labels = np.full(len(dataset), -1)
         if label is not None:
@@ -71,7 +72,7 @@ class HubPixels(HubPictures):
         super().__init__(name, dataset.cast_column(pixels, Image(decode=False)), image, None)
         if not 0 < len(classes) <= MAX_CLASSES:
             raise DataError(f"{name}: {len(classes)} classes; from 1 to {MAX_CLASSES} are possible")
-        self.pixels, self.classes, self.notes = pixels, classes, ()
+        self.pixels, self.classes = pixels, classes
         self.values = value_table({i: i for i in range(len(classes))}, [ignore])
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:

@@ -16,7 +16,8 @@ from jaxtyping import Int64
 
 from foveola.data.annotations import read_json
 from foveola.data.decode import decode
-from foveola.data.layouts import Pictures, check_listed, find_pictures, open_imagenet
+from foveola.data.layouts import Pictures, open_imagenet
+from foveola.data.listing import check_inside, check_listed, find_pictures
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import read_names
 
@@ -67,17 +68,19 @@ def wnids() -> list[str]:
 
 def open_imagenet_v2(name: str, root: Path) -> Variant:
     """ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10, 100)."""
-    files = find_pictures(root)
+    files, notes = find_pictures(root)
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if not folder.isdecimal() or int(folder) > 999]
     if wrong:
         raise DataError(f"imagenetv2: {root} has {wrong[0]} where folders 0 to 999 are expected")
-    return Variant(name, root, files, [[int(folder)] for folder in folders], wnids())
+    source = Variant(name, root, files, [[int(folder)] for folder in folders], wnids())
+    source.notes = notes
+    return source
 
 
 def open_imagenet_a(name: str, root: Path) -> Variant:
     """ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are candidates."""
-    files, classes = find_pictures(root), wnids()
+    (files, notes), classes = find_pictures(root), wnids()
     index = {wnid: number for number, wnid in enumerate(classes)}
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if folder not in index]
@@ -86,7 +89,7 @@ def open_imagenet_a(name: str, root: Path) -> Variant:
             f"imagenet-a: {root} has {wrong[0]} where folders named by ImageNet's wnids are expected"
         )
     source = Variant(name, root, files, [[index[folder]] for folder in folders], classes)
-    source.candidates = tuple(sorted({index[folder] for folder in folders}))
+    source.candidates, source.notes = tuple(sorted({index[folder] for folder in folders})), notes
     return source
 
 
@@ -124,7 +127,7 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     known = _table(tables / "objectnet_to_imagenet_1k.json")
     answers_of = {label: _numbers(tables, words) for label, words in known.items()}
     files, answers = [], []
-    for file in find_pictures(base / "images"):
+    for file in find_pictures(base / "images").files:
         folder = file.split("/", 1)[0]
         if folder not in label_of:
             raise DataError(f"{tables}: no label for the folder {folder}")
@@ -178,7 +181,8 @@ def open_listed(name: str, root: Path, files: Path | None = None, classes: str |
     if not rows or len({len(row) for row in rows}) > 1:
         raise DataError(f"{files}: every line is `path label`, or every line is `path`; and there is a line")
     paths = [row[0].lstrip("/") for row in rows]
-    check_listed(root, paths)
+    check_inside(files, paths)
+    check_listed(root, paths, "listed pictures")
     words = [row[1] for row in rows] if len(rows[0]) > 1 else [path.rpartition("/")[0] for path in paths]
     names = None if classes is None else read_names(Path(classes).expanduser())
     if all(word.isdecimal() for word in words):

@@ -20,9 +20,9 @@ from foveola.data.annotations import (
     read_boxes,
     read_json,
 )
+from foveola.data.listing import check_inside, check_listed, find_pictures, printable
 from foveola.data.sample import DataError, Sample
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PROBES = 500  # pictures looked at to see whether a folder of annotations belongs to them
 
 
@@ -46,6 +46,7 @@ class Pictures:
         self.rows = np.arange(len(files))
         self.annotations = annotations  # tells these annotations from others, for the fingerprint
         self.has_objects = reader is not None
+        self.notes: tuple[str, ...] = ()  # what whoever uses the data should know
         self._stamp: tuple[str, str] | None = None
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Pictures:
         image, objects = self.root / file, None
         if self.reader is not None:
             image, objects = self.reader(row, file, image, label)
-        return Sample(image, file, objects, None if label < 0 else label)
+        return Sample(image, printable(file), objects, None if label < 0 else label)
 
     def fingerprint(self) -> str:
         """A hash of file names, labels, annotations and the rows in use; the same wherever the folder is."""
@@ -99,7 +100,7 @@ def open_folder(
     name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
 ) -> Pictures:
     """Pictures below a folder: class subfolders make labels; own boxes or label maps make objects."""
-    files = find_pictures(root, without=masks)
+    files, notes = find_pictures(root, without=masks)
     tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     folders = {top for top in tops if top is not None}
     if boxes is not None and masks is not None:
@@ -119,7 +120,9 @@ def open_folder(
         stamp = f"{masks.name} {ignore}"
         _probe(files, masks, lambda file: maps.path(file).is_file())
     labels = [-1 if top is None else index[top] for top in tops]
-    return Pictures(name, root, files, labels, classes or None, reader, stamp)
+    source = Pictures(name, root, files, labels, classes or None, reader, stamp)
+    source.notes = notes
+    return source
 
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
@@ -140,7 +143,7 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
             for row in _read_table(root / "val" / "val_annotations.txt", 6)
         ]
     folders = sorted({row[0].rsplit("/", 1)[0] for row in listed})
-    present = {f"{folder}/{name}" for folder in folders for name in find_pictures(root / folder)}
+    present = {f"{folder}/{name}" for folder in folders for name in find_pictures(root / folder).files}
     listed = sorted(row for row in listed if row[0] in present)  # subsets often keep the full lists
     if len(listed) < len(present):
         nameless = min(present - {row[0] for row in listed})
@@ -169,7 +172,7 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
         raise DataError(
             f"imagenet: no folder {half} in {root} (use folder: for class folders without train and val)"
         )
-    files = find_pictures(base)
+    files, notes = find_pictures(base)
     nested = "/" in files[0]
     wnids = [file.split("/", 1)[0] for file in files] if nested else _flat_labels(root, base, files)
     classes = sorted(set(wnids))
@@ -180,7 +183,9 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
         reader = xml = XmlBoxes(next((place for place in inner if place.is_dir()), boxes))
         _probe(files, xml.folder, lambda file: xml.path(file) is not None)
     stamp = "" if boxes is None else boxes.name
-    return Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader, stamp)
+    source = Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader, stamp)
+    source.notes = notes
+    return source
 
 
 def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
@@ -227,44 +232,13 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
         raise DataError(
             f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
         ) from error
+    check_inside(annotations, files)
     check_listed(root, files)
     classes = [category["name"] for category in categories]
     return Pictures(name, root, files, None, classes, reader, reader.table.digest())
 
 
 # -- finding and checking ---------------------------------------------------------------------------------
-
-
-def find_pictures(root: Path, without: Path | None = None) -> list[str]:
-    """All picture files below a folder, by extension, sorted; hidden ones and one folder left out."""
-    found = []
-    for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".") and Path(folder, name) != without]
-        prefix = Path(folder).relative_to(root).as_posix() + "/" if folder != str(root) else ""
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 (speed)
-                found.append(prefix + name)
-    if not found:
-        kind = "is empty" if not any(root.iterdir()) else f"holds no pictures ({' '.join(sorted(SUFFIXES))})"
-        raise DataError(f"folder {root} {kind}")
-    return sorted(found)
-
-
-def check_listed(root: Path, files: list[str]) -> None:
-    """Every listed file is there. One look into each folder: a million separate questions take minutes."""
-    present: dict[str, set[str]] = {}
-    missing = []
-    for file in files:
-        folder, _, name = file.rpartition("/")
-        if folder not in present:
-            present[folder] = (
-                {p.name for p in (root / folder).iterdir()} if (root / folder).is_dir() else set()
-            )
-        if name not in present[folder]:
-            missing.append(file)
-    if missing:
-        count = f"{len(missing)} of {len(files)} annotated pictures"
-        raise DataError(f"{root}: {count} are missing, such as {missing[0]}")
 
 
 def _probe(files: list[str], folder: Path, has: Callable[[str], bool]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from foveola.data.annotations import Packed, read_values
-from foveola.data.layouts import Pictures, check_listed, find_pictures
+from foveola.data.layouts import Pictures
+from foveola.data.listing import check_listed, find_pictures
 from foveola.data.sample import DataError, Sample
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
@@ -69,15 +70,11 @@ class LabelledPictures(Pictures):
             raise DataError(f"{name}: {len(classes)} classes; from 1 to {MAX_CLASSES} are possible")
         self.classes: tuple[str, ...] = tuple(classes)
         self.maps = Packed(os.fsencode(file) for _, file in pairs)
-        self.values, self.official = values, official
+        self.values = values
+        if official is not None and len(pairs) != official:
+            self.notes = (f"{name} has {len(pairs)} pictures, the official set {official}",)
         stamp = hashlib.sha256(self.maps.bytes.tobytes() + values.tobytes())
         self.annotations = f"pixels {stamp.hexdigest()}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        if self.official is None or len(self.maps) == self.official:
-            return ()
-        return (f"{self.name} has {len(self.maps)} pictures, the official set {self.official}",)
 
     def _paths(self, row: int) -> Iterator[Path]:
         yield from super()._paths(row)
@@ -137,10 +134,12 @@ def open_masks(
         names = [str(number) for number in range(int(classes))]
     else:
         names = read_names(Path(classes).expanduser())
-    files = find_pictures(root, without=labels)
+    files, notes = find_pictures(root, without=labels)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
     values = value_table({i: i for i in range(min(len(names), MAX_CLASSES))}, [ignore])
-    return LabelledPictures(name, root, pairs, values, names)
+    source = LabelledPictures(name, root, pairs, values, names)
+    source.notes = notes
+    return source
 
 
 def read_names(path: Path) -> list[str]:
@@ -156,7 +155,7 @@ def read_names(path: Path) -> list[str]:
 def _pairs(root: Path, files: Sequence[str], label_of: Callable[[str], str]) -> list[tuple[str, str]]:
     """Each picture with its label map, all there."""
     pairs = [(file, label_of(file)) for file in files]
-    check_listed(root, [label for _, label in pairs])
+    check_listed(root, [label for _, label in pairs], "label maps")
     return pairs
 
 
@@ -220,7 +219,7 @@ def open_ade20k(name: str, root: Path, split: str) -> LabelledPictures:
         names = [f"{number} {word}" for number, word in enumerate(names, start=1)]  # two classes are "screen"
     if len(names) != 150:
         raise DataError(f"{info}: names {len(names)} classes, not 150")
-    files = [f"images/{half}/{file}" for file in find_pictures(base / "images" / half)]
+    files = [f"images/{half}/{file}" for file in find_pictures(base / "images" / half).files]
     pairs = _pairs(base, files, lambda file: f"annotations{file[len('images') :].rsplit('.', 1)[0]}.png")
     values = value_table({i: i - 1 for i in range(1, 151)}, [0, IGNORE])
     return LabelledPictures(name, base, pairs, values, names, 20210 if split == "train" else 2000)
@@ -239,7 +238,7 @@ def open_cityscapes(name: str, root: Path, split: str) -> LabelledPictures:
     folder = root / "leftImg8bit" / half
     if not folder.is_dir():
         raise DataError(f"cityscapes: no folder leftImg8bit/{half} in {root}")
-    found = [file for file in find_pictures(folder) if file.endswith("_leftImg8bit.png")]
+    found = [file for file in find_pictures(folder).files if file.endswith("_leftImg8bit.png")]
     if not found:
         raise DataError(f"cityscapes: no pictures *_leftImg8bit.png in {folder}")
 
@@ -248,7 +247,7 @@ def open_cityscapes(name: str, root: Path, split: str) -> LabelledPictures:
 
     kind = "labelIds" if (root / label_of(found[0], "labelIds")).is_file() else "labelTrainIds"
     pairs = [(f"leftImg8bit/{half}/{file}", label_of(file, kind)) for file in found]
-    check_listed(root, [label for _, label in pairs])
+    check_listed(root, [label for _, label in pairs], "label maps")
     if kind == "labelIds":
         values = value_table({value: i for i, value in enumerate(CITYSCAPES)}, other=IGNORE)
     else:
@@ -272,10 +271,12 @@ def open_coco_stuff(
     names = [f"class {value + 1}" for value in used] if classes is None else read_names(Path(classes))
     if len(names) != len(used):
         raise DataError(f"cocostuff: {classes} names {len(names)} classes, not {len(used)}")
-    files = find_pictures(root)
+    files, notes = find_pictures(root)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
     values = value_table({value: i for i, value in enumerate(used)}, [IGNORE])
-    return LabelledPictures(name, root, pairs, values, names)
+    source = LabelledPictures(name, root, pairs, values, names)
+    source.notes = notes
+    return source
 
 
 CAMVID_WORDS = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
@@ -290,7 +291,7 @@ def open_camvid(name: str, root: Path, split: str) -> LabelledPictures:
         raise DataError(
             f"camvid: {root} has neither {split}/images and {split}/labels nor {split} and {split}annot"
         )
-    files = [f"{images}/{file}" for file in find_pictures(root / images)]
+    files = [f"{images}/{file}" for file in find_pictures(root / images).files]
     pairs = _pairs(root, files, lambda file: f"{labels}{file[len(images) :].rsplit('.', 1)[0]}.png")
     official = {"train": 367, "val": 101, "test": 233}[split]
     return LabelledPictures(

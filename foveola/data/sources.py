@@ -76,6 +76,11 @@ def stamp_of(source: Fingerprinted) -> tuple[str, str]:
     return ("", "") if stamp is None else stamp()
 
 
+def notes_of(source: Any) -> tuple[str, ...]:
+    """What a source says about its data that whoever uses them should know; nothing of a source without."""
+    return tuple(getattr(source, "notes", ()))
+
+
 def same_data(a: Fingerprinted, b: Fingerprinted) -> bool:
     """Whether two sources hold the same pictures: names, labels, annotations, and the sizes of files.
 

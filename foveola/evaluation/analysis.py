@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from foveola import distributed
 from foveola.config import UserError, build, to_dict
 from foveola.data.sample import BadImage
-from foveola.data.sources import Source, decode, open_source
+from foveola.data.sources import Source, decode, notes_of, open_source
 from foveola.evaluation.analysis_result import AttentionAnalysis, Moments
 from foveola.evaluation.attention_reader import (
     AnalysisConfig,
@@ -75,7 +75,7 @@ def analyze_attention(
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - began, 2),
-        notes=_notes(readers),
+        notes=(*_notes(readers), *notes_of(source)),
     )
     if folder is not None and distributed.is_main():
         analysis.save(folder)

@@ -221,8 +221,8 @@ def collect(
     return table
 
 
-def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...], list[str]]:
-    """Both sources, their classes, and notes. Raises UserError unless they have pixel labels of one kind."""
+def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...]]:
+    """Both sources and their classes. Raises UserError unless they have pixel labels of one kind."""
     for which, source in (("train", train), ("test", test)):
         if not isinstance(source, PixelSource):
             raise UserError(
@@ -233,4 +233,4 @@ def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tupl
         raise UserError(f"train and test need the same classes in the same order, unlike {both}")
     if same_data(train, test):
         raise UserError("train and test are the same data: every patch would find itself")
-    return train, test, train.classes, [*train.notes, *test.notes]
+    return train, test, train.classes

@@ -121,7 +121,7 @@ def run(
     `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
     perfect class shares of every patch would get.
     """
-    train, test, classes, notes = pixel_sources(train, test)
+    train, test, classes = pixel_sources(train, test)
     began = perf_counter()
     banks, train_facts = _banks(encoder, train, config, classes, progress, feed)
     bank_seconds = round(perf_counter() - began, 2)
@@ -156,7 +156,7 @@ def run(
         "bank_seconds": bank_seconds,
         "search_seconds": round(perf_counter() - began, 2),
     }
-    return Outcome(metrics, data, tuple(notes))
+    return Outcome(metrics, data)
 
 
 def _banks(

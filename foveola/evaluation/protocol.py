@@ -12,7 +12,7 @@ import torch
 
 from foveola import distributed
 from foveola.config import UserError, build, merge, nearest, to_dict
-from foveola.data.sources import Source, open_source
+from foveola.data.sources import Source, notes_of, open_source
 from foveola.evaluation import (
     abmilp,
     attentive,
@@ -310,7 +310,7 @@ def _measure(
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(perf_counter() - began, 2),
-        notes=outcome.notes,
+        notes=tuple(dict.fromkeys([*outcome.notes, *(note for s in sources for note in notes_of(s))])),
         chosen=outcome.chosen,
         grid=outcome.grid,
     )

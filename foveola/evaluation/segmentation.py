@@ -215,7 +215,7 @@ def _run(
     words: Callable[[Any], dict[str, Any]],
 ) -> Outcome:
     """Choose a setting on held-out pictures, learn from all, measure on test."""
-    train, test, classes, notes = pixel_sources(*sources)
+    train, test, classes = pixel_sources(*sources)
     c = len(classes)
     began = perf_counter()
     passing = DensePass(encoder, train, config, progress=progress, feed=feed)
@@ -251,7 +251,7 @@ def _run(
         "class_iou": named_iou(areas, classes),
         **seconds,
     }
-    return Outcome(summary(areas, config.seed), data, tuple(notes), {name: words(chosen)}, {name: tried})
+    return Outcome(summary(areas, config.seed), data, (), {name: words(chosen)}, {name: tried})
 
 
 def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) -> list[float]:

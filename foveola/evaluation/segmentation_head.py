@@ -119,7 +119,7 @@ def run(
     feed: Feed | None = None,
 ) -> Outcome:
     """Choose the learning rate on held-out pictures, train again on all, measure on test."""
-    train, test, classes, notes = pixel_sources(train, test)
+    train, test, classes = pixel_sources(train, test)
     c = len(classes)
     began = perf_counter()
     passing = DensePass(encoder, train, config, progress=progress, feed=feed)
@@ -168,7 +168,7 @@ def run(
         "test_seconds": round(perf_counter() - began, 2),
     }
     name = "linear_segmentation"
-    return Outcome(summary(total, config.seed), data, tuple(notes), {name: {"rate": rate}}, {name: tried})
+    return Outcome(summary(total, config.seed), data, (), {name: {"rate": rate}}, {name: tried})
 
 
 def _kept(passing: DensePass) -> tuple[Float[Tensor, "n N D"], UInt8[Tensor, "n S S"], Int64[Tensor, "n"]]:

@@ -9,7 +9,7 @@ import torch
 
 from foveola import distributed
 from foveola.data.loader import Loader
-from foveola.data.sources import Source, open_source
+from foveola.data.sources import Source, notes_of, open_source
 from foveola.methods.method import Method
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble, share
@@ -44,6 +44,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
         "data": f"{source.name}: {len(source):,} pictures"
         + ("" if config.data else " (built in, as there is no data=)"),
+        **({"notes": "; ".join(notes)} if (notes := notes_of(source)) else {}),
         "parameters": _parameters(trainer.method),
         "tokens per picture": _tokens(config, part, trainer.method),
         "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "

@@ -96,7 +96,7 @@ class Log:
         """Say something once: with its time in log.txt and, if `show`, on the terminal."""
         if not self._active:
             return
-        with self._notes.open("a", encoding="utf-8") as file:
+        with self._notes.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
         if show:
             self._print(text)

@@ -14,7 +14,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import ConfigError, UserError, build, merge, to_dict
 from foveola.data.loader import Loader
-from foveola.data.sources import Source, open_source, same_data
+from foveola.data.sources import Source, notes_of, open_source, same_data
 from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
@@ -140,6 +140,8 @@ class _Session:
         log.note(surroundings(self.device), show=False)
         for advice in self.trainer.method.advice(self.config.batch_size):
             log.note(advice)
+        for about in notes_of(self.source):
+            log.note(about)
         if self.config.views.objects is not None and not self.source.has_objects:
             log.note(f"{self.source.name} has no objects: each picture counts as one object")
 

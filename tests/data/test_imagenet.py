@@ -163,7 +163,7 @@ def test_list_mistakes(tmp_path: Path):
     for text, match in (
         ("x.jpg,1\nx.jpg\n", "every line is `path label`, or every line is `path`"),
         ("\n", "and there is a line"),
-        ("gone.jpg 1\n", "1 of 1 annotated pictures are missing, such as gone.jpg"),
+        ("gone.jpg 1\n", "1 of 1 listed pictures are missing, such as gone.jpg"),
     ):
         (tmp_path / "list").write_text(text)
         with pytest.raises(DataError, match=match):

@@ -96,7 +96,7 @@ def test_voc_mistakes(voc: Path, tmp_path: Path):
     with pytest.raises(DataError, match="1 pictures of trainaug belong to val, such as 2007_03"):
         open_source(f"voc:{voc}?split=trainaug")
     (voc / "SegmentationClass" / "2007_02.png").unlink()
-    with pytest.raises(DataError, match=r"1 of 2 annotated pictures are missing, .*2007_02.png"):
+    with pytest.raises(DataError, match=r"1 of 2 label maps are missing, .*2007_02.png"):
         open_source(f"voc:{voc}")
     label_map(voc / "SegmentationClass" / "2007_02.png", [0, 21])
     with pytest.raises(DataError, match=r"2007_02.png: holds the value 21, which is no class \(0 to 20\)"):
@@ -248,5 +248,5 @@ def test_own_masks_mistakes(own: str, tmp_path: Path):
     with pytest.raises(BadImage, match=r"b.jpg: its label map .* cannot be read"):
         source.label_map(0)
     where.unlink()
-    with pytest.raises(DataError, match=r"1 of 2 annotated pictures are missing, such as .*b.png"):
+    with pytest.raises(DataError, match=r"1 of 2 label maps are missing, such as .*b.png"):
         open_source(f"{own}&classes=2")

@@ -499,6 +499,16 @@ def test_a_truncated_picture_is_replaced_counted_and_named(tiny, tmp_path, pictu
     assert counts[-1] == 1
 
 
+def test_a_name_that_is_not_utf8_and_files_of_other_kinds_are_said_and_end_nothing(tiny, tmp_path, pictures):
+    (pictures / "scan.dcm").touch()
+    Path(os.fsdecode(os.fsencode(pictures) + b"/caf\xe9.png")).write_bytes(b"no picture")
+    run = pretrain(tiny(data=f"folder:{pictures}", out=str(tmp_path / "run"), **{"loader.max_bad": 0.5}))
+    text = (run.folder / "log.txt").read_text(encoding="utf-8")
+    assert run.finished
+    assert "caf\\udce9.png (not a picture of a known kind)" in text
+    assert "files of other kinds are left out: 1 .dcm" in text
+
+
 def test_too_many_bad_pictures_are_an_error(tiny, tmp_path, pictures):
     for number in (3, 33, 63, 93):
         truncate(pictures / "class1" / f"{number:03d}.jpg")

@@ -1,0 +1,108 @@
+"""Which image files lie below a folder, and whether those that a list names are there and inside it."""
+
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from foveola.data.sample import DataError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+NAMED = 6  # suffixes of other files that a note names
+
+
+class Found(NamedTuple):
+    """Image files below a folder, sorted; and what was left out, in words."""
+
+    files: list[str]
+    notes: tuple[str, ...]
+
+
+def find_pictures(root: Path, without: Path | None = None) -> Found:
+    """All image files below a folder, by extension; hidden ones and the folder `without` are left out.
+
+    Links are followed. Each folder is read once, by its own path rather than by that of a link, so that a
+    link upwards ends and one beside its folder doubles nothing. Raises DataError for a folder that cannot be
+    listed (its images would be missing without a word) and where there is no image.
+    """
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    read: set[str] = set()
+    folders, links, repeated = [(str(root), "")], [], 0
+    left_out = None if without is None else os.path.realpath(without)
+    while folders or links:
+        folder, prefix = (folders or links).pop()
+        real = os.path.realpath(folder)
+        if prefix and real == left_out:
+            continue
+        if real in read:
+            repeated += 1
+            continue
+        read.add(real)
+        for entry in _entries(folder):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (speed)
+            if suffix in SUFFIXES:
+                found.append(prefix + entry.name)
+            else:
+                others[suffix] += 1
+    if not found:
+        kind = "is empty" if not any(root.iterdir()) else f"holds no pictures ({' '.join(sorted(SUFFIXES))})"
+        raise DataError(f"folder {root} {kind}")
+    return Found(sorted(found), _left_out(root, others, repeated))
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            # Backwards, as the last is taken first: so links are followed in the same order on every disk.
+            return sorted(entries, key=lambda entry: entry.name, reverse=True)
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be listed: {error.strerror or error}") from error
+
+
+def _left_out(root: Path, others: Counter[str], repeated: int) -> tuple[str, ...]:
+    notes = []
+    if others:
+        most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:NAMED]
+        named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in most]
+        more = f" and {len(others) - NAMED} more kinds" if len(others) > NAMED else ""
+        notes.append(f"{root}: files of other kinds are left out: {', '.join(named)}{more}")
+    if repeated:
+        notes.append(f"{root}: {repeated} links to folders that are read anyway are left out")
+    return tuple(notes)
+
+
+def check_listed(root: Path, files: Sequence[str], what: str = "annotated pictures") -> None:
+    """Every listed file is there. One look into each folder: a million separate questions take minutes."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if folder not in present:
+            present[folder] = (
+                {p.name for p in (root / folder).iterdir()} if (root / folder).is_dir() else set()
+            )
+        if name not in present[folder]:
+            missing.append(file)
+    if missing:
+        raise DataError(f"{root}: {len(missing)} of {len(files)} {what} are missing, such as {missing[0]}")
+
+
+def check_inside(where: Path, files: Sequence[str]) -> None:
+    """No name that a file gives leaves the folder of images: lists of others may name anything."""
+    for file in files:
+        path = posixpath.normpath(file.replace("\\", "/"))
+        if path.startswith(("/", "../")) or path in (".", "..") or "\0" in path:
+            raise DataError(f"{where}: names {printable(file)!r}, which is not below the folder of pictures")
+
+
+def printable(text: str) -> str:
+    """Text that any file and terminal takes: bytes of a name that are not UTF-8 become backslashes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
