@@ -54,7 +54,10 @@ PLACES = [
     ),
     KeyInfo("test", "text", "(needed)", "data to measure on, as a data string"),
     KeyInfo(
-        "out", "text or null", None, "folder for results/<protocol>.json; null = the run folder, if it is one"
+        "out",
+        "text or null",
+        None,
+        "folder for results/<protocol>.json; null = that of the run, RUN/untrained for untrained:RUN",
     ),
     KeyInfo(
         "cache",
@@ -196,6 +199,8 @@ def _evaluate(arguments: list[str]) -> None:
         results = evaluate_all(model, chosen, device=device, **places, **settings)
         if distributed.is_main():
             print("\n\n".join(result.table() for result in results.values()))
+            if not any(result.written for result in results.values()):
+                print("not written to a file: out=FOLDER keeps the results, for foveola compare")
 
 
 def _analyze(arguments: list[str]) -> None:
@@ -285,9 +290,10 @@ def _compare(arguments: list[str]) -> None:
     if "--help" in flags:
         print(
             f"usage: {usage}\n\n"
-            "Prints what `foveola evaluate` wrote for several run folders (or out= folders, result files)\n"
-            "side by side, for the protocols that all of them have. Results that were measured with other\n"
-            "settings or other data are refused, not mixed."
+            "Prints what `foveola evaluate` wrote for several encoders side by side, for the protocols that\n"
+            "all of them have. RUN is a run folder, an out= folder, a result file, or untrained:RUN for the\n"
+            "untrained network of a run. Only results with the same settings and data are shown together:\n"
+            "the newest of them, if there are several; notes name the others."
         )
         return
     settings = parse_overrides(overrides)

@@ -225,6 +225,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if len(inner) != len(value):
             raise ConfigError(f"{path}: expected {_type_name(hint)}, got {_shown(value)}")
         return kind(_convert(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if kind is tuple and args[1:] == (...,) and isinstance(value, int | float | str):  # k=5 means k=[5]
+        try:
+            return (_convert(args[0], value, path),)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: expected {_type_name(hint)}, got {_shown(value)}") from error
     if kind is dict and isinstance(value, dict):
         inner = args[1] if args else Any
         return {str(name): _convert(inner, item, _join(path, name)) for name, item in value.items()}

@@ -100,6 +100,22 @@ def test_groups_told_apart_by_name():
     assert build(Outer, {"data": "x", "shape": Box()}).shape == Box()  # an instance, from Python
 
 
+def test_one_value_is_a_list_of_one() -> None:
+    """Where a list may have any length; a pair stays a pair. Mistakes are said of the list."""
+    for text in ("shape.sides=2e1", "shape.sides=[20]"):
+        assert outer("shape.name=square", text).shape == Box("square", (20.0,))
+    for text, message in (
+        ("shape.sides=wide", "shape.sides: expected [float, ...], got 'wide'"),
+        ("shape.sides=null", "shape.sides: expected [float, ...], got null"),
+        ("shape.sides=100", "shape.sides[0]: must be < 100, got 100.0"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            outer("shape.name=square", text)
+        assert str(caught.value) == message
+    with pytest.raises(ConfigError, match=r"inner\.limits: expected \[int, int\], got 3"):
+        outer("inner.limits=3")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

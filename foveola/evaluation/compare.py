@@ -6,8 +6,8 @@ from pathlib import Path
 
 from foveola.config import UserError, nearest
 from foveola.evaluation.result import ENDS, Result
+from foveola.evaluation.stored import Stored, differences, home_of, results_of
 
-SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
 # Only shares that are better when higher are marked: not chosen settings, chances, entropies, ranks of
 # features (rankme_...), alignment or uniformity, of which one is bought with the other.
 BETTER_HIGH = ("top1", "top5", "rank1", "recall", "miou", "holdout", "maxboxacc", "boxacc")
@@ -20,6 +20,7 @@ class Comparison:
     protocol: str
     names: tuple[str, ...]
     results: tuple[Result, ...]
+    notes: tuple[str, ...] = ()  # which of several results these are
 
     def table(self) -> str:
         """A line for each metric, a column for each encoder; intervals in brackets, the best marked `*`."""
@@ -45,7 +46,7 @@ class Comparison:
             for name, result in zip(self.names, self.results, strict=True)
             for note in result.notes
         ]
-        return "\n".join([*lines, *self._versions(), *dict.fromkeys(notes)])
+        return "\n".join([*lines, *self._versions(), *self.notes, *dict.fromkeys(notes)])
 
     def _versions(self) -> list[str]:
         first = self.results[0].versions
@@ -66,15 +67,19 @@ def _cell(result: Result, metric: str, best: bool) -> str:
 
 
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
-    """Comparisons of the protocols that all of `places` (run folders, `out=` folders, result files) share.
+    """Comparisons of the protocols that all of `places` share, of results that were measured alike.
 
-    Raises UserError for a place without results, no protocol in common (or not the one asked for), and for
-    results of one protocol whose settings or data differ.
+    A place is a run folder, an `out=` folder, a result file, or `untrained:RUN` for what was measured of
+    the untrained network of a run. Where there are several results of a protocol, the newest that all have
+    with the same settings and data are taken, and the notes say what else there is. Raises UserError for a
+    place without results, no protocol in common (or not the one asked for), and a protocol of which no
+    results were measured alike.
     """
     if len(places) < 2:
         raise UserError("compare needs two or more runs, or folders that hold results/")
-    found = [_results(Path(place)) for place in places]
-    names = _names([Path(place) for place in places])
+    every_file = [_results(place) for place in places]
+    names = _names(places)
+    found = [_by_protocol(stored) for stored, _ in every_file]
     shared = [name for name in found[0] if all(name in each for each in found[1:])]
     if protocol is not None:
         every = {name for each in found for name in each}
@@ -86,56 +91,74 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
     if not shared:
         lists = "; ".join(f"{n}: {', '.join(sorted(each))}" for n, each in zip(names, found, strict=True))
         raise UserError(f"no protocol was measured for all of them ({lists})")
+    broken = tuple(f"note: {line}" for _, lines in every_file for line in lines)
     comparisons = []
     for name in sorted(shared):
-        results = tuple(each[name] for each in found)
-        for other, label in zip(results[1:], names[1:], strict=True):
-            if difference := differences(results[0], other):
-                raise UserError(f"{name}: {names[0]} and {label} were not measured alike: {difference[0]}")
-        comparisons.append(Comparison(name, tuple(names), results))
+        results, notes = _alike([each[name] for each in found], names)
+        comparisons.append(Comparison(name, tuple(names), results, (*notes, *broken)))
     return comparisons
 
 
-def differences(a: Result, b: Result) -> list[str]:
-    """What was not the same in two measurements, apart from the encoder; one line each."""
-    found = []
-    for key in sorted((a.settings.keys() | b.settings.keys()) - SPEED):
-        left, right = a.settings.get(key, "absent"), b.settings.get(key, "absent")
-        if left != right:
-            found.append(f"{key} = {left} and {right}")
-    for which in ("train", "test"):
-        left, right = a.data.get(which), b.data.get(which)
-        if not isinstance(left, dict) or not isinstance(right, dict):
-            if left is not right and left != right:
-                found.append(f"only one has {which} data")
-            continue
-        for key in ("fingerprint", "pictures", "rows", "objects", "unreadable"):
-            if left.get(key) != right.get(key):
-                named = f"{left.get('name')} and {right.get('name')}, " if key == "fingerprint" else ""
-                found.append(f"{which} {key}: {named}{left.get(key)} and {right.get(key)}")
+def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
+    """All results of a place, and what of it could not be read."""
+    found, broken = results_of(place)
+    if not found:
+        why = f" ({broken[0]})" if broken else ""
+        model, out = (f"model={place}", "") if home_of(place) else ("model=...", f" out={place}")
+        raise UserError(
+            f"{place} holds no results/<protocol>.json{why}: run foveola evaluate PROTOCOL {model}{out} first"
+        )
+    return found, broken
+
+
+def _alike(lists: Sequence[Sequence[Stored]], names: Sequence[str]) -> tuple[tuple[Result, ...], list[str]]:
+    """One result of each place, all measured alike, and what to say where there was a choice.
+
+    `lists` holds the results of one protocol for each place, newest first. Raises UserError where no choice
+    is alike.
+    """
+    protocol, matches = lists[0][0].result.protocol, []
+    for first in lists[0]:
+        others = [[s for s in each if not differences(first.result, s.result)] for each in lists[1:]]
+        if all(others):
+            matches.append((first, *(each[0] for each in others)))
+    if not matches:
+        for other, label in zip(lists[1:], names[1:], strict=True):
+            found = [differences(first.result, s.result) for first in lists[0] for s in other]
+            if all(found):
+                raise UserError(
+                    f"{protocol}: {names[0]} and {label} were not measured alike: {min(found, key=len)[0]}"
+                )
+        raise UserError(f"{protocol}: no result was measured alike for {', '.join(names)}")
+    chosen, notes = matches[0], []
+    for other in matches[1:]:
+        differs = differences(chosen[0].result, other[0].result)[0]
+        notes.append(
+            f"note: all have a second result of {protocol}, of {other[0].result.date[:10]} ({differs}); "
+            f"to see it, name the files, such as {other[0].path}"
+        )
+    for name, picked, each in zip(names, chosen, lists, strict=True):
+        if picked is not each[0]:
+            differs = differences(picked.result, each[0].result)[0]
+            notes.append(f"note: {name} has a newer result that others lack ({differs}): {each[0].path}")
+    return tuple(stored.result for stored in chosen), notes
+
+
+def _by_protocol(stored: Sequence[Stored]) -> dict[str, list[Stored]]:
+    found: dict[str, list[Stored]] = {}
+    for each in stored:
+        found.setdefault(each.result.protocol, []).append(each)
     return found
 
 
-def _results(place: Path) -> dict[str, Result]:
-    """All results of a folder by protocol, or the one of a file."""
-    if place.is_file():
-        result = Result.read(place)
-        return {result.protocol: result}
-    files = sorted((place / "results").glob("*.json")) or sorted(place.glob("*.json"))
-    if place.name != "results" and not (place / "results").is_dir():
-        files = []
-    if not files:
-        raise UserError(
-            f"{place} holds no results/<protocol>.json: run foveola evaluate with out={place} first"
-        )
-    results = [Result.read(file) for file in files]
-    return {result.protocol: result for result in results}
-
-
-def _names(places: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for depth in range(1, 1 + max(len(place.resolve().parts) for place in places)):
-        names = ["/".join(place.resolve().parts[-depth:]) for place in places]
+def _names(places: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; `untrained:` stays in front."""
+    heads = ["untrained:" * str(place).startswith("untrained:") for place in places]
+    paths = [
+        Path(str(place).removeprefix(head)).resolve().parts for place, head in zip(places, heads, strict=True)
+    ]
+    for depth in range(1, 1 + max(map(len, paths))):
+        names = [f"{head}{'/'.join(path[-depth:])}" for path, head in zip(paths, heads, strict=True)]
         if len(set(names)) == len(names):
             return names
     raise UserError(f"{places[0]} is given twice")

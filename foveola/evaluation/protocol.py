@@ -32,6 +32,7 @@ from foveola.evaluation.cache import Feed, where_of
 from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.result import Result, versions
+from foveola.evaluation.stored import home_of, store
 from foveola.models.encoder import Encoder, load
 
 
@@ -162,10 +163,12 @@ def evaluate(
 
     Args:
         model: an `Encoder`, or what `foveola.load` takes. Of a run folder the encoder is measured, and the
-            result is written to its `results/<protocol>.json`.
+            result is written to its `results/<protocol>.json`; that of `untrained:RUN` to
+            `RUN/untrained/results/`, and that of `RUN/encoders/step-N` to its own `results/`.
         train, test: data strings (opened with the split of that name) or sources; `train` where the protocol
             needs it.
-        out: folder for `results/<protocol>.json`; by default the run folder, if the model is one.
+        out: folder for `results/<protocol>.json`; by default the model's own folder, where it has one. An
+            earlier result is replaced only if it was measured alike; others are kept beside it.
         cache: folder that keeps the features of the pass; by default that of FOVEOLA_CACHE, if it is set, and
             otherwise a temporary one.
         device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
@@ -205,8 +208,8 @@ def evaluate_all(
     bank = _open(train, "train") if needs_train or (learning and train is not None) else None
     queries = _open(test, "test")
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
-    if out is None and not isinstance(model, Encoder) and (Path(model) / "encoder" / "config.json").is_file():
-        out = model
+    if out is None and not isinstance(model, Encoder):
+        out = home_of(model)
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     results = {}
     storing = _storing(encoder, configs, queries, cache)
@@ -221,7 +224,7 @@ def evaluate_all(
             reads = name in storing or name in learned
             results[name] = _measure(encoder, name, config, sources, progress, feed if reads else None)
             if out is not None and distributed.is_main():
-                results[name].save(out)
+                results[name] = store(results[name], out)
     finally:
         if feed is not None:
             feed.close()

@@ -42,11 +42,13 @@ class Result:
     notes: tuple[str, ...] = field(default=())
     chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from the grid
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
+    written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/results/<protocol>.json`, replaced whole, and return its path."""
         path = Path(folder) / "results" / f"{self.protocol}.json"
-        return files.write_text(path, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        tree = {name: value for name, value in asdict(self).items() if name != "written"}
+        return files.write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "Result":
@@ -73,7 +75,8 @@ class Result:
         head = f"{self.protocol}: {self._data_line()}, {self.seconds:.1f} s"
         notes = [f"note: {note}" for note in self.notes]
         tables = [*self._probe_lines(grouped), *self._group_lines(groups, columns)]
-        return "\n".join([head, *tables, *lines, *self._pass_lines(), *notes])
+        written = [self.written] if self.written else []
+        return "\n".join([head, *tables, *lines, *self._pass_lines(), *notes, *written])
 
     def _interval(self, name: str) -> str:
         low, high = (self.metrics.get(name + end) for end in ENDS)

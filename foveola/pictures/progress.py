@@ -19,6 +19,7 @@ from foveola.config import UserError, merge, to_dict
 from foveola.data.sources import Source
 from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
+from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder, load
 from foveola.pictures.kept import identity, key_of, read_tree
 from foveola.pictures.record import Record
@@ -195,25 +196,27 @@ def _evaluate(
 
 def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
     """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
-    path = folder / "results" / f"{name}.json"
-    if not read_tree(path) or data.test is None:
+    if data.test is None:
         return None
-    try:
-        result = Result.read(path)
-    except UserError:  # of another version
-        return None
-    config = configure((name,), {name: wanted})[name]
-    same = json.loads(json.dumps(to_dict(config))) == result.settings
+    settings = json.loads(json.dumps(to_dict(configure((name,), {name: wanted})[name])))
+    found = [stored.result for stored in results_of(folder)[0]]  # without those of another version
+    same = (result for result in found if result.protocol == name and result.settings == settings)
+    return next((result for result in same if _is_of(result, data)), None)
+
+
+def _is_of(result: Result, data: Data) -> bool:
+    """Whether a result is of these pictures and this version."""
+    same = True
     for which, source in (("train", data.train), ("test", data.test)):
         facts = result.data.get(which)
-        if which == "train" and not PROTOCOLS[name].needs_train:
+        if which == "train" and not PROTOCOLS[result.protocol].needs_train:
             continue
         same &= (
             isinstance(facts, dict)
             and source is not None
             and facts.get("fingerprint") == source.fingerprint()
         )
-    return result if same and result.versions.get("foveola") == foveola.__version__ else None
+    return same and result.versions.get("foveola") == foveola.__version__
 
 
 # -- place ---------------------------------------------------------------------------------------------------

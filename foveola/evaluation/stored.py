@@ -1,0 +1,147 @@
+"""Results in folders: which there are, which were measured alike, and where a new one goes.
+
+`results/<protocol>.json` is what was measured last. A result that was measured with other settings, or on
+other data, moves to `results/<protocol>-<8 letters>.json` before it would be replaced.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from foveola.config import UserError
+from foveola.evaluation.result import Result
+
+SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
+FACTS = ("fingerprint", "pictures", "rows", "objects", "unreadable")  # of data that were measured alike
+UNTRAINED = "untrained"
+
+
+class Stored(NamedTuple):
+    """A result and the file that holds it."""
+
+    path: Path
+    result: Result
+
+
+def home_of(model: str | Path) -> Path | None:
+    """The folder whose `results/` are those of a model; None for a model that has no folder of its own.
+
+    That is a run folder itself, RUN/untrained for `untrained:RUN`, and RUN/encoders/step-N for an encoder
+    that was kept on the way.
+    """
+    head, colon, rest = str(model).partition(":")
+    if colon and head == UNTRAINED:
+        run = home_of(rest)
+        return None if run is None else run / UNTRAINED
+    path = Path(model)
+    kept = path.parent.name == "encoders" and (path / "config.json").is_file()
+    return path if kept or (path / "encoder" / "config.json").is_file() else None
+
+
+def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
+    """The results of a run folder, an `out=` folder, its `results/`, `untrained:RUN` or a file, newest first.
+
+    Also a line for each file that holds none. Raises UserError for a single file that holds none.
+    """
+    folder = home_of(place) or Path(place)
+    if folder.is_file():
+        return [Stored(folder, Result.read(folder))], []
+    if folder.name != "results":
+        folder = folder / "results"
+    found, broken = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(Stored(path, Result.read(path)))
+        except UserError as error:
+            broken.append(f"left out: {error}")
+    return sorted(found, key=lambda stored: stored.result.date, reverse=True), broken
+
+
+def store(result: Result, folder: str | Path) -> Result:
+    """Write `folder/results/<protocol>.json` and return the result with a line on what was written.
+
+    An earlier result is replaced only where it was measured alike; any other is kept under a name of its own.
+    """
+    path = Path(folder) / "results" / f"{result.protocol}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = f"written to {path}"
+    with _alone(path.parent):
+        if path.exists():
+            told += _make_room(path, result)
+        result.save(folder)
+        for other in results_of(folder)[0]:
+            if other.path != path and not differences(other.result, result):
+                other.path.unlink(missing_ok=True)  # what is now in `path`, measured before
+    return replace(result, written=told)
+
+
+def _make_room(path: Path, result: Result) -> str:
+    """Keep what `path` holds where it is no earlier `result`; what to say of it."""
+    try:
+        before = Result.read(path)
+    except UserError:  # of another version, perhaps
+        kept = path.with_stem(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
+        path.replace(kept)
+        return f"; what was there cannot be read and is kept in {kept.name}"
+    if found := differences(before, result):
+        kept = path.with_stem(f"{path.stem}-{_key(before)}")
+        path.replace(kept)
+        return f"; the one before was measured differently ({found[0]}) and is kept in {kept.name}"
+    return (
+        "" if before.encoder == result.encoder else f", in place of that of another encoder ({before.date})"
+    )
+
+
+def _key(result: Result) -> str:
+    """Names what differs between results of one protocol in one folder: settings and data."""
+    settings = {name: value for name, value in result.settings.items() if name not in SPEED}
+    data = {
+        which: {fact: facts.get(fact) for fact in FACTS} if isinstance(facts, dict) else facts
+        for which, facts in result.data.items()
+        if which in ("train", "test")
+    }
+    return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(a: Result, b: Result) -> list[str]:
+    """What was not the same in two measurements, apart from the encoder; one line each."""
+    found = []
+    mine, theirs = (json.loads(json.dumps(result.settings)) for result in (a, b))  # a file has no tuples
+    for key in sorted((mine.keys() | theirs.keys()) - SPEED):
+        left, right = mine.get(key, "absent"), theirs.get(key, "absent")
+        if left != right:
+            found.append(f"{key} = {left} and {right}")
+    for which in ("train", "test"):
+        left, right = a.data.get(which), b.data.get(which)
+        if not isinstance(left, dict) or not isinstance(right, dict):
+            if left is not right and left != right:
+                found.append(f"only one has {which} data")
+            continue
+        for key in FACTS:
+            if left.get(key) != right.get(key):
+                named = f"{left.get('name')} and {right.get('name')}, " if key == "fingerprint" else ""
+                found.append(f"{which} {key}: {named}{left.get(key)} and {right.get(key)}")
+    return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for other processes that write to the folder, where its file system has locks."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
