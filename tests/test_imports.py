@@ -23,16 +23,18 @@ ALLOWED = {
     "training.run": {"evaluation.protocol"},
     "training.recipe": {"evaluation.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
-    "pictures": {"models.encoder", "evaluation", "data", "distributed"},
+    "pictures": {"models.encoder", "models.transform", "evaluation", "data", "distributed"},
     "zoo": {"models.encoder"},
-    "evaluation": {"models.encoder", "data", "geometry", "distributed", "views"},
+    "evaluation": {"models.encoder", "models.transform", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},
     "models": {"geometry"},
     "models.encoder": {
         "zoo.convert",
         "zoo.load",
-        "zoo.pixels",
-    },  # what other files, libraries and pixels become
+        "zoo.pixels",  # what other files, libraries and pixels become
+        "data.decode",
+        "data.sample.BadImage",  # one way from a file to pixels
+    },
     "losses": {"cross_entropy", "distributed"},
     "cross_entropy": set(),
     "clustering": {"losses"},

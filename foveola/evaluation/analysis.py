@@ -29,8 +29,9 @@ from foveola.evaluation.attention_reader import (
 )
 from foveola.evaluation.features import choose_pictures, facts_of_bad, read_ahead, share, show
 from foveola.evaluation.result import versions
-from foveola.evaluation.rows import PARCEL, picture_crop, resize
-from foveola.models.encoder import Encoder, TransformConfig, load
+from foveola.evaluation.rows import PARCEL
+from foveola.models.encoder import Encoder, load
+from foveola.models.transform import TransformConfig, square
 
 UNTRAINED = "untrained:"
 
@@ -201,10 +202,9 @@ class Squares(Dataset):
 def cut(picture: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
     """The centre of a picture, as an encoder sees it before normalisation."""
     size, crop, interpolation, squash = geometry
-    transform = TransformConfig(resize=size, crop=crop, squash=squash)
-    (rows, columns), (top, left) = picture_crop(picture.shape[0], picture.shape[1], transform)
     kind = "bicubic" if interpolation == "bicubic" else "bilinear"
-    return resize(picture, rows, columns, kind)[:, top : top + crop, left : left + crop]
+    transform = TransformConfig(resize=size, crop=crop, squash=squash, interpolation=kind)
+    return square(picture, transform)
 
 
 def _batches(

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source, decode
-from foveola.evaluation.rows import PARCEL, resize
+from foveola.evaluation.rows import PARCEL
+from foveola.models.transform import resize
 
 
 class Parcel(NamedTuple):

@@ -25,7 +25,7 @@ from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
 
-Where = tuple[tuple[str, tuple[str, str]], FeedConfig, int, int | None]
+Where = tuple[tuple[str, tuple[str, str]], FeedConfig, int, int | None, str | None]
 
 
 class Store:
@@ -159,7 +159,13 @@ class Feed:
 def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
     """What two protocols must have in common to read one store: data, settings, crops, and geometry."""
     data = source.fingerprint(), stamp_of(source)
-    return data, replace(feeding(config), batch_size=1, workers=0), views, need.side
+    return (
+        data,
+        replace(feeding(config), batch_size=1, workers=0),
+        views,
+        need.side,
+        need.crops if views else None,
+    )
 
 
 def feeding(config: Any) -> FeedConfig:

@@ -1,6 +1,7 @@
 """Random crops of training pictures beside their evaluation view: what augmented probes learn from."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,17 +10,17 @@ from torch import Tensor
 
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import Source
-from foveola.evaluation.rows import Box, ExtractConfig, Pictures, Rows, resize
-from foveola.models.encoder import TransformConfig
+from foveola.evaluation.rows import Box, ExtractConfig, Pictures, Rows
+from foveola.models.transform import TransformConfig, resize
 
 
 class Crops(Pictures):
     """Each picture as 1 + `views` rows: the evaluation view, then random crops, half of them flipped.
 
     A crop is a random-resized crop (area 0.08 to 1 of the picture, ratio 3/4 to 4/3) resized to the encoder's
-    crop. It depends on (seed, picture, number of the crop) alone. Object masks follow crop and flip; where an
-    object is not in the crop, its token reads everything. Without `masks` none are drawn, which is half of
-    the work on small pictures.
+    crop by `interpolation` (None = as the encoder resizes). It depends on (seed, picture, number of the crop)
+    alone. Object masks follow crop and flip; where an object is not in the crop, its token reads everything.
+    Without `masks` none are drawn, which is half of the work on small pictures.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class Crops(Pictures):
         config: ExtractConfig,
         views: int,
         masks: bool = True,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
     ) -> None:
         super().__init__(source, chosen, transform, patch_size, config)
         self.views, self.masks, self.index = views, masks, -1
+        self.interpolation: Literal["bicubic", "bilinear"] = interpolation or transform.interpolation
 
     def read(self, sample: Sample, index: int) -> Rows:
         """All rows of one picture. Raises BadImage."""
@@ -63,8 +66,8 @@ class Crops(Pictures):
             rng = self._random(view)
             rng.random()  # the flip's
             x0, y0, x1, y1 = random_crop(height, width, rng)
-            side, kind = self.transform.crop, self.transform.interpolation
-            images.append(resize(picture[y0:y1, x0:x1], side, side, kind))
+            side = self.transform.crop
+            images.append(resize(picture[y0:y1, x0:x1], side, side, self.interpolation))
             boxes.append((x0 / width, y0 / height, x1 / width, y1 / height))
         return images, boxes, list(range(1 + self.views))
 

@@ -95,7 +95,9 @@ class Encoding:
         transform, patch, side = self.encoder.config.transform, self.encoder.patch_size, self.need.side
         if side is None:
             reading = self.config.reading()
-            return Crops(self.source, mine, transform, patch, reading, self.views, self.masked)
+            return Crops(
+                self.source, mine, transform, patch, reading, self.views, self.masked, self.need.crops
+            )
         whole = replace(transform, resize=side, crop=side, squash=True)
         return Squashed(self.source, mine, whole, patch, self.config.reading())
 

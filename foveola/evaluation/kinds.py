@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
@@ -26,6 +27,8 @@ class Need:
     heads), `lowest_entropy` (of its head of lowest entropy, for each picture), `centre` (of the central
     patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
 
+    `crops` is how random crops of training pictures are resized; None = as the encoder resizes pictures.
+
     With `side`, pictures are not resized and cropped as the encoder has it, but squashed whole to so many
     pixels a side; then there are `maps` too, their label maps squashed alike.
     """
@@ -33,11 +36,13 @@ class Need:
     kinds: frozenset[str]
     layers: int = 1
     side: int | None = None
+    crops: Literal["bicubic", "bilinear"] | None = None
 
     def __or__(self, other: "Need") -> "Need":
         if self.side != other.side:
             raise ValueError(f"one pass over pictures of {self.side} and of {other.side} pixels")
-        return Need(self.kinds | other.kinds, max(self.layers, other.layers), self.side)
+        layers, crops = max(self.layers, other.layers), self.crops or other.crops
+        return Need(self.kinds | other.kinds, layers, self.side, crops)
 
 
 def need(*kinds: str, layers: int = 1) -> Need:

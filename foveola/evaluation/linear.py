@@ -208,7 +208,9 @@ class LinearConfig(ProbeConfig):
 def needs(config: LinearConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads."""
     chosen = config.resolved(encoder)
-    return need_of(chosen.features or (), chosen.masks)
+    # DINO and iBOT evaluate bicubic pictures, but train on torchvision's default crops, which are bilinear.
+    crops = "bilinear" if config.style == "dino" else None
+    return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
 
 
 def length_of(rows: int, batch: int, epochs: int | None, iterations: int | None) -> tuple[int, int, int]:
@@ -229,7 +231,7 @@ def run(
     """
     config = config.resolved(encoder)
     features, rates = config.features or (), config.lr or ()
-    wanted = need_of(features, config.masks)
+    wanted = needs(config, encoder)
     task = open_task(feed, train, test, config, wanted, encoder.device)
     columns = Columns(task.train, task.fit, wanted, task.device, config.views)
     batch, each, steps = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations)

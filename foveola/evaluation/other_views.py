@@ -24,8 +24,8 @@ from foveola.evaluation.retrieval import (
     two_views,
     views_config,
 )
-from foveola.evaluation.rows import picture_crop, resize
-from foveola.models.encoder import Encoder, TransformConfig
+from foveola.models.encoder import Encoder
+from foveola.models.transform import TransformConfig, square
 from foveola.views.batch import Streams, make_views
 
 
@@ -52,11 +52,7 @@ class _Canvases(TargetCanvases):
     def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
         picture = decode(sample.image)
         read = super()._read(replace(sample, image=picture), number)
-        height, width = picture.shape[:2]
-        (rows, columns), (top, left) = picture_crop(height, width, self.transform)
-        side = self.transform.crop
-        large = resize(picture, rows, columns, self.transform.interpolation)
-        self.plain.append(large[None, :, top : top + side, left : left + side])
+        self.plain.append(square(picture, self.transform)[None])
         return read
 
 
@@ -143,6 +139,7 @@ class Watcher:
         both = [self._tokens(views, some).unflatten(0, (-1, 2)) for some in (None, masks)]
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
 
+    @torch.inference_mode()
     def _plain(self, images: UInt8[Tensor, "b 3 S S"], pictures: Int64[Tensor, "b"]) -> Seen:
         encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
         for few, shown in zip(images.split(size), pictures.split(size), strict=True):

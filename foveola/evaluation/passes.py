@@ -24,7 +24,7 @@ from foveola.evaluation.features import choose_pictures, facts_of_bad, share
 from foveola.evaluation.kinds import Need, shape_of
 from foveola.models.encoder import Encoder
 
-FORMAT = 1  # of the folder: another one is another key
+FORMAT = 2  # of the folder: another one is another key
 FLUSH_SECONDS = 20.0  # what a kill may cost
 MISSING, READ, UNREADABLE = 0, 1, 2  # marks of a row
 COLUMNS: dict[str, tuple[str, Any]] = {
@@ -65,6 +65,7 @@ class Pass:
             "views": views,
             "seed": config.seed if views else None,
             **({} if need.side is None else {"side": need.side}),
+            **({"crops": need.crops} if views and need.crops else {}),
         }
         text = json.dumps(self.key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:20]

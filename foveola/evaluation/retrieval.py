@@ -17,8 +17,8 @@ from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.features import check_finite, mask_kinds, object_tokens, read_ahead, share, show
 from foveola.evaluation.metrics import Outcome, bootstrap, partner_ranks, recall_at
-from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder
+from foveola.models.transform import resize
 from foveola.views.batch import Streams, ViewsConfig, make_views
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig

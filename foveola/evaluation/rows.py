@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from foveola.config import key
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import Source, decode
 from foveola.geometry import sample as resample
-from foveola.models.encoder import TransformConfig, patch_mask
+from foveola.models.encoder import patch_mask
+from foveola.models.transform import TransformConfig, picture_crop, resize
 
 PARCEL = 8  # pictures that travel together from a worker
 
@@ -58,18 +58,6 @@ class ExtractConfig:
             raise ValueError("view=object needs rows=objects")
 
 
-def picture_crop(
-    height: int, width: int, transform: TransformConfig
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size (height, width) to which a picture is resized, and (top, left) of its centre crop in that size."""
-    if transform.squash:
-        size, margin = (transform.resize, transform.resize), (transform.resize - transform.crop) // 2
-        return size, (margin, margin)
-    scale = transform.resize / min(height, width)
-    size = max(transform.resize, round(height * scale)), max(transform.resize, round(width * scale))
-    return size, ((size[0] - transform.crop) // 2, (size[1] - transform.crop) // 2)
-
-
 def object_crop(
     box: Float32[np.ndarray, "4"], height: int, width: int, context: float
 ) -> tuple[int, int, int, int]:
@@ -88,19 +76,6 @@ def object_crop(
 
     (left, right), (upper, lower) = place(x0, x1, width), place(y0, y1, height)
     return left, upper, right, lower
-
-
-def resize(
-    picture: UInt8[np.ndarray, "H W 3"],
-    height: int,
-    width: int,
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-) -> UInt8[Tensor, "3 {height} {width}"]:
-    """Antialiased, the rounding to uint8 included, as PIL does it."""
-    if not picture.flags.writeable:  # torch warns about memory that it could write to by mistake
-        picture = picture.copy()
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    return interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0].contiguous()
 
 
 def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

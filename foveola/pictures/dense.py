@@ -6,8 +6,8 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder
+from foveola.models.transform import resize
 
 WHOLE = 4096  # patches of a picture that is encoded at once when nobody says how; more are cut into tiles
 OVERLAP = 0.5  # of a tile's side that it shares with the next
@@ -110,7 +110,7 @@ def _ramp(length: int) -> Float32[np.ndarray, "{length}"]:
     return (distance / distance.max()).astype(np.float32)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _encode(
     encoder: Encoder, pixels: UInt8[Tensor, "B 3 H W"], places: list[tuple[float, float, float, float]]
 ) -> Float32[np.ndarray, "B h w D"]:

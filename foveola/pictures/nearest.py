@@ -14,8 +14,9 @@ from foveola.config import UserError
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source, same_data
 from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, object_tokens
-from foveola.evaluation.rows import ExtractConfig, Pictures, resize
+from foveola.evaluation.rows import ExtractConfig, Pictures
 from foveola.models.encoder import Encoder
+from foveola.models.transform import resize
 from foveola.pictures.overlays import outline
 from foveola.pictures.panel import Picture, Row, Sheet
 from foveola.pictures.tiles import FULL, TILE, Encoders, head_of, named

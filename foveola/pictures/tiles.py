@@ -10,8 +10,8 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
-from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder, patch_mask
+from foveola.models.transform import resize
 from foveola.pictures.dense import fit, fitted_size
 from foveola.pictures.overlays import heat
 from foveola.pictures.panel import Picture, Row

@@ -12,7 +12,7 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Sample
-from foveola.data.sources import open_source, same_data
+from foveola.data.sources import decode, open_source, same_data
 from foveola.evaluation import passes
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.crops import Crops, random_crop
@@ -316,6 +316,39 @@ def test_crops_follow_seed_flip_and_object(encoder, list_source, tmp_path: Path)
     assert sum(rights) > 3
     again = Crops(source, chosen, encoder.config.transform, 8, CONFIG.reading(), 40)[0]
     assert torch.equal(again.images, rows.images)
+
+
+def test_crops_of_dino_are_bilinear_and_the_evaluated_picture_is_not(encoder, pictures, tmp_path) -> None:
+    """torchvision's RandomResizedCrop, as DINO and iBOT call it; PIL says what bilinear is."""
+    from PIL import Image
+
+    from foveola.evaluation.linear import LinearConfig, needs
+
+    wanted = needs(LinearConfig(style="dino"), encoder)
+    assert wanted.crops == "bilinear"
+    assert {needs(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
+    chosen, side = np.arange(3), encoder.config.transform.crop
+    settings = (encoder.config.transform, 8, CONFIG.reading(), 2, False)
+    plain, crops = Crops(pictures, chosen, *settings)[0], Crops(pictures, chosen, *settings, "bilinear")[0]
+    assert torch.equal(plain.images[::3], crops.images[::3])
+    for index in range(3):
+        picture = decode(pictures[index].image)
+        for view in (1, 2):
+            rng = np.random.default_rng([CONFIG.seed, index, view])
+            flipped = rng.random() < 0.5
+            cut = Image.fromarray(picture).crop(random_crop(*picture.shape[:2], rng))
+            made = np.asarray(cut.resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            row = 3 * index + view
+            found = crops.images[row].flip(-1) if flipped else crops.images[row]
+            assert np.abs(found.numpy().astype(int) - made).max() <= 1
+            assert not torch.equal(plain.images[row], crops.images[row])
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        folders = {
+            feed.open(pictures, CONFIG, dataclasses.replace(need("token"), crops=kernel), views).folder
+            for kernel in (None, "bilinear")
+            for views in (0, 1)
+        }
+    assert len(folders) == 3  # without crops their kernel is no matter
 
 
 def test_random_crops_are_distributed_as_torchvisions() -> None:

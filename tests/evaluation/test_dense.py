@@ -20,7 +20,7 @@ from foveola.evaluation.dense import (
     pixel_sources,
 )
 from foveola.evaluation.labelled import squash
-from foveola.evaluation.rows import resize
+from foveola.models.transform import resize
 
 CONFIG = DenseConfig(workers=0, batch_size=3)
 

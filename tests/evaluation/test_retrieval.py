@@ -9,8 +9,8 @@ from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation import retrieval
 from foveola.evaluation.retrieval import PARCEL, RetrievalConfig, TargetCanvases, choose_targets, two_views
-from foveola.evaluation.rows import resize
 from foveola.models.encoder import Encoder, Features
+from foveola.models.transform import resize
 
 
 def test_a_damaged_annotation_stops_nothing(list_source, make_sample) -> None:
