@@ -122,12 +122,15 @@ def _decode_other(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
             picture = Image.open(io.BytesIO(data))
-            picture.load()
-            orientation = picture.getexif().get(ORIENTATION, 1)
-            pixels = _to_rgb(picture)
+            return upright(picture)
     except DAMAGED as error:
         raise BadImage(_reason(data, error)) from error
-    return _turn(pixels, orientation)
+
+
+def upright(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels of an image that PIL has opened, as `decode` makes them of its file. Raises as PIL does."""
+    picture.load()
+    return _turn(_to_rgb(picture), picture.getexif().get(ORIENTATION, 1))
 
 
 def _reason(data: bytes, error: Exception) -> str:

@@ -171,6 +171,7 @@ def _tokens_of(
     return torch.cat(parts)
 
 
+@torch.inference_mode()
 def object_tokens(
     encoder: Encoder, pixels: Float[Tensor, "B 3 H W"], masks: Bool[Tensor, "B N"] | None, precision: str
 ) -> Float32[Tensor, "B D"]:
@@ -180,7 +181,7 @@ def object_tokens(
     try:
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bf16"):
             objects = None if masks is None else masks[:, None].to(encoder.device)
-            return encoder(pixels.to(encoder.device), objects).objects[:, 0].float().cpu()
+            return encoder.tokens(pixels.to(encoder.device), objects)[:, 0].float().cpu()
     finally:
         encoder.train(training)
 

@@ -18,6 +18,7 @@ from foveola import files
 from foveola.config import ConfigError, UserError, build, key, to_dict
 from foveola.models.capture import Capture, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.transform import TransformConfig, square
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
 __all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
@@ -25,22 +26,7 @@ __all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig",
 UNTRAINED = "untrained:"
 LIBRARIES = ("timm:", "hf:")
 PIXELS = "pixels:"
-
-
-@dataclass(frozen=True)
-class TransformConfig:
-    """What happens to a picture before it is encoded. Defaults: the usual ImageNet evaluation."""
-
-    resize: int = key(256, "pixels of the shorter side", at_least=1)
-    crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1)
-    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
-    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
-    interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how pictures are resized, antialiased")
-    squash: bool = key(False, "resize both sides to `resize`, whatever the picture's shape")
-
-    def __post_init__(self) -> None:
-        if self.crop > self.resize:
-            raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
+TOGETHER = 8  # objects that are encoded at once, or more where there are more pictures
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """A frozen ViT with its transform: pictures (and object masks) to `Features`."""
+    """A ViT, frozen unless asked to learn, with its transform: pictures (and object masks) to `Features`."""
 
     def __init__(
         self,
@@ -107,9 +93,11 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.patch_embed.proj.weight.device
 
-    @torch.inference_mode()
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        objects: Bool[Tensor, "B M N"] | None = None,
+        independent: bool = True,
     ) -> Features:
         """Encode normalised pictures of any size in whole patches.
 
@@ -117,23 +105,50 @@ class Encoder(nn.Module):
             objects: for each of M objects the patches that its token may read, row-major (from `patch_mask`);
                 None = one token that reads all. An object without patches reads everything. Any ViT can
                 be asked, also one trained without objects ("iBOT + masks" of the ODIS paper).
+            independent: every object is asked for alone, as in the evaluations, so its token does not depend
+                on the others; this costs a pass for each object besides that of the patches. False = all in
+                one pass, as in training: patches then read all object tokens, so tokens and patches depend
+                on what else is asked for. Means of patches are independent in any case.
 
         Returns features whose `objects` are what `config.pool` says: object tokens; or the mean over the
         object's (without `objects`, all) patches, of the patches themselves or of what the predictor's first
-        block expects there (CAPI, Table 5). Patches are then encoded without regard to objects.
+        block expects there (CAPI, Table 5). With `independent`, registers and patches are those of the
+        picture without regard to objects.
+
+        The encoder is frozen, so results carry no gradient, but heads can learn on them; after
+        `requires_grad_(True)`, or from `load(..., trainable=True)`, gradients reach the weights.
         """
-        if self.config.pool == "token":
+        if self.config.pool != "token":
+            features = self.backbone(images)
+            return dataclasses.replace(features, objects=self._means(features, objects))
+        if objects is None or not independent:
             return self.backbone(images, objects)
-        features = self.backbone(images)
+        return dataclasses.replace(self.backbone(images), objects=self.tokens(images, objects))
+
+    def tokens(
+        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
+    ) -> Float[Tensor, "B M C"]:
+        """What stands for each object (without `objects`, each picture) alone: `forward(...).objects`.
+
+        The patches of a pass read its token, so each object needs one of its own. Passes are made of as many
+        pictures as were given, 8 at least, which bounds the memory.
+        """
+        if objects is None or self.config.pool != "token":
+            return self(images, objects).objects
+        picture_of = torch.arange(objects.shape[0], device=images.device).repeat_interleave(objects.shape[1])
+        alone = objects.flatten(0, 1)[:, None]
+        few = torch.arange(len(alone), device=images.device).split(max(len(images), TOGETHER))
+        parts = [self.backbone(images[picture_of[rows]], alone[rows]).objects for rows in few]
+        return torch.cat(parts).view(*objects.shape[:2], self.width)
+
+    def _means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:
+        """Means of patches or predictions over each object's patches; over all where it has none."""
         pooled = features.patches if self.config.pool == "average" else self.predictions(features)
         if objects is None:
-            means = pooled.mean(dim=1, keepdim=True)
-        else:
-            read = (objects | ~objects.any(dim=2, keepdim=True)).to(pooled.dtype)
-            means = (read @ pooled) / read.sum(dim=2, keepdim=True)
-        return dataclasses.replace(features, objects=means)
+            return pooled.mean(dim=1, keepdim=True)
+        read = (objects | ~objects.any(dim=2, keepdim=True)).to(pooled.dtype)
+        return (read @ pooled) / read.sum(dim=2, keepdim=True)
 
-    @torch.inference_mode()
     def capture(
         self,
         images: Float[Tensor, "B 3 H W"],
@@ -142,9 +157,10 @@ class Encoder(nn.Module):
         attention: bool = False,
     ) -> Capture:
         """`layers`, and on request who reads what in the last block, from one pass."""
+        if objects is not None and objects.shape[1] != 1:
+            raise ValueError(f"{objects.shape[1]} objects of each picture in a pass: expected one")
         return capture(self.backbone, images, n, objects, attention)
 
-    @torch.inference_mode()
     def visit(
         self,
         images: Float[Tensor, "B 3 H W"],
@@ -160,16 +176,16 @@ class Encoder(nn.Module):
             raise UserError(f"pool=predictor: this encoder has {', '.join(self.config.pools)}")
         return self.predictor(features)
 
-    @torch.inference_mode()
     def layers(
         self, images: Float[Tensor, "B 3 H W"], n: int = 1, objects: Bool[Tensor, "B M N"] | None = None
     ) -> tuple[Features, ...]:
         """The outputs of the last n blocks, the last one last, each through the final norm (DINO, iBOT).
 
-        `objects` of each are object tokens, whatever `config.pool` says: M = 0 without class token. Raises
-        ValueError unless the network has n blocks.
+        One object for each picture, since patches read its token: repeat the pictures for more. `objects` of
+        each are object tokens, whatever `config.pool` says: M = 0 without class token. Raises ValueError
+        unless the network has n blocks and there is one object.
         """
-        return capture(self.backbone, images, n, objects).layers
+        return self.capture(images, n, objects).layers
 
     def pooled(self, pool: str | None) -> "Encoder":
         """The same networks with another `config.pool`; None: this one. Raises UserError for one it lacks."""
@@ -187,20 +203,14 @@ class Encoder(nn.Module):
         return (images.float() / 255 - mean) / std
 
     def transform(self, image: Any) -> Float[Tensor, "3 crop crop"]:
-        """A PIL picture or a uint8 array [H, W, 3] to a normalised square: resize, centre crop, normalise."""
-        from PIL import Image
+        """An image to the normalised square that is encoded: decode, resize, cut the centre, normalise.
 
-        settings = self.config.transform
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        picture = picture.convert("RGB")
-        scale = settings.resize / min(picture.size)
-        width, height = (max(settings.resize, round(side * scale)) for side in picture.size)
-        if settings.squash:
-            width = height = settings.resize
-        left, top = (width - settings.crop) // 2, (height - settings.crop) // 2
-        picture = picture.resize((width, height), Image.Resampling[settings.interpolation.upper()])
-        picture = picture.crop((left, top, left + settings.crop, top + settings.crop))
-        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+        `image` is a path (text, too), the bytes of a file, a PIL image, or an array [H, W, 3] of uint8. Files
+        and PIL images are read as for training and evaluations: EXIF orientation is applied, all kinds become
+        RGB, 16 bits are scaled to 8, transparent parts are laid on white. The square has the pixels that an
+        evaluation has, bit for bit. Raises UserError, with the reason, for what cannot be read.
+        """
+        pixels = square(_pixels(image), self.config.transform)
         return self.normalise(pixels[None].to(self.device))[0]
 
     def fingerprint(self) -> str:
@@ -242,6 +252,28 @@ class Encoder(nn.Module):
         return folder
 
 
+def _pixels(image: Any) -> UInt8[np.ndarray, "H W 3"]:
+    """The RGB pixels of whatever `Encoder.transform` takes."""
+    from PIL import Image
+
+    from foveola.data.decode import DAMAGED, decode, upright
+    from foveola.data.sample import BadImage
+
+    name = str(image) if isinstance(image, str | Path) else f"a {type(image).__name__}"
+    try:
+        if isinstance(image, str | Path):
+            return decode(Path(image).expanduser())
+        if isinstance(image, bytes) or (
+            isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+        ):
+            return decode(image)
+        return decode(upright(image if isinstance(image, Image.Image) else Image.fromarray(image)))
+    except (AttributeError, KeyError, TypeError) as error:  # of PIL, for what is no array or not of an image
+        raise UserError(f"{name} is no image: expected a path, bytes, PIL or uint8 [H, W, 3]") from error
+    except (BadImage, *DAMAGED) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def _settings(config: EncoderConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name != "origin"}
 
@@ -256,26 +288,32 @@ def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256)
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
+def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
     Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
     as published (the teacher is taken where there are two networks). `timm:NAME` and `hf:NAME` are models of
     these libraries, NAME one of theirs or a local folder (`zoo.load`); `pixels:` has pixels as features
     (`zoo.pixels`). `untrained:PATH` is an encoder of the shape of the one at PATH with fresh weights, drawn
-    by seed 0. Raises UserError for anything else.
+    by seed 0. With `trainable` its weights take gradients, and it is in training mode, with the stochastic
+    depth of its configuration; otherwise it is frozen. Raises UserError for anything else.
     """
-    if str(path).startswith(PIXELS):
+    encoder = _load(str(path)).to(device)
+    return encoder.requires_grad_(True).train() if trainable else encoder
+
+
+def _load(name: str) -> Encoder:
+    if name.startswith(PIXELS):
         from foveola.zoo.pixels import pixel_encoder
 
-        return pixel_encoder(str(path)).to(device)
-    if str(path).startswith(LIBRARIES):
+        return pixel_encoder(name)
+    if name.startswith(LIBRARIES):
         from foveola.zoo.load import load_library
 
-        return load_library(str(path)).to(device)
-    if str(path).startswith(UNTRAINED):
-        return _untrained(str(path).removeprefix(UNTRAINED)).to(device)
-    path = Path(path)
+        return load_library(name)
+    if name.startswith(UNTRAINED):
+        return _untrained(name.removeprefix(UNTRAINED))
+    path = Path(name)
     if not path.exists():
         raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
     if path.is_dir():
@@ -284,8 +322,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
             raise UserError(
                 f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
             )
-        return _load_folder(folder).to(device)
-    return _load_file(path).to(device)
+        return _load_folder(folder)
+    return _load_file(path)
 
 
 def _untrained(path: str) -> Encoder:

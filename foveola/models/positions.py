@@ -30,7 +30,7 @@ def resize_positions(
     the table at (i + 1/2) side / (n + 0.1) - 1/2, ever shorter of its place, up to 0.1 side / n cells.
     Weights that were trained so want `offset` 0.1. It cannot be had together with antialiasing.
     """
-    side = round(table.shape[1] ** 0.5)
+    side = round(int(table.shape[1]) ** 0.5)  # a traced size is a tensor
     if (side, side) == grid:
         return table
     if fixed:

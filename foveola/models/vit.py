@@ -357,7 +357,7 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
         """Tokens of the kept patches, with positions if those are added, and the (rows, columns) of all."""
         patch = self.config.patch_size
-        height, width = images.shape[-2:]
+        height, width = map(int, images.shape[-2:])  # traced sizes are tensors
         if height % patch or width % patch or not height or not width:
             raise ValueError(
                 f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches"

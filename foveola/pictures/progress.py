@@ -260,7 +260,8 @@ def _place_share(
         encoder(encoder.transform(sample.image)[None]).patches.cpu()
         for _, sample in each_sample(source, PLACES_OF)
     )
-    share, used = place_share(patches)
+    with torch.inference_mode():  # as the generator goes
+        share, used = place_share(patches)
     if used < 2:
         return None, None
     tree = {"about": about, "share": share, "used": used}

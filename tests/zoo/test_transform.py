@@ -1,13 +1,17 @@
-"""Preprocessing of other libraries: both sides resized alike, bilinear; the same in evaluations."""
+"""From files and images to pixels: the same in Python as in evaluations, also as other libraries have it."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from foveola.config import ConfigError, build
-from foveola.evaluation.rows import picture_crop, resize
+from foveola.config import ConfigError, UserError, build
+from foveola.data.sources import open_source
+from foveola.evaluation.rows import ExtractConfig, Pictures
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.transform import picture_crop, square
 from foveola.models.vit import ViTConfig
 
 MODEL = ViTConfig(width=24, depth=1, heads=3, patch_size=4, image_size=16)
@@ -24,14 +28,78 @@ def test_pictures_as_pil_makes_them(interpolation, squash: bool, resized: int):
     whole = np.asarray(Image.fromarray(pixels).resize(size, kernel))
     left, top = (size[0] - 16) // 2, (size[1] - 16) // 2
     cut = torch.from_numpy(whole[top : top + 16, left : left + 16].copy()).permute(2, 0, 1)
-    assert torch.equal(encoder.transform(pixels), encoder.normalise(cut[None])[0])
-
     (rows, columns), (upper, start) = picture_crop(30, 60, settings)
     assert ((columns, rows), (start, upper)) == (size, (left, top))
-    evaluated = resize(pixels, rows, columns, interpolation)[:, upper : upper + 16, start : start + 16]
+    evaluated = square(pixels, settings)
     assert (evaluated.int() - cut.int()).abs().max() <= 1
+    assert torch.equal(encoder.transform(pixels), encoder.normalise(evaluated[None])[0])
 
 
 def test_other_kernels_are_refused():
     with pytest.raises(ConfigError, match="lanczos"):
         build(TransformConfig, {"interpolation": "lanczos"})
+
+
+def odd_files(folder: Path) -> None:
+    """One image in many kinds of files, of which several are read wrongly by a plain `Image.open`."""
+    rng = np.random.default_rng(1)
+    rgb = np.asarray(
+        Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((45, 31)), np.uint8
+    )
+    picture, grey = Image.fromarray(rgb), rgb[:, :, 0]
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        picture.save(folder / f"turned-{orientation}.jpg", quality=95, exif=exif)
+    picture.save(folder / "turned.png", exif=exif)
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("P").save(folder / "palette.gif")
+    Image.fromarray(grey).save(folder / "grey.jpg")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(np.dstack((rgb, grey))).save(folder / "alpha.png")
+    picture.save(folder / "odd-names.jpeg?heads=2.webp", lossless=True)
+
+
+def test_one_way_from_files_and_images_to_pixels(tmp_path: Path):
+    """A path, its text, its bytes, PIL's image and an evaluation: bit for bit the same square."""
+    odd_files(tmp_path)
+    settings = TransformConfig(resize=20, crop=16)
+    encoder = Encoder(EncoderConfig(model=MODEL, transform=settings))
+    source = open_source(f"folder:{tmp_path}")
+    read = Pictures(source, np.arange(len(source)), settings, MODEL.patch_size, ExtractConfig())
+    assert len(source) == len(list(tmp_path.iterdir())) >= 14
+    for index in range(len(source)):
+        sample = source[index]
+        path = tmp_path / sample.name
+        evaluated = encoder.normalise(read.read(sample, index).images)[0]
+        with Image.open(path) as opened:
+            for image in (path, str(path), path.read_bytes(), opened):
+                assert torch.equal(encoder.transform(image), evaluated), (sample.name, type(image))
+    turned = {encoder.transform(tmp_path / f"turned-{n}.jpg").numpy().tobytes() for n in range(1, 9)}
+    assert len(turned) == 8
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path):
+    encoder = Encoder(EncoderConfig(model=MODEL, transform=TransformConfig(resize=20, crop=16)))
+    grey = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert torch.equal(encoder.transform(tmp_path / "deep.png"), encoder.transform(grey))
+    assert torch.equal(encoder.transform(grey.astype(np.uint16) * 257), encoder.transform(grey))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("missing.jpg", r"missing\.jpg: No such file"),
+        (b"", "a bytes: the file is empty"),
+        (np.zeros((20, 20, 3), np.float32), "a ndarray is no image: expected a path, bytes, PIL or uint8"),
+        (np.zeros((20, 20), np.float32), "a ndarray: floating-point pixels have no known range"),
+        (np.zeros((4, 20, 3), np.uint8), "a ndarray: 20x4 pixels is less than 8"),
+        (torch.zeros(3, 20, 20), "a Tensor is no image"),
+        (None, "a NoneType is no image"),
+    ],
+)
+def test_what_is_no_image_is_said(image, message: str):
+    encoder = Encoder(EncoderConfig(model=MODEL, transform=TransformConfig(resize=20, crop=16)))
+    with pytest.raises(UserError, match=message):
+        encoder.transform(image)
