@@ -26,12 +26,13 @@ from foveola.views.batch import Batch, Streams, make_views
 
 
 def canvases(batch: int, device: torch.device) -> Canvases:
-    """Random pictures with one object of a third of the picture each."""
+    """Random pictures of 500x375 with one object of a third of the picture each."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(batch, 1, 128, 128, dtype=torch.uint8)
     masks[:, :, 30:100, 30:110] = 255
     return Canvases(
-        images=torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, generator=generator),
+        images=torch.randint(0, 256, (batch, 3, 512, 512), dtype=torch.uint8, generator=generator),
+        extents=torch.tensor([[375, 500]] * batch),
         aspects=torch.full((batch,), 4 / 3),
         object_masks=masks,
         whole=torch.zeros(batch, 1, dtype=torch.bool),

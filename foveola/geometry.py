@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 Kernel = Literal["bicubic", "linear", "area"]
@@ -59,30 +59,43 @@ def resampling_weights(
     kernel: Kernel = "bicubic",
     flip: Bool[Tensor, "*N"] | None = None,
     blur: Float[Tensor, "*N"] | None = None,
+    extent: Int64[Tensor, "*N"] | None = None,
 ) -> Float[Tensor, "*N {size} {source}"]:
     """Antialiased interpolation weights of one axis; each row sums to one.
 
     Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit
-    interval. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as PIL and
-    `F.interpolate(antialias=True)` do; `area` gives source cell j the share of the output cell that it
-    covers, exactly, at any scale.
+    interval; 0 <= low < high <= 1. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as
+    PIL and `F.interpolate(antialias=True)` do; `area` gives source cell j the share of the output cell that
+    it covers, exactly, at any scale.
 
     Args:
         flip: reverse the order of the output cells.
         blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them
             alone.
+        extent: how many of the `source` cells the unit interval spans, from the first on; the others get the
+            weight 0. None = all of them.
     """
     low, high = low[..., None, None], high[..., None, None]
-    cell = (high - low) * (source / size)  # source pixels to an output pixel
+    cells = source if extent is None else extent.to(low.dtype)[..., None, None]
+    cell = (high - low) * (cells / size)  # source pixels to an output pixel
     i = torch.arange(size, device=low.device, dtype=low.dtype)[:, None]
-    j = torch.arange(source, device=low.device, dtype=low.dtype)
+    centre = low * cells + (i + 0.5) * cell
+    # Only the source cells that the kernel can reach are looked at: a few of hundreds.
+    radius = {"bicubic": 2.0, "linear": 1.0, "area": 0.5}[kernel] * max(source / size, 1)
+    taps = 2 * math.ceil(radius) + 2
+    first = (centre - (taps / 2 - 1)).floor()
+    j = first + torch.arange(taps, device=low.device, dtype=low.dtype)
     if kernel == "area":
-        start = low * source + i * cell
+        start = low * cells + i * cell
         weights = (torch.minimum(start + cell, j + 1) - torch.maximum(start, j)).clamp_(min=0)
     else:
-        centre = low * source + (i + 0.5) * cell
         distance = ((j + 0.5 - centre) / cell.clamp(min=1)).abs_()
         weights = bicubic(distance) if kernel == "bicubic" else (1 - distance).clamp_(min=0)
+    weights = weights * ((j >= 0) & (j < cells))
+    # Cells before the first and after the last have room of their own here, which is cut off again.
+    spread = weights.new_zeros(*weights.shape[:-1], source + 2 * taps)
+    spread.scatter_(-1, (j + taps).long().clamp_(0, source + 2 * taps - 1), weights)
+    weights = spread[..., taps : taps + source]
     weights = weights / weights.sum(dim=-1, keepdim=True)
     if blur is not None:
         weights = _gaussian(blur, size) @ weights
@@ -113,12 +126,14 @@ def sample(
     size: int | tuple[int, int],
     kernel: Kernel = "bicubic",
     blur: Float[Tensor, "B V"] | None = None,
+    extents: Int64[Tensor, "B 2"] | None = None,
 ) -> Float[Tensor, "B V C h w"]:
     """Cut V views out of each of B fields: `Wy @ field @ Wx^T`, batched and differentiable in the field.
 
-    The field is a squashed picture: its first pixel begins at 0 and its last ends at 1 on each axis, so rows
-    and columns may differ in number. Values are not clipped: bicubic weights may overshoot. `flips` mirrors
-    left-right; `blur` is a Gaussian in output pixels (see `resampling_weights`).
+    A field spans the unit square: its first cell begins at 0 and its last ends at 1 on each axis, so rows and
+    columns may differ in number. `extents` are the rows and columns of each field where it does not fill its
+    square; what lies beyond them is never read. Values are not clipped: bicubic weights may overshoot.
+    `flips` mirrors left-right; `blur` is a Gaussian in output pixels (see `resampling_weights`).
     """
     height, width = (size, size) if isinstance(size, int) else size
     batch, channels, rows, columns = field.shape
@@ -126,8 +141,11 @@ def sample(
     boxes = boxes.to(field.device, field.dtype)
     flips = None if flips is None else flips.to(field.device)
     blur = None if blur is None else blur.to(field.device, field.dtype)
-    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur)
-    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur)
+    high, wide = (
+        (None, None) if extents is None else extents.to(field.device).T[..., None].expand(2, -1, views)
+    )
+    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur, high)
+    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur, wide)
     # One matrix product for the rows of all views of a picture, then one for the columns of each view.
     lines = field.permute(0, 2, 1, 3).reshape(batch, rows, channels * columns)
     lines = wy.reshape(batch, views * height, rows) @ lines

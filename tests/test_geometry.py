@@ -168,6 +168,24 @@ def test_a_field_of_coordinates_returns_where_the_view_looks():
             assert (views[:, axis] - expected).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("kernel", ["bicubic", "linear", "area"])
+@pytest.mark.parametrize("size", [(5, 4), (30, 41)])
+def test_a_field_in_the_corner_of_its_square_is_read_as_if_alone(kernel: str, size: tuple[int, int]):
+    shapes = [(17, 23), (4, 9), (20, 6)]
+    boxes = some_boxes(3 * 5).view(3, 5, 4)
+    boxes[:, 0] = FULL
+    flips = torch.rand(3, 5, generator=seeded()) < 0.5
+    blur = torch.rand(3, 5, generator=seeded()) * 2
+    square = torch.full((3, 2, 20, 23), 1000.0)
+    for field, (rows, columns) in zip(square, shapes, strict=True):
+        field[:, :rows, :columns] = torch.rand(2, rows, columns, generator=seeded(rows))
+    together = sample(square, boxes, flips, size, kernel, blur, torch.tensor(shapes))
+    for k, (rows, columns) in enumerate(shapes):
+        field = square[k : k + 1, :, :rows, :columns]
+        alone = sample(field, boxes[k : k + 1], flips[k : k + 1], size, kernel, blur[k : k + 1])
+        assert (together[k] - alone[0]).abs().max() < 1e-5
+
+
 def test_sampling_is_differentiable_in_the_field():
     field = torch.rand(1, 2, 5, 4, dtype=torch.float64, generator=seeded(), requires_grad=True)
     boxes = some_boxes(2).double()

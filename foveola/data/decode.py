@@ -65,15 +65,19 @@ def decode(
     return pixels
 
 
-def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 size size"]:
-    """Squash pixels to a square, antialiased bicubic: PIL's BICUBIC within 1 level (2 where it enlarges)."""
+def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 h w"]:
+    """Pixels that fit on a canvas of `size` a side: an axis that is longer is shrunk to it, another stays.
+
+    So no detail is lost that the canvas has room for. Antialiased bicubic, PIL's BICUBIC within 1 level. The
+    result is the memory of `pixels` where nothing is shrunk.
+    """
     if not pixels.flags.writeable:  # torch warns about memory that it could write to by mistake
         pixels = pixels.copy()
-    picture = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if picture.shape[-2:] == (size, size):
-        return picture[0].contiguous()
-    resized = torch.nn.functional.interpolate(picture, (size, size), mode="bicubic", antialias=True)
-    return resized[0].contiguous()
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)
+    height, width = (min(side, size) for side in picture.shape[1:])
+    if picture.shape[1:] == (height, width):
+        return picture
+    return torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

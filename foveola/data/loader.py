@@ -37,7 +37,9 @@ ENOUGH = 100  # samples to have seen before the share of bad ones means somethin
 class LoaderConfig:
     """How pictures become batches of canvases."""
 
-    canvas: int = key(256, "pixels a side of the square that pictures are resized to", at_least=8)
+    canvas: int = key(
+        512, "pixels a side of the square that holds a picture; a longer side is shrunk to it", at_least=8
+    )
     mask_canvas: int = key(128, "pixels a side of the square that object masks are drawn on", at_least=8)
     objects_per_image: int = key(1, "objects drawn from each picture", at_least=1)
     choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
@@ -192,7 +194,10 @@ class _Batches(Dataset):
         order = _cached_order(self.seed, epoch, len(self.source))[start : start + self.batch_size]
 
         B, M, size = self.batch_size, self.config.objects_per_image, self.config.mask_canvas
-        images = torch.empty((B, 3, self.config.canvas, self.config.canvas), dtype=torch.uint8)
+        canvas = self.config.canvas
+        # Channels last, as decoders give them.
+        images = torch.zeros((B, canvas, canvas, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        extents = torch.empty((B, 2), dtype=torch.int64)
         aspects, labels = torch.empty(B), torch.full((B,), -1)
         masks = torch.full((B, M, size, size), 255, dtype=torch.uint8)
         whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
@@ -201,7 +206,9 @@ class _Batches(Dataset):
         scratch = Scratch()
         for row in range(B):
             index, sample, pixels = self._read(epoch, int(order[row]), scratch, bad)
-            images[row] = to_canvas(pixels, self.config.canvas)
+            image = to_canvas(pixels, canvas)
+            extents[row] = torch.tensor(image.shape[1:])
+            images[row, :, : image.shape[1], : image.shape[2]] = image
             aspects[row] = pixels.shape[1] / pixels.shape[0]
             indices[row] = index
             if sample.label is not None:
@@ -210,7 +217,10 @@ class _Batches(Dataset):
                 rng = np.random.default_rng([self.seed, OBJECTS, epoch, index])
                 whole[row] = False
                 masks[row], object_labels[row] = _draw_objects(sample.objects, rng, self.config)
-        batch = Canvases(images, aspects, masks, whole, object_labels, labels, indices, skipped=len(bad))
+        images = _trim(images, extents)
+        batch = Canvases(
+            images, extents, aspects, masks, whole, object_labels, labels, indices, skipped=len(bad)
+        )
         return batch, bad
 
     def _read(
@@ -244,6 +254,12 @@ def _draw_objects(
     masks = np.stack([objects.draw(int(index), config.mask_canvas) for index in chosen])
     labels = np.full(len(chosen), -1) if objects.labels is None else objects.labels[chosen]
     return torch.from_numpy(masks), torch.from_numpy(labels)
+
+
+def _trim(images: UInt8[Tensor, "B 3 S S"], extents: Int64[Tensor, "B 2"]) -> UInt8[Tensor, "B 3 R C"]:
+    """Without the rows and columns that no picture of the batch reaches."""
+    rows, columns = extents.amax(dim=0).tolist()
+    return images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
 
 
 def _as_it_is(batch: Any) -> Any:

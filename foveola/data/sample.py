@@ -120,13 +120,15 @@ class Sample:
 class Canvases:
     """A batch as the loader gives it. M objects per picture; unknown labels are -1.
 
-    `images` are RGB squashed to squares; `aspects` is width / height of the true pictures. `object_masks` are
-    coverage times 255 on a smaller square. Where `whole` is true the object is the whole picture (no
-    annotation) and its mask is all 255. `indices` are positions in the source. `skipped` counts bad pictures
-    that were replaced.
+    `images` are RGB, each in the upper left of a canvas of R x C pixels; `extents` are the rows and columns
+    that it fills, which stand for the unit square, and `aspects` is width / height of the true pictures.
+    `object_masks` are coverage times 255 on a square that the unit square fills. Where `whole` is true the
+    object is the whole picture (no annotation) and its mask is all 255. `indices` are positions in the
+    source. `skipped` counts bad pictures that were replaced.
     """
 
-    images: UInt8[Tensor, "B 3 S S"]
+    images: UInt8[Tensor, "B 3 R C"]
+    extents: Int64[Tensor, "B 2"]
     aspects: Float32[Tensor, "B"]
     object_masks: UInt8[Tensor, "B M s s"]
     whole: Bool[Tensor, "B M"]

@@ -138,6 +138,7 @@ class TargetCanvases(Dataset):
         unknown = torch.full((len(entries),), -1)
         canvases = Canvases(
             images=torch.stack(images),
+            extents=torch.full((len(images), 2), self.canvas),
             aspects=torch.tensor(aspects, dtype=torch.float32),
             object_masks=torch.stack(masks)[:, None],
             whole=torch.tensor(whole)[:, None],

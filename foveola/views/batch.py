@@ -133,7 +133,9 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
     what it stands for.
     """
     objects = config.objects
-    pixels = canvases.images.to(torch.float32).div_(255)
+    # Rows before channels, as `sample` multiplies them: this copy is the only one.
+    pixels = canvases.images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = pixels.div_(255).transpose(1, 2)
     masks = canvases.object_masks.to(torch.float32).div_(255) if objects else None
     facts: dict[str, Tensor] = {}
 
@@ -178,13 +180,27 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
     kinds = torch.full(global_boxes.shape[:2], 1)
     kinds[:, 0] = 0
     global_views = _pixels(
-        pixels, global_boxes, global_flips, config.global_size, kinds, config, streams("color")
+        pixels,
+        canvases.extents,
+        global_boxes,
+        global_flips,
+        config.global_size,
+        kinds,
+        config,
+        streams("color"),
     )
     local_views = None
     if local_boxes is not None:
         kinds = torch.full(local_boxes.shape[:2], 2)
         local_views = _pixels(
-            pixels, local_boxes, local_flips, config.local_size, kinds, config, streams("local color")
+            pixels,
+            canvases.extents,
+            local_boxes,
+            local_flips,
+            config.local_size,
+            kinds,
+            config,
+            streams("local color"),
         )
 
     masked = masked_indices = local_masked = unplaced = unplaced_indices = shown = None
@@ -283,7 +299,8 @@ def _flips(boxes: Tensor, config: ViewsConfig, generator: torch.Generator) -> Bo
 
 
 def _pixels(
-    pixels: Float[Tensor, "B 3 S S"],
+    pixels: Float[Tensor, "B 3 R C"],
+    extents: Int64[Tensor, "B 2"],
     boxes: Float[Tensor, "B V 4"],
     flips: Bool[Tensor, "B V"] | None,
     size: int,
@@ -293,5 +310,5 @@ def _pixels(
 ) -> Float[Tensor, "B V 3 H W"]:
     drawn = color.draw(config.color, kinds.flatten(), generator)
     blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
-    views = sample(pixels, boxes, flips, size, "bicubic", blur)
+    views = sample(pixels, boxes, flips, size, "bicubic", blur, extents)
     return color.apply(views.flatten(0, 1), drawn, config.color).unflatten(0, boxes.shape[:2])

@@ -48,6 +48,24 @@ class Numbered:
         return str(self.count)
 
 
+class Held:
+    """Pictures in memory."""
+
+    name, classes, has_objects = "held:", None, False
+
+    def __init__(self, pictures: list[np.ndarray]) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.pictures[index], f"picture {index}")
+
+    def fingerprint(self) -> str:
+        return "held"
+
+
 def config(**changes: Any) -> LoaderConfig:
     return build(LoaderConfig, {"canvas": 8, "mask_canvas": 8, "workers": 0} | changes)
 
@@ -83,6 +101,22 @@ def test_a_batch_is_what_the_samples_say():
             assert label in sample.objects.labels[matching]
     assert not batch.whole.any()
     assert torch.equal(batch.aspects, torch.ones(4))
+
+
+def test_pictures_of_all_sizes_lie_in_the_corner_of_one_canvas():
+    """The canvas of a batch is as large as its pictures need, and dark beyond each of them."""
+    rng = np.random.default_rng(0)
+    shapes = [(20, 30), (44, 12), (9, 9), (60, 100)]
+    pictures = [rng.integers(100, 200, (*shape, 3), np.uint8) for shape in shapes]
+    for canvas, largest in ((64, (60, 64)), (40, (40, 40)), (200, (60, 100))):
+        batch = take(loader(Held(pictures), config={"canvas": canvas}), 1)[0]
+        assert batch.images.shape == (4, 3, *largest)
+        for image, extent, index in zip(batch.images, batch.extents.tolist(), batch.indices, strict=True):
+            height, width = shapes[index]
+            assert extent == [min(height, canvas), min(width, canvas)]
+            assert torch.equal(image[:, : extent[0], : extent[1]], to_canvas(pictures[index], canvas))
+            assert image.count_nonzero() == 3 * extent[0] * extent[1]
+        assert torch.equal(batch.aspects, torch.tensor([w / h for h, w in shapes])[batch.indices])
 
 
 def test_without_annotation_the_object_is_the_whole_picture():

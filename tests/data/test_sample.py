@@ -142,6 +142,7 @@ def test_choice_repeats_only_when_it_must(by):
 def test_canvases_move_as_one():
     batch = Canvases(
         images=torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+        extents=torch.full((2, 2), 4),
         aspects=torch.ones(2),
         object_masks=torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
         whole=torch.ones(2, 1, dtype=torch.bool),
@@ -151,5 +152,5 @@ def test_canvases_move_as_one():
         skipped=3,
     )
     moved = batch.to("meta")
-    assert moved.images.device.type == moved.indices.device.type == "meta"
+    assert moved.images.device.type == moved.extents.device.type == "meta"
     assert (moved.skipped, len(moved)) == (3, 2)

@@ -74,6 +74,7 @@ def pictures(count: int = 6, size: int = 24) -> Canvases:
     masks[:, :, 3:9, 2:8] = 255
     return Canvases(
         images=torch.randint(0, 256, (count, 3, size, size), generator=generator).byte(),
+        extents=torch.full((count, 2), size),
         aspects=torch.full((count,), 4 / 3),
         object_masks=masks,
         whole=torch.zeros(count, 1, dtype=torch.bool),

@@ -35,6 +35,7 @@ def rectangles(
             images[b, :, y0:y1, x0:x1] = 255
     return Canvases(
         images=images,
+        extents=torch.full((batch, 2), size),
         aspects=torch.tensor(aspects or [1.0] * batch),
         object_masks=masks,
         whole=torch.tensor([[box is None for box in row] for row in boxes]),
