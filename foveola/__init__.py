@@ -7,26 +7,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveola.data.sample import Objects, Sample
+    from foveola.data.sources import Source, open_source
     from foveola.evaluation.analysis import analyze_attention
     from foveola.evaluation.analysis_result import AttentionAnalysis
-    from foveola.evaluation.protocol import Result, evaluate
+    from foveola.evaluation.compare import Comparison, compare
+    from foveola.evaluation.protocol import Result, evaluate, evaluate_all
     from foveola.models.encoder import Encoder, Features, load
     from foveola.pictures.report import report
     from foveola.pictures.visualize import visualize
+    from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
+    from foveola.zoo.export import export
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionAnalysis",
+    "Comparison",
     "Encoder",
     "Features",
+    "Objects",
     "Result",
     "Run",
+    "Sample",
+    "Source",
     "__version__",
     "analyze_attention",
+    "compare",
     "evaluate",
+    "evaluate_all",
+    "export",
     "load",
+    "open_source",
     "pretrain",
+    "recipes",
     "report",
     "visualize",
 ]
@@ -34,7 +48,16 @@ __all__ = [
 _HOMES = {
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
+    "recipes": "foveola.training.recipe",
+    "open_source": "foveola.data.sources",
+    "Source": "foveola.data.sources",
+    "Sample": "foveola.data.sample",
+    "Objects": "foveola.data.sample",
     "evaluate": "foveola.evaluation.protocol",
+    "evaluate_all": "foveola.evaluation.protocol",
+    "compare": "foveola.evaluation.compare",
+    "Comparison": "foveola.evaluation.compare",
+    "export": "foveola.zoo.export",
     "analyze_attention": "foveola.evaluation.analysis",
     "AttentionAnalysis": "foveola.evaluation.analysis_result",
     "Result": "foveola.evaluation.protocol",

@@ -334,10 +334,9 @@ def _export(arguments: list[str]) -> None:
         raise UserError(f"unknown key {name!r}; usage: {usage}")
     if "out" not in settings:
         raise UserError(f"export needs out=, where to write; usage: {usage}")
-    from foveola.models.encoder import load
     from foveola.zoo.export import export
 
-    print(export(load(model), settings["out"], settings.get("format", "timm")))
+    print(export(model, settings["out"], settings.get("format", "timm")))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -31,6 +31,8 @@ from foveola.data.segmentation import (
 __all__ = ["BadImage", "DataError", "PixelSource", "Source", "decode", "open_source"]
 
 Split = Literal["train", "test"]
+OBJECT = "python"  # kind of the names under which configurations mention a caller's own source
+NEEDED = ("name", "classes", "has_objects", "__len__", "__getitem__")  # by a source
 
 
 @runtime_checkable
@@ -127,7 +129,32 @@ def open_source(spec: str, split: Split = "train") -> Source:
     return source
 
 
+def as_source(data: Any, split: Split, what: str) -> Source:
+    """A data string opened, or a source of the caller's own as it is.
+
+    Raises DataError, which begins with `what` (the name of an argument), for an object that is no source.
+    """
+    if isinstance(data, str):
+        return open_source(data, split)
+    if lacks := [name for name in NEEDED if not hasattr(data, name)]:
+        raise DataError(
+            f"{what}: expected a data string or a source, got a {type(data).__name__}, which has no "
+            f"{', '.join(lacks)}; docs/data.md shows a source of your own"
+        )
+    if not len(data):
+        raise DataError(f"{what}: {data.name} is empty")
+    try:
+        first = data[0]
+    except BadImage:
+        return data
+    if not isinstance(first, Sample):
+        raise DataError(f"{what}: {data.name}[0] is a {type(first).__name__}, expected a foveola.Sample")
+    return data
+
+
 def _unknown_kind(spec: str, kind: str) -> str:
+    if kind == OBJECT:
+        return f"{spec} was an object of Python, which no data string can open: pass it again, as data="
     valid = ", ".join(f"{name}:" for name in KINDS)
     if spec and Path(spec.partition("?")[0]).expanduser().is_dir():
         return f"data {spec!r} needs a kind in front; did you mean folder:{spec}?"

@@ -12,7 +12,7 @@ import torch
 
 from foveola import distributed
 from foveola.config import UserError, build, merge, nearest, to_dict
-from foveola.data.sources import Source, notes_of, open_source
+from foveola.data.sources import Source, Split, as_source, notes_of
 from foveola.evaluation import (
     abmilp,
     attentive,
@@ -319,5 +319,5 @@ def _measure(
     )
 
 
-def _open(source: Source | str | None, split: str) -> Any:
-    return open_source(source, split) if isinstance(source, str) else source  # type: ignore[arg-type]
+def _open(source: Source | str | None, split: Split) -> Any:
+    return None if source is None else as_source(source, split, split)

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, build, key, merge, nearest, parse_overrides, read_yaml
+from foveola.config import ConfigError, build, dump_yaml, key, merge, nearest, parse_overrides, read_yaml
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.knn import KnnConfig
 from foveola.methods.capi import CapiConfig
@@ -76,6 +76,9 @@ class RunConfig:
         None, "labelled data of the k-NN queries; null = the test split of evaluate_train"
     )
     evaluate: KnnConfig = key(factory=KnnConfig, help="settings of these evaluations")
+
+    def __repr__(self) -> str:  # a dataclass keeps one that is there; its own is a line of 4,000 letters
+        return f"RunConfig:\n{dump_yaml(self)}"
 
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import ConfigError, UserError, build, merge, to_dict
 from foveola.data.loader import Loader
-from foveola.data.sources import Source, notes_of, open_source, same_data
+from foveola.data.sources import OBJECT, Source, as_source, notes_of, same_data
 from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
@@ -32,7 +32,7 @@ class Run:
     """A finished or stopped run."""
 
     folder: Path
-    config: RunConfig
+    config: RunConfig = field(repr=False)
     step: int
     total_steps: int
     metrics: dict[str, float]  # of the last step that was logged; empty where this call took no step
@@ -44,6 +44,19 @@ class Run:
     def encoder(self) -> Encoder:
         return load(self.folder)
 
+    def history(self) -> list[dict[str, float | None]]:
+        """The metrics of every logged step, in order, as `metrics.jsonl` has them (None: was not finite).
+
+        What was logged of one step in several lines, by training and by an evaluation, is laid together.
+        """
+        path = self.folder / "metrics.jsonl"
+        lines: dict[int, dict[str, float | None]] = {}
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with suppress(ValueError):  # torn by an interruption
+                line = json.loads(text)
+                lines.setdefault(int(line["step"]), {}).update(line)
+        return [lines[step] for step in sorted(lines)]
+
 
 def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
     """Train as a recipe says, or go on with the run in its folder; returns when done or stopped by a signal.
@@ -51,29 +64,35 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
     Args:
         recipe: name, YAML path, or a resolved configuration.
         overrides: any key of `RunConfig`; nested ones as dicts (`model={"size": "base"}`) or through
-            `**{"model.size": "base"}`.
+            `**{"model.size": "base"}`. `data`, `evaluate_train` and `evaluate_test` may also be sources of
+            the caller's own (docs/data.md); going on with the run then needs the same object again.
 
     SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end the step, write a checkpoint and return; the same call
     then goes on.
     Raises UserError for mistakes in the configuration and the data, and `Diverged`.
     """
+    sources: dict[str, Source] = {}
+    for name in ("data", "evaluate_train", "evaluate_test"):
+        if not isinstance(value := overrides.get(name), str | None):
+            source = as_source(value, "test" if name == "evaluate_test" else "train", name)
+            overrides[name], sources[name] = f"{OBJECT}:{source.name}", source
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
         config = build(RunConfig, merge(to_dict(config), nested(overrides)))
     with distributed.joined(config.device) as device:
-        return _Session(config, device).run()
+        return _Session(config, device, sources).run()
 
 
 class _Session:
     """One process's work on a run, between its start and the next interruption."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, sources: dict[str, Source]) -> None:
         self.config, self.device = config, device
         self.part = share(config)
         if config.data is None:
             hint = config.about.data or "folder:/my/pictures"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
-        self.source = open_source(config.data)
+        self.source = as_source(sources.get("data", config.data), "train", "data")
         self.progress = plan(config, len(self.source))
         check(config, self.progress)
         self.total = self.progress.total_steps
@@ -81,7 +100,7 @@ class _Session:
             period(config, name, self.progress)
             for name in ("checkpoint_every", "keep_every", "evaluate_every")
         )
-        self.labelled = None if self.evaluate_every is None else _labelled(config)
+        self.labelled = None if self.evaluate_every is None else _labelled(config, sources)
         self.trainer = assemble(config, self.progress, device)
         self.folder, self.stop = Path(), Stop()
         self.bad_names: set[str] = set()
@@ -290,12 +309,17 @@ class _Session:
         return distributed.on_main(look)
 
 
-def _labelled(config: RunConfig) -> tuple[Source, Source]:
+def _labelled(config: RunConfig, own: dict[str, Source]) -> tuple[Source, Source]:
     """The data of the evaluations, opened before the first step: mistakes show now, not hours later."""
-    train = config.evaluate_train or config.data
-    assert train is not None
-    test = config.evaluate_test or train
-    sources = open_source(train, "train"), open_source(test, "test")
+    given = {
+        "data": config.data,
+        "evaluate_train": config.evaluate_train,
+        "evaluate_test": config.evaluate_test,
+    }
+    given |= own
+    train = given["evaluate_train"] or given["data"]
+    test = given["evaluate_test"] or train
+    sources = as_source(train, "train", "evaluate_train"), as_source(test, "test", "evaluate_test")
     for name, source in zip(("evaluate_train", "evaluate_test"), sources, strict=True):
         if source.classes is None:
             raise ConfigError(f"{name}: {source.name} has no labels, which evaluate_every needs")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.models.encoder import Encoder
+from foveola.models.encoder import Encoder, load
 from foveola.zoo.hf_models import plain_name
 from foveola.zoo.load import TOLERANCE, import_library, load_library
 from foveola.zoo.sizes import mlp_ratio
@@ -25,8 +25,10 @@ PACKED = {  # one matrix of ours, several of Hugging Face's
 }
 
 
-def export(encoder: Encoder, out: str | Path, format: str = "timm") -> Path:
+def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm") -> Path:
     """Write an encoder for another library, and check that it gives the same tokens there.
+
+    The encoder may also be named, as for `load`.
 
     `timm`: a folder for `timm.create_model("local-dir:OUT", pretrained=True)`. `hf`: a folder for
     `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: a file of tensors by
@@ -40,6 +42,7 @@ def export(encoder: Encoder, out: str | Path, format: str = "timm") -> Path:
         raise UserError(f"format={format}: expected {', '.join(FORMATS)}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} exists; export writes to a new place")
+    encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     _check(encoder)
     if format == "torch":
         out.parent.mkdir(parents=True, exist_ok=True)
