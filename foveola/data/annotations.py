@@ -6,10 +6,9 @@ rather than in many Python objects: forked workers share arrays, but copy the me
 look at.
 """
 
-import csv
 import hashlib
-import io
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Integer
-from PIL import Image
 
-from foveola.data.decode import picture_size
-from foveola.data.sample import BadImage, DataError, Objects
+from foveola.data.coco import check_annotation
+from foveola.data.fit import turn_of
+from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, read_header, turn, turn_boxes
+from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
 Reader = Callable[[int, str, Path, int], tuple[Path | bytes, Objects | None]]
 
@@ -73,17 +73,22 @@ class PixelBoxes:
             return path, None
         data, size = path, self.size
         if size is None:
-            try:
-                data = path.read_bytes()
-                size = picture_size(data)
-            except (OSError, BadImage):
-                return path, None  # whoever decodes it will say why
+            data, header = _opened(path)
+            if header is None:
+                return path, None
+            size = header.upright
+            outside = (boxes[:, :2] >= size).any(1) | (boxes[:, 2:] <= 0).any(1)
+            if outside.any():
+                box = ", ".join(f"{side:g}" for side in boxes[outside][0])
+                raise BadImage(f"{file}: its box {box} lies outside its {size[0]}x{size[1]} pixels")
         labels = np.where(labels < 0, label, labels)
         return data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels)
 
 
 class LabelMaps:
     """Reader of PNG label maps, named like the pictures: a value per object, 0 and `ignore` for none."""
+
+    raw = False  # whether maps are of pixels as stored, where their size does not tell
 
     def __init__(self, folder: Path, ignore: int | None = None) -> None:
         self.folder, self.ignore = folder, ignore
@@ -97,11 +102,15 @@ class LabelMaps:
         if not where.is_file():
             return path, None
         values = read_values(where, file)
+        data, header = _opened(path)
+        if header is None:
+            return path, None
+        values = turn(values, turn_of((values.shape[1], values.shape[0]), header, self.raw, file))
         found = [value for value in np.unique(values) if value not in (0, self.ignore)]
         if not found:
-            return path, None
+            return data, None
         masks = [values == value for value in found]
-        return path, mask_objects(masks, np.full(len(masks), label))
+        return data, mask_objects(masks, np.full(len(masks), label))
 
 
 class XmlBoxes:
@@ -133,6 +142,8 @@ class XmlBoxes:
 class CocoObjects:
     """Reader of COCO instances: boxes, and masks (polygons or RLE), packed until asked for."""
 
+    raw = False  # whether annotations are of pixels as stored, where their size does not tell
+
     def __init__(
         self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
     ) -> None:
@@ -141,6 +152,7 @@ class CocoObjects:
         for (width, height), some in zip(sizes.tolist(), annotations, strict=True):
             rows = []
             for annotation in some:
+                check_annotation(annotation, width, height)
                 x, y, w, h = annotation["bbox"]
                 rows.append((x, y, x + w, y + h, labels[annotation["category_id"]]))
                 areas.append(annotation.get("area", w * h) / (width * height))
@@ -158,57 +170,26 @@ class CocoObjects:
         masks = [_unpack_mask(self.masks[i], height, width) for i in range(first, first + len(boxes))]
         areas = self.areas[first : first + len(boxes)]
         unit = boxes / np.array([width, height, width, height], np.float32)
-        return path, Objects.from_boxes(unit, labels, masks, areas)
+        data, header = _opened(path)
+        if header is None:
+            return path, None
+        orientation = turn_of((width, height), header, self.raw, file)
+        if orientation != 1:
+            unit = turn_boxes(unit, orientation)
+            masks = [None if mask is None else turn(full_mask(mask), orientation) for mask in masks]
+        return data, Objects.from_boxes(unit, labels, masks, areas)
+
+
+def _opened(path: Path) -> tuple[Path | bytes, Header | None]:
+    """The bytes of an image and its header; None where it cannot be read: whoever decodes it will say why."""
+    try:
+        data = path.read_bytes()
+        return data, read_header(data)
+    except (OSError, BadImage):
+        return path, None
 
 
 # -- files ------------------------------------------------------------------------------------------------
-
-
-def read_boxes(path: Path) -> dict[str, list[tuple[float, float, float, float, str]]]:
-    """Own boxes in pixels by picture name, from CSV or JSON. Raises DataError with what is wrong, and where.
-
-    CSV: lines `name,x0,y0,x1,y1[,label]`, with or without a header. JSON: {"name": [[x0, y0, x1, y1], ...]}
-    with the label as fifth. x1 and y1 are where the box ends: over the whole of a 640x480 picture it is
-    0,0,640,480.
-    """
-    if not path.is_file():
-        raise DataError(f"no file of boxes {path}")
-    found: dict[str, list[tuple[float, float, float, float, str]]] = {}
-    highest = 0.0
-    for where, name, fields in _json_boxes(path) if path.suffix == ".json" else _csv_boxes(path):
-        try:
-            x0, y0, x1, y1 = (float(value) for value in fields[:4])
-        except (TypeError, ValueError):
-            raise DataError(f"{where}: a box is x0, y0, x1, y1 and perhaps a label, not {fields}") from None
-        left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
-        if not (max(left, 0) < right < float("inf") and max(top, 0) < bottom < float("inf")):
-            raise DataError(f"{where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g} has no area inside the picture")
-        highest = max(highest, right, bottom)
-        found.setdefault(name, []).append(
-            (left, top, right, bottom, str(fields[4]) if len(fields) > 4 else "")
-        )
-    if found and highest <= 1:
-        raise DataError(f"{path}: boxes are in pixels, but none here reaches beyond 1")
-    return found
-
-
-def _csv_boxes(path: Path) -> Iterable[tuple[str, str, Sequence[Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, line in enumerate(csv.reader(file), start=1):
-            fields = [field.strip() for field in line]
-            if any(fields) and not (
-                number == 1 and len(fields) > 1 and fields[1].lower() in ("x0", "xmin", "x")
-            ):
-                yield f"{path}, line {number}", fields[0], fields[1:]
-
-
-def _json_boxes(path: Path) -> Iterable[tuple[str, str, Sequence[Any]]]:
-    tree = read_json(path)
-    if not isinstance(tree, dict) or not all(isinstance(boxes, list) for boxes in tree.values()):
-        raise DataError(f'{path}: must be {{"picture name": [[x0, y0, x1, y1], ...], ...}}')
-    for name, boxes in tree.items():
-        for box in boxes:
-            yield f"{path}, {name}", name, box if isinstance(box, list) else [box]
 
 
 def read_json(path: Path) -> Any:
@@ -243,15 +224,25 @@ def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
     """
     place = where if isinstance(where, Path) else "in the data set"
     try:
-        picture = Image.open(where if isinstance(where, Path) else io.BytesIO(where))
-        values = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"{file}: its label map {place} cannot be read") from error
+        data = where.read_bytes() if isinstance(where, Path) else where
+        picture = open_image(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata and size
+            values = np.asarray(picture)
+    except (BadImage, *DAMAGED) as error:
+        raise BadImage(f"{file}: its label map {place} cannot be read ({error})") from error
+    values = turn(values, orientation_of(picture))
     if values.dtype.kind == "b":  # a PNG of one bit
         values = values.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "iu":
         raise DataError(f"{place}: a label map has one channel (grey or palette), this one is {picture.mode}")
     return values
+
+
+def size_of(where: Path) -> tuple[int, int] | None:
+    """Width and height of a label map, from its header; None where it cannot be read."""
+    _, header = _opened(where)
+    return None if header is None else header.upright
 
 
 # -- masks ------------------------------------------------------------------------------------------------

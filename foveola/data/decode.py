@@ -4,8 +4,7 @@ Ordinary JPEGs go through simplejpeg (libjpeg-turbo, strict: a damaged file is a
 rest through PIL; the file's header decides which, so that nothing is tried twice.
 """
 
-import io
-import struct
+import re
 import warnings
 from pathlib import Path
 
@@ -13,16 +12,18 @@ import numpy as np
 import simplejpeg
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from foveola.data.sample import BadImage
+from foveola.data.depth import CONTAINER, is_deep, to_bytes, values_of
+from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
+from foveola.data.sample import BadImage, ImageFile, Reading
 
 MIN_SIDE = 8  # pixels; smaller pictures are tracking pixels, icons and broken exports
 MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
-ORIENTATION = 0x0112  # the EXIF tag
-# What PIL raises on damaged files: OSError (truncated, of an unknown kind) and, from its plugins, the others.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+FEW = 16  # stray bytes before the end of a JPEG that are no sign of damage
+PLAIN = Reading()
 
 
 class Scratch:
@@ -39,25 +40,32 @@ class Scratch:
 
 
 def decode(
-    image: Path | bytes | UInt8[np.ndarray, "H W 3"], scratch: Scratch | None = None
+    image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"], scratch: Scratch | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of a picture: a path, the bytes of a file, or pixels (returned as they are).
 
-    EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8; transparent parts
-    are laid on white; of an animation the first frame is taken. Raises BadImage, with the reason, for files
-    that are missing, empty, damaged, of an unknown kind, or less than 8 pixels on a side.
+    EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8, from the range
+    of an `ImageFile` or from all of them; transparent parts are laid on white; of an animation the first
+    frame is taken. Raises BadImage, with the reason, for files that are missing, empty, damaged, of an
+    unknown kind, of several pages, of floating-point values without a range, or less than 8 pixels a side.
     """
+    reading = PLAIN
+    if isinstance(image, ImageFile):
+        image, reading = image.data, image.reading
     if isinstance(image, Path):
         try:
             image = image.read_bytes()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
     if isinstance(image, bytes):
-        size = _jpeg_size(image)
-        if size is not None and size[0] * size[1] > MAX_PIXELS:
-            raise BadImage(f"{size[1]}x{size[0]} pixels are more than memory should be given for")
-        room = None if scratch is None or size is None else scratch.room(size[0] * size[1] * 3)
-        pixels = _decode_other(image) if size is None else _decode_jpeg(image, room)
+        jpeg = jpeg_header(image)
+        if jpeg is None:
+            pixels = _decode_other(image, reading)
+        else:
+            if jpeg.width * jpeg.height > MAX_PIXELS:
+                raise BadImage(f"{jpeg.width}x{jpeg.height} pixels are more than memory should be given for")
+            room = None if scratch is None else scratch.room(jpeg.width * jpeg.height * 3)
+            pixels = _decode_jpeg(image, jpeg.orientation, room)
     else:
         pixels = image
     if min(pixels.shape[:2]) < MIN_SIDE:
@@ -80,109 +88,69 @@ def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3
     return torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture file the right way up, from its header alone. Raises BadImage."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data))
-            turned = picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except DAMAGED as error:
-        raise BadImage(_reason(data, error)) from error
-    return (picture.height, picture.width) if turned else picture.size
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG of 8 bits a channel in grey or colour, by its header; else None."""
-    at = 2
-    if data[:2] != b"\xff\xd8":
-        return None
-    while at + 10 <= len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            ordinary = marker in (0xC0, 0xC1, 0xC2) and bits == 8 and channels in (1, 3)
-            return (height, width) if ordinary else None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
-def _decode_jpeg(data: bytes, buffer: UInt8[np.ndarray, "N"] | None) -> UInt8[np.ndarray, "H W 3"]:
+def _decode_jpeg(
+    data: bytes, orientation: int, buffer: UInt8[np.ndarray, "N"] | None
+) -> UInt8[np.ndarray, "H W 3"]:
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
-        raise BadImage(str(error)) from error
-    start = data.find(b"Exif\0\0", 0, 1 << 16)
-    return pixels if start < 0 else _turn(pixels, _exif_orientation(data[start + 6 : start + 6 + (1 << 16)]))
+        if not _is_padded(data, str(error)):
+            raise BadImage(str(error)) from error
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=False)
+    return turn(pixels, orientation)
 
 
-def _decode_other(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+def _is_padded(data: bytes, complaint: str) -> bool:
+    """Whether a JPEG is whole, but for bytes between its last pixel and its end.
+
+    That is what cameras and editors leave: a few bytes, or one value again and again. Many different ones
+    are pixels that were not read because a damage made earlier ones longer than they are.
+    """
+    found = EXTRANEOUS.search(complaint)
+    if found is None:
+        return False
+    count = int(found[1])
+    end = data.rfind(b"\xff\xd9")
+    return count <= FEW or len(set(data[max(end - count, 0) : end])) == 1
+
+
+def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+    picture = open_image(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
-            picture = Image.open(io.BytesIO(data))
+            check_pages(picture, reading.first_page)
+            if is_deep(picture) and (reading.low is not None or picture.mode == "F"):
+                values = values_of(data)
+                picture.load()
+                return turn(_scaled(values, reading), orientation_of(picture))
             return upright(picture)
     except DAMAGED as error:
-        raise BadImage(_reason(data, error)) from error
+        raise BadImage(reason(data, error)) from error
 
 
 def upright(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of an image that PIL has opened, as `decode` makes them of its file. Raises as PIL does."""
     picture.load()
-    return _turn(_to_rgb(picture), picture.getexif().get(ORIENTATION, 1))
+    return turn(_to_rgb(picture), orientation_of(picture))
 
 
-def _reason(data: bytes, error: Exception) -> str:
-    """What PIL's error means, on one line."""
-    if not data:
-        return "the file is empty"
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a known kind"
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+    assert values is not None
+    pixels = to_bytes(values[:, :, :3] if values.ndim == 3 else values, reading)
+    if values.ndim == 2:
+        return np.repeat(pixels[:, :, None], 3, axis=2)
+    if values.shape[2] == 4:  # alpha has the whole of its 16 bits
+        share = values[:, :, 3:] / np.float32(CONTAINER)
+        return np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8)
+    return pixels
 
 
 def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    if picture.mode.startswith("I"):  # 16 bits of grey: PIL would clip to 255 rather than scale
-        levels = np.asarray(picture).astype(np.int64)
-        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
-            raise BadImage("grey levels beyond 16 bits")
-        return np.repeat(((levels + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
-    if picture.mode == "F":
-        raise BadImage("floating-point pixels have no known range")
+    if picture.mode.startswith("I") or picture.mode == "F":  # PIL would clip to 255 rather than scale
+        return np.repeat(to_bytes(np.asarray(picture), Reading())[:, :, None], 3, axis=2)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return np.array(Image.alpha_composite(white, picture).convert("RGB"))
     return np.array(picture.convert("RGB"))
-
-
-def _exif_orientation(block: bytes) -> int:
-    """The orientation tag of an EXIF block (a TIFF header and its first directory); 1 where there is none."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
-    if order is None or len(block) < 10:
-        return 1
-    (at,) = struct.unpack_from(order + "I", block, 4)
-    if at + 2 > len(block):
-        return 1
-    (entries,) = struct.unpack_from(order + "H", block, at)
-    for entry in range(at + 2, min(at + 2 + 12 * entries, len(block) - 11), 12):
-        tag, _, _, value = struct.unpack_from(order + "HHIH", block, entry)
-        if tag == ORIENTATION:
-            return value
-    return 1
-
-
-def _turn(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels the right way up. EXIF 2-8 are the flips and quarter turns; any other value leaves them."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)

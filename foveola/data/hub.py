@@ -9,8 +9,9 @@ from jaxtyping import UInt8
 
 from foveola.config import nearest
 from foveola.data.annotations import read_values
+from foveola.data.fit import upright_map
 from foveola.data.sample import BadImage, DataError, Sample
-from foveola.data.segmentation import IGNORE, MAX_CLASSES, read_names, to_classes, value_table
+from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
 
 
 class HubPictures:
@@ -65,7 +66,7 @@ class HubPixels(HubPictures):
     """Rows with a column of label maps."""
 
     def __init__(
-        self, name: str, dataset: Any, image: str, pixels: str, classes: tuple[str, ...], ignore: int
+        self, name: str, dataset: Any, image: str, pixels: str, classes: tuple[str, ...], values: np.ndarray
     ) -> None:
         from datasets import Image
 
@@ -73,13 +74,14 @@ class HubPixels(HubPictures):
         if not 0 < len(classes) <= MAX_CLASSES:
             raise DataError(f"{name}: {len(classes)} classes; from 1 to {MAX_CLASSES} are possible")
         self.pixels, self.classes = pixels, classes
-        self.values = value_table({i: i for i in range(len(classes))}, [ignore])
+        self.values = values
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """Classes of the pixels of a picture. Raises BadImage and DataError."""
         row = int(self.rows[index])
         where = f"{self.name}, row {row}"
-        return to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
+        labels = to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
+        return upright_map(labels, self._file(row, self.image), False, where)
 
     def fingerprint(self) -> str:
         stamp = f"{super().fingerprint()} {self.pixels}".encode() + self.values.tobytes()
@@ -95,11 +97,13 @@ def open_hub(
     label: str | None = None,
     pixels: str | None = None,
     classes: str | None = None,
-    ignore: int = IGNORE,
+    ignore: int | None = None,
+    values: tuple[int, ...] | None = None,
+    absent: bool = False,
 ) -> HubPictures:
     """A split of a data set. Columns are found by their kind where only one fits; `label=` none: `label=-`.
 
-    `pixels` is a column of label maps with `classes` (a number, or a file of names) and `ignore`.
+    `pixels` is a column of label maps with `classes`, `ignore`, `values` and `absent` as of `masks:`.
     """
     dataset = _load(place, split, config)
     kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}
@@ -108,8 +112,11 @@ def open_hub(
         pixels = _column(place, kinds, pixels, "Image", "pixels")
         if classes is None:
             raise DataError("hf: pixels= needs classes=, a number or a file of names")
-        names = [str(i) for i in range(int(classes))] if classes.isdecimal() else read_names(Path(classes))
-        return HubPixels(name, dataset, image, pixels, tuple(names), ignore)
+        names, table = declared("hf", classes, ignore, values)
+        source = HubPixels(name, dataset, image, pixels, tuple(names), table)
+        if not absent:
+            check_present(name, source.label_map, len(source), source.classes or ())
+        return source
     if label == "-" or (label is None and "ClassLabel" not in kinds.values()):
         return HubPictures(name, dataset, image, None)
     if label is None:

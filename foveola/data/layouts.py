@@ -17,11 +17,13 @@ from foveola.data.annotations import (
     PixelBoxes,
     Reader,
     XmlBoxes,
-    read_boxes,
     read_json,
+    size_of,
 )
+from foveola.data.coco import check_size
 from foveola.data.listing import check_inside, check_listed, find_pictures, printable
-from foveola.data.sample import DataError, Sample
+from foveola.data.sample import DataError, ImageFile, Reading, Sample
+from foveola.data.tables import read_boxes
 
 PROBES = 500  # pictures looked at to see whether a folder of annotations belongs to them
 
@@ -47,6 +49,7 @@ class Pictures:
         self.annotations = annotations  # tells these annotations from others, for the fingerprint
         self.has_objects = reader is not None
         self.notes: tuple[str, ...] = ()  # what whoever uses the data should know
+        self.reading, self.raw = Reading(), False
         self._stamp: tuple[str, str] | None = None
 
     def __len__(self) -> int:
@@ -58,7 +61,33 @@ class Pictures:
         image, objects = self.root / file, None
         if self.reader is not None:
             image, objects = self.reader(row, file, image, label)
+        if self.reading != Reading():
+            image = ImageFile(image, self.reading)
         return Sample(image, printable(file), objects, None if label < 0 else label)
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.root / os.fsdecode(self.files[int(self.rows[index])])
+
+    def read_as(self, reading: Reading) -> None:
+        """Read all files in this way, which makes them other data."""
+        self.reading = reading
+        self.annotations += f" {reading}"
+
+    def drawn(self, raw: bool) -> None:
+        """Say whether annotations were drawn on pixels as stored, before EXIF, where sizes do not tell."""
+        self.raw = raw
+        if isinstance(self.reader, LabelMaps | CocoObjects):
+            self.reader.raw = raw
+
+    def annotation_size(self, index: int) -> tuple[int, int] | None:
+        """Width and height that the annotation of an image states, if it states any."""
+        row = int(self.rows[index])
+        if isinstance(self.reader, CocoObjects):
+            return int(self.reader.sizes[row, 0]), int(self.reader.sizes[row, 1])
+        if isinstance(self.reader, LabelMaps):
+            return size_of(self.reader.path(os.fsdecode(self.files[row])))
+        return None
 
     def fingerprint(self) -> str:
         """A hash of file names, labels, annotations and the rows in use; the same wherever the folder is."""
@@ -115,6 +144,7 @@ def open_folder(
             rows[row] += [(*box[:4], index[box[4]] if box[4] else -1) for box in found[key]]
         table = BoxTable(rows)
         reader, stamp = PixelBoxes(table), table.digest()
+        notes += _few_objects(boxes, sum(map(bool, rows)), len(files))
     elif masks is not None:
         reader = maps = LabelMaps(masks, ignore)
         stamp = f"{masks.name} {ignore}"
@@ -123,6 +153,13 @@ def open_folder(
     source = Pictures(name, root, files, labels, classes or None, reader, stamp)
     source.notes = notes
     return source
+
+
+def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
+    """A note where most images have no object; each of them then counts as one."""
+    if 2 * annotated >= images:
+        return ()
+    return (f"{where}: objects in {annotated:,} of {images:,} images; each of the others counts as one",)
 
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
@@ -225,6 +262,8 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
         for annotation in tree["annotations"]:
             if not annotation.get("iscrowd"):  # crowds are areas, not objects
                 per_picture[row_of[annotation["image_id"]]].append(annotation)
+        for image in images:
+            check_size(image)
         sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
         files = [image["file_name"] for image in images]
         reader = CocoObjects(sizes, per_picture, label_of)
@@ -232,10 +271,14 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
         raise DataError(
             f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
         ) from error
+    except DataError as error:
+        raise DataError(f"{annotations}: {error}") from error
     check_inside(annotations, files)
     check_listed(root, files)
     classes = [category["name"] for category in categories]
-    return Pictures(name, root, files, None, classes, reader, reader.table.digest())
+    source = Pictures(name, root, files, None, classes, reader, reader.table.digest())
+    source.notes = _few_objects(annotations, sum(map(bool, per_picture)), len(files))
+    return source
 
 
 # -- finding and checking ---------------------------------------------------------------------------------

@@ -106,11 +106,34 @@ class Objects:
         return np.concatenate(rounds).astype(np.int64) if rounds else np.zeros(0, np.int64)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How files become pixels where a data string says it.
+
+    `low` and `high` are the values of images of more than 8 bits that become black and white (None: those of
+    16 bits are taken to fill them); `container` says that they do. `first_page`: of a TIFF of several pages
+    the first is meant.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    container: bool = False
+    first_page: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file, or the bytes of one, and how to read it."""
+
+    data: Path | bytes
+    reading: Reading
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A picture as a source knows it: where its pixels are, its objects (None: not annotated), class."""
 
-    image: Path | bytes | UInt8[np.ndarray, "H W 3"]
+    image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"]
     name: str
     objects: Objects | None = None
     label: int | None = None

@@ -14,13 +14,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from foveola.data.annotations import Packed, read_values
+from foveola.data.annotations import Packed, read_values, size_of
+from foveola.data.fit import upright_map
 from foveola.data.layouts import Pictures
-from foveola.data.listing import check_listed, find_pictures
+from foveola.data.listing import check_listed, find_pictures, printable
 from foveola.data.sample import DataError, Sample
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
 UNKNOWN = 254  # in a table of values: one that the data set does not have
+MAPS = 500  # looked at for a class without a pixel
 MAX_CLASSES = UNKNOWN  # a byte a pixel: a bank of patches holds some hundred labels for each
 
 
@@ -84,7 +86,13 @@ class LabelledPictures(Pictures):
         """Classes of the pixels of a picture. Raises BadImage (damaged), DataError (values of no class)."""
         row = int(self.rows[index])
         where = self.root / os.fsdecode(self.maps[row])
-        return to_classes(read_values(where, os.fsdecode(self.files[row])), self.values, str(where))
+        file = printable(os.fsdecode(self.files[row]))
+        labels = to_classes(read_values(where, file), self.values, str(where))
+        return upright_map(labels, self.path(index), self.raw, file)
+
+    def annotation_size(self, index: int) -> tuple[int, int] | None:
+        """Width and height of a label map."""
+        return size_of(self.root / os.fsdecode(self.maps[int(self.rows[index])]))
 
 
 def to_classes(
@@ -117,29 +125,77 @@ def value_table(classes: Mapping[int, int], ignore: Sequence[int] = (), other: i
 
 
 def open_masks(
-    name: str, root: Path, labels: Path | None = None, classes: str | None = None, ignore: int = 255
+    name: str,
+    root: Path,
+    labels: Path | None = None,
+    classes: str | None = None,
+    ignore: int | None = None,
+    values: tuple[int, ...] | None = None,
+    absent: bool = False,
 ) -> LabelledPictures:
     """A folder of pictures, and one of PNG label maps with the same names.
 
-    `classes` is the number of classes, or a file that names one a line; the values are 0, 1, ...
+    `classes` is the number of classes, or a file that names one a line. `values` are their values on disk, in
+    order; 0, 1, ... without. A class that no map looked at holds is an error unless `absent` allows it.
     """
     if labels is None or classes is None:
         raise DataError(
             "masks: needs labels= and classes= (a number, or a file of names), as in "
             "masks:/images?labels=/labels&classes=21"
         )
-    if ignore > 255:
-        raise DataError(f"masks: ignore={ignore}; values of label maps end at 255")
-    if classes.isdecimal():
-        names = [str(number) for number in range(int(classes))]
-    else:
-        names = read_names(Path(classes).expanduser())
+    names, table = declared("masks", classes, ignore, values)
     files, notes = find_pictures(root, without=labels)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
-    values = value_table({i: i for i in range(min(len(names), MAX_CLASSES))}, [ignore])
-    source = LabelledPictures(name, root, pairs, values, names)
+    source = LabelledPictures(name, root, pairs, table, names)
     source.notes = notes
+    if not absent:
+        check_present(name, source.label_map, len(pairs), source.classes)
     return source
+
+
+def declared(
+    kind: str, classes: str, ignore: int | None, values: tuple[int, ...] | None
+) -> tuple[list[str], UInt8[np.ndarray, "256"]]:
+    """Names of own classes, and the class of each value on disk. Raises DataError for what cannot be."""
+    if not classes.isdecimal():
+        names = read_names(Path(classes).expanduser())
+    elif 0 < int(classes) <= MAX_CLASSES:
+        names = [str(number) for number in range(int(classes))]
+    else:
+        raise DataError(f"{kind}: {classes} classes; from 1 to {MAX_CLASSES} are possible")
+    values = tuple(range(min(len(names), MAX_CLASSES))) if values is None else values
+    if len(values) != len(set(values)) or len(values) < min(len(names), MAX_CLASSES):
+        raise DataError(f"{kind}: values= needs a value for each of the {len(names)} classes, each once")
+    if max(*values, ignore or 0) > 255:
+        raise DataError(f"{kind}: values of label maps end at 255 (values=, ignore=)")
+    if ignore in values:
+        raise DataError(f"{kind}: ignore={ignore} is also the value of a class")
+    ignored = [IGNORE] if ignore is None else [ignore]
+    table = value_table({v: i for i, v in enumerate(values)}, [v for v in ignored if v not in values])
+    return names, table
+
+
+def check_present(
+    name: str, label_map: Callable[[int], np.ndarray], count: int, classes: Sequence[str]
+) -> None:
+    """Every declared class is somewhere in the maps. Raises DataError: it may be a value that is ignored.
+
+    Looks at maps until all classes are found, at most at `MAPS`, in an order that a seed draws.
+    """
+    missing = set(range(len(classes)))
+    order = np.random.default_rng(0).permutation(count)[:MAPS]
+    for index in order.tolist():
+        try:
+            missing -= set(np.unique(label_map(index)).tolist())
+        except DataError:  # said where the map is used
+            return
+        if not missing:
+            return
+    first = classes[min(missing)]
+    raise DataError(
+        f"{name}: class {first} ({len(missing)} of {len(classes)} classes) has no pixel in {len(order)} "
+        "label maps; values=0,255 says which values are the classes, absent=allow that they may be missing"
+    )
 
 
 def read_names(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,8 +16,9 @@ from foveola.data.imagenet import (
     open_listed,
     open_objectnet,
 )
-from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
-from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.layouts import Pictures, open_coco, open_folder, open_imagenet, open_tiny_imagenet
+from foveola.data.look import look
+from foveola.data.sample import BadImage, DataError, Reading, Sample
 from foveola.data.scenes import Scenes
 from foveola.data.segmentation import (
     PixelSource,
@@ -104,6 +106,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
+    allowed |= {} if kind in ("scenes", "hf") else {"range": _values, "pages": _first}
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
         if place:
@@ -120,12 +123,17 @@ def open_source(spec: str, split: Split = "train") -> Source:
             f"{kind}: no folder {root}" + (f"; did you mean {root.with_name(near)}?" if near else "")
         )
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
+    reading = Reading(**options.pop("range", {}), first_page=options.pop("pages", False))
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
     source = opener(spec, unquote(place) if kind == "hf" else root, **options)
     if limit is not None:
         source.limit(limit, seed)
+    if isinstance(source, Pictures):
+        if reading != Reading():
+            source.read_as(reading)
+        look(source)
     return source
 
 
@@ -180,7 +188,7 @@ def _parse_options(kind: str, query: str, allowed: dict[str, Callable[[str], Any
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:  # 64 bits
         raise ValueError("a whole number")
     return int(text)
 
@@ -207,6 +215,23 @@ def _range(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
+def _values(text: str) -> dict[str, Any]:
+    """A range of values: `LOW-HIGH` or `container`."""
+    if text == "container":
+        return {"container": True}
+    found = re.fullmatch(r"(-?[\d.]+(?:e[+-]?\d+)?)-(-?[\d.]+(?:e[+-]?\d+)?)", text)
+    low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
+    if not low < high:
+        raise ValueError("a range such as 0-4095 or -1000-3000, or container")
+    return {"low": low, "high": high}
+
+
+def _first(text: str) -> bool:
+    if text != "first":
+        raise ValueError("first")
+    return True
+
+
 def _path(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.exists():
@@ -221,13 +246,25 @@ def _folder(text: str) -> Path:
     return path
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError("whole numbers such as 0,255")
+    return tuple(map(int, parts))
+
+
+MAPS: Mapping[str, Callable[[str], Any]] = {
+    "ignore": _whole,
+    "values": _numbers,
+    "absent": lambda text: bool(_one_of("allow")(text)),
+}
 KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] = {
     "scenes": (Scenes, {"size": _whole, "count": _whole, "seed": _whole, "objects": _range, "split": _split}),
     "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
     "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
     "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
     "coco": (open_coco, {"annotations": _path}),
-    "masks": (open_masks, {"labels": _folder, "classes": str, "ignore": _whole}),
+    "masks": (open_masks, {"labels": _folder, "classes": str, **MAPS}),
     "voc": (open_voc, {"split": _one_of("train", "trainaug", "val", "test")}),
     "ade20k": (open_ade20k, {"split": _split}),
     "cityscapes": (open_cityscapes, {"split": _split}),
@@ -240,6 +277,6 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "listed": (open_listed, {"files": _path, "classes": str}),
     "hf": (
         open_hub,
-        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | {"ignore": _whole},
+        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | MAPS,
     ),
 }

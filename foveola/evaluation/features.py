@@ -14,7 +14,8 @@ from foveola import distributed
 from foveola.config import UserError
 from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage
-from foveola.data.sources import Source
+from foveola.data.segmentation import PixelSource
+from foveola.data.sources import Source, decode
 from foveola.evaluation.rows import PARCEL, ExtractConfig, Pictures, Rows, join
 from foveola.models.encoder import Encoder
 
@@ -266,7 +267,8 @@ def facts_of_bad(bad: Int64[Tensor, "b"], pictures: int, source: Source) -> dict
     names = [_name_of(source, int(index)) for index in bad[:10]]
     if len(bad) > MAX_BAD * pictures:
         raise UserError(
-            f"{source.name}: {len(bad)} of {pictures} pictures cannot be read, such as {names[0]}"
+            f"{source.name}: {len(bad)} of {pictures} pictures cannot be read, such as "
+            + why_bad(source, int(bad[0]))
         )
     return {"unreadable": len(bad), "unreadable_names": names}
 
@@ -277,6 +279,18 @@ def _name_of(source: Source, index: int) -> str:
         return source[index].name
     except BadImage as error:
         return str(error)
+
+
+def why_bad(source: Any, index: int) -> str:
+    """The name of a picture that cannot be used, and the reason: of its file, or of what annotates it."""
+    name = _name_of(source, index)
+    try:
+        decode(source[index].image)
+        if isinstance(source, PixelSource):
+            source.label_map(index)
+    except BadImage as error:
+        return str(error) if str(error).startswith(name) else f"{name} ({error})"
+    return name
 
 
 def check_finite(features: Float32[Tensor, "R D"], pictures: Int64[Tensor, "R"], source: Source) -> None:

@@ -15,7 +15,15 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
-from foveola.evaluation.features import check_finite, mask_kinds, object_tokens, read_ahead, share, show
+from foveola.evaluation.features import (
+    check_finite,
+    mask_kinds,
+    object_tokens,
+    read_ahead,
+    share,
+    show,
+    why_bad,
+)
 from foveola.evaluation.metrics import Outcome, bootstrap, partner_ranks, recall_at
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
@@ -206,7 +214,8 @@ def run(
     features, pictures, bad = _embed(encoder, test, targets, kinds, config, progress)
     if len(bad) > 0.01 * len(targets):
         raise UserError(
-            f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as {test[bad[0]].name}"
+            f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as "
+            + why_bad(test, bad[0])
         )
     count = len(pictures)
     if count < config.objects:

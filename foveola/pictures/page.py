@@ -12,6 +12,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
+from foveola.data.decode import decode
 from foveola.pictures.panel import Picture, Sheet
 from foveola.pictures.plots import Chart, draw, stroke, to_svg
 
@@ -128,8 +129,8 @@ def data_uri(picture: Picture) -> str:
 
 
 def read_picture(path: Path) -> Picture:
-    with Image.open(path) as opened:
-        return np.asarray(opened.convert("RGB"))
+    """RGB pixels of a picture file. Raises OSError and BadImage."""
+    return decode(path.read_bytes())
 
 
 def _height(picture: Picture, width: int | None) -> int:

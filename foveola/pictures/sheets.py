@@ -7,6 +7,7 @@ from typing import Any
 import foveola
 from foveola import distributed, files
 from foveola.config import UserError
+from foveola.data.sample import BadImage
 from foveola.evaluation.rows import ExtractConfig
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import kept, page
@@ -120,7 +121,7 @@ def _drawn(record: Record) -> str:
         told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
         try:
             pixels = page.read_picture(path)
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for torn files
+        except (OSError, BadImage) as error:
             notes.append(f"{path.name} cannot be read: {error}")
             continue
         picture = page.image(pixels, f"{told}, drawn in training")

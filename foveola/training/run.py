@@ -214,6 +214,7 @@ class _Session:
                     stop = stop or self.stop.agreed(self.device)
         except UserError as error:  # shown by whoever catches it
             told = self._with_checkpoint(error) if isinstance(error, Diverged) else error
+            self._name_bad(loader.bad_names, log, show=False)
             log.note(str(told), show=False)
             raise told from None
         finally:
@@ -246,9 +247,7 @@ class _Session:
         losses = torch.stack([torch.as_tensor(values[name]) for name in names])
         means = distributed.all_reduce_mean(losses).tolist()
         bad = set().union(*distributed.gather_objects(loader.bad_names))
-        if new := sorted(bad - self.bad_names):
-            log.note(f"unreadable pictures, replaced by others: {', '.join(new)}")
-            self.bad_names = bad
+        self._name_bad(bad, log)
         return {
             "epoch": step / self.progress.steps_per_epoch,
             **{name: float(value) for name, value in values.items()},
@@ -256,6 +255,11 @@ class _Session:
             **self.trainer.method.diagnose(),
             "bad_pictures": float(len(bad)),
         }
+
+    def _name_bad(self, bad: set[str], log: Log, *, show: bool = True) -> None:
+        if new := sorted(bad - self.bad_names):
+            log.note(f"unreadable pictures, replaced by others: {', '.join(new)}", show=show)
+            self.bad_names |= bad
 
     def _with_checkpoint(self, error: Diverged) -> Diverged:
         newest = checkpoint.newest(self.folder)

@@ -1,14 +1,18 @@
 """Any picture file to the right pixels, and pixels to the canvas, against PIL."""
 
 import io
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.decode import Scratch, decode, picture_size, to_canvas
-from foveola.data.sample import BadImage
+from foveola.data.decode import Scratch, decode, to_canvas
+from foveola.data.formats import read_header
+from foveola.data.sample import BadImage, ImageFile, Reading
 
 
 def photo(height=40, width=60, seed=0):
@@ -50,7 +54,8 @@ def test_exif_orientation(orientation, kind):
     got = decode(data)
     assert got.shape == pixels.shape
     assert np.abs(got.astype(int) - pixels).mean() < 2
-    assert picture_size(data) == (60, 40)
+    assert read_header(data).upright == (60, 40)
+    assert read_header(data).orientation == orientation
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,169 @@ def test_sixteen_bits_are_scaled_not_clipped():
     got = decode(encoded(Image.fromarray(levels)))
     assert got.shape == (20, 30, 3)
     assert np.abs(got - levels[:, :, None] / 257).max() <= 0.5 + 1e-9
+
+
+def png16(values):
+    """A PNG of 16 bits a channel, by its specification: PIL cannot write colour."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape[:2]
+    kind = {2: 0, 3: {3: 2, 4: 6}.get(values.shape[-1], 0)}[values.ndim]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff(values, order="<", kind=1):
+    """An uncompressed TIFF 6.0 of any number of channels; `kind` 1: unsigned, 2: signed, 3: float."""
+    height, width = values.shape[:2]
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    bits = [8 * values.dtype.itemsize] * channels
+    tags = {256: [width], 257: [height], 258: bits, 259: [1], 262: [2 if channels >= 3 else 1], 273: [0]}
+    tags |= {277: [channels], 278: [height], 279: [len(data)], 339: [kind] * channels}
+    after = 8 + 2 + 12 * len(tags) + 4
+    spare = sum(2 * len(v) for v in tags.values() if len(v) > 2)
+    tags[273] = [after + spare]
+    entries, more = b"", b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"{order}{len(numbers)}H", *numbers)
+        if tag in (273, 279):
+            packed = struct.pack(f"{order}I", *numbers)
+        if len(packed) > 4:
+            more, packed = more + packed, struct.pack(f"{order}I", after + len(more))
+        entries += struct.pack(f"{order}HHI", tag, 4 if tag in (273, 279) else 3, len(numbers))
+        entries += packed.ljust(4, b"\0")
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    return start + entries + b"\0\0\0\0" + more + data
+
+
+TWELVE = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
+FULL = Reading(0, 4095)
+
+
+@pytest.mark.parametrize("write", [png16, tiff, lambda v: tiff(v, ">")])
+def test_a_range_of_sixteen_bits(write):
+    want = np.rint(TWELVE * (255 / 4095))
+    assert np.array_equal(decode(ImageFile(write(TWELVE), FULL)), want)
+    grey = decode(ImageFile(write(np.ascontiguousarray(TWELVE[:, :, 0])), FULL))
+    assert np.array_equal(grey, want[:, :, :1].repeat(3, 2))
+
+
+def test_a_range_changes_with_neither_container_nor_eight_bits():
+    """12 bits in 16 give what the same image scaled to 8 gives; images of 8 bits stay as they are."""
+    scaled = np.rint(TWELVE * (255 / 4095)).astype(np.uint8)
+    plain = encoded(Image.fromarray(scaled))
+    assert np.array_equal(decode(ImageFile(plain, FULL)), scaled)
+    assert np.array_equal(decode(ImageFile(png16(TWELVE), FULL)), decode(plain))
+    assert decode(png16(TWELVE)).max() <= 16  # without a range: nearly black
+
+
+def test_what_lies_beyond_a_range_is_cut_off():
+    values = np.array([[-2000, -1000, 1000, 3000, 9000] * 4] * 10, np.int16)
+    got = decode(ImageFile(tiff(values, kind=2), Reading(-1000, 3000)))
+    assert got[0, :5, 0].tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(BadImage, match="values beyond 16 bits; give their range"):
+        decode(tiff(values, kind=2))
+
+
+def test_alpha_of_sixteen_bits_with_a_range():
+    alpha = np.full((20, 30, 1), 65535, np.uint16)
+    alpha[:10] = 0
+    got = decode(ImageFile(png16(np.dstack([TWELVE, alpha])), FULL))
+    assert (got[:10] == 255).all()
+    assert np.array_equal(got[10:], np.rint(TWELVE * (255 / 4095))[10:])
+
+
+def test_floating_point_needs_a_range():
+    values = np.linspace(0, 1, 200, dtype=np.float32).reshape(10, 20)
+    data = tiff(values, kind=3)
+    with pytest.raises(BadImage, match="no known range; give one"):
+        decode(data)
+    with pytest.raises(BadImage, match="no known range; give one"):
+        decode(ImageFile(data, Reading(container=True)))
+    assert np.array_equal(decode(ImageFile(data, Reading(0, 1)))[:, :, 0], np.rint(values * 255))
+    values[0, 0] = np.nan
+    with pytest.raises(BadImage, match="not finite"):
+        decode(ImageFile(tiff(values, kind=3), Reading(0, 1)))
+
+
+def test_a_pgm_that_states_its_range_needs_none():
+    grey = TWELVE[:, :, 0]
+    data = b"P5 30 20 4095\n" + grey.astype(">u2").tobytes()
+    want = np.rint(grey * (255 / 4095))
+    assert np.abs(decode(data)[:, :, 0] - want).max() <= 1
+    assert np.array_equal(decode(ImageFile(data, FULL))[:, :, 0], want)
+
+
+def test_pages():
+    pages = [Image.fromarray(photo(seed=seed)) for seed in range(3)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(BadImage, match="a TIFF of 3 pages; pages=first"):
+        decode(data)
+    assert np.array_equal(decode(ImageFile(data, Reading(first_page=True))), photo())
+    animation = encoded(pages[0], "GIF", save_all=True, append_images=pages[1:])
+    assert decode(animation).shape == (40, 60, 3)  # of an animation the first frame
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(5, np.uint8), (2, np.uint8), (5, np.uint16)])
+def test_other_numbers_of_channels_have_a_reason_that_is_true(channels, dtype):
+    bits = 8 * np.dtype(dtype).itemsize
+    with pytest.raises(
+        BadImage, match=rf"a TIFF of {channels} channel\(s\) of {bits} bits: only grey and RGB"
+    ):
+        decode(tiff(np.zeros((20, 30, channels), dtype)))
+
+
+@pytest.mark.parametrize("stray", [b"\0" * 7, b"\0" * 3000, b"abc" * 5])
+def test_bytes_before_the_end_of_a_jpeg_are_no_damage(stray):
+    data = encoded(Image.fromarray(photo()), "JPEG")
+    assert np.array_equal(decode(data[:-2] + stray + data[-2:]), decode(data))
+
+
+def test_many_unread_bytes_before_the_end_of_a_jpeg_are_damage():
+    data = encoded(Image.fromarray(photo()), "JPEG")
+    stray = bytes(np.random.default_rng(0).integers(0, 255, 200, np.uint8))
+    with pytest.raises(BadImage, match="extraneous bytes"):
+        decode(data[:-2] + stray + data[-2:])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_read_the_same_everywhere(kind):
+    """A block that two programs wrote twice counts; a damaged one costs neither the image nor its place."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes().removeprefix(b"Exif\0\0")
+    for written, turned in ((b"Exif\0\0Exif\0\0" + block, True), (b"Exif\0\0not a TIFF block", False)):
+        data = encoded(Image.fromarray(photo()), kind, exif=written)
+        assert decode(data).shape[:2] == ((60, 40) if turned else (40, 60))
+        assert read_header(data).upright == ((40, 60) if turned else (60, 40))
+
+
+def test_only_promised_formats_are_opened(monkeypatch):
+    """What begins like PostScript would start Ghostscript, whatever its name."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(
+        EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started")
+    )
+    eps = encoded(Image.fromarray(photo()), "EPS")
+    Image.init()  # as another library may have done: all plugins are known
+    with pytest.raises(BadImage, match="known kind"):
+        decode(eps)
+
+
+def test_nothing_else_opens_image_files():
+    root = Path(__file__).resolve().parents[2] / "foveola"
+    code = re.compile(r"^(?!.*['\"].*Image\.open).*\bImage\.open\(", re.MULTILINE)
+    assert [p.name for p in root.rglob("*.py") if code.search(p.read_text())] == ["formats.py"]
 
 
 def test_transparent_parts_become_white():

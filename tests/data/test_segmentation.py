@@ -220,6 +220,39 @@ def test_labels_inside_the_folder_of_pictures(tmp_path: Path):
     check(open_source(f"masks:{tmp_path}?labels={tmp_path / 'labels'}&classes=2"), 1)
 
 
+def test_a_declared_class_without_a_pixel_is_an_error_with_the_remedy(own: str, tmp_path: Path):
+    """Maps of 0 and 255 with the default ignore=255: class 1 would silently be nowhere."""
+    for name in ("x/a", "b"):
+        label_map(tmp_path / "labels" / f"{name}.png", [0, 255])
+    with pytest.raises(
+        DataError, match=r"class 1 \(1 of 2 classes\) has no pixel in 2 .*values=0,255 .*absent="
+    ):
+        open_source(f"{own}&classes=2")
+    source = check(open_source(f"{own}&classes=2&values=0,255"), 2)
+    assert source.label_map(0)[0, :3].tolist() == [0, 1, 0]
+    allowed = check(open_source(f"{own}&classes=2&absent=allow"), 2)
+    assert allowed.label_map(0)[0, :3].tolist() == [0, IGNORE, 0]
+    ignored = check(open_source(f"{own}&classes=1&values=255&ignore=0"), 2)
+    assert ignored.label_map(0)[0, :3].tolist() == [IGNORE, 0, IGNORE]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("classes=99999999999", "99999999999 classes; from 1 to 254 are possible"),
+        ("classes=2&values=0", "values= needs a value for each of the 2 classes"),
+        ("classes=2&values=0,0", "each once"),
+        ("classes=2&values=0,300", "values of label maps end at 255"),
+        ("classes=2&values=0,x", "needs whole numbers such as 0,255"),
+        ("classes=2&values=0,7&ignore=7", "ignore=7 is also the value of a class"),
+        ("classes=2&absent=yes", "needs one of allow"),
+    ],
+)
+def test_mistaken_classes(own: str, options: str, message: str):
+    with pytest.raises(DataError, match=message):
+        open_source(f"{own}&{options}")
+
+
 def test_own_masks_mistakes(own: str, tmp_path: Path):
     with pytest.raises(
         DataError, match=r"needs labels= and classes= .* or a file|needs labels= and classes="
@@ -231,7 +264,7 @@ def test_own_masks_mistakes(own: str, tmp_path: Path):
         open_source(f"{own}&classes=0")
     with pytest.raises(DataError, match="300 classes; from 1 to 254 are possible"):
         open_source(f"{own}&classes=300")
-    with pytest.raises(DataError, match="ignore=256; values of label maps end at 255"):
+    with pytest.raises(DataError, match="values of label maps end at 255"):
         open_source(f"{own}&classes=2&ignore=256")
     source = open_source(f"{own}&classes=2")
     assert isinstance(source, LabelledPictures)

@@ -109,7 +109,7 @@ def test_fingerprint_follows_the_data_not_the_place(folder: Path, tmp_path: Path
 
 def test_folder_with_boxes(folder: Path, tmp_path: Path):
     (tmp_path / "boxes.csv").write_text(
-        "name,x0,y0,x1,y1,label\ncats/a.jpg,10,5,30,15\ncats/a.jpg,40,20,20,0,tail\n\nb.png, 4, 4, 400, 9\n"
+        "name,x0,y0,x1,y1,label\ncats/a.jpg,10,5,30,15,\ncats/a.jpg,20,0,40,20,tail\n\nb.png, 4, 4, 400, 9,\n"
     )
     source = open_source(f"folder:{folder}?boxes={tmp_path / 'boxes.csv'}")
     check(source)
@@ -215,13 +215,20 @@ def test_mistakes_in_label_maps(folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no annotation there belongs to any"):
         open_source(f"folder:{folder}?masks={tmp_path}")
     masks = tmp_path / "masks"
-    picture(masks / "cats" / "a.png")
+    Image.fromarray(np.ones((10, 20), np.uint8)).save(masks.parent / "good.png")
+    (masks / "cats").mkdir(parents=True)
+    (masks.parent / "good.png").rename(masks / "cats" / "a.png")
     source = open_source(f"folder:{folder}?masks={masks}")
+    picture(masks / "cats" / "a.png")
     with pytest.raises(DataError, match="one channel"):
         source[0]
     (masks / "cats" / "a.png").write_bytes(b"rubbish")
     with pytest.raises(BadImage, match=r"cats/a.jpg: its label map .* cannot be read"):
         source[0]
+    with pytest.raises(
+        DataError, match=r"1 of 1 annotated images .*cats/a.jpg: its label map .* cannot be read"
+    ):
+        open_source(f"folder:{folder}?masks={masks}")
 
 
 # -- Tiny ImageNet ----------------------------------------------------------------------------------------
@@ -452,7 +459,7 @@ def test_coco_mistakes(coco_folder: Path):
         (lambda t: t.pop("images"), "has no list 'images'"),
         (lambda t: t["images"].clear(), "lists no pictures"),
         (lambda t: t["annotations"][0].update(image_id=77), "not as COCO instances are: KeyError 77"),
-        (lambda t: t["annotations"][0].update(bbox=[1, 2]), "not as COCO instances are"),
+        (lambda t: t["annotations"][0].update(bbox=[1, 2]), r"of image 9: bbox \[1, 2\] is not x, y"),
         (
             lambda t: t["images"].append(t["images"][0] | {"id": 1, "file_name": "x.jpg"}),
             "1 of 4 .* such as x.jpg",
@@ -490,7 +497,10 @@ def test_coco_mistakes(coco_folder: Path):
         ("folder:", "needs a folder, as in folder:/path"),
         ("folder:/no/such/place", "folder: no folder /no/such/place"),
         ("folder:/tmp?boxes=/no/such.csv", "needs a path that exists"),
-        ("folder:/tmp?zzzz=1", "has no option 'zzzz'; valid: boxes, masks, ignore, limit, seed"),
+        (
+            "folder:/tmp?zzzz=1",
+            "has no option 'zzzz'; valid: boxes, masks, ignore, limit, seed, range, pages",
+        ),
     ],
 )
 def test_mistakes_in_data_strings(spec: str, message: str):

@@ -1,0 +1,92 @@
+"""COCO annotations held against what they may be, before pycocotools reads them: it trusts what it is given.
+
+Counts that do not add up to the image, or a polygon that reaches to 1e9, make it hang or crash the process.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from foveola.data.decode import MAX_PIXELS
+from foveola.data.sample import DataError
+
+LONGEST = 6  # characters of a number in compressed RLE: 30 bits
+
+
+def check_size(image: dict) -> None:
+    """Raise DataError unless the image states a width and height that it may have."""
+    sides = [image["width"], image["height"]]
+    if not all(isinstance(side, int) and side > 0 for side in sides) or math.prod(sides) > MAX_PIXELS:
+        raise DataError(f"image {image['id']}: width and height are {sides[0]} and {sides[1]}")
+
+
+def check_annotation(annotation: dict, width: int, height: int) -> None:
+    """Raise DataError, naming the annotation, for a box, area or mask that cannot be of such an image."""
+    told = f"annotation {annotation.get('id', 'without id')} of image {annotation.get('image_id')}"
+    box, area = annotation["bbox"], annotation.get("area", 0)
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
+        raise DataError(f"{told}: bbox {box} is not x, y, width, height")
+    if not _is_finite(area) or area < 0:
+        raise DataError(f"{told}: area {area}")
+    mask = annotation.get("segmentation")
+    try:
+        if isinstance(mask, dict):
+            _check_rle(mask, width, height)
+        elif isinstance(mask, list):
+            for ring in mask:
+                _check_ring(ring, width, height)
+        elif mask is not None:
+            raise ValueError("neither polygons nor RLE")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{told}: segmentation: {error}") from error
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_ring(ring: Any, width: int, height: int) -> None:
+    points = np.array(ring)
+    if points.ndim != 1 or points.dtype.kind not in "iuf" or len(points) % 2:
+        raise ValueError("a polygon is a list of x, y, x, y, ...")
+    for values, side in ((points[::2], width), (points[1::2], height)):
+        if len(values) and not (-side <= values.min() and values.max() <= 2 * side):  # NaN is neither
+            raise ValueError(f"a polygon reaches from {values.min():g} to {values.max():g} of {side} pixels")
+
+
+def _check_rle(mask: dict, width: int, height: int) -> None:
+    if "size" in mask and list(mask["size"]) != [height, width]:
+        raise ValueError(f"RLE of size {mask['size']} in an image of height {height} and width {width}")
+    counts = mask["counts"]
+    if isinstance(counts, list):
+        found = np.array(counts)
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            raise ValueError("counts of RLE are whole numbers")
+    else:
+        found = rle_counts(counts.encode() if isinstance(counts, str) else counts)
+    if found.min(initial=0) < 0 or found.sum() != width * height:
+        raise ValueError(f"counts of RLE do not add up to the {width * height} pixels of the image")
+
+
+def rle_counts(text: bytes) -> Int64[np.ndarray, "n"]:
+    """The counts of compressed RLE. Raises ValueError.
+
+    5 bits a character from "0" on, the lowest first, and a sixth for "more follows"; numbers have a sign, and
+    from the fourth on they are the difference to the last but one.
+    """
+    bits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = bits & 32 == 0
+    if not len(bits) or bits.min() < 0 or bits.max() > 63 or not last[-1]:
+        raise ValueError("compressed RLE is damaged")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > LONGEST:
+        raise ValueError("compressed RLE holds a number beyond 30 bits")
+    places = np.arange(len(bits)) - np.repeat(starts, lengths)
+    counts = np.add.reduceat((bits & 31) << (5 * places), starts)
+    counts -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)
+    counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
+    return counts

@@ -1,0 +1,130 @@
+"""A first look at some images of a source: what their files hold, against its options and annotations.
+
+What is found becomes a note of the source, or an error where it concerns most of them: training for a day on
+black images, or on boxes beside their objects, costs more than a look at a few headers.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from foveola.data.depth import CONTAINER, is_deep, values_of
+from foveola.data.fit import views_of
+from foveola.data.formats import DAMAGED, Header, open_image, read_header
+from foveola.data.layouts import Pictures
+from foveola.data.sample import BadImage, DataError
+
+LOOKS = 64  # images
+DEEP_LOOKS = 16  # of these, whose values are read
+
+
+@dataclass
+class Seen:
+    """What a look has found."""
+
+    images: int = 0
+    deep: int = 0
+    low: float = np.inf
+    high: float = -np.inf
+    floating: bool = False
+    stored: int = 0  # annotations that fit only the pixels as stored, of images that EXIF turns
+    upright: int = 0  # only the image the right way up
+    unclear: int = 0  # both
+    annotated: int = 0
+    misfits: list[str] = field(default_factory=list)
+
+
+def look(source: Pictures) -> None:
+    """Look at `LOOKS` images of a source and add notes to it. Raises DataError for what cannot be meant."""
+    seen = Seen()
+    for index in np.unique(np.linspace(0, len(source) - 1, LOOKS).astype(int)).tolist():
+        _look_at(source, index, seen)
+    source.drawn(seen.stored > seen.upright)
+    _judge_annotations(source, seen)
+    if source.reading.low is not None or source.reading.container:
+        _check_use(source, seen)
+    elif seen.deep and (seen.floating or seen.high <= CONTAINER // 2):
+        top = 2 ** max(int(seen.high).bit_length(), 8) - 1
+        proposal = f"{seen.low:g}-{seen.high:g}" if seen.floating or seen.low < 0 else f"0-{top}"
+        source.notes += (
+            f"{source.name}: {seen.deep} of {seen.images} images looked at have more than 8 bits, with "
+            f"values from {seen.low:g} to {seen.high:g}: add range={proposal}"
+            + ("" if seen.floating else ", or range=container if they are meant to be dark"),
+        )
+
+
+def _look_at(source: Pictures, index: int, seen: Seen) -> None:
+    path = source.path(index)
+    if not path.is_file():  # a pipe would be waited for
+        return
+    try:
+        data = path.read_bytes()
+        header = read_header(data)
+        if data[:2] != b"\xff\xd8":
+            _look_at_depth(data, seen)
+    except (OSError, BadImage):
+        return  # whoever decodes it will say why
+    seen.images += 1
+    size = source.annotation_size(index)
+    if size is not None and header.orientation != 1:
+        _vote(size, header, seen)
+    if source.reader is not None:
+        try:
+            seen.annotated += source[index].objects is not None
+        except DataError as error:
+            seen.annotated += 1
+            seen.misfits.append(str(error))
+
+
+def _look_at_depth(data: bytes, seen: Seen) -> None:
+    if not is_deep(open_image(data)):
+        return
+    seen.deep += 1
+    if seen.deep > DEEP_LOOKS:
+        return
+    try:
+        values = values_of(data)
+    except DAMAGED as error:
+        raise BadImage(str(error)) from error
+    if values is not None and values.size and np.isfinite(values).any():
+        known = values[np.isfinite(values)]
+        seen.low, seen.high = min(seen.low, float(known.min())), max(seen.high, float(known.max()))
+        seen.floating = seen.floating or values.dtype.kind == "f"
+
+
+def _vote(size: tuple[int, int], header: Header, seen: Seen) -> None:
+    stored, upright = views_of(size, header)
+    seen.stored += stored and not upright
+    seen.upright += upright and not stored
+    seen.unclear += stored and upright
+
+
+def _judge_annotations(source: Pictures, seen: Seen) -> None:
+    if seen.misfits:
+        count = (
+            f"{len(seen.misfits)} of {seen.annotated} annotated images looked at do not fit their annotations"
+        )
+        what = f"{source.name}: {count}, such as {seen.misfits[0]}"
+        if 2 * len(seen.misfits) > seen.annotated:
+            raise DataError(what)
+        source.notes += (f"{what}; such images count as unreadable",)
+    if seen.unclear:
+        how = "pixels as they are stored" if source.raw else "images the right way up"
+        others = ", as those of others are" if seen.stored or seen.upright else ""
+        source.notes += (
+            f"{source.name}: EXIF turns {seen.unclear} of {seen.images} images looked at whose annotations "
+            f"may have been drawn before or after that; they are taken as drawn on {how}{others}",
+        )
+
+
+def _check_use(source: Pictures, seen: Seen) -> None:
+    """A range has an effect: if no image looked at is deep, all are asked."""
+    if not seen.deep and not any(_deep(source, index) for index in range(len(source))):
+        raise DataError(f"{source.name}: range= changes nothing, as no image has more than 8 bits")
+
+
+def _deep(source: Pictures, index: int) -> bool:
+    try:
+        return is_deep(open_image(source.path(index).read_bytes()))
+    except (OSError, BadImage):
+        return False

@@ -1,0 +1,102 @@
+"""Hostile COCO: refused with the annotation's name before pycocotools, which would hang or crash, sees it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as official
+
+from foveola.data.coco import rle_counts
+from foveola.data.sample import DataError
+from foveola.data.sources import open_source
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_compressed_counts_are_those_of_pycocotools(share: float):
+    mask = np.random.default_rng(0).random((480, 640)) < share
+    mask[200:400, 100:300] = share > 0
+    counts = rle_counts(official.encode(np.asfortranarray(mask, np.uint8))["counts"])
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], flat])))
+    np.testing.assert_array_equal(counts, np.diff([0, *changes, flat.size]))
+
+
+GOOD = {"bbox": [1, 1, 8, 8], "area": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": [[0, 0, 1e9, 0, 5, 5]]}, "a polygon reaches from 0 to 1e"),
+        ({"segmentation": [[0, 0, float("nan"), 0, 5, 5]]}, "a polygon reaches from nan"),
+        ({"segmentation": [[0, 0, float("inf"), 0, 5, 5]]}, "a polygon reaches from 0 to inf"),
+        ({"segmentation": [[0, 0, 5, 0, 5, 5, 1]]}, "a polygon is a list of x, y"),
+        ({"segmentation": [["0", "0", "5", "0", "5", "5"]]}, "a polygon is a list of x, y"),
+        ({"segmentation": "mask.png"}, "neither polygons nor RLE"),
+        ({"segmentation": {"size": [20, 30], "counts": [10**9]}}, "do not add up to the 600 pixels"),
+        ({"segmentation": {"size": [20, 30], "counts": [700, -100]}}, "do not add up to the 600 pixels"),
+        ({"segmentation": {"size": [20, 30], "counts": [1.5, 598.5]}}, "whole numbers"),
+        (
+            {"segmentation": {"size": [30, 20], "counts": [600]}},
+            r"RLE of size \[30, 20\] in an image of height 20",
+        ),
+        ({"segmentation": {"size": [20, 30], "counts": "ooooooooooo"}}, "compressed RLE is damaged"),
+        ({"segmentation": {"size": [20, 30], "counts": "ooooooooooo1"}}, "a number beyond 30 bits"),
+        ({"segmentation": {"size": [20, 30], "counts": "\x7f~"}}, "compressed RLE is damaged"),
+        ({"segmentation": {"size": [20, 30], "counts": ""}}, "compressed RLE is damaged"),
+        ({"segmentation": {"size": [20, 30]}}, "segmentation: 'counts'"),
+        ({"bbox": [1, 1, -8, 8]}, r"bbox \[1, 1, -8, 8\] is not x, y, width, height"),
+        ({"bbox": [1, 1, float("nan"), 8]}, "is not x, y, width, height"),
+        ({"bbox": ["1", 1, 8, 8]}, "is not x, y, width, height"),
+        ({"area": float("inf")}, "area inf"),
+    ],
+)
+def test_hostile_annotations(tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(
+        DataError, match=rf"coco.json: annotation 7 of image 1: .*{message}|annotation 7.*{message}"
+    ):
+        open_source(write(tmp_path, changes))
+
+
+@pytest.mark.parametrize("size", [(10**9, 10**9), (0, 20), (30.5, 20), ("30", 20)])
+def test_hostile_sizes(tmp_path: Path, size: tuple):
+    with pytest.raises(DataError, match=r"image 1: width and height are"):
+        open_source(write(tmp_path, {}, size))
+
+
+def test_names_that_leave_the_folder(tmp_path: Path):
+    with pytest.raises(DataError, match=r"names '\.\./outside.png', which is not below"):
+        open_source(write(tmp_path, {}, name="../outside.png"))
+
+
+@pytest.mark.parametrize("kind", ["polygon", "counts", "compressed", "text"])
+def test_what_is_right_is_read(tmp_path: Path, kind: str):
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 10:20] = 1
+    rle = official.encode(np.asfortranarray(mask))
+    segmentation = {
+        "polygon": [[10, 5, 20, 5, 20, 15, 10, 15]],
+        "counts": {"size": [20, 30], "counts": [205, *[10, 10] * 9, 10, 205]},
+        "compressed": {"size": [20, 30], "counts": rle["counts"].decode()},
+        "text": {"counts": rle["counts"].decode()},
+    }[kind]
+    sample = open_source(write(tmp_path, {"segmentation": segmentation}))[0]
+    assert sample.objects is not None
+    assert np.array_equal(sample.objects.draw(0, 60) > 127, np.kron(mask, np.ones((3, 2))) > 0)
+
+
+def write(folder: Path, changes: dict, size: tuple = (30, 20), name: str = "a.png") -> str:
+    (folder / "p").mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "p" / "a.png")
+    Image.new("RGB", (30, 20)).save(folder / "outside.png")
+    tree = {
+        "images": [{"id": 1, "file_name": name, "width": size[0], "height": size[1]}],
+        "annotations": [{"id": 7, "image_id": 1, "category_id": 1, **GOOD, **changes}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "coco.json").write_text(json.dumps(tree))
+    return f"coco:{folder / 'p'}?annotations={folder / 'coco.json'}"
