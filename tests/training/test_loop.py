@@ -159,6 +159,27 @@ def test_two_parts_equal_one_where_the_loss_is_a_mean(tiny, plain_tree):
     assert 0 < farthest(whole, parts) < 1e-6
 
 
+def test_parts_of_a_step_have_views_of_their_own(tiny):
+    """Those of the streams (seed, step x parts + part, rank): of the same pictures, parts see other crops."""
+    config = tiny(accumulate=2)
+    trainer, progress, batches = begin(config)
+    canvases, seen = next(batches), []
+    forward = trainer.method.forward
+
+    def watched(batch, now):
+        seen.append(batch.global_boxes)
+        return forward(batch, now)
+
+    trainer.method.forward = watched  # type: ignore[method-assign]
+    for step in range(3):
+        trainer.step(dataclasses.replace(progress, step=step), lambda: canvases)
+    assert len(seen) == 6
+    for number, boxes in enumerate(seen):
+        expected = make_views(canvases, config.views, 8, Streams(config.seed, number)).global_boxes
+        assert torch.equal(boxes, expected)
+        assert all(not torch.equal(boxes, other) for other in seen[:number])
+
+
 def test_two_parts_differ_from_one_part_alone(tiny, plain_tree):
     """The comparison above would see a part that is lost, or not divided."""
     whole, _ = train(tiny(plain_tree), 4)
