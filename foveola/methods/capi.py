@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, smooth_l1_loss
+from torch.nn.init import trunc_normal_
 
 from foveola import distributed
 from foveola.clustering import Clusters, cluster, position_information
@@ -98,7 +99,10 @@ class Branch(nn.Module):
 
 
 class UnitPrototypes(Prototypes):
-    """Prototypes of vectors of any length."""
+    """Prototypes of vectors of any length, which start as CAPI's other linear layers of this kind."""
+
+    def reset(self) -> None:
+        trunc_normal_(self.v, std=0.02)
 
     def forward(self, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n K"]:
         return super().forward(normalize(h.float(), dim=-1).to(h.dtype))

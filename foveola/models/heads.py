@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
-from torch.nn.init import trunc_normal_, zeros_
+from torch.nn.init import trunc_normal_, uniform_, zeros_
 
 from foveola.config import key
 
@@ -30,7 +30,15 @@ class Prototypes(nn.Module):
         super().__init__()
         self.v = nn.Parameter(torch.empty(count, width))
         self.g = nn.Parameter(torch.ones(count, 1), requires_grad=trainable_length)
-        trunc_normal_(self.v, std=0.02)
+        self.reset()
+
+    def reset(self) -> None:
+        """As linear layers of torch start, which the official codes leave alone: U(-a, a), a = 1 / sqrt(D).
+
+        Directions alone count, but AdamW turns long vectors more slowly than short ones.
+        """
+        bound = self.v.shape[1] ** -0.5
+        uniform_(self.v, -bound, bound)
 
     def forward(self, h: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
         # The function behind torch's own weight_norm: with many prototypes five times as fast as g * v / |v|.

@@ -97,6 +97,9 @@ def test_every_parameter_is_initialised(monkeypatch: pytest.MonkeyPatch):
             assert (parameter == 0).all()
         elif name.endswith(".g"):
             assert (parameter == 1).all()
+        elif name.endswith(".v"):  # uniform as torch's linear layers: within 1/16 for 256 numbers
+            assert parameter.abs().max().item() == pytest.approx(1 / 16, rel=1e-3)
+            assert parameter.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.01)
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm
 
+from foveola.methods.capi import UnitPrototypes
 from foveola.models.attention import rotate
 from foveola.models.positions import border_coordinates, grid_coordinates
 from foveola.models.predictor import Predictor, PredictorConfig
@@ -221,6 +222,13 @@ def test_xavier_draws_packed_maps_one_by_one():
     flat = backbone.patch_embed.proj.weight.flatten(1)
     assert flat.abs().max().item() == pytest.approx((6 / (240 + 48)) ** 0.5, rel=1e-2)
     assert backbone.reg_token.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_linear_head_of_capi_starts_as_its_code():
+    torch.manual_seed(0)
+    prototypes = UnitPrototypes(256, 900, trainable_length=True)
+    assert prototypes.v.std().item() == pytest.approx(0.02, rel=0.02)
+    assert prototypes.v.abs().max() > 0.07  # a normal distribution, where the uniform one would end at 0.035
 
 
 def test_features_are_kept_in_their_places():
