@@ -21,6 +21,7 @@ class PartConfig:
     lr: float = key(1.0, "times the learning rate", above=0)
     schedule: Schedule | None = key(None, "learning rate of its own, as it is; null = the shared one")
     weight_decay: float | None = key(None, "constant weight decay; null = the shared one", at_least=0)
+    bias_decay: float = key(0.0, "share of the weight decay that biases get (CAPI's clusters: 1)", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Optimizer:
         for name, p in self.named.items():
             part = next((part for part in config.parts if name.startswith(f"{part}.")), None)
             decay = 1.0 if p.ndim > 1 else config.norm_decay if id(p) in norms else 0.0
+            if part is not None and name.endswith("bias"):
+                decay = config.parts[part].bias_decay
             # The group of what decays comes first, as it always has: checkpoints count parameters by group.
             settings = (part or "", decay != 1.0, decay, self._rate(name, self.named))
             groups.setdefault(settings, {"params": [], "part": part, "decay": decay, "rate": settings[3]})

@@ -189,7 +189,7 @@ def test_parts_learn_in_their_own_way():
     """By hand: half the rate with a decay of 0.01; a schedule of its own; the rest as it would be."""
     own = Schedule(value=0.3, end=0.1, shape="linear")
     parts = {
-        "linear": PartConfig(lr=0.5, weight_decay=0.01),
+        "linear": PartConfig(lr=0.5, weight_decay=0.01, bias_decay=0.5),
         "head": PartConfig(lr=2.0, schedule=own),
         "norm": PartConfig(weight_decay=0.2),
     }
@@ -198,7 +198,7 @@ def test_parts_learn_in_their_own_way():
     decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * 12 / 20))
     expected = {
         "linear.weight": (0.5 * at_12, 0.01),
-        "linear.bias": (0.5 * at_12, 0),
+        "linear.bias": (0.5 * at_12, 0.5 * 0.01),
         "norm.weight": (at_12, 0.1 * 0.2),
         "norm.bias": (at_12, 0),
         "pos_embed": (at_12, decay),
@@ -209,6 +209,15 @@ def test_parts_learn_in_their_own_way():
     for name, values in expected.items():
         assert found[name] == pytest.approx(values), name
     assert optimizer.schedule(Progress(12, 20, 5, 64)) == pytest.approx({"lr": at_12, "weight_decay": decay})
+
+
+def test_clusters_of_capi_decay_with_their_bias():
+    """As in the official code, whose optimizer of the clusters gives all of them a decay of 0.01."""
+    from foveola.training.recipe import resolve
+
+    for recipe in ("capi-vitl14-in22k", "capi-tiny-tinyimagenet"):
+        part = resolve(recipe).optimizer.parts["clustering"]
+        assert (part.weight_decay, part.bias_decay) == (0.01, 1.0)
 
 
 def test_a_part_that_is_not_there_is_refused_in_one_line():
