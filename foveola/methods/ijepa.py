@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, mse_loss
+from torch.nn.init import trunc_normal_, zeros_
 
 from foveola.config import key
 from foveola.losses import huber_loss
@@ -70,6 +71,11 @@ class Student(nn.Module):
         self.backbone = VisionTransformer(model)
         # Never used: data-parallel training would wait for its gradient.
         self.backbone.mask_token.requires_grad_(False)
+        if model.init == "normal":  # the official code draws the patch embedding as its linear layers
+            patches = self.backbone.patch_embed.proj
+            trunc_normal_(patches.weight, std=0.02)
+            if patches.bias is not None:
+                zeros_(patches.bias)
         self.predictor = Predictor(config, model)
         self.head = nn.Linear(self.predictor.width, model.shape[0])
         initialise(self.head, model.init)

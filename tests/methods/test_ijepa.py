@@ -106,6 +106,20 @@ def naive(method: IJepa, drawn: Batch, plain: SimpleNamespace) -> Tensor:
     return torch.stack(errors)
 
 
+def test_the_patch_embedding_starts_as_linear_layers_do():
+    torch.manual_seed(0)
+    model = dataclasses.replace(MODEL, width=240, heads=20, patch_size=16, image_size=64)
+    views = dataclasses.replace(VIEWS, global_size=64)
+    method = IJepa(build(IJepaConfig, {"predictor": PREDICTOR}), model, views)
+    for network in (method.student.backbone, method.teacher):
+        patches = network.patch_embed.proj
+        assert patches.weight.std().item() == pytest.approx(0.02, rel=0.01)
+        assert (
+            patches.weight.abs().max() > 0.05
+        )  # not the uniform default, which ends at 1 / sqrt(768) = 0.036
+        assert (patches.bias == 0).all()
+
+
 def test_the_loss_is_that_of_a_network_written_out(plain: SimpleNamespace):
     drawn = batch()
     assert drawn.predict is not None
