@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.init import xavier_uniform_
 
 from foveola.config import key
 from foveola.losses import pixel_loss, pixel_targets
 from foveola.methods.method import Method, Output, check_single_view, spread_and_rank
+from foveola.models.attention import PackedLinear
 from foveola.models.blocks import initialise
 from foveola.models.positions import take_rows
 from foveola.models.predictor import Predictor, PredictorConfig
@@ -72,6 +74,10 @@ class Autoencoder(nn.Module):
         self.fused = config.decoder is None
         self.head = nn.Linear(width, 3 * model.patch_size**2)
         initialise(self.head, model.init)
+        if model.init == "xavier":  # the official code draws queries, keys and values as one matrix
+            for module in self.modules():
+                if isinstance(module, PackedLinear):
+                    xavier_uniform_(module.weight)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"], wanted: Int64[Tensor, "B Q"]

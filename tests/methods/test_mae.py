@@ -91,6 +91,21 @@ def predictions(method: Mae, drawn: Batch) -> Tensor:
 # -- pixels -------------------------------------------------------------------------------------------------
 
 
+def test_queries_keys_and_values_start_as_one_matrix():
+    """Xavier over [3 D, D], as the official code: 1 / sqrt(2) of what it is over each of the three."""
+    torch.manual_seed(0)
+    model = dataclasses.replace(MODEL, width=240, heads=20, depth=1)
+    decoder = DECODER | {"width": 120, "depth": 1, "heads": 10}
+    student = Mae(build(MaeConfig, {"decoder": decoder}), model, VIEWS).student
+    for network, width in ((student.backbone, 240), (student.decoder, 120)):
+        bound = (6 / (4 * width)) ** 0.5
+        for part in network.blocks[0].attn.qkv.weight.split(width):
+            assert part.abs().max().item() == pytest.approx(bound, rel=1e-3)
+            assert part.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+        bound = (6 / (2 * width)) ** 0.5
+        assert network.blocks[0].attn.proj.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+
+
 def test_patchify_and_back(plain: SimpleNamespace):
     images = torch.randn(2, 3, 12, 20)
     patches = patchify(images, 4)
