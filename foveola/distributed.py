@@ -57,8 +57,10 @@ def find_device(device: str | torch.device | None = None, local: int = 0) -> tor
         index = local if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
             raise UserError(f"no GPU with index {index}: this machine shows {torch.cuda.device_count()}")
-    if chosen.type == "meta":
-        raise UserError("device=meta computes nothing; known: auto, cpu, cuda, cuda:0, ...")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"device={str(device)!r} is not supported: foveola computes on cpu and cuda; write device=cpu"
+        )
     return chosen
 
 

@@ -80,6 +80,18 @@ class Schedule:
         if self.shape != "constant" and self.end is None:
             raise ConfigError(f"shape={self.shape} needs an `end`")
 
+    def numbers(self) -> dict[str, float]:
+        """The numbers that it runs between, by name: what a range of the key that holds it applies to."""
+        found = {"value": self.value}
+        if self.warms_up:
+            found["start"] = self.start or 0.0
+        return found if self.end is None else found | {"end": self.end}
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether there is a warm-up at all: its length is not zero."""
+        return any(digit in "123456789" for digit in str(self.warmup).lower().partition("e")[0])
+
     def at(self, progress: Progress) -> float:
         """The value that the step `progress.step` uses (0-based; beyond the last step the schedule rests)."""
         step, total, warmup = self._clock(progress)

@@ -1,4 +1,3 @@
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +45,21 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Span:
+    low: float = 0.0
+    high: float = 1.0
+
+    def numbers(self) -> dict[str, float]:
+        return {"low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
 class Outer:
     data: str = key(help="where the pictures are")
     shape: Circle | Box = key(Circle(radius=3.0), "what to draw")
     inner: Inner = key(Inner(momentum=0.5), "how to learn")
     spread: Inner | None = key(None, "may be left out")
+    span: Span | None = key(None, "its own numbers have no range, this key has", at_least=0, at_most=2)
     named: dict[str, Circle] = key(factory=dict, help="any number of these")
     duration: str | int = key("10 epochs", "how long")
     count: int = key(3, "how many", at_least=1)
@@ -82,7 +91,7 @@ def test_defaults_and_types():
     assert isinstance(config.inner.momentum, float)
     assert isinstance(config.count, int)
     assert (config.flag, config.patch, config.path, config.items) == (True, 8, Path("/a b"), ["a", "1"])
-    assert outer("inner.rate=.inf").inner.rate == math.inf
+    assert outer("inner.rate=1e308").inner.rate == 1e308
     assert build(Outer, {"data": "x", "inner": {"rate": "1e-3"}}).inner.rate == 0.001  # as YAML 1.1 reads it
 
 
@@ -130,7 +139,27 @@ def test_one_value_is_a_list_of_one() -> None:
         ),
         ("shape.name=box", None),
         ("shape=3", "shape: expected {name, radius} or {name, sides}, got 3"),
-        ("inner=3", "inner: expected {rate, momentum, limits}, got 3"),
+        ("inner=3", "inner: expected {rate, momentum, limits}, got 3; did you mean inner.rate=3?"),
+        ("inner=fast", "inner: expected {rate, momentum, limits}, got 'fast'"),
+        ("spread=3", "spread: expected {rate, momentum, limits} or null, got 3; did you mean spread.rate=3?"),
+        (
+            "spread=true",
+            "spread: expected {rate, momentum, limits} or null, got true; did you mean spread={}?",
+        ),
+        (
+            "spread=false",
+            "spread: expected {rate, momentum, limits} or null, got false; did you mean spread=null?",
+        ),
+        ("inner.rate=.inf", "inner.rate: expected float, got inf"),
+        ("inner.rate=-.inf", "inner.rate: expected float, got -inf"),
+        ("inner.limits=[.inf, 2]", "inner.limits[0]: expected int, got inf"),
+        (f"count={'9' * 5000}", "count: cannot read '99999"),
+        (f"inner.rate={'9' * 400}", "inner.rate: expected float, got 99999"),
+        ("count=[!!int x]", "count: cannot read the value '[!!int x]' as YAML"),
+        (f"items={'[' * 3000}", "items: cannot read the value '[[[["),
+        (".".join("a" * 3000) + "=1", "expected key=value, got 'a.a.a"),
+        ("span.high=-1", "span.high: must be >= 0, got -1.0"),
+        ("span={low: 2.5, high: 1}", "span.low: must be <= 2, got 2.5"),
         ("inner.rate=fast", "inner.rate: expected float, got 'fast'"),
         ("inner.rate=.nan", "inner.rate: expected float, got nan"),
         ("inner.rate=0", "inner.rate: must be > 0, got 0.0"),
@@ -219,7 +248,7 @@ def test_yaml_round_trip(tmp_path, text):
     config = Outer(
         text,
         shape=Box("square", (0.5, 2.0, 1e-7)),
-        inner=Inner(math.inf),
+        inner=Inner(1e300),
         spread=Inner(3e8),
         named={"no": Circle(), "1": Circle(radius=2.0)},
         duration=7,
@@ -247,6 +276,13 @@ def test_yaml_round_trip(tmp_path, text):
         ("a: [1\n", r"c.yaml, line \d, column \d: "),
         ("a: !!python/name:os.system\n", r"c.yaml, line 1"),
         ("a: \x00", r"c.yaml: not a YAML text file"),
+        ("? [a]\n: b\n", r"c.yaml, line 1, column 3: a key must be a word"),
+        ("x: 1\na: !!int x\n", r"c.yaml, line 2, column 4: cannot read 'x'"),
+        ("a: !!float x\n", r"c.yaml, line 1, column 4: cannot read 'x'"),
+        ("a: !!bool x\n", r"c.yaml, line 1, column 4: cannot read 'x'"),
+        ("a: !!timestamp x\n", r"c.yaml, line 1, column 4: cannot read 'x'"),
+        ("a: " + "9" * 5000, r"c.yaml, line 1, column 4: cannot read '9999"),
+        ("a: " + "[" * 3000 + "]" * 3000, r"c.yaml, line 1, column \d+: more than 32 levels"),
         (b"\xff\xfe\xfa", r"c.yaml: not a YAML text file"),
     ],
 )

@@ -101,3 +101,9 @@ d.stop()
 def test_a_full_disk_of_the_first_process_is_an_error_of_all(run_ranks):
     first, second = run_ranks(FAILING)
     assert first == second == "/nowhere/at/all: No such file or directory\n"
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:1", "meta"])
+def test_devices_that_foveola_does_not_compute_on_are_one_line(device):
+    with pytest.raises(UserError, match=f"device='{device}' is not supported: .* write device=cpu"):
+        distributed.find_device(device)

@@ -85,6 +85,25 @@ def test_progress():
     assert (progress.epoch, progress.fraction) == (2.5, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "numbers"),
+    [
+        (Schedule(0.5), {"value": 0.5}),
+        (Schedule(0.5, start=9.0, warmup="0 steps"), {"value": 0.5}),  # there is no warm-up to start
+        (Schedule(0.5, start=9.0, warmup="0.0e5 %"), {"value": 0.5}),
+        (Schedule(0.5, warmup="0.5 epochs"), {"value": 0.5, "start": 0.0}),
+        (
+            Schedule(0.5, start=0.1, end=0.2, warmup=4, shape="linear"),
+            {"value": 0.5, "start": 0.1, "end": 0.2},
+        ),
+    ],
+)
+def test_the_numbers_between_which_a_schedule_runs(schedule, numbers):
+    assert schedule.numbers() == numbers
+    low, high = min(numbers.values()), max(numbers.values())
+    assert all(low <= value <= high for value in curve(schedule))
+
+
 def test_schedules_that_cannot_be():
     run = Progress(0, TOTAL, EPOCH, BATCH)
     Schedule(1.0, warmup="12 epochs").check(run)

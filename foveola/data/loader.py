@@ -38,13 +38,18 @@ class LoaderConfig:
     """How pictures become batches of canvases."""
 
     canvas: int = key(
-        512, "pixels a side of the square that holds a picture; a longer side is shrunk to it", at_least=8
+        512,
+        "pixels a side of the square that holds a picture; a longer side is shrunk to it",
+        at_least=8,
+        at_most=2**13,
     )
-    mask_canvas: int = key(128, "pixels a side of the square that object masks are drawn on", at_least=8)
-    objects_per_image: int = key(1, "objects drawn from each picture", at_least=1)
+    mask_canvas: int = key(
+        128, "pixels a side of the square that object masks are drawn on", at_least=8, at_most=2**13
+    )
+    objects_per_image: int = key(1, "objects drawn from each picture", at_least=1, at_most=1000)
     choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
-    workers: int = key(2, "processes that decode; 0: in the training process", at_least=0)
-    prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1)
+    workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
+    prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(0.01, "share of unreadable pictures above which to stop", at_least=0, at_most=1)
     start: Literal["auto", "fork", "forkserver", "spawn"] = key(
         "auto",

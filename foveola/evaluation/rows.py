@@ -40,7 +40,7 @@ class ExtractConfig:
     batch_size: int = key(64, "rows encoded at once", at_least=1)
     workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
     limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=1)
-    seed: int = key(0, "seed of every random choice", at_least=0)
+    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; features are float32 in any case"
     )

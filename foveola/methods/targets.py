@@ -36,10 +36,11 @@ class TargetConfig:
     temperature: Schedule = key(
         factory=lambda: Schedule(value=0.07, start=0.04, warmup="30 epochs", per_epoch=True),
         help="teacher temperature",
+        above=0,
     )
     student_temperature: float = key(0.1, "temperature of predictions", above=0)
     momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
-    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1)
+    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
 
 
 class Targets(nn.Module):

@@ -16,10 +16,10 @@ from foveola.config import key
 class HeadConfig:
     """Defaults: iBOT."""
 
-    prototypes: int = key(8192, "rows of the last layer", at_least=2)
-    hidden: int = key(2048, "width of the hidden layers", at_least=1)
-    bottleneck: int = key(256, "width of the unit sphere in which prototypes live", at_least=1)
-    layers: int = key(3, "linear layers before the prototypes", at_least=1)
+    prototypes: int = key(8192, "rows of the last layer", at_least=2, at_most=2**24)
+    hidden: int = key(2048, "width of the hidden layers", at_least=1, at_most=2**16)
+    bottleneck: int = key(256, "width of the unit sphere in which prototypes live", at_least=1, at_most=2**16)
+    layers: int = key(3, "linear layers before the prototypes", at_least=1, at_most=100)
     norm_last_layer: bool = key(True, "keep prototypes at length one (their lengths do not train)")
 
 

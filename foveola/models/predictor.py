@@ -27,9 +27,11 @@ class PredictorConfig:
     kind: Literal["cross", "self"] = key(
         "cross", "mask tokens attend to the encoder's output only, or to it and to each other (MAE, I-JEPA)"
     )
-    width: int | None = key(None, "token width; null = the encoder's", at_least=1)
-    depth: int | None = key(None, "blocks; null = half the encoder's", at_least=1)
-    heads: int | None = key(None, "attention heads; null = as wide as the encoder's", at_least=1)
+    width: int | None = key(None, "token width; null = the encoder's", at_least=1, at_most=2**16)
+    depth: int | None = key(None, "blocks; null = half the encoder's", at_least=1, at_most=1000)
+    heads: int | None = key(
+        None, "attention heads; null = as wide as the encoder's", at_least=1, at_most=2**12
+    )
     drop_path: float | None = key(None, "stochastic depth; null = the encoder's", at_least=0, below=1)
 
     def network(self, encoder: ViTConfig) -> ViTConfig:

@@ -16,8 +16,8 @@ from foveola.config import key
 class TransformConfig:
     """What happens to a picture before it is encoded. Defaults: the usual ImageNet evaluation."""
 
-    resize: int = key(256, "pixels of the shorter side", at_least=1)
-    crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1)
+    resize: int = key(256, "pixels of the shorter side", at_least=1, at_most=2**14)
+    crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1, at_most=2**13)
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
     std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
     interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how pictures are resized, antialiased")

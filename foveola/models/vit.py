@@ -46,15 +46,17 @@ class ViTConfig:
     size: Literal["tiny", "small", "base", "large", "huge", "giant"] = key(
         "small", "width, depth and heads by name"
     )
-    width: int | None = key(None, "token width instead of the size's", at_least=1)
-    depth: int | None = key(None, "blocks instead of the size's", at_least=1)
-    heads: int | None = key(None, "attention heads instead of the size's", at_least=1)
-    patch_size: int = key(16, "pixels a side of a patch", at_least=1)
-    image_size: int = key(224, "picture side that fits the position table without resizing", at_least=1)
+    width: int | None = key(None, "token width instead of the size's", at_least=1, at_most=2**16)
+    depth: int | None = key(None, "blocks instead of the size's", at_least=1, at_most=1000)
+    heads: int | None = key(None, "attention heads instead of the size's", at_least=1, at_most=2**12)
+    patch_size: int = key(16, "pixels a side of a patch", at_least=1, at_most=2**10)
+    image_size: int = key(
+        224, "picture side that fits the position table without resizing", at_least=1, at_most=2**13
+    )
     mlp: Literal["gelu", "swiglu"] = key("gelu", "plain MLP, or the gated one of large DINOv2 models")
-    mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0, at_most=64)
     class_token: bool = key(True, "whether there are class (object) tokens; CAPI has none")
-    registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0)
+    registers: int = key(0, "learnable extra tokens that no loss reads", at_least=0, at_most=2**12)
     norm: Literal["layer", "rms"] = key("layer", "LayerNorm, or RMSNorm (CAPI)")
     norm_eps: float | None = key(
         None, "added to variances in norms; null = 1e-6 of LayerNorm, 1e-5 of RMSNorm", above=0
@@ -72,7 +74,9 @@ class ViTConfig:
         "learned",
         "added to patches: a table that trains or is fixed (MAE, I-JEPA), or a field; or rotary (CAPI)",
     )
-    field_size: tuple[int, int] = key((50, 50), "rows and columns of positions=field", at_least=2)
+    field_size: tuple[int, int] = key(
+        (50, 50), "rows and columns of positions=field", at_least=2, at_most=2**12
+    )
     field_interpolation: Literal["linear", "bicubic"] = key("linear", "between the nodes of the field")
     field_alignment: Literal["cells", "corners"] = key(
         "cells", "nodes of the field are centres of cells, as pixels are, or reach the picture's borders"
@@ -267,6 +271,15 @@ class VisionTransformer(nn.Module):
             zeros_(self.mask_token)
         if self.reg_token is not None:
             normal_(self.reg_token, std=0.02 if xavier else 1e-6)
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Parameters by depth: those of what embeds patches, tokens and positions, then those of each block.
+
+        The final norm is in none: what is after the last block learns at the full rate.
+        """
+        blocks = [list(block.parameters()) for block in self.blocks]
+        later = {id(p) for part in (self.blocks, self.norm) for p in part.parameters()}
+        return [[p for p in self.parameters() if id(p) not in later], *blocks]
 
     def learn_position_mask(self) -> None:
         """Add the token that stands in for the positions of `unplaced` patches; a student needs it alone."""

@@ -1,6 +1,7 @@
 """Recipes: the configuration of a whole run, its YAML files, and what may be laid over them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -15,12 +16,33 @@ from foveola.methods.distillation import DistillationConfig
 from foveola.methods.ijepa import IJepaConfig
 from foveola.methods.mae import MaeConfig
 from foveola.models.encoder import EncoderConfig, TransformConfig
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import SIZES, ViTConfig
 from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.views.batch import ViewsConfig
 
+NO_START = (
+    "training starts from fresh weights: going on from public ones is not there yet. "
+    "`foveola evaluate` measures them as they are (model=timm:NAME, hf:NAME or a file)"
+)
+LIKELY = {  # words that other libraries use, and what to write here
+    "epochs": "write duration='{} epochs'",
+    "steps": "write duration='{} steps'",
+    "max_steps": "write duration='{} steps'",
+    "lr": "write optimizer.lr.value={}",
+    "learning_rate": "write optimizer.lr.value={}",
+    "weight_decay": "write optimizer.weight_decay.value={}",
+    "warmup": "write optimizer.lr.warmup='{}', for example '5 %'",
+    "num_workers": "write loader.workers={}",
+    "workers": "write loader.workers={}",
+    "image_size": "write views.global_size={0} model.image_size={0}",
+    "patch_size": "write model.patch_size={}",
+    "gpus": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
+    "devices": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
+    "resume": "the same command on the same out= goes on where it stopped",
+    **dict.fromkeys(("init", "weights", "pretrained", "checkpoint", "teacher"), NO_START),
+}
 PERIODS = ("checkpoint_every", "keep_every", "evaluate_every")  # durations of at least a step, or null
 
 
@@ -46,10 +68,12 @@ class RunConfig:
     out: str | None = key(
         None, "run folder; null = runs/<recipe>-<time>, or the unfinished run of the same settings there"
     )
-    seed: int = key(0, "of everything that is random", at_least=0)
+    seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
-    batch_size: int = key(1024, "pictures a step, over all processes", at_least=1)
-    accumulate: int = key(1, "parts in which each process goes through its share of a step", at_least=1)
+    batch_size: int = key(1024, "pictures a step, over all processes", at_least=1, at_most=2**24)
+    accumulate: int = key(
+        1, "parts in which each process goes through its share of a step", at_least=1, at_most=2**24
+    )
     precision: Precision = key("fp32", "arithmetic of the networks; losses and averages are always fp32")
     compile: bool = key(False, "torch.compile the networks")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
@@ -115,8 +139,21 @@ def recipes() -> dict[str, About]:
 
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
     """A recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict laid over it."""
-    tree = _read_recipe(str(recipe))
     changes = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
+    return change(_read_recipe(str(recipe)), changes)
+
+
+def change(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
+    """A configuration as a tree, with what a user asks for laid over it.
+
+    Raises ConfigError for what cannot be, and for likely words that mean something else here.
+    """
+    for name in changes.keys() & LIKELY.keys():
+        raise ConfigError(f"unknown key {name!r}; {LIKELY[name].format(changes[name])}")
+    if isinstance(changes.get("model"), str) and changes["model"] not in SIZES:
+        raise ConfigError(f"model={changes['model']!r}; {NO_START}")
+    if re.fullmatch(r"\d+", duration := str(changes.get("duration")).strip()):
+        raise ConfigError(f"duration={duration} has no unit: write '{duration} epochs' or '{duration} steps'")
     return build(RunConfig, merge(tree, changes))
 
 

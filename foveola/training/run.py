@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foveola import distributed
-from foveola.config import ConfigError, UserError, build, merge, to_dict
+from foveola.config import ConfigError, UserError, to_dict
 from foveola.data.loader import Loader
 from foveola.data.sources import OBJECT, Source, as_source, notes_of, same_data
 from foveola.evaluation.protocol import evaluate
@@ -21,7 +21,7 @@ from foveola.training import checkpoint, folder
 from foveola.training.assemble import assemble, share, untrained
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
-from foveola.training.recipe import RunConfig, check, nested, period, plan, resolve
+from foveola.training.recipe import RunConfig, change, check, nested, period, plan, resolve
 from foveola.training.signals import Stop
 
 __all__ = ["Run", "pretrain", "untrained"]
@@ -78,7 +78,7 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
             overrides[name], sources[name] = f"{OBJECT}:{source.name}", source
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
-        config = build(RunConfig, merge(to_dict(config), nested(overrides)))
+        config = change(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device:
         return _Session(config, device, sources).run()
 

@@ -38,13 +38,13 @@ class Streams:
 class ViewsConfig:
     """Which views of a picture are made. Defaults: the multi-crop of DINO, iBOT and ODIS."""
 
-    global_size: int = key(224, "pixels a side of a global view", at_least=1)
-    global_count: int = key(2, "global views of a picture", at_least=1)
+    global_size: int = key(224, "pixels a side of a global view", at_least=1, at_most=2**13)
+    global_count: int = key(2, "global views of a picture", at_least=1, at_most=100)
     global_scale: tuple[float, float] = key(
         (0.25, 1.0), "share of the picture's area that a global view covers"
     )
-    local_size: int = key(96, "pixels a side of a local view", at_least=1)
-    local_count: int = key(10, "local views of a picture", at_least=0)
+    local_size: int = key(96, "pixels a side of a local view", at_least=1, at_most=2**13)
+    local_count: int = key(10, "local views of a picture", at_least=0, at_most=1000)
     local_scale: tuple[float, float] = key(
         (0.05, 0.25), "share of the picture's area that a local view covers"
     )

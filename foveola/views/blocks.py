@@ -16,7 +16,7 @@ TRIES = 20  # draws of a view before it gets along with one block less
 class BlocksConfig:
     """Defaults: I-JEPA, with its sampler put right."""
 
-    targets: int = key(4, "blocks to predict in each view", at_least=1)
+    targets: int = key(4, "blocks to predict in each view", at_least=1, at_most=1000)
     target_scale: tuple[float, float] = key(
         (0.15, 0.2), "share of the patches that such a block covers", above=0, below=1
     )

@@ -16,7 +16,7 @@ class ObjectsConfig:
 
     aware: bool = key(True, "global views must hold the target object")
     attention: bool = key(True, "object tokens of global views read only the patches of their object")
-    candidates: int = key(20, "boxes drawn for a global view before giving up", at_least=1)
+    candidates: int = key(20, "boxes drawn for a global view before giving up", at_least=1, at_most=10_000)
     min_visible: float = key(
         0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1
     )

@@ -24,7 +24,9 @@ class PlacementConfig:
     distribution: Literal["beta", "uniform", "constant"] = key(
         "beta", "of the area, between the ends of `area`; constant = its upper end (Table 4a)"
     )
-    beta: tuple[int, int] = key((2, 5), "parameters of distribution=beta, whole numbers", at_least=1)
+    beta: tuple[int, int] = key(
+        (2, 5), "parameters of distribution=beta, whole numbers", at_least=1, at_most=1000
+    )
     area: tuple[float, float] = key(
         (0.2, 1.0), "least and largest share of the field's area", above=0, at_most=1
     )

@@ -655,6 +655,12 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert pretrain(config).finished
 
 
+def test_features_that_are_not_finite_end_in_the_message_of_divergence(tiny, tmp_path):
+    """Every step is logged, so signals of collapse are asked for while the features are not finite."""
+    with pytest.raises(Diverged, match="not finite in 3 steps in a row"):
+        pretrain(tiny(out=str(tmp_path / "run"), duration="12 steps", **{"optimizer.lr.value": 1e30}))
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------
 
 

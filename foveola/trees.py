@@ -1,0 +1,161 @@
+"""Trees of plain values (dict, list, scalars) from and to YAML and `key=value`; errors that name the place.
+
+YAML is read with the core rules of YAML 1.2: `1e-4` is a number; `no`, `on` and `1:30` are text.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LEVELS = 32  # of nested groups and lists; more is a mistake, and thousands would exhaust the stack
+
+
+class UserError(Exception):
+    """A mistake of the user; the message is one line: what is wrong, where, and what would be right."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be: unknown key, bad value, unreadable file."""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate spelled most like `word` (case ignored), or None when none comes close."""
+    spellings = {candidate.lower(): candidate for candidate in candidates}
+    found = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
+    return spellings[found[0]] if found else None
+
+
+def shown(value: Any) -> str:
+    """A value in a message, as it would be written, shortened."""
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (ours, below, in place of the YAML 1.1 rules)
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > LEVELS:
+            mark = self.peek_event().start_mark  # type: ignore[union-attr]
+            raise yaml.MarkedYAMLError(None, None, f"more than {LEVELS} levels", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:  # such as `!!int x`
+            what = f"cannot read {shown(str(node.value))}"
+            raise yaml.MarkedYAMLError(None, None, what, node.start_mark) from error
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be a word", name.start_mark)
+            if name.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {name.value!r} is given twice", name.start_mark)
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):  # keeps the YAML 1.1 rules beside ours: text either reader mistakes is quoted
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_flat(
+        self, data: list
+    ) -> Any:  # [1, 2] on one line, longer structures on lines of their own
+        nested = any(isinstance(item, dict | list) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=not nested)
+
+
+_Dumper.add_representer(list, _Dumper.represent_flat)
+FLOAT = r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+for _tag, _pattern, _firsts in [
+    ("null", "~|null|", ["~", "n", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", FLOAT + r"|[-+]?\.inf|\.nan", list("-+.0123456789")),
+]:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _firsts)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Read a YAML file that holds `key: value` pairs. Raises ConfigError with file, line and column."""
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")])
+        raise ConfigError(
+            f"no configuration file {path}" + (f"; did you mean {path.with_name(near)}?" if near else "")
+        )
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        hint = " (text that holds a colon needs quotes)" if "mapping values" in str(error.problem) else ""
+        raise ConfigError(f"{path}{place}: {error.problem}{hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML text file") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: expected `key: value` pairs, got {shown(tree)}")
+    return tree or {}
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict:
+    """`["a.b=1", "c=[2, 3]"]` -> `{"a": {"b": 1}, "c": [2, 3]}`. Values are YAML; a later one wins."""
+    tree: dict = {}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not all(parts := path.strip().split(".")) or len(parts) > LEVELS:
+            raise ConfigError(f"expected key=value, got {shown(text)}")
+        branch = _parse_value(path, value.strip())
+        for part in reversed(parts):
+            branch = {part: branch}
+        tree = merge(tree, branch)
+    return tree
+
+
+def _parse_value(path: str, text: str) -> Any:
+    if text[:1] not in (
+        "[",
+        "{",
+        '"',
+        "'",
+    ):  # a plain scalar, which may hold ": " or " #" (data strings, paths)
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        try:
+            return loader.construct_object(yaml.ScalarNode(tag, text))
+        except yaml.MarkedYAMLError as error:
+            raise ConfigError(f"{path}: {error.problem}") from error
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: cannot read the value {shown(text)} as YAML") from error
+
+
+def merge(base: dict, override: dict) -> dict:
+    """A new tree: `override` laid over `base`, dictionaries key by key, everything else replaced."""
+    merged = dict(base)
+    for name, value in override.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = merge(base[name], value) if both else value
+    return merged
+
+
+def dump_tree(tree: Any) -> str:
+    """YAML text of a tree, keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
