@@ -34,15 +34,18 @@ from foveola.views.batch import Batch, ViewsConfig
 class ClusteringConfig:
     """Assignments of patches to clusters. Defaults: CAPI."""
 
-    prototypes: int = key(16384, "clusters", at_least=2)
+    prototypes: int = key(16384, "clusters", at_least=2, at_most=2**24)
     balance: Literal["position", "all"] = key(
         "position", "use all clusters alike at each position (no positional collapse), or over all patches"
     )
     temperature: float = key(0.06, "of the logits that are balanced", above=0)
     student_temperature: float = key(0.12, "of predictions, and of the loss of the clusters", above=0)
-    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1)
+    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
     queue: int = key(
-        0, "past pictures whose patches are balanced along, over all processes: for small batches", at_least=0
+        0,
+        "past pictures whose patches are balanced along, over all processes: for small batches",
+        at_least=0,
+        at_most=2**24,
     )
 
 
@@ -61,7 +64,9 @@ class CapiConfig:
     head: Literal["linear", "mlp"] = key("linear", "from predictions to clusters")
     mlp: HeadConfig = key(factory=HeadConfig, help="head=mlp; its prototypes are those of the clustering")
     clustering: ClusteringConfig = key(factory=ClusteringConfig, help="how patches become targets")
-    momentum: Schedule | None = key(None, "EMA of the teacher; null = 1 - learning rate")
+    momentum: Schedule | None = key(
+        None, "EMA of the teacher; null = 1 - learning rate", at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         if self.targets == "teacher_head" and self.head == "linear":
@@ -307,5 +312,19 @@ class Capi(Method):
     def predictor(self) -> Predictor | None:
         return None if self.config.predictor is None else self.teacher.predictor
 
-    def trained(self) -> Iterable[nn.Module]:
+    def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher.backbone)
+
+    def networks(self) -> dict[str, nn.Module]:
+        student = self.student
+        parts: dict[str, nn.Module] = {"encoder": student.backbone}
+        if self.config.predictor is not None:
+            parts["predictor"] = student.predictor
+        parts["head"] = student.head
+        return parts if self.clustering is None else parts | {"clustering": self.clustering}
+
+    def prototypes(self) -> list[nn.Parameter]:
+        if self.clustering is None:
+            return []
+        head = self.student.head
+        return list((head.last_layer if isinstance(head, ProjectionHead) else head).parameters())

@@ -55,7 +55,10 @@ class DistillationConfig:
     position: PositionTermConfig | None = key(None, "masked positions of the same view")
     spread: SpreadTermConfig | None = key(None, "KoLeo")
     momentum: Schedule = key(
-        factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"), help="EMA of the teacher"
+        factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"),
+        help="EMA of the teacher",
+        at_least=0,
+        at_most=1,
     )
 
     def __post_init__(self) -> None:
@@ -307,8 +310,15 @@ class Distillation(Method):
         assert isinstance(self.teacher, Branch)
         return self.teacher.backbone
 
-    def trained(self) -> Iterable[nn.Module]:
-        return (self.student.backbone, self.teacher.backbone)
+    def trained(self) -> Iterable[VisionTransformer]:
+        return (self.student.backbone, self.backbone)
+
+    def networks(self) -> dict[str, nn.Module]:
+        heads = {f"heads.{name}": head for name, head in self.student.heads.items()}
+        return {"encoder": self.student.backbone, **heads}
+
+    def prototypes(self) -> list[nn.Parameter]:
+        return [p for name in self.student.heads for p in self.student.head(name).last_layer.parameters()]
 
 
 def _rows(views: Tensor | None) -> Tensor | None:

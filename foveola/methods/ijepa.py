@@ -45,7 +45,10 @@ class IJepaConfig:
     )
     loss: Literal["huber", "squared"] = key("huber", "error of features: the code's, or the paper's")
     momentum: Schedule = key(
-        factory=lambda: Schedule(value=0.996, end=1.0, shape="linear"), help="EMA of the teacher"
+        factory=lambda: Schedule(value=0.996, end=1.0, shape="linear"),
+        help="EMA of the teacher",
+        at_least=0,
+        at_most=1,
     )
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
@@ -149,5 +152,9 @@ class IJepa(Method):
     def backbone(self) -> VisionTransformer:
         return self.teacher
 
-    def trained(self) -> Iterable[nn.Module]:
+    def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher)
+
+    def networks(self) -> dict[str, nn.Module]:
+        student = self.student
+        return {"encoder": student.backbone, "predictor": student.predictor, "head": student.head}

@@ -155,5 +155,9 @@ class Mae(Method):
     def backbone(self) -> VisionTransformer:
         return self.student.backbone
 
-    def trained(self) -> Iterable[nn.Module]:
+    def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone,)
+
+    def networks(self) -> dict[str, nn.Module]:
+        decoder = {} if self.student.fused else {"decoder": self.student.decoder}
+        return {"encoder": self.student.backbone, **decoder, "head": self.student.head}

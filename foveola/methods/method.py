@@ -28,7 +28,11 @@ class Output:
 
 
 class Method(nn.Module, ABC):
-    """One way of pretraining. Owns student, teacher, heads, temperatures; knows no optimiser and no file."""
+    """One way of pretraining. Owns student, teacher, heads, temperatures; knows no optimiser and no file.
+
+    The loop needs `forward`, `backbone` and `trained`; what a method lacks of the rest stays as it is here.
+    Nothing else of it is looked at: the names of its submodules are its own.
+    """
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:
@@ -64,8 +68,28 @@ class Method(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def trained(self) -> Iterable[nn.Module]:
-        """The networks that see pictures in training: candidates for compilation and checkpointing."""
+    def trained(self) -> Iterable[VisionTransformer]:
+        """The networks that see pictures in training, a teacher included; they compile and checkpoint."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.
+
+        A name may have a part after a dot ("heads.main"), which `--dry-run` sums up.
+        """
+        return {name: child for name, child in self.named_children() if _learns(child)}
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Parameters of the encoder that learns by depth, what embeds first; for `optimizer.layer_decay`."""
+        found = [network.layers() for network in self.trained() if _learns(network)]
+        return [[p for layer in same for p in layer] for same in zip(*found, strict=True)]
+
+    def prototypes(self) -> list[nn.Parameter]:
+        """Parameters that `optimizer.freeze_last_layer` holds at first; none by default."""
+        return []
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def check_single_view(name: str, views: ViewsConfig) -> None:
@@ -102,9 +126,11 @@ def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
 
     Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one
     point. Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most
-    min(n, D).
+    min(n, D). Both are NaN where a feature is not finite: that training diverged is for the loop to say.
     """
     x = normalize(features.float(), dim=1)
+    if not bool(x.isfinite().all()):
+        return float("nan"), float("nan")
     spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5
     singular = torch.linalg.svdvals(x)
     share = singular / singular.sum()

@@ -1,6 +1,7 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from foveola.config import ConfigError
 from foveola.methods import METHODS
 from foveola.methods.method import Method
 from foveola.models.encoder import Encoder
-from foveola.models.vit import VisionTransformer
 from foveola.schedules import Progress
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
@@ -33,11 +33,11 @@ def share(config: RunConfig) -> int:
 
 def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Trainer:
     """Networks, optimiser and views of a run, from its seed."""
+    _check_memory(config, device)
     method = _method(config).to(device).train()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for network in method.trained():
-        assert isinstance(network, VisionTransformer)
         network.checkpoint_activations = config.checkpoint_activations
         if config.compile:
             network.compile()
@@ -59,6 +59,24 @@ def untrained(config: RunConfig) -> Encoder:
     """The encoder that a run begins with: same shape, same seed, no step taken."""
     method = _method(config)
     return Encoder(config.encoder(), method.backbone, method.predictor)
+
+
+def _check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
+    with torch.device("meta"):
+        method = METHODS[config.method.name](config.method, config.model, config.views)
+    # A weight that trains has a gradient and two averages of AdamW beside it.
+    numbers = sum(p.numel() * (4 if p.requires_grad else 1) for p in method.parameters())
+    needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > room:
+        raise ConfigError(
+            f"weights, gradients and averages of the networks need {needed / 2**30:,.0f} GiB, and {device} "
+            f"has {room / 2**30:,.1f}: make them smaller (model.size, prototypes, hidden widths)"
+        )
 
 
 def _method(config: RunConfig) -> Method:

@@ -38,7 +38,8 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     if config.data:
         check(config, progress)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
-    trainer = assemble(dataclasses.replace(config, accumulate=1), progress, device)
+    trainer = assemble(config, progress, device)
+    trainer.accumulate = 1
     losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
     rows = {
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
@@ -82,12 +83,12 @@ def _try(
 
 
 def _parameters(method: Method) -> str:
-    """Trained numbers by part: of the student (its backbone is the encoder), and of what it has beside it."""
-    student = method.get_submodule("student")
-    parts = [*student.named_children(), *((n, m) for n, m in method.named_children() if m is not student)]
-    counts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts}
-    names = {"backbone": "encoder"}
-    return ", ".join(f"{names.get(name, name)} {count:,}" for name, count in counts.items() if count)
+    """Trained numbers by part, such as encoder and heads."""
+    counts: dict[str, int] = {}
+    for name, part in method.networks().items():
+        kind = name.partition(".")[0]
+        counts[kind] = counts.get(kind, 0) + sum(p.numel() for p in part.parameters() if p.requires_grad)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
 def _tokens(config: RunConfig, part: int, method: Method) -> str:
@@ -97,8 +98,10 @@ def _tokens(config: RunConfig, part: int, method: Method) -> str:
     patches = (views.global_size // model.patch_size) ** 2
     locals_ = views.local_count * ((views.local_size // model.patch_size) ** 2 + extra)
     teacher = views.global_count * (patches + extra)
+    teaches = any(not any(p.requires_grad for p in network.parameters()) for network in method.trained())
+    taught = f", teacher {teacher:,}" if teaches else ""
     if views.dropping is None and views.blocks is None:
-        return f"student {teacher + locals_:,}, teacher {teacher:,}"
+        return f"student {teacher + locals_:,}{taught}"
     about, kept, predicted = "", 0, 0
     if views.dropping is not None:
         kept, predicted = views.dropping.counts(patches)
@@ -109,13 +112,10 @@ def _tokens(config: RunConfig, part: int, method: Method) -> str:
             draw_blocks(views.blocks, part * views.global_count, (side, side), generator) for _ in range(16)
         ]
         kept, predicted = (round(sum(d[i].shape[1] for d in drawn) / len(drawn)) for i in range(2))
-    parts = {name for name, _ in method.get_submodule("student").named_children()}
-    if not parts & {"predictor", "decoder"}:  # the encoder reads mask tokens in place of what is dropped
-        about, kept = "", patches
+    if any(network.mask_token.requires_grad for network in method.trained()):
+        about, kept = "", patches  # the encoder reads mask tokens in place of what is dropped
     student, asked = views.global_count * (kept + extra), views.global_count * predicted
-    text = f"student {about}{student:,}, predicted {about}{asked:,}"
-    teaches = any(name == "teacher" for name, _ in method.named_children())
-    return f"{text}, teacher {teacher:,}" if teaches else text
+    return f"student {about}{student:,}, predicted {about}{asked:,}{taught}"
 
 
 def _steps(config: RunConfig, progress: Progress) -> str:

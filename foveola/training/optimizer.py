@@ -1,7 +1,5 @@
 """AdamW over named parameters: which decay, which learn at another rate, how gradients are clipped."""
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, key
+from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule, steps_of
 
 RULES = {"linear": (256, 1.0), "sqrt": (1024, 0.5), "none": (1, 0.0)}  # lr * (batch / reference) ** power
@@ -19,7 +18,9 @@ class PartConfig:
     """How a part of a method learns that is not to learn as the rest does."""
 
     lr: float = key(1.0, "times the learning rate", above=0)
-    schedule: Schedule | None = key(None, "learning rate of its own, as it is; null = the shared one")
+    schedule: Schedule | None = key(
+        None, "learning rate of its own, as it is; null = the shared one", at_least=0
+    )
     weight_decay: float | None = key(None, "constant weight decay; null = the shared one", at_least=0)
     bias_decay: float = key(0.0, "share of the weight decay that biases get (CAPI's clusters: 1)", at_least=0)
 
@@ -31,12 +32,13 @@ class OptimizerConfig:
     lr: Schedule = key(
         factory=lambda: Schedule(value=5e-4, start=0.0, end=1e-6, warmup="10 epochs", shape="cosine"),
         help="learning rate; its value is scaled by lr_rule, its start and end are not",
+        at_least=0,
     )
     lr_rule: Literal["linear", "sqrt", "none"] = key(
         "linear", "lr x batch/256, lr x sqrt(batch/1024), or lr as it is"
     )
     weight_decay: Schedule = key(
-        factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay"
+        factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay", at_least=0
     )
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's", at_least=0, below=1)
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
@@ -60,9 +62,10 @@ class OptimizerConfig:
 class Optimizer:
     """AdamW with its schedules. What has two or more dimensions decays (positions and tokens, too)."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, progress: Progress) -> None:
+    def __init__(self, model: Method, config: OptimizerConfig, progress: Progress) -> None:
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rates = _rates(model, config)
         for part in config.parts:
             if not hasattr(model, part):  # one without trained parameters is no mistake: a variant lacks them
                 known = ", ".join(sorted({name.partition(".")[0] for name in self.named}))
@@ -79,13 +82,14 @@ class Optimizer:
             if part is not None and name.endswith("bias"):
                 decay = config.parts[part].bias_decay
             # The group of what decays comes first, as it always has: checkpoints count parameters by group.
-            settings = (part or "", decay != 1.0, decay, self._rate(name, self.named))
+            settings = (part or "", decay != 1.0, decay, rates.get(id(p), 1.0))
             groups.setdefault(settings, {"params": [], "part": part, "decay": decay, "rate": settings[3]})
             groups[settings]["params"].append(p)
         fused = all(p.is_cuda for p in self.named.values())
         ordered = [groups[settings] for settings in sorted(groups)]
         self.adamw = torch.optim.AdamW(ordered, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
-        self.last_layers = [p for name, p in self.named.items() if ".last_layer." in name]
+        self.networks = {id(p): name for name, part in model.networks().items() for p in part.parameters()}
+        self.last_layers = model.prototypes()
         peak = config.peak(progress.batch_size)
         self.lr = Schedule(**{**vars(config.lr), "value": peak})
         self.frozen_steps = steps_of(
@@ -94,6 +98,11 @@ class Optimizer:
             steps_per_epoch=progress.steps_per_epoch,
             batch_size=progress.batch_size,
         )
+        if self.frozen_steps and not self.last_layers:
+            raise ConfigError(
+                f"optimizer.freeze_last_layer={config.freeze_last_layer!r}: this method has no prototypes to "
+                "freeze; write optimizer.freeze_last_layer='0 steps'"
+            )
 
     def state_dict(self) -> dict[int, Any]:
         """What AdamW knows of each parameter. Rates and decays follow from the step: they are not state."""
@@ -115,19 +124,6 @@ class Optimizer:
             )
         return {"lr": lr, "weight_decay": decay}
 
-    def _rate(self, name: str, named: Iterable[str]) -> float:
-        """Share of the learning rate that a parameter of the backbone gets for its depth."""
-        backbone, found, inner = name.partition("backbone.")
-        if not found:
-            return 1.0
-        block = re.match(r"blocks\.(\d+)\.", inner)
-        rate = self.config.patch_embed_lr if inner.startswith("patch_embed.") else 1.0
-        if inner.startswith("norm."):
-            return rate
-        ids = [re.match(re.escape(backbone) + r"backbone\.blocks\.(\d+)\.", other) for other in named]
-        depth = 1 + max((int(match[1]) for match in ids if match), default=-1)
-        return rate * self.config.layer_decay ** (depth - int(block[1]) if block else depth + 1)
-
     def clip(self) -> Tensor:
         """Clip gradients in place; the global norm before clipping. Not finite if any gradient is not."""
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
@@ -135,7 +131,7 @@ class Optimizer:
         total = torch.linalg.vector_norm(norms)
         if self.config.clip is not None:
             if self.config.clip_each == "module":
-                names = [_module(name) for name, p in self.named.items() if p.grad is not None]
+                names = [self.networks.get(id(p), "") for p in self.named.values() if p.grad is not None]
                 modules = sorted(set(names))
                 where = torch.tensor([modules.index(name) for name in names], device=norms.device)
                 squares = norms.new_zeros(len(modules)).index_add_(0, where, norms**2)
@@ -153,8 +149,20 @@ class Optimizer:
                 parameter.grad = None
 
 
-def _module(name: str) -> str:
-    """The network or head that a parameter is of: student.backbone, student.heads.main, clustering ..."""
-    parts = name.split(".")
-    depth = 1 if parts[0] != "student" else 3 if parts[1] == "heads" else 2
-    return ".".join(parts[:depth])
+def _rates(method: Method, config: OptimizerConfig) -> dict[int, float]:
+    """Share of the learning rate of each parameter of an encoder, by its id: for its depth, and for patches.
+
+    The layer i of n, what embeds being the first, gets layer_decay ** (n - i).
+    """
+    layers = method.layers()
+    if config.layer_decay != 1 and not layers:
+        raise ConfigError(
+            f"optimizer.layer_decay={config.layer_decay:g}: this method names no layers that learn; "
+            "write optimizer.layer_decay=1.0"
+        )
+    patches = {id(p) for network in method.trained() for p in network.patch_embed.parameters()}
+    return {
+        id(p): (config.patch_embed_lr if id(p) in patches else 1.0) * config.layer_decay ** (len(layers) - i)
+        for i, layer in enumerate(layers)
+        for p in layer
+    }

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from foveola.config import ConfigError
+from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule
 from foveola.training.assemble import assemble
 from foveola.training.optimizer import Optimizer, OptimizerConfig, PartConfig
@@ -15,7 +16,7 @@ from foveola.training.optimizer import Optimizer, OptimizerConfig, PartConfig
 PROGRESS = Progress(0, 20, 5, 64)
 
 
-class Toy(nn.Module):
+class Toy(Method):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
@@ -26,6 +27,16 @@ class Toy(nn.Module):
 
     def forward(self, x):
         return self.head["last_layer"](self.norm(self.linear(x)) + self.pos_embed.mean(dim=1))
+
+    def trained(self):
+        return ()  # no encoder
+
+    @property
+    def backbone(self):
+        raise NotImplementedError
+
+    def prototypes(self):
+        return list(self.head["last_layer"].parameters())
 
 
 def toy(seed: int = 0) -> Toy:
@@ -224,6 +235,14 @@ def test_a_part_that_is_not_there_is_refused_in_one_line():
     with pytest.raises(ConfigError, match="this method has no 'hed', but head, linear, norm, pos"):
         optimizer_of(toy(), parts={"hed": PartConfig()})
     optimizer_of(toy(), parts={"fixed": PartConfig()})  # there, though nothing of it trains
+
+
+def test_keys_that_find_nothing_in_a_method_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.9: this method names no layers that learn"):
+        optimizer_of(toy(), layer_decay=0.9)
+    monkeypatch.setattr(Toy, "prototypes", Method.prototypes)
+    with pytest.raises(ConfigError, match="freeze_last_layer='1 epochs': this method has no prototypes"):
+        optimizer_of(toy(), freeze_last_layer="1 epochs")
 
 
 def test_groups_of_layers_and_parts_survive_a_checkpoint(tiny):
