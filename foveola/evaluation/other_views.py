@@ -62,8 +62,8 @@ class ViewCanvases(Dataset):
     def __init__(
         self, source: Source, targets: Sequence[Target], transform: TransformConfig, config: LabelFreeConfig
     ) -> None:
-        canvas = config.canvas or transform.resize
-        self.canvases = _Canvases(source, targets, canvas, config.mask_canvas, transform.interpolation)
+        kind = transform.interpolation
+        self.canvases = _Canvases(source, targets, config.canvas, config.mask_canvas, kind)
         self.canvases.transform, self.crop = transform, transform.crop
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from foveola import distributed
@@ -52,10 +53,10 @@ class OtherViewsConfig:
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; features are float32 in any case"
     )
-    canvas: int | None = key(
-        None,
-        "pixels a side to which pictures are squashed before views are cut; null = the encoder's resize",
-        at_least=1,
+    canvas: int = key(
+        512,
+        "pixels a side of the square that holds a picture to cut views from; a longer side is shrunk to it",
+        at_least=8,
     )
     pool: Literal["token", "average", "predictor"] | None = key(
         None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
@@ -143,10 +144,14 @@ class TargetCanvases(Dataset):
         if not entries:
             return None, bad
         indices, images, aspects, masks, whole = zip(*entries, strict=True)
+        extents = torch.tensor([image.shape[1:] for image in images])
+        high, wide = extents.amax(dim=0).tolist()
         unknown = torch.full((len(entries),), -1)
         canvases = Canvases(
-            images=torch.stack(images),
-            extents=torch.full((len(images), 2), self.canvas),
+            images=torch.stack(
+                [pad(image, (0, wide - image.shape[2], 0, high - image.shape[1])) for image in images]
+            ),
+            extents=extents,
             aspects=torch.tensor(aspects, dtype=torch.float32),
             object_masks=torch.stack(masks)[:, None],
             whole=torch.tensor(whole)[:, None],
@@ -160,7 +165,8 @@ class TargetCanvases(Dataset):
     def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
         picture = decode(sample.image)
         aspect = picture.shape[1] / picture.shape[0]
-        image = resize(picture, self.canvas, self.canvas, self.interpolation)
+        height, width = (min(side, self.canvas) for side in picture.shape[:2])
+        image = resize(picture, height, width, self.interpolation)
         if sample.objects is None or number < 0:
             return (
                 image,
@@ -262,7 +268,7 @@ def _embed(
     dataset = TargetCanvases(
         source,
         targets[mine.start * PARCEL : mine.stop * PARCEL],
-        config.canvas or transform.resize,
+        config.canvas,
         config.mask_canvas,
         transform.interpolation,
     )

@@ -148,17 +148,26 @@ def test_settings_of_speed_change_nothing(encoder, colours) -> None:
     assert run(encoder, colours, seed=1).metrics != pytest.approx(expected)
 
 
-def test_pictures_are_resized_as_the_encoder_has_it(encoder, list_source, make_sample, monkeypatch) -> None:
-    source, seen = list_source([make_sample(i) for i in range(4)]), {}
+def test_pictures_keep_their_pixels_or_are_shrunk_as_the_encoder_has_it(
+    encoder, list_source, make_sample, monkeypatch
+) -> None:
+    samples = [make_sample(i, height=60 - 5 * i, width=44 + 9 * i) for i in range(4)]
+    source, seen = list_source(samples), {}
 
     def watched(canvases, *rest):
-        seen.update(zip(canvases.indices.tolist(), canvases.images, strict=True))
+        for index, image, (rows, columns) in zip(
+            canvases.indices.tolist(), canvases.images, canvases.extents.tolist(), strict=True
+        ):
+            seen[index] = image[:, :rows, :columns]
         return two_views(canvases, *rest)
 
     monkeypatch.setattr(retrieval, "two_views", watched)
     transform = replace(encoder.config.transform, interpolation="bilinear")
     encoder.config = replace(encoder.config, transform=transform)
     retrieval.run(encoder, None, source, RetrievalConfig(workers=0), progress=False)
+    for i, sample in enumerate(source.samples):
+        assert torch.equal(seen[i].permute(1, 2, 0), torch.from_numpy(sample.image))
+    retrieval.run(encoder, None, source, RetrievalConfig(workers=0, canvas=40), progress=False)
     for i, sample in enumerate(source.samples):
         assert torch.equal(seen[i], resize(sample.image, 40, 40, "bilinear"))
         assert not torch.equal(seen[i], resize(sample.image, 40, 40))
