@@ -69,6 +69,8 @@ class CapiConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.mlp.mlp_of is not None:
+            raise ValueError("mlp.mlp_of: there is one head")
         if self.targets == "teacher_head" and self.head == "linear":
             raise ValueError("targets=teacher_head needs head=mlp")
 

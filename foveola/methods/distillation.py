@@ -68,8 +68,28 @@ class DistillationConfig:
         for name, term in terms.items():
             if term is not None and term.head not in self.heads:
                 raise ValueError(f"{name}.head={term.head!r} is not among heads: {', '.join(self.heads)}")
+        for name, head in self.heads.items():
+            self._check_shared(name, head)
         if self.image is not None and self.image.token != "image":
             raise ValueError("image.token must be 'image': the object tokens have the term 'token'")
+
+    def _check_shared(self, name: str, head: HeadConfig) -> None:
+        if head.mlp_of is None:
+            return
+        terms = (self.token, self.image, self.patch, self.position)
+        used = {term.head for term in terms if term is not None}
+        own = [other for other, config in self.heads.items() if config.mlp_of is None and other in used]
+        if head.mlp_of not in own:
+            raise ValueError(
+                f"heads.{name}.mlp_of={head.mlp_of!r} is no head of a term with an MLP of its own; "
+                f"those are: {', '.join(own) or 'none'}"
+            )
+        for shape in ("hidden", "bottleneck", "layers"):
+            theirs = getattr(self.heads[head.mlp_of], shape)
+            if getattr(head, shape) != theirs:
+                raise ValueError(
+                    f"heads.{name}.{shape} is that of heads.{head.mlp_of}, whose MLP it uses: {theirs}"
+                )
 
     @property
     def pool(self) -> Literal["token"]:
@@ -119,7 +139,13 @@ class Branch(nn.Module):
         super().__init__()
         self.backbone = VisionTransformer(model)
         width = model.shape[0]
-        self.heads = nn.ModuleDict({name: ProjectionHead(width, config) for name, config in heads.items()})
+        own = {name: ProjectionHead(width, head) for name, head in heads.items() if head.mlp_of is None}
+        self.heads = nn.ModuleDict(
+            {
+                name: own[name] if head.mlp_of is None else ProjectionHead(width, head, own[head.mlp_of].mlp)
+                for name, head in heads.items()
+            }
+        )
 
     def head(self, name: str) -> ProjectionHead:
         head = self.heads[name]

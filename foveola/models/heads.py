@@ -21,6 +21,9 @@ class HeadConfig:
     bottleneck: int = key(256, "width of the unit sphere in which prototypes live", at_least=1, at_most=2**16)
     layers: int = key(3, "linear layers before the prototypes", at_least=1, at_most=100)
     norm_last_layer: bool = key(True, "keep prototypes at length one (their lengths do not train)")
+    mlp_of: str | None = key(
+        None, "name of the head whose MLP this one uses, so that prototypes alone are its own; null = its own"
+    )
 
 
 class Prototypes(nn.Module):
@@ -46,20 +49,28 @@ class Prototypes(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """`project` to unit vectors, then `prototypes`; `forward` does both."""
+    """`project` to unit vectors, then `prototypes`; `forward` does both.
 
-    def __init__(self, width: int, config: HeadConfig) -> None:
+    `mlp` is that of another head where `config.mlp_of` names one: the same module.
+    """
+
+    def __init__(self, width: int, config: HeadConfig, mlp: nn.Sequential | None = None) -> None:
         super().__init__()
+        self.mlp = self._mlp(width, config) if mlp is None else mlp
+        self.last_layer = Prototypes(config.bottleneck, config.prototypes, not config.norm_last_layer)
+
+    @staticmethod
+    def _mlp(width: int, config: HeadConfig) -> nn.Sequential:
         widths = [width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1])
-        for layer in self.mlp:
+        mlp = nn.Sequential(*layers[:-1])
+        for layer in mlp:
             if isinstance(layer, nn.Linear):
                 trunc_normal_(layer.weight, std=0.02)
                 zeros_(layer.bias)
-        self.last_layer = Prototypes(config.bottleneck, config.prototypes, not config.norm_last_layer)
+        return mlp
 
     def project(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n P"]:
         h = self.mlp(x)

@@ -26,6 +26,8 @@ MakeMethod = Callable[..., Distillation]
 
 SINKHORN = TargetConfig(kind="sinkhorn", temperature=Schedule(value=0.05))
 TWO_HEADS = {"main": HeadConfig(7, 16, 5), "patches": HeadConfig(9, 16, 5)}
+OWN = {"patch": PatchTermConfig(head="patches")}
+ONE_MLP = TWO_HEADS | {"patches": HeadConfig(9, 16, 5, mlp_of="main")}
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> float:
@@ -125,6 +127,10 @@ CASES: dict[str, tuple[dict, dict]] = {
     "iBOT": ({}, {}),
     "iBOT of three globals": ({}, {"global_count": 3, "local_count": 1}),
     "iBOT with two heads": ({"heads": TWO_HEADS, "patch": PatchTermConfig(head="patches", weight=0.5)}, {}),
+    "iBOT with two sets of prototypes": (
+        {"heads": ONE_MLP, "patch": PatchTermConfig(head="patches", weight=0.5)},
+        {},
+    ),
     "iBOT with Sinkhorn": (
         {"token": TokenTermConfig(target=SINKHORN), "patch": PatchTermConfig(target=SINKHORN)},
         {},
@@ -225,6 +231,30 @@ def test_unused_heads_are_not_built(method: MakeMethod):
     assert list(method(heads=TWO_HEADS).student.heads) == ["main"]
     spread_only = method(token=None, patch=None, spread=SpreadTermConfig())
     assert len(spread_only.student.heads) == 0
+
+
+def test_heads_with_one_mlp_have_prototypes_of_their_own(
+    method: MakeMethod, batch: MakeBatch, progress: Progress
+):
+    """iBOT's separate heads: both terms teach the MLP, each its own prototypes; it is averaged once."""
+    made = method(heads=ONE_MLP, **OWN)
+    for branch in (made.student, made.teacher):
+        assert branch.head("main").mlp is branch.head("patches").mlp
+        assert branch.head("main").last_layer is not branch.head("patches").last_layer
+    assert made.teacher.head("main").mlp is not made.student.head("main").mlp
+    names = [
+        name for name, _ in made.student.named_parameters() if "mlp.0.weight" in name and "heads" in name
+    ]
+    assert names == ["heads.main.mlp.0.weight"]
+    drawn = batch()
+    losses = made(drawn, progress).losses
+    weight = made.student.head("main").mlp[0].weight
+    parts = [torch.autograd.grad(losses[term], weight, retain_graph=True)[0] for term in ("token", "patch")]
+    assert min(part.abs().max().item() for part in parts) > 0
+    before = made.teacher.head("main").mlp[0].weight.clone()
+    ema_update(made.teacher, made.student, 0.75)
+    after = made.teacher.head("patches").mlp[0].weight
+    assert torch.allclose(after, 0.75 * before + 0.25 * weight, atol=1e-7)
 
 
 def test_the_teacher_starts_as_the_student_and_gets_no_gradient(batch: MakeBatch, progress: Progress):
@@ -448,6 +478,20 @@ def test_two_processes_of_half_the_batch_are_one(run_ranks: Callable[..., list[s
         ({"token": TokenTermConfig(head="other")}, r"token\.head='other' is not among heads: main"),
         ({"patch": PatchTermConfig(head="other")}, r"patch\.head='other' is not among heads: main"),
         ({"image": TokenTermConfig()}, r"image\.token must be 'image'"),
+        (
+            {"heads": TWO_HEADS | {"patches": HeadConfig(mlp_of="mian")}, **OWN},
+            "MLP of its own; those are: main",
+        ),
+        ({"heads": TWO_HEADS | {"patches": HeadConfig(mlp_of="patches")}, **OWN}, "its own; those are: main"),
+        ({"heads": ONE_MLP | {"main": HeadConfig(mlp_of="patches")}, **OWN}, "its own; those are: none"),
+        (
+            {"heads": ONE_MLP, "token": None, **OWN},
+            "no head of a term with an MLP of its own; those are: none",
+        ),
+        (
+            {"heads": TWO_HEADS | {"patches": HeadConfig(mlp_of="main")}, **OWN},
+            r"hidden is that of heads\.main.* 16",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict, message: str):
