@@ -38,6 +38,7 @@ __all__ = [
     "nearest",
     "parse_overrides",
     "read_yaml",
+    "refuse_unread",
     "to_dict",
 ]
 
@@ -228,6 +229,43 @@ def _check_range(value: Any, ranges: dict, path: str) -> None:
         for name, limit in ranges.items():
             if not RANGES[name][1](value, limit):
                 raise ConfigError(f"{path}: must be {RANGES[name][0]} {limit}, got {shown(value)}")
+
+
+# -- keys without effect ---------------------------------------------------------------------------------
+
+
+def unread(config: Any, where: str = "") -> dict[str, str]:
+    """Keys that nothing reads with these settings, by path, and why: the `unread()` of every group."""
+    found: dict[str, str] = {}
+    inner = config if isinstance(config, dict) else {}
+    if is_dataclass(config):
+        inner = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+        if hasattr(config, "unread"):
+            found = {_join(where, name): why for name, why in config.unread().items()}  # type: ignore[union-attr]
+    for name, value in inner.items():
+        found |= unread(value, _join(where, name))
+    return found
+
+
+def refuse_unread(config: Any, given: dict) -> None:
+    """Raise ConfigError where a key that was asked for, in the tree `given`, changes nothing.
+
+    What a recipe holds besides may be idle: a key of something that the user has switched off.
+    """
+    idle = unread(config)
+    for path in _leaves(given):
+        for name, why in idle.items():
+            if path == name or path.startswith(f"{name}."):
+                raise ConfigError(f"{path} has no effect: {why}")
+
+
+def _leaves(tree: dict, where: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        path = _join(where, name)
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path
 
 
 # -- showing ---------------------------------------------------------------------------------------------

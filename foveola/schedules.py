@@ -12,6 +12,8 @@ from foveola.config import ConfigError, key
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kM]?)\s*(steps?|epochs?|samples?|%|)\s*")
 
+LONGEST = 0.3  # of a run, for a warm-up that does not fit: no published recipe has a longer one (DINOv2)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -60,6 +62,9 @@ class Schedule:
 
     The warm-up of W steps is linspace(start, value, W): its last step already has `value`. The rest, of n
     steps, runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step too late.
+
+    A warm-up that is longer than the whole run takes 30 % of it, so that a published recipe can be shortened
+    by its duration alone.
     """
 
     value: float = key(help="value after the warm-up")
@@ -92,6 +97,15 @@ class Schedule:
         """Whether there is a warm-up at all: its length is not zero."""
         return any(digit in "123456789" for digit in str(self.warmup).lower().partition("e")[0])
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        if self.warms_up:
+            return {}
+        idle = {"start": f"there is no warm-up to start from it (warmup={str(self.warmup)!r})"}
+        if self.shape == "constant":
+            idle["per_epoch"] = "the schedule is constant, without a warm-up"
+        return idle
+
     def at(self, progress: Progress) -> float:
         """The value that the step `progress.step` uses (0-based; beyond the last step the schedule rests)."""
         step, total, warmup = self._clock(progress)
@@ -105,22 +119,29 @@ class Schedule:
             return self.value + (self.end - self.value) * done
         return self.end + 0.5 * (self.value - self.end) * (1 + math.cos(math.pi * done))
 
-    def check(self, progress: Progress) -> None:
-        """Raise ConfigError where this schedule does not fit the run, before the run starts."""
-        _, total, warmup = self._clock(progress)
-        if warmup > total:
-            unit = "epochs" if self.per_epoch else "steps"
-            length = f"is {warmup} {unit}, longer than the run of {total}"
-            raise ConfigError(f"warmup '{self.warmup}' {length}; shorten it, for example to '10 %'")
+    def shortened(self, progress: Progress) -> str | None:
+        """What to say of a warm-up that is longer than the run, so takes a part of it; None if it fits."""
+        steps = self._warmup(progress)
+        if steps <= progress.total_steps:
+            return None
+        return (
+            f"warmup '{self.warmup}' is {steps:,} steps, longer than the run of {progress.total_steps:,}: it "
+            f"takes {LONGEST:.0%} of it"
+        )
 
-    def _clock(self, progress: Progress) -> tuple[int, int, int]:
-        """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""
-        warmup = steps_of(
+    def _warmup(self, progress: Progress) -> int:
+        return steps_of(
             self.warmup,
             total_steps=progress.total_steps,
             steps_per_epoch=progress.steps_per_epoch,
             batch_size=progress.batch_size,
         )
+
+    def _clock(self, progress: Progress) -> tuple[int, int, int]:
+        """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""
+        warmup = self._warmup(progress)
+        if warmup > progress.total_steps:
+            warmup = round(LONGEST * progress.total_steps)
         if not self.per_epoch:
             return progress.step, progress.total_steps, warmup
         length = progress.steps_per_epoch

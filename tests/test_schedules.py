@@ -104,12 +104,23 @@ def test_the_numbers_between_which_a_schedule_runs(schedule, numbers):
     assert all(low <= value <= high for value in curve(schedule))
 
 
-def test_schedules_that_cannot_be():
+def test_a_warmup_that_is_longer_than_the_run_takes_30_percent_of_it():
     run = Progress(0, TOTAL, EPOCH, BATCH)
-    Schedule(1.0, warmup="12 epochs").check(run)
-    for per_epoch in (False, True):
-        with pytest.raises(ConfigError, match=r"warmup '13 epochs' is 1.*longer than the run"):
-            Schedule(1.0, warmup="13 epochs", per_epoch=per_epoch).check(run)
+    whole = Schedule(5e-4, end=1e-6, warmup="12 epochs", shape="cosine")
+    assert whole.shortened(run) is None
+    np.testing.assert_allclose(curve(whole), published_cosine(5e-4, 1e-6, TOTAL, 120), rtol=1e-12)
+    long = Schedule(5e-4, end=1e-6, warmup="30 epochs", shape="cosine")
+    assert (
+        long.shortened(run)
+        == "warmup '30 epochs' is 300 steps, longer than the run of 120: it takes 30% of it"
+    )
+    np.testing.assert_allclose(curve(long), published_cosine(5e-4, 1e-6, TOTAL, 36), rtol=1e-12)
+    by_epoch = Schedule(0.07, start=0.04, warmup="13 epochs", per_epoch=True)
+    table = np.concatenate([np.linspace(0.04, 0.07, 4), np.full(8, 0.07)])  # 3.6 of 12 epochs
+    np.testing.assert_allclose(curve(by_epoch), np.repeat(table, EPOCH), rtol=1e-12)
+
+
+def test_schedules_that_cannot_be():
     with pytest.raises(ConfigError, match=r"^lr: shape=cosine needs an `end`$"):
         build(Schedule, {"value": 1, "shape": "cosine"}, "lr")
     with pytest.raises(ConfigError, match="need shape=cosine"):

@@ -89,6 +89,13 @@ class Pictures:
             return size_of(self.reader.path(os.fsdecode(self.files[row])))
         return None
 
+    def with_objects(self) -> int | None:
+        """How many pictures have an annotated object; None where the file of each would have to be read."""
+        table = getattr(self.reader, "table", None)
+        if table is None:
+            return None
+        return int((np.diff(table.ends, prepend=0)[self.rows] > 0).sum())
+
     def fingerprint(self) -> str:
         """A hash of file names, labels, annotations and the rows in use; the same wherever the folder is."""
         digest = hashlib.sha256(f"{self.classes} {self.annotations}".encode())

@@ -56,6 +56,10 @@ class LoaderConfig:
         "how workers start; auto: fork on Linux, where they share the file list; else as the system does",
     )
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {} if self.workers else dict.fromkeys(("prefetch", "start"), "workers=0")
+
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
     """The order in which an epoch visits `count` samples."""

@@ -22,7 +22,14 @@ from foveola import distributed
 from foveola.clustering import Clusters, cluster, position_information
 from foveola.config import key
 from foveola.losses import assignment_loss, entropy, sinkhorn
-from foveola.methods.method import Method, Output, ema_update, freeze, spread_and_rank
+from foveola.methods.method import (
+    Method,
+    Output,
+    check_single_view,
+    ema_update,
+    freeze,
+    spread_and_rank,
+)
 from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
@@ -80,10 +87,18 @@ class CapiConfig:
             self.predictor.network(model)
         if views.dropping is None:
             raise ValueError("method.name=capi needs dropped patches: set views.dropping")
-        if views.local_count or views.masking is not None:
-            raise ValueError(
-                "method.name=capi uses neither local views nor masks: views.local_count=0, views.masking=null"
-            )
+        check_single_view(self.name, views)
+
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        if self.targets == "features":
+            return dict.fromkeys(("clustering", "head", "mlp"), "targets=features has no clusters")
+        idle = {"mlp.prototypes": "those of the clustering count"}
+        if self.head == "linear":
+            idle = {"mlp": "head=linear"}
+        if self.targets == "teacher_head":
+            idle["clustering.queue"] = "targets=teacher_head keeps no past pictures"
+        return idle
 
     @property
     def pool(self) -> Literal["average", "predictor"]:
@@ -293,17 +308,20 @@ class Capi(Method):
             logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
         return logs
 
-    def advice(self, pictures: int) -> list[str]:
+    def targets(self) -> dict[str, int]:
+        return {} if self.clustering is None else {"clustering": self.config.clustering.prototypes}
+
+    def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
         config = self.config.clustering
-        rows, clusters = pictures + config.queue, config.prototypes
+        rows, clusters = batch_size + config.queue, config.prototypes
         if self.clustering is None or config.balance == "all" or rows >= clusters:
             return []
         least, most = math.log(clusters / rows), math.log(clusters)
         return [
-            f"targets stay flat: each position shares out {clusters} clusters among {rows} pictures, so the "
+            f"targets stay flat: each position shares out {clusters} clusters among {rows} images, so the "
             f"entropy cannot fall below {least:.2f} of {most:.2f} nats; use a larger batch, "
-            f"method.clustering.prototypes={rows} or less, method.clustering.queue={clusters - pictures}, or "
-            "method.clustering.balance=all"
+            f"method.clustering.prototypes={rows} or less, method.clustering.queue={clusters - batch_size}, "
+            "or method.clustering.balance=all"
         ]
 
     @property

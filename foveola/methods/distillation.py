@@ -5,6 +5,7 @@ What they must agree on is a list of terms. The methods differ only in their rec
 object masks, which terms.
 """
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -62,11 +63,10 @@ class DistillationConfig:
     )
 
     def __post_init__(self) -> None:
-        terms = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
-        if not any((*terms.values(), self.spread)):
+        if not (self.terms() or self.spread):
             raise ValueError("all terms are null: nothing to learn")
-        for name, term in terms.items():
-            if term is not None and term.head not in self.heads:
+        for name, term in self.terms().items():
+            if term.head not in self.heads:
                 raise ValueError(f"{name}.head={term.head!r} is not among heads: {', '.join(self.heads)}")
         for name, head in self.heads.items():
             self._check_shared(name, head)
@@ -76,8 +76,7 @@ class DistillationConfig:
     def _check_shared(self, name: str, head: HeadConfig) -> None:
         if head.mlp_of is None:
             return
-        terms = (self.token, self.image, self.patch, self.position)
-        used = {term.head for term in terms if term is not None}
+        used = {term.head for term in self.terms().values()}
         own = [other for other, config in self.heads.items() if config.mlp_of is None and other in used]
         if head.mlp_of not in own:
             raise ValueError(
@@ -90,6 +89,16 @@ class DistillationConfig:
                 raise ValueError(
                     f"heads.{name}.{shape} is that of heads.{head.mlp_of}, whose MLP it uses: {theirs}"
                 )
+
+    def terms(self) -> dict[str, TokenTermConfig | PatchTermConfig | PositionTermConfig]:
+        """The terms with a head and targets, by name, as far as there are any."""
+        named = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
+        return {name: term for name, term in named.items() if term is not None}
+
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        used = {term.head for term in self.terms().values()}
+        return {f"heads.{name}": "no term names this head" for name in self.heads if name not in used}
 
     @property
     def pool(self) -> Literal["token"]:
@@ -110,6 +119,7 @@ class DistillationConfig:
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         if self.patch is not None and views.masking is None:
             raise ValueError("method.patch needs masked patches: set views.masking, or method.patch=null")
+        self._check_masks(views, (views.global_size // model.patch_size) ** 2)
         if self.position is not None and views.position_masking is None:
             raise ValueError(
                 "method.position needs masked positions: set views.position_masking, or method.position=null"
@@ -130,6 +140,24 @@ class DistillationConfig:
             raise ValueError(
                 "token terms compare different views: views.global_count + views.local_count must be >= 2"
             )
+
+    def _check_masks(self, views: ViewsConfig, patches: int) -> None:
+        """Raise ValueError for a term that would never see what it is about."""
+        hidden = {"patch": views.masking, "position": views.position_masking}
+        for name, masks in hidden.items():
+            if getattr(self, name) is None or masks is None:
+                continue
+            why = None
+            if masks.ratio[1] * patches < 1:
+                why = f"a ratio of at most {masks.ratio[1]} of {patches} patches is less than one"
+            elif name == "patch" and not masks.probability:
+                why = "views.masking.probability=0.0"
+            elif name == "position" and not masks.share:
+                why = "views.position_masking.share=0.0"
+            elif name == "patch" and views.position_masking is not None and views.position_masking.share == 1:
+                why = "views.position_masking.share=1.0 leaves no image for views.masking"
+            if why is not None:
+                raise ValueError(f"method.{name} never sees a masked patch: {why}; or method.{name}=null")
 
 
 class Branch(nn.Module):
@@ -159,9 +187,9 @@ class Distillation(Method):
     def __init__(self, config: DistillationConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
         self.config = config
+        self.views = views
         self.image_token = views.objects is not None and views.objects.image_token
-        named = (config.token, config.image, config.patch, config.position)
-        used = {term.head for term in named if term is not None}
+        used = {term.head for term in config.terms().values()}
         heads = {name: head for name, head in config.heads.items() if name in used}
         self.student = Branch(model, heads)
         self.teacher = freeze(deepcopy(self.student))
@@ -330,6 +358,61 @@ class Distillation(Method):
         side = self.backbone.config.patch_size
         grid = images.shape[2] // side, images.shape[3] // side
         return guesses[some], unplaced[some], images[some], grid
+
+    def targets(self) -> dict[str, int]:
+        return {
+            name: self.student.head(term.head).last_layer.v.shape[0]
+            for name, term in self.config.terms().items()
+        }
+
+    def check_batch(self, images: int, objects: int) -> None:
+        if self.spread is not None and images * objects < 2:
+            raise ValueError(
+                "method.spread (KoLeo) compares the images that a process takes at once, which is one here: "
+                "a larger batch_size, a smaller accumulate, or method.spread=null"
+            )
+        masking, count = self.views.masking, images * self.views.global_count
+        none = masking is not None and masking.stratified and not int(masking.probability * count)
+        if self.patch is not None and none:
+            raise ValueError(
+                f"method.patch never sees a masked patch with {images} images at once: a larger batch_size, "
+                "a larger views.masking.probability and ratio, or method.patch=null"
+            )
+
+    def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
+        found = []
+        for name, term in self.config.terms().items():
+            count, where = self.targets()[name], f"method.heads.{term.head}.prototypes"
+            rows = round(batch_size * self.rows(name, objects))
+            if term.target.kind == "sinkhorn" and 0 < rows < count:
+                least, most = math.log(count / rows), math.log(count)
+                found.append(
+                    f"targets of {name} stay flat: Sinkhorn-Knopp shares out {count:,} prototypes among "
+                    f"about {rows:,} rows a step, so the entropy cannot fall below about {least:.2f} of "
+                    f"{most:.2f} nats; use a larger batch or {where}={2 ** (rows.bit_length() - 1)} or less"
+                )
+            elif images is not None and count > images:
+                fewer = max(2 ** (max(images // 10, 1).bit_length() - 1), 2)
+                found.append(
+                    f"targets of {name} may stay flat: {count:,} prototypes are more than the {images:,} "
+                    f"images (published recipes have at least 6 images for each); for example {where}={fewer}"
+                )
+        return found
+
+    def rows(self, name: str, objects: int) -> float:
+        """Rows of targets that an image gives to a term, on average."""
+        views = self.views
+        if name in ("token", "image"):
+            return views.global_count * (objects if name == "token" else 1)
+        patches = views.global_count * (views.global_size // self.backbone.config.patch_size) ** 2
+        positions = views.position_masking
+        share = 0.0 if positions is None else positions.share
+        if name == "position" and positions is not None:
+            return patches * share * sum(positions.ratio) / 2
+        masking = views.masking
+        return (
+            0.0 if masking is None else patches * (1 - share) * masking.probability * sum(masking.ratio) / 2
+        )
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -63,8 +63,24 @@ class Method(nn.Module, ABC):
         """The part of a predictor to keep with it, where one pools features (CAPI)."""
         return None
 
-    def advice(self, pictures: int) -> list[str]:
-        """What is unwise about this configuration with so many pictures a step, one line each."""
+    def targets(self) -> dict[str, int]:
+        """Prototypes behind each kind of targets, by the name under which it logs `target_entropy`."""
+        return {}
+
+    def check_batch(self, images: int, objects: int) -> None:
+        """Raise ValueError where a term has nothing to compare in the `images` that a process takes at once.
+
+        `objects` of each image are trained on.
+        """
+
+    def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
+        """What is unwise about this configuration, one line each.
+
+        Args:
+            batch_size: images a step, over all processes.
+            images: how many there are, if known.
+            objects: how many of each image are trained on.
+        """
         return []
 
     @abstractmethod

@@ -42,6 +42,12 @@ class TargetConfig:
     momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
     iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        if self.kind == "sinkhorn":
+            return {"momentum": "kind=sinkhorn has no running mean"}
+        return {"iterations": "kind=centering does not iterate"}
+
 
 class Targets(nn.Module):
     """Teacher logits to targets, and the signals by which collapse shows."""

@@ -98,6 +98,10 @@ class PatchTermConfig:
     )
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {} if self.target.kind == "centering" else {"center": "target.kind=sinkhorn has no centre"}
+
 
 class PatchTerm(nn.Module):
     """The teacher's assignment of a patch that the student does not see, predicted in its place."""

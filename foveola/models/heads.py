@@ -25,6 +25,10 @@ class HeadConfig:
         None, "name of the head whose MLP this one uses, so that prototypes alone are its own; null = its own"
     )
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {"hidden": "a head of one layer has no hidden ones"} if self.layers == 1 else {}
+
 
 class Prototypes(nn.Module):
     """Weight-normalised linear layer without bias: logit_k = g_k <v_k / |v_k|, h>."""

@@ -121,6 +121,29 @@ class ViTConfig:
                     "is not a multiple of 4"
                 )
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        idle: dict[str, str] = {}
+        if self.width and self.depth and self.heads:
+            idle["size"] = "width, depth and heads are all given; set those that `size` is to give to null"
+        if not self.drop_path:
+            idle |= dict.fromkeys(("drop_path_rule", "drop_path_subset"), "drop_path=0.0 drops no path")
+        where = f"positions={self.positions}"
+        if self.positions != "field":
+            field = ("field_size", "field_interpolation", "field_alignment")
+            idle |= dict.fromkeys(field, f"{where} has no field")
+        if self.positions != "rope":
+            idle["rope"] = f"{where} does not rotate"
+        if self.positions not in ("learned", "field"):
+            idle["position_init"] = f"{where} has nothing to start"
+        if self.positions != "learned":
+            idle["position_offset"] = f"{where} has no table that is resized so"
+        if self.positions not in ("learned", "sincos"):
+            idle["position_antialias"] = f"{where} has no table that is resized"
+            if self.positions == "rope" or self.position_init == "random":
+                idle["image_size"] = f"{where} fits pictures of any size"
+        return idle
+
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches that fit the position table."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from foveola.pictures.health import FLAT, SHARP, USED, WAIT, percent
+from foveola.health import FLAT, SHARP, USED, WAIT, percent
 from foveola.pictures.plots import Chart, Line
 from foveola.pictures.record import Record
 

@@ -11,9 +11,9 @@ import foveola
 from foveola import files
 from foveola.config import UserError, build
 from foveola.evaluation.protocol import PROTOCOLS
+from foveola.health import Facts, health
 from foveola.models.encoder import load
 from foveola.pictures import page, sections
-from foveola.pictures.health import Facts, health
 from foveola.pictures.progress import END, UNTRAINED, Progress, measure
 from foveola.pictures.record import Record, read_runs
 from foveola.pictures.request import ReportConfig, open_data

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from foveola.config import UserError
+from foveola.health import Verdict, values, worst
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import answers, page
 from foveola.pictures.curves import curves
-from foveola.pictures.health import Verdict, values, worst
 from foveola.pictures.progress import Progress
 from foveola.pictures.record import Record
 from foveola.pictures.request import Data, ReportConfig

@@ -35,6 +35,10 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
     """Networks, optimiser and views of a run, from its seed."""
     _check_memory(config, device)
     method = _method(config).to(device).train()
+    try:
+        method.check_batch(share(config), config.loader.objects_per_image)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for network in method.trained():

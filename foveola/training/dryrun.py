@@ -12,9 +12,10 @@ from foveola.data.loader import Loader
 from foveola.data.sources import Source, notes_of, open_source
 from foveola.methods.method import Method
 from foveola.schedules import Progress
+from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, share
 from foveola.training.loop import Trainer
-from foveola.training.recipe import RunConfig, check, plan
+from foveola.training.recipe import RunConfig, plan
 from foveola.views.blocks import draw_blocks
 
 CPU_BATCH = 8  # pictures of a trial step on a CPU: enough to see the speed, few enough to wait for
@@ -31,12 +32,11 @@ def dry_run(config: RunConfig) -> str:
 
 
 def _describe(config: RunConfig, device: torch.device) -> str:
-    part = share(config)
     source = open_source(config.data or "scenes:")
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
-    progress = plan(config, len(source) if config.data else 100 * config.batch_size)
-    if config.data:
-        check(config, progress)
+    images = len(source) if config.data else 100 * config.batch_size
+    progress = plan(config, images, distributed.world_size())
+    part = share(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
     trainer = assemble(config, progress, device)
     trainer.accumulate = 1
@@ -45,20 +45,24 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
         "data": f"{source.name}: {len(source):,} pictures"
         + ("" if config.data else " (built in, as there is no data=)"),
+        **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
         **({"notes": "; ".join(notes)} if (notes := notes_of(source)) else {}),
         "parameters": _parameters(trainer.method),
         "tokens per picture": _tokens(config, part, trainer.method),
         "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "
         f"{config.accumulate} part(s) x {part}",
         "steps": _steps(config, progress),
-        **({"advice": "; ".join(advice)} if (advice := trainer.method.advice(config.batch_size)) else {}),
         "learning rate": f"{config.optimizer.peak(config.batch_size):.4g} after {config.optimizer.lr.warmup}",
         "trial": f"two steps of {batch} pictures on {device} in {config.precision}; losses {losses}",
         "speed": _speed(config, progress, batch / seconds),
         "memory": memory,
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    if config.data:  # without, neither images nor steps are known
+        foreseen = advice(config, trainer.method, progress, images)
+        lines += [f"{'advice':<{width}}  {text}" for text in foreseen]
+    return "\n".join(lines)
 
 
 def _try(
@@ -85,9 +89,12 @@ def _try(
 def _parameters(method: Method) -> str:
     """Trained numbers by part, such as encoder and heads."""
     counts: dict[str, int] = {}
+    seen: set[int] = set()
     for name, part in method.networks().items():
         kind = name.partition(".")[0]
-        counts[kind] = counts.get(kind, 0) + sum(p.numel() for p in part.parameters() if p.requires_grad)
+        own = {id(p): p.numel() for p in part.parameters() if p.requires_grad and id(p) not in seen}
+        counts[kind] = counts.get(kind, 0) + sum(own.values())
+        seen |= own.keys()  # what two heads share counts once
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from datetime import datetime
@@ -38,6 +39,7 @@ class Log:
         terminal: bool | None = None,
     ) -> None:
         """`batch_size` is the global one; `terminal` says whether to draw a progress bar (None: find out)."""
+        self.kept: list[dict] = []  # the lines of the run so far, where it goes on
         self._active = distributed.is_main()
         if not self._active:
             return
@@ -45,7 +47,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._notes = folder / "metrics.jsonl", folder / "log.txt"
         self._pictures = folder / "pictures"
-        kept = _truncate(self._path, start_step)
+        self.kept = kept = _truncate(self._path, start_step)
         self._lines = self._path.open("a", encoding="utf-8")
         self._board = _open_board(folder / "tensorboard", start_step)
         self._seconds_before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
@@ -82,8 +84,18 @@ class Log:
             self._last_step, self._last_time = step, now
         self._show(step, metrics, now)
 
-    def images(self, step: int, name: str, array: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Put a picture into tensorboard, and into the run folder as `pictures/<name>-<step>.png`."""
+    def images(
+        self,
+        step: int,
+        name: str,
+        array: UInt8[np.ndarray, "H W 3"],
+        keep: int = 2,
+        keep_every: int | None = None,
+    ) -> None:
+        """Put a picture into tensorboard, and into the run folder as `pictures/<name>-<step>.png`.
+
+        As with checkpoints, the newest `keep` files of a name stay, and those of each `keep_every` steps.
+        """
         if not self._active:
             return
         from PIL import Image
@@ -91,6 +103,15 @@ class Log:
         self._board.add_image(name, array, step, dataformats="HWC")
         with files.whole(self._pictures / f"{name}-{step:08d}.png") as part:
             Image.fromarray(array).save(part, "PNG")
+        numbered = re.compile(re.escape(name) + r"-(\d{8,})\.png", re.ASCII)
+        found = [
+            (int(match[1]), path)
+            for path in self._pictures.iterdir()
+            if (match := numbered.fullmatch(path.name))
+        ]
+        for at, path in sorted(found)[:-keep]:
+            if keep_every is None or at % keep_every:
+                path.unlink(missing_ok=True)
 
     def note(self, text: str, *, show: bool = True) -> None:
         """Say something once: with its time in log.txt and, if `show`, on the terminal."""

@@ -53,6 +53,10 @@ class OptimizerConfig:
     )
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {} if self.clip else {"clip_each": "clip=null: gradients are not clipped"}
+
     def peak(self, batch_size: int) -> float:
         """The learning rate after warm-up for this (global) batch size."""
         reference, power = RULES[self.lr_rule]
@@ -88,7 +92,10 @@ class Optimizer:
         fused = all(p.is_cuda for p in self.named.values())
         ordered = [groups[settings] for settings in sorted(groups)]
         self.adamw = torch.optim.AdamW(ordered, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
-        self.networks = {id(p): name for name, part in model.networks().items() for p in part.parameters()}
+        self.networks: dict[int, str] = {}
+        for name, part in model.networks().items():  # what two parts share is of the first
+            for p in part.parameters():
+                self.networks.setdefault(id(p), name)
         self.last_layers = model.prototypes()
         peak = config.peak(progress.batch_size)
         self.lr = Schedule(**{**vars(config.lr), "value": peak})

@@ -8,7 +8,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, build, dump_yaml, key, merge, nearest, parse_overrides, read_yaml
+from foveola.config import (
+    ConfigError,
+    build,
+    dump_yaml,
+    key,
+    merge,
+    nearest,
+    parse_overrides,
+    read_yaml,
+    refuse_unread,
+)
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.knn import KnnConfig
 from foveola.methods.capi import CapiConfig
@@ -120,6 +130,14 @@ class RunConfig:
                 f"the patch size {self.model.patch_size}"
             )
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        idle: dict[str, str] = {}
+        if self.views.objects is None:
+            drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
+            idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
+        return idle
+
     def encoder(self) -> EncoderConfig:
         """The encoder that this run makes."""
         size, color = self.views.global_size, self.views.color
@@ -154,7 +172,20 @@ def change(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
         raise ConfigError(f"model={changes['model']!r}; {NO_START}")
     if re.fullmatch(r"\d+", duration := str(changes.get("duration")).strip()):
         raise ConfigError(f"duration={duration} has no unit: write '{duration} epochs' or '{duration} steps'")
-    return build(RunConfig, merge(tree, changes))
+    config = build(RunConfig, lay(tree, changes))
+    refuse_unread(config, changes)
+    return config
+
+
+def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`merge`, but that a `model.size` wins over the width, depth and heads of the layer below.
+
+    Who asks a small recipe for size=base means all of it. `model.width`, ... in the same layer still count.
+    """
+    model, new = tree.get("model"), changes.get("model")
+    if isinstance(model, dict) and isinstance(new, dict) and new.get("size") is not None:
+        tree = tree | {"model": {k: v for k, v in model.items() if k not in ("width", "depth", "heads")}}
+    return merge(tree, changes)
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +221,7 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         return tree
     if str(base).endswith((".yaml", ".yml")):  # beside the file that names it
         base = Path(recipe).parent / str(base)
-    return merge(_read_recipe(str(base), (*above, recipe)), tree)
+    return lay(_read_recipe(str(base), (*above, recipe)), tree)
 
 
 def _unknown_recipe(recipe: str) -> str:
@@ -206,33 +237,55 @@ def _unknown_recipe(recipe: str) -> str:
 # -- durations -----------------------------------------------------------------------------------------------
 
 
-def plan(config: RunConfig, pictures: int) -> Progress:
-    """The start of a run on this many pictures. Raises ConfigError for a run without a step."""
+def plan(config: RunConfig, pictures: int, processes: int = 1) -> Progress:
+    """The start of a run on this many pictures.
+
+    Raises ConfigError for what does not fit the data, all of it in one message with what to write instead.
+    """
+    whole = processes * config.accumulate
+    wrong, write = [], []
+    if config.batch_size % whole:
+        shared = f"{processes} process{'es' * (processes > 1)} x accumulate={config.accumulate}"
+        wrong.append(f"batch_size={config.batch_size} cannot be shared by {shared}")
     if pictures < config.batch_size:
-        raise ConfigError(
-            f"{config.data} has {pictures} pictures, fewer than batch_size={config.batch_size}: "
-            "use a smaller batch_size or more pictures"
-        )
-    progress = Progress(0, 0, pictures // config.batch_size, config.batch_size)
-    total = _steps(config.duration, "duration", progress)
-    if not total:
-        raise ConfigError(
-            f"duration: {config.duration!r} is less than a step of {config.batch_size} pictures"
-        )
+        wrong.append(f"{config.data} has {pictures} pictures, fewer than batch_size={config.batch_size}")
+        fitting = 2 ** max(pictures.bit_length() - 2, 0)  # two steps an epoch at least
+        if fitting >= whole:
+            write.append(f"batch_size={fitting // whole * whole}")
+    elif wrong and config.batch_size > whole:
+        write.append(f"batch_size={config.batch_size // whole * whole}")
+    batch = min(config.batch_size, max(pictures, 1))
+    progress = Progress(0, 0, max(pictures // batch, 1), batch)
+    total = 0
+    try:
+        total = _steps(config.duration, "duration", progress)
+        if not total:
+            wrong.append(f"duration: {config.duration!r} is less than a step of {batch} pictures")
+    except ConfigError as error:
+        wrong.append(str(error))
+    if total:
+        wrong += _misfits(config, dataclasses.replace(progress, total_steps=total))
+    if wrong:
+        raise ConfigError("; ".join(wrong) + (f": write {' '.join(write)}" if write else ""))
     return dataclasses.replace(progress, total_steps=total)
 
 
-def check(config: RunConfig, progress: Progress) -> None:
-    """Raise ConfigError, naming the key, for a duration that is none or a schedule that does not fit."""
+def _misfits(config: RunConfig, progress: Progress) -> list[str]:
+    """What is wrong with the durations of a configuration, each with its key."""
+    wrong = []
+    durations = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
+    durations["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
     for name in PERIODS:
-        period(config, name, progress)
-    _steps(config.optimizer.freeze_last_layer, "optimizer.freeze_last_layer", progress)
-    for path, schedule in schedules(config):
-        _steps(schedule.warmup, f"{path}.warmup", progress)
         try:
-            schedule.check(progress)
+            period(config, name, progress)
         except ConfigError as error:
-            raise ConfigError(f"{path}.{error}") from error
+            wrong.append(str(error))
+    for name, duration in durations.items():
+        try:
+            _steps(duration, name, progress)
+        except ConfigError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def period(config: RunConfig, name: str, progress: Progress) -> int | None:

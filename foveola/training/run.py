@@ -18,11 +18,13 @@ from foveola.data.sources import OBJECT, Source, as_source, notes_of, same_data
 from foveola.evaluation.protocol import evaluate
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
+from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, share, untrained
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
-from foveola.training.recipe import RunConfig, change, check, nested, period, plan, resolve
+from foveola.training.recipe import RunConfig, change, nested, period, plan, resolve
 from foveola.training.signals import Stop
+from foveola.training.watch import Watch, facts_of, warmup_of
 
 __all__ = ["Run", "pretrain", "untrained"]
 
@@ -88,13 +90,12 @@ class _Session:
 
     def __init__(self, config: RunConfig, device: torch.device, sources: dict[str, Source]) -> None:
         self.config, self.device = config, device
-        self.part = share(config)
         if config.data is None:
             hint = config.about.data or "folder:/my/pictures"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         self.source = as_source(sources.get("data", config.data), "train", "data")
-        self.progress = plan(config, len(self.source))
-        check(config, self.progress)
+        self.progress = plan(config, len(self.source), distributed.world_size())
+        self.part = share(config)
         self.total = self.progress.total_steps
         self.every, self.keep_every, self.evaluate_every = (
             period(config, name, self.progress)
@@ -126,6 +127,10 @@ class _Session:
                     batch_size=self.config.batch_size,
                 )
             )
+            facts = facts_of(
+                self.config, self.trainer.method, self.progress, len(self.source), distributed.world_size()
+            )
+            self.watch = Watch(facts, log.kept, warmup_of(self.config, self.progress))
             self._greet(log, start)
             if missed:  # interrupted between its checkpoint and its evaluation
                 log.step(start, self._evaluate(log))
@@ -157,14 +162,16 @@ class _Session:
         length = f"{self.total - start} steps of {self.config.batch_size} pictures"
         log.note(f"{what} in {self.folder}: {length}")
         log.note(surroundings(self.device), show=False)
-        for advice in self.trainer.method.advice(self.config.batch_size):
-            log.note(advice)
+        for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):
+            log.note(text)
         for about in notes_of(self.source):
             log.note(about)
-        if self.config.views.objects is not None and not self.source.has_objects:
-            log.note(f"{self.source.name} has no objects: each picture counts as one object")
+        if self.config.views.objects is not None:
+            log.note(f"objects: {objects_line(self.source)}")
 
     def _farewell(self, log: Log, step: int) -> None:
+        for text in self.watch.summary() if step >= self.total else ():
+            log.note(text)
         if step < self.total:
             log.note(f"stopped after step {step} of {self.total}; the same command goes on from there")
         else:
@@ -200,6 +207,8 @@ class _Session:
                     metrics["images_per_second"] = steps * config.batch_size / seconds
                     metrics["data_wait"] = min(waited / seconds, 1.0)
                     log.step(step, metrics)
+                    for text in self.watch.add(step, metrics):
+                        log.note(text)
                     steps, seconds, waited = 0, 0.0, 0.0
                 evaluating = self._is_due(self.evaluate_every, step) and not stop
                 # A step without finite gradients has changed nothing: the checkpoint before it is as good.
@@ -269,7 +278,7 @@ class _Session:
     def _draw(self, step: int, log: Log) -> None:
         if distributed.is_main():
             for name, picture in self.trainer.method.pictures().items():
-                log.images(step, name, picture)
+                log.images(step, name, picture, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again."""

@@ -76,6 +76,19 @@ class ViewsConfig:
         if self.dropping is not None and self.blocks is not None:
             raise ValueError("dropping and blocks both choose what the student gets: set one of them to null")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        idle: dict[str, str] = {}
+        if not self.local_count:
+            local = ["local_size", "local_scale"]
+            local += ["objects.aware_local", "objects.attention_local"] * (self.objects is not None)
+            local += ["masking.local"] * (self.masking is not None)
+            idle |= dict.fromkeys(local, "there are no local views (local_count=0)")
+        if self.global_count == 1:
+            same = ("masking.per_picture", "position_masking.per_picture")
+            idle |= dict.fromkeys(same, "a picture has one global view")
+        return idle
+
     def check(self, patch_size: int) -> None:
         """Raise ValueError unless views are made of whole patches."""
         sizes = {"global_size": self.global_size}

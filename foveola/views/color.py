@@ -47,6 +47,16 @@ class ColorConfig:
         if not all(s > 0 for s in self.std):
             raise ValueError("std: must be positive")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        jitter = ("brightness", "contrast", "saturation", "hue")
+        idle: dict[str, str] = {}
+        if not self.jitter:
+            idle |= dict.fromkeys(jitter, "jitter=0.0")
+        if not any(self.blur):
+            idle["blur_sigma"] = "no view is blurred (blur)"
+        return idle
+
 
 @dataclass(frozen=True, eq=False)
 class ColorDraw:

@@ -34,6 +34,15 @@ class ObjectsConfig:
         if self.attention_local and not self.attention:
             raise ValueError("attention_local: needs attention=true; without it there are no object tokens")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        idle: dict[str, str] = {}
+        if not (self.aware or self.aware_local):
+            idle |= dict.fromkeys(("candidates", "min_visible"), "aware=false: no view looks for an object")
+        if not self.attention:
+            idle["min_coverage"] = "attention=false: no token is restricted to patches"
+        return idle
+
 
 def object_boxes(
     aspects: Float[Tensor, "B"],

@@ -35,6 +35,10 @@ class PlacementConfig:
         if self.area[0] > self.area[1]:
             raise ValueError("area: needs low <= high")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {} if self.distribution == "beta" else {"beta": f"distribution={self.distribution}"}
+
 
 def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) -> Float64[Tensor, "n"]:
     """Shares s of the field's area: s = low + (high - low) x, x ~ Beta(a, b) or uniform in [0, 1).

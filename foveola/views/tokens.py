@@ -47,6 +47,12 @@ class MaskingConfig:
         if self.stratified and self.per_picture:
             raise ValueError("stratified masks are dealt out over all views: per_picture=false")
 
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        if self.shape == "block":
+            return {}
+        return dict.fromkeys(("smallest_block", "largest_block"), "shape=random has no blocks")
+
 
 def draw_masks(
     config: MaskingConfig, batch: int, views: int, grid: tuple[int, int], generator: torch.Generator
@@ -168,6 +174,10 @@ class DroppingConfig:
         True, "shift rectangles around the torus, so that all places are dropped alike (CAPI, Table 1b)"
     )
     predict: float = key(0.05, "share of the dropped patches that are predicted", above=0, at_most=1)
+
+    def unread(self) -> dict[str, str]:
+        """Keys that nothing reads with these settings, and why."""
+        return {"roll": "shape=random has no rectangles"} if self.shape == "random" else {}
 
     def counts(self, patches: int) -> tuple[int, int]:
         """(kept, predicted) patches of a view. Raises ValueError where nothing would be dropped or kept."""

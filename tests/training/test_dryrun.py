@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from foveola.config import UserError, merge
+from foveola.config import UserError, build, merge, to_dict
 from foveola.training.dryrun import dry_run
-from foveola.training.recipe import nested, recipes, resolve
+from foveola.training.recipe import RunConfig, nested, recipes, resolve
 
 SMALL = {
     "device": "cpu",
@@ -32,6 +32,11 @@ FIELDS = ["recipe", "data", "parameters", "tokens per picture", "batch", "steps"
 FIELDS += ["trial", "speed", "memory"]
 
 
+def made(recipe: str, changes: dict) -> RunConfig:
+    """A recipe with changes, some of which mean nothing in it."""
+    return build(RunConfig, merge(to_dict(resolve(recipe)), nested(changes)))
+
+
 def rows(text: str) -> dict[str, str]:
     return {line[:20].strip(): line[20:].strip() for line in text.splitlines()}
 
@@ -44,9 +49,10 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     parts = PARTS[method]
     if method == "distillation":
         parts = {f"method.heads.{head}": HEAD for head in resolve(name).method.heads}
-    config = resolve(name, merge(small, nested(parts)))
+    config = made(name, merge(small, nested(parts)))
     said = rows(dry_run(config))
-    assert list(said) == FIELDS
+    objects = ["objects"] * (config.views.objects is not None)
+    assert list(said) == [*FIELDS[:2], *objects, *FIELDS[2:], "advice"]
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
     assert said["data"].endswith("64 pictures")
     if method in ("mae", "ijepa"):
@@ -78,7 +84,7 @@ def test_every_recipe(name, tmp_path, monkeypatch):
 
 
 def test_numbers_against_arithmetic():
-    config = resolve(
+    config = made(
         "ibot-vits16-in1k", SMALL | HEADS | {"data": "scenes:?size=32&count=70", "model.registers": 3}
     )
     said = rows(dry_run(config))
@@ -102,39 +108,48 @@ def test_numbers_against_arithmetic():
 
 
 def test_without_data_the_built_in_pictures_stand_in():
-    """How many steps an epoch has is not known then, and no schedule can be too long."""
-    config = resolve("ibot-vits16-in1k", SMALL | HEADS | {"duration": "3 epochs"})
+    """How many steps an epoch has is not known then, and nothing can be foreseen."""
+    config = made("ibot-vits16-in1k", SMALL | HEADS | {"duration": "3 epochs"})
     said = rows(dry_run(config))
     assert said["data"].startswith("scenes:")
     assert "built in, as there is no data=" in said["data"]
     assert said["steps"] == "3 epochs; with data= their number is known"
     assert "in all" not in said["speed"]
-    temperature = r"method\.token\.target\.temperature\.warmup '30 epochs' is 30 epochs, longer than the run"
-    with pytest.raises(UserError, match=temperature):
-        dry_run(
-            resolve(
-                "ibot-vits16-in1k",
-                SMALL | HEADS | {"duration": "3 epochs", "data": "scenes:?size=32&count=64"},
-            )
-        )
+    assert "advice" not in said
+
+
+def test_what_can_be_foreseen_is_said():
+    changes = {"duration": "3 epochs", "data": "scenes:?size=32&count=64", "batch_size": 16}
+    text = dry_run(made("odis-vits16-in1k", SMALL | HEADS | changes | {"views.objects.aware": False}))
+    found = [line[20:].strip() for line in text.splitlines() if line.startswith("advice")]
+    assert len(found) == 6
+    assert found[0].startswith("64 images are few: below 1,000")
+    assert found[1].startswith("12 steps are too few")
+    where = "method.token.target.temperature.warmup '30 epochs'"
+    assert found[2] == f"{where} is 120 steps, longer than the run of 12: it takes 30% of it"
+    assert found[4].startswith("optimizer.lr.warmup '10 epochs' is 40 steps")
+    assert found[-1].startswith("the teacher is slow for 12 steps: at the end it still has 97% of its first")
+    assert rows(text)["objects"].startswith("annotated in scenes:")
 
 
 def test_mistakes_show_before_anything_is_built():
     with pytest.raises(UserError, match="cannot be shared by 1 process x accumulate=3"):
-        dry_run(resolve("demo", SMALL | HEADS | {"accumulate": 3}))
+        dry_run(made("demo", SMALL | HEADS | {"accumulate": 3}))
     with pytest.raises(UserError, match="no folder /nowhere"):
-        dry_run(resolve("demo", SMALL | HEADS | {"data": "folder:/nowhere"}))
+        dry_run(made("demo", SMALL | HEADS | {"data": "folder:/nowhere"}))
     with pytest.raises(UserError, match="duration: not a duration"):
-        dry_run(resolve("demo", SMALL | HEADS | {"duration": "long"}))
+        dry_run(made("demo", SMALL | HEADS | {"duration": "long"}))
 
 
 def test_several_processes_each_try_their_share(run_ranks):
+    tree = to_dict(made("ibot-vits16-in1k", SMALL | HEADS))
     code = f"""
 import json, torch
 torch.set_num_threads(1)
+from foveola.config import build
 from foveola.training.dryrun import dry_run
-from foveola.training.recipe import resolve
-print(dry_run(resolve("ibot-vits16-in1k", json.loads({json.dumps(json.dumps(SMALL | HEADS))}))))
+from foveola.training.recipe import RunConfig
+print(dry_run(build(RunConfig, json.loads({json.dumps(json.dumps(tree))}))))
 """
     for out in run_ranks(code):
         assert rows(out)["batch"] == "16 pictures: 2 process(es) x 1 part(s) x 8"

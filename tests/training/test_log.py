@@ -125,6 +125,16 @@ def test_pictures(tmp_path):
     assert (image.step, image.width, image.height) == (5, 9, 6)
 
 
+def test_pictures_are_pruned_as_checkpoints_are(tmp_path):
+    """The newest two of each name, and every third step; another run's name that begins alike is another."""
+    with open_log(tmp_path) as log:
+        for step in range(1, 9):
+            log.images(step, "views", np.zeros((2, 2, 3), np.uint8), keep=2, keep_every=3)
+        log.images(1, "views-0", np.zeros((2, 2, 3), np.uint8))
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["views-0-00000001.png", *(f"views-{step:08d}.png" for step in (3, 6, 7, 8))]
+
+
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     with open_log(tmp_path / "run") as log:

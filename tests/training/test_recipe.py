@@ -5,10 +5,20 @@ from typing import Any
 
 import pytest
 
-from foveola.config import ConfigError, UserError, build, describe, dump_yaml, read_yaml, to_dict
+from foveola.config import (
+    ConfigError,
+    UserError,
+    build,
+    describe,
+    dump_yaml,
+    merge,
+    parse_overrides,
+    read_yaml,
+    to_dict,
+)
 from foveola.schedules import Progress
 from foveola.training import recipe as module
-from foveola.training.recipe import RunConfig, check, nested, period, plan, recipes, resolve, schedules
+from foveola.training.recipe import RunConfig, nested, period, plan, recipes, resolve, schedules
 
 IMAGENET = 1_281_167  # pictures
 
@@ -460,7 +470,7 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
         "vits14": 142_000_000,
     }.get(name.split("-")[-1], 5000)
     progress = plan(config, pictures)
-    check(config, progress)
+    assert not any(schedule.shortened(progress) for _, schedule in schedules(config))
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert build(RunConfig, read_yaml(tmp_path / "config.yaml")) == config
     assert resolve(tmp_path / "config.yaml") == config
@@ -614,6 +624,75 @@ def test_a_run_that_was_once_given_a_bare_number_of_steps_still_loads(tmp_path):
     tree = to_dict(resolve("demo")) | {"duration": "7"}
     (tmp_path / "config.yaml").write_text(dump_yaml(tree))
     assert plan(resolve(tmp_path / "config.yaml"), 640).total_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("dino-vits16-in1k", ["views.local_count=0", "views.local_size=32"], "no local views"),
+        ("ibot-vits16-in1k", ["loader.objects_per_image=2"], r"objects are not used \(views.objects=null\)"),
+        ("ibot-tiny-tinyimagenet", ["method.patch.center=all"], "target.kind=sinkhorn has no centre"),
+        ("ibot-tiny-tinyimagenet", ["method.heads.other.hidden=32"], "no term names this head"),
+        ("ibot-tiny-tinyimagenet", ["method.token.target.momentum=0.5"], "kind=sinkhorn has no running mean"),
+        ("ibot-vits16-in1k", ["optimizer.clip=null", "optimizer.clip_each=all"], "clip=null"),
+        ("ibot-vits16-in1k", ["model.rope=capi"], "positions=learned does not rotate"),
+        ("capi-vits14", ["method.targets=features", "method.clustering.iterations=2"], "no clusters"),
+        ("capi-vits14", ["method.mlp.hidden=8"], "head=linear"),
+        ("ibot-vits16-in1k", ["optimizer.lr.warmup=0 steps", "optimizer.lr.start=0.1"], "no warm-up"),
+        (
+            "demo",
+            ["model={size: base, width: 96, depth: 3, heads: 3}"],
+            "width, depth and heads are all given",
+        ),
+    ],
+)
+def test_a_key_without_effect_is_an_error_with_the_reason(recipe, overrides, message):
+    with pytest.raises(ConfigError, match=rf"^[\w.]+ has no effect: .*{message}"):
+        resolve(recipe, overrides)
+    changes = parse_overrides(overrides)
+    assert build(RunConfig, merge(to_dict(resolve(recipe)), changes))  # as a run of before may say
+
+
+def test_capi_has_no_object_tokens_as_mae_and_ijepa_have_none():
+    for recipe in ("capi-tiny-tinyimagenet", "mae-tiny-tinyimagenet", "ijepa-tiny-tinyimagenet"):
+        with pytest.raises(ConfigError, match=r"has no object tokens: views.objects.attention=false"):
+            resolve(recipe, ["views.objects={aware: true, attention: true}"])
+        assert resolve(recipe, ["views.objects={aware: true, attention: false}"]).views.objects is not None
+
+
+def test_a_size_resets_width_depth_and_heads_of_the_recipe_below(tmp_path):
+    assert resolve("odis-tiny-tinyimagenet", ["model.size=base"]).model.shape == (768, 12, 12)
+    assert resolve("demo", ["model.size=tiny", "model.depth=2"]).model.shape == (192, 2, 3)
+    assert resolve("demo", ["model.depth=2"]).model.shape == (96, 2, 3)
+    (tmp_path / "mine.yaml").write_text("base: demo\nmodel: {size: small}\n")
+    assert resolve(tmp_path / "mine.yaml").model.shape == (384, 12, 6)
+    assert resolve(tmp_path / "mine.yaml", ["model.heads=12"]).model.shape == (384, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("views.masking.probability=0.0", "method.patch never sees a masked patch: .*probability=0.0"),
+        ("views.masking.ratio=[0.0, 0.01]", "at most 0.01 of 64 patches is less than one"),
+    ],
+)
+def test_terms_that_would_stay_zero_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("ibot-tiny-tinyimagenet", [override])
+
+
+def test_shortening_a_recipe_by_its_duration_alone():
+    """1,500 images: every warm-up that does not fit takes 30 % of the run, the others what they say."""
+    for name in ("ibot-vits16-in1k", "dinov2-vits16-in1k", "mae-vits16-in1k", "posfield-vits16-in1k"):
+        config = resolve(name, {"duration": "5 epochs", "batch_size": 64, "checkpoint_every": "1 epochs"})
+        progress = plan(config, 1500)
+        assert progress.total_steps == 115
+        told = {path: text for path, s in schedules(config) if (text := s.shortened(progress))}
+        assert "optimizer.lr" in told
+        assert "longer than the run of 115: it takes 30% of it" in told["optimizer.lr"]
+        peak = config.optimizer.lr
+        assert peak.at(dataclasses.replace(progress, step=33)) == peak.value  # the last of 34 (0.3 x 115)
+        assert peak.at(dataclasses.replace(progress, step=32)) < peak.value
 
 
 def test_a_run_folder_is_not_a_recipe(tmp_path):

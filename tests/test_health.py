@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from foveola.pictures import health as h
-from foveola.pictures.health import Facts, Verdict, health, recent, worst
+from foveola import health as h
+from foveola.health import Facts, Verdict, health, recent, worst
 
 EPS = 1e-6
 
@@ -258,6 +258,21 @@ def test_unreadable_pictures() -> None:
     check(h.readable(series("loss", 0.0)), "NOT KNOWN")
 
 
+@pytest.mark.parametrize(
+    ("step", "images", "state", "words"),
+    [
+        (h.SHORT - 1, None, "LOOK", "499 steps: too short to tell"),
+        (h.SHORT, None, "OK", "500 steps."),
+        (20, 143, "LOOK", "20 steps on 143 images: too short to tell"),
+        (h.SHORT, h.FEW - 1, "LOOK", "500 steps on 999 images: too few images"),
+        (h.SHORT, h.FEW, "OK", "500 steps on 1,000 images."),
+    ],
+)
+def test_too_short_to_tell_is_a_verdict(step: int, images: int | None, state: str, words: str) -> None:
+    lines = [{"step": float(step), "loss": 1.0}]
+    check(h.enough(lines, Facts(images=images)), state, words)
+
+
 def test_an_empty_log_is_known_to_be_unknown() -> None:
     verdicts = health([], Facts())
     assert {verdict.state for verdict in verdicts} == {"NOT KNOWN"}
@@ -276,8 +291,8 @@ def test_a_good_run_has_no_complaint() -> None:
         "data_wait": 0.01,
         "bad_pictures": 0.0,
     }
-    lines = [{"step": i, "epoch": i / 10, **line, "loss": 5.0 - i} for i in (1.0, 2.0, 3.0, 4.0)]
-    facts = Facts("distillation", "fp32", 4, {"token": 64}, 128, 96, 64, (), (0.2, 0.1))
+    lines = [{"step": 1000 * i, "epoch": i / 10, **line, "loss": 5.0 - i} for i in (1.0, 2.0, 3.0, 4.0)]
+    facts = Facts("distillation", "fp32", 4000, {"token": 64}, 128, 96, 64, (), (0.2, 0.1))
     verdicts = health(lines, facts)
-    assert [verdict.state for verdict in verdicts] == ["OK"] * 10
+    assert [verdict.state for verdict in verdicts] == ["OK"] * 11
     assert all(any(digit in verdict.text for digit in "0123456789") for verdict in verdicts)

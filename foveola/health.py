@@ -26,6 +26,9 @@ NOT_FINITE = 0.01  # share of logged steps, and more than one
 OVERFLOW = 0.10  # the same of gradients with precision=fp16, where some are ordinary
 ONE = 1.5  # effective rank below which one direction tells all pictures apart
 
+SHORT = 500  # steps below which a run tells nothing of its method
+FEW = 1000  # images, likewise
+
 FIXED_TARGETS = ("mae",)  # methods whose loss can be read as progress: the target does not move
 
 
@@ -53,6 +56,7 @@ class Facts:
     # Share of the variance of patches that their place explains: trained, and untrained (measured apart).
     place_share: tuple[float, float | None] | None = None
     place_pictures: int | None = None  # on which they were measured
+    images: int | None = None  # of the data
     processes: int | None = None  # over which `features` are those of one; None: not noted
 
 
@@ -60,6 +64,7 @@ def health(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
     """All verdicts that the metrics allow, in the order in which they are worth reading."""
     return [
         ended(lines, facts),
+        enough(lines, facts),
         *targets(lines, facts),
         spread(lines),
         rank(lines, facts),
@@ -118,6 +123,19 @@ def ended(lines: Sequence[Line], facts: Facts) -> Verdict:
         f"{step:,} of {facts.total_steps:,} steps are logged ({percent(share)}). The schedules have not run "
         "out, so numbers will still move; the same command goes on.",
     )
+
+
+def enough(lines: Sequence[Line], facts: Facts) -> Verdict:
+    """Steps and images that allow an answer at all, whatever the other verdicts say."""
+    name = "Is it long enough to tell?"
+    if not lines or not (step := int(lines[-1]["step"] or 0)):
+        return Verdict(name, "NOT KNOWN", "No step was logged.")
+    text = f"{step:,} steps" + ("" if facts.images is None else f" on {facts.images:,} images")
+    limits = f"LOOK below {SHORT} steps" + ("" if facts.images is None else f" or {FEW:,} images")
+    if step < SHORT or (facts.images is not None and facts.images < FEW):
+        few = "too short" if step < SHORT else "too few images"
+        return Verdict(name, "LOOK", f"{text}: {few} to tell whether the method works. {limits}.")
+    return Verdict(name, "OK", f"{text}. {limits}.")
 
 
 def targets(lines: Sequence[Line], facts: Facts) -> list[Verdict]:

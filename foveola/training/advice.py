@@ -1,0 +1,72 @@
+"""What can be foreseen of a run before its first step: too short, few images, a teacher that hardly moves."""
+
+import math
+
+from foveola.data.sources import Source
+from foveola.health import FEW, SHORT
+from foveola.methods.method import Method
+from foveola.schedules import Progress, Schedule, steps_of
+from foveola.training.recipe import RunConfig, schedules
+
+FIRST = 0.05  # share of its first weights that a teacher may still have at the end
+
+
+def advice(config: RunConfig, method: Method, progress: Progress, images: int) -> list[str]:
+    """One line for each thing that is unwise about a run on this many images, with what to write instead."""
+    found = method.advice(config.batch_size, images, config.loader.objects_per_image)
+    if images < FEW:
+        found.append(
+            f"{images:,} images are few: below {FEW:,} a network learns little that an untrained one lacks; "
+            "the recipes *-tiny-tinyimagenet are the smallest"
+        )
+    if progress.total_steps < SHORT:
+        found.append(
+            f"{progress.total_steps:,} steps are too few to tell whether a method works; below {SHORT} they "
+            "only show that it runs"
+        )
+    for path, schedule in schedules(config):
+        if told := schedule.shortened(progress):
+            found.append(f"{path}.{told}")
+    frozen = steps_of(
+        config.optimizer.freeze_last_layer,
+        total_steps=progress.total_steps,
+        steps_per_epoch=progress.steps_per_epoch,
+        batch_size=progress.batch_size,
+    )
+    if method.prototypes() and frozen >= progress.total_steps:
+        found.append(
+            f"optimizer.freeze_last_layer={config.optimizer.freeze_last_layer!r} is the whole run: its "
+            "prototypes never train; for example optimizer.freeze_last_layer='1 %'"
+        )
+    return found + _slow_teacher(config, progress)
+
+
+def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
+    """A teacher theta <- m theta + ... has prod_t m_t of its first weights at the end."""
+    momentum = getattr(config.method, "momentum", None)
+    if not isinstance(momentum, Schedule):
+        return []
+    total = progress.total_steps
+    steps = range(0, total, max(total // 1000, 1))
+    moved = sum(
+        1 - momentum.at(Progress(s, total, progress.steps_per_epoch, progress.batch_size)) for s in steps
+    )
+    moved *= total / len(steps)
+    if (left := math.exp(-moved)) <= FIRST:
+        return []
+    told = f"the teacher is slow for {total:,} steps: at the end it still has {left:.0%} of its first weights"
+    if not moved:
+        return [f"{told}; lower method.momentum.value"]
+    faster = max(1 - (1 - momentum.value) * -math.log(FIRST / 5) / moved, 0.0)
+    return [f"{told}; for example method.momentum.value={faster:.2g}"]
+
+
+def objects_line(source: Source) -> str:
+    """How many images have objects, as far as that can be told without reading every file."""
+    if not source.has_objects:
+        return f"none: {source.name} has no objects, so each picture counts as one object"
+    count = getattr(source, "with_objects", lambda: None)()
+    if count is None:
+        return f"annotated in {source.name}"
+    rest = "" if count == len(source) else "; each of the others counts as one object"
+    return f"{count:,} of {len(source):,} images have any{rest}"
