@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
 from foveola.data.sources import Source
-from foveola.evaluation.banks import Bank, choose_and_score, note_choice, train_banks
+from foveola.evaluation.banks import Bank, choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.kinds import ATTENTION, EXTERNAL, need
 from foveola.evaluation.linear import BatchNorm, LinearBank, length_of, need_of
@@ -226,13 +226,13 @@ def run(
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
     banks: list[Bank] = [*learned, *fixed]
     train_banks(banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, progress)
-    metrics, chosen, grid = choose_and_score(banks, task, wanted, config.seed)
+    outcome = choose_and_score(banks, task, wanted, config.seed)
+    entropies = {}
     test_columns = Columns(task.test, task.score, need("patches"), task.device)
     for bank in learned:
-        best = [s for s in bank.settings if s["lr"] == chosen[bank.group]["lr"]]
-        metrics[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
-    note_choice(task, len(config.lr))
-    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid)
+        best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
+        entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
+    return replace(outcome, metrics=outcome.metrics | entropies)
 
 
 def _banks(

@@ -12,7 +12,7 @@ from torch.nn.init import trunc_normal_
 from foveola.config import UserError, key
 from foveola.data.sources import Source
 from foveola.evaluation.abmilp import SMALL
-from foveola.evaluation.banks import Bank, choose_and_score, note_choice, train_banks
+from foveola.evaluation.banks import Bank, choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.cae import CaeBank
 from foveola.evaluation.kinds import need
@@ -210,9 +210,7 @@ def run(
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
     schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
     train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, progress)
-    metrics, chosen, grid = choose_and_score(banks, task, wanted, config.seed)
-    note_choice(task, len(banks[0].settings))
-    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid)
+    return choose_and_score(banks, task, wanted, config.seed)
 
 
 def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> Bank:

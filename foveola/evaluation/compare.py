@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from foveola.config import UserError, nearest
+from foveola.evaluation.paired import difference
 from foveola.evaluation.result import ENDS, Result
 from foveola.evaluation.stored import Stored, differences, home_of, results_of
 
@@ -23,30 +25,54 @@ class Comparison:
     notes: tuple[str, ...] = ()  # which of several results these are
 
     def table(self) -> str:
-        """A line for each metric, a column for each encoder; intervals in brackets, the best marked `*`."""
+        """A line for each metric, a column for each encoder; of two also the difference.
+
+        The best is marked `*` where its paired interval over every other encoder lies above 0; all intervals
+        stand in brackets.
+        """
         metrics = dict.fromkeys(name for result in self.results for name in result.metrics)
         shown = [m for m in metrics if not (m.endswith(ENDS) and m.rpartition("_")[0] in metrics)]
-        rows = [(f"{self.protocol}", *self.names)]
+        two = len(self.results) == 2
+        rows = [(f"{self.protocol}", *self.names, *(["difference"] if two else []))]
         for metric in shown:
-            values = [result.metrics.get(metric) for result in self.results]
-            ranked = metric.startswith(BETTER_HIGH)
-            best = max((v for v in values if v is not None), default=None) if ranked else None
-            cells = [
-                _cell(result, metric, value is not None and value == best and len(set(values)) > 1)
-                for result, value in zip(self.results, values, strict=True)
-            ]
-            rows.append((metric, *cells))
+            best = self._best(metric)
+            cells = [_cell(result, metric, i == best) for i, result in enumerate(self.results)]
+            change = difference(self.results[0], self.results[1], metric) if two else None
+            rows.append((metric, *cells, *([] if change is None else [str(change)])))
         rows.append(("seconds", *(f"{result.seconds:.1f}" for result in self.results)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+        lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
         notes = [
             f"note: {name}: {note}"
             for name, result in zip(self.names, self.results, strict=True)
             for note in result.notes
         ]
-        return "\n".join([*lines, *self._versions(), *self.notes, *dict.fromkeys(notes)])
+        return "\n".join([*lines, *self._marks(lines), *self._versions(), *self.notes, *dict.fromkeys(notes)])
+
+    def _best(self, metric: str) -> int | None:
+        """The encoder whose metric is the highest beyond doubt, if there is one."""
+        values = [result.metrics.get(metric) for result in self.results]
+        known = [value for value in values if value is not None]
+        if not metric.startswith(BETTER_HIGH) or len(known) < 2:
+            return None
+        best = values.index(max(known))
+        over = [
+            difference(result, self.results[best], metric)
+            for i, result in enumerate(self.results)
+            if i != best and values[i] is not None
+        ]
+        return best if all(d is not None and d.low > 0 for d in over) else None
+
+    def _marks(self, lines: Sequence[str]) -> list[str]:
+        """What the marks say, or why there are none."""
+        if any("*" in line for line in lines[1:]):
+            return ["note: * is above each other one by the paired 95 % interval over the same test images"]
+        if any(not result.scores for result in self.results):
+            return [
+                "note: none is marked as the best: a result of an earlier version has no score of each "
+                "image, without which the difference has no interval; evaluate it again"
+            ]
+        return []
 
     def _versions(self) -> list[str]:
         first = self.results[0].versions

@@ -27,6 +27,7 @@ from foveola.evaluation.dense import (
 from foveola.evaluation.features import choose_pictures
 from foveola.evaluation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.search import nearest
 from foveola.models.encoder import Encoder
 
@@ -134,9 +135,11 @@ def run(
     )
     settings = [(b, k) for b in range(len(banks)) for k in config.k]
     areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
+    images = [torch.zeros(0, dtype=torch.int64)]
     pixels = encoder.patch_size**2
     for batch in _blocks(passing, QUERIES):
         truth = batch.originals or tuple(batch.maps)
+        images.append(batch.pictures)
         own = label_counts(patch_pixels(batch.maps, encoder.patch_size).flatten(0, 1), len(classes))[:, :-1]
         areas["ceiling"] += _compare(own.float() / pixels, passing.grid, truth, len(classes))
         for b, bank in enumerate(banks):
@@ -149,6 +152,7 @@ def run(
         setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
     }
     metrics, iou = _metrics(stacked, banks, config, classes)
+    scores = _scores(stacked, banks, config, distributed.gather_rows(torch.cat(images)), metrics)
     data = {
         "train": train_facts,
         "test": test_facts,
@@ -156,7 +160,7 @@ def run(
         "bank_seconds": bank_seconds,
         "search_seconds": round(perf_counter() - began, 2),
     }
-    return Outcome(metrics, data)
+    return Outcome(metrics, data, scores=scores)
 
 
 def _banks(
@@ -220,6 +224,31 @@ def _stack(parts: list[Tensor], classes: int) -> Int64[Tensor, "P 3 C1"]:
     return torch.stack(parts) if parts else torch.zeros(0, 3, classes + 1, dtype=torch.int64)
 
 
+def _scores(
+    areas: dict[Any, Int64[Tensor, "P 3 C1"]],
+    banks: Sequence[Bank],
+    config: DenseRetrievalConfig,
+    images: Int64[Tensor, "P"],
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Areas of each image for every mean IoU, of all draws of its bank."""
+    scores: dict[str, Any] = {}
+    for divisor in config.subsample:
+        end = _end(divisor)
+        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        for k in config.k:
+            each = packed_areas([areas[b, k] for b in own], images, config.absent)
+            scores[f"miou{end}_k{k}"] = each
+            if k == metrics[f"best_k{end}"]:
+                scores[f"miou{end}"] = each
+    return scores
+
+
+def _end(divisor: int) -> str:
+    """Of the names of a bank's metrics."""
+    return "" if divisor == 1 else f"_1of{divisor}"
+
+
 def _metrics(
     areas: dict[Any, Int64[Tensor, "P 3 C1"]],
     banks: Sequence[Bank],
@@ -237,7 +266,7 @@ def _metrics(
     metrics: dict[str, float] = {}
     best_of: list[int] = []
     for divisor in config.subsample:
-        end = "" if divisor == 1 else f"_1of{divisor}"
+        end = _end(divisor)
         own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
         means = {k: float(np.mean([miou((b, k)) for b in own])) for k in config.k}
         best = max(config.k, key=lambda k: means[k])

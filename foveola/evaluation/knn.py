@@ -12,18 +12,19 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source, same_data
+from foveola.evaluation.answers import Answers, answers_of, shared_labels
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, share
 from foveola.evaluation.kinds import need
 from foveola.evaluation.metrics import (
     Outcome,
-    bootstrap,
     effective_rank,
-    hits,
+    interval,
     percent,
     ranking,
     vote,
 )
+from foveola.evaluation.paired import packed
 from foveola.evaluation.rows import ExtractConfig
 from foveola.evaluation.search import QUERY_BLOCK, nearest
 from foveola.models.encoder import Encoder
@@ -111,7 +112,7 @@ def run(
     """Extract the features of both sources and classify each test row by its neighbours in train.
 
     Metrics, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
-    best k, `top1_*_low` and `_high` (95 % bootstrap over test pictures), `best_k_*`, `top1_*_k20` and so on
+    best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
     for every k.
     """
     same = same_data(train, test)
@@ -133,14 +134,15 @@ def run(
     banks, train_facts = tables(train)
     queries, test_facts = (banks, train_facts) if same else tables(test)
     seconds = {"extract_seconds": round(perf_counter() - began, 2)}
-    began, metrics = perf_counter(), {}
+    began, metrics, scores = perf_counter(), {}, {}
     for masked, bank, query in zip(kinds, banks, queries, strict=True):
         name = "masks" if masked else "plain"
-        metrics |= _measure(name, bank, query, (train, test), config, encoder.device, notes)
+        found = _measure(name, bank, query, (train, test), config, encoder.device, notes)
+        metrics |= found[0]
+        scores |= found[1]
     seconds["search_seconds"] = round(perf_counter() - began, 2)
-    return Outcome(
-        metrics, {"train": train_facts, "test": test_facts, **seconds}, tuple(dict.fromkeys(notes))
-    )
+    data = {"train": train_facts, "test": test_facts, **seconds}
+    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), scores=scores)
 
 
 def _measure(
@@ -151,16 +153,19 @@ def _measure(
     config: KnnConfig,
     device: torch.device,
     notes: list[str],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics, and the score of each row for those that are shares of rows."""
     bank, query = _labelled(bank, "train", config, notes), _labelled(query, "test", config, notes)
-    labels = shared_labels(query.labels, sources[1].classes, bank.labels, sources[0].classes, notes)
+    answers = _answers(bank, query, sources, config, notes)
+    if answers.candidates is not None:  # rows of classes that cannot be right have no vote
+        bank = bank.select(answers.candidates[bank.labels])
     ks = tuple(dict.fromkeys(min(k, len(bank.labels)) for k in sorted(config.k)))
     if ks != tuple(sorted(config.k)):
         notes.append(
             f"the bank has {len(bank.labels)} rows: k = {', '.join(map(str, ks))} instead of {list(config.k)}"
         )
     classes = int(bank.labels.max()) + 1
-    mine = share(len(labels))
+    mine = share(len(query.labels))
     ranked = predict(
         query.features[mine],
         bank.features,
@@ -173,18 +178,37 @@ def _measure(
         device=device,
     )
     ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}
-    correct = {k: hits(rows, labels) for k, rows in ranked.items()}
+    correct = {k: answers.among(rows[:, :1]) for k, rows in ranked.items()}
     best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
-    low, high = bootstrap(correct[best], query.pictures, seed=config.seed)
+    top5 = answers.among(ranked[best])
+    low, high = interval(correct[best], query.pictures, seed=config.seed)
+    shares = {f"top1_{name}": correct[best], f"top5_{name}": top5}
+    shares |= {f"top1_{name}_k{k}": correct[k] for k in ks}
     return {
         f"top1_{name}": percent(correct[best]),
         f"top1_{name}_low": 100 * low,
         f"top1_{name}_high": 100 * high,
-        f"top5_{name}": percent(hits(ranked[best], labels, 5)),
+        f"top5_{name}": percent(top5),
         f"best_k_{name}": float(best),
         **{f"top1_{name}_k{k}": percent(correct[k]) for k in ks},
         f"effective_rank_{name}": effective_rank(query.features),
-    }
+    }, {metric: packed(hit, query.pictures) for metric, hit in shares.items()}
+
+
+def _answers(
+    bank: FeatureTable,
+    query: FeatureTable,
+    sources: tuple[Source, Source],
+    config: KnnConfig,
+    notes: list[str],
+) -> Answers:
+    """What is right: the labels, and what the test set says of whole images besides."""
+    train, test = sources
+    labels = shared_labels(query.labels, test.classes, bank.labels, train.classes, notes)
+    if config.rows == "objects" and test.has_objects:  # `answers` are of images
+        return Answers(labels, query.pictures)
+    classes = max(int(bank.labels.max()) + 1, len(train.classes or ()))
+    return answers_of(test, train, labels, query.pictures, classes)
 
 
 def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:
@@ -196,36 +220,3 @@ def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[st
     if missing := int((~known).sum()):
         notes.append(f"{which}: {missing} rows without a label are left out")
     return table.select(known) if missing else table  # no copy of a large bank for nothing
-
-
-def shared_labels(
-    labels: Int64[Tensor, "m"],
-    classes: tuple[str, ...] | None,
-    bank_labels: Int64[Tensor, "N"],
-    bank_classes: tuple[str, ...] | None,
-    notes: list[str],
-) -> Int64[Tensor, "m"]:
-    """Test labels in the numbering of the bank, matched by class name where both name their classes.
-
-    A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. Raises UserError
-    when no class is shared.
-    """
-    if classes is not None and bank_classes is not None and classes != bank_classes:
-        number = {name: i for i, name in enumerate(bank_classes)}
-        labels = torch.tensor([number.get(name, -1) for name in classes], dtype=torch.int64)[labels]
-    known = torch.isin(labels, bank_labels) & (labels >= 0)
-    if not known.any():
-        raise UserError(
-            "train and test share no class "
-            f"({_examples(bank_labels, bank_classes)} against {_examples(labels, classes)})"
-        )
-    if missing := int((~known).sum()):
-        notes.append(
-            f"test: {missing} of {len(labels)} rows are of classes that train lacks, and count as wrong"
-        )
-    return torch.where(known, labels, -1)
-
-
-def _examples(labels: Tensor, classes: tuple[str, ...] | None) -> str:
-    names = classes[:3] if classes else tuple(str(int(label)) for label in labels.unique()[:3])
-    return ", ".join(names) + ", ..."

@@ -3,7 +3,7 @@
 from time import perf_counter
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from foveola.config import UserError
@@ -20,8 +20,9 @@ from foveola.evaluation.feature_space import (
     uniformity,
 )
 from foveola.evaluation.features import check_finite, facts_of_bad
-from foveola.evaluation.metrics import Outcome, bootstrap, partner_ranks, percent, recall_at
+from foveola.evaluation.metrics import Outcome, bootstrap, interval, partner_ranks, percent, recall_at
 from foveola.evaluation.other_views import LabelFreeConfig, Seen, watch
+from foveola.evaluation.paired import packed
 from foveola.evaluation.retrieval import choose_targets
 from foveola.models.encoder import Encoder
 
@@ -58,10 +59,16 @@ def run(
         **view_metrics(seen, config),
         **object_metrics(seen, config),
     }
+    scores = {}
+    for name, first, second, owners in _pairs(seen):
+        ranks = _ranks(first, second)
+        k = min(config.recall, len(first))
+        scores[f"rank1_{name}"] = packed(ranks == 0, owners.repeat(2))
+        scores[f"recall{k}_{name}"] = packed(ranks < k, owners.repeat(2))
     facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
     named = {"name": test.name, "fingerprint": test.fingerprint(), "pictures": len(targets)}
     data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
-    return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config))
+    return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
 
 
 def space_metrics(
@@ -81,7 +88,7 @@ def space_metrics(
         "first_component_patches": first_share(patches.variances()),
         "spread": spread(seen.features),
         "mean_cosine": mean_cosine(seen.features),
-        **_mean("duplicates", 100 * nearest.double(), config.seed),
+        **_share("duplicates", nearest, None, config.seed),
     }
 
 
@@ -101,9 +108,8 @@ def object_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if len(seen.owners) < 2:
         return metrics
-    for place, name in enumerate(("objects_plain", "objects_masks")):
-        first, second = seen.objects[:, place].unbind(dim=1)
-        metrics |= _found(name, first, second, seen.owners, config)
+    for name, first, second, owners in _pairs(seen)[1:]:
+        metrics |= _found(name, first, second, owners, config)
     return metrics | _chances("objects", len(seen.owners), config)
 
 
@@ -115,20 +121,37 @@ def _found(
     config: LabelFreeConfig,
 ) -> dict[str, float]:
     """How often a view's other view comes first among those of all, from both sides."""
-    ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
+    ranks = _ranks(first, second)
     k = min(config.recall, len(first))
-    low, high = bootstrap(ranks == 0, pictures.repeat(2), seed=config.seed)
     return {
-        f"rank1_{name}": percent(ranks == 0),
-        f"rank1_{name}_low": 100 * low,
-        f"rank1_{name}_high": 100 * high,
+        **_share(f"rank1_{name}", ranks == 0, pictures.repeat(2), config.seed),
         f"recall{k}_{name}": recall_at(ranks, k),
     }
+
+
+def _pairs(seen: Seen) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Name, first views, second views and images of everything of which two views were encoded."""
+    found = [("views", seen.views[:, 0], seen.views[:, 1], seen.pictures)]
+    if len(seen.owners) > 1:
+        for place, name in enumerate(("objects_plain", "objects_masks")):
+            found.append((name, seen.objects[:, place, 0], seen.objects[:, place, 1], seen.owners))
+    return found
+
+
+def _ranks(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Int64[Tensor, "n2"]:
+    """The rank of each second view for its first, then of each first view for its second."""
+    return torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
 
 
 def _chances(name: str, count: int, config: LabelFreeConfig) -> dict[str, float]:
     k = min(config.recall, count)
     return {f"chance_rank1_{name}": 100 / count, f"chance_recall{k}_{name}": 100 * k / count}
+
+
+def _share(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) -> dict[str, float]:
+    """A share of rows in percent, with its interval over images."""
+    low, high = interval(hit, owners, seed=seed)
+    return {name: percent(hit), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
 
 
 def _mean(name: str, values: Float64[Tensor, "n"], seed: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.banks import choose_and_score, note_choice, train_banks
+from foveola.evaluation.banks import choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.kinds import EXTERNAL, need
 from foveola.evaluation.metrics import Outcome
@@ -226,7 +226,7 @@ def run(
     """Train the grid on the features of `train`, choose on the hold-out, score on `test`.
 
     Metrics in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
-    hold-out chose, `_low` and `_high` (95 % bootstrap over pictures), `top5_*`, `holdout_*`, and
+    hold-out chose, `_low` and `_high` (95 % interval over pictures), `top5_*`, `holdout_*`, and
     `top1_*_best_on_test`, the best of the grid, which many papers report.
     """
     config = config.resolved(encoder)
@@ -266,6 +266,4 @@ def run(
     }
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
     train_banks(banks, drawn, factors[config.style], steps, progress)
-    metrics, chosen, grid = choose_and_score(banks, task, wanted, config.seed)
-    note_choice(task, max(len(rows) for rows in grid.values()))
-    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid)
+    return choose_and_score(banks, task, wanted, config.seed)

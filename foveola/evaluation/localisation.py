@@ -30,7 +30,8 @@ from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.components import LEVELS
 from foveola.evaluation.features import check_finite, choose_pictures, facts_of_bad, read_ahead, share, show
 from foveola.evaluation.kinds import Need, need
-from foveola.evaluation.metrics import Outcome, bootstrap
+from foveola.evaluation.metrics import Outcome, interval
+from foveola.evaluation.paired import packed
 from foveola.evaluation.probing import held_out
 from foveola.evaluation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
 from foveola.models.encoder import Encoder
@@ -179,7 +180,7 @@ def run(
     """Boxes from each map, and from content-free squares (`full_picture`, `centred_box`), against `test`'s.
 
     Metrics in percent, of each map m: `maxboxacc_v2_m`, thresholds chosen on the pictures that are measured
-    (as published), with a 95 % bootstrap interval over pictures at these thresholds; `maxboxacc_30_m`, ... at
+    (as published), with a 95 % interval over pictures at these thresholds; `maxboxacc_30_m`, ... at
     each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`, thresholds chosen on a hold-out, measured on the others.
     """
     if not test.has_objects:
@@ -221,9 +222,8 @@ def run(
     measure.add("full_picture", squares[:, :, -1:], [1.0], "side")
     for name, options in chosen.items():
         measure.chosen[name] = options | measure.chosen[name]
-    return Outcome(
-        measure.metrics | metrics, data, _notes(config, train, names), measure.chosen, measure.grid
-    )
+    notes = _notes(config, train, names)
+    return Outcome(measure.metrics | metrics, data, notes, measure.chosen, measure.grid, measure.scores)
 
 
 class Measure:
@@ -237,18 +237,20 @@ class Measure:
         self.metrics: dict[str, float] = {}
         self.chosen: dict[str, Any] = {}
         self.grid: dict[str, Any] = {}
+        self.scores: dict[str, Any] = {}
 
     def add(self, name: str, hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float], kind: str) -> None:
         """One map: the threshold chosen on all pictures, and one that the hold-out chose."""
         ious = [iou_name(iou) for iou in self.config.iou]
         every = accuracy(hits, options)
-        self._interval(f"maxboxacc_v2_{name}", hits, every, options)
+        all_ = np.arange(len(hits))
+        self._interval(f"maxboxacc_v2_{name}", hits, all_, every, options)
         self.metrics |= {
             f"maxboxacc_{iou}_{name}": value for iou, value in zip(ious, every.best, strict=True)
         }
         self.metrics[f"maxboxacc_v1_{name}"] = every.largest
         held = accuracy(hits[self.hold], options)
-        self._interval(f"boxacc_v2_{name}", hits[self.rest], held, options)
+        self._interval(f"boxacc_v2_{name}", hits, self.rest, held, options)
         self.chosen[name] = {
             **{f"{kind}_{iou}": option for iou, option in zip(ious, every.chosen, strict=True)},
             **{f"{kind}_{iou}_of_holdout": option for iou, option in zip(ious, held.chosen, strict=True)},
@@ -262,11 +264,14 @@ class Measure:
             for i in points
         ]
 
-    def _interval(self, metric: str, hits: np.ndarray, by: BoxAccuracy, options: Sequence[float]) -> None:
-        """The mean over IoUs with the options that `by` chose, and its interval over pictures."""
+    def _interval(
+        self, metric: str, hits: np.ndarray, rows: np.ndarray, by: BoxAccuracy, options: Sequence[float]
+    ) -> None:
+        """The mean over IoUs with the options that `by` chose, and its interval over the pictures `rows`."""
         places = [options.index(option) for option in by.chosen]
-        values = torch.from_numpy(hits[:, range(len(places)), places].mean(axis=1))
-        low, high = bootstrap(values, seed=self.config.seed)
+        values = torch.from_numpy(hits[rows][:, range(len(places)), places].mean(axis=1))
+        low, high = interval(values, seed=self.config.seed)
+        self.scores[metric] = packed(values, self.pictures[torch.from_numpy(rows)])
         found = 100 * values.mean().item()
         self.metrics |= {metric: found, f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
 

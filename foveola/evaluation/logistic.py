@@ -4,17 +4,18 @@ The objective is scikit-learn's and cuML's, C sum_i CE_i + |W|^2 / 2 with a free
 its size then depends neither on C nor on the number of rows, and one tolerance serves every C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import key
 from foveola.data.sources import Source
-from foveola.evaluation.banks import note_choice, scored
+from foveola.evaluation.answers import Answers
+from foveola.evaluation.banks import Judged, judged, note_choice, scored
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.linear import assemble, need_of
 from foveola.evaluation.metrics import Outcome, percent
@@ -22,6 +23,8 @@ from foveola.evaluation.probing import ProbeConfig, Task, open_task
 from foveola.models.encoder import Encoder
 
 CHUNK = 2**24  # logits in memory at a time: 128 MiB in float64
+STALLED = 20  # iterations that must together lower the loss, by more than this share of it:
+FLAT = 1e-10
 
 # -- core ----------------------------------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ def fit(
     Args:
         y: labels in [0, classes). c: inverse strength of the penalty, > 0.
         start: a model to go on from, such as that of the next smaller c.
-        tolerance: stop when no entry of the gradient, or no change of loss or parameters, is larger.
+        tolerance: stop when no entry of the gradient is larger in absolute value.
     Raises ValueError for no row, labels out of range, features that are not finite, and c of 0 or less.
     """
     if not len(x) or c <= 0:
@@ -81,27 +84,54 @@ def fit(
     number[present] = torch.arange(len(present))
     y = number[y].to(device)
     weight, bias = _begin(start, present, x.shape[1], x.device, dtype)
+    iterations = _minimise(
+        lambda: _objective(x, y, weight, bias, c), (weight, bias), max_iterations, tolerance, history
+    )
+    loss, dw, db = _objective(x, y, weight, bias, c)
+    whole, offsets = weight.new_zeros(classes, x.shape[1]), weight.new_full((classes,), -torch.inf)
+    whole[present], offsets[present] = weight, bias
+    largest = max(dw.abs().amax().item(), db.abs().amax().item())
+    return LogisticModel(whole, offsets, loss.item(), largest, iterations)
+
+
+def _minimise(
+    objective: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    leaves: tuple[Tensor, Tensor],
+    max_iterations: int,
+    tolerance: float,
+    history: int,
+) -> int:
+    """L-BFGS on `leaves` in place until no entry of the gradient is above `tolerance`; returns iterations.
+
+    A small change of the loss is no sign of a minimum: in a flat valley it is small for long. So torch's rule
+    for it is off. The only other end is that `STALLED` iterations together lower the loss by no more than
+    rounding does.
+    """
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iterations,
-        max_eval=20 * max_iterations,
+        leaves,
+        max_iter=STALLED,
+        max_eval=20 * STALLED,
         tolerance_grad=tolerance,
-        tolerance_change=tolerance,
+        tolerance_change=0.0,
         history_size=history,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
-        loss, weight.grad, bias.grad = _objective(x, y, weight, bias, c)
+        loss, *gradients = objective()
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
-    loss, dw, db = _objective(x, y, weight, bias, c)
-    whole, offsets = weight.new_zeros(classes, x.shape[1]), weight.new_full((classes,), -torch.inf)
-    whole[present], offsets[present] = weight, bias
-    steps = optimizer.state[weight].get("n_iter", 0)
-    largest = max(dw.abs().amax().item(), db.abs().amax().item())
-    return LogisticModel(whole, offsets, loss.item(), largest, int(steps))
+    done, before = 0, torch.inf
+    while done < max_iterations:
+        optimizer.param_groups[0]["max_iter"] = min(STALLED, max_iterations - done)
+        loss = float(optimizer.step(closure))  # type: ignore[arg-type]  # where this round began
+        reached = int(optimizer.state[leaves[0]].get("n_iter", 0))
+        if reached == done or before - loss <= FLAT * abs(loss):
+            return reached
+        done, before = reached, loss
+    return done
 
 
 def _begin(
@@ -120,12 +150,13 @@ def _begin(
 def _objective(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor]:
     """The objective and its gradients, from one reading of the rows."""
     n = len(x)
-    loss, dw, db = 0.5 / (c * n) * weight.square().sum(), weight / (c * n), torch.zeros_like(bias)
+    loss = 0.5 / (c * n) * weight.square().sum(dtype=torch.float64)
+    dw, db = weight / (c * n), torch.zeros_like(bias)
     rows = _rows(weight)
     for part, labels in zip(x.split(rows), y.split(rows), strict=True):
         part = part.to(weight.dtype)
         log = torch.log_softmax(torch.addmm(bias, part, weight.T), dim=1)
-        loss = loss - log.gather(1, labels[:, None]).sum() / n
+        loss = loss - log.gather(1, labels[:, None]).sum(dtype=torch.float64) / n
         residual = log.exp_()
         residual[torch.arange(len(labels), device=labels.device), labels] -= 1
         residual /= n
@@ -229,36 +260,50 @@ def run(
 
     x, test_x = rows("fit"), rows("score")
     mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))
+    test_x = (test_x - mean) / scale
     models = path((x - mean) / scale, task.labels[task.fit], task.classes, values, **settings)
-    on_test = [_right(model, (test_x - mean) / scale, task, "test") for model in models]
-    grid = [{"c": c, "test": percent(right)} for c, right in zip(values, on_test, strict=True)]
-    best = max(range(len(values)), key=lambda i: grid[i]["test"])
+    on_test = [_judged(model, test_x, task.answers).right[0] for model in models]
+    grid: list[dict[str, Any]] = [
+        {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}
+        for c, right, model in zip(values, on_test, models, strict=True)
+    ]
+    order = [(row["test"], 0.0) for row in grid]
     if len(task.hold):
         held = (rows("hold") - mean) / scale
-        for row, model in zip(grid, models, strict=True):
-            row["holdout"] = percent(_right(model, held, task, "hold"))
-        best = max(range(len(values)), key=lambda i: grid[i]["holdout"])
-        both = (rows("both") - mean) / scale
-        labels = task.labels[torch.cat((task.fit, task.hold)).sort().values]
-        model = fit(both, labels, task.classes, values[best], start=models[best], **settings)
-        right = _right(model, (test_x - mean) / scale, task, "test")
-    else:
-        model, right = models[best], on_test[best]
-    top5 = task.answers.top5(model.logits((test_x - mean) / scale).float().cpu())
-    metrics = scored("logistic", right, task.answers, config.seed, top5)
+        order = [_judged(model, held, task.held).order()[0] for model in models]
+        for row, (share, _) in zip(grid, order, strict=True):
+            row["holdout"] = share
+    best = max(range(len(values)), key=order.__getitem__)
+    model, right = models[best], on_test[best]
+    if len(task.hold):
+        both = torch.cat((task.fit, task.hold)).sort().values
+        x = (rows("both") - mean) / scale
+        model = fit(x, task.labels[both], task.classes, values[best], start=model, **settings)
+        right = _judged(model, test_x, task.answers).right[0]
+    found = scored(
+        "logistic", right, task.answers, config.seed, task.answers.top5(model.logits(test_x).cpu())
+    )
+    metrics = found.metrics
     if len(values) > 1:
         metrics["top1_logistic_best_on_test"] = max(row["test"] for row in grid)
     if len(task.hold):
         metrics["holdout_logistic"] = grid[best]["holdout"]
     note_choice(task, len(values))
+    _note_ends(grid, config, task)
     chosen = {"c": values[best], "parameters": model.weight.numel() + model.bias.numel()}
-    return Outcome(metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid})
+    return Outcome(
+        metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid}, found.scores
+    )
 
 
-def _right(model: LogisticModel, x: Tensor, task: Task, which: str) -> Bool[Tensor, "m"]:
-    answers = task.answers if which == "test" else task.held
-    parts = [
-        answers.hits(model.logits(part), slice(start, start + len(part)))
-        for start, part in zip(range(0, len(x), 4096), x.split(4096), strict=True)
-    ]
-    return torch.cat(parts)
+def _judged(model: LogisticModel, x: Float[Tensor, "n D"], answers: Answers) -> Judged:
+    return judged(lambda rows: model.logits(x[rows])[None], len(x), answers, at_once=4096)
+
+
+def _note_ends(grid: Sequence[dict[str, Any]], config: LogisticConfig, task: Task) -> None:
+    """Say which values of C did not reach their minimum."""
+    if early := [row["c"] for row in grid if row["gradient"] > config.tolerance]:
+        task.notes.append(
+            f"{len(early)} of {len(grid)} values of C, from {min(early):.2g} on, ended with a gradient above "
+            f"tolerance={config.tolerance:g} (see grid); iterations= takes them further"
+        )

@@ -20,6 +20,7 @@ class Outcome:
     notes: tuple[str, ...] = field(default=())
     chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from a grid
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
+    scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
 
 
 def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
@@ -55,11 +56,6 @@ def ranking(scores: Float[Tensor, "n C"], top: int) -> Int64[Tensor, "n r"]:
     """The r = min(top, C) classes of highest score, best first; -1 where no score is left above zero."""
     values, classes = scores.topk(min(top, scores.shape[1]), dim=1)
     return torch.where(values > 0, classes, -1)
-
-
-def hits(ranked: Int64[Tensor, "n r"], labels: Int64[Tensor, "n"], top: int = 1) -> Bool[Tensor, "n"]:
-    """Whether the label is among the first `top` of the ranked classes; a negative label never is."""
-    return (ranked[:, :top] == labels[:, None]).any(dim=1) & (labels >= 0)
 
 
 def partner_ranks(

@@ -121,6 +121,7 @@ def run(
     data: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     grid: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     notes: list[str] = []
     seconds: dict[str, float] = {}
     for views, need in wants(config, encoder):
@@ -133,17 +134,21 @@ def run(
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         seconds[name] = round(perf_counter() - began, 2)
-        found = outcome.metrics
+        found, kept = outcome.metrics, outcome.scores
         if name == "knn":
-            found = {
-                metric.replace("_plain", "_knn"): value
-                for metric, value in found.items()
-                if metric.startswith("top") and "_k" not in metric
-            }
+            found, kept = (
+                {
+                    metric.replace("_plain", "_knn"): value
+                    for metric, value in every.items()
+                    if metric.startswith("top") and "_k" not in metric
+                }
+                for every in (found, kept)
+            )
         metrics |= found
+        scores |= kept
         data = {**data, **outcome.data}
         chosen |= outcome.chosen
         grid |= outcome.grid
         notes += outcome.notes
     data["probe_seconds"] = seconds  # the first includes the pass over the pictures
-    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid)
+    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)

@@ -4,20 +4,19 @@ The rows that train, those that choose (the hold-out, a share of the training pi
 scored (test) never mix. Test labels are read once everything is trained and chosen.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
 from foveola.data.sources import Source, same_data
+from foveola.evaluation.answers import Answers, answers_of, shared_labels
 from foveola.evaluation.cache import Feed, FeedConfig, Need, Store
-from foveola.evaluation.knn import shared_labels
-from foveola.evaluation.metrics import hits
 
 PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
 
@@ -40,35 +39,6 @@ class ProbeConfig(FeedConfig):
 
 
 # -- the task ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What counts as right on the rows of a test set, in the numbering of the training classes."""
-
-    labels: Int64[Tensor, "m"]  # -1: a class that train lacks, always wrong
-    pictures: Int64[Tensor, "m"]
-    others: tuple[Int64[Tensor, "_"], ...] | None = None  # all right answers of each row (ReaL)
-    candidates: Bool[Tensor, "C"] | None = None  # classes that may be predicted (ImageNet-A, ObjectNet)
-
-    def hits(self, logits: Float[Tensor, "*G m C"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
-        """Whether the best (candidate) class of each row is right."""
-        if self.candidates is not None:
-            logits = logits.masked_fill(~self.candidates.to(logits.device), -torch.inf)
-        found = logits.argmax(dim=-1).cpu()
-        if self.others is None:
-            labels = self.labels[rows]
-            return (found == labels) & (labels >= 0)
-        right = [
-            torch.isin(each, some) for each, some in zip(found.unbind(-1), self.others[rows], strict=True)
-        ]
-        return torch.stack(right, dim=-1)
-
-    def top5(self, logits: Float[Tensor, "m C"]) -> Bool[Tensor, "m"]:
-        """Whether the label is among the five classes of highest score."""
-        if self.candidates is not None:
-            logits = logits.masked_fill(~self.candidates.to(logits.device), -torch.inf)
-        return hits(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu(), self.labels, 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +96,7 @@ def open_task(
             f"{train.name}: {len(rows)} labelled pictures are too few for holdout={config.holdout}"
         )
     right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
-    answers = _answers(test, train, right, queries.pictures[score], classes)
+    answers = answers_of(test, train, right, queries.pictures[score], classes)
     return Task(bank, queries, labels, fit, hold, score, answers, classes, device, notes)
 
 
@@ -149,25 +119,6 @@ def held_out(
     count = max(1, int(share * len(rows))) if share else 0
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))
     return rows[order[count:].sort().values], rows[order[:count].sort().values]
-
-
-def _answers(test: Source, train: Source, labels: Tensor, pictures: Tensor, classes: int) -> Answers:
-    """With what some test sets of ImageNet's say besides a label (`data.imagenet.Variant`)."""
-    names = train.classes or ()
-    place = {name: i for i, name in enumerate(names)}
-    matched = test.classes is not None and bool(names)
-    named = [place.get(name, -1) for name in test.classes or ()] if matched else range(classes)
-    number = dict(enumerate(named))  # of a class of test, in train; a class that train lacks has -1
-    others = candidates = None
-    answers: Callable[[int], Any] | None = getattr(test, "answers", None)
-    if answers is not None:
-        lists = [[number.get(int(label), -1) for label in answers(i)] for i in pictures.tolist()]
-        if any(len(some) != 1 for some in lists):
-            others = tuple(torch.tensor([n for n in some if n >= 0], dtype=torch.int64) for some in lists)
-    if allowed := getattr(test, "candidates", None):
-        candidates = torch.zeros(classes, dtype=torch.bool)
-        candidates[[number[label] for label in allowed if number.get(label, -1) >= 0]] = True
-    return Answers(labels, pictures, others, candidates)
 
 
 # -- features by batch ---------------------------------------------------------------------------------------

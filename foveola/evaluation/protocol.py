@@ -316,6 +316,7 @@ def _measure(
         notes=tuple(dict.fromkeys([*outcome.notes, *(note for s in sources for note in notes_of(s))])),
         chosen=outcome.chosen,
         grid=outcome.grid,
+        scores=outcome.scores,
     )
 
 

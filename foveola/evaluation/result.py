@@ -42,6 +42,7 @@ class Result:
     notes: tuple[str, ...] = field(default=())
     chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from the grid
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
+    scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
     written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
 
     def save(self, folder: str | Path) -> Path:

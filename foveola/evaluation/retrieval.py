@@ -25,7 +25,8 @@ from foveola.evaluation.features import (
     show,
     why_bad,
 )
-from foveola.evaluation.metrics import Outcome, bootstrap, partner_ranks, recall_at
+from foveola.evaluation.metrics import Outcome, interval, partner_ranks, recall_at
+from foveola.evaluation.paired import packed
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 from foveola.views.batch import Streams, ViewsConfig, make_views
@@ -227,13 +228,18 @@ def run(
     if count < config.objects:
         notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
     k = min(config.recall, count)
-    metrics = {}
+    metrics, scores = {}, {}
     for place, masked in enumerate(kinds):
         name = "masks" if masked else "plain"
         first, second = features[:, place, 0], features[:, place, 1]
         check_finite(features[:, place].flatten(0, 1), pictures.repeat_interleave(2), test)
         ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
-        low, high = bootstrap(ranks == 0, pictures.repeat(2), seed=config.seed)
+        owners = pictures.repeat(2)
+        low, high = interval(ranks == 0, owners, seed=config.seed)
+        scores |= {
+            f"rank1_{name}": packed(ranks == 0, owners),
+            f"recall{k}_{name}": packed(ranks < k, owners),
+        }
         metrics |= {
             f"rank1_{name}": recall_at(ranks, 1),
             f"rank1_{name}_low": 100 * low,
@@ -248,9 +254,8 @@ def run(
         "pictures": len(pictures.unique()),
         "unreadable": len(bad),
     }
-    return Outcome(
-        metrics, {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}, tuple(notes)
-    )
+    data = {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}
+    return Outcome(metrics, data, tuple(notes), scores=scores)
 
 
 def _embed(

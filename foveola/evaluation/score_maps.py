@@ -9,12 +9,12 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.sources import Source
 from foveola.evaluation.abmilp import AbmilpBank, AbmilpConfig
-from foveola.evaluation.banks import bank_hits, train_banks
+from foveola.evaluation.answers import Answers
+from foveola.evaluation.banks import Judged, judge, train_banks
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.kinds import lowest_entropy, need
 from foveola.evaluation.linear import length_of
-from foveola.evaluation.metrics import percent
-from foveola.evaluation.probing import Answers, Columns, batches, held_out
+from foveola.evaluation.probing import Columns, batches, held_out
 from foveola.evaluation.solvers import warm_cosine
 from foveola.models.encoder import Encoder
 
@@ -195,20 +195,23 @@ def learn_weights(
     drawn = batches(columns, labels[fit], batch, steps, config.seed, 0)
     factor = warm_cosine(steps, min(settings.warmup * each, steps // 2))
     train_banks([bank], drawn, factor, steps, progress)
-    right = _held(bank, store, hold, labels, device)
-    best = int(right.argmax())
+    best, found = 0, {}
+    if len(hold):
+        order = _held(bank, store, hold, labels, device).order()
+        best = max(range(len(lr)), key=order.__getitem__)
+        found = {"holdout_abmilp": order[best][0]}
 
     def weights(patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b N"]:
         return bank.weights(patches.to(device))[best]
 
     facts = {**store.facts, "fit": len(fit), "holdout": len(hold)}
-    return Scores(weights, facts, {"lr": lr[best]}, {"holdout_abmilp": float(right[best])})
+    return Scores(weights, facts, {"lr": lr[best]}, found)
 
 
 def _held(
     bank: AbmilpBank, store: Any, hold: Int64[Tensor, "h"], labels: Int64[Tensor, "n"], device: torch.device
-) -> Float[Tensor, "G"]:
-    """Accuracy of each probe on the hold-out, in percent."""
-    answers = Answers(labels[hold], store.pictures[hold])
-    found = bank_hits(bank, Columns(store, hold, need("patches"), device), answers)
-    return torch.tensor([percent(row) for row in found])
+) -> Judged:
+    """What the hold-out says of each probe."""
+    return judge(
+        bank, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.pictures[hold])
+    )

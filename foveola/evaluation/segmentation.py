@@ -27,6 +27,7 @@ from foveola.evaluation.dense import (
 from foveola.evaluation.iou import mean_iou, named_iou, region_areas, rounded, summary
 from foveola.evaluation.logistic import path, standardiser
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest
 from foveola.models.encoder import Encoder
 
@@ -242,7 +243,7 @@ def _run(
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
     began = perf_counter()
     passing = DensePass(encoder, test, config, progress=progress, feed=feed)
-    areas = distributed.gather_rows(_measure(passing, predict, scaler, c))
+    areas, images = map(distributed.gather_rows, _measure(passing, predict, scaler, c))
     test_facts = passing.facts()
     seconds["test_seconds"] = round(perf_counter() - began, 2)
     data = {
@@ -251,7 +252,8 @@ def _run(
         "class_iou": named_iou(areas, classes),
         **seconds,
     }
-    return Outcome(summary(areas, config.seed), data, (), {name: words(chosen)}, {name: tried})
+    metrics, scores = summary(areas, config.seed), {"miou": packed_areas([areas], images)}
+    return Outcome(metrics, data, (), {name: words(chosen)}, {name: tried}, scores)
 
 
 def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) -> list[float]:
@@ -273,13 +275,14 @@ def _parts(table: PatchTable, rows: int = QUERY_BLOCK) -> Iterator[PatchTable]:
 
 def _measure(
     passing: DensePass, predict: Predict, scaler: Scaler | None, classes: int
-) -> Int64[Tensor, "P 3 C1"]:
-    """Areas of each picture of the pass."""
-    areas = [torch.zeros(0, 3, classes + 1, dtype=torch.int64)]
+) -> tuple[Int64[Tensor, "P 3 C1"], Int64[Tensor, "P"]]:
+    """Areas of each picture of the pass, and which pictures these are."""
+    areas, images = [torch.zeros(0, 3, classes + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for batch in passing:
         features = batch.features.flatten(0, 1)
         labels = predict(features if scaler is None else scaler(features))[0]
         truth = patch_pixels(batch.maps, passing.encoder.patch_size)
         for found, true in zip(labels.split(truth.shape[1]), truth, strict=True):
             areas.append(region_areas(found, true, classes)[None])
-    return torch.cat(areas)
+        images.append(batch.pictures)
+    return torch.cat(areas), torch.cat(images)

@@ -19,6 +19,7 @@ from foveola.evaluation.dense import DenseConfig, DensePass, pixel_sources
 from foveola.evaluation.dense_retrieval import label_pixels
 from foveola.evaluation.iou import mean_iou, named_iou, region_areas, rounded, summary
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.segmentation import Scaler, hold_out
 from foveola.models.encoder import Encoder
 
@@ -152,14 +153,15 @@ def run(
     (head,) = fit(features, maps, [rate])
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
     began = perf_counter()
-    areas = [torch.zeros(0, 3, c + 1, dtype=torch.int64)]
+    areas, images = [torch.zeros(0, 3, c + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     passing = DensePass(
         encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
     )
     for batch in passing:
         x = batch.features if scaler is None else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
         areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))
-    total = distributed.gather_rows(torch.cat(areas))
+        images.append(batch.pictures)
+    total, shown = (distributed.gather_rows(torch.cat(parts)) for parts in (areas, images))
     data = {
         "train": facts,
         "test": passing.facts(),
@@ -168,7 +170,8 @@ def run(
         "test_seconds": round(perf_counter() - began, 2),
     }
     name = "linear_segmentation"
-    return Outcome(summary(total, config.seed), data, (), {name: {"rate": rate}}, {name: tried})
+    metrics, scores = summary(total, config.seed), {"miou": packed_areas([total], shown)}
+    return Outcome(metrics, data, (), {name: {"rate": rate}}, {name: tried}, scores)
 
 
 def _kept(passing: DensePass) -> tuple[Float[Tensor, "n N D"], UInt8[Tensor, "n S S"], Int64[Tensor, "n"]]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from foveola.data.sample import BadImage, Objects, Sample
+from foveola.evaluation.compare import BETTER_HIGH
+from foveola.evaluation.iou import mean_iou
+from foveola.evaluation.paired import unpacked
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -72,6 +76,25 @@ def list_source() -> type[ListSource]:
 
 
 @pytest.fixture
+def check_scores() -> Callable[..., None]:
+    """check_scores(result): every share with an interval has the score of each row, whose mean it is."""
+
+    def check(result: Any) -> None:
+        shares = [n for n in result.metrics if n.startswith(BETTER_HIGH) and f"{n}_low" in result.metrics]
+        assert shares
+        for name in shares:
+            values, _ = unpacked(result.scores[name])
+            if result.scores[name]["kind"] == "areas":
+                mean = np.mean([mean_iou(run.sum(dim=0).numpy()) for run in values])
+            else:
+                mean = 100 * values.double().mean().item()
+            assert mean == pytest.approx(result.metrics[name], abs=1e-4), name
+            assert result.metrics[f"{name}_low"] < result.metrics[f"{name}_high"], name
+
+    return check
+
+
+@pytest.fixture
 def encoder() -> Encoder:
     """A small random ViT on 32-pixel crops of pictures whose shorter side is made 40: 4 x 4 patches."""
     with torch.random.fork_rng():
@@ -110,5 +133,21 @@ def make_sample() -> Callable[..., Sample]:
                 labels=None if labels is None else np.array(labels, np.int64),
             )
         return Sample(image=image, name=f"picture-{seed}", objects=objects, label=label)
+
+    return make
+
+
+@pytest.fixture
+def shades(list_source, make_sample) -> Callable[..., Any]:
+    """shades(first, count): noise with a box of one brightness; its class is the brightness."""
+
+    def make(first: int, count: int, **kwargs):
+        samples = []
+        for i in range(first, first + count):
+            sample = make_sample(i, [(24, 14, 56, 46)], label=i % 3)
+            image = np.asarray(sample.image).copy()
+            image[8:52, 16:64] = 20 + 112 * (i % 3)
+            samples.append(Sample(image, sample.name, sample.objects, i % 3))
+        return list_source(samples, name=f"shades{first}:", **kwargs)
 
     return make

@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from foveola.cli import main
 from foveola.config import UserError
 from foveola.evaluation.compare import compare
+from foveola.evaluation.metrics import tango
+from foveola.evaluation.paired import packed
 from foveola.evaluation.result import Result
 
 PLAIN = Result(
@@ -31,18 +34,48 @@ def save(folder: Path, **changes) -> Path:
     return folder
 
 
+def hits(right: int, count: int = 200) -> dict:
+    """A score of each of `count` images, the first of which are right."""
+    return {"top1_linear": packed(torch.arange(count) < right, torch.arange(count))}
+
+
 def test_a_line_for_each_metric_and_the_best_marked(tmp_path: Path, capsys) -> None:
-    a = save(tmp_path / "a")
-    b = save(tmp_path / "b", metrics={"top1_linear": 80.5, "entropy_x": 9.0}, versions={"torch": "2.15"})
+    """27.5 and 21 % of 200 images: 13 more are right and none fewer, though the intervals overlap."""
+    metrics = {"top1_linear": 21.0, "top1_linear_low": 15.9, "top1_linear_high": 27.2, "entropy_x": 3.0}
+    a = save(tmp_path / "a", metrics=metrics, scores=hits(42))
+    b = save(
+        tmp_path / "b",
+        metrics={"top1_linear": 27.5, "entropy_x": 9.0},
+        versions={"torch": "2.15"},
+        scores=hits(55),
+    )
     (only,) = compare([a, b])
     lines = [line.split() for line in only.table().splitlines()]
-    assert lines[0] == ["linear", "a", "b"]
-    assert lines[1] == ["top1_linear", "71.25", "[69.0,", "73.0]", "80.50*"]
+    assert lines[0] == ["linear", "a", "b", "difference"]
+    assert lines[1][:5] == ["top1_linear", "21.00", "[15.9,", "27.2]", "27.50*"]
+    low, high = tango(13, 0, 200)
+    assert lines[1][5:] == ["+6.50", f"[{100 * low:+.2f},", f"{100 * high:+.2f}]"]
     assert lines[2] == ["entropy_x", "3.00", "9.00"]
     assert lines[3] == ["seconds", "3.2", "3.2"]
-    assert " ".join(lines[4]) == "note: measured with different versions of torch"
+    assert "* is above each other one by the paired 95 % interval" in " ".join(lines[4])
+    assert " ".join(lines[5]) == "note: measured with different versions of torch"
     assert main(["compare", str(a), str(b / "results" / "linear.json")]) == 0
-    assert "80.50*" in capsys.readouterr().out
+    assert "27.50*" in capsys.readouterr().out
+
+
+def test_the_best_is_marked_only_where_it_is_above_each_other_one(tmp_path: Path) -> None:
+    a, b, c = (
+        save(tmp_path / name, metrics={"top1_linear": share}, scores=scores)
+        for name, share, scores in (("a", 21.0, hits(42)), ("b", 27.5, hits(55)), ("c", 28.0, hits(56)))
+    )
+    (three,) = compare([a, b, c])
+    assert "*" not in three.table()
+    assert three.table().splitlines()[1].split() == ["top1_linear", "21.00", "27.50", "28.00"]
+    old = save(tmp_path / "old", metrics={"top1_linear": 1.0})
+    table = compare([old, b])[0].table()
+    assert "27.50" in table
+    assert "27.50*" not in table
+    assert "note: none is marked as the best: a result of an earlier version has no score" in table
 
 
 def test_speed_may_differ_and_settings_and_data_may_not(tmp_path: Path, capsys) -> None:

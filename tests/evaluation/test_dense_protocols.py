@@ -50,7 +50,7 @@ def camvid(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_result_on_disk_repeats_itself(name, encoder, camvid, tmp_path):
+def test_result_on_disk_repeats_itself(name, encoder, camvid, check_scores, tmp_path):
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, **SETTINGS[name]}
     result = evaluate(encoder, name, out=tmp_path / "run", **options)
     assert Result.read(tmp_path / "run" / "results" / f"{name}.json") == result
@@ -64,6 +64,8 @@ def test_result_on_disk_repeats_itself(name, encoder, camvid, tmp_path):
     assert "miou" in result.table()
     again = evaluate(encoder, name, **options)
     assert again.metrics == result.metrics
+    assert again.scores == result.scores
+    check_scores(result)
 
 
 def test_two_processes_get_what_one_gets(encoder, camvid, tmp_path, run_ranks):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.knn import KnnConfig, predict, shared_labels
+from foveola.evaluation.protocol import evaluate, evaluate_all
 from foveola.evaluation.search import nearest
 
 
@@ -157,3 +159,57 @@ def test_settings_are_checked() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             build(KnnConfig, wrong)
+
+
+def test_the_headline_is_the_best_k(encoder, shades) -> None:
+    """With labels of training images that are wrong here and there, the nearest one is a bad witness."""
+    train, test = shades(0, 90), shades(900, 30)
+    for i in range(0, 90, 4):
+        train.samples[i] = replace(train.samples[i], label=(train.samples[i].label + 1) % 3)
+    settings = {"k": (1, 15, 90), "temperature": 10, "workers": 0, "progress": False}  # all vote alike
+    metrics = evaluate(encoder, "knn", train=train, test=test, **settings).metrics
+    each = {k: metrics[f"top1_masks_k{k}"] for k in (1, 15, 90)}
+    assert each[15] > each[1]
+    assert each[15] > each[90]
+    assert (metrics["top1_masks"], metrics["best_k_masks"]) == (each[15], 15)
+    assert metrics["top1_masks_low"] <= each[15] <= metrics["top1_masks_high"]
+
+
+def test_several_right_answers_count_as_one_hit(encoder, shades) -> None:
+    """ReaL lists a wrong class first, the true one second: as many are right as with the plain labels."""
+    train, test, real = shades(0, 60), shades(900, 30), shades(900, 30)
+    real.samples = [replace(s, label=(s.label + 1) % 3) for s in real.samples]
+    real.answers = lambda i: np.array([real.samples[i].label, test.samples[i].label])
+    settings = {"train": train, "k": (5,), "masks": True, "workers": 0, "progress": False}
+    plain, lists = (evaluate(encoder, "knn", test=t, **settings).metrics for t in (test, real))
+    assert plain["top1_masks"] > 80
+    assert lists["top1_masks"] >= plain["top1_masks"]
+    del real.answers
+    assert evaluate(encoder, "knn", test=real, **settings).metrics["top1_masks"] < 20
+
+
+def test_only_candidates_vote(encoder, shades) -> None:
+    """Of classes that the test set lacks there are rows in train: they have no vote, whatever is near."""
+    train, test = shades(0, 60), shades(900, 30)
+    test.samples = [s for s in test.samples if s.label != 0]
+    settings = {"train": train, "test": test, "masks": False, "workers": 0, "progress": False}
+    test.candidates = (1, 2)
+    only = evaluate(encoder, "knn", k=(7,), **settings)
+    few = shades(0, 60)
+    few.samples = [s for s in few.samples if s.label != 0]
+    expected = evaluate(encoder, "knn", k=(7,), **{**settings, "train": few}).metrics
+    assert only.metrics["top1_plain"] == expected["top1_plain"]
+    test.candidates = (0,)  # nothing that is right may be said
+    assert evaluate(encoder, "knn", k=(7,), **settings).metrics["top5_plain"] == 0
+
+
+def test_knn_and_linear_count_alike(encoder, shades) -> None:
+    """A candidate set of one class and lists of answers give the same share to any classifier."""
+    train, test = shades(0, 60), shades(900, 30)
+    test.candidates = (2,)
+    test.answers = lambda i: np.array([0, 2] if i % 5 == 0 else [1])
+    results = evaluate_all(
+        encoder, ("knn", "logistic"), train=train, test=test, k=(3,), values=2, workers=0, progress=False
+    )
+    assert results["knn"].metrics["top1_plain"] == results["logistic"].metrics["top1_logistic"] == 20
+    assert results["knn"].metrics["top5_plain"] == results["logistic"].metrics["top5_logistic"] == 20

@@ -191,10 +191,12 @@ def test_one_pass_sees_what_others_see(encoder, noise) -> None:
     assert seen.within[:32] == pytest.approx(rows_rankme(patches_of), rel=1e-5)
 
 
-def test_metrics_are_those_of_what_is_seen(encoder, noise) -> None:
+def test_metrics_are_those_of_what_is_seen(encoder, noise, check_scores) -> None:
     config = LabelFreeConfig(workers=0, limit=40, recall=3, duplicate=0.9)
     seen, patches, _ = watch(encoder, noise, choose_targets(noise, 40, 0.0, 0), config, progress=False)
-    metrics = run(encoder, noise, recall=3, duplicate=0.9).metrics
+    outcome = run(encoder, noise, recall=3, duplicate=0.9)
+    metrics = outcome.metrics
+    check_scores(outcome)
     first, second = seen.views.unbind(dim=1)
     assert metrics["alignment"] == pytest.approx(alignments(first, second).mean().item())
     assert metrics["uniformity"] == pytest.approx((uniformity(first) + uniformity(second)) / 2)

@@ -392,8 +392,9 @@ def test_who_sees_the_box_finds_it(encoder, white_boxes, monkeypatch: pytest.Mon
     assert fast.chosen == outcome.chosen
 
 
-def test_squares_and_hold_out_are_what_they_say(encoder, white_boxes) -> None:
+def test_squares_and_hold_out_are_what_they_say(encoder, white_boxes, check_scores) -> None:
     outcome = run(encoder, white_boxes, holdout=0.25, iou=(0.3, 0.5))
+    check_scores(outcome)
     metrics, chosen = outcome.metrics, outcome.chosen
     hits = np.stack([square_hits(s.objects.boxes, (0.3, 0.5), 224, True) for s in white_boxes.samples])
     assert metrics["maxboxacc_v2_centred_box"] == pytest.approx(100 * hits[:, :2].mean(0).max(1).mean())

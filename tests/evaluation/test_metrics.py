@@ -7,7 +7,6 @@ import torch
 from foveola.evaluation.metrics import (
     bootstrap,
     effective_rank,
-    hits,
     interval,
     paired_interval,
     partner_ranks,
@@ -60,11 +59,8 @@ def test_vote_does_not_overflow_and_counts_no_missing_neighbour() -> None:
     assert ranking(scores, 3).tolist() == [[2, -1, -1], [-1, -1, -1]]
 
 
-def test_hits_and_percent() -> None:
-    ranked, labels = torch.tensor([[0, 1], [1, 0], [2, -1], [1, -1]]), torch.tensor([0, 0, -1, 2])
-    assert hits(ranked, labels).tolist() == [True, False, False, False]
-    assert hits(ranked, labels, 2).tolist() == [True, True, False, False]
-    assert percent(hits(ranked, labels, 2)) == 50.0
+def test_percent() -> None:
+    assert percent(torch.tensor([True, True, False, False])) == 50.0
     with pytest.raises(ValueError, match="no rows"):
         percent(torch.zeros(0, dtype=torch.bool))
 

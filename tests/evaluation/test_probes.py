@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from foveola.config import ConfigError, UserError
-from foveola.data.sample import Sample
 from foveola.evaluation import probing
 from foveola.evaluation.cache import Feed
 from foveola.evaluation.kinds import need
@@ -27,24 +26,8 @@ SHORT = {
 }
 
 
-@pytest.fixture
-def shades(list_source, make_sample):
-    """shades(first, count): noise with a box of one brightness; its class is the brightness."""
-
-    def make(first: int, count: int, **kwargs):
-        samples = []
-        for i in range(first, first + count):
-            sample = make_sample(i, [(24, 14, 56, 46)], label=i % 3)
-            image = np.asarray(sample.image).copy()
-            image[8:52, 16:64] = 20 + 112 * (i % 3)
-            samples.append(Sample(image, sample.name, sample.objects, i % 3))
-        return list_source(samples, name=f"shades{first}:", **kwargs)
-
-    return make
-
-
 @pytest.mark.parametrize("protocol", SHORT)
-def test_probes_learn_brightness(protocol, encoder, shades, tmp_path: Path) -> None:
+def test_probes_learn_brightness(protocol, encoder, shades, check_scores, tmp_path: Path) -> None:
     result = evaluate(
         encoder, protocol, train=shades(0, 90), test=shades(900, 30), out=tmp_path, **SHORT[protocol], **QUIET
     )
@@ -69,6 +52,7 @@ def test_probes_learn_brightness(protocol, encoder, shades, tmp_path: Path) -> N
         best = max(row["holdout"] for row in rows)
         assert result.metrics[f"holdout_{group}"] == best
     assert Result.read(tmp_path / "results" / f"{protocol}.json") == result
+    check_scores(result)
     assert json.loads((tmp_path / "results" / f"{protocol}.json").read_text())["grid"] == result.grid
     assert "pass over train: 90 pictures in" in result.table()
 
@@ -207,6 +191,19 @@ def test_views_train_and_the_evaluation_view_chooses(encoder, shades) -> None:
     assert result.data["train"]["views"] == 3
     assert result.data["test"]["views"] == 0
     assert result.metrics["top1_linear"] > 60
+
+
+def test_top5_is_any_right_answer_among_candidates() -> None:
+    """Nine classes of falling score; the first answer is the lowest, another one is the second of all."""
+    logits = torch.arange(9.0).flip(0).expand(4, -1)
+    others = tuple(torch.tensor(some) for some in ([8, 1], [8, 5], [8], [4, 8]))
+    labels, images = torch.tensor([8, 8, 8, 4]), torch.arange(4)
+    assert Answers(labels, images).top5(logits).tolist() == [False, False, False, True]
+    assert Answers(labels, images, others).top5(logits).tolist() == [True, False, False, True]
+    allowed = torch.tensor([c not in (0, 2, 3) for c in range(9)])
+    assert Answers(labels, images, others, allowed).top5(logits).tolist() == [True, True, False, True]
+    three = torch.tensor([c in (4, 5, 8) for c in range(9)])  # fewer candidates than five
+    assert Answers(torch.tensor([0, 1, 2, 3]), images, None, three).top5(logits).tolist() == [False] * 4
 
 
 def test_answers() -> None:

@@ -129,8 +129,10 @@ def test_both_directions_are_averaged(encoder, colours, monkeypatch: pytest.Monk
     assert run(encoder, colours, masks=True).metrics["rank1_masks"] == 50.0
 
 
-def test_metrics_of_a_random_encoder(encoder, colours) -> None:
-    metrics = run(encoder, colours).metrics
+def test_metrics_of_a_random_encoder(encoder, colours, check_scores) -> None:
+    outcome = run(encoder, colours)
+    metrics = outcome.metrics
+    check_scores(outcome)
     assert metrics["chance_rank1"] == pytest.approx(100 / 30)
     assert metrics["chance_recall5"] == pytest.approx(500 / 30)
     for name in ("plain", "masks"):
