@@ -28,6 +28,9 @@ def check_annotation(annotation: dict, width: int, height: int) -> None:
     box, area = annotation["bbox"], annotation.get("area", 0)
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
         raise DataError(f"{told}: bbox {box} is not x, y, width, height")
+    x, y, w, h = box
+    if w > 0 and h > 0 and not (-w < x < width and -h < y < height):
+        raise DataError(f"{told}: bbox {box} lies outside its {width}x{height} pixels")
     if not _is_finite(area) or area < 0:
         raise DataError(f"{told}: area {area}")
     mask = annotation.get("segmentation")

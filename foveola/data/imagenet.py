@@ -114,7 +114,9 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
             answers.append([int(label) for label in some])
     if not files or not all(0 <= label < 1000 for some in answers for label in some):
         raise DataError(f"{labels}: needs class numbers from 0 to 999")
-    return Variant(name, pictures.root, files, answers, wnids())
+    source = Variant(name, pictures.root, files, answers, wnids())
+    source.notes = pictures.notes
+    return source
 
 
 def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
@@ -127,7 +129,8 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     known = _table(tables / "objectnet_to_imagenet_1k.json")
     answers_of = {label: _numbers(tables, words) for label, words in known.items()}
     files, answers = [], []
-    for file in find_pictures(base / "images").files:
+    found = find_pictures(base / "images")
+    for file in found.files:
         folder = file.split("/", 1)[0]
         if folder not in label_of:
             raise DataError(f"{tables}: no label for the folder {folder}")
@@ -138,7 +141,7 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
         raise DataError(f"objectnet: none of the folders in {base / 'images'} is a class of ImageNet")
     source = Variant(name, base / "images", files, answers, wnids())
     source.candidates = tuple(sorted({label for some in answers_of.values() for label in some}))
-    source.border = border
+    source.border, source.notes = border, found.notes
     source.annotations += f" {border}"
     return source
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from foveola.data.annotations import PixelBoxes
 from foveola.data.depth import CONTAINER, is_deep, values_of
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header, open_image, read_header
@@ -30,6 +31,8 @@ class Seen:
     stored: int = 0  # annotations that fit only the pixels as stored, of images that EXIF turns
     upright: int = 0  # only the image the right way up
     unclear: int = 0  # both
+    boxes: int = 0  # in pixels of their image
+    beyond: int = 0  # of these, that end more than a pixel outside it
     annotated: int = 0
     misfits: list[str] = field(default_factory=list)
 
@@ -68,6 +71,10 @@ def _look_at(source: Pictures, index: int, seen: Seen) -> None:
     size = source.annotation_size(index)
     if size is not None and header.orientation != 1:
         _vote(size, header, seen)
+    if isinstance(source.reader, PixelBoxes) and source.reader.size is None:
+        boxes, _ = source.reader.table.of(int(source.rows[index]))
+        seen.boxes += len(boxes)
+        seen.beyond += int((boxes > np.array(header.upright * 2) + 1).any(1).sum())
     if source.reader is not None:
         try:
             seen.annotated += source[index].objects is not None
@@ -108,6 +115,11 @@ def _judge_annotations(source: Pictures, seen: Seen) -> None:
         if 2 * len(seen.misfits) > seen.annotated:
             raise DataError(what)
         source.notes += (f"{what}; such images count as unreadable",)
+    if seen.beyond:
+        source.notes += (
+            f"{source.name}: {seen.beyond} of {seen.boxes} boxes looked at end beyond their image and are "
+            "cut off there",
+        )
     if seen.unclear:
         how = "pixels as they are stored" if source.raw else "images the right way up"
         others = ", as those of others are" if seen.stored or seen.upright else ""

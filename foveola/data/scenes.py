@@ -35,6 +35,7 @@ SCALES = (0.35, 0.8)  # side of a product's frame in the picture's; products fil
 OUTSIDE = 0.2  # at most this share of a product's width and height lies outside the picture
 MIN_VISIBLE = 0.25  # an object of which less is seen is not placed; share of its whole silhouette
 MIN_PIXELS = 8
+MOST = 100_000_000  # scenes: an epoch draws an order of all
 SHADOW = 0.5  # of the light that a shadow takes away, at most
 TRIES = 8  # places tried at one size before the product is made smaller
 SHRINKS = 5
@@ -120,8 +121,8 @@ class Scenes:
             raise DataError(
                 f"scenes: objects={objects[0]}-{objects[1]} must be a range within 1-9, such as 2-5"
             )
-        if count < 1 or seed < 0:
-            raise DataError(f"scenes: count={count} must be at least 1 and seed={seed} at least 0")
+        if not 1 <= count <= MOST or seed < 0:
+            raise DataError(f"scenes: count={count} must be from 1 to {MOST} and seed={seed} at least 0")
         self.split, self.size, self.count, self.seed, self.objects = split, size, count, seed, objects
         self.name = (
             f"scenes:?size={size}&count={count}&seed={seed}&objects={objects[0]}-{objects[1]}&split={split}"

@@ -168,6 +168,14 @@ def test_boxes_of_another_resolution_are_refused(tmp_path: Path):
     assert "1 of 3 annotated images looked at do not fit" in notes_of(open_source(spec))[0]
 
 
+def test_boxes_that_end_beyond_their_image_are_said(tmp_path: Path):
+    photo(tmp_path / "p" / "a.jpg")
+    (tmp_path / "b.csv").write_text("a.jpg,10,5,30,15\na.jpg,10,5,90,15\na.jpg,0,0,61,40\n")
+    source = open_source(f"folder:{tmp_path / 'p'}?boxes={tmp_path / 'b.csv'}")
+    assert notes_of(source)[0].endswith("1 of 3 boxes looked at end beyond their image and are cut off there")
+    np.testing.assert_allclose(objects_of(source[0]).boxes[1], [1 / 6, 1 / 8, 1, 3 / 8], rtol=1e-6)
+
+
 def test_few_images_with_boxes_are_said(tmp_path: Path):
     for name in "abc":
         photo(tmp_path / "p" / f"{name}.jpg")

@@ -171,6 +171,14 @@ def test_a_bad_label_map_names_its_picture_in_the_shared_pass(encoder, camvid, t
             evaluate(encoder, "knn_segmentation", workers=workers, **options)
 
 
+def test_a_damaged_label_map_is_not_reported_as_its_image(encoder, camvid):
+    (Path(camvid.removeprefix("camvid:")) / "train" / "labels" / "3.png").write_bytes(b"\x89PNG damaged")
+    with pytest.raises(
+        UserError, match=r"cannot be read, such as .*3.png: its label map .*3.png cannot be read"
+    ):
+        evaluate(encoder, "knn_segmentation", train=camvid, test=camvid, workers=0, progress=False)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_data_without_pixel_labels(name, encoder, camvid, tmp_path):
     folder = f"folder:{camvid.removeprefix('camvid:')}/test/images"
