@@ -82,7 +82,9 @@ VISUALIZE = [
 TRAIN = KeyInfo("train", "text or null", None, "where neighbours are looked for; null = data's split train")
 EXPORT = [
     KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
-    KeyInfo("format", "timm|hf|torch", "timm", "library that is to load it; torch: tensors by timm's names"),
+    KeyInfo(
+        "format", "timm|hf|torch", "timm", "library that is to load it; torch: one file for foveola.load"
+    ),
 ]
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),

@@ -38,7 +38,8 @@ def is_path(word: str) -> bool:
 
 def _is_name(word: str) -> bool:
     key, equals, _ = word.partition("=")
-    return not equals or ("/" in key and is_path(word))
+    # No key holds a question mark: what follows it are options of a model or of data.
+    return not equals or "?" in key or ("/" in key and is_path(word))
 
 
 def only(names: list[str], what: str, usage: str) -> str:

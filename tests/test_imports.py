@@ -24,12 +24,13 @@ ALLOWED = {
     "training.recipe": {"evaluation.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "pictures": {"models.encoder", "models.transform", "evaluation", "data", "distributed"},
-    "zoo": {"models.encoder"},
+    "zoo": {"models.encoder", "models.vit"},
     "evaluation": {"models.encoder", "models.transform", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},
     "models": {"geometry"},
     "models.encoder": {
-        "zoo.convert",
+        "zoo.files",
+        "zoo.weights",
         "zoo.load",
         "zoo.pixels",  # what other files, libraries and pixels become
         "data.decode",

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,8 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.pool not in self.pools:
             raise ValueError(f"pool={self.pool}: this network has {', '.join(self.pools)}")
+        if self.predictor is not None:
+            self.predictor.network(self.model)  # raises where there is none
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -230,6 +231,12 @@ class Encoder(nn.Module):
 
     def fill(self, state: dict[str, Tensor], where: Path) -> None:
         """Take over tensors by the names of `weights`. Raises UserError where they are not the same."""
+        own = self.check(state, where)
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def check(self, state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+        """`weights`, whose names and shapes `state` must have. Raises UserError where it has not."""
         own = self.weights()
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
@@ -238,7 +245,7 @@ class Encoder(nn.Module):
         for name, value in state.items():
             if value.shape != own[name].shape:
                 raise UserError(f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
-            own[name].copy_(value)
+        return own
 
     def save(self, folder: str | Path) -> Path:
         """Write `model.safetensors` and `config.json`; each file is replaced whole."""
@@ -292,7 +299,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
     Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
-    as published (the teacher is taken where there are two networks). `timm:NAME` and `hf:NAME` are models of
+    as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
+    does not tell (`zoo.files`). `timm:NAME` and `hf:NAME` are models of
     these libraries, NAME one of theirs or a local folder (`zoo.load`); `pixels:` has pixels as features
     (`zoo.pixels`). `untrained:PATH` is an encoder of the shape of the one at PATH with fresh weights, drawn
     by seed 0. With `trainable` its weights take gradients, and it is in training mode, with the stochastic
@@ -314,16 +322,18 @@ def _load(name: str) -> Encoder:
     if name.startswith(UNTRAINED):
         return _untrained(name.removeprefix(UNTRAINED))
     path = Path(name)
+    if path.is_file() or Path(name.partition("?")[0]).is_file():
+        from foveola.zoo.files import load_file
+
+        return load_file(name)
     if not path.exists():
         raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
-    if path.is_dir():
-        folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise UserError(
-                f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
-            )
-        return _load_folder(folder)
-    return _load_file(path)
+    folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
+        )
+    return _load_folder(folder)
 
 
 def _untrained(path: str) -> Encoder:
@@ -337,57 +347,27 @@ def _load_folder(folder: Path) -> Encoder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from foveola.zoo.weights import read_config
+
+    settings = read_config(folder / "config.json")
     try:
-        settings = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"{folder} is damaged: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder} is damaged: config.json holds a {type(settings).__name__}")
+    except OSError as error:
+        raise UserError(
+            f"{folder / 'model.safetensors'} cannot be read: {error.strerror or error}"
+        ) from error
     for name, library in (("model_type", "hf"), ("architecture", "timm")):
         if name in settings:
             raise UserError(f"{folder} is a folder of another library; load it as {library}:{folder}")
-    encoder = Encoder(build(EncoderConfig, settings, where=str(folder / "config.json")))
-    encoder.fill(state, folder)
+    return filled(build(EncoderConfig, settings, where=str(folder / "config.json")), state, folder)
+
+
+def filled(config: EncoderConfig, weights: dict[str, Tensor], where: Path) -> Encoder:
+    """An encoder with these weights. Raises UserError, before memory is taken, where they do not fit."""
+    with torch.device("meta"):  # a damaged configuration may ask for any amount
+        Encoder(config).check(weights, where)
+    encoder = Encoder(config)
+    encoder.fill(weights, where)
     return encoder
-
-
-def _load_file(path: Path) -> Encoder:
-    from foveola.zoo.convert import convert
-
-    state = read_weights(path)
-    try:
-        weights, settings = convert(state)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    encoder = Encoder(build(EncoderConfig, settings | {"origin": path.name}))
-    encoder.fill(weights, path)
-    return encoder
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """The nested dict of tensors in a `.safetensors` or torch file; never runs code from it."""
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    # Official checkpoints also hold a command line, and learning rates as numpy numbers. Both are plain data.
-    number = np.float64().__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    plain = [Namespace, np.dtype, type(np.dtype(np.float64)), *((number, name) for name in names)]
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with torch.serialization.safe_globals(plain):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
-        raise UserError(
-            f"{path} is no readable checkpoint: it is damaged, or holds objects that only its code could read"
-        ) from error
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state

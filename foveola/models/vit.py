@@ -37,6 +37,7 @@ SIZES = {  # width, depth, heads
     "huge": (1280, 32, 16),
     "giant": (1536, 40, 24),
 }
+PARAMETERS = 1e11  # 15 times the largest published network of this kind; more is a mistake
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ class ViTConfig:
     )
 
     def __post_init__(self) -> None:
-        width, _, heads = self.shape
+        width, depth, heads = self.shape
+        if self.parameters > PARAMETERS:
+            raise ValueError(
+                f"width={width}, depth={depth}, patch_size={self.patch_size}, image_size={self.image_size} "
+                f"make a network of {self.parameters:.0e} parameters, beyond any machine"
+            )
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         if self.image_size % self.patch_size:
@@ -155,6 +161,14 @@ class ViTConfig:
         """(width, depth, heads)."""
         width, depth, heads = SIZES[self.size]
         return self.width or width, self.depth or depth, self.heads or heads
+
+    @property
+    def parameters(self) -> float:
+        """About how many numbers train: blocks, patch embedding, positions, tokens."""
+        width, depth, _ = self.shape
+        field = self.field_size[0] * self.field_size[1] if self.positions == "field" else 0
+        entries = self.image_size**2 / self.patch_size**2 + self.registers + field
+        return depth * (4 + 2 * self.mlp_ratio) * width**2 + (3 * self.patch_size**2 + entries) * width
 
     def block(self, index: int) -> BlockShape:
         """What the block of this index is made of."""

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from foveola.zoo.sizes import WRAPPERS, depth_of, mlp_ratio, patch_kernel, size_of
+from foveola.zoo.sizes import WRAPPERS, depth_of, mlp_ratio, patch_kernel, published_heads, size_of
 
 
 def capi_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The tensors of a CAPI encoder and decoder, from a bare state dict or the wrappers of a training run."""
-    prefixes = ("", "module.", "backbone.", "teacher.")
+    prefixes = ("", "module.", "backbone.", "teacher.", "student_ema.")
     for state in (checkpoint, *(checkpoint[w] for w in WRAPPERS if isinstance(checkpoint.get(w), dict))):
         for prefix in prefixes:
             if f"{prefix}encoder.blocks.0.residual1.fn.q_proj.weight" in state:
@@ -15,7 +15,7 @@ def capi_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def capi(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def capi(state: dict[str, Any], heads: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights and settings from the state dict of CAPI's released models.
 
     Its blocks hold `residual1` (attention with q_proj, k_proj, v_proj, proj) and `residual2` (MLP), each with
@@ -57,8 +57,9 @@ def capi(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for i in range(depth):
         weights |= block(f"encoder.blocks.{i}", f"blocks.{i}", {"qkv": ("q", "k", "v")})
     weights |= block("decoder.blocks.0", "predictor.blocks.0", {"q": ("q",), "kv": ("k", "v")})
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
     model = {
-        **size_of(width),
+        **size_of(width, heads or published_heads((width, depth, hidden))),
         "depth": depth,
         "patch_size": patch,
         "image_size": 16 * patch,
@@ -67,7 +68,7 @@ def capi(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "norm": "rms",
         "final_norm_affine": False,
         "bias": False,
-        "mlp_ratio": mlp_ratio(weights["blocks.0.mlp.fc1.weight"].shape[0], width),
+        "mlp_ratio": mlp_ratio(hidden, width),
         "positions": "rope",
         "rope": "capi",
         "drop_path": 0.0,

@@ -6,17 +6,21 @@ it in its own way.
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveola.config import UserError
+from foveola import files
+from foveola.config import UserError, to_dict
 from foveola.models.encoder import Encoder, load
 from foveola.zoo.hf_models import plain_name
 from foveola.zoo.load import TOLERANCE, import_library, load_library
 from foveola.zoo.sizes import mlp_ratio
+from foveola.zoo.weights import SETTINGS
 
 FORMATS = ("timm", "hf", "torch")
 PACKED = {  # one matrix of ours, several of Hugging Face's
@@ -31,11 +35,12 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     The encoder may also be named, as for `load`.
 
     `timm`: a folder for `timm.create_model("local-dir:OUT", pretrained=True)`. `hf`: a folder for
-    `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: a file of tensors by
-    timm's names, which is not checked.
+    `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: one file, a dict of the
+    tensors (`state_dict`) by timm's names and of the settings as JSON (`foveola`), which `foveola.load` reads
+    back; any encoder can be had so.
 
-    Raises UserError for networks that the library cannot express (CAPI's norms and positions), for outputs
-    that differ, for an `out` that exists, and where the library is missing.
+    Raises UserError for networks that the library cannot express, for outputs that differ, for an `out` that
+    exists, and where the library is missing; nothing is then left at `out`.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -43,29 +48,41 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} exists; export writes to a new place")
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
-    _check(encoder)
     if format == "torch":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_timm_weights(encoder), out)
+        state = {name: value.detach().float().cpu().contiguous() for name, value in encoder.weights().items()}
+        with files.whole(out) as part:
+            torch.save({"state_dict": state, SETTINGS: json.dumps(to_dict(encoder.config))}, part)
         return out
+    _check(encoder, format)
     import_library({"timm": "timm", "hf": "transformers"}[format], format)
-    out.mkdir(parents=True, exist_ok=True)
-    (_write_timm if format == "timm" else _write_hf)(encoder, out)
-    _compare(encoder, load_library(f"{format}:{out}"), out)
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        (_write_timm if format == "timm" else _write_hf)(encoder, part)
+        _compare(encoder, load_library(f"{format}:{part}"), out)
+        if out.exists():  # an empty folder
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
-def _check(encoder: Encoder) -> None:
-    model = encoder.config.model
+def _check(encoder: Encoder, format: str) -> None:
+    model, library = encoder.config.model, {"timm": "timm", "hf": "transformers"}[format]
+    ways = {"axial": "no ViT", "capi": "no ViT", "dinov3": "DINOv3, which this command does not write,"}
     for wrong, what in (
-        (model.positions == "rope", "rotary positions"),
-        (model.norm != "layer", f"norm={model.norm}"),
-        (not model.final_norm_affine, "a final norm without weights"),
-        (not model.bias, "no biases"),
-        (encoder.config.pool == "predictor", "pool=predictor"),
+        (model.positions == "rope", f"rotary positions, with which {library} has {ways[model.rope]}"),
+        (model.norm != "layer", f"norm={model.norm}, which {library}'s ViTs lack"),
+        (not model.final_norm_affine, f"a final norm without weights, which {library}'s ViTs lack"),
+        (not model.bias, f"no biases, where {library}'s ViTs have them"),
+        (encoder.config.pool == "predictor", f"pool=predictor, which {library} has not"),
     ):
         if wrong:
-            raise UserError(f"this encoder has {what}, which other libraries do not express")
+            raise UserError(
+                f"format={format}: this encoder has {what}; format=torch writes any encoder into one file "
+                "for foveola.load"
+            )
 
 
 @torch.inference_mode()
@@ -155,8 +172,9 @@ def _write_timm(encoder: Encoder, out: Path) -> None:
             "classifier": "head",
         },
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: value.contiguous() for name, value in state.items()}, out / "model.safetensors")
+    files.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    with files.whole(out / "model.safetensors") as part:
+        save_file({name: value.contiguous() for name, value in state.items()}, part)
 
 
 def _hf_kind(encoder: Encoder) -> str:
@@ -223,7 +241,10 @@ def _write_hf(encoder: Encoder, out: Path) -> None:
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
     }
-    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    files.write_text(out / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    mode = (out / "preprocessor_config.json").stat().st_mode
+    for file in out.iterdir():  # transformers writes weights that only their owner can read
+        file.chmod(mode)
 
 
 def _part(state: dict[str, Tensor], name: str) -> Tensor:

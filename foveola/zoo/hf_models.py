@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.zoo.convert import plain_vit
+from foveola.zoo.convert import FileConfig, bare, plain_vit
 from foveola.zoo.load import Foreign, import_library, one_line
+from foveola.zoo.preprocess import transform_of
 
 KINDS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -34,19 +35,19 @@ NAMES = (  # of transformers 4 and 5 to timm's, which are ours
 )
 
 
-def from_hf(name: str, revision: str | None = None, preprocess: str = "own") -> Foreign:
+def from_hf(
+    name: str, revision: str | None = None, preprocess: str | None = None, size: int | None = None
+) -> Foreign:
     """A model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
 
     Args:
-        preprocess: "own" for the settings of its image processor (`preprocessor_config.json`), "imagenet" for
-            the usual evaluation (256, 224, bicubic, ImageNet's mean and deviation).
+        preprocess, size: how pictures are made (`preprocess.transform_of`); by default as the settings of its
+            image processor say (`preprocessor_config.json`).
 
     Code that comes with a model is never run. Raises UserError for models that are not found or not whole,
     and for those that our ViT cannot express.
     """
     where = f"hf:{name}"
-    if preprocess not in ("own", "imagenet"):
-        raise UserError(f"{where}: preprocess={preprocess}: expected own or imagenet")
     transformers = import_library("transformers", "hf")
     found: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     try:
@@ -69,7 +70,7 @@ def from_hf(name: str, revision: str | None = None, preprocess: str = "own") -> 
         speech.set_verbosity(loudness)
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
-    transform = _transform(name, where, found) if preprocess == "own" else {}
+    transform = transform_of("hf", name, preprocess, size, lambda size: _transform(name, where, found, size))
     return from_module(model.eval(), where, transform)
 
 
@@ -81,7 +82,9 @@ def from_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
     gated = getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False)
     _check(config, name, rotary, gated)
     try:
-        weights, shape = plain_vit(_plain_names(model.state_dict()), config.num_attention_heads, rotary)
+        weights, shape = plain_vit(
+            bare(_plain_names(model.state_dict())), FileConfig(heads=config.num_attention_heads), rotary
+        )
     except ValueError as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     shape |= {
@@ -153,8 +156,8 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in plain.items() if not name.startswith("pooler.")}
 
 
-def _transform(name: str, where: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What the model's image processor does, as a tree for TransformConfig."""
+def _transform(name: str, where: str, found: dict[str, Any], side: int | None = None) -> dict[str, Any]:
+    """What the model's image processor does, as a tree for TransformConfig, for pictures of `side` pixels."""
     transformers = import_library("transformers", "hf")
     try:
         own = transformers.AutoImageProcessor.from_pretrained(name, **found)
@@ -183,6 +186,8 @@ def _transform(name: str, where: str, found: dict[str, Any]) -> dict[str, Any]:
             f"{where}: its image processor does not resize to {{shortest_edge}} or {{height, width}} "
             "(bicubic or bilinear), crop a square and scale to [0, 1]; ?preprocess=imagenet takes the usual"
         )
+    if side is not None:
+        resize, crop = round(side * resize / crop), side
     normal = getattr(own, "do_normalize", True)
     return {
         "resize": resize,

@@ -1,4 +1,4 @@
-"""What the shapes of tensors say about the size of a ViT."""
+"""What the shapes of tensors say about the size of a ViT, and what they do not."""
 
 import math
 import re
@@ -6,27 +6,40 @@ from collections.abc import Iterable
 from typing import Any
 
 WRAPPERS = ("teacher", "target_encoder", "state_dict", "model", "student")  # dicts in files, preferred first
-WIDTHS: dict[int, dict[str, Any]] = {
-    192: {"size": "tiny", "heads": 3},
-    384: {"size": "small", "heads": 6},
-    768: {"size": "base", "heads": 12},
-    1024: {"size": "large", "heads": 16},
-    1280: {"size": "huge", "heads": 16},
-    1408: {"size": "giant", "width": 1408, "heads": 16},  # I-JEPA's; DINOv2's is wider
-    1536: {"size": "giant", "heads": 24},
+WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
+# Published networks of DINO, iBOT, DINOv2, I-JEPA, CAPI, DeiT by (width, depth, hidden channels of the MLP).
+HEADS = {
+    (192, 12, 768): 3,
+    (384, 12, 1536): 6,
+    (768, 12, 3072): 12,
+    (1024, 24, 4096): 16,
+    (1280, 32, 5120): 16,
+    (1408, 40, 6144): 16,  # I-JEPA's giant; DINOv2's is wider
+    (1536, 40, 4096): 24,  # gated: that many of each kind
 }
+MOCO = HEADS | {(384, 12, 1536): 12}  # its ViT-S has heads of 32 channels
+MAE = {shape: heads for shape, heads in HEADS.items() if shape[0] >= 768}  # smaller ones are of other authors
 
 
-def size_of(width: int, heads: int | None = None) -> dict[str, Any]:
-    """Size, width and heads as keys of ViTConfig; of any width if the heads are known.
+def size_of(width: int, heads: int) -> dict[str, Any]:
+    """Size, width and heads as keys of ViTConfig."""
+    known = {"size": WIDTHS[width]} if width in WIDTHS else {"size": "small", "width": width}
+    return known | {"heads": heads}
 
-    Tensors do not tell how many heads share a width. Raises ValueError for widths of no published model.
+
+def published_heads(shape: tuple[int, int, int], published: dict[tuple[int, int, int], int] = HEADS) -> int:
+    """Heads of the published network of this (width, depth, hidden channels).
+
+    Tensors do not tell how many heads share a width. Raises ValueError for a shape that is not published.
     """
-    if width in WIDTHS:
-        return WIDTHS[width] | ({} if heads is None else {"heads": heads})
-    if heads is None:
-        raise ValueError(f"a ViT of width {width} is unknown; known widths: {', '.join(map(str, WIDTHS))}")
-    return {"size": "small", "width": width, "heads": heads}
+    if shape not in published:
+        width, depth, hidden = shape
+        raise ValueError(
+            f"no published model of its kind has width {width}, depth {depth} and {hidden} channels in its "
+            "MLP, and tensors do not tell the attention heads: say what its code says, as in "
+            f"FILE?heads={max(width // 64, 1)}"
+        )
+    return published[shape]
 
 
 def depth_of(names: Iterable[str], prefix: str = "blocks.") -> int:

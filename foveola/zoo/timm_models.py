@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from foveola.config import UserError
-from foveola.models.encoder import read_weights
-from foveola.zoo.convert import plain_vit
+from foveola.zoo.convert import FileConfig, bare, plain_vit
 from foveola.zoo.load import Foreign, import_library, one_line
+from foveola.zoo.preprocess import transform_of
+from foveola.zoo.weights import read_weights
 
 WRAPPERS = ("state_dict", "model")
 EVA = (  # names of timm's Eva, which DINOv3 is there, to those of its ViT
@@ -21,12 +22,15 @@ EVA = (  # names of timm's Eva, which DINOv3 is there, to those of its ViT
 )
 
 
-def from_timm(name: str, pretrained: str = "true") -> Foreign:
+def from_timm(
+    name: str, pretrained: str = "true", preprocess: str | None = None, size: int | None = None
+) -> Foreign:
     """A model of timm's by name or from a folder that timm wrote (`config.json` and weights).
 
     Args:
         pretrained: "true" for timm's own weights, "false" for random ones, or a file of weights
             in timm's names.
+        preprocess, size: how pictures are made (`preprocess.transform_of`), timm's way by default.
 
     Raises UserError for models that are not found, and for those that our ViT cannot express.
     """
@@ -38,22 +42,25 @@ def from_timm(name: str, pretrained: str = "true") -> Foreign:
         raise UserError(f"timm:{name}: pretrained={pretrained}: a folder brings its own weights")
     own = pretrained == "true"
     try:
-        model = timm.create_model(f"local-dir:{name}" if folder else name, pretrained=own, num_classes=0)
+        # Where pictures are not as timm has them, positions are resized to them, as for timm's other sizes.
+        other: dict[str, Any] = {"dynamic_img_size": True} if preprocess or size else {}
+        where = f"local-dir:{name}" if folder else name
+        model = timm.create_model(where, pretrained=own, num_classes=0, **other)
     except Exception as error:  # of the library, of its hub, of the network: there is no list of them
         raise UserError(f"timm:{name}: {one_line(error)}") from error
     if pretrained not in ("true", "false"):
         _fill(model, Path(pretrained), name)
-    return from_module(model.eval(), f"timm:{name}")
+    return from_module(model.eval(), f"timm:{name}", preprocess, size)
 
 
-def from_module(model: Any, name: str) -> Foreign:
+def from_module(model: Any, name: str, preprocess: str | None = None, size: int | None = None) -> Foreign:
     """A module of timm's in our terms. Raises UserError for those that our ViT cannot express."""
     rotary = _check(model, name)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
     if rotary:
         state = _plain_names(state)
     try:
-        weights, shape = plain_vit(state, heads=model.blocks[0].attn.num_heads, rotary=rotary)
+        weights, shape = plain_vit(bare(state), FileConfig(heads=model.blocks[0].attn.num_heads), rotary)
     except ValueError as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     shape |= {"norm_eps": model.norm.eps, "position_antialias": not rotary, "position_offset": 0.0}
@@ -61,7 +68,9 @@ def from_module(model: Any, name: str) -> Foreign:
         shape |= {"positions": "rope", "rope": "dinov3"}
     settings = {
         "model": shape,
-        "transform": _transform(model, name),
+        "transform": transform_of(
+            "timm", name.removeprefix("timm:"), preprocess, size, lambda size: _transform(model, name, size)
+        ),
         "pool": "token" if model.global_pool == "token" else "average",
     }
 
@@ -112,10 +121,11 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _transform(model: Any, name: str) -> dict[str, Any]:
-    """What timm does to pictures for this model, as a tree for TransformConfig."""
+def _transform(model: Any, name: str, size: int | None = None) -> dict[str, Any]:
+    """What timm does to pictures for this model, or for those of `size`; a tree for TransformConfig."""
     data = import_library("timm.data", "timm").resolve_model_data_config(model)
     _, height, width = data["input_size"]
+    height, width = (size, size) if size else (height, width)
     mode, kernel = data["crop_mode"], data["interpolation"]
     if height != width:
         raise UserError(f"{name} takes pictures of {height} x {width} pixels, which are not square")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from foveola import cli
 from foveola.config import UserError
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
+from foveola.models.predictor import PredictorConfig
 from foveola.models.vit import ViTConfig
 from foveola.zoo.export import export
 
@@ -60,11 +61,66 @@ def test_timm_itself_loads_it(tmp_path: Path):
         assert torch.allclose(model(images), made(images).objects[:, 0], atol=1e-4)
 
 
-def test_a_file_of_tensors_is_ours_again(tmp_path: Path):
-    made = encoder(ViTConfig(size="tiny", depth=1, patch_size=8, image_size=64, drop_path=0.0))
+CAPI = replace(
+    PLAIN,
+    positions="rope",
+    rope="capi",
+    norm="rms",
+    bias=False,
+    final_norm_affine=False,
+    class_token=False,
+    registers=4,
+)
+ROTARY = {
+    "rotary": replace(PLAIN, positions="rope"),
+    "rotary of DINOv3": replace(PLAIN, positions="rope", rope="dinov3", norm_eps=1e-5),
+    "CAPI": CAPI,
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *ROTARY])
+def test_a_file_of_tensors_is_ours_again(name: str, tmp_path: Path):
+    options = {"predictor": PredictorConfig(depth=1), "pool": "predictor"} if name == "CAPI" else {}
+    made = encoder((MODELS | ROTARY)[name], **options)
     back = load(export(made, tmp_path / "weights.pth", "torch"))
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.allclose(back(images).objects, made(images).objects, atol=1e-5)
+    assert back.config == made.config
+    assert back.fingerprint() == made.fingerprint()
+    images = torch.randn(2, 3, 64, 48)
+    for part in ("objects", "registers", "patches"):
+        assert torch.equal(getattr(back(images), part), getattr(made(images), part))
+    with pytest.raises(UserError, match=r"says all of itself: load it without \?heads=3"):
+        load(f"{tmp_path}/weights.pth?heads=3")
+
+
+def test_a_damaged_file_of_tensors_is_refused(tmp_path: Path):
+    whole = torch.load(export(encoder(PLAIN), tmp_path / "weights.pth", "torch"), weights_only=True)
+    for change, message in (
+        ({"foveola": "{"}, "its settings are no JSON"),
+        ({"foveola": "[" * 100_000}, "its settings are no JSON"),
+        ({"foveola": "3"}, "lacks settings or tensors"),
+        ({"state_dict": 3}, "lacks settings or tensors"),
+        ({"foveola": whole["foveola"].replace('"depth": 2', '"depth": 3')}, r"lacks blocks\.2"),
+        ({"foveola": whole["foveola"].replace('"depth": 2', '"depth": 100000000')}, "depth: .*1000"),
+    ):
+        torch.save(whole | change, tmp_path / "wrong.pth")
+        with pytest.raises(UserError, match=message) as error:
+            load(tmp_path / "wrong.pth")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+def test_files_can_be_read_by_others_and_failures_leave_nothing(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip({"timm": "timm", "hf": "transformers"}[library], reason="it is not installed")
+    (tmp_path / "other").touch()
+    out = export(encoder(PLAIN), tmp_path / "out", library)
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "other").stat().st_mode}
+    other = encoder(replace(PLAIN, norm_eps=0.5))
+    monkeypatch.setattr("foveola.zoo.export.load_library", lambda name: other)
+    with pytest.raises(UserError, match="gives other objects"):
+        export(encoder(PLAIN), tmp_path / "again", library)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 def test_squashed_pictures(tmp_path: Path):
@@ -78,16 +134,21 @@ def test_squashed_pictures(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "library", "message"),
     [
-        (replace(PLAIN, positions="rope"), "timm", "rotary positions"),
-        (replace(PLAIN, norm="rms"), "torch", "norm=rms"),
+        (
+            replace(PLAIN, positions="rope"),
+            "timm",
+            "rotary positions, with which timm has no ViT; format=torch",
+        ),
+        (CAPI, "hf", "rotary positions, with which transformers has no ViT; format=torch"),
+        (ROTARY["rotary of DINOv3"], "timm", "timm has DINOv3, which this command does not write"),
+        (replace(PLAIN, norm="rms"), "timm", "norm=rms, which timm's ViTs lack"),
         (replace(PLAIN, norm_eps=1e-3), "timm", "norm_eps=0.001"),
         (replace(PLAIN, class_token=False, registers=2), "hf", "no network without class token"),
         (replace(PLAIN, layer_scale=0.1, mlp_ratio=2.5), "hf", "whole mlp_ratio only, not 2.5"),
     ],
 )
 def test_what_they_do_not_express(config: ViTConfig, library: str, message: str, tmp_path: Path):
-    if library != "torch":
-        pytest.importorskip({"timm": "timm", "hf": "transformers"}[library], reason="it is not installed")
+    pytest.importorskip({"timm": "timm", "hf": "transformers"}[library], reason="it is not installed")
     with pytest.raises(UserError, match=message):
         export(encoder(config), tmp_path / "out", library)
 
@@ -107,5 +168,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert cli.main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["export", "--help"]) == 0
-    assert "tensors by timm's names" in capsys.readouterr().out
-    assert load_file(folder / "model.safetensors").keys() >= torch.load(out, weights_only=True).keys()
+    assert "one file for foveola.load" in capsys.readouterr().out
+    state = torch.load(out, weights_only=True)["state_dict"]
+    assert load_file(folder / "model.safetensors").keys() == state.keys()
+
+
+def test_a_model_with_options_is_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm", reason="timm is not installed")
+    out = tmp_path / "weights.pth"
+    assert cli.main(["export", "timm:test_vit?pretrained=false", f"out={out}", "format=torch"]) == 0
+    assert load(out).config.origin == "timm:test_vit?pretrained=false"
+    assert cli.main(["export", str(tmp_path / "no.pth?heads=2"), f"out={tmp_path}/x"]) == 2
+    assert "no model at" in capsys.readouterr().err

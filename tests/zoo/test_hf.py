@@ -212,7 +212,7 @@ def test_what_is_not_our_vit_is_refused(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("?preprocess=none", "expected own or imagenet"),
+        ("?preprocess=none", "expected own, official, imagenet"),
         ("?revison=main", "did you mean 'revision'"),
         ("/nowhere", "no folder"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foveola.config import UserError
 from foveola.models.encoder import Encoder, load
 from foveola.zoo.load import adopt
+from foveola.zoo.preprocess import transform_of
 from foveola.zoo.timm_models import from_module
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -225,3 +226,59 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"need timm .*pip install 'foveola\[timm\]'"):
         load("timm:vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("options", "resize", "crop"),
+    [
+        ("", 168, 160),  # crop_pct 0.95
+        ("&preprocess=timm", 168, 160),
+        ("&image_size=96", 101, 96),
+        ("&preprocess=imagenet", 256, 224),
+        ("&preprocess=imagenet&image_size=96", 110, 96),
+    ],
+)
+def test_preprocessing_on_request(options: str, resize: int, crop: int):
+    """Loading compares our network and timm's at the size that was asked for."""
+    encoder = load(f"timm:test_vit?pretrained=false{options}")
+    assert (encoder.config.transform.resize, encoder.config.transform.crop) == (resize, crop)
+    assert encoder.config.model.image_size == 160  # of the table, which is resized
+    assert encoder(torch.randn(1, 3, crop, crop)).grid == (crop // 16, crop // 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("vit_small_patch16_224.dino", None, (256, 224)),
+        ("vit_small_patch14_dinov2.lvd142m", None, (256, 224)),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", 448, (512, 448)),
+        ("vit_base_patch16_224.mae", None, (256, 224)),
+        ("vit_small_patch16_dinov3.lvd1689m", None, (256, 224)),
+        ("deit_base_patch16_384.fb_in1k", None, (439, 384)),
+        ("deit3_base_patch16_224.fb_in1k", None, (224, 224)),
+    ],
+)
+def test_official_preprocessing(name: str, size: int | None, expected: tuple[int, int]):
+    own = {"resize": 400, "crop": 384, "mean": [0.1] * 3, "interpolation": "bilinear", "squash": True}
+    found = transform_of("timm", name, "official", size, lambda size: dict(own))
+    assert (found["resize"], found["crop"]) == expected
+    assert (found["mean"], found["interpolation"], found["squash"]) == ([0.1] * 3, "bicubic", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "preprocess=official",
+            "official is known of DINO, DINOv2, DINOv3, MAE and DeiT, .*; take timm or imag",
+        ),
+        ("preprocess=own", "preprocess=own: expected timm, official, imagenet"),
+        ("image_size=100", "crop=100 is not a multiple of the patch size 16"),
+        ("image_size=big", "image_size must be pixels of a side"),
+        ("image_size=99999999999", "image_size must be pixels of a side, 1 to 8192"),
+        ("image-size=96", "did you mean 'image_size'"),
+    ],
+)
+def test_preprocessing_that_is_not_known(options: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load(f"timm:test_vit?pretrained=false&{options}")

@@ -1,0 +1,53 @@
+"""Files of weights as encoders, with what the user says of them behind a `?`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from foveola.config import ConfigError, UserError, build, parse_overrides
+from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.zoo.convert import FileConfig, convert
+from foveola.zoo.weights import SETTINGS, read_weights
+
+
+def load_file(name: str) -> Encoder:
+    """The encoder in a checkpoint file of a public ViT: `FILE` or `FILE?heads=12&image_size=448`.
+
+    What the layout of the file does not tell must be said (`FileConfig`). Raises UserError, in one line, for
+    files that are no ViT of ours, for unknown options, and for settings that have to be said.
+    """
+    path, query = split_options(name)
+    state = read_weights(path)
+    if isinstance(state.get(SETTINGS), str):
+        if query:
+            raise UserError(f"{name}: {path} says all of itself: load it without ?{query}")
+        return _exported(state, path)
+    try:
+        said = build(FileConfig, parse_overrides(filter(None, query.split("&"))))
+    except ConfigError as error:
+        raise UserError(f"{name}: {error}") from error
+    try:
+        weights, settings = convert(state, said)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return filled(build(EncoderConfig, settings | {"origin": name}, where=str(path)), weights, path)
+
+
+def _exported(state: dict[str, Any], path: Path) -> Encoder:
+    """An encoder that `export` wrote with `format=torch`."""
+    try:
+        settings = json.loads(state[SETTINGS])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its settings are no JSON") from error
+    weights = state.get("state_dict")
+    if not isinstance(settings, dict) or not isinstance(weights, dict):
+        raise UserError(f"{path} is damaged: it lacks settings or tensors")
+    return filled(build(EncoderConfig, settings, where=str(path)), weights, path)
+
+
+def split_options(name: str) -> tuple[Path, str]:
+    """The path, and what stands behind its `?`; a file whose name holds one is taken as it is."""
+    if Path(name).exists():
+        return Path(name), ""
+    path, _, query = name.partition("?")
+    return Path(path), query

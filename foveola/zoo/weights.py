@@ -1,0 +1,84 @@
+"""Files of weights: read without running code from them, and without trust in what they say."""
+
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveola.config import UserError
+
+CONFIG_BYTES = 2**20
+SETTINGS = "foveola"  # beside the tensors of an exported encoder: its configuration as JSON
+NESTED = 8  # dicts in dicts; official files have 3
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The nested dict of tensors by name in a `.safetensors` or torch file; other things are left out.
+
+    Never runs code from it. Raises UserError, in one line, for files that are damaged, are no dicts or hold
+    themselves.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    # Official checkpoints also hold a command line, and learning rates as numpy numbers. Both are plain data.
+    number = np.float64().__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    plain = [Namespace, np.dtype, type(np.dtype(np.float64)), *((number, name) for name in names)]
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with torch.serialization.safe_globals(plain):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
+        raise UserError(
+            f"{path} is no readable checkpoint: it is damaged, or holds objects that only its code could read"
+        ) from error
+    except (
+        *(RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, MemoryError, RecursionError),
+        SafetensorError,
+    ) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return _tensors(state, path, {})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A `config.json` beside weights. Raises UserError, in one line, unless it holds an object."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise UserError(f"{path.parent} is damaged: {path.name} is larger than any configuration")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.parent} is damaged: {path.name} is no JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path.parent} is damaged: {path.name} holds a {type(settings).__name__}")
+    return settings
+
+
+def _tensors(
+    state: dict[Any, Any], path: Path, done: dict[int, dict[str, Any]], depth: int = 1
+) -> dict[str, Any]:
+    """`done` are dicts by identity that were seen whole: a hostile file may hold one many times."""
+    if depth > NESTED:
+        raise UserError(f"{path} is no readable checkpoint: more than {NESTED} dicts in each other")
+    if id(state) in done:
+        return done[id(state)]
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(name, str) and (
+            isinstance(value, torch.Tensor) or (name == SETTINGS and isinstance(value, str))
+        ):
+            kept[name] = value
+        elif isinstance(name, str) and isinstance(value, dict):
+            kept[name] = _tensors(value, path, done, depth + 1)
+    done[id(state)] = kept
+    return kept
