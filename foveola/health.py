@@ -343,7 +343,7 @@ def loader(lines: Sequence[Line]) -> Verdict:
     state = "BAD" if share >= WAIT[1] else "LOOK" if share >= WAIT[0] else "OK"
     text = f"{percent(share, 1)} of the time was spent waiting for data"
     text += f". LOOK from {percent(WAIT[0])}, BAD from {percent(WAIT[1])}."
-    more = " More loader.workers, a smaller loader.canvas, or smaller files on a faster disk help."
+    more = " More loader.workers, or smaller files on a faster disk help."
     return Verdict(name, state, text + (more if state != "OK" else ""))
 
 
