@@ -5,13 +5,14 @@ the number of workers, any step can be computed alone, and resuming means to beg
 """
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
@@ -21,16 +22,21 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from foveola.config import key
+from foveola.data.ahead import POLL_SECONDS, Asker, OutOfSharedMemory, check_room, read_ahead, room
 from foveola.data.decode import Scratch, decode, to_canvas
 from foveola.data.sample import BadImage, Canvases, Choice, DataError, Objects, Sample
 from foveola.data.sources import Source
+from foveola.failures import explain
 
 ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart
 STAND_INS = 20  # pictures tried in place of a bad one
-ENOUGH = 100  # samples to have seen before the share of bad ones means something
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before reading again, where nothing at all could be read
+BEYOND_DOUBT = 4.0  # standard deviations: a run asks thousands of times whether too many are bad
+
+Read = tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]  # index in the source, what stands there, pixels
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class LoaderConfig:
     choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
     workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
-    max_bad: float = key(0.01, "share of unreadable pictures above which to stop", at_least=0, at_most=1)
+    max_bad: float = key(
+        0.01, "share of unreadable pictures above which, beyond doubt, to stop", at_least=0, at_most=1
+    )
     start: Literal["auto", "fork", "forkserver", "spawn"] = key(
         "auto",
         "how workers start; auto: fork on Linux, where they share the file list; else as the system does",
@@ -71,9 +79,9 @@ class Loader:
 
     An epoch is `steps_per_epoch` batches of all ranks, in whole groups of `accumulate`, which train together;
     what does not fill the last group is left out (others each epoch). A bad picture is replaced by another,
-    counted in `bad_count` and named in `bad_names` (reason included); DataError when more than
-    `config.max_bad` of this rank's pictures are bad. `wait_seconds` is how long the last batch kept the
-    caller waiting.
+    counted in `bad_count` of `seen`, and named in `bad_names` (reason included); `judge` says whether there
+    are too many. `wait_seconds` is how long the last batch kept the caller waiting. What happens to the
+    reading is said through `asker`; iteration ends when it says stop while batches are waited for.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class Loader:
         accumulate: int = 1,
         start_step: int = 0,
         device: torch.device | str = "cpu",
+        asker: Asker | None = None,
     ) -> None:
         config = LoaderConfig() if config is None else config
         self.steps_per_epoch = accumulate * (len(source) // (accumulate * batch_size * world_size))
@@ -100,63 +109,94 @@ class Loader:
                 + "; use a smaller batch size or more pictures"
             )
         self.source, self.config, self.device = source, config, torch.device(device)
+        self.asker = asker or Asker()
         self.batch_size, self.start_step = batch_size, start_step
         self.batches = _Batches(source, batch_size, seed, config, with_objects, rank, world_size)
         self.batches.steps_per_epoch = self.steps_per_epoch
-        self.bad_count, self.bad_names, self.wait_seconds = 0, set[str](), 0.0
-        self._seen = 0
+        self.bad_count, self.seen, self.bad_names, self.wait_seconds = 0, 0, set[str](), 0.0
 
     def __iter__(self) -> Generator[Canvases]:
-        batches = iter(self._dataloader())
+        batches = read_ahead(self.batches, self.start_step, self._maker(), self.asker)
         try:
             while True:
                 began = time.perf_counter()
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:
+                    return
                 if isinstance(batch, DataError):
                     raise batch
                 canvases, bad = batch
                 if self.device.type != "cpu":
                     canvases = canvases.to(self.device)
-                self._count(len(canvases), bad)
+                self.seen += len(canvases)
+                self.bad_count += len(bad)
+                self.bad_names.update(bad)
                 self.wait_seconds = time.perf_counter() - began
                 yield canvases
         finally:
-            del batches  # ends the workers now; an error's traceback would keep them
+            batches.close()
 
-    def _dataloader(self) -> DataLoader:
-        pin = self.device.type == "cuda"
-        steps = _Steps(self.start_step)
-        unused = torch.Generator()  # workers are seeded from it; without one, from the global generator
-        if not self.config.workers:
-            return DataLoader(
-                self.batches, None, sampler=steps, collate_fn=_as_it_is, pin_memory=pin, generator=unused
+    def judge(self, bad: int, seen: int, different: int = 0) -> str:
+        """Why to stop, given `bad` of `seen` pictures of all ranks and `different` ones among them; or "".
+
+        The share among all is above `max_bad` when more different pictures are bad than it allows, which is
+        certain, or when the lower end of Wilson's interval of the share in those seen is above it.
+        """
+        limit = self.config.max_bad
+        if different > limit * len(self.source):
+            what = f"{different} of all {len(self.source)}"
+        elif too_many(bad, seen, limit):
+            what = f"{bad} of {seen}"
+        else:
+            return ""
+        example = f"; such as {min(self.bad_names)}" if self.bad_names else ""
+        return (
+            f"{self.source.name}: {what} pictures cannot be read, "
+            f"more than loader.max_bad={limit:g} allows{example}"
+        )
+
+    def _maker(self) -> Callable[[int, bool], DataLoader | None]:
+        """What gives the DataLoader from a step on, with as many workers as shared memory has room for."""
+        config = self.config
+        size, workers, prefetch = self.batches.room_of(self.start_step, config.workers, config.prefetch)
+        if (workers, prefetch) != (config.workers, config.prefetch):
+            self.asker.say(
+                f"/dev/shm has too little room for loader.workers={config.workers} x "
+                f"loader.prefetch={config.prefetch} batches of {size / 2**20:.0f} MiB each: "
+                f"{workers} x {prefetch} instead, which may be slower (docker run --shm-size=8g gives more)"
             )
+
+        def make(step: int, careful: bool) -> DataLoader | None:
+            return self._dataloader(step, workers, 1 if careful else prefetch) if workers else None
+
+        return make
+
+    def _dataloader(self, step: int, workers: int, prefetch: int) -> DataLoader:
         start = self.config.start
         if start == "auto" and sys.platform == "linux":
             start = "fork"
         return DataLoader(
             self.batches,
             batch_size=None,
-            sampler=steps,
+            sampler=_Steps(step),
             collate_fn=_as_it_is,
-            pin_memory=pin,
-            num_workers=self.config.workers,
-            prefetch_factor=self.config.prefetch,
+            pin_memory=self.device.type == "cuda",
+            num_workers=workers,
+            prefetch_factor=prefetch,
             worker_init_fn=begin_worker,
-            generator=unused,
+            generator=torch.Generator(),  # workers are seeded from it; without one, from the global generator
             multiprocessing_context=None if start == "auto" else start,
+            timeout=POLL_SECONDS,
         )
 
-    def _count(self, seen: int, bad: list[str]) -> None:
-        self._seen += seen
-        self.bad_count += len(bad)
-        self.bad_names.update(bad)
-        epoch = self.steps_per_epoch * self.batch_size
-        if self.bad_count > self.config.max_bad * self._seen and self._seen >= min(ENOUGH, epoch):
-            raise DataError(
-                f"{self.source.name}: {self.bad_count} of {self._seen} pictures cannot be read, more than "
-                f"max_bad={self.config.max_bad:g} allows; such as {min(self.bad_names)}"
-            )
+
+def too_many(bad: int, seen: int, allowed: float) -> bool:
+    """Whether the share of bad ones is above `allowed` beyond doubt: the lower end of Wilson's interval."""
+    if not bad:
+        return False
+    share, z2 = bad / seen, BEYOND_DOUBT**2
+    spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * seen)) / seen)
+    return (share + z2 / (2 * seen) - spread) / (1 + z2 / seen) > allowed
 
 
 class _Steps(Sampler[int]):
@@ -172,7 +212,8 @@ class _Steps(Sampler[int]):
 class _Batches(Dataset):
     """Step -> the batch of this rank, and the names of its bad pictures. Picklable, stateless.
 
-    An error of the data is returned: raised in a worker, its message would be buried in a traceback.
+    An error of the data or the machine is returned: raised in a worker, its message would be buried in a
+    traceback.
     """
 
     def __init__(
@@ -189,11 +230,31 @@ class _Batches(Dataset):
         self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
         self.steps_per_epoch = len(source) // (batch_size * world_size)
 
-    def __getitem__(self, step: int) -> tuple[Canvases, list[str]] | DataError:
+    def __getitem__(self, step: int) -> tuple[Canvases, list[str]] | DataError | OutOfSharedMemory:
         try:
-            return self.batch(step)
-        except DataError as error:
+            batch = self.batch(step)
+            if get_worker_info() is not None:
+                check_room(bytes_of(batch[0]))
+            return batch
+        except (DataError, OutOfSharedMemory) as error:
             return error
+        except Exception as error:
+            if (reason := explain(error)) is None:
+                raise
+            return DataError(f"{self.source.name} cannot be read: {reason}")
+
+    def room_of(self, step: int, workers: int, prefetch: int) -> tuple[int, int, int]:
+        """Bytes of a batch, and how many workers may prepare how many: `room` for the largest that may come.
+
+        Where that does not fit, the batch of `step` tells how large they are.
+        """
+        config = self.config
+        pixels = 3 * config.canvas**2 + config.objects_per_image * config.mask_canvas**2
+        size = self.batch_size * pixels
+        if room(size, workers, prefetch) != (workers, prefetch):
+            found = self[step]
+            size = size if isinstance(found, Exception) else bytes_of(found[0])
+        return size, *room(size, workers, prefetch)
 
     def batch(self, step: int) -> tuple[Canvases, list[str]]:
         """The canvases of one step."""
@@ -232,23 +293,47 @@ class _Batches(Dataset):
         )
         return batch, bad
 
-    def _read(
-        self, epoch: int, index: int, scratch: Scratch, bad: list[str]
-    ) -> tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]:
-        """A sample and its pixels, or its stand-in: drawn from (seed, epoch, index), so always the same."""
-        stand_ins = None
-        for _ in range(1 + STAND_INS):
-            name = f"picture {index}"
-            try:
-                sample = self.source[index]
-                name = sample.name
-                return index, sample, decode(sample.image, scratch)
-            except BadImage as error:
-                bad.append(f"{name} ({error})")
-            if stand_ins is None:
-                stand_ins = np.random.default_rng([self.seed, STAND_IN, epoch, index])
-            index = int(stand_ins.integers(len(self.source)))
-        raise DataError(f"{self.source.name}: {STAND_INS} pictures cannot be read, such as {bad[-1]}")
+    def _read(self, epoch: int, index: int, scratch: Scratch, bad: list[str]) -> Read:
+        """A picture, or its stand-in: drawn from (seed, epoch, index), so always the same.
+
+        Where nothing can be read because the system says so (a disk or network that is away), all of it is
+        tried again after a pause, so that what was away for a moment changes nothing.
+        """
+        failed: dict[str, bool] = {}  # name and reason -> whether it is the system's
+        for pause in (*PAUSES, None):
+            failed.clear()
+            found = self._first_of(epoch, index, scratch, failed)
+            of_system = any(failed.values())
+            if found is not None and of_system and (itself := self._try(index, scratch, {})) is not None:
+                return itself  # its disk came back while stand-ins were tried
+            if found is not None:
+                bad += failed
+                return found
+            if pause is None or not of_system:
+                break
+            time.sleep(pause)
+        raise DataError(f"{self.source.name}: {STAND_INS} pictures cannot be read, such as {[*failed][-1]}")
+
+    def _first_of(self, epoch: int, index: int, scratch: Scratch, failed: dict[str, bool]) -> Read | None:
+        if (found := self._try(index, scratch, failed)) is not None:
+            return found
+        stand_ins = np.random.default_rng([self.seed, STAND_IN, epoch, index])
+        for _ in range(STAND_INS):
+            other = int(stand_ins.integers(len(self.source)))
+            if (found := self._try(other, scratch, failed)) is not None:
+                return found
+        return None
+
+    def _try(self, index: int, scratch: Scratch, failed: dict[str, bool]) -> Read | None:
+        name = f"picture {index}"
+        try:
+            sample = self.source[index]
+            name = sample.name
+            return index, sample, decode(sample.image, scratch)
+        except (BadImage, OSError) as error:
+            cause = error.__cause__ if isinstance(error, BadImage) else error
+            failed[f"{name} ({error})"] = isinstance(cause, OSError) and cause.errno is not None
+            return None
 
 
 @lru_cache(maxsize=2)  # of each worker: two epochs meet in what is read ahead
@@ -271,6 +356,11 @@ def _trim(images: UInt8[Tensor, "B 3 S S"], extents: Int64[Tensor, "B 2"]) -> UI
     return images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
 
 
+def bytes_of(canvases: Canvases) -> int:
+    """Of a batch, as it goes from a worker to the training process."""
+    return sum(x.nbytes for x in vars(canvases).values() if isinstance(x, Tensor))
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -291,10 +381,13 @@ def begin_worker(_: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and sys.platform == "linux":  # elsewhere a signal does not tell who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int | None) -> None:
-    while sys.platform == "linux" and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with(parent: Any) -> None:
+    """Leave at the parent's SIGTERM; or without it, soon after it was killed, even while a read hangs."""
+    while sys.platform == "linux" and parent.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if told is not None and told.si_pid == parent.pid:
+            break
     os._exit(0)

@@ -34,7 +34,7 @@ def save(
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     for stale in checkpoints.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(stale)
+        _remove(stale)
     path = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f"{_TEMPORARY}{path.name}"
     temporary.mkdir()
@@ -57,6 +57,28 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in _found(folder / "checkpoints") if is_whole(path)), None)
 
 
+def look(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest whole checkpoint of a run folder, and the damaged ones that are newer.
+
+    Raises UserError where the run had checkpoints and none is whole: to begin again would overwrite what is
+    left of it.
+    """
+    damaged: list[Path] = []
+    for path in _found(folder / "checkpoints"):
+        if is_whole(path):
+            return path, damaged
+        damaged.append(path)
+    left = [folder / "encoder"] if (folder / "encoder" / "config.json").exists() else []
+    if damaged or left:
+        which = f"damaged: {', '.join(path.name for path in damaged)}" if damaged else "none is there"
+        remove = " and ".join(map(str, [*left, *([folder / "checkpoints"] if damaged else [])]))
+        raise UserError(
+            f"{folder} holds a run without a whole checkpoint ({which}): put its checkpoints back, choose "
+            f"another out=, or, to train from the beginning, remove {remove}"
+        )
+    return None, []
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint folder back, tensors on the CPU. Raises UserError when it is missing or damaged."""
     if not path.is_dir():
@@ -65,14 +87,17 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged: its files do not match its manifest; remove it to use an older one"
         )
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no checkpoint of a run: it holds a {type(state).__name__}")
+    return state
 
 
 def is_whole(path: Path) -> bool:
     """Whether every file of the checkpoint is as its manifest says, byte for byte."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-        return all(_facts(path / name) == facts for name, facts in files.items())
+        return "state.pt" in files and all(_facts(path / name) == facts for name, facts in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or not one of ours
         return False
 
@@ -100,12 +125,12 @@ def _put(temporary: Path, path: Path) -> None:
     replaced = path.with_name(path.name + ".replaced")
     if path.exists():
         if replaced.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
         path.rename(replaced)
     temporary.rename(path)
     _sync(path.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _remove(replaced)
 
 
 def _prune(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
@@ -116,7 +141,15 @@ def _prune(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> N
             doomed = old.rename(
                 old.with_name(f"{_TEMPORARY}{old.name}")
             )  # never half a checkpoint under its name
-            shutil.rmtree(doomed)
+            _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint, or a stray file of such a name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

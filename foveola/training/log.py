@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from jaxtyping import UInt8
 
 import foveola
 from foveola import distributed, files
-from foveola.config import UserError
 
 LINE_SECONDS = 10.0  # at least this long between plain lines where there is no terminal
 
@@ -40,14 +40,16 @@ class Log:
     ) -> None:
         """`batch_size` is the global one; `terminal` says whether to draw a progress bar (None: find out)."""
         self.kept: list[dict] = []  # the lines of the run so far, where it goes on
-        self._active = distributed.is_main()
+        self._folder = folder
+        self._active, self._bar = distributed.is_main(), None
         if not self._active:
             return
         self._total, self._batch_size = total_steps, batch_size
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._notes = folder / "metrics.jsonl", folder / "log.txt"
+        self._path = folder / "metrics.jsonl"
         self._pictures = folder / "pictures"
-        self.kept = kept = _truncate(self._path, start_step)
+        kept, odd = _truncate(self._path, start_step)
+        self.kept = kept
         self._lines = self._path.open("a", encoding="utf-8")
         self._board = _open_board(folder / "tensorboard", start_step)
         self._seconds_before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
@@ -56,6 +58,10 @@ class Log:
         self._speed = 0.0
         terminal = sys.stderr.isatty() if terminal is None else terminal
         self._bar, self._task = _open_bar(total_steps, start_step) if terminal else (None, None)
+        if odd:
+            self.note(
+                f"{self._path}: {len(odd)} lines that hold no metrics are left out, first line {odd[0]}"
+            )
 
     def __enter__(self) -> "Log":
         return self
@@ -117,10 +123,32 @@ class Log:
         """Say something once: with its time in log.txt and, if `show`, on the terminal."""
         if not self._active:
             return
-        with self._notes.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        self._write(text)
         if show:
             self._print(text)
+
+    def warn(self, text: str) -> None:
+        """As `note`, from whatever process it concerns: one that reads another's disk, say."""
+        if distributed.world_size() > 1:
+            text = f"process {distributed.rank()}: {text}"
+        self._write(text)
+        self._print(text)
+
+    def failure(self, text: str) -> None:
+        """Why the run ends, into log.txt, from whatever process. Never an error: the disk may be why."""
+        if distributed.world_size() > 1:
+            text = f"process {distributed.rank()}: {text}"
+        with suppress(OSError):
+            self._write(text)
+
+    def flush(self) -> None:
+        """Bring what tensorboard holds back to the disk: with each checkpoint, so that a kill loses none."""
+        if self._active:
+            self._board.flush()
+
+    def _write(self, text: str) -> None:
+        with (self._folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
@@ -129,7 +157,8 @@ class Log:
             self._lines.close()
             self._board.close()
             if self._bar is not None:
-                self._bar.stop()
+                with suppress(OSError):  # the terminal may be closed
+                    self._bar.stop()
 
     def _show(self, step: int, metrics: dict[str, float], now: float) -> None:
         rate = metrics.get("images_per_second", self._speed * self._batch_size)
@@ -154,10 +183,11 @@ class Log:
         self._print("  ".join(filter(None, parts)))
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be closed
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
 
 def surroundings(device: torch.device) -> str:
@@ -171,24 +201,26 @@ def surroundings(device: torch.device) -> str:
     )
 
 
-def _truncate(path: Path, step: int) -> list[dict]:
-    """Keep the whole lines of `path` up to `step`, atomically; returns them."""
+def _truncate(path: Path, step: int) -> tuple[list[dict], list[int]]:
+    """Keep the whole lines of `path` up to `step`, atomically; returns them, and the numbers of odd ones.
+
+    The last line may be torn by an interruption, which is nothing to tell of.
+    """
     if not path.exists():
-        return []
-    texts, kept = path.read_text(encoding="utf-8").splitlines(), []
+        return [], []
+    before = path.read_text(encoding="utf-8", errors="replace")
+    texts, kept, odd = before.splitlines(), [], []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(texts):  # torn by the interruption
-                break
-            raise UserError(f"{path}, line {number}: not JSON; repair the line or remove it") from error
-        if line["step"] <= step:
-            kept.append(line)
+            if line["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            odd += [number] if number < len(texts) else []
     whole = "".join(json.dumps(line) + "\n" for line in kept)
-    if whole != path.read_text(encoding="utf-8"):
+    if whole != before:
         files.write_text(path, whole)
-    return kept
+    return kept, odd
 
 
 def _open_board(folder: Path, start_step: int) -> Any:

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import ConfigError, UserError, to_dict
+from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
+from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of, same_data
 from foveola.evaluation.protocol import evaluate
+from foveola.failures import explain, told
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
 from foveola.training.advice import advice, objects_line
@@ -24,6 +28,7 @@ from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
 from foveola.training.recipe import RunConfig, change, nested, period, plan, resolve
 from foveola.training.signals import Stop
+from foveola.training.supply import Supply
 from foveola.training.watch import Watch, facts_of, warmup_of
 
 __all__ = ["Run", "pretrain", "untrained"]
@@ -104,7 +109,9 @@ class _Session:
         self.labelled = None if self.evaluate_every is None else _labelled(config, sources)
         self.trainer = assemble(config, self.progress, device)
         self.folder, self.stop = Path(), Stop()
+        self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved
         self.bad_names: set[str] = set()
+        self.changes: list[str] = []  # between the interruption of a run and its continuation
         self.notes: set[str] = set()
 
     # -- from start to end
@@ -112,7 +119,7 @@ class _Session:
     def run(self) -> Run:
         with ExitStack() as stack:
             self.folder = distributed.on_main(lambda: self._claim(stack))
-            start = self._resume()
+            start = self.step = self.tried = self._resume()
             missed = start and self._is_due(self.evaluate_every, start) and not self._was_evaluated(start)
             if start >= self.total and not missed:
                 if distributed.is_main():
@@ -132,9 +139,13 @@ class _Session:
             )
             self.watch = Watch(facts, log.kept, warmup_of(self.config, self.progress))
             self._greet(log, start)
-            if missed:  # interrupted between its checkpoint and its evaluation
-                log.step(start, self._evaluate(log))
-            step, metrics = self._train(start, log)
+            try:
+                if missed:  # interrupted between its checkpoint and its evaluation
+                    log.step(start, self._evaluate(log))
+                metrics = self._train(start, log)
+            except Exception as error:
+                raise self._ended(error, log) from error
+            step = self.step
             self._farewell(log, step)
         return Run(self.folder, self.config, step, self.total, metrics)
 
@@ -146,22 +157,37 @@ class _Session:
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; how many steps are done."""
-        newest = distributed.on_main(lambda: checkpoint.newest(self.folder))
+        newest, damaged = distributed.on_main(lambda: checkpoint.look(self.folder))
         if newest is None:
             return 0
         state = checkpoint.load(newest)
         try:
             self.trainer.load_state_dict(state["trainer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+            start = int(state["step"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{newest} does not fit this version of foveola: {first}") from error
-        return state["step"]
+        if damaged:
+            names = ", ".join(path.name for path in damaged)
+            self.changes.append(
+                f"damaged, so passed over: {names}; {newest.name} is the newest whole checkpoint"
+            )
+        processes = state.get("world_size", distributed.world_size())
+        if processes != distributed.world_size():
+            self.changes.append(
+                f"{distributed.world_size()} processes instead of {processes}: other views from here on"
+            )
+        if distributed.is_main() and not (self.folder / "encoder" / "config.json").exists():
+            self._encoder().save(self.folder / "encoder")  # killed after the first checkpoint
+        return start
 
     def _greet(self, log: Log, start: int) -> None:
         what = f"going on after step {start}" if start else "training"
         length = f"{self.total - start} steps of {self.config.batch_size} pictures"
         log.note(f"{what} in {self.folder}: {length}")
         log.note(surroundings(self.device), show=False)
+        for text in self.changes:
+            log.note(text)
         for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):
             log.note(text)
         for about in notes_of(self.source):
@@ -179,38 +205,33 @@ class _Session:
 
     # -- training
 
-    def _train(self, start: int, log: Log) -> tuple[int, dict[str, float]]:
+    def _train(self, start: int, log: Log) -> dict[str, float]:
+        """Train from step `start` until the end or a signal; the metrics that were logged last."""
         config, trainer = self.config, self.trainer
-        loader = self._loader(start)
-        batches = iter(loader)
-        step, steps, metrics, stop = start, 0, {}, False
-        seconds = waited = 0.0
-
-        def take():
-            nonlocal waited
-            canvases = next(batches)
-            waited += loader.wait_seconds
-            return canvases
-
+        supply = Supply(self._loader(start, log), config.accumulate, self.stop, self.device)
+        steps, metrics = 0, {}
+        seconds, began = 0.0, time.perf_counter()
         try:
-            while step < self.total and not stop:
-                began = time.perf_counter()
-                values = trainer.step(dataclasses.replace(self.progress, step=step), take)
-                seconds += time.perf_counter() - began
-                step, steps = step + 1, steps + 1
-                stop = self.stop.agreed(self.device)
-                last = stop or step == self.total
+            batches = supply.next()
+            while batches is not None:
+                self.whole = False
+                progress = dataclasses.replace(self.progress, step=self.step)
+                values = trainer.step(progress, iter(batches).__next__)
+                self.step, steps, self.whole = self.step + 1, steps + 1, True
+                step = self.step
+                batches = supply.next() if step < self.total else None
+                seconds, last = seconds + time.perf_counter() - began, batches is None
                 if trainer.bad_steps and config.precision != "fp16":
                     log.note(f"step {step}: gradients are not finite; the weights stay as they are")
                 if last or step % config.log_every == 0:
-                    metrics = self._metrics(step, values, loader, log)
+                    metrics = self._metrics(step, values, supply.loader, log)
                     metrics["images_per_second"] = steps * config.batch_size / seconds
-                    metrics["data_wait"] = min(waited / seconds, 1.0)
+                    metrics["data_wait"] = min(supply.waited / seconds, 1.0)
                     log.step(step, metrics)
                     for text in self.watch.add(step, metrics):
                         log.note(text)
-                    steps, seconds, waited = 0, 0.0, 0.0
-                evaluating = self._is_due(self.evaluate_every, step) and not stop
+                    steps, seconds, supply.waited = 0, 0.0, 0.0
+                evaluating = self._is_due(self.evaluate_every, step) and not (last and step < self.total)
                 # A step without finite gradients has changed nothing: the checkpoint before it is as good.
                 # With a loss scaler such steps are ordinary.
                 healthy = not trainer.bad_steps or config.precision == "fp16"
@@ -218,19 +239,47 @@ class _Session:
                 if last or (due and healthy):
                     self._draw(step, log)
                     self._save(step)
+                    log.flush()
                 if evaluating:
                     log.step(step, self._evaluate(log))
-                    stop = stop or self.stop.agreed(self.device)
-        except UserError as error:  # shown by whoever catches it
-            told = self._with_checkpoint(error) if isinstance(error, Diverged) else error
-            self._name_bad(loader.bad_names, log, show=False)
-            log.note(str(told), show=False)
-            raise told from None
+                    batches = None if self.stop.agreed(self.device) else batches
+                began = time.perf_counter()
+            if supply.failure is not None:
+                raise supply.failure
+        except Exception:
+            with suppress(OSError):  # the disk may be the reason
+                self._name_bad(supply.loader.bad_names, log, show=False)
+            raise
         finally:
-            batches.close()  # ends the workers
-        return step, metrics
+            supply.close()
+        return metrics
 
-    def _loader(self, start: int) -> Loader:
+    def _ended(self, error: Exception, log: Log) -> Exception:
+        """The error to end with: in one line, with what is kept, after keeping the state between steps.
+
+        A state in the middle of a step is not whole, and not kept. Written to log.txt by whatever process
+        meets it; shown by whoever catches it.
+        """
+        reason = str(error) if isinstance(error, UserError) else explain(error)
+        if self.whole and self.tried != self.step > 0 and distributed.is_main():
+            try:
+                self._write(self.step)
+            except Exception as second:
+                log.note(f"step {self.step} could not be saved: {explain(second) or second}", show=False)
+        newest = checkpoint.newest(self.folder)
+        if isinstance(error, Diverged):
+            kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
+        else:
+            kept = (
+                f"kept: {newest}, from where the same command goes on" if newest else "no checkpoint is kept"
+            )
+        text = f"{reason or repr(error)}; {kept}"
+        log.failure(text if isinstance(error, UserError) else f"{text}\n{''.join(format_exception(error))}")
+        if reason is None:
+            return error
+        return type(error)(text) if isinstance(error, UserError) else UserError(text)
+
+    def _loader(self, start: int, log: Log) -> Loader:
         config = self.config
         return Loader(
             self.source,
@@ -243,6 +292,7 @@ class _Session:
             accumulate=config.accumulate,
             start_step=start * config.accumulate,
             device=self.device,
+            asker=Asker(log.warn, lambda: self.stop.told),
         )
 
     def _is_due(self, every: int | None, step: int) -> bool:
@@ -257,6 +307,8 @@ class _Session:
         means = distributed.all_reduce_mean(losses).tolist()
         bad = set().union(*distributed.gather_objects(loader.bad_names))
         self._name_bad(bad, log)
+        if reason := loader.judge(0, 0, len(bad)):
+            raise DataError(reason)
         return {
             "epoch": step / self.progress.steps_per_epoch,
             **{name: float(value) for name, value in values.items()},
@@ -270,26 +322,36 @@ class _Session:
             log.note(f"unreadable pictures, replaced by others: {', '.join(new)}", show=show)
             self.bad_names |= bad
 
-    def _with_checkpoint(self, error: Diverged) -> Diverged:
-        newest = checkpoint.newest(self.folder)
-        kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
-        return Diverged(f"{error}; {kept}")
-
     def _draw(self, step: int, log: Log) -> None:
         if distributed.is_main():
             for name, picture in self.trainer.method.pictures().items():
                 log.images(step, name, picture, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int) -> None:
-        """First the encoder: killed in between, a run repeats some steps, and both are of one step again."""
+        self.tried = step
         if distributed.is_main():
-            encoder = self._encoder()
-            encoder.save(self.folder / "encoder")
-            if self.keep_every is not None and step % self.keep_every == 0:
-                encoder.save(self.folder / "encoders" / f"step-{step:08d}")
-            state = {"step": step, "trainer": self.trainer.state_dict()}
-            checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
+            with told(f"step {step} cannot be saved in {self.folder}"):
+                self._write(step)
         distributed.barrier()
+
+    def _write(self, step: int) -> None:
+        """First the encoder: killed in between, a run repeats some steps, and both are of one step again.
+
+        But the first one only after its checkpoint: an encoder tells that there was one.
+        """
+        encoder, first = self._encoder(), not (self.folder / "encoder" / "config.json").exists()
+        if not first:
+            encoder.save(self.folder / "encoder")
+        if self.keep_every is not None and step % self.keep_every == 0:
+            encoder.save(self.folder / "encoders" / f"step-{step:08d}")
+        state = {
+            "step": step,
+            "trainer": self.trainer.state_dict(),
+            "world_size": distributed.world_size(),
+        }
+        checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
+        if first:
+            encoder.save(self.folder / "encoder")
 
     # -- evaluation
 

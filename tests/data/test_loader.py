@@ -1,5 +1,6 @@
 """The loader: its order, its resuming, its counting of bad pictures, and its workers."""
 
+import math
 import os
 import signal
 import subprocess
@@ -9,16 +10,21 @@ from collections import Counter
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.optimize import brentq
 
 from foveola.config import ConfigError, build
+from foveola.data import ahead
+from foveola.data import loader as loader_file
+from foveola.data.ahead import Asker, OutOfSharedMemory, room
 from foveola.data.decode import to_canvas
-from foveola.data.loader import Loader, LoaderConfig, epoch_order
+from foveola.data.loader import Loader, LoaderConfig, epoch_order, too_many
 from foveola.data.sample import BadImage, Canvases, DataError, Objects, Sample
 from foveola.data.scenes import Scenes
 from foveola.data.sources import open_source
@@ -219,25 +225,34 @@ def test_bad_pictures_are_replaced_counted_and_named(workers: int):
     assert torch.equal(torch.cat([batch.indices for batch in again]), seen)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_pictures_stop_with_one_line(workers: int):
-    made = loader(Numbered(400, bad=tuple(range(0, 40, 2))), batch_size=20, config={"workers": workers})
-    with pytest.raises(
-        DataError, match=r"numbered:: \d+ of \d+ pictures cannot be read, more than"
-    ) as caught:
-        take(made, 20)
-    assert "\n" not in str(caught.value)
-    assert "(the file is empty)" in str(caught.value)
-    take(loader(Numbered(400, bad=(2, 4)), batch_size=20, config={"max_bad": 0.05}), 20)
+def test_more_bad_ones_than_the_limit_allows_among_all_are_certain():
+    made = loader(Numbered(400, bad=tuple(range(0, 40, 2))), batch_size=20)
+    take(made, 20)
+    assert made.judge(0, 0, 4) == ""  # 1 % of 400
+    reason = made.judge(0, 0, 5)
+    assert reason.startswith(
+        "numbered:: 5 of all 400 pictures cannot be read, more than loader.max_bad=0.01 "
+    )
+    assert "(the file is empty)" in reason
+    assert f"{made.bad_count} of 400 pictures" in made.judge(made.bad_count, made.seen)
 
 
-def test_the_share_of_bad_pictures_is_judged_on_enough():
-    order = epoch_order(0, 0, 400)
-    source = Numbered(400, bad=(int(order[0]) // 2 * 2,))
-    take(loader(source, batch_size=4), 30)  # 1 of 4 at first, 1 of 120 in the end
-    small = Numbered(20, bad=(4,))
-    with pytest.raises(DataError, match="1 of 20"):  # an epoch is enough, however small
-        take(loader(small, batch_size=4), 10)
+@pytest.mark.parametrize(("share", "dies"), [(0.001, False), (0.005, False), (0.009, False), (0.05, True)])
+def test_a_run_within_the_limit_of_bad_pictures_survives_and_one_beyond_it_is_stopped_soon(share, dies):
+    """As 8 processes x 32 ask, after every step of an epoch of 400,000 pictures, with 20 seeds."""
+    for seed in range(20):
+        bad = np.random.default_rng(seed).binomial(8 * 32, share, 400_000 // 256).cumsum()
+        judged = (step for step in range(len(bad)) if too_many(int(bad[step]), 256 * (step + 1), 0.01))
+        at = next(judged, None)
+        assert (at is not None and at < 20) if dies else at is None, (seed, at)
+
+
+def test_the_bound_is_wilsons():
+    """3 of 100: the share p for which 0.03 lies BEYOND_DOUBT standard deviations of p above it."""
+    bound = brentq(lambda p: p + 4.0 * math.sqrt(p * (1 - p) / 100) - 0.03, 1e-9, 0.03)
+    assert too_many(3, 100, bound * 0.999)
+    assert not too_many(3, 100, bound * 1.001)
+    assert not too_many(0, 100, 0.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -268,6 +283,146 @@ def test_configuration_is_checked():
     for key, value in (("canvas", 4), ("workers", -1), ("max_bad", 2), ("choose", "biggest")):
         with pytest.raises(ConfigError, match=key):
             config(**{key: value})
+
+
+# -- what happens to readers ------------------------------------------------------------------------------
+
+
+class Away(Numbered):
+    """A disk that is away while `flag` exists, which is removed at the `tries`-th read that fails."""
+
+    def __init__(self, flag: Path, tries: int) -> None:
+        super().__init__(30)
+        self.flag, self.tries = flag, tries
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.flag.exists():
+            self.tries -= 1
+            if not self.tries:
+                self.flag.unlink()
+            return Sample(Path("/nowhere/at/all.jpg"), f"number {index}")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("tries", [1, 5, 21, 50])
+def test_a_disk_that_was_away_for_a_moment_changes_nothing(tmp_path: Path, monkeypatch, tries: int):
+    monkeypatch.setattr(loader_file, "PAUSES", (0.0,) * 5)
+    (tmp_path / "away").touch()
+    made = loader(Away(tmp_path / "away", tries))
+    assert all(equal(a, b) for a, b in zip(take(made, 3), take(loader(), 3), strict=True))
+    assert (made.bad_count, made.bad_names) == (0, set())
+    (tmp_path / "away").touch()
+    with pytest.raises(DataError, match=r"20 pictures cannot be read, such as number .*No such file"):
+        take(loader(Away(tmp_path / "away", 1000)), 1)
+
+
+class Deadly(Numbered):
+    """Kills the process that reads number `at`; once, where there is a file to remember it."""
+
+    def __init__(self, at: int, once: Path | None) -> None:
+        super().__init__(30)
+        self.at, self.once = at, once
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.at and (self.once is None or not self.once.exists()):
+            if self.once is not None:
+                self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_workers_that_die_are_replaced_bit_for_bit(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    at = int(epoch_order(0, 0, 30)[9])  # in the third batch
+    source = Deadly(at, tmp_path / "died")
+    before = signal.getsignal(signal.SIGCHLD)
+    made = loader(source, config={"workers": 2, "prefetch": 1}, asker=Asker(said.append))
+    assert all(equal(a, b) for a, b in zip(take(made, 8), take(loader(), 8), strict=True))
+    assert said == [
+        "a worker process ended (Killed) while reading: workers begin anew at the same step, one batch ahead"
+    ]
+    assert signal.getsignal(signal.SIGCHLD) is before
+    monkeypatch.setattr(ahead, "RESTARTS", 1)
+    batches = iter(loader(Deadly(at, None), config={"workers": 1}))
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(DataError, match=r"ended \(Killed\), 2 times at step 3: .*loader.workers=0"):
+        next(batches)
+
+
+class Hanging(Numbered):
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(1000)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reads_that_hang_are_said_and_a_stop_ends_the_wait(monkeypatch, workers: int):
+    monkeypatch.setattr(ahead, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(ahead, "HUNG_SECONDS", 0.1)
+    said: list[str] = []
+    asker = Asker(said.append, lambda: bool(said))
+    began = time.monotonic()
+    assert take(loader(Hanging(30), config={"workers": workers}, asker=asker), 1) == []
+    assert time.monotonic() - began < 30  # not the 1000 s
+    assert len(said) == 1
+    assert said[0].startswith("no batch for 0 s: the disk or network")
+
+
+def test_where_the_largest_batch_does_not_fit_the_first_one_tells_the_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(ahead, "SHARED", tmp_path)
+    options = {"canvas": 64, "objects_per_image": 3, "mask_canvas": 10, "workers": 2, "prefetch": 1}
+    made = loader(batch_size=6, config=options)
+    batch = next(iter(loader(batch_size=6, config=options | {"workers": 0})))
+    parts = [getattr(batch, field.name) for field in fields(Canvases)]
+    actual = sum(x.numel() * x.element_size() for x in parts if torch.is_tensor(x))
+    assert actual < 6 * 3 * 64**2  # images of 8 x 16
+    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * actual))
+    assert made.batches.room_of(0, 2, 1) == (actual, 2, 1)
+    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    assert made.batches.room_of(0, 2, 1) == (6 * (3 * 64**2 + 3 * 10**2), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "given"),
+    [
+        (1000, (2, 4), (2, 4)),
+        (112, (2, 4), (2, 4)),  # 0.9 x 112 are 100: 8 batches, and 2 in use and on their way
+        (111, (2, 4), (2, 3)),
+        (56, (2, 4), (2, 1)),
+        (34, (2, 4), (1, 1)),
+        (23, (2, 4), (0, 4)),
+        (0, (2, 4), (0, 4)),
+        (0, (0, 4), (0, 4)),
+    ],
+)
+def test_workers_fit_the_shared_memory_there_is(monkeypatch, tmp_path, free, wanted, given):
+    monkeypatch.setattr(ahead, "SHARED", tmp_path)
+    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert room(10, *wanted) == given
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * free))
+    assert room(10, *wanted) == given
+
+
+def test_without_shared_memory_reading_goes_on_without_workers(monkeypatch):
+    """In docker /dev/shm has 64 MB: torch would lose the batch, and training would wait for it for ever."""
+    said: list[str] = []
+
+    def full(needed: int) -> None:
+        raise OutOfSharedMemory
+
+    monkeypatch.setattr(loader_file, "check_room", full)
+    made = loader(config={"workers": 1}, asker=Asker(said.append))
+    assert all(equal(a, b) for a, b in zip(take(made, 3), take(loader(), 3), strict=True))
+    assert [text.partition(":")[0] for text in said] == [
+        "/dev/shm is full, through which workers hand over their batches"
+    ]
+    monkeypatch.setattr(loader_file, "room", lambda size, workers, prefetch: (0, prefetch))
+    said.clear()
+    made = loader(config={"workers": 2}, asker=Asker(said.append))
+    assert all(equal(a, b) for a, b in zip(take(made, 3), take(loader(), 3), strict=True))
+    assert len(said) == 1
+    assert "room for loader.workers=2 x loader.prefetch=4 batches of 0 MiB each: 0 x 4 instead" in said[0]
 
 
 # -- workers ----------------------------------------------------------------------------------------------

@@ -513,9 +513,9 @@ def test_too_many_bad_pictures_are_an_error(tiny, tmp_path, pictures):
     for number in (3, 33, 63, 93):
         truncate(pictures / "class1" / f"{number:03d}.jpg")
     config = tiny(out=str(tmp_path / "run"), duration="3 epochs", data=f"folder:{pictures}")
-    with pytest.raises(DataError, match=r"pictures cannot be read, more than max_bad=0.01"):
+    with pytest.raises(DataError, match=r"pictures cannot be read, more than loader.max_bad=0.01"):
         pretrain(config)
-    assert "more than max_bad=0.01" in (tmp_path / "run" / "log.txt").read_text()
+    assert "more than loader.max_bad=0.01" in (tmp_path / "run" / "log.txt").read_text()
     # A larger share may be allowed, on the same run.
     run = pretrain(
         tiny(out=str(tmp_path / "run"), duration="3 epochs", data=config.data, **{"loader.max_bad": 0.1})

@@ -1,0 +1,61 @@
+"""The batches of the next step, taken together and between steps, so that all ranks go on or all stop."""
+
+import time
+from collections.abc import Generator
+
+import torch
+
+from foveola import distributed
+from foveola.config import UserError
+from foveola.data.loader import Loader
+from foveola.data.sample import Canvases, DataError
+from foveola.failures import explain
+from foveola.training.signals import Stop
+
+
+class Supply:
+    """Batches of a loader, `accumulate` for each step. Every rank asks for the same steps.
+
+    `waited` counts the seconds that batches were waited for. After `next` has given None, `failure` is why
+    the run ends: None when a process was told to, otherwise an error.
+    """
+
+    def __init__(self, loader: Loader, accumulate: int, stop: Stop, device: torch.device) -> None:
+        self.loader, self.accumulate, self.stop, self.device = loader, accumulate, stop, device
+        self.batches: Generator[Canvases] = iter(loader)
+        self.waited = 0.0
+        self.failure: Exception | None = None
+
+    def next(self) -> list[Canvases] | None:
+        """The batches of a step; None on all ranks where one was told to stop, or cannot go on."""
+        taken, failure = [], None
+        began = time.perf_counter()
+        try:
+            while len(taken) < self.accumulate and not self.stop.told:
+                if (canvases := next(self.batches, None)) is None:
+                    break
+                taken.append(canvases)
+        except Exception as error:
+            failure = error
+        self.waited += time.perf_counter() - began
+        told, self.failure = self._agree(failure)
+        return None if told or self.failure is not None else taken
+
+    def _agree(self, mine: Exception | None) -> tuple[bool, Exception | None]:
+        """Whether any process was told to stop, and an error: of any process, or too many bad images."""
+        facts = [float(mine is not None), float(self.stop.told), self.loader.bad_count, self.loader.seen]
+        # In float64 counts are exact.
+        sums = distributed.all_reduce_sum(torch.tensor(facts, dtype=torch.float64, device=self.device))
+        failed, told, bad, seen = sums.tolist()
+        if failed:
+            words = None if mine is None else explain(mine) or str(mine)
+            said = distributed.gather_objects(words)
+            first = next(number for number, text in enumerate(said) if text is not None)
+            return told > 0, mine or UserError(f"process {first}: {said[first]}")
+        reason = self.loader.judge(int(bad), int(seen))
+        # The example in it is one of this process: everybody says what the first does.
+        return told > 0, DataError(distributed.broadcast_object(reason)) if reason else None
+
+    def close(self) -> None:
+        """End the workers."""
+        self.batches.close()
