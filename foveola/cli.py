@@ -174,6 +174,7 @@ def _pretrain(arguments: list[str]) -> None:
 def _evaluate(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
     from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
+    from foveola.evaluation.result import Result
 
     known = ", ".join(PROTOCOLS)
     usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
@@ -198,11 +199,16 @@ def _evaluate(arguments: list[str]) -> None:
     from foveola import distributed
 
     with distributed.joined(places.pop("device") or "auto") as device:
-        results = evaluate_all(model, chosen, device=device, **places, **settings)
-        if distributed.is_main():
-            print("\n\n".join(result.table() for result in results.values()))
-            if not any(result.written for result in results.values()):
-                print("not written to a file: out=FOLDER keeps the results, for foveola compare")
+        shown: list[str] = []
+
+        def show(result: Result) -> None:
+            if distributed.is_main():
+                print("\n" * bool(shown) + result.table(), flush=True)
+            shown.append(result.protocol)
+
+        results = evaluate_all(model, chosen, device=device, show=show, **places, **settings)
+        if distributed.is_main() and not any(result.written for result in results.values()):
+            print("not written to a file: out=FOLDER keeps the results, for foveola compare")
 
 
 def _analyze(arguments: list[str]) -> None:

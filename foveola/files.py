@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from foveola.config import UserError
+
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 
 
@@ -35,6 +37,20 @@ def whole(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):  # the disk may be the reason
             part.unlink(missing_ok=True)
         raise
+
+
+def check_place(folder: str | Path, remedy: str) -> None:
+    """Raise UserError, before any work is done for it, where no file can be written to `folder`.
+
+    Nothing is made: the nearest folder that exists must be one, and be open to writing.
+    """
+    place = Path(folder).expanduser()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place} is a file where a folder belongs: {remedy}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} cannot be written to: {remedy}")
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -4,7 +4,10 @@ A `Feed` belongs to one encoder. Protocols say what they need of a source (`want
 computes all of it from one reading of the pictures, or finds it on the disk.
 """
 
+import os
+import platform
 import shutil
+import sys
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -104,7 +107,7 @@ class Feed:
         self.encoder, self.progress = encoder, progress
         self.temporary = folder is None
         if folder is None:
-            folder = distributed.on_main(lambda: tempfile.mkdtemp(prefix="foveola-features-"))
+            folder = distributed.on_main(_temporary)
         self.folder = Path(str(folder)).expanduser()
         self.fingerprint = encoder.fingerprint()
         self.wanted: dict[Where, Need] = {}
@@ -154,6 +157,28 @@ class Feed:
             else:
                 names[kind] = f"{kind}-{need.layers}" if kind in ("token", "masked") else kind
         return names
+
+
+def _temporary() -> str:
+    """A new temporary folder; those of processes of this machine that were killed are removed."""
+    stem = f"foveola-features-{platform.node()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{stem}*"):
+        process = left.name.removeprefix(stem).partition("-")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{stem}{os.getpid()}-")
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":
+        return True  # asking there would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:

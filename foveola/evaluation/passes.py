@@ -2,12 +2,14 @@
 
 Every rank reads its contiguous share of the rows that are not finished. Row r of every array is the r-th
 chosen picture; a marker beside each array says which rows are finished, and is written after they are on the
-disk.
+disk. A checksum of each row tells when a file was damaged later: such rows are computed again.
 """
 
 import hashlib
 import json
 import shutil
+import sys
+import zlib
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,8 +26,9 @@ from foveola.evaluation.features import choose_pictures, facts_of_bad, share
 from foveola.evaluation.kinds import Need, shape_of
 from foveola.models.encoder import Encoder
 
-FORMAT = 2  # of the folder: another one is another key
+FORMAT = 3  # of the folder: another one is another key
 FLUSH_SECONDS = 20.0  # what a kill may cost
+CHUNK = 4096  # rows whose checksums are compared at once
 MISSING, READ, UNREADABLE = 0, 1, 2  # marks of a row
 COLUMNS: dict[str, tuple[str, Any]] = {
     "labels": ("<i8", -1),
@@ -99,6 +102,10 @@ class Pass:
         for kind, name in self.names.items():
             shapes[name] = (n, wide, *shape_of(self.encoder, kind, self.need))
             dtypes[name] = np.dtype("uint8" if kind == "maps" else self.config.store)
+        for name in shapes:
+            self._discard_damaged(name, shapes[name], dtypes[name])
+        for name, (kind, _) in COLUMNS.items():
+            self._discard_damaged(name, (n,), np.dtype(kind))
         new = [name for name in shapes if not (self.folder / f"{name}.done.npy").is_file()]
         size = sum(int(np.prod(shapes[name], dtype=np.int64)) * dtypes[name].itemsize for name in new)
         free = shutil.disk_usage(self.folder).free
@@ -110,13 +117,47 @@ class Pass:
         for name, (kind, empty) in COLUMNS.items():
             if not (self.folder / f"{name}.npy").is_file():
                 _save(self.folder / f"{name}.npy", np.full(n, empty, dtype=kind))
+                _save(self.folder / f"{name}.sums.npy", _sums(np.full(n, empty, dtype=kind)))
         for name in new:
             np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shapes[name])
+            _save(self.folder / f"{name}.sums.npy", np.zeros(n, np.uint32))
             _save(self.folder / f"{name}.done.npy", np.zeros(n, np.uint8))
         files.write_text(self.folder / "key.json", json.dumps(self.key, indent=2) + "\n")
-        for name, shape in shapes.items():
-            if self._map(name).shape != shape or self._map(f"{name}.done").shape != (n,):
-                raise UserError(f"{self.folder / name}.npy is not what it should be: remove the folder")
+        self._forget_damaged([name for name in shapes if name not in new])
+
+    def _discard_damaged(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Remove an array that is not of its shape and size (numpy would fill up a short one with zeros)."""
+        path = self.folder / f"{name}.npy"
+        beside = [self.folder / f"{name}.sums.npy"]
+        beside += [] if name in COLUMNS else [self.folder / f"{name}.done.npy"]
+        if not any(file.exists() for file in (path, *beside)):
+            return
+        wanted = {path: (shape, dtype)}
+        wanted |= {file: (shape[:1], np.dtype("u1" if "done" in file.name else "u4")) for file in beside}
+        if not all(_is_sound(file, *what) for file, what in wanted.items()):
+            self._say(f"{path} is damaged: computed again")
+            for file in wanted:
+                file.unlink(missing_ok=True)
+
+    def _forget_damaged(self, names: list[str]) -> None:
+        """Mark rows as missing whose bytes are not those that were written."""
+        columns = [name for name in COLUMNS if name == "labels" or "masked" in self.names]
+        marks = {name: self._map(f"{name}.done") for name in names}
+        damaged = np.zeros(len(self.chosen), bool)
+        for name in [*names, *(columns if names else ())]:
+            array, sums = self._map(name), self._map(f"{name}.sums")
+            read = marks[name] == READ if name in marks else np.ones(len(array), bool)
+            for start in range(0, len(array), CHUNK):
+                part = slice(start, start + CHUNK)
+                damaged[part] |= read[part] & (_sums(array[part]) != sums[part])
+        for mark in marks.values():
+            mark[damaged] = MISSING
+            mark.flush()
+        if damaged.any():
+            self._say(f"{int(damaged.sum())} rows in {self.folder} are damaged: computed again")
+
+    def _say(self, text: str) -> None:
+        print(f"features of {self.source.name}: {text}", file=sys.stderr, flush=True)
 
     def _map(self, name: str) -> np.memmap:
         path = self.folder / f"{name}.npy"
@@ -127,11 +168,12 @@ class Pass:
 
     def _compute(self, mine: Int64[np.ndarray, "t"], marks: dict[str, np.memmap]) -> None:
         arrays = {name: self._map(name) for name in [*self.names.values(), *COLUMNS]}
+        sums = {name: self._map(f"{name}.sums") for name in arrays}
         waiting: list[tuple[np.ndarray, int]] = []
         last = perf_counter()
 
         def commit() -> None:
-            for array in arrays.values():
+            for array in (*arrays.values(), *sums.values()):
                 array.flush()
             for rows, mark in waiting:
                 for marked in marks.values():
@@ -146,8 +188,10 @@ class Pass:
             for kind, name in self.names.items():
                 numbers = checked(found.kinds[kind], self.config.store, found.pictures, self.source)
                 arrays[name][where] = numbers.numpy()
+                sums[name][where] = _sums(numbers.numpy())
             for name, values in found.columns.items():
                 arrays[name][where] = values.numpy()
+                sums[name][where] = _sums(arrays[name][where])
             waiting += [(where, READ), (np.searchsorted(self.chosen, found.bad.numpy()), UNREADABLE)]
             if perf_counter() - last > FLUSH_SECONDS:
                 commit()
@@ -185,6 +229,28 @@ class Pass:
             "rows_reading_everything": int((readable == 1).sum()),
             "mean_readable": round(float(readable.mean(dtype=np.float64)), 4),
         }
+
+
+def _sums(rows: np.ndarray) -> np.ndarray:
+    """A checksum of each row."""
+    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
+
+
+def _is_sound(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether a file holds a whole array of that shape and type."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            header = read(file) if read else None
+            size = path.stat().st_size - file.tell()
+    except (OSError, ValueError):
+        return False
+    if header is None:
+        return False
+    found, fortran, kind = header
+    count = int(np.prod(shape, dtype=np.int64))
+    return (found, fortran, kind) == (shape, False, dtype) and size == count * dtype.itemsize
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from foveola import distributed
+from foveola import distributed, files
 from foveola.config import UserError, build, merge, nearest, to_dict
 from foveola.data.sources import Source, Split, as_source, notes_of
 from foveola.evaluation import (
@@ -33,6 +33,7 @@ from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import home_of, store
+from foveola.failures import told
 from foveola.models.encoder import Encoder, load
 
 
@@ -192,10 +193,13 @@ def evaluate_all(
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    show: Callable[[Result], None] = lambda _: None,
     **settings: Any,
 ) -> dict[str, Result]:
     """`evaluate` for several protocols, which share one pass of the encoder over the pictures where they can.
 
+    Each result is given to `show` as soon as it is there, also where it cannot be written or a later protocol
+    refuses. That results can be written is looked at before anything is computed.
     A setting counts for every protocol that knows it; `linear={"epochs": 5}` for that one alone. Raises
     UserError for a setting that none of them knows, and as `evaluate`.
     """
@@ -210,6 +214,9 @@ def evaluate_all(
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
+    if out is not None:
+        place = Path(out) / "results"
+        distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     results = {}
     storing = _storing(encoder, configs, queries, cache)
@@ -223,8 +230,12 @@ def evaluate_all(
             sources = (bank if PROTOCOLS[name].needs_train or name in learning else None, queries)
             reads = name in storing or name in learned
             results[name] = _measure(encoder, name, config, sources, progress, feed if reads else None)
-            if out is not None and distributed.is_main():
-                results[name] = store(results[name], out)
+            try:
+                if out is not None and distributed.is_main():
+                    with told(f"{name} is measured, but its result cannot be written to {out}"):
+                        results[name] = store(results[name], out)
+            finally:
+                show(results[name])
     finally:
         if feed is not None:
             feed.close()

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,31 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> "Result":
-        """The result that `save` wrote. Raises UserError for a file that holds none."""
+        """The result that `save` wrote, without keys that a newer version adds.
+
+        Raises UserError for a file that holds none.
+        """
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**tree, "notes": tuple(tree["notes"])})
-        except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
+            known = {each.name: tree[each.name] for each in fields(cls) if each.name in tree}
+            result = cls(**{**known, "notes": tuple(tree["notes"])})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} is no result of an evaluation: {error}") from error
+        if odd := result._odd():
+            raise UserError(f"{path} is no result of an evaluation: its {odd} is not what it should be")
+        return result
+
+    def _odd(self) -> str:
+        """The first part that is of another type than results have, or ""."""
+        trees = ("settings", "metrics", "data", "versions", "chosen", "grid")
+        found = [name for name in trees if not isinstance(getattr(self, name), dict)]
+        found += [
+            name for name in ("protocol", "encoder", "date") if not isinstance(getattr(self, name), str)
+        ]
+        numbers = [self.seconds, *(self.metrics.values() if isinstance(self.metrics, dict) else ())]
+        if not all(isinstance(number, int | float) for number in numbers):
+            found.append("metrics")
+        return found[0] if found else ""
 
     def table(self) -> str:
         """Aligned plain text: a line for each probe or metric with its interval, then notes."""

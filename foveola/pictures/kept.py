@@ -2,10 +2,24 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from foveola import files
+from foveola.config import UserError
 from foveola.data.sources import Source, stamp_of
+
+
+def home(run: Path) -> Path:
+    """Where what is measured of a run is kept: in it, or in the user's cache."""
+    own = run / "report"
+    try:
+        files.check_place(own, "")
+    except UserError:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "foveola" / "report" / key_of(str(run.resolve()))
+    return own
 
 
 def identity(source: Source) -> list[str]:

@@ -21,7 +21,7 @@ from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder, load
-from foveola.pictures.kept import identity, key_of, read_tree
+from foveola.pictures.kept import home, identity, key_of, read_tree
 from foveola.pictures.record import Record
 from foveola.pictures.request import Data, ReportConfig, each_sample
 
@@ -135,7 +135,7 @@ def measure(
         except UserError as error:
             notes.append(f"{label} was not measured: {error}")
             continue
-        folders = [folder / encoder.fingerprint() / own for folder in (record.folder / "report", *kept)]
+        folders = [folder / encoder.fingerprint() / own for folder in (home(record.folder), *kept)]
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
         share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)

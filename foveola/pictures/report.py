@@ -48,6 +48,7 @@ def report(
     path = Path(config.out) if config.out else records[0].folder / "report.html"
     if path.is_dir():
         raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
+    files.check_place(path.parent, "give another out= for the report")
     found: list[Findings] = []
     for record in records:
         if progress:

@@ -59,7 +59,7 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
         "pictures": config.pictures,
         "rows": rows,
     }
-    path = record.folder / "report" / trained.fingerprint() / f"pictures-{kept.key_of(about)}.html"
+    path = kept.home(record.folder) / trained.fingerprint() / f"pictures-{kept.key_of(about)}.html"
     text = kept.read(path)
     if text is None:
         both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}", device), "trained": trained}

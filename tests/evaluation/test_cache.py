@@ -218,11 +218,59 @@ def test_features_that_are_not_finite(encoder, pictures) -> None:
         Feed(encoder, None, progress=False).open(pictures, CONFIG, need("token"))
 
 
-def test_a_damaged_folder_is_named(encoder, pictures, tmp_path: Path) -> None:
-    store = Feed(encoder, tmp_path, progress=False).open(pictures, CONFIG, need("token"))
-    (store.folder / "token-1.npy").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"token-1.npy is damaged .*remove the folder"):
-        Feed(encoder, tmp_path, progress=False).open(pictures, CONFIG, need("token"))
+@pytest.mark.parametrize("how", ["shorter", "longer", "empty", "zeros", "one bit", "labels", "marks"])
+def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, capsys, how: str) -> None:
+    """A partial copy or a crash of the machine: numpy fills up a short file with zeros, and says nothing."""
+    wanted = need("token", "patches")
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        whole = feed.open(pictures, CONFIG, wanted)
+        features, labels = whole.take("patches").clone(), whole.column("labels").clone()
+    (folder,) = tmp_path.iterdir()
+    name = {"labels": "labels.npy", "marks": "patches.done.npy"}.get(how, "patches.npy")
+    data = bytearray((folder / name).read_bytes())
+    if how in ("shorter", "marks"):
+        data = data[: len(data) * 2 // 3]
+    elif how == "longer":
+        data += bytes(16)
+    elif how == "empty":
+        data.clear()
+    elif how == "zeros":
+        data[-1000:] = bytes(1000)
+    else:
+        data[-1 if how == "one bit" else -8] ^= 1  # the label is a little-endian number of 8 bytes
+    (folder / name).write_bytes(data)
+    capsys.readouterr()
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        again = feed.open(pictures, CONFIG, wanted)
+        assert torch.equal(again.take("patches"), features)
+        assert torch.equal(again.column("labels"), labels)
+        alone = {"zeros": 1, "one bit": 1, "labels": 1}.get(how, 13)  # rows
+        assert again.facts["computed"] == alone
+    assert capsys.readouterr().err.count("computed again") == 1
+    with Feed(encoder, tmp_path, progress=False) as feed:
+        assert feed.open(pictures, CONFIG, wanted).facts["computed"] == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_temporary_features_of_killed_processes_go(encoder, tmp_path: Path, monkeypatch) -> None:
+    import platform
+    import subprocess
+    import sys
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    for host, process in (
+        (platform.node(), ended.pid),
+        (platform.node(), os.getpid()),
+        ("elsewhere", ended.pid),
+    ):
+        (tmp_path / f"foveola-features-{host}-{process}-x").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    with Feed(encoder, progress=False) as feed:
+        now = {path.name for path in tmp_path.iterdir()} - {feed.folder.name}
+    assert before - now == {f"foveola-features-{here}-{ended.pid}-x"}
 
 
 def test_a_temporary_folder_ends_with_the_feed(encoder, pictures) -> None:
