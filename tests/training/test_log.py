@@ -3,10 +3,8 @@ import math
 import re
 
 import numpy as np
-import pytest
 
 from foveola import distributed
-from foveola.config import UserError
 from foveola.training import log as log_module
 from foveola.training.log import Log
 
@@ -75,10 +73,14 @@ def lines_up_to(folder, step) -> list[dict]:
     return [line for line in map(json.loads, whole) if line["step"] <= step]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\noops\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
-        open_log(tmp_path, start=3)
+def test_odd_lines_in_the_middle_are_left_out_and_said(tmp_path, capfd):
+    odd = b'{"step": 1}\noops\n[1]\n{"loss": 2}\n{"step": "x"}\n\xff\xfe\n{"step": 3}\n{"step": 4, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(odd)
+    open_log(tmp_path, start=3).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    said = f"{tmp_path}/metrics.jsonl: 5 lines that hold no metrics are left out, the first of them line 2"
+    assert said in capfd.readouterr().err
+    assert said in (tmp_path / "log.txt").read_text()
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capfd, monkeypatch):
