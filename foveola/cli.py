@@ -1,12 +1,13 @@
 """The command line: parse words, call the Python API, print what it returns."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
-from foveola.console import is_path, only, print_keys, print_table, split
+from foveola.console import Ended, ended_by_signals, is_path, only, print_keys, print_table, split
 from foveola.failures import explain
 
 USAGE = """\
@@ -93,10 +94,14 @@ DEMO = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake in what was asked or a
-    fault of the machine, 130 interrupted."""
+    """Run a command; returns the exit code.
+
+    0: done; 2: a mistake in what was asked, or a fault of the machine; 130: interrupted; 128 + n: ended by
+    signal n.
+    """
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+        with ended_by_signals():
+            return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
             raise
@@ -104,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("foveola: interrupted", file=sys.stderr)
         return 130
+    except Ended as told:
+        print(f"foveola: ended by {signal.Signals(told.args[0]).name}", file=sys.stderr)
+        return 128 + told.args[0]
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

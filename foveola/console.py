@@ -1,9 +1,12 @@
-"""Words of a command line, and aligned columns on a terminal; what every command of `cli` shares."""
+"""What every command of `cli` shares: words of a command line, aligned columns, and an end by a signal."""
 
 import shutil
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +74,27 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
         lines = textwrap.wrap(last, max(room, 30)) or [""]
         print((start + ("\n" + " " * indent).join(lines)).rstrip())
+
+
+class Ended(BaseException):
+    """A signal that ends the process: on the way out files are closed, and temporary folders removed."""
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind a command as Ctrl-C does. Training answers them itself, with a checkpoint."""
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
