@@ -13,6 +13,7 @@ import pytest
 from foveola import cli
 
 TINY = """
+base: demo
 data: "scenes:?size=32&count=64"
 duration: 4 steps
 batch_size: 16
@@ -26,7 +27,7 @@ KNN = "rows=objects view=object workers=0 limit=24 k=[5]"
 COMMANDS = {
     "pretrain": "pretrain tiny.yaml out={run} duration='5 steps'",
     "again": "pretrain tiny.yaml out={run}",
-    "evaluate": f"evaluate knn model={{run}} train={{data}} test={{data}} device=cpu exclude_self=true {KNN}",
+    "evaluate": f"evaluate knn model={{run}} train={{data}} test={{data}} device=cpu {KNN}",
     "visualize": "visualize attention model={run} data={data} device=cpu count=2 out=drawn",
     "analyze": "analyze attention model={run} data={data} device=cpu limit=4 out=analysed",
     "export": "export {run} out=exported format=torch",
@@ -91,7 +92,6 @@ CASES: list[tuple[str, Callable[[Path], None], str, str]] = [
     *((name, how, CONFIG, "") for name in READERS for how in (cut, noise, gone)),
     *(("again", how, STATE, "") for how in (cut, noise, gone, folder_instead)),
     *(("again", how, "run/config.yaml", "") for how in (noise, folder_instead)),
-    ("again", folder_instead, "run/metrics.jsonl", ""),
     ("again", file_instead, "run", ""),
     ("again", gone, "run/checkpoints", ""),
     *(("report", how, "run/config.yaml", "") for how in (noise, gone, folder_instead)),

@@ -233,7 +233,7 @@ class Pass:
 
 def _sums(rows: np.ndarray) -> np.ndarray:
     """A checksum of each row."""
-    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
+    return np.array([zlib.crc32(np.ascontiguousarray(row).data) for row in rows], np.uint32)
 
 
 def _is_sound(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
