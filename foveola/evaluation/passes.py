@@ -5,8 +5,10 @@ chosen picture; a marker beside each array says which rows are finished, and is 
 disk. A checksum of each row tells when a file was damaged later: such rows are computed again.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import zlib
@@ -95,7 +97,7 @@ class Pass:
         return self._facts(len(missing))
 
     def _prepare(self) -> None:
-        """Empty arrays of the right size where there are none (sparse files: the disk fills as rows come)."""
+        """Empty arrays of the right size where there are none, and those that are damaged anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         n, wide = len(self.chosen), 1 + self.views
         shapes, dtypes = {}, {}
@@ -120,6 +122,7 @@ class Pass:
                 _save(self.folder / f"{name}.sums.npy", _sums(np.full(n, empty, dtype=kind)))
         for name in new:
             np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shapes[name])
+            _take_room(self.folder / f"{name}.npy")
             _save(self.folder / f"{name}.sums.npy", np.zeros(n, np.uint32))
             _save(self.folder / f"{name}.done.npy", np.zeros(n, np.uint8))
         files.write_text(self.folder / "key.json", json.dumps(self.key, indent=2) + "\n")
@@ -251,6 +254,18 @@ def _is_sound(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
     found, fortran, kind = header
     count = int(np.prod(shape, dtype=np.int64))
     return (found, fortran, kind) == (shape, False, dtype) and size == count * dtype.itemsize
+
+
+def _take_room(path: Path) -> None:
+    """Take the room on the disk that a file will need: a disk that fills up under a map kills the process."""
+    if sys.platform != "linux":
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else a file system that cannot
+                raise
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,16 +134,16 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _lines(path: Path) -> list[Line]:
     """The metrics by step; lines of one step (training and evaluation) are laid together."""
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     steps: dict[int, Line] = {}
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(texts):  # torn by an interruption
-                break
-            raise UserError(f"{path}, line {number}: no metrics; repair the line or remove it") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(texts):  # the last one may be torn by an interruption
+                print(f"report: {path}, line {number}: no metrics, left out", file=sys.stderr, flush=True)
+            continue
         numbers = {name: value for name, value in line.items() if value is None or _is_number(value)}
         steps[step] = steps.get(step, {}) | numbers
     return [steps[step] for step in sorted(steps)]

@@ -2,7 +2,11 @@
 
 import dataclasses
 import os
+import platform
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -252,20 +256,30 @@ def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, c
     assert capsys.readouterr().err == ""
 
 
-def test_temporary_features_of_killed_processes_go(encoder, tmp_path: Path, monkeypatch) -> None:
-    import platform
-    import subprocess
-    import sys
-    import tempfile
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are sparse")
+def test_the_disk_has_given_its_room_before_anything_is_computed(
+    encoder, pictures, tmp_path: Path, monkeypatch
+) -> None:
+    """A disk that fills up under a memory map ends the process by SIGBUS, without a word."""
+    seen: list[int] = []
 
+    def stopped(self, mine, marks):
+        file = (self.folder / "patches.npy").stat()
+        seen.append(file.st_blocks * 512 - file.st_size)
+        raise UserError("enough")
+
+    monkeypatch.setattr(passes.Pass, "_compute", stopped)
+    with Feed(encoder, tmp_path, progress=False) as feed, pytest.raises(UserError, match="enough"):
+        feed.open(pictures, CONFIG, need("patches"))
+    assert seen[0] >= 0
+
+
+def test_temporary_features_of_killed_processes_go(encoder, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    for host, process in (
-        (platform.node(), ended.pid),
-        (platform.node(), os.getpid()),
-        ("elsewhere", ended.pid),
-    ):
+    here = platform.node()
+    for host, process in ((here, ended.pid), (here, os.getpid()), ("elsewhere", ended.pid)):
         (tmp_path / f"foveola-features-{host}-{process}-x").mkdir()
     before = {path.name for path in tmp_path.iterdir()}
     with Feed(encoder, progress=False) as feed:

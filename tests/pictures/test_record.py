@@ -38,10 +38,11 @@ def test_words_among_numbers_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", '{"loss": 1}', '{"step": "x"}'])
-def test_a_damaged_line_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_line_is_left_out_and_named(tmp_path: Path, capsys, text: str) -> None:
     run = folder(tmp_path / "run", "{}", line(1), text, line(2))
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: no metrics"):
-        read_runs([run])
+    (record,) = read_runs([run])
+    assert record.lines == [{"step": 1}, {"step": 2}]
+    assert capsys.readouterr().err == f"report: {run}/metrics.jsonl, line 2: no metrics, left out\n"
 
 
 def test_length_of_the_run(tmp_path: Path) -> None:
