@@ -16,9 +16,16 @@ from foveola.data.sources import Source
 from foveola.evaluation.banks import Bank, choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.kinds import ATTENTION, EXTERNAL, need
-from foveola.evaluation.linear import BatchNorm, LinearBank, length_of, need_of
+from foveola.evaluation.linear import BatchNorm, LinearBank, need_of
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.probing import Columns, ProbeConfig, batches, open_task
+from foveola.evaluation.probing import (
+    Columns,
+    ProbeConfig,
+    batches,
+    length_of,
+    note_training,
+    open_task,
+)
 from foveola.evaluation.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
 from foveola.models.encoder import Encoder
 
@@ -217,10 +224,17 @@ def run(
     exp of it is the number of patches that a picture's vector is made of.
     """
     wanted = needs(config, encoder)
-    task = open_task(feed, train, test, config, wanted, encoder.device)
+    task = open_task(feed, train, test, config, wanted, encoder.device, len(config.lr))
     columns = Columns(task.train, task.fit, wanted, task.device, config.views)
     config = config.sized(len(task.fit))
-    batch, each, steps = length_of(len(task.fit), config.batch or 1, config.epochs, None)
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, None)
+    batch, each, steps = length
+    note_training(task, length, config.views, None)
+    if config.attention:
+        task.notes.append(
+            "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); the "
+            "code of Selective Aggregation has it the other way round"
+        )
     task.notes.append(f"{config.optimizer} with batches of {batch} pictures")
     learned, fixed = _banks(encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task)
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)

@@ -16,9 +16,17 @@ from foveola.evaluation.banks import Bank, choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.cae import CaeBank
 from foveola.evaluation.kinds import need
-from foveola.evaluation.linear import length_of
+from foveola.evaluation.linear import PUBLISHED
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.probing import Columns, ProbeConfig, Task, batches, open_task
+from foveola.evaluation.probing import (
+    Columns,
+    ProbeConfig,
+    Task,
+    batches,
+    length_of,
+    note_training,
+    open_task,
+)
 from foveola.evaluation.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.models.encoder import Encoder
 
@@ -135,7 +143,6 @@ STYLES: dict[str, dict[str, Any]] = {
         "lr": RATES,
         "weight_decay": (5e-4, 1e-3, 5e-2),
         "batch": 1024,
-        "iterations": 12500,
         "warmup": 0.1,
     },
     "cae": {"lr": (0.4,), "weight_decay": (0.0,), "batch": 8192, "epochs": 90, "warmup": 1 / 9},
@@ -157,7 +164,9 @@ class AttentiveConfig(ProbeConfig):
         None, "style=capi: weight decays to try; CAE has none", at_least=0
     )
     batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
-    iterations: int | None = key(None, "steps of training, instead of epochs", at_least=1)
+    iterations: int | None = key(
+        None, "steps of training, instead of epochs; capi: null = 12,500, at most 100 passes", at_least=1
+    )
     epochs: int | None = key(None, "passes over the training pictures", at_least=1)
     warmup: float | None = key(
         None, "share of the training over which learning rates rise", at_least=0, at_most=1
@@ -199,18 +208,35 @@ def run(
     The chosen probe is scored as it was trained, on the rows that were not held out.
     """
     wanted = needs(config, encoder)
-    task = open_task(feed, train, test, config, wanted, encoder.device)
+    first = config.resolved(1)
+    candidates = len(first.lr or ()) * len(first.weight_decay or ())
+    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
     columns = Columns(task.train, task.fit, wanted, task.device, config.views)
     config = config.resolved(len(task.fit))
-    batch, _, steps = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations)
+    published = PUBLISHED if config.style == "capi" and config.epochs is config.iterations is None else None
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+    batch, _, steps = length
+    note_training(task, length, config.views, published)
     if config.style == "cae" and batch < STYLES["cae"]["batch"]:
         task.notes.append(f"cae: batches of {batch} pictures")
     width = task.train.take("patches", slice(1)).shape[2]
-    banks = [_bank(config, heads, width, batch, task) for heads in config.heads]
+    banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
     drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
     schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
     train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, progress)
     return choose_and_score(banks, task, wanted, config.seed)
+
+
+def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:
+    """Each number of heads once: null may be one that is listed, too."""
+    found: dict[int, int | None] = {}
+    for each in heads:
+        count = max(1, width // 64) if each is None else each
+        if count in found:
+            task.notes.append(f"heads: null is {count} here, measured once")
+        else:
+            found[count] = each
+    return list(found.values())
 
 
 def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> Bank:

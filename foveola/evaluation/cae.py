@@ -67,7 +67,7 @@ class CaeBank:
             "bias": filled(0.0, classes),
         }
         self.key_shift = filled(0.0)
-        self.norm = BatchNorm(count, width, device)
+        self.norm = BatchNorm(count, width, device, eps=1e-5)  # CAE's, of torch
         self.optimizer = Sgd(list(self.trained.values()), rates.to(device))
         self.settings: list[dict[str, Any]] = [{"lr": lr, "heads": heads} for lr in rates.tolist()]
         everything = [*self.trained.values(), self.key_shift]

@@ -60,6 +60,16 @@ def attend(
     return torch.cat(found)
 
 
+def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
+    """Class shares of the pixels of each patch that have a class: those without one count nowhere.
+
+    As shares of all pixels they would be small in a patch that is partly void, and its neighbours would win
+    its pixels.
+    """
+    counts = counts.float()
+    return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def label_pixels(
     shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
 ) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
@@ -120,7 +130,7 @@ def run(
 
     Metrics, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
     `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
-    perfect class shares of every patch would get.
+    perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
     """
     train, test, classes = pixel_sources(train, test)
     began = perf_counter()
@@ -141,7 +151,7 @@ def run(
         truth = batch.originals or tuple(batch.maps)
         images.append(batch.pictures)
         own = label_counts(patch_pixels(batch.maps, encoder.patch_size).flatten(0, 1), len(classes))[:, :-1]
-        areas["ceiling"] += _compare(own.float() / pixels, passing.grid, truth, len(classes))
+        areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
         for b, bank in enumerate(banks):
             s, i = nearest(batch.features.flatten(0, 1), bank.features, max(config.k), device=encoder.device)
             for k in config.k:
@@ -260,8 +270,8 @@ def _metrics(
     def miou(setting: Any) -> float:
         return float(mean_iou(areas[setting].sum(dim=0).numpy(), config.absent))
 
-    ceiling = miou("ceiling")
-    if np.isnan(ceiling):
+    known = miou("ceiling")
+    if np.isnan(known):
         raise UserError("no pixel of test has a class: nothing can be compared")
     metrics: dict[str, float] = {}
     best_of: list[int] = []
@@ -276,4 +286,6 @@ def _metrics(
         metrics |= {f"best_k{end}": float(best), **{f"miou{end}_k{k}": means[k] for k in config.k}}
         if len(own) > 1:
             metrics[f"miou{end}_sd"] = float(np.std([miou((b, best)) for b in own], ddof=1))
+    # What was reached can be reached: enlarged, other shares may do better at borders than the true ones.
+    ceiling = max(known, *(miou((b, k)) for b in range(len(banks)) for k in config.k))
     return metrics | {"miou_ceiling": ceiling}, named_iou(areas[0, best_of[0]], classes)

@@ -1,7 +1,9 @@
 """Encoder x source -> rows of features: pictures or objects, with and without masks, in a fixed order."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from foveola.data.sources import Source, decode
 from foveola.evaluation.rows import PARCEL, ExtractConfig, Pictures, Rows, join
 from foveola.models.encoder import Encoder
 
+SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
 MAX_BAD = 0.01  # share of unreadable pictures above which a number would not be what it says
 
 
@@ -251,7 +254,7 @@ def _as_is(item: Any) -> Any:
 
 
 def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
-    """Iterate with a progress bar on standard error, where somebody is looking."""
+    """Iterate with a progress bar on standard error; without a terminal, with a line there every minute."""
     if not progress or not distributed.is_main():
         yield from items
         return
@@ -259,7 +262,15 @@ def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
+    if console.is_terminal:
+        yield from track(items, label, total, console=console, transient=True)
+        return
+    began = said = monotonic()
+    for done, item in enumerate(items):
+        if monotonic() - said >= SAY_SECONDS:
+            said = monotonic()
+            print(f"{label}: {done} of {total} in {(said - began) / 60:.0f} min", file=sys.stderr, flush=True)
+        yield item
 
 
 def facts_of_bad(bad: Int64[Tensor, "b"], pictures: int, source: Source) -> dict[str, Any]:

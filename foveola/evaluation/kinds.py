@@ -64,11 +64,9 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
             kind in ("token", "masked", "attention", "lowest_entropy")
             and not encoder.config.model.class_token
         ):
-            raise UserError(
-                f"features {kind}: this encoder has no class token; use average, centre or patches"
-            )
+            raise UserError(f"features={kind}: this encoder has no class token; use average or centre")
         if kind == "predictor" and encoder.predictor is None:
-            raise UserError(f"features predictor: this encoder has {', '.join(encoder.config.pools)}")
+            raise UserError(f"features=predictor: this encoder has {', '.join(encoder.config.pools)}")
 
 
 def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from foveola.evaluation.banks import choose_and_score, train_banks
 from foveola.evaluation.cache import Feed, Need
 from foveola.evaluation.kinds import EXTERNAL, need
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.probing import Columns, ProbeConfig, batches, open_task, per_epoch
+from foveola.evaluation.probing import Columns, ProbeConfig, batches, length_of, note_training, open_task
 from foveola.evaluation.solvers import (
     OPTIMIZERS,
     Factor,
@@ -162,6 +162,7 @@ def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Flo
 
 # -- protocol ------------------------------------------------------------------------------------------------
 
+PUBLISHED = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -176,7 +177,11 @@ class LinearConfig(ProbeConfig):
     lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
     batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
     epochs: int | None = key(None, "passes over the training pictures", at_least=1)
-    iterations: int | None = key(None, "steps of training, instead of epochs", at_least=1)
+    iterations: int | None = key(
+        None,
+        "steps of training, instead of epochs; dinov2: null = 12,500, at most 100 passes",
+        at_least=1,
+    )
     masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
     norm_batch: int = key(2048, "style=mae: pictures whose statistics normalise them", at_least=2)
 
@@ -196,7 +201,7 @@ class LinearConfig(ProbeConfig):
             several = ("average",)
         styles: dict[str, dict[str, Any]] = {
             "dino": {"features": several, "lr": (*RATES, 0.2, 0.5), "batch": 1024, "epochs": 100},
-            "dinov2": {"features": several, "lr": RATES, "batch": 1024, "iterations": 12500},
+            "dinov2": {"features": several, "lr": RATES, "batch": 1024},
             "mae": {"features": several[:1], "lr": (0.1,), "batch": 16384, "epochs": 90},
         }
         defaults = styles[self.style]
@@ -213,13 +218,6 @@ def needs(config: LinearConfig, encoder: Encoder) -> Need:
     return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
 
 
-def length_of(rows: int, batch: int, epochs: int | None, iterations: int | None) -> tuple[int, int, int]:
-    """(batch, steps of an epoch, steps of training), with a batch of at most all rows."""
-    batch = min(batch, rows)
-    each = per_epoch(rows, batch)
-    return batch, each, iterations if iterations is not None else each * (epochs or 1)
-
-
 def run(
     encoder: Encoder, train: Source, test: Source, config: LinearConfig, progress: bool, feed: Feed
 ) -> Outcome:
@@ -232,14 +230,24 @@ def run(
     config = config.resolved(encoder)
     features, rates = config.features or (), config.lr or ()
     wanted = needs(config, encoder)
-    task = open_task(feed, train, test, config, wanted, encoder.device)
+    mae = config.style == "mae"  # which reports each feature by itself
+    candidates = len(rates) * (1 if mae else len(features))
+    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
     columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-    batch, each, steps = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations)
+    published = PUBLISHED if config.style == "dinov2" and config.epochs is config.iterations is None else None
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+    batch, each, steps = length
+    note_training(task, length, config.views, published)
+    if mae:
+        task.notes.append(
+            f"style=mae: BatchNorm over {min(batch, config.norm_batch)} pictures (MAE: 512), measured after "
+            "the last epoch (MAE: the best)"
+        )
     if batch < (config.batch or 1):
         task.notes.append(
             f"train: {batch} pictures are one batch, less than the {config.batch} of the setting"
         )
-    mae, one = config.style == "mae", columns.take(torch.arange(1), 1 if config.views else 0)
+    one = columns.take(torch.arange(1), 1 if config.views else 0)
     banks = [
         LinearBank(
             each_feature,

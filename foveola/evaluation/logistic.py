@@ -17,6 +17,7 @@ from foveola.data.sources import Source
 from foveola.evaluation.answers import Answers
 from foveola.evaluation.banks import Judged, judged, note_choice, scored
 from foveola.evaluation.cache import Feed, Need
+from foveola.evaluation.features import show
 from foveola.evaluation.linear import assemble, need_of
 from foveola.evaluation.metrics import Outcome, percent
 from foveola.evaluation.probing import ProbeConfig, Task, open_task
@@ -25,6 +26,9 @@ from foveola.models.encoder import Encoder
 CHUNK = 2**24  # logits in memory at a time: 128 MiB in float64
 STALLED = 20  # iterations that must together lower the loss, by more than this share of it:
 FLAT = 1e-10
+SCALE = (
+    1e4  # of the objective inside L-BFGS: torch forgets curvatures below an absolute 1e-10, near the end all
+)
 
 # -- core ----------------------------------------------------------------------------------------------------
 
@@ -59,7 +63,7 @@ def fit(
     start: LogisticModel | None = None,
     max_iterations: int = 1000,
     tolerance: float = 1e-12,
-    history: int = 5,
+    history: int = 20,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> LogisticModel:
@@ -111,7 +115,7 @@ def _minimise(
         leaves,
         max_iter=STALLED,
         max_eval=20 * STALLED,
-        tolerance_grad=tolerance,
+        tolerance_grad=SCALE * tolerance,
         tolerance_change=0.0,
         history_size=history,
         line_search_fn="strong_wolfe",
@@ -120,8 +124,8 @@ def _minimise(
     def closure() -> Tensor:
         loss, *gradients = objective()
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
-        return loss
+            leaf.grad = SCALE * gradient
+        return SCALE * loss
 
     done, before = 0, torch.inf
     while done < max_iterations:
@@ -176,6 +180,7 @@ def path(
     values: Sequence[float],
     *,
     start: LogisticModel | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> list[LogisticModel]:
     """`fit` for each of `values`, from the smallest C to the largest, each from where the last one ended.
@@ -183,7 +188,8 @@ def path(
     The models are in the order of `values`. `settings` are those of `fit`; each of `values` counts once.
     """
     models: dict[float, LogisticModel] = {}
-    for c in sorted(set(values)):
+    ordered = sorted(set(values))
+    for c in show(ordered, len(ordered), "logistic regression", progress):
         start = models[c] = fit(x, y, classes, c, start=start, **settings)
     return [models[c] for c in values]
 
@@ -205,7 +211,11 @@ def standardiser(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "D"], Float[Ten
 class LogisticConfig(ProbeConfig):
     """Settings of `logistic`. Defaults: DINOv2."""
 
-    features: str = key("token", "what is classified: token, token4, average, token+average, ...")
+    features: str | None = key(
+        None,
+        "what is classified: token, token4, average, token+average, ...; null = token, and average of an "
+        "encoder without one",
+    )
     values: int = key(45, "how many values of C to try, 10^-6 to 10^5 in equal ratios", at_least=2)
     c: tuple[float, ...] | None = key(None, "the values of C to try, instead", above=0)
     iterations: int = key(1000, "L-BFGS iterations of each C at most", at_least=1)
@@ -226,9 +236,14 @@ class LogisticConfig(ProbeConfig):
         return sorted(self.c) if self.c else (10 ** torch.linspace(-6, 5, self.values).double()).tolist()
 
 
+def features_of(config: LogisticConfig, encoder: Encoder) -> str:
+    """What is classified."""
+    return config.features or ("token" if encoder.config.model.class_token else "average")
+
+
 def needs(config: LogisticConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads."""
-    return need_of((config.features,), config.masks)
+    return need_of((features_of(config, encoder),), config.masks)
 
 
 def run(
@@ -239,8 +254,8 @@ def run(
     Metrics in percent of group `logistic`: as of `linear`; the grid's `test` is of models before the refit.
     """
     wanted = needs(config, encoder)
-    task = open_task(feed, train, test, config, wanted, encoder.device)
     values = config.grid
+    task = open_task(feed, train, test, config, wanted, encoder.device, len(values))
     settings = {
         "max_iterations": config.iterations,
         "tolerance": config.tolerance,
@@ -256,12 +271,14 @@ def run(
             "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
         }[part]
         x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
-        return assemble(x, config.features, config.masks)
+        return assemble(x, features_of(config, encoder), config.masks)
 
     x, test_x = rows("fit"), rows("score")
     mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))
     test_x = (test_x - mean) / scale
-    models = path((x - mean) / scale, task.labels[task.fit], task.classes, values, **settings)
+    models = path(
+        (x - mean) / scale, task.labels[task.fit], task.classes, values, progress=progress, **settings
+    )
     on_test = [_judged(model, test_x, task.answers).right[0] for model in models]
     grid: list[dict[str, Any]] = [
         {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}

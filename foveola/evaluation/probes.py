@@ -57,7 +57,6 @@ def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, Part]:
     shared: dict[str, Any] = {name: getattr(config, name) for name in ProbeConfig.__dataclass_fields__}
     once: dict[str, Any] = {**shared, "views": 0}
     reading: dict[str, Any] = {name: v for name, v in once.items() if name not in ("holdout", "views")}
-    token = encoder.config.model.class_token
     length: dict[str, Any] = {"epochs": config.epochs, "batch": config.batch}
     parts: dict[str, Part] = {}
     for name in config.run:
@@ -65,9 +64,7 @@ def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, Part]:
             settings = knn.KnnConfig(**reading, masks=False, k=config.k)
             parts[name] = Part(settings, knn.run, knn.needs(settings, encoder) or Need(frozenset()))
         elif name == "logistic":
-            settings = logistic.LogisticConfig(
-                **once, values=config.values, features="token" if token else "average"
-            )
+            settings = logistic.LogisticConfig(**once, values=config.values)
             parts[name] = Part(settings, logistic.run, logistic.needs(settings, encoder))
         elif name == "linear":
             settings = linear.LinearConfig(**shared, **length)

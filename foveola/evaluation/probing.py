@@ -5,7 +5,7 @@ scored (test) never mix. Test labels are read once everything is trained and cho
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from foveola.data.sources import Source, same_data
 from foveola.evaluation.answers import Answers, answers_of, shared_labels
 from foveola.evaluation.cache import Feed, FeedConfig, Need, Store
 
+HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
+EPOCHS = 100  # passes over the training images after which a published number of steps ends at the latest
 PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
 
 
@@ -25,9 +27,10 @@ PRELOAD = 2**31  # bytes of features up to which they are kept on the device; be
 class ProbeConfig(FeedConfig):
     """Settings that all trained probes share."""
 
-    holdout: float = key(
-        0.1,
-        "share of the training pictures that chooses among a grid's probes; 0 = the test set does",
+    holdout: float | None = key(
+        None,
+        "share of the training pictures that chooses among a grid's probes; 0 = the test set does; "
+        "null = 0.1 where there is a choice",
         at_least=0,
         below=1,
     )
@@ -55,12 +58,14 @@ class Task:
     classes: int
     device: torch.device
     notes: list[str]
+    training: dict[str, int] = field(default_factory=dict)  # batch, steps and passes, of trained probes
 
     @property
     def facts(self) -> dict[str, Any]:
         """Facts about both sets, for the result."""
         rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(self.score)}
-        return {"train": self.train.facts, "test": self.test.facts, "split": rows}
+        trained = {"training": self.training} if self.training else {}
+        return {"train": self.train.facts, "test": self.test.facts, "split": rows, **trained}
 
     @property
     def held(self) -> Answers:
@@ -69,10 +74,17 @@ class Task:
 
 
 def open_task(
-    feed: Feed, train: Source, test: Source, config: ProbeConfig, need: Need, device: torch.device
+    feed: Feed,
+    train: Source,
+    test: Source,
+    config: ProbeConfig,
+    need: Need,
+    device: torch.device,
+    candidates: int,
 ) -> Task:
     """Stores of both sources with what is needed, and the split. Raises UserError where they are one set.
 
+    A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
     Also for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
     """
     if same_data(train, test):
@@ -90,10 +102,12 @@ def open_task(
         raise UserError(f"{train.name}: labels of {len(present)} class; a probe needs two or more")
     if len(present) < classes:
         notes.append(f"train: {classes - len(present)} of {classes} classes have no picture")
-    fit, hold = held_out(rows, config.holdout, config.seed)
-    if not len(fit):
+    share = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
+    fit, hold = held_out(rows, share, config.seed, labels[rows])
+    if share and not len(hold):
         raise UserError(
-            f"{train.name}: {len(rows)} labelled pictures are too few for holdout={config.holdout}"
+            f"{train.name}: no class has two labelled pictures, so none can be held out to choose among "
+            f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
         )
     right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
     answers = answers_of(test, train, right, queries.pictures[score], classes)
@@ -110,15 +124,67 @@ def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
 
 
 def held_out(
-    rows: Int64[Tensor, "r"], share: float, seed: int
+    rows: Int64[Tensor, "r"], share: float, seed: int, labels: Int64[Tensor, "r"] | None = None
 ) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
     """`rows` in two, ascending: those that train, and a drawn `share` that chooses.
 
-    At least one row is held out where share > 0.
+    At least one row is held out where share > 0, as long as one can be spared. With `labels` each class gives
+    its share, as evenly as whole rows allow, and keeps one row at least: a class that nothing trains could
+    only be wrong. Rows of one class without.
     """
     count = max(1, int(share * len(rows))) if share else 0
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))
-    return rows[order[count:].sort().values], rows[order[:count].sort().values]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    _, number, sizes = np.unique(
+        np.zeros(len(rows), np.int64) if labels is None else labels.numpy(),
+        return_inverse=True,
+        return_counts=True,
+    )
+    # The j-th drawn row of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
+    # all holds nearly the same share of every class.
+    of = number[order]
+    by_class = np.argsort(of, kind="stable")
+    place = np.empty(len(rows), np.int64)
+    place[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    at = (place + rng.random(len(sizes))[of]) / sizes[of]
+    spared = np.argsort(np.where(place < sizes[of] - 1, at, np.inf), kind="stable")
+    hold = order[spared[: min(count, len(rows) - len(sizes))]]
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    held[torch.from_numpy(hold)] = True
+    return rows[~held], rows[held]
+
+
+def length_of(
+    rows: int, batch: int, epochs: int | None, iterations: int | None, published: int | None = None
+) -> tuple[int, int, int]:
+    """(batch, steps of an epoch, steps of training), with a batch of at most all rows.
+
+    `published` steps, where neither epochs nor iterations are asked for, are of ImageNet: on a smaller set
+    training ends after `EPOCHS` passes (DINO's length), which from 128,000 images with batches of 1024 on are
+    more than DINOv2's 12,500 steps.
+    """
+    batch = min(batch, rows)
+    each = per_epoch(rows, batch)
+    if iterations is not None:
+        return batch, each, iterations
+    if epochs is None and published is not None:
+        return batch, each, min(published, EPOCHS * each)
+    return batch, each, each * (epochs or 1)
+
+
+def note_training(task: Task, length: tuple[int, int, int], views: int, published: int | None) -> None:
+    """Keep batch and steps with the task's facts, and say what is not as published: length, augmentation."""
+    batch, each, steps = length
+    task.training.update(batch=batch, steps=steps, epochs=-(-steps // each))
+    if published is not None and steps < published:
+        task.notes.append(
+            f"{steps:,} steps, {task.training['epochs']} passes over {len(task.fit)} pictures; published: "
+            f"{published:,}, for ImageNet (iterations= or epochs= set another length)"
+        )
+    if not views:
+        task.notes.append("trained on the evaluation view; published probes train on random crops (views=)")
+    elif views < task.training["epochs"]:
+        task.notes.append(f"trained on {views} crops of each picture in turn; published: new ones each epoch")
 
 
 # -- features by batch ---------------------------------------------------------------------------------------

@@ -299,8 +299,11 @@ def _want(feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, tes
         if name != "probes" and needs and (need := needs(config, encoder)):
             wanted = [(getattr(config, "views", 0), need)]
         for views, need in wanted:
-            feed.want(train, config, need, views)
-            feed.want(test, config, need)
+            try:
+                feed.want(train, config, need, views)
+                feed.want(test, config, need)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
 
 
 def _measure(

@@ -13,8 +13,7 @@ from foveola.evaluation.answers import Answers
 from foveola.evaluation.banks import Judged, judge, train_banks
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.kinds import lowest_entropy, need
-from foveola.evaluation.linear import length_of
-from foveola.evaluation.probing import Columns, batches, held_out
+from foveola.evaluation.probing import HOLDOUT, Columns, batches, held_out, length_of
 from foveola.evaluation.solvers import warm_cosine
 from foveola.models.encoder import Encoder
 
@@ -169,7 +168,7 @@ def learn_weights(
     epochs: int,
     progress: bool,
 ) -> Scores:
-    """AbMILP (Selective Aggregation) trained to classify `train`, all but a tenth, which chooses the `lr`.
+    """AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several `lr`.
 
     Other settings are those of the protocol `abmilp`. Raises UserError for fewer than two classes.
     """
@@ -179,7 +178,7 @@ def learn_weights(
     rows = torch.nonzero(labels >= 0).flatten()
     if len(torch.unique(labels[rows])) < 2:
         raise UserError(f"{train.name}: abmilp learns from pictures of two or more classes")
-    fit, hold = held_out(rows, 0.1, config.seed)
+    fit, hold = held_out(rows, HOLDOUT * (len(lr) > 1), config.seed, labels[rows])
     settings = AbmilpConfig(epochs=epochs, lr=lr).sized(len(fit))
     batch, each, steps = length_of(len(fit), settings.batch or 1, epochs, None)
     bank = AbmilpBank(

@@ -127,7 +127,7 @@ class LogisticSegmentationConfig(PatchSegmentationConfig):
         above=0,
     )
     max_iterations: int = key(1000, "iterations of L-BFGS for each C", at_least=1)
-    tolerance: float = key(1e-12, "L-BFGS stops where no gradient, or no change, is larger", above=0)
+    tolerance: float = key(1e-6, "L-BFGS stops when no entry of the gradient is larger", above=0)
     arithmetic: Literal["float32", "float64"] = key("float32", "numbers in which L-BFGS computes")
 
     def __post_init__(self) -> None:
@@ -189,6 +189,7 @@ def run_logistic(
             settings,
             max_iterations=config.max_iterations,
             tolerance=config.tolerance,
+            progress=progress,
             device=encoder.device,
             dtype=getattr(torch, config.arithmetic),
         )

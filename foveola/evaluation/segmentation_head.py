@@ -17,6 +17,7 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.cache import Feed
 from foveola.evaluation.dense import DenseConfig, DensePass, pixel_sources
 from foveola.evaluation.dense_retrieval import label_pixels
+from foveola.evaluation.features import show
 from foveola.evaluation.iou import mean_iou, named_iou, region_areas, rounded, summary
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
@@ -71,6 +72,7 @@ def train_heads(
     weight_decay: float,
     seed: int,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> list[nn.Linear]:
     """A head for each rate. All see the same batches and start alike, so each is as if trained alone.
 
@@ -92,7 +94,7 @@ def train_heads(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** POWER)
     order = _order(len(features), steps * min(batch, len(features)), seed)
     grid = int(features.shape[1] ** 0.5)
-    for rows in order.split(min(batch, len(features))):
+    for rows in show(order.split(min(batch, len(features))), steps, "training heads", progress):
         x, labels = features[rows].to(device).float(), maps[rows].to(device)
         optimizer.zero_grad()
         for head in heads:  # one after the other: enlarged logits of one head are in memory at a time
@@ -139,7 +141,7 @@ def run(
     def fit(x: Tensor, labels: Tensor, rates: Sequence[float]) -> list[nn.Linear]:
         return train_heads(
             x, labels, c, rates, steps=config.steps, batch=config.train_batch,
-            weight_decay=config.weight_decay, seed=config.seed, device=encoder.device,
+            weight_decay=config.weight_decay, seed=config.seed, device=encoder.device, progress=progress,
         )  # fmt: skip
 
     rate, tried = config.rates[0], []

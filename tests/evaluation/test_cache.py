@@ -344,7 +344,7 @@ def test_predictor_pooling(encoder, pictures) -> None:
 
 def test_what_an_encoder_has_not(encoder, pictures) -> None:
     feed = Feed(encoder, None, progress=False)
-    with pytest.raises(UserError, match="features predictor: this encoder has token, average"):
+    with pytest.raises(UserError, match="features=predictor: this encoder has token, average"):
         feed.want(pictures, CONFIG, need("predictor"))
     with pytest.raises(UserError, match="last 4 blocks: this encoder has 3"):
         feed.want(pictures, CONFIG, need("token", layers=4))

@@ -22,7 +22,7 @@ class Plain(nn.Module):
         self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.query_map, self.value_map, self.out_map = (nn.Linear(width, width) for _ in range(3))
         self.key_map = nn.Linear(width, width, bias=False)
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.norm = nn.BatchNorm1d(width, affine=False)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, tokens):
@@ -89,7 +89,7 @@ def test_folded_probes_train_like_plain_ones(heads, monkeypatch) -> None:
         torch.testing.assert_close(bank.logits(x)[g].double(), module(joined(x)), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(bank.trained["query"][g].double(), module.query, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(bank.logits(x)[1], alone.logits(x)[0], rtol=1e-4, atol=1e-5)
-    assert plain[0].query.abs().max() > 0.01  # a query of zeros is left with the first step
+    assert plain[0].query.abs().max() > 0.005  # a query of zeros is left with the first step
 
 
 def test_first_step_reads_all_tokens_alike() -> None:

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.dense import label_counts, patch_pixels
-from foveola.evaluation.dense_retrieval import DenseRetrievalConfig, attend, label_pixels, run
+from foveola.evaluation.dense_retrieval import DenseRetrievalConfig, attend, label_pixels, own_shares, run
 from foveola.evaluation.search import nearest
 from foveola.models.encoder import Encoder
 
@@ -87,12 +87,28 @@ def test_label_pixels_is_the_largest_of_enlarged_shares():
 
 
 def test_memory_that_holds_the_queries_gives_the_ceiling(encoder: Encoder, coloured):
-    """k=1 and a bank of the same pictures: nothing is lost but what patches cannot say."""
+    """k=1 and a bank of the same pictures without void: nothing is lost but what patches cannot say."""
     train, test = coloured(1), coloured(1)
+    for labels in (*train.maps, *test.maps):
+        labels[labels == IGNORE] = 0
     test.name = "copy:"
     config = build(DenseRetrievalConfig, {"k": [1], "workers": 0})
     metrics = run(encoder, train, test, config, progress=False).metrics
     assert metrics["miou"] == pytest.approx(metrics["miou_ceiling"], abs=1e-3)
+
+
+def test_void_pixels_do_not_lower_the_ceiling(encoder: Encoder, coloured):
+    """Patches of one class each, half of the pixels of some of them void: perfect shares are all right."""
+    train, test = coloured(0), coloured(1)
+    for labels in test.maps:
+        labels[:] = 0
+        labels[:, labels.shape[1] // 2 :] = 1
+        labels[::2, labels.shape[1] // 2 :] = IGNORE  # of the right half every other row
+    metrics = run(encoder, train, test, DenseRetrievalConfig(workers=0, k=(3, 5)), progress=False).metrics
+    half = own_shares(torch.tensor([[16, 0, 0], [0, 8, 0], [0, 0, 0], [4, 4, 8]], dtype=torch.int16))
+    assert half.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0.25, 0.25, 0.5]]
+    assert metrics["miou_ceiling"] > 99.9
+    assert metrics["miou_ceiling"] >= metrics["miou"]
 
 
 def test_colour_is_found(encoder: Encoder, coloured):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features import choose_pictures, extract, extract_tables, mask_kinds, read_ahead
+from foveola.evaluation.features import choose_pictures, extract, extract_tables, mask_kinds, read_ahead, show
 from foveola.evaluation.rows import ExtractConfig, Pictures, object_crop
 from foveola.models.encoder import TransformConfig
 
@@ -62,6 +62,16 @@ def test_mask_and_picture_are_cut_alike(list_source, view) -> None:
         assert (red[mask] > 0).all() or (mask.sum() == 1)
         assert mask[red > 0.15].all()
     assert seen > 30
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch) -> None:
+    assert list(show(range(3), 3, "things", progress=True)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""  # less than a minute
+    monkeypatch.setattr("foveola.evaluation.features.SAY_SECONDS", 0.0)
+    assert list(show(range(3), 3, "things", progress=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    list(show(range(3), 3, "things", progress=True))
+    assert capsys.readouterr().err.splitlines()[2] == "things: 2 of 3 in 0 min"
 
 
 def test_mirrored_boxes_give_mirrored_masks(list_source, make_sample) -> None:

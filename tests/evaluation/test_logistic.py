@@ -28,6 +28,27 @@ def test_the_minimum_is_scikit_learns(c) -> None:
     assert (model.predict(x).numpy() == other.predict(x.numpy())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_flat_valley_is_walked_to_its_end(dtype) -> None:
+    """Correlated columns that are not centred, as features are, and the tolerance of the protocols: 1e-6.
+
+    A rule on the change of the loss of the same size stops with gradients a hundred times as large.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = clouds(n=300, width=20, classes=5, spread=0.7)
+    mix = torch.from_numpy(np.random.default_rng(1).normal(size=(20, 20)).astype(np.float32))
+    x, values = x @ mix / 5 + 1.5, (3.7e-5, 0.05, 1.0)
+    for c, model in zip(values, path(x, y, 5, values, tolerance=1e-6, dtype=dtype), strict=True):
+        other = LogisticRegression(C=c, tol=1e-9, max_iter=20000).fit(x.double().numpy(), y.numpy())
+        weight, bias = torch.from_numpy(other.coef_), torch.from_numpy(other.intercept_)
+        log = torch.log_softmax(x.double() @ weight.T + bias, 1)
+        best = -log.gather(1, y[:, None]).mean().item() + weight.square().sum().item() / (2 * c * 300)
+        assert model.loss == pytest.approx(best, abs=1e-4)
+        assert model.gradient <= (1e-6 if dtype == torch.float64 else 3e-4)
+        assert 0 < model.iterations < 1000
+
+
 def test_two_classes_are_a_softmax_of_two() -> None:
     """The margin is that of scikit-learn's binary model with half the penalty."""
     from sklearn.linear_model import LogisticRegression

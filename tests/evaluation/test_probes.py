@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 
 from foveola.config import ConfigError, UserError
 from foveola.evaluation import probing
+from foveola.evaluation.answers import Answers
+from foveola.evaluation.banks import judged
 from foveola.evaluation.cache import Feed
 from foveola.evaluation.kinds import need
-from foveola.evaluation.probing import Answers, Columns, ProbeConfig, batches, held_out, open_task
+from foveola.evaluation.probing import Columns, ProbeConfig, batches, held_out, length_of, open_task
 from foveola.evaluation.protocol import evaluate, evaluate_all
 from foveola.evaluation.result import Result
 
@@ -37,7 +40,7 @@ def test_probes_learn_brightness(protocol, encoder, shades, check_scores, tmp_pa
         "abmilp": {"abmilp", "token", "average", "attention", "lowest_entropy", "centre"},
         "probes": {
             *("knn", "logistic", "linear", "abmilp", "token", "average", "attention", "lowest_entropy"),
-            *("centre", "attentive", "attentive_1", "cae", "cae_1"),
+            *("centre", "attentive", "cae"),  # of width 32, with one head in any case
         },
     }
     assert groups == expected.get(protocol, {protocol})
@@ -106,10 +109,11 @@ def test_the_test_set_has_no_say(protocol, encoder, shades, tmp_path: Path) -> N
     assert one.metrics[f"top1_{protocol}"] > 80 > 20 > two.metrics[f"top1_{protocol}"]
 
 
-def test_the_hold_out_does_not_train(encoder, shades) -> None:
+def test_the_hold_out_does_not_train(encoder, shades, monkeypatch) -> None:
     """With poisoned labels of the hold-out alone, every probe of the grid scores the same on test."""
     train, poisoned = shades(0, 90), shades(0, 90)
-    _, hold = held_out(torch.arange(90), 0.1, 0)
+    fit, hold = held_out(torch.arange(90), 0.1, 0, torch.arange(90) % 3)
+    monkeypatch.setattr(probing, "held_out", lambda *_: (fit, hold))  # of either labels the same rows
     for i in hold.tolist():
         poisoned.samples[i] = dataclasses.replace(
             poisoned.samples[i], label=(poisoned.samples[i].label + 1) % 3
@@ -149,6 +153,78 @@ def test_hold_out_is_a_seeded_partition() -> None:
     assert not torch.equal(held_out(rows, 0.1, 4)[1], hold)
     assert len(held_out(rows[:4], 0.1, 0)[1]) == 1
     assert len(held_out(rows, 0.0, 0)[1]) == 0
+
+
+def test_the_hold_out_is_of_every_class_and_leaves_one() -> None:
+    """Of 40, 10, 3, 2 and 1 rows: each gives its share as nearly as whole rows can, the last gives none."""
+    labels = torch.tensor([0] * 40 + [1] * 10 + [2] * 3 + [3] * 2 + [7])
+    labels = labels[torch.randperm(56, generator=torch.Generator().manual_seed(0))]
+    rows = torch.arange(56) + 100
+    held = torch.zeros(8)
+    for seed in range(60):
+        fit, hold = held_out(rows, 0.25, seed, labels)
+        assert len(hold) == 14
+        assert torch.equal(torch.cat((fit, hold)).sort().values, rows)
+        assert set(labels[fit - 100].tolist()) == {0, 1, 2, 3, 7}
+        counts = labels[hold - 100].bincount(minlength=8)
+        assert 9 <= counts[0] <= 12
+        assert 2 <= counts[1] <= 3
+        assert counts[7] == 0
+        held += counts / 60
+    assert held[:4].tolist() == pytest.approx([10.2, 2.55, 0.77, 0.5], abs=0.25)
+    assert len(held_out(rows[:5], 0.5, 0, torch.arange(5))[1]) == 0  # none can be spared
+
+
+def test_equals_on_the_hold_out_are_told_apart_by_its_loss(encoder, shades) -> None:
+    """Separable classes: many rates have all right; the smallest of them hardly learned anything."""
+    settings = {"iterations": 60, "batch": 32, "features": ("average",), **QUIET}
+    result = evaluate(encoder, "linear", train=shades(0, 90), test=shades(900, 30), **settings)
+    rows = result.grid["linear"]
+    equals = [row["lr"] for row in rows if row["holdout"] == max(r["holdout"] for r in rows)]
+    assert len(equals) > 2
+    assert result.chosen["linear"]["lr"] > min(equals)
+    losses = torch.tensor([[[2.0, 0.0]], [[5.0, 0.0]], [[5.0, torch.nan]]])
+    found = judged(lambda rows: losses, 1, Answers(torch.tensor([0]), torch.tensor([0])))
+    assert found.order() == [
+        (100.0, pytest.approx(-math.log1p(math.exp(-2)))),
+        (100.0, pytest.approx(-math.log1p(math.exp(-5)))),
+        (0.0, -math.inf),
+    ]
+    assert max(range(3), key=found.order().__getitem__) == 1
+
+
+def test_one_candidate_trains_on_everything(encoder, shades) -> None:
+    train, test = shades(0, 30), shades(900, 9)
+    for protocol, settings, held in (
+        ("abmilp", {"epochs": 2, "fixed": ("average",)}, 0),
+        ("linear", {"style": "mae", "epochs": 2}, 0),
+        ("linear", {"style": "mae", "epochs": 2, "holdout": 0.2}, 6),
+        ("linear", {"style": "mae", "epochs": 2, "lr": (0.1, 1.0)}, 3),
+    ):
+        result = evaluate(encoder, protocol, train=train, test=test, **settings, **QUIET)
+        assert result.data["split"] == {"fit": 30 - held, "holdout": held, "scored": 9}
+        assert not any("chosen on the test set" in note for note in result.notes)
+    assert any("BatchNorm over 27 pictures (MAE: 512)" in note for note in result.notes)
+    train.samples = train.samples[:3]  # one of each class
+    with pytest.raises(UserError, match=r"no class has two .* choose among 52 probes; .* holdout=0"):
+        evaluate(encoder, "linear", train=train, test=test, **QUIET)
+
+
+def test_small_sets_do_not_train_for_as_long_as_imagenet(encoder, shades, monkeypatch) -> None:
+    assert length_of(1_281_167, 1024, None, None, 12500) == (1024, 1251, 12500)
+    assert length_of(128_000, 1024, None, None, 12500)[2] == 12500
+    assert length_of(20_480, 1024, None, None, 12500) == (1024, 20, 2000)
+    assert length_of(2, 1024, None, None, 12500) == (2, 1, 100)
+    assert length_of(2, 1024, None, 70, None)[2] == 70
+    assert length_of(20_480, 1024, 3, None, None)[2] == 60
+    monkeypatch.setattr(probing, "EPOCHS", 4)
+    for protocol, settings in (("linear", {"lr": (0.1, 0.2)}), ("attentive", {"weight_decay": (1e-3,)})):
+        result = evaluate(
+            encoder, protocol, train=shades(0, 30), test=shades(900, 9), batch=9, **settings, **QUIET
+        )
+        assert result.data["training"] == {"batch": 9, "steps": 12, "epochs": 4}
+        assert any("12 steps, 4 passes over 27 pictures; published: 12,500" in n for n in result.notes)
+        assert any("published probes train on random crops (views=)" in note for note in result.notes)
 
 
 def test_without_hold_out_the_test_set_chooses_and_it_is_said(encoder, shades) -> None:
@@ -244,7 +320,7 @@ def test_imagenet_variants_restrict_and_accept_several(encoder, shades) -> None:
     test.answers = lambda index: np.array([test.samples[index].label, 2])
     with Feed(encoder, None, progress=False) as feed:
         config = ProbeConfig(workers=0)
-        task = open_task(feed, train, test, config, need("average"), encoder.device)
+        task = open_task(feed, train, test, config, need("average"), encoder.device, 2)
     assert task.answers.candidates.tolist() == [False, True, True]
     assert [some.tolist() for some in task.answers.others] == [[0, 2], [1, 2], [2, 2]] * 2
 
@@ -259,7 +335,11 @@ def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample) 
         ("linear", {"train": single}, "single:: labels of 1 class; a probe needs two or more"),
         ("linear", {"features": ("tokens",)}, "unknown features 'tokens'; known: token"),
         ("linear", {"features": ("token9",)}, "last 9 blocks: this encoder has 3"),
-        ("linear", {"features": ("predictor",)}, "features predictor: this encoder has token, average"),
+        (
+            "linear",
+            {"features": ("predictor",)},
+            "linear: features=predictor: this encoder has token",
+        ),
         ("linear", {"lr": (0.1, 0.1)}, "lr: needs different values"),
         ("linear", {"epochs": 1, "iterations": 1}, "give one of them"),
         ("logistic", {"views": 2}, "learns from the evaluation view"),
@@ -367,12 +447,11 @@ def test_an_encoder_without_class_token(shades) -> None:
         "average",
         "centre",
         "attentive",
-        "attentive_1",
         "cae",
-        "cae_1",
     }
     assert {
         name.removeprefix("top1_").removesuffix("_low") for name in result.metrics if name.endswith("_low")
     } == groups
-    with pytest.raises(UserError, match="features token: this encoder has no class token; use average"):
-        evaluate(made, "logistic", **sources, **QUIET)
+    with pytest.raises(UserError, match="logistic: features=token: this encoder has no class token"):
+        evaluate(made, "logistic", **sources, features="token", **QUIET)
+    assert evaluate(made, "logistic", **sources, values=2, **QUIET).metrics["top1_logistic"] > 50

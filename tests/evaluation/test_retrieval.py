@@ -141,6 +141,22 @@ def test_metrics_of_a_random_encoder(encoder, colours, check_scores) -> None:
         assert rank1 <= metrics[f"recall5_{name}"]
 
 
+def test_parcels_have_crops_of_their_own(encoder, list_source, make_sample, monkeypatch) -> None:
+    """The same image 40 times: those of the second parcel are not cut as those of the first were."""
+    sample, seen = make_sample(0, [(20, 15, 50, 45)]), []
+
+    def watched(*arguments):
+        views, masks = two_views(*arguments)
+        seen.append(views)
+        return views, masks
+
+    monkeypatch.setattr(retrieval, "two_views", watched)
+    run(encoder, list_source([sample] * 40), objects=40, masks=True)
+    assert [len(views) for views in seen] == [32, 8]
+    for i in range(8):
+        assert not torch.equal(seen[0][i], seen[1][i])
+
+
 def test_settings_of_speed_change_nothing(encoder, colours) -> None:
     expected = run(encoder, colours).metrics
     for settings in ({"batch_size": 7}, {"workers": 2}):
