@@ -213,7 +213,7 @@ def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[t
     if not test.has_objects:
         if masks is True:
             raise UserError(f"masks=true, but {test.name} has neither boxes nor masks")
-        return (False,), [f"{test.name} has neither boxes nor masks: only the plain numbers are given"]
+        return (False,), [f"{test.name} has neither boxes nor masks: whole images alone are read"]
     notes = []
     if train is not None and not train.has_objects:
         notes.append(f"{train.name} has neither boxes nor masks: its features are of whole pictures")

@@ -91,7 +91,8 @@ class Result:
         lines = []
         for name in shown:
             interval = self._interval(name)
-            lines.append(f"{name:<{wide}}  {rest[name]:8.2f}" + (f"  {interval}" if interval else ""))
+            digits = 0 if name.startswith("best_k") else 2
+            lines.append(f"{name:<{wide}}  {rest[name]:8.{digits}f}" + (f"  {interval}" if interval else ""))
         head = f"{self.protocol}: {self._data_line()}, {self.seconds:.1f} s"
         notes = [f"note: {note}" for note in self.notes]
         tables = [*self._probe_lines(grouped), *self._group_lines(groups, columns)]

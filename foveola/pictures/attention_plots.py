@@ -100,8 +100,9 @@ def between_vectors(groups: Sequence[Vectors]) -> Any:
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0]
     for group, axis in zip(groups, axes, strict=True):
         values = group.divergence.mean
-        top = max(float(np.quantile(values, 0.95)), 1e-6)
-        axis.imshow(values, cmap="Blues", norm=PowerNorm(0.5, 0, top), aspect="auto")
+        top = max(float(np.quantile(values, 0.95)), 1.0)  # vectors that are nearly the same stay pale
+        drawn = axis.imshow(values, cmap="Blues", norm=PowerNorm(0.5, 0, top), aspect="auto")
+        figure.colorbar(drawn, ax=axis, label="nats", fraction=0.04, pad=0.02)
         for (row, column), value in np.ndenumerate(values):
             color = "white" if value > 0.4 * top else "#333333"
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
@@ -152,6 +153,7 @@ def _dots(axis: Any, encoder: EncoderAttention, name: str) -> None:
 def _one_legend(figure: Any, names: Iterable[str]) -> None:
     """One legend below the charts; an encoder has the same colour in all of them, also where others lack."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     strokes, levels = {name: stroke(number) for number, name in enumerate(names)}, False
     for axis in figure.axes:
@@ -162,12 +164,14 @@ def _one_legend(figure: Any, names: Iterable[str]) -> None:
             if name in strokes:
                 color, dash = strokes[name]
                 line.set(color=color, linestyle=dash)
-    handles = [
+    handles: list[Any] = [
         Line2D([], [], color=color, ls=dash, marker="o", ms=4, lw=1.6, label=name)
         for name, (color, dash) in strokes.items()
     ]
     if levels:
         handles.append(Line2D([], [], color="#888888", ls=":", lw=1.2, label="uniform attention"))
+    if any(axis.collections for axis in figure.axes):
+        handles.append(Patch(color="#888888", alpha=0.25, lw=0, label="band: lowest to highest head"))
     ncols = min(5, len(handles))
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=9, frameon=False)
 

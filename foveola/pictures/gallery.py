@@ -21,7 +21,7 @@ from foveola.pictures.maps import (
     token_attention,
 )
 from foveola.pictures.nearest import neighbour_panel, neighbour_sheet
-from foveola.pictures.overlays import magnify, outline, paint_heads
+from foveola.pictures.overlays import heat_bar, magnify, outline, paint_heads
 from foveola.pictures.panel import Picture, Row, Sheet
 from foveola.pictures.pca import Basis, pca_pictures
 from foveola.pictures.places import position_panel, position_sheet
@@ -166,7 +166,7 @@ def attention_sheet(
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
         for row, sample, picture in zip(rows, samples, pictures, strict=True):
             row += _attention_tiles(encoder, sample, picture, masks and token, (size, block, mass, heads))
-    return Sheet("Attention", columns, [row_of(tiles) for tiles in rows], LIGHT)
+    return Sheet("Attention", columns, [row_of(tiles) for tiles in rows], LIGHT, heat_bar())
 
 
 def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
@@ -228,4 +228,4 @@ def objects_sheet(
                 weights = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
                 tiles += [light(base, one) for one in (weights.mean(dim=0), *weights)]
             rows.append(row_of(tiles))
-    return Sheet("Object tokens: attention inside the mask", columns, rows, LIGHT)
+    return Sheet("Object tokens: attention inside the mask", columns, rows, LIGHT, heat_bar())

@@ -3,23 +3,57 @@
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from foveola.pictures.panel import Bar
+
 BORDER = 160  # a border has one pixel for so many of a picture
+DARK, BRIGHT = 0.25, 16.0  # multiples of uniform attention at both ends of the scale of `heat`
 HEADS = ((230, 75, 60), (70, 140, 235), (60, 180, 90), (250, 190, 40), (170, 90, 210), (60, 200, 210))
 
 
 def heat(
     picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture in gray with `weights` as warm light over it, the largest weight brightest."""
+    """A picture in gray with `weights` as warm light over it, on a scale that is the same for all pictures.
+
+    See `brightness`: equal weights give an even, weak light.
+    """
     from PIL import Image
 
     height, width = picture.shape[:2]
-    strength = weights / max(float(weights.max()), 1e-12)
+    strength = brightness(weights)
     plane = Image.fromarray(strength.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST)
     share = np.asarray(plane)[:, :, None]
     warm = np.stack([np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3], axis=2)[..., 0]
     gray = picture.mean(axis=2, keepdims=True) / 255 * 0.55
     return np.rint(255 * (gray * (1 - 0.8 * share) + 0.8 * share * warm)).clip(0, 255).astype(np.uint8)
+
+
+def brightness(weights: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
+    """Attention in [0, 1] by its multiple of uniform attention, which is the mean of what is read at all.
+
+    0 up to DARK times uniform, 1 from BRIGHT times on, by the logarithm between; uniform itself is 1/3.
+    """
+    read = weights[weights > 0]
+    if not read.size:
+        return np.zeros_like(weights)
+    times = np.maximum(weights / read.mean(), 1e-12)
+    return (np.log(times / DARK) / np.log(BRIGHT / DARK)).clip(0, 1)
+
+
+def heat_bar() -> Bar:
+    """The colours of `heat`, with multiples of uniform attention."""
+    share = np.linspace(0, 1, 121)[None, :, None]
+    warm = np.concatenate((np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3), axis=2)
+    colors = 255 * (0.275 * (1 - 0.8 * share) + 0.8 * share * warm)
+    marks = ((0.0, f"{DARK:g}x"), (1 / 3, "1x: uniform"), (2 / 3, "4x"), (1.0, f"{BRIGHT:g}x"))
+    return Bar(np.rint(colors).clip(0, 255).astype(np.uint8), marks)
+
+
+def cosine_bar() -> Bar:
+    """The colours of `cool_to_warm` from the lowest cosine of a tile to 1."""
+    return Bar(
+        cool_to_warm(np.linspace(0, 1, 121)[None], 0.0, 1.0), ((0.0, "lowest of the tile"), (1.0, "1"))
+    )
 
 
 def outline(

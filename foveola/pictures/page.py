@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from foveola.data.decode import decode
-from foveola.pictures.panel import Picture, Sheet
+from foveola.pictures.panel import Bar, Picture, Sheet
 from foveola.pictures.plots import Chart, draw, stroke, to_svg
 
 CHART = 3.5, 2.1  # inches; with TEXT its letters are 12 pixels high on a phone
@@ -21,6 +21,7 @@ TEXT = 1.22
 DASHES = {"-": "", "--": "6 4", ":": "2 3", "-.": "7 3 2 3"}
 LEVELS = "2 3", "6 4", "7 3 2 3"  # dashes of the levels of a chart, as `plots` draws them
 PNG_UP_TO = 30_000  # bytes; a larger picture becomes a JPEG
+ON_A_PHONE = 4  # columns that do not fit the width of a phone
 TILE = 256  # pixels that a side of a tile has at most: twice what is shown, for sharp screens
 
 PAGE = Template("""\
@@ -80,12 +81,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
         for row in rows
     )
     inner = tag("thead", tag("tr", heads)) + tag("tbody", lines)
-    return scroll(tag("table", inner, kind), "table")
+    columns = len(head) + (kind == "wrap")  # whose columns are wide
+    return scroll(tag("table", inner, kind), "table", columns)
 
 
-def scroll(inner: str, name: str) -> str:
-    """HTML in a box of its own that scrolls sideways, also by keyboard; `name` says what is in it."""
-    return tag("div", inner, "scroll", tabindex="0", role="region", aria_label=name)
+def scroll(inner: str, name: str, columns: int = 1) -> str:
+    """HTML in a box of its own that scrolls sideways, also by keyboard; `name` says what is in it.
+
+    From ON_A_PHONE columns on, a line above says on narrow screens that there is more to the right.
+    """
+    hint = paragraph("Scroll this sideways to see all columns.", "hint") if columns >= ON_A_PHONE else ""
+    return hint + tag("div", inner, "scroll", tabindex="0", role="region", aria_label=name)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
@@ -159,9 +165,26 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
         head = head.replace("<tr>", "<tr><td></td>", 1)
     inner = tag("table", tag("thead", head) + tag("tbody", "".join(lines)), "tiles")
     note = paragraph(drawn.note, "note") if drawn.note else ""
-    return tag(
-        "div", tag("h3", escape(drawn.title)) + scroll(inner, drawn.title) + note, f"sheet {kind}".strip()
+    below = (bar(drawn.bar) if drawn.bar else "") + note
+    wide = max((len(row.tiles) for row in drawn.rows), default=0)
+    tiles = scroll(inner, drawn.title, wide)
+    return tag("div", tag("h3", escape(drawn.title)) + tiles + below, f"sheet {kind}".strip())
+
+
+def bar(drawn: Bar) -> str:
+    """What colours mean: a strip with its marks below."""
+    told = f"colours from {drawn.marks[0][1]} to {drawn.marks[-1][1]}"
+    size = f'width="{drawn.colors.shape[1]}" height="12"'
+    strip = f'<img src="{data_uri(drawn.colors)}" alt="{escape(told)}" {size}>'
+    marks = "".join(
+        tag(
+            "span",
+            escape(text),
+            style=f"left: {100 * share:.1f}%; transform: translateX(-{100 * share:.0f}%)",
+        )
+        for share, text in drawn.marks
     )
+    return tag("div", strip + tag("div", marks, "marks"), "bar")
 
 
 def _shrunk(tile: Picture) -> Picture:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from foveola import files
 
+BAR = 40  # pixels of the height of a bar with its marks
 GAP, LEFT, TILE = 8, 150, 112  # pixels: between tiles, widest row title, side of a tile
 RIGHT, WRONG = "#1a9641", "#d7191c"
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size each
@@ -26,6 +27,14 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
+class Bar:
+    """What colours mean: a strip [1, n, 3], and (share of the way along it, text) of its marks, rising."""
+
+    colors: Picture
+    marks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True, eq=False)
 class Sheet:
     """Rows of tiles with a title, a head for each column, and a note below that says how to read it."""
 
@@ -33,14 +42,20 @@ class Sheet:
     columns: Sequence[str]
     rows: Sequence[Row]
     note: str = ""
+    bar: Bar | None = None  # where colours are numbers
 
     def draw(self, tile: int = TILE) -> Picture:
         """The sheet as pixels; tiles are scaled to fit squares of `tile` pixels, their shape kept."""
-        return panel(self.title, self.columns, self.rows, tile, self.note)
+        return panel(self.title, self.columns, self.rows, tile, self.note, self.bar)
 
 
 def panel(
-    title: str, columns: Sequence[str], rows: Sequence[Row], tile: int = TILE, note: str = ""
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    tile: int = TILE,
+    note: str = "",
+    bar: Bar | None = None,
 ) -> Picture:
     """Tiles in rows under column heads; green frames are right, red ones wrong."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
@@ -57,7 +72,9 @@ def panel(
         max((picture.height for picture in line), default=0) + (22 if any(row.captions) else GAP)
         for row, line in zip(rows, tiles, strict=True)
     ]
-    image = Image.new("RGB", (width, top + sum(heights) + GAP + 15 * len(notes) + GAP * bool(notes)), "white")
+    below = top + sum(heights) + GAP
+    end = below + 15 * len(notes) + GAP * bool(notes)
+    image = Image.new("RGB", (width, end + (BAR if bar else 0)), "white")
     pen = ImageDraw.Draw(image)
     pen.multiline_text((GAP, GAP), "\n".join(top_lines), fill="black", font=large, spacing=4)
     for number, head in enumerate(heads):
@@ -69,7 +86,18 @@ def panel(
         _draw_tiles(image, pen, row, line, (left, top, tile))
         top += height
     pen.multiline_text((GAP, top + GAP), "\n".join(notes), fill="#444", font=small, spacing=3)
+    if bar is not None:
+        _draw_bar(image, pen, bar, (GAP, end))
     return np.asarray(image)
+
+
+def _draw_bar(image: Image.Image, pen: ImageDraw.ImageDraw, bar: Bar, place: tuple[int, int]) -> None:
+    small, width = ImageFont.load_default(12), min(3 * TILE - 4 * GAP, image.width - 4 * GAP)
+    image.paste(Image.fromarray(bar.colors).resize((width, 12), Image.Resampling.BILINEAR), place)
+    for share, text in bar.marks:
+        x, long = place[0] + round(share * (width - 1)), _length(text, small)
+        pen.line((x, place[1] + 12, x, place[1] + 15), fill="#444")
+        pen.text((x - round(share * long), place[1] + 17), text, fill="#444", font=small)
 
 
 def _draw_tiles(

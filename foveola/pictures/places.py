@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32
 
 from foveola.models.encoder import Encoder
-from foveola.pictures.overlays import cool_to_warm, magnify
+from foveola.pictures.overlays import cool_to_warm, cosine_bar, magnify
 from foveola.pictures.panel import Picture, Row, Sheet
 from foveola.pictures.pca import Basis, pca_rgb
 from foveola.pictures.tiles import TILE, Encoders, named
@@ -57,7 +57,8 @@ def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
         colors = magnify(rgb, times * grid[0], times * grid[1])
         rows.append(Row(title, [colors, maps], [f"{grid[0]} x {grid[1]} positions", f"{low:.2f} to 1"]))
     note = "Cosines from the lowest of all (blue) to 1 (red); each small map stands where its position is."
-    return Sheet("Positions", ["as colours", f"cosines of {some} x {some} positions with all"], rows, note)
+    columns = ["as colours", f"cosines of {some} x {some} positions with all"]
+    return Sheet("Positions", columns, rows, note, cosine_bar())
 
 
 def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Picture, float]:

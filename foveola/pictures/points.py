@@ -9,7 +9,7 @@ from foveola.data.sample import Sample
 from foveola.models.encoder import Encoder
 from foveola.pictures.dense import patch_map
 from foveola.pictures.maps import centre_of, correspondences, query_attention, similarity
-from foveola.pictures.overlays import cool_to_warm, link, magnify, mark
+from foveola.pictures.overlays import cool_to_warm, cosine_bar, heat_bar, link, magnify, mark
 from foveola.pictures.panel import Picture, Row, Sheet
 from foveola.pictures.tiles import (
     LIGHT,
@@ -54,7 +54,7 @@ def query_sheet(
         return [(mark(tile, centre_of(point, maps[0].shape)), peak) for tile, peak in lit]
 
     rows = _rows_of_points(names, samples, points, size, tiles)
-    return Sheet("What the patch under the dot reads", columns, rows, LIGHT)
+    return Sheet("What the patch under the dot reads", columns, rows, LIGHT, heat_bar())
 
 
 def similarity_sheet(
@@ -77,7 +77,8 @@ def similarity_sheet(
 
     rows = _rows_of_points(names, samples, points, size, tiles)
     note = "Cosine similarity of patch features, from the lowest of the tile (blue) to 1 (red)."
-    return Sheet("Like the patch under the dot", ["picture", *(n or "cosine" for n in names)], rows, note)
+    columns = ["picture", *(n or "cosine" for n in names)]
+    return Sheet("Like the patch under the dot", columns, rows, note, cosine_bar())
 
 
 def similarity_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:

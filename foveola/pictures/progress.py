@@ -3,7 +3,7 @@ for another encoder. Results are kept beside the run and used again where nothin
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Progress:
     points: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each protocol
+    classes: int | None = None  # of the test data, where they have labels
 
     def point(self, label: str) -> Point | None:
         return next((point for point in self.points if point.label == label), None)
@@ -108,13 +109,19 @@ def _defaults(
 
 
 def measure(
-    record: Record, data: Data, config: ReportConfig, changes: dict[str, Any], kept: Sequence[Path] = ()
+    record: Record,
+    data: Data,
+    config: ReportConfig,
+    changes: dict[str, Any],
+    kept: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Progress:
     """All points of a run, each encoder loaded once; results that would be the same are used again.
 
     Args:
         changes: settings of protocols, as `evaluate_all` takes them.
         kept: folders of other runs' results to look in as well.
+        say: is told what is being measured.
 
     Raises UserError for unknown protocols and keys, a device that is not there, and a reference that cannot
     be loaded, before anything is measured. What the run itself lacks becomes a note.
@@ -129,7 +136,9 @@ def measure(
         return Progress(notes=(*data.notes, why), settings=settings)
     points, notes = [], list(data.notes)
     own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
-    for label, step, place in _encoders(record, config):
+    encoders = _encoders(record, config)
+    for number, (label, step, place) in enumerate(encoders, start=1):
+        say(f"measuring {label}, {number} of {len(encoders)} networks: {', '.join(settings)}")
         try:
             encoder = load(place, device) if reference is None or step is not None else reference
         except UserError as error:
@@ -140,7 +149,8 @@ def measure(
         notes += failed
         share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)
         points.append(Point(label, step, results, *share))
-    return Progress(tuple(points), tuple(dict.fromkeys(notes)), settings)
+    classes = len(data.test.classes or ()) if data.labels else None
+    return Progress(tuple(points), tuple(dict.fromkeys(notes)), settings, classes)
 
 
 def _encoders(record: Record, config: ReportConfig) -> list[tuple[str, int | None, str | Path]]:

@@ -14,6 +14,7 @@ from foveola.schedules import steps_of
 
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
+IMAGES = re.compile(r": \d+ steps of \d+ pictures, out of (\d+)$")  # as a run notes it at its start
 CHECKPOINT = re.compile(r"step-(\d+)", re.ASCII)
 ENCODER = "config.json", "model.safetensors"  # its files
 TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
@@ -48,6 +49,28 @@ class Record:
     def steps_per_epoch(self) -> int | None:
         pairs = [(line["step"], line.get("epoch")) for line in self.lines]
         return next((round(step / epoch) for step, epoch in reversed(pairs) if step and epoch), None)
+
+    @cached_property
+    def images(self) -> tuple[int | None, int | None]:
+        """The fewest and the most images that the run may have been trained on; both None where not known.
+
+        The log names the number. In older logs it follows from the steps of an epoch, which leaves out what
+        fills no batch.
+        """
+        found = [IMAGES.search(note) for note in self.notes]
+        named = next((int(match[1]) for match in reversed(found) if match), None)
+        if named is not None:
+            return named, named
+        batch = self.get("batch_size")
+        if not self.steps_per_epoch or not isinstance(batch, int):
+            return None, None
+        return self.steps_per_epoch * batch, (self.steps_per_epoch + 1) * batch - 1
+
+    @property
+    def image_count(self) -> int | None:
+        """How many images the run was trained on, where that is known exactly."""
+        low, high = self.images
+        return low if low == high else None
 
     @cached_property
     def total_steps(self) -> int | None:

@@ -14,10 +14,10 @@ from foveola.evaluation.protocol import PROTOCOLS
 from foveola.health import Facts, health
 from foveola.models.encoder import load
 from foveola.pictures import page, sections
+from foveola.pictures.findings import Findings
 from foveola.pictures.progress import END, UNTRAINED, Progress, measure
 from foveola.pictures.record import Record, read_runs
 from foveola.pictures.request import ReportConfig, open_data
-from foveola.pictures.sections import Findings
 
 GLOBAL_VIEWS = 2  # of a picture, where a configuration does not say
 
@@ -51,11 +51,16 @@ def report(
     files.check_place(path.parent, "give another out= for the report")
     found: list[Findings] = []
     for record in records:
-        if progress:
-            print(f"report: {record.name}", file=sys.stderr, flush=True)
+
+        def say(text: str, name: str = record.name) -> None:
+            if progress:
+                print(f"report: {datetime.now():%H:%M:%S} {name}: {text}", file=sys.stderr, flush=True)
+
+        say("reading")
         data = open_data(record, config)
         others = [other.record.folder / "report" for other in found]
-        measured = measure(record, data, config, changes, others)
+        measured = measure(record, data, config, changes, others, say)
+        say("drawing")
         found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))
     text = render(found, config)
     files.write_text(path, text)
@@ -93,6 +98,7 @@ def facts_of(record: Record, progress: Progress) -> Facts:
         place_share=None if share is None else (share, None if first is None else first.place_share),
         place_pictures=None if last is None else last.place_pictures,
         processes=processes,
+        images=record.image_count,
     )
 
 
@@ -129,6 +135,7 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
         ("pictures", "What it sees", sections.pictures(found, config)),
         ("curves", "Curves", sections.curve_charts([each.record for each in found])),
         ("config", "Exact configuration", sections.configuration(found)),
+        ("next", "What to do next", sections.advice(found, config)),
         ("use", "How to use the encoder", sections.usage(found[0])),
     ]
     links = "".join(page.tag("a", heading, href=f"#{name}") for name, heading, _ in parts[1:])

@@ -2,32 +2,23 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from foveola.config import UserError
 from foveola.health import Verdict, values, worst
 from foveola.models.encoder import Encoder, load
 from foveola.pictures import answers, page
+from foveola.pictures.advice import next_steps
 from foveola.pictures.curves import curves
-from foveola.pictures.progress import Progress
+from foveola.pictures.findings import Findings, by_seed
+from foveola.pictures.progress import END, UNTRAINED, Progress
 from foveola.pictures.record import Record
-from foveola.pictures.request import Data, ReportConfig
+from foveola.pictures.request import ReportConfig
 from foveola.pictures.sheets import sheets
 
 
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """Everything that the page says of one run."""
-
-    record: Record
-    data: Data
-    progress: Progress
-    verdicts: list[Verdict]
-
-
 def verdict(found: Sequence[Findings]) -> str:
-    parts = []
+    parts = [_seeds_verdict(group) for group in by_seed(found)]
     for each in found:
         state, sentence = answers.summary(answers.changes(each.progress))
         name = page.tag("b", page.escape(each.record.name)) + "<br>" if len(found) > 1 else ""
@@ -39,6 +30,17 @@ def verdict(found: Sequence[Findings]) -> str:
         inner += page.items(told + [f"{v.state}: {v.name} {v.text}" for v in (*bad, *look)])
         parts.append(page.tag("div", page.chip(state) + page.tag("div", inner), "verdict"))
     return "".join(parts)
+
+
+def _seeds_verdict(group: Sequence[Findings]) -> str:
+    names = ", ".join(each.record.name for each in group)
+    found = answers.over_seeds([answers.changes(each.progress) for each in group])
+    if not found:
+        return ""
+    told = page.tag(
+        "p", page.tag("b", page.escape(names)) + "<br>" + page.escape(found[0].sentence()), "lead"
+    )
+    return page.tag("div", page.chip(found[0].state) + page.tag("div", told), "verdict")
 
 
 def _health_line(verdicts: Sequence[Verdict]) -> str:
@@ -71,13 +73,11 @@ def _about(each: Findings) -> dict[str, str]:
         "Recipe": str(record.get("recipe") or "-"),
         "Network": _network(record),
         "Trained on": str(record.get("data") or "-"),
-        "Pictures in it": f"about {record.steps_per_epoch * batch:,}"
-        if record.steps_per_epoch and batch
-        else "-",
-        "Steps": f"{steps}, {batch} pictures each" if batch else steps,
-        "Pictures seen": f"{record.step * batch:,} ({last.get('epoch') or 0:.1f} epochs)" if batch else "-",
+        "Images in it": _images(record),
+        "Steps": f"{steps}, {batch} images each" if batch else steps,
+        "Images seen": f"{record.step * batch:,} ({last.get('epoch') or 0:.1f} epochs)" if batch else "-",
         "Time": _duration(max(seconds)) if seconds else "-",
-        "Speed": f"{fmean(speeds):,.0f} pictures a second" if speeds else "-",
+        "Speed": f"{fmean(speeds):,.0f} images a second" if speeds else "-",
         "Seed": str(record.get("seed", "-")),
         "Measured on": each.data.test.name if each.data.test else "-",
         "Trained with": made[-1] if made else "not noted by the run",
@@ -85,6 +85,13 @@ def _about(each: Findings) -> dict[str, str]:
         "Folder": str(record.folder),
     }
     return {name: value for name, value in about.items() if value != "-"}
+
+
+def _images(record: Record) -> str:
+    low, high = record.images
+    if low is None or high is None:
+        return "-"
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _network(record: Record) -> str:
@@ -125,9 +132,12 @@ def helped(found: Sequence[Findings]) -> str:
     parts = [
         page.paragraph(
             "The same measurements for the untrained network (same shape, fresh weights), for the trained "
-            "one on its way, and at the end. Brackets are 95 % intervals over test pictures."
-        )
+            "one on its way, and at the end. Brackets are 95 % intervals over the test images. Whether "
+            "training helped is told from the change on the same test images, whose interval is narrower."
+        ),
+        *(page.paragraph(text, "note") for text in dict.fromkeys(_amounts(each.progress) for each in found)),
     ]
+    parts += [_seeds(group) for group in by_seed(found)]
     drawn = answers.charts([each.record.name for each in found], [each.progress for each in found])
     parts.append(page.charts(drawn, "helped", _names([each.record for each in found])))
     for each in found:
@@ -137,6 +147,48 @@ def helped(found: Sequence[Findings]) -> str:
         parts += [page.paragraph(note, "note") for note in each.progress.notes]
         parts.append(_results(each.progress))
     return "".join(parts)
+
+
+def _amounts(progress: Progress) -> str:
+    """Why numbers here are not those of a terminal."""
+    last = progress.point(END)
+    told = []
+    for name, result in ({} if last is None else last.results).items():
+        train = result.data.get("train")
+        rows = train.get("rows", train.get("pictures")) if isinstance(train, dict) else None
+        bank = "" if rows is None else f" with {rows:,} of the training data"
+        told.append(f"{answers.PROTOCOL.get(name, name)} on {answers.rows_of(result)}{bank}")
+    if not told:
+        return ""
+    return (
+        f"Measured here: {'; '.join(told)}. Numbers on a terminal, of the demo or of foveola evaluate, are "
+        "of other amounts (here at most limit= images of each set), so they differ: k-NN rises with the "
+        "number of training images, and retrieval falls with the number of objects to choose from."
+    )
+
+
+def _seeds(group: Sequence[Findings]) -> str:
+    """A table of what runs of several seeds have in common, with their deviation."""
+    found = answers.over_seeds([answers.changes(each.progress) for each in group])
+    if not found:
+        return ""
+
+    def cell(pair: tuple[float, float]) -> str:
+        return f"{pair[0]:.1f} ± {pair[1]:.1f}"
+
+    rows = [
+        [page.escape(row.name), cell(row.before), cell(row.after), cell(row.change), _guess(row.chance)]
+        for row in found
+    ]
+    head = [f"{len(group)} seeds, in %", "untrained", "trained", "change", "chance"]
+    told = page.paragraph(
+        "Mean ± standard deviation over the seeds. All are compared with one untrained network.", "note"
+    )
+    return page.table(head, rows) + told
+
+
+def _guess(chance: float | None) -> str:
+    return "-" if chance is None else answers.shown(chance)
 
 
 def _answers(progress: Progress) -> str:
@@ -162,12 +214,13 @@ def _results(progress: Progress) -> str:
         for metric in answers.numbers(result)
     )
     labels = [page.escape(point.label) for point in points]
+    masks = answers.has_masks(progress)
 
     def lines(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
         rows = []
         for protocol, metric in pairs:
             cells = [answers.number(point, protocol, metric) for point in points]
-            rows.append([page.escape(answers.label(protocol, metric)), *map(_cell, cells)])
+            rows.append([page.escape(answers.label(protocol, metric, masks)), *map(_cell, cells)])
         return rows
 
     about = answers.descriptions(progress)
@@ -175,7 +228,9 @@ def _results(progress: Progress) -> str:
     notes = dict.fromkeys(
         f"{name}: {note}" for p in points for name, r in p.results.items() for note in r.notes
     )
-    shown = page.table(["in % [95 % interval]", *labels], lines(main)) if main else ""
+    told = [row + more for row, more in zip(lines(main), _more(progress, main), strict=True)]
+    head = ["in % [95 % interval]", *labels, f"change {UNTRAINED} to {END}", "chance"]
+    shown = page.table(head, told) if main else ""
     if about:
         shown += page.tag("h3", "How features fill their space")
         shown += page.paragraph("Without labels, and without a better direction: see what changed.", "note")
@@ -184,6 +239,22 @@ def _results(progress: Progress) -> str:
         "All other numbers", page.table(["", *labels], lines(rest)) + page.items(notes, "note")
     )
     return shown + folded
+
+
+def _more(progress: Progress, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """The change by training and the chance level of each metric, as cells."""
+    known = {(change.protocol, change.metric): change for change in answers.changes(progress)}
+    rows = []
+    for pair in pairs:
+        change = known.get(pair)
+        paired = None if change is None else change.difference
+        cell = "-"
+        if change is not None:
+            cell = f"{change.after.value - change.before.value:+.1f}"
+        if paired is not None:
+            cell += page.tag("small", f"[{paired.low:+.1f}, {paired.high:+.1f}]")
+        rows.append([cell, _guess(None if change is None else change.chance)])
+    return rows
 
 
 def _cell(number: answers.Number | None) -> str:
@@ -253,6 +324,18 @@ def configuration(found: Sequence[Findings]) -> str:
         parts.append(page.code(f"foveola pretrain {place} out=NEW_FOLDER"))
         text = (each.record.folder / "config.yaml").read_text(encoding="utf-8")
         parts.append(page.folded(f"{each.record.name}/config.yaml", page.code(text)))
+    return "".join(parts)
+
+
+def advice(found: Sequence[Findings], config: ReportConfig) -> str:
+    """What to do next, with commands; of several runs for the first."""
+    each, parts = found[0], []
+    if len(found) > 1:
+        parts.append(
+            page.paragraph(f"This is for {each.record.name}, and much the same for the others.", "note")
+        )
+    for text, command in next_steps(each, config.reference, bool(by_seed(found))):
+        parts.append(page.paragraph(text) + (page.code(command) if command else ""))
     return "".join(parts)
 
 

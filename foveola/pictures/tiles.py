@@ -18,7 +18,10 @@ from foveola.pictures.panel import Picture, Row
 
 Encoders = Encoder | Mapping[str, Encoder]
 Tile = tuple[Picture, str]  # with its caption
-LIGHT = "Bright: much attention, in relation to the brightest patch of the tile, whose size stands below it."
+LIGHT = (
+    "Light: attention as a multiple of uniform attention, on one scale for all tiles. Below a tile: its "
+    "peak. An even, weak light is uniform attention, as an untrained network has it."
+)
 TILE = 160  # pixels a side of a tile in a sheet
 FULL = 320  # pixels of the longer side of a tile at full size, at least
 CANVAS = 512  # pixels a side on which masks are drawn before they are read patch by patch
@@ -72,11 +75,11 @@ def shown(encoder: Encoder, picture: Picture, size: int | None) -> Picture:
 
 
 def light(base: Picture, weights: Float[Tensor, "h w"]) -> Tile:
-    """`heat`, and how strong the brightest patch is beside the mean of those that are read at all."""
+    """`heat`, and the brightest patch as a multiple of uniform attention, the mean of what is read at all."""
     values = weights.float().cpu().numpy()
     read = values[values > 0]
     times = float(read.max() / read.mean()) if len(read) else 0.0
-    return heat(base, values), f"peak {times:.1f} x mean"
+    return heat(base, values), f"peak {times:.1f}x uniform"
 
 
 def row_of(tiles: Sequence[Tile], title: str = "") -> Row:

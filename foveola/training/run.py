@@ -183,7 +183,7 @@ class _Session:
 
     def _greet(self, log: Log, start: int) -> None:
         what = f"going on after step {start}" if start else "training"
-        length = f"{self.total - start} steps of {self.config.batch_size} pictures"
+        length = f"{self.total - start} steps of {self.config.batch_size} pictures, out of {len(self.source)}"
         log.note(f"{what} in {self.folder}: {length}")
         log.note(surroundings(self.device), show=False)
         for text in self.changes:

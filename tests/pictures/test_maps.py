@@ -1,5 +1,7 @@
 """Maps equal what explicit attention matrices and sorted similarities say."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,18 @@ from foveola.pictures.maps import (
     strongest,
     token_attention,
 )
-from foveola.pictures.overlays import HEADS, cool_to_warm, heat, link, mark, outline, paint_heads
+from foveola.pictures.overlays import (
+    HEADS,
+    brightness,
+    cool_to_warm,
+    heat,
+    heat_bar,
+    link,
+    mark,
+    outline,
+    paint_heads,
+)
+from foveola.pictures.panel import Row, Sheet
 
 
 def small_encoder(registers: int = 0) -> Encoder:
@@ -97,6 +110,44 @@ def test_heat_is_brightest_at_the_largest_weight() -> None:
     weights = np.array([[0.0, 0.2], [0.1, 0.7]], np.float32)
     drawn = heat(np.zeros((4, 4, 3), np.uint8), weights).sum(axis=2)
     assert drawn[3, 3] == drawn.max() > drawn[0, 3] > drawn[0, 0]
+
+
+def test_light_is_a_multiple_of_uniform_attention_on_one_scale() -> None:
+    """A quarter of uniform is dark, uniform is 1/3 of the way, sixteen times is the brightest."""
+    assert brightness(np.full((3, 3), 1 / 9)) == pytest.approx(np.full((3, 3), 1 / 3))
+    weights = np.full(64, 1.0)
+    weights[0], weights[1:] = 16.0, 48 / 63  # their mean is 1
+    assert brightness(weights)[0] == pytest.approx(1.0)
+    assert brightness(np.array([0.0, 1.0, 1.0, 4.0, 0.5]))[[0, 3]] == pytest.approx(
+        [0.0, math.log(4 * (4 / 6.5) / 0.25) / math.log(64)]
+    )
+    assert (brightness(np.zeros(4)) == 0).all()
+    picture = np.full((8, 8, 3), 120, np.uint8)
+    even, peak = heat(picture, np.full((2, 2), 0.25)), heat(picture, np.array([[1.0, 1e-3], [1e-3, 1e-3]]))
+    assert even.sum() < peak[:4, :4].sum() * 4, "uniform attention does not look like much attention"
+    assert (even == heat(picture, np.full((2, 2), 0.001))).all()
+
+
+def test_bars_say_what_colours_mean() -> None:
+    bar = heat_bar()
+    shares = [share for share, _ in bar.marks]
+    assert [text for _, text in bar.marks] == ["0.25x", "1x: uniform", "4x", "16x"]
+    assert shares == pytest.approx([brightness_of(times) for times in (0.25, 1, 4, 16)])
+    # The colour at a mark is that of a gray tile with so much attention.
+    at = bar.colors[0, round(shares[2] * 120)].astype(int)
+    weights = np.array([[4.0, *[2 / 5] * 5]])  # 4 times uniform: mean 1
+    drawn = heat(np.full((1, 6, 3), 128, np.uint8), weights)[0, 0].astype(int)
+    assert abs(at - drawn).max() <= 3
+    sheet = Sheet("Title", ["a"], [Row("", [np.zeros((9, 9, 3), np.uint8)])], "note", bar)
+    plain = Sheet("Title", ["a"], [Row("", [np.zeros((9, 9, 3), np.uint8)])], "note")
+    below = sheet.draw()[len(plain.draw()) :]
+    strip = below[6]
+    assert (strip[8] == bar.colors[0, 0]).all()
+    assert len(np.unique(strip[8:200], axis=0)) > 50
+
+
+def brightness_of(times: float) -> float:
+    return math.log(times / 0.25) / math.log(16 / 0.25)
 
 
 def rows_by_hand(encoder: Encoder, images: torch.Tensor, block: int) -> torch.Tensor:

@@ -57,6 +57,19 @@ def test_length_of_the_run(tmp_path: Path) -> None:
     assert total("f", "{}") is None
 
 
+def test_how_many_images_there_were(tmp_path: Path) -> None:
+    """143 in batches of 32 make four steps an epoch, as 128 to 159 do. The log names the number."""
+    run = folder(tmp_path / "run", "duration: 8 steps\nbatch_size: 32\n", line(8, epoch=2.0))
+    assert read_runs([run])[0].images == (128, 159)
+    (run / "log.txt").write_text(
+        "2026-01-01 00:00:00  training in runs/x: 8 steps of 32 pictures, out of 140\n"
+        "2026-01-01 00:00:00  going on after step 4 in runs/x: 4 steps of 32 pictures, out of 143\n"
+        "2026-01-01 00:00:09  unreadable pictures, replaced by others: 8 steps of 9 pictures, out of 7.jpg\n"
+    )
+    assert read_runs([run])[0].images == (143, 143)
+    assert read_runs([folder(tmp_path / "bare")])[0].images == (None, None)
+
+
 def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
     runs = [
         folder(tmp_path / "a" / "seed-0"),

@@ -17,7 +17,12 @@ from PIL import Image
 import foveola
 from foveola import cli
 from foveola.config import UserError
+from foveola.data.sources import open_source
+from foveola.pictures.findings import Findings, by_seed
+from foveola.pictures.progress import Progress
+from foveola.pictures.record import read_runs
 from foveola.pictures.report import report
+from foveola.pictures.request import Data
 from foveola.training.recipe import resolve
 from foveola.training.run import pretrain
 
@@ -133,7 +138,9 @@ def test_the_page_is_whole_and_fetches_nothing(page: Path, runs: Path) -> None:
     checker = checked(text)
     assert page == runs / "odis" / "report.html"
     assert text.startswith("<!doctype html>")
-    assert {"verdict", "setup", "helped", "health", "pictures", "curves", "config", "use"} <= set(checker.ids)
+    assert {*("verdict", "setup", "helped", "health", "pictures", "curves", "config", "next", "use")} <= set(
+        checker.ids
+    )
     assert len(checker.alts) > 20
     assert all(alt and len(alt) > 10 for alt in checker.alts)
     assert text.count('<figure class="chart">') > 10
@@ -143,7 +150,8 @@ def test_the_page_says_what_it_should(page: Path, runs: Path) -> None:
     text = html.unescape(page.read_text(encoding="utf-8"))
     run = runs / "odis"
     for words in (
-        "6 of 6, 8 pictures each",
+        "6 of 6, 8 images each",
+        "<dt>Images in it</dt><dd>32</dd>",
         "48 (1.5 epochs)",
         "scenes:?size=32&count=32",
         "width 32, 2 blocks, 2 heads, patches of 8 on 16 pixels",
@@ -158,6 +166,15 @@ def test_the_page_says_what_it_should(page: Path, runs: Path) -> None:
         "some picture at step 6",
     ):
         assert words in text, words
+    # Chance and amounts stand beside the numbers, and what colours mean beside the pictures.
+    (classes,) = {len(open_source("scenes:").classes or ())}
+    assert f"(chance {100 / classes:.1f} %)" in text
+    assert "test objects with " in text
+    assert "1x: uniform" in text
+    # Health has not been foreseen for six steps, nor has a page for a phone without a word on scrolling.
+    assert "too short to tell what the method can do" in text
+    assert f"foveola report {run} limit=10000" in text
+    assert text.count("Scroll this sideways") >= 2
     for metric in ("k-NN top-1", "same-object retrieval rank-1", "picture found again", "RankMe"):
         assert metric in text, metric
 
@@ -215,6 +232,32 @@ def test_runs_of_different_methods_side_by_side(page: Path, runs: Path, tmp_path
         "targets that do not",
     ):
         assert words in text, words
+
+
+def test_runs_of_other_seeds_are_summed_up(
+    page: Path, runs: Path, no_charts: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A copy with another seed in its config.yaml; with another batch, it is another run."""
+    names = []
+    for name, old, new in (
+        ("again", "\nseed: 0", "\nseed: 1"),
+        ("other", "\nbatch_size: 8", "\nbatch_size: 9"),
+    ):
+        copy = Path(shutil.copytree(runs / "odis", tmp_path / name))
+        text = (copy / "config.yaml").read_text()
+        assert old in text
+        (copy / "config.yaml").write_text(text.replace(old, new))
+        names.append(copy)
+    settings = {k: v for k, v in QUICK.items() if k != "pictures"} | {"pictures": 0, "checkpoints": 0}
+    out = report([runs / "odis", *names], tmp_path / "seeds.html", **settings)
+    text = html.unescape(out.read_text(encoding="utf-8"))
+    assert "odis, again" in text
+    (told,) = re.findall(r"Over 2 seeds [^<]*", text)
+    assert re.match(r"Over 2 seeds k-NN top-1 \(object masks\) went from [\d.]+ ± 0.0 % to", told), told
+    assert text.count("2 seeds, in %") == 1
+    records = read_runs([runs / "odis", *names])
+    found = [Findings(record, Data(), Progress(), []) for record in records]
+    assert [[each.record.name for each in group] for group in by_seed(found)] == [["odis", "again"]]
 
 
 def test_what_cannot_be_read_is_said(runs: Path, page: Path, no_charts: None, tmp_path: Path) -> None:
@@ -298,7 +341,9 @@ def test_the_command(
         f"limit=12 pictures=0 checkpoints=0 protocols=knn knn.k=[3] device=cpu out={out}".split()
     )  # all kept
     assert cli.main(["report", str(runs / "odis"), *words]) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    said = capsys.readouterr()
+    assert said.out == f"{out}\n"
+    assert "odis: measuring end, 2 of 2 networks: knn\n" in said.err
     assert "No pictures were asked for" in out.read_text(encoding="utf-8")
     assert cli.main(["report", "--help"]) == 0
     keys = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
