@@ -46,7 +46,6 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "data": f"{source.name}: {len(source):,} pictures"
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
-        **({"notes": "; ".join(notes)} if (notes := notes_of(source)) else {}),
         "parameters": _parameters(trainer.method),
         "tokens per picture": _tokens(config, part, trainer.method),
         "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "
@@ -59,6 +58,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     }
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    lines += [f"{'note':<{width}}  {text}" for text in notes_of(source)]
     if config.data:  # without, neither images nor steps are known
         foreseen = advice(config, trainer.method, progress, images)
         lines += [f"{'advice':<{width}}  {text}" for text in foreseen]
