@@ -17,6 +17,7 @@ from foveola.evaluation.cache import Feed
 from foveola.evaluation.compare import compare
 from foveola.evaluation.components import components, holes
 from foveola.evaluation.localisation import LocalisationConfig, locate, max_box_acc
+from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import evaluate
 from foveola.evaluation.result import Result
 from foveola.evaluation.score_maps import MapReader, choose_maps, first_component, learn_weights
@@ -503,8 +504,15 @@ def test_tables(tmp_path) -> None:
         metrics |= {f"maxboxacc_v2_{name}": 50.0 + i, f"maxboxacc_v2_{name}_low": 48.0}
         metrics |= {f"maxboxacc_v2_{name}_high": 53.0, f"maxboxacc_30_{name}": 70.25}
     data = {"test": {"name": "a:", "fingerprint": "1", "rows": 9}}
-    first = Result("localisation", {}, metrics | {"holdout_abmilp": 12.5}, data, "x", {}, "2026", 1.5)
-    other = dataclasses.replace(first, metrics={**first.metrics, "maxboxacc_v2_attention": 51.5})
+    first, other = (
+        Result("localisation", {}, metrics | {"holdout_abmilp": 12.5}, data, "x", {}, "2026", 1.5)
+        for _ in range(2)
+    )
+    other.metrics["maxboxacc_v2_attention"] = 51.5
+    each = torch.linspace(0, 1, 90)
+    for result, attention in ((first, each), (other, each + 0.015)):
+        for name, values in (("attention", attention), ("centred_box", each)):
+            result.scores[f"maxboxacc_v2_{name}"] = packed(values, torch.arange(90))
     lines = first.table().splitlines()
     assert lines[1].split() == ["localisation", "maxboxacc_v2", "maxboxacc_30"]
     assert lines[2].split() == ["attention", "50.00", "[48.00,", "53.00]", "70.25"]
