@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.metrics import wilson
 
 Absent = Literal["skip", "zero"]
 
@@ -74,10 +75,13 @@ def bootstrap_iou(
     """Percentile bootstrap interval of the mean IoU over P pictures (the mean of several runs on the same).
 
     Pictures are drawn with replacement, because pixels of one are not independent; a resample's areas are
-    summed before the ratio is taken. In percent, deterministic in `seed`.
+    summed before the ratio is taken. In percent, deterministic in `seed`. Where every image is all right, or
+    all wrong, a bootstrap says nothing: then it is Wilson's interval of as many rows.
     """
     means = _resampled(runs, absent, samples, seed)
     low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if low == high and low in (0.0, 100.0):
+        low, high = (100 * end for end in wilson(low / 100, len(runs[0]), confidence))
     return float(low), float(high)
 
 

@@ -89,3 +89,9 @@ def test_named_iou_has_none_for_a_class_that_never_occurs():
     areas = torch.zeros(1, 3, 3, dtype=torch.int64)
     areas[0, :, 0] = torch.tensor([1, 2, 3])
     assert named_iou(areas, ["a", "b"]) == {"a": 25.0, "b": None}
+
+
+def test_all_right_is_not_certain():
+    predicted, _ = maps(0, void=0.0)
+    right = stacked(predicted, predicted, 5)
+    assert bootstrap_iou([right]) == pytest.approx((100 / (1 + 1.959964**2 / 6), 100))
