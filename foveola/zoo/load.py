@@ -17,6 +17,7 @@ from torch import Tensor
 from foveola.config import ConfigError, UserError, build, nearest
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
+from foveola.zoo.preprocess import check_kind
 from foveola.zoo.weights import read_config
 
 LARGEST = 8192  # pixels a side
@@ -64,6 +65,7 @@ def load_library(name: str) -> Encoder:
             near = nearest(option, OPTIONS[library])
             known = f"did you mean {near!r}?" if near else f"known: {', '.join(OPTIONS[library])}"
             raise UserError(f"{name}: unknown option {option!r}; {known}")
+    check_kind(library, model, options.get("preprocess"))
     size = None
     if "image_size" in options:
         if not options["image_size"].isdecimal() or not 0 < int(options["image_size"]) <= LARGEST:

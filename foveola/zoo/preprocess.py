@@ -19,6 +19,12 @@ OFFICIAL: tuple[tuple[str, int | None, float], ...] = (
 )
 
 
+def check_kind(library: str, name: str, kind: str | None) -> None:
+    """Raise UserError unless the library's models know this kind of `preprocess`."""
+    if kind is not None and kind not in KINDS[library]:
+        raise UserError(f"{library}:{name}: preprocess={kind}: expected {', '.join(KINDS[library])}")
+
+
 def transform_of(
     library: str, name: str, kind: str | None, size: int | None, own: Callable[[int | None], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -31,11 +37,9 @@ def transform_of(
         size: pixels a side that are encoded; the shorter side keeps its ratio to them.
         own: gives the library's settings, for a size if there is one.
 
-    Raises UserError for another kind, and where the authors' evaluations are not known.
+    Raises UserError where the authors' evaluations are not known.
     """
     kind = kind or KINDS[library][0]
-    if kind not in KINDS[library]:
-        raise UserError(f"{library}:{name}: preprocess={kind}: expected {', '.join(KINDS[library])}")
     if kind == "imagenet":
         return _square(size or 224, 8 / 7)
     if kind != "official":

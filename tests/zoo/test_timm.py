@@ -183,7 +183,7 @@ REFUSED = {
     "vit_base_patch16_clip_quickgelu_224": (SMALL | {"pre_norm": False}, "QuickGELU"),
     "vit_small_patch16_224": (SMALL | {"global_pool": "avg"}, r"normalised after pooling \(fc_norm\)"),
     "eva02_small_patch14_224": ({"depth": 1, "num_classes": 0}, "other positions than DINOv3's"),
-    "vit_base_patch16_224": (SMALL | {"qk_norm": True}, r"unknown blocks.0.attn.k_norm.bias"),
+    "vit_base_patch16_224": (SMALL | {"qk_norm": True}, r"norms of queries and keys"),
     "vit_large_patch16_224": (SMALL | {"img_size": (96, 160)}, "96 x 160|not square|expected a square"),
 }
 
@@ -255,7 +255,7 @@ def test_preprocessing_on_request(options: str, resize: int, crop: int):
         ("vit_base_patch16_224.mae", None, (256, 224)),
         ("vit_small_patch16_dinov3.lvd1689m", None, (256, 224)),
         ("deit_base_patch16_384.fb_in1k", None, (439, 384)),
-        ("deit3_base_patch16_224.fb_in1k", None, (224, 224)),
+        ("deit3_base_patch16_384.fb_in1k", None, (384, 384)),
     ],
 )
 def test_official_preprocessing(name: str, size: int | None, expected: tuple[int, int]):
