@@ -206,7 +206,7 @@ def test_the_term_reaches_its_head_the_mask_and_the_field(progress: Progress):
 
 
 def test_views_without_position_masks_leave_a_zero_loss(progress: Progress):
-    views = replace(VIEWS, position_masking=PositionMaskingConfig(share=0.0))
+    views = replace(VIEWS, position_masking=PositionMaskingConfig(share=1e-9))
     method = build(views)
     losses = method(batch_of(views), progress).losses
     assert losses["position"].item() == 0
@@ -239,7 +239,7 @@ def test_without_the_term_the_others_are_the_same_bit_for_bit():
 
 
 def test_without_anyone_chosen_it_is_the_plain_method_bit_for_bit():
-    nobody = replace(VIEWS, position_masking=PositionMaskingConfig(share=0.0))
+    nobody = replace(VIEWS, position_masking=PositionMaskingConfig(share=1e-9))
     plain = replace(VIEWS, position_masking=None)
     without = {name: value for name, value in TERMS.items() if name != "position"}
     same(run(build(nobody), nobody), run(build(plain, terms=without), plain))
