@@ -67,6 +67,7 @@ PLACES = [
         "folder that keeps features; null = that of FOVEOLA_CACHE, or temporary",
     ),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    KeyInfo("overlap", "refuse|drop|allow", "refuse", "test images that train holds as well, byte for byte"),
 ]
 ANALYZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
@@ -201,6 +202,7 @@ def _evaluate(arguments: list[str]) -> None:
     places = {info.path: settings.pop(info.path, None) for info in PLACES}
     places = {path: None if value is None else str(value) for path, value in places.items()}
     model = places.pop("model")
+    places["overlap"] = places["overlap"] or "refuse"
     configure(chosen, settings)  # mistakes first, before anything is loaded
     if model is None:
         raise UserError(f"evaluate {chosen[0]} needs model=: a run folder, an encoder folder, or weights")

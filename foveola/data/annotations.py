@@ -9,9 +9,9 @@ look at.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from xml.etree import ElementTree
 
 import numpy as np
@@ -22,7 +22,22 @@ from foveola.data.fit import turn_of
 from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, read_header, turn, turn_boxes
 from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
-Reader = Callable[[int, str, Path, int], tuple[Path | bytes, Objects | None]]
+
+@runtime_checkable
+class Reader(Protocol):
+    """Finds the objects of an image."""
+
+    def __call__(
+        self, row: int, file: str, path: Path, label: int
+    ) -> tuple[Path | bytes, Objects | None]: ...
+
+    def digest(self) -> str:
+        """Tells the annotations in memory, and the rules of reading, from others."""
+        ...
+
+    def path(self, file: str) -> Path | None:
+        """The file that annotates one image alone, if there is one."""
+        ...
 
 
 class Packed:
@@ -67,6 +82,13 @@ class PixelBoxes:
     def __init__(self, table: BoxTable, size: tuple[int, int] | None = None) -> None:
         self.table, self.size = table, size
 
+    def digest(self) -> str:
+        """Of all boxes and labels."""
+        return f"{self.table.digest()} {self.size}"
+
+    def path(self, file: str) -> None:
+        """All boxes are in memory."""
+
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
         boxes, labels = self.table.of(row)
         if not len(boxes):
@@ -92,6 +114,10 @@ class LabelMaps:
 
     def __init__(self, folder: Path, ignore: int | None = None) -> None:
         self.folder, self.ignore = folder, ignore
+
+    def digest(self) -> str:
+        """Of the rule of reading."""
+        return f"ignore {self.ignore}"
 
     def path(self, file: str) -> Path:
         """Where the label map of a picture would be."""
@@ -122,6 +148,10 @@ class XmlBoxes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def digest(self) -> str:
+        """There is only one rule of reading."""
+        return "xml"
 
     def path(self, file: str) -> Path | None:
         """The XML file of a picture, if there is one."""
@@ -160,6 +190,15 @@ class CocoObjects:
             boxes.append(rows)
         self.table, self.masks = BoxTable(boxes), Packed(masks)
         self.areas = np.array(areas, np.float32)
+
+    def digest(self) -> str:
+        """Of sizes, boxes, labels, areas, polygons and RLE."""
+        parts = (self.sizes, self.areas, self.masks.ends, self.masks.bytes)
+        own = hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
+        return f"{self.table.digest()} {own}"
+
+    def path(self, file: str) -> None:
+        """All annotations are in memory."""
 
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
         boxes, labels = self.table.of(row)

@@ -1,15 +1,16 @@
 """Data sets of Hugging Face: by name on the hub, or a folder that its library saved or can load."""
 
-import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from foveola.config import nearest
 from foveola.data.annotations import read_values
 from foveola.data.fit import upright_map
+from foveola.data.identity import HASH, Identity, hash_of
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
 
@@ -44,22 +45,26 @@ class HubPictures:
             raise BadImage(f"row {row}: no picture in column {column}")
         return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
+    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
+        """Leave only the rows of these indices, in their order."""
+        self.rows = self.rows[np.sort(indices)]
+
     def limit(self, count: int, seed: int) -> None:
         """Keep `count` rows, drawn evenly from all, in their order."""
-        drawn = np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count]
-        self.rows = self.rows[np.sort(drawn)]
+        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
-    def fingerprint(self) -> str:
-        """A hash of columns, size, labels, the rows in use, and what the library knows of the version."""
-        info = self.dataset.info
-        known = (
-            f"{info.builder_name} {info.config_name} {info.version} {sorted(info.download_checksums or {})}"
-        )
-        text = f"{self.classes} {self.dataset.features} {len(self.dataset)} {self.image} {self.label} {known}"
-        digest = hashlib.sha256(text.encode())
-        for array in (self.labels, self.rows):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Contents of the cells, and labels. What the library knows of a version says nothing of pixels."""
+        rows = self.rows if chosen is None else self.rows[chosen]
+        return Identity.of(self.cells(rows, self.image), self.classes, self.labels[rows])
+
+    def cells(self, rows: Int64[np.ndarray, "n"], column: str) -> np.ndarray:
+        """Hashes (S16 [n]) of the files in the cells of a column."""
+        found = np.zeros(len(rows), HASH)
+        for i, row in enumerate(rows.tolist()):
+            with suppress(BadImage):
+                found[i] = hash_of(self._file(row, column))
+        return found
 
 
 class HubPixels(HubPictures):
@@ -83,9 +88,11 @@ class HubPixels(HubPictures):
         labels = to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
         return upright_map(labels, self._file(row, self.image), False, where)
 
-    def fingerprint(self) -> str:
-        stamp = f"{super().fingerprint()} {self.pixels}".encode() + self.values.tobytes()
-        return hashlib.sha256(stamp).hexdigest()[:16]
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Contents of images and label maps, and what their values mean."""
+        plain = super().identity(chosen)
+        maps = self.cells(self.rows if chosen is None else self.rows[chosen], self.pixels)
+        return Identity.of(plain.contents, plain.digest, maps, self.values)
 
 
 def open_hub(

@@ -7,7 +7,6 @@ numbers strongly).
 """
 
 import csv
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jaxtyping import Int64
 
 from foveola.data.annotations import read_json
 from foveola.data.decode import decode
+from foveola.data.identity import Identity
 from foveola.data.layouts import Pictures, open_imagenet
 from foveola.data.listing import check_inside, check_listed, find_pictures
 from foveola.data.sample import BadImage, DataError, Sample
@@ -41,7 +41,14 @@ class Variant(Pictures):
         super().__init__(name, root, files, [some[0] for some in answers], classes)
         self.ends = np.cumsum([len(some) for some in answers], dtype=np.int64)
         self.flat = np.array([label for some in answers for label in some], np.int64)
-        self.annotations = hashlib.sha256(self.ends.tobytes() + self.flat.tobytes()).hexdigest()
+
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Of images and labels, and of what counts as right, what may be predicted and what is cut off."""
+        plain = super().identity(chosen)
+        rows = self.rows if chosen is None else self.rows[chosen]
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        right = [self.flat[a:b].tolist() for a, b in zip(starts, self.ends[rows], strict=True)]
+        return Identity.of(plain.contents, plain.digest, right, self.candidates, self.border)
 
     def answers(self, index: int) -> Int64[np.ndarray, "a"]:
         """All labels that count as right for a picture; the first is the sample's label."""
@@ -142,7 +149,6 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     source = Variant(name, base / "images", files, answers, wnids())
     source.candidates = tuple(sorted({label for some in answers_of.values() for label in some}))
     source.border, source.notes = border, found.notes
-    source.annotations += f" {border}"
     return source
 
 

@@ -1,12 +1,12 @@
 """How data sets lie on disk: class folders, Tiny ImageNet, ImageNet, COCO. An opener returns `Pictures`."""
 
 import csv
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from foveola.config import nearest
 from foveola.data.annotations import (
@@ -21,6 +21,7 @@ from foveola.data.annotations import (
     size_of,
 )
 from foveola.data.coco import check_size
+from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_pictures, printable
 from foveola.data.sample import DataError, ImageFile, Reading, Sample
 from foveola.data.tables import read_boxes
@@ -39,18 +40,16 @@ class Pictures:
         labels: Sequence[int] | None = None,
         classes: Sequence[str] | None = None,
         reader: Reader | None = None,
-        annotations: str = "",
     ) -> None:
         self.name, self.root, self.reader = name, root, reader
         self.classes = None if classes is None else tuple(classes)
         self.files = Packed(os.fsencode(file) for file in files)
         self.labels = np.full(len(files), -1) if labels is None else np.array(labels, np.int64)
         self.rows = np.arange(len(files))
-        self.annotations = annotations  # tells these annotations from others, for the fingerprint
+        self.annotations = ""  # tells what a subclass knows about its images from what another might
         self.has_objects = reader is not None
         self.notes: tuple[str, ...] = ()  # what whoever uses the data should know
         self.reading, self.raw = Reading(), False
-        self._stamp: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,40 +95,32 @@ class Pictures:
             return None
         return int((np.diff(table.ends, prepend=0)[self.rows] > 0).sum())
 
-    def fingerprint(self) -> str:
-        """A hash of file names, labels, annotations and the rows in use; the same wherever the folder is."""
-        digest = hashlib.sha256(f"{self.classes} {self.annotations}".encode())
-        for array in (self.files.bytes, self.files.ends, self.labels, self.rows):
-            digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Contents of the image files, labels and annotations, in order; not names nor places."""
+        rows = self.rows if chosen is None else self.rows[chosen]
+        files = [os.fsdecode(self.files[row]) for row in rows.tolist()]
+        about = [self.classes, self.labels[rows], self.annotations, self.raw]
+        if self.reader is not None:
+            about.append(self.reader.digest())
+        beside = [self.beside(row) for row in rows.tolist()]
+        if any(beside):
+            about.append(
+                hash_files(self.root, [path or "" for path in beside], f"annotations of {self.name}")
+            )
+        return Identity.of(hash_files(self.root, files, self.name), *about)
 
-    def stamp(self) -> tuple[str, str]:
-        """Hashes of the sizes, and of the times, of all files in use; found once."""
-        if self._stamp is None:
-            sizes, times = hashlib.sha256(), hashlib.sha256()
-            for path in (path for row in self.rows for path in self._paths(int(row))):
-                try:
-                    state = path.stat()
-                except OSError:
-                    sizes.update(b"-")
-                    continue
-                sizes.update(b"%d " % state.st_size)
-                times.update(b"%d " % state.st_mtime_ns)
-            self._stamp = sizes.hexdigest()[:16], times.hexdigest()[:16]
-        return self._stamp
+    def beside(self, row: int) -> str | None:
+        """The path (from the root, or absolute) of the file that annotates one image alone, if it has one."""
+        path = None if self.reader is None else self.reader.path(os.fsdecode(self.files[row]))
+        return None if path is None else str(path.absolute())
 
-    def _paths(self, row: int) -> Iterator[Path]:
-        """The file of a picture, and that of its annotation where it has one of its own."""
-        file = os.fsdecode(self.files[row])
-        yield self.root / file
-        if isinstance(self.reader, LabelMaps):
-            yield self.reader.path(file)
+    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
+        """Leave only the images of these indices, in their order."""
+        self.rows = self.rows[np.sort(indices)]
 
     def limit(self, count: int, seed: int) -> None:
         """Keep `count` pictures, drawn evenly from all, in their order."""
-        self._stamp = None
-        drawn = np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count]
-        self.rows = self.rows[np.sort(drawn)]
+        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
 
 def open_folder(
@@ -144,20 +135,18 @@ def open_folder(
     found = {} if boxes is None else read_boxes(boxes)
     classes = sorted(folders | {box[4] for some in found.values() for box in some if box[4]})
     index = {label: number for number, label in enumerate(classes)}
-    reader, stamp = None, ""
+    reader = None
     if boxes is not None:
         rows: list[list] = [[] for _ in files]
         for key, row in _match_names(found, files, boxes).items():
             rows[row] += [(*box[:4], index[box[4]] if box[4] else -1) for box in found[key]]
-        table = BoxTable(rows)
-        reader, stamp = PixelBoxes(table), table.digest()
+        reader = PixelBoxes(BoxTable(rows))
         notes += _few_objects(boxes, sum(map(bool, rows)), len(files))
     elif masks is not None:
         reader = maps = LabelMaps(masks, ignore)
-        stamp = f"{masks.name} {ignore}"
         _probe(files, masks, lambda file: maps.path(file).is_file())
     labels = [-1 if top is None else index[top] for top in tops]
-    source = Pictures(name, root, files, labels, classes or None, reader, stamp)
+    source = Pictures(name, root, files, labels, classes or None, reader)
     source.notes = notes
     return source
 
@@ -203,8 +192,7 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
         boxes.append([(x0, y0, x1 + 1, y1 + 1, index[wnid])] if x1 > x0 and y1 > y0 else [])
     names = {row[0]: row[1].split(",")[0] for row in words}
     classes = [f"{wnid} {names[wnid]}" if wnid in names else wnid for wnid in wnids]
-    table = BoxTable(boxes)
-    return Pictures(name, root, files, labels, classes, PixelBoxes(table, (64, 64)), table.digest())
+    return Pictures(name, root, files, labels, classes, PixelBoxes(BoxTable(boxes), (64, 64)))
 
 
 def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> Pictures:
@@ -226,8 +214,7 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
         inner = [boxes / half, boxes / "Annotations" / "CLS-LOC" / half]
         reader = xml = XmlBoxes(next((place for place in inner if place.is_dir()), boxes))
         _probe(files, xml.folder, lambda file: xml.path(file) is not None)
-    stamp = "" if boxes is None else boxes.name
-    source = Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader, stamp)
+    source = Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader)
     source.notes = notes
     return source
 
@@ -283,7 +270,7 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
     check_inside(annotations, files)
     check_listed(root, files)
     classes = [category["name"] for category in categories]
-    source = Pictures(name, root, files, None, classes, reader, reader.table.digest())
+    source = Pictures(name, root, files, None, classes, reader)
     source.notes = _few_objects(annotations, sum(map(bool, per_picture)), len(files))
     return source
 

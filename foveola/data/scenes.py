@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
+from foveola.data.identity import HASH, Identity, hash_of
 from foveola.data.sample import DataError, Objects, Sample
 
 CLASSES = (
@@ -143,9 +144,11 @@ class Scenes:
         label = int(labels[scene.objects.areas.argmax()])
         return Sample(scene.image, f"scenes/{self.split}/{index}", scene.objects, label)
 
-    def fingerprint(self) -> str:
-        """Changes when any pixel or label of these scenes would."""
-        return hashlib.sha256(f"{self.name} {VERSION} {self.stock.digest}".encode()).hexdigest()[:16]
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """A scene is what its parameters say: one of the same parameters and index is the same image."""
+        own = f"{VERSION} {self.stock.digest} {self.split} {self.size} {self.seed} {self.objects}"
+        indices = range(self.count) if chosen is None else chosen.tolist()
+        return Identity.of(np.array([hash_of(f"scene {own} {i}".encode()) for i in indices], HASH), own)
 
     def scene(self, index: int) -> Scene:
         """Draw one scene."""

@@ -5,9 +5,8 @@ in `source.classes`, and IGNORE where a pixel has no class. What a data set mean
 here.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -52,8 +51,6 @@ class PixelSource(Protocol):
         """Classes of the pixels of a picture; IGNORE for none. Raises BadImage and DataError."""
         ...
 
-    def fingerprint(self) -> str: ...
-
 
 class LabelledPictures(Pictures):
     """Picture files with a label map each. `values[v]` is the class of the value v of the maps on disk."""
@@ -75,12 +72,11 @@ class LabelledPictures(Pictures):
         self.values = values
         if official is not None and len(pairs) != official:
             self.notes = (f"{name} has {len(pairs)} pictures, the official set {official}",)
-        stamp = hashlib.sha256(self.maps.bytes.tobytes() + values.tobytes())
-        self.annotations = f"pixels {stamp.hexdigest()}"
+        self.annotations = f"pixels {values.tobytes().hex()}"
 
-    def _paths(self, row: int) -> Iterator[Path]:
-        yield from super()._paths(row)
-        yield self.root / os.fsdecode(self.maps[row])
+    def beside(self, row: int) -> str:
+        """The label map of an image."""
+        return os.fsdecode(self.maps[row])
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """Classes of the pixels of a picture. Raises BadImage (damaged), DataError (values of no class)."""

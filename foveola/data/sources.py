@@ -39,7 +39,11 @@ NEEDED = ("name", "classes", "has_objects", "__len__", "__getitem__")  # by a so
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples by index. Picklable and cheap to hand to workers: no open files, no lists of objects."""
+    """Samples by index. Picklable and cheap to hand to workers: no open files, no lists of objects.
+
+    A source may also say what it is: `identity(chosen=None) -> foveola.data.identity.Identity`, of all images
+    or of those of some indices. Without that method, every sample is gone through to find out.
+    """
 
     @property
     def name(self) -> str:
@@ -62,35 +66,10 @@ class Source(Protocol):
         """A sample, its picture not yet decoded. BadImage (with the name) when not even that can be had."""
         ...
 
-    def fingerprint(self) -> str:
-        """Changes when the data would: names, labels, annotations. Pixels of files are not read for it."""
-        ...
-
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """Pictures that can be told from others: sources, with or without label maps."""
-
-    def fingerprint(self) -> str: ...
-
-
-def stamp_of(source: Fingerprinted) -> tuple[str, str]:
-    """Hashes of the sizes and of the times of a source's files; empty for one that is made, not read."""
-    stamp = getattr(source, "stamp", None)
-    return ("", "") if stamp is None else stamp()
-
 
 def notes_of(source: Any) -> tuple[str, ...]:
     """What a source says about its data that whoever uses them should know; nothing of a source without."""
     return tuple(getattr(source, "notes", ()))
-
-
-def same_data(a: Fingerprinted, b: Fingerprinted) -> bool:
-    """Whether two sources hold the same pictures: names, labels, annotations, and the sizes of files.
-
-    Not their times, so that a copy counts as the same; a set of the same names with other pixels does not.
-    """
-    return a is b or (a.fingerprint() == b.fingerprint() and stamp_of(a)[0] == stamp_of(b)[0])
 
 
 def open_source(spec: str, split: Split = "train") -> Source:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import UserError, build, to_dict
+from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source, decode, notes_of, open_source
 from foveola.evaluation.analysis_result import AttentionAnalysis, Moments
@@ -116,7 +117,7 @@ def _run(
     analysed = readers[0].heads.count
     if not analysed:
         raise UserError(f"{source.name}: no pictures")
-    about = {"name": source.name, "fingerprint": source.fingerprint(), "pictures": len(chosen)}
+    about = {"name": source.name, "fingerprint": identity_of(source, chosen).digest, "pictures": len(chosen)}
     return about | facts | {"analysed": analysed}
 
 

@@ -19,16 +19,16 @@ from jaxtyping import Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola import distributed
-from foveola.data.sources import Source, stamp_of
+from foveola.data.sources import Source
 from foveola.evaluation.encoding import FeedConfig
-from foveola.evaluation.features import FeatureTable, choose_pictures
+from foveola.evaluation.features import FeatureTable, choose_pictures, identity_for
 from foveola.evaluation.kinds import EXTERNAL, Need, Reader, check_kinds
 from foveola.evaluation.passes import COLUMNS, READ, Pass
 from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
 
-Where = tuple[tuple[str, tuple[str, str]], FeedConfig, int, int | None, str | None]
+Where = tuple[str, FeedConfig, int, int | None, str | None]
 
 
 class Store:
@@ -183,9 +183,8 @@ def _is_alive(process: int) -> bool:
 
 def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
     """What two protocols must have in common to read one store: data, settings, crops, and geometry."""
-    data = source.fingerprint(), stamp_of(source)
     return (
-        data,
+        identity_for(source, config).digest,
         replace(feeding(config), batch_size=1, workers=0),
         views,
         need.side,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveola import distributed
 from foveola.config import UserError
+from foveola.data.identity import Identity, identity_of
 from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage
 from foveola.data.segmentation import PixelSource
@@ -106,7 +107,7 @@ def extract_tables(
     }
     return tables, {
         "name": source.name,
-        "fingerprint": source.fingerprint(),
+        "fingerprint": identity_of(source, chosen).digest,
         "pictures": len(chosen),
         **facts,
     }
@@ -198,6 +199,12 @@ def choose_pictures(count: int, limit: int | None, seed: int) -> Int64[np.ndarra
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
+def identity_for(source: Source, config: Any) -> Identity:
+    """The identity of the images that a protocol with these settings (`limit`, `seed`) reads of a source."""
+    limit, seed = getattr(config, "limit", None), getattr(config, "seed", 0)
+    return identity_of(source, choose_pictures(len(source), limit, seed))
 
 
 def share(count: int) -> slice:

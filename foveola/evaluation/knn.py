@@ -11,10 +11,10 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, key
-from foveola.data.sources import Source, same_data
+from foveola.data.sources import Source
 from foveola.evaluation.answers import Answers, answers_of, shared_labels
 from foveola.evaluation.cache import Feed, Need
-from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, share
+from foveola.evaluation.features import FeatureTable, extract_tables, identity_for, mask_kinds, share
 from foveola.evaluation.kinds import need
 from foveola.evaluation.metrics import (
     Outcome,
@@ -24,6 +24,7 @@ from foveola.evaluation.metrics import (
     ranking,
     vote,
 )
+from foveola.evaluation.overlap import content_groups
 from foveola.evaluation.paired import packed
 from foveola.evaluation.rows import ExtractConfig
 from foveola.evaluation.search import QUERY_BLOCK, nearest
@@ -81,7 +82,7 @@ class KnnConfig(ExtractConfig):
     )
     temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
     exclude_self: bool = key(
-        False, "rows of a query's own picture do not vote; needed when train and test are the same"
+        False, "rows of a query's own picture (same contents) do not vote; for test images that train holds"
     )
     store: Literal["float32", "float16"] = key(
         "float32", "numbers in which features are kept, where they are (cache=, several protocols)"
@@ -115,11 +116,6 @@ def run(
     best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
     for every k.
     """
-    same = same_data(train, test)
-    if same and not config.exclude_self:
-        raise UserError("train and test are the same data: each row would find itself; set exclude_self=true")
-    if config.exclude_self and not same:
-        raise UserError("exclude_self=true needs the same data for train and test")
     kinds, notes = mask_kinds(config.masks, train, test)
     began = perf_counter()
     wanted = needs(config, encoder) if feed is not None else None
@@ -132,6 +128,7 @@ def run(
         return [store.table("masked" if masked else plain) for masked in kinds], store.facts
 
     banks, train_facts = tables(train)
+    same = identity_for(train, config).digest == identity_for(test, config).digest
     queries, test_facts = (banks, train_facts) if same else tables(test)
     seconds = {"extract_seconds": round(perf_counter() - began, 2)}
     began, metrics, scores = perf_counter(), {}, {}
@@ -166,6 +163,7 @@ def _measure(
         )
     classes = int(bank.labels.max()) + 1
     mine = share(len(query.labels))
+    groups = content_groups(*sources, config, bank.pictures, query.pictures) if config.exclude_self else None
     ranked = predict(
         query.features[mine],
         bank.features,
@@ -173,8 +171,8 @@ def _measure(
         k=ks,
         classes=classes,
         temperature=config.temperature,
-        query_groups=query.pictures[mine] if config.exclude_self else None,
-        bank_groups=bank.pictures if config.exclude_self else None,
+        query_groups=None if groups is None else groups[1][mine],
+        bank_groups=None if groups is None else groups[0],
         device=device,
     )
     ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}

@@ -23,7 +23,7 @@ from foveola.evaluation.features import check_finite, facts_of_bad
 from foveola.evaluation.metrics import Outcome, bootstrap, interval, partner_ranks, percent, recall_at
 from foveola.evaluation.other_views import LabelFreeConfig, Seen, watch
 from foveola.evaluation.paired import packed
-from foveola.evaluation.retrieval import choose_targets
+from foveola.evaluation.retrieval import choose_targets, pictures_of
 from foveola.models.encoder import Encoder
 
 __all__ = ["LabelFreeConfig", "run"]
@@ -66,7 +66,7 @@ def run(
         scores[f"rank1_{name}"] = packed(ranks == 0, owners.repeat(2))
         scores[f"recall{k}_{name}"] = packed(ranks < k, owners.repeat(2))
     facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
-    named = {"name": test.name, "fingerprint": test.fingerprint(), "pictures": len(targets)}
+    named = {"name": test.name, "fingerprint": pictures_of(test, targets).digest, "pictures": len(targets)}
     data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
     return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, key
-from foveola.data.sources import Source, same_data
+from foveola.data.sources import Source
 from foveola.evaluation.box_accuracy import (
     IOUS,
     SIDE,
@@ -28,7 +28,15 @@ from foveola.evaluation.box_accuracy import (
 from foveola.evaluation.boxed import BoxedPictures
 from foveola.evaluation.cache import Feed, FeedConfig
 from foveola.evaluation.components import LEVELS
-from foveola.evaluation.features import check_finite, choose_pictures, facts_of_bad, read_ahead, share, show
+from foveola.evaluation.features import (
+    check_finite,
+    choose_pictures,
+    facts_of_bad,
+    identity_for,
+    read_ahead,
+    share,
+    show,
+)
 from foveola.evaluation.kinds import Need, need
 from foveola.evaluation.metrics import Outcome, interval
 from foveola.evaluation.paired import packed
@@ -189,8 +197,6 @@ def run(
         )
     labelled = train is not None and len(train.classes or ()) > 1
     names = choose_maps(encoder, config.maps, labelled)
-    if "abmilp" in names and train is not None and same_data(train, test):
-        raise UserError(f"{test.name}: abmilp would learn from the pictures that it is measured on")
     side = config.image_size or encoder.config.transform.crop
     if side % encoder.patch_size:
         raise UserError(f"image_size={side} is not a multiple of the patch size {encoder.patch_size}")
@@ -285,7 +291,7 @@ def _facts(found: Found, source: Source, config: LocalisationConfig) -> dict[str
         )
     return {
         "name": source.name,
-        "fingerprint": source.fingerprint(),
+        "fingerprint": identity_for(source, config).digest,
         "pictures": pictures,
         **facts,
         "rows": len(found.pictures),

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Int64
 
 from foveola import distributed, files
 from foveola.config import UserError
-from foveola.data.sources import Source, stamp_of
+from foveola.data.identity import identity_of
+from foveola.data.sources import Source
 from foveola.evaluation.encoding import Encoding, FeedConfig, checked
 from foveola.evaluation.features import choose_pictures, facts_of_bad, share
 from foveola.evaluation.kinds import Need, shape_of
@@ -61,8 +62,7 @@ class Pass:
         self.key = {
             "format": FORMAT,
             "encoder": fingerprint,
-            "data": source.fingerprint(),
-            "files": stamp_of(source),
+            "data": identity_of(source, self.chosen).digest,
             "pictures": hashlib.sha256(self.chosen.tobytes()).hexdigest()[:16],
             "precision": config.precision,
             "store": config.store,
@@ -215,7 +215,7 @@ class Pass:
         total = {name: sum(s[name] for s in distributed.gather_objects(seconds)) for name in seconds}
         return {
             "name": self.source.name,
-            "fingerprint": self.source.fingerprint(),
+            "fingerprint": self.key["data"],
             "pictures": len(self.chosen),
             **facts,
             "rows": int(read.sum()),

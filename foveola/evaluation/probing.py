@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
-from foveola.data.sources import Source, same_data
+from foveola.data.sources import Source
 from foveola.evaluation.answers import Answers, answers_of, shared_labels
 from foveola.evaluation.cache import Feed, FeedConfig, Need, Store
 
@@ -82,13 +82,11 @@ def open_task(
     device: torch.device,
     candidates: int,
 ) -> Task:
-    """Stores of both sources with what is needed, and the split. Raises UserError where they are one set.
+    """Stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
-    Also for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
+    Raises UserError for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
     """
-    if same_data(train, test):
-        raise UserError("train and test are the same data: a probe would be scored on what it learned from")
     feed.want(train, config, need, config.views)
     feed.want(test, config, need)
     bank, queries = feed.open(train, config, need, config.views), feed.open(test, config, need)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +12,7 @@ import torch
 
 from foveola import distributed, files
 from foveola.config import UserError, build, merge, nearest, to_dict
+from foveola.data.identity import looked_at_once, say
 from foveola.data.sources import Source, Split, as_source, notes_of
 from foveola.evaluation import (
     abmilp,
@@ -29,8 +30,10 @@ from foveola.evaluation import (
     segmentation_head,
 )
 from foveola.evaluation.cache import Feed, where_of
+from foveola.evaluation.features import identity_for
 from foveola.evaluation.kinds import Need
 from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.overlap import POLICIES, separate
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import home_of, store
 from foveola.failures import told
@@ -157,6 +160,7 @@ def evaluate(
     out: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
+    overlap: str = "refuse",
     progress: bool = True,
     **settings: Any,
 ) -> Result:
@@ -174,15 +178,19 @@ def evaluate(
             otherwise a temporary one.
         device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
             it is.
+        overlap: what to do with test images that train holds as well, byte for byte: "refuse" them, "drop"
+            them (measure the others), or "allow" them; the notes of the result say how many there are.
         settings: keys of the protocol's configuration, such as `k=(20,)`, `rows="objects"`.
 
     Raises UserError for unknown protocols and keys, bad values, data without what the protocol needs, and
     encoders whose features are not finite.
     """
     places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
+    places["overlap"] = overlap
     return evaluate_all(model, (protocol,), progress=progress, **places, **settings)[protocol]
 
 
+@looked_at_once()
 def evaluate_all(
     model: Encoder | str | Path,
     protocols: Sequence[str],
@@ -192,6 +200,7 @@ def evaluate_all(
     out: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
+    overlap: str = "refuse",
     progress: bool = True,
     show: Callable[[Result], None] = lambda _: None,
     **settings: Any,
@@ -209,6 +218,7 @@ def evaluate_all(
         if source is None and users:
             raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
     learning = [name for name in configs if PROTOCOLS[name].learns is not None]
+    say(progress and distributed.is_main())
     bank = _open(train, "train") if needs_train or (learning and train is not None) else None
     queries = _open(test, "test")
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
@@ -219,17 +229,21 @@ def evaluate_all(
         distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     results = {}
-    storing = _storing(encoder, configs, queries, cache)
     learned = _learned(encoder, configs) if bank is not None and len(bank.classes or ()) > 1 else {}
+    trained = {name: config for name, config in configs.items() if name in {*needs_train, *learned}}
+    apart, said = _tests(trained, bank, queries, overlap)
+    tests: dict[str, Any] = dict.fromkeys(configs, queries) | apart
+    storing = _storing(encoder, configs, tests, cache)
     feed = Feed(encoder, cache, progress=progress) if storing or learned else None
     try:
         if feed is not None:
-            _want(feed, encoder, {name: configs[name] for name in storing}, bank, queries)
+            _want(feed, encoder, {name: configs[name] for name in storing}, bank, tests)
             _want_learned(feed, learned, configs, bank)
         for name, config in configs.items():
-            sources = (bank if PROTOCOLS[name].needs_train or name in learning else None, queries)
+            sources = (bank if PROTOCOLS[name].needs_train or name in learning else None, tests[name])
             reads = name in storing or name in learned
-            results[name] = _measure(encoder, name, config, sources, progress, feed if reads else None)
+            result = _measure(encoder, name, config, sources, progress, feed if reads else None)
+            results[name] = replace(result, notes=(*said.get(name, ()), *result.notes))
             try:
                 if out is not None and distributed.is_main():
                     with told(f"{name} is measured, but its result cannot be written to {out}"):
@@ -261,8 +275,29 @@ def configure(protocols: Sequence[str], settings: dict[str, Any]) -> dict[str, A
     return configs
 
 
+def _tests(
+    configs: dict[str, Any], train: Any, test: Source, overlap: str
+) -> tuple[dict[str, Source], dict[str, tuple[str, ...]]]:
+    """What each of these protocols, which learn from `train`, measures, and notes on images in both."""
+    if overlap not in POLICIES:
+        raise UserError(f"overlap={overlap!r}: valid are {', '.join(POLICIES)}")
+
+    def look() -> dict[str, tuple[Source, tuple[str, ...]]]:
+        return {name: separate(name, config, train, test, overlap) for name, config in configs.items()}
+
+    if distributed.world_size() > 1:  # one reads the files, the others find the hashes
+        distributed.on_main(lambda: bool(look()))
+    found = look()
+    for config in configs.values():
+        for source in (train, test):
+            seen = distributed.gather_objects(identity_for(source, config).digest)
+            if other := [rank for rank, digest in enumerate(seen) if digest != seen[0]]:
+                raise UserError(f"{source.name}: process {other[0]} sees other data than process 0")
+    return ({n: each for n, (each, _) in found.items()}, {n: notes for n, (_, notes) in found.items()})
+
+
 def _storing(
-    encoder: Encoder, configs: dict[str, Any], test: Source, cache: str | Path | None
+    encoder: Encoder, configs: dict[str, Any], tests: dict[str, Any], cache: str | Path | None
 ) -> dict[str, Need]:
     """The protocols that read from stored features, with what they read.
 
@@ -272,7 +307,7 @@ def _storing(
         name: needs(config, encoder) for name, config in configs.items() if (needs := PROTOCOLS[name].needs)
     }
     wanted = {name: need for name, need in found.items() if need}
-    places = [where_of(test, configs[name], need) for name, need in wanted.items()]
+    places = [where_of(tests[name], configs[name], need) for name, need in wanted.items()]
     return {
         name: need
         for (name, need), place in zip(wanted.items(), places, strict=True)
@@ -291,7 +326,9 @@ def _want_learned(feed: Feed, learned: dict[str, Need], configs: dict[str, Any],
         feed.want(train, configs[name], need)
 
 
-def _want(feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, test: Source) -> None:
+def _want(
+    feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, tests: dict[str, Source]
+) -> None:
     """Tell the feed all that will be read before anything is."""
     for name, config in configs.items():
         wanted = probes.wants(config, encoder) if name == "probes" else []
@@ -301,7 +338,7 @@ def _want(feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, tes
         for views, need in wanted:
             try:
                 feed.want(train, config, need, views)
-                feed.want(test, config, need)
+                feed.want(tests[name], config, need)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import UserError, key
+from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.features import (
@@ -115,6 +116,11 @@ def choose_targets(source: Source, count: int, min_area: float, seed: int) -> li
             if len(chosen) == count:
                 return chosen
     return chosen
+
+
+def pictures_of(source: Source, targets: Sequence[Target]) -> Identity:
+    """The identity of the images that hold these objects."""
+    return identity_of(source, np.unique([target.picture for target in targets]))
 
 
 class TargetCanvases(Dataset):
@@ -249,7 +255,7 @@ def run(
     metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
     facts: dict[str, Any] = {
         "name": test.name,
-        "fingerprint": test.fingerprint(),
+        "fingerprint": pictures_of(test, targets).digest,
         "objects": count,
         "pictures": len(pictures.unique()),
         "unreadable": len(bad),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foveola.config import UserError
+from foveola.data.identity import PREFIX
 from foveola.evaluation.result import Result
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
@@ -125,6 +126,10 @@ def differences(a: Result, b: Result) -> list[str]:
             continue
         for key in FACTS:
             if left.get(key) != right.get(key):
+                of_contents = {str(side.get(key)).startswith(PREFIX) for side in (left, right)}
+                if key == "fingerprint" and len(of_contents) == 2:
+                    found.append(f"{which}: one is of a version that knew data by names; measure it again")
+                    continue
                 named = f"{left.get('name')} and {right.get('name')}, " if key == "fingerprint" else ""
                 found.append(f"{which} {key}: {named}{left.get(key)} and {right.get(key)}")
     return found

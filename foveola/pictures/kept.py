@@ -8,7 +8,8 @@ from typing import Any
 
 from foveola import files
 from foveola.config import UserError
-from foveola.data.sources import Source, stamp_of
+from foveola.data.identity import identity_of
+from foveola.data.sources import Source
 
 
 def home(run: Path) -> Path:
@@ -22,9 +23,9 @@ def home(run: Path) -> Path:
     return own
 
 
-def identity(source: Source) -> list[str]:
-    """Changes with names, labels, annotations, and the sizes and times of files: with the pixels, too."""
-    return [source.fingerprint(), *stamp_of(source)]
+def identity(source: Source) -> str:
+    """Changes with images, labels and annotations."""
+    return identity_of(source).digest
 
 
 def key_of(about: Any) -> str:

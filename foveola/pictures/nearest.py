@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveola.config import UserError
+from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
-from foveola.data.sources import Source, same_data
-from foveola.evaluation.features import FeatureTable, extract_tables, mask_kinds, object_tokens
+from foveola.data.sources import Source
+from foveola.evaluation.features import (
+    FeatureTable,
+    choose_pictures,
+    extract_tables,
+    identity_for,
+    mask_kinds,
+    object_tokens,
+)
 from foveola.evaluation.rows import ExtractConfig, Pictures
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
@@ -32,7 +40,7 @@ class _Query:
     mask: Bool[Tensor, "N"]
     has_mask: bool
     label: int
-    picture: int
+    content: bytes  # of its file, by which it is known in the bank
 
 
 def neighbour_sheet(
@@ -58,7 +66,8 @@ def neighbour_sheet(
     """
     config = config or ExtractConfig(limit=LIMIT)
     kinds, notes = mask_kinds(masks, bank, queries)
-    same = same_data(bank, queries)
+    contents = identity_for(bank, config).contents
+    chosen_of = choose_pictures(len(bank), config.limit, config.seed)
     rows = []
     names = named(encoders)
     tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
@@ -67,7 +76,8 @@ def neighbour_sheet(
             encoder = encoder.pooled(config.pool)
             query = _query(encoder, queries, int(picture), config)
             for kind, table in zip(kinds, tables[name], strict=True):
-                near = _nearest(encoder, query, kind, table, found, same, config)
+                own = contents[np.searchsorted(chosen_of, table.pictures.numpy())] == query.content
+                near = _nearest(encoder, query, kind, table, found, torch.from_numpy(own), config)
                 what = ("with mask" if kind else "without mask") if len(kinds) > 1 else ""
                 rows.append(
                     _row(encoder, (bank, queries), query, table, near, kind, head_of(name, what), config)
@@ -101,7 +111,7 @@ def _query(encoder: Encoder, source: Source, picture: int, config: ExtractConfig
         rows.masks[row],
         bool(rows.has_mask[row]),
         int(rows.labels[row]),
-        picture,
+        bytes(identity_of(source, np.array([picture])).contents[0]),
     )
 
 
@@ -111,15 +121,14 @@ def _nearest(
     masked: bool,
     table: FeatureTable,
     found: int,
-    same: bool,
+    own: Bool[Tensor, "R"],
     config: ExtractConfig,
 ) -> list[int]:
-    """Rows of the table, nearest first."""
+    """Rows of the table, nearest first, without the query's `own`."""
     pixels = encoder.normalise(query.pixels[None].to(encoder.device))
     feature = object_tokens(encoder, pixels, query.mask[None] if masked else None, config.precision)
     cosines = (normalize(table.features, dim=1) @ normalize(feature, dim=1).T)[:, 0]
-    if same:
-        cosines = cosines.masked_fill(table.pictures == query.picture, -torch.inf)
+    cosines = cosines.masked_fill(own, -torch.inf)
     order = cosines.argsort(descending=True, stable=True)[:found]
     return order[cosines[order] > -torch.inf].tolist()
 

@@ -23,10 +23,9 @@ from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder, load
 from foveola.pictures.kept import home, identity, key_of, read_tree
 from foveola.pictures.record import Record
-from foveola.pictures.request import Data, ReportConfig, each_sample
+from foveola.pictures.request import LIMIT, Data, ReportConfig, each_sample
 
 PLACES_OF = 128  # pictures on which the share of places is measured
-LIMIT = 1000  # pictures of each set, where nobody says how many
 OBJECTS = 500  # that are to be found among each other
 UNTRAINED, END = "untrained", "end"
 NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
@@ -80,6 +79,9 @@ def plan(
         mine = {k: v for k, v in changes.items() if k in known and k not in names}
         own = changes.get(name) if isinstance(changes.get(name), dict) else {}
         settings[name] = merge(_defaults(name, names, record, data, config), merge(mine, own or {}))
+        if "exclude_self" in known and "exclude_self" not in settings[name]:
+            read = settings[name].get("limit"), settings[name].get("seed", 0)
+            settings[name]["exclude_self"] = data.shares(*read)
     return settings
 
 
@@ -95,8 +97,6 @@ def _defaults(
             settings |= {"rows": "objects", "view": "object"}
         elif data.labels == "pictures" and settings.get("rows") == "objects":
             settings |= {"rows": "pictures", "view": "picture"}
-    if "exclude_self" in known:
-        settings["exclude_self"] = data.same
     if "limit" in known:
         settings["limit"] = config.limit or settings.get("limit") or LIMIT
     if "workers" in known and isinstance(record.get("evaluate.workers"), int):
@@ -211,22 +211,7 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
     settings = json.loads(json.dumps(to_dict(configure((name,), {name: wanted})[name])))
     found = [stored.result for stored in results_of(folder)[0]]  # without those of another version
     same = (result for result in found if result.protocol == name and result.settings == settings)
-    return next((result for result in same if _is_of(result, data)), None)
-
-
-def _is_of(result: Result, data: Data) -> bool:
-    """Whether a result is of these pictures and this version."""
-    same = True
-    for which, source in (("train", data.train), ("test", data.test)):
-        facts = result.data.get(which)
-        if which == "train" and not PROTOCOLS[result.protocol].needs_train:
-            continue
-        same &= (
-            isinstance(facts, dict)
-            and source is not None
-            and facts.get("fingerprint") == source.fingerprint()
-        )
-    return same and result.versions.get("foveola") == foveola.__version__
+    return next((result for result in same if result.versions.get("foveola") == foveola.__version__), None)
 
 
 # -- place ---------------------------------------------------------------------------------------------------

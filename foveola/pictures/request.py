@@ -7,10 +7,12 @@ import numpy as np
 
 from foveola.config import UserError, key
 from foveola.data.sample import BadImage, Sample
-from foveola.data.sources import Source, decode, open_source, same_data
+from foveola.data.sources import Source, decode, open_source
+from foveola.evaluation.overlap import overlap_of
 from foveola.pictures.record import Record
 
 LOOKED_AT = 32  # pictures of which labels are looked for
+LIMIT = 1000  # pictures of each set to use, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,11 @@ class Data:
     labels: str | None = None  # what carries labels in both: "pictures" or "objects"
     notes: tuple[str, ...] = ()
 
-    @property
-    def same(self) -> bool:
-        """Whether the bank and the queries are the same pictures."""
+    def shares(self, limit: int | None = LIMIT, seed: int = 0) -> bool:
+        """Whether images that a protocol with these settings measures are among those that it learns from."""
         if self.train is None or self.test is None:
             return False
-        return same_data(self.train, self.test)
+        return overlap_of(self.train, self.test, limit, seed).count > 0
 
 
 def open_data(record: Record, config: ReportConfig) -> Data:

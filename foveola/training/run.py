@@ -17,8 +17,8 @@ from foveola.config import ConfigError, UserError, to_dict
 from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
-from foveola.data.sources import OBJECT, Source, as_source, notes_of, same_data
-from foveola.evaluation.protocol import evaluate
+from foveola.data.sources import OBJECT, Source, as_source, notes_of
+from foveola.evaluation.protocol import evaluate, separate
 from foveola.failures import explain, told
 from foveola.models.encoder import Encoder, load
 from foveola.training import checkpoint, folder
@@ -398,10 +398,6 @@ def _labelled(config: RunConfig, own: dict[str, Source]) -> tuple[Source, Source
     for name, source in zip(("evaluate_train", "evaluate_test"), sources, strict=True):
         if source.classes is None:
             raise ConfigError(f"{name}: {source.name} has no labels, which evaluate_every needs")
-    same = same_data(*sources)
-    if same and not config.evaluate.exclude_self:
-        raise ConfigError(
-            f"evaluate_every: {sources[0].name} is both bank and queries; "
-            "set evaluate_test=, or evaluate.exclude_self=true"
-        )
+    remedies = "set evaluate_test= to images that training does not see, or evaluate.exclude_self=true"
+    separate("evaluate_every", config.evaluate, *sources, otherwise=remedies)
     return sources

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as Pil
 
 from foveola.data.hub import HubPixels
+from foveola.data.identity import identity_of, shared
 from foveola.data.sample import BadImage, DataError
 from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.data.sources import Source, decode, open_source
@@ -56,11 +57,15 @@ def test_saved_to_disk(saved: Path):
         np.testing.assert_array_equal(decode(source[index].image), np.array(picture))
     assert len(open_source(f"hf:{saved}?image=img", "test")) == 2
     again = pickle.loads(pickle.dumps(source))
-    assert again.fingerprint() == source.fingerprint() == open_source(f"hf:{saved}?image=img").fingerprint()
+    assert (
+        identity_of(again).digest
+        == identity_of(source).digest
+        == identity_of(open_source(f"hf:{saved}?image=img")).digest
+    )
     assert again[2].label == 1
     limited = open_source(f"hf:{saved}?image=img&limit=3")
     assert len(limited) == 3
-    assert limited.fingerprint() != source.fingerprint()
+    assert identity_of(limited).digest != identity_of(source).digest
 
 
 def test_labels_of_other_kinds(saved: Path):
@@ -83,7 +88,7 @@ def test_label_maps(saved: Path):
     assert isinstance(other, HubPixels)
     with pytest.raises(DataError, match="row 2: holds the value 9, which is no class"):
         other.label_map(2)
-    assert other.fingerprint() != source.fingerprint()
+    assert identity_of(other).digest != identity_of(source).digest
 
 
 def test_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -124,3 +129,36 @@ def test_a_row_without_a_picture(tmp_path: Path):
     source = open_source(f"hf:{tmp_path / 'saved'}")
     with pytest.raises(BadImage, match="row 1: no picture in column image"):
         source[1]
+
+
+def save_set(path: Path, seeds: list[int], labels: list[int]) -> Path:
+    """A set of noise with labels, saved to disk."""
+    noise = [np.random.default_rng(seed).integers(0, 256, (16, 24, 3), np.uint8) for seed in seeds]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    columns = {"image": [Pil.fromarray(pixels) for pixels in noise], "label": labels}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(path)
+    return path
+
+
+def test_contents_of_cells_tell_sets_apart(tmp_path: Path):
+    """Equal columns, labels and numbers of rows say nothing about pixels."""
+    specs = {
+        name: f"hf:{save_set(tmp_path / name, seeds, [0, 1, 0])}"
+        for name, seeds in {"a": [1, 2, 3], "again": [1, 2, 3], "b": [4, 5, 6], "half": [1, 2, 9]}.items()
+    }
+    found = {name: identity_of(open_source(spec)) for name, spec in specs.items()}
+    assert found["a"].digest == found["again"].digest
+    assert len({each.digest for each in found.values()}) == 3
+    assert shared(found["half"].contents, found["a"].contents).tolist() == [True, True, False]
+    labels = identity_of(open_source(f"hf:{save_set(tmp_path / 'l', [1, 2, 3], [1, 1, 0])}"))
+    assert labels.digest != found["a"].digest
+
+
+def test_the_same_file_in_a_folder_and_in_a_cell(tmp_path: Path):
+    source = open_source(f"hf:{save_set(tmp_path / 'set', [1, 2], [0, 1])}")
+    (tmp_path / "folder").mkdir()
+    cell = source[1].image
+    assert isinstance(cell, bytes)
+    (tmp_path / "folder" / "x.png").write_bytes(cell)
+    files = identity_of(open_source(f"folder:{tmp_path / 'folder'}"))
+    assert shared(identity_of(source).contents, files.contents).tolist() == [False, True]

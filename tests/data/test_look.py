@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveola.data.identity import identity_of
 from foveola.data.sample import DataError
 from foveola.data.sources import decode, notes_of, open_source
 
@@ -33,7 +34,7 @@ def test_dark_sixteen_bits_are_said_with_the_key(tmp_path: Path):
     dark = open_source(f"folder:{folder}?range=container")
     assert notes_of(dark) == ()
     assert np.array_equal(decode(dark[0].image), decode(source[0].image))
-    prints = {s.fingerprint() for s in (source, bright, open_source(f"folder:{folder}?range=0-4095"))}
+    prints = {identity_of(s).digest for s in (source, bright, open_source(f"folder:{folder}?range=0-4095"))}
     assert len(prints) == 3  # other pixels, other data
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from foveola.data import scenes
+from foveola.data.identity import identity_of
 from foveola.data.scenes import MIN_PIXELS, MIN_VISIBLE, Scenes, linear_weights, load_stock
 
 
@@ -166,8 +167,8 @@ def test_fingerprints_tell_data_apart():
         Scenes(count=9),
         Scenes(objects=(2, 3)),
     ]
-    assert len({source.fingerprint() for source in made}) == len(made)
-    assert Scenes().fingerprint() == Scenes().fingerprint()
+    assert len({identity_of(source).digest for source in made}) == len(made)
+    assert identity_of(Scenes()).digest == identity_of(Scenes()).digest
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(28, 11), (28, 28), (5, 64)])

@@ -34,9 +34,6 @@ class ListSource:
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
-    def fingerprint(self) -> str:
-        return f"{self.name}{len(self.samples)}"
-
 
 @dataclass
 class PixelListSource:
@@ -60,9 +57,6 @@ class PixelListSource:
 
     def label_map(self, index: int) -> np.ndarray:
         return self.maps[index]
-
-    def fingerprint(self) -> str:
-        return f"{self.name}{len(self)}"
 
 
 @pytest.fixture

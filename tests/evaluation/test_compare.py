@@ -82,6 +82,7 @@ def test_speed_may_differ_and_settings_and_data_may_not(tmp_path: Path, capsys) 
     a = save(tmp_path / "a")
     other = {name: dict(facts) for name, facts in PLAIN.data.items()}
     other["test"]["fingerprint"] = "3"
+    newer = {name: facts | {"fingerprint": "content:5"} for name, facts in PLAIN.data.items()}
     fewer = {name: dict(facts) for name, facts in PLAIN.data.items()}
     fewer["train"]["rows"] = 89
     assert compare([a, save(tmp_path / "fast", settings={**PLAIN.settings, "workers": 9, "batch_size": 1})])
@@ -91,6 +92,7 @@ def test_speed_may_differ_and_settings_and_data_may_not(tmp_path: Path, capsys) 
             ({"settings": {k: v for k, v in PLAIN.settings.items() if k != "lr"}}, "and absent"),
             ({"data": other}, "test fingerprint: b: and b:, 2 and 3"),
             ({"data": fewer}, "train rows: 90 and 89"),
+            ({"data": newer}, "train: one is of a version that knew data by names; measure it again"),
             ({"data": {"test": PLAIN.data["test"]}}, "only one has train data"),
         ]
     ):

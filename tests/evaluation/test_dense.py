@@ -171,5 +171,3 @@ def test_sources_without_pixel_labels_or_of_other_classes(encoder, list_source, 
         pixel_sources(train, list_source([]))
     with pytest.raises(UserError, match="3 classes of maps-1: and 2 of maps-2:"):
         pixel_sources(train, random_source(seed=2, classes=("a", "b")))
-    with pytest.raises(UserError, match="same data"):
-        pixel_sources(train, train)

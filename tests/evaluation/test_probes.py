@@ -136,7 +136,7 @@ def test_the_hold_out_does_not_train(encoder, shades, monkeypatch) -> None:
 def test_train_and_test_may_not_be_one(encoder, shades) -> None:
     same = shades(0, 30)
     for protocol in SHORT:
-        with pytest.raises(UserError, match=r"same data"):
+        with pytest.raises(UserError, match=r"30 of 30 test images are in train as well"):
             evaluate(
                 encoder, protocol, train=same, test=same, **SHORT[protocol], run=("linear",), **QUIET
             ) if (protocol == "probes") else evaluate(

@@ -578,7 +578,7 @@ def test_an_evaluation_that_an_interruption_left_out_is_made_up(tiny, tmp_path, 
         ({"evaluate_train": "folder:/nowhere"}, "no folder /nowhere"),
         (
             {"evaluate_test": "scenes:?split=train&size=32&count=64"},
-            "is both bank and queries; set evaluate_test=",
+            "24 of 24 test images are in train as well .*: set evaluate_test=",
         ),
     ],
 )
