@@ -265,7 +265,7 @@ class _Session:
             try:
                 self._write(self.step)
             except Exception as second:
-                log.note(f"step {self.step} could not be saved: {explain(second) or second}", show=False)
+                log.failure(f"step {self.step} could not be saved: {explain(second) or second}")
         newest = checkpoint.newest(self.folder)
         if isinstance(error, Diverged):
             kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
