@@ -21,6 +21,7 @@ from foveola.data.annotations import (
     size_of,
 )
 from foveola.data.coco import check_size
+from foveola.data.halves import held_out
 from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_pictures, printable
 from foveola.data.sample import DataError, ImageFile, Reading, Sample
@@ -117,6 +118,17 @@ class Pictures:
     def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
         """Leave only the images of these indices, in their order."""
         self.rows = self.rows[np.sort(indices)]
+
+    def hold_out(self, share: float, seed: int, half: str) -> None:
+        """Keep one half: "test", `share` of the images, drawn from each class, or "train", the others.
+
+        Raises DataError where no image can be spared.
+        """
+        names = [self.files[row] for row in self.rows.tolist()]
+        held = held_out(names, self.labels[self.rows], share, seed)
+        if not held.any():
+            raise DataError(f"{self.name}: no class has two images, so holdout={share:g} holds out none")
+        self.keep(np.flatnonzero(held if half == "test" else ~held))
 
     def limit(self, count: int, seed: int) -> None:
         """Keep `count` pictures, drawn evenly from all, in their order."""

@@ -86,6 +86,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
     allowed |= {} if kind in ("scenes", "hf") else {"range": _values, "pages": _first}
+    allowed |= {"holdout": _share, "split": _split} if kind in WHOLE else {}
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
         if place:
@@ -106,7 +107,15 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
+    half = options.pop("split", split) if kind in WHOLE else split
+    holdout = options.pop("holdout", None)
+    if holdout is not None:
+        spec += "" if "split=" in query else f"&split={half}"
+    elif kind in WHOLE and "split=" in query:
+        raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
     source = opener(spec, unquote(place) if kind == "hf" else root, **options)
+    if holdout is not None:
+        source.hold_out(holdout, seed, half)
     if limit is not None:
         source.limit(limit, seed)
     if isinstance(source, Pictures):
@@ -172,6 +181,13 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    share = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
+    if not 0 < share < 1:
+        raise ValueError("a share such as 0.2")
+    return share
+
+
 def _split(text: str) -> str:
     if text not in ("train", "val", "test"):
         raise ValueError("train or test")
@@ -232,6 +248,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+WHOLE = ("folder", "coco", "masks", "listed")  # kinds without halves of their own, which holdout= makes
 MAPS: Mapping[str, Callable[[str], Any]] = {
     "ignore": _whole,
     "values": _numbers,

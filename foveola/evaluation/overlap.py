@@ -11,10 +11,11 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.identity import identity_of, shared
-from foveola.data.sources import Source
+from foveola.data.sources import WHOLE, Source
 from foveola.evaluation.features import choose_pictures
 
 POLICIES = ("refuse", "drop", "allow")  # what to do with them
+SPLIT = [f"{kind}:" for kind in WHOLE]  # data strings that take holdout=
 NAMED = 3  # images named in a message
 
 
@@ -64,7 +65,8 @@ def separate(
         return test, (f"overlap=allow: {overlap}: numbers are higher than on images never seen",)
     if policy == "refuse":
         own = "exclude_self=true leaves an image's own rows out of the vote, " if excluding is False else ""
-        usual = f"{own}overlap=drop measures without them, ?holdout=0.2 splits a folder"
+        halves = ", holdout=0.2 in both data strings splits one" * test.name.startswith(tuple(SPLIT))
+        usual = f"{own}overlap=drop measures without them{halves}"
         raise UserError(f"{name}: {overlap}: {otherwise or usual}")
     if overlap.count == len(overlap.found):
         raise UserError(f"{name}: {overlap}: overlap=drop leaves nothing to measure")

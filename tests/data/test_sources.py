@@ -491,7 +491,7 @@ def test_coco_mistakes(coco_folder: Path):
         ("scenes:?size=16", "size=16 must be from 32"),
         ("scenes:?objects=5-2", "must be a range within 1-9"),
         ("scenes:?objects=a-b", "needs a range such as 2-5"),
-        ("scenes:?count=0", "at least 1"),
+        ("scenes:?count=0", "count=0 must be from 1"),
         ("scenes:?size=64&size=32", "needs a value, once"),
         ("scenes:?size", "needs a value, once"),
         ("scenes:?split=dev", "needs train or test"),

@@ -67,6 +67,15 @@ def test_every_protocol_that_learns_refuses(encoder, train, mixed, protocol, set
     assert "even/z0.bmp, even/z2.bmp, even/z4.bmp, ..." in str(error.value)
 
 
+def test_the_remedy_that_the_error_names_works(encoder, train) -> None:
+    """One folder, its halves: nothing is in both."""
+    with pytest.raises(UserError, match=r"holdout=0\.2 in both data strings"):
+        evaluate(encoder, "knn", train=f"folder:{train}", test=f"folder:{train}", **QUIET)
+    spec = f"folder:{train}?holdout=0.2"
+    result = evaluate(encoder, "knn", train=spec, test=spec, k=(1,), **QUIET)
+    assert (result.data["train"]["rows"], result.data["test"]["rows"]) == (19, 5)
+
+
 def test_a_copy_with_one_file_deleted(encoder, train, tmp_path) -> None:
     shutil.copytree(train, tmp_path / "copy")
     (tmp_path / "copy" / "odd" / "01.bmp").unlink()
