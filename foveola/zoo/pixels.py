@@ -9,6 +9,7 @@ from foveola.config import UserError, build, nearest
 from foveola.models.encoder import Encoder, EncoderConfig
 
 DEFAULTS = {"size": 32, "patch": 32}
+MOST = 64  # pixels a side of a patch: 2.4 GB
 
 
 def pixel_encoder(name: str) -> Encoder:
@@ -17,7 +18,8 @@ def pixel_encoder(name: str) -> Encoder:
     Of a picture that is one patch (the default, 32 of 32 pixels) the feature is the whole picture; with
     smaller patches they are features for dense protocols, and what stands for a picture is their mean. It is
     a ViT of one block that adds nothing, without class token, so all protocols take it. Raises UserError for
-    other options than `size` and `patch`, and where patches do not fill the picture.
+    other options than `size` and `patch`, for patches above 64 pixels, and where they do not
+    fill the picture.
     """
     options: dict[str, int] = dict(DEFAULTS)
     for key, value in parse_qsl(name.partition(":")[2].removeprefix("?"), keep_blank_values=True):
@@ -31,6 +33,11 @@ def pixel_encoder(name: str) -> Encoder:
     if size % patch:
         raise UserError(f"{name}: size={size} is not a multiple of patch={patch}")
     width = 3 * patch**2
+    if patch > MOST:  # the block that adds nothing has 4 width^2 numbers
+        raise UserError(
+            f"{name}: patches of {patch} pixels a side have {width:,} numbers, more than a network can be "
+            f"made for: at most {MOST}; for an image in one patch size={MOST}&patch={MOST} shrinks it"
+        )
     settings: dict[str, Any] = {
         "model": {
             "width": width,
