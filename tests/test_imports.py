@@ -33,8 +33,7 @@ ALLOWED = {
         "zoo.weights",
         "zoo.load",
         "zoo.pixels",  # what other files, libraries and pixels become
-        "data.decode",
-        "data.sample.BadImage",  # one way from a file to pixels
+        "data.decode",  # one way from a file to pixels
     },
     "losses": {"cross_entropy", "distributed"},
     "cross_entropy": set(),

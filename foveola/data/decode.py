@@ -7,6 +7,7 @@ rest through PIL; the file's header decides which, so that nothing is tried twic
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -15,9 +16,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from foveola.data.depth import CONTAINER, is_deep, to_bytes, values_of
+from foveola.data.depth import CONTAINER, is_dark, is_deep, states_range, to_bytes, values_of
 from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
-from foveola.data.sample import BadImage, ImageFile, Reading
+from foveola.data.sample import BadImage, DataError, ImageFile, Reading
 
 MIN_SIDE = 8  # pixels; smaller pictures are tracking pixels, icons and broken exports
 MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
@@ -124,15 +125,72 @@ def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
                 values = values_of(data)
                 picture.load()
                 return turn(_scaled(values, reading), orientation_of(picture))
-            return upright(picture)
+            return _upright(picture, reading)
     except DAMAGED as error:
         raise BadImage(reason(data, error)) from error
 
 
-def upright(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of an image that PIL has opened, as `decode` makes them of its file. Raises as PIL does."""
+def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has them.
+
+    `values` is the `range=` of a data string, for images of more than 8 bits. Without one, those that use
+    half of 16 bits at most are taken with a warning. Raises DataError, with the reason, for what is none.
+    """
+    name = str(image) if isinstance(image, str | Path) else f"a {type(image).__name__}"
+    try:
+        reading = PLAIN if values is None else Reading(**Reading.values(values))
+    except ValueError as error:
+        raise DataError(f"range={values}: expected {error}") from None
+    try:
+        if isinstance(image, str | Path):
+            image = Path(image).expanduser().read_bytes()
+        if isinstance(image, bytes):
+            if reading == PLAIN and jpeg_header(image) is None and _is_dark_file(image):
+                _warn_of_dark()
+            return decode(ImageFile(image, reading))
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+            return decode(image)
+        return decode(_of_pil(image, reading))
+    except (AttributeError, KeyError, TypeError) as error:  # of PIL, for what is no array or not of an image
+        raise DataError(f"{name} is no image: expected a path, bytes, PIL or uint8 [H, W, 3]") from error
+    except BadImage as error:
+        raise DataError(f"{name}: {error}") from error
+    except DAMAGED as error:
+        raise DataError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _of_pil(image: Any, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    grey = image.mode.startswith("I") or image.mode == "F"
+    if reading.low is not None and not grey and is_deep(image):
+        raise BadImage("of 16-bit colour PIL keeps the upper bytes alone: give the file's path")
+    if reading == PLAIN and grey and not states_range(image) and is_dark(np.asarray(image)):
+        _warn_of_dark()
+    return _upright(image, reading)
+
+
+def _is_dark_file(data: bytes) -> bool:
+    try:
+        values = None if states_range(open_image(data)) else values_of(data)
+    except (BadImage, *DAMAGED):  # `decode` says what it is
+        return False
+    return values is not None and is_dark(values)
+
+
+def _warn_of_dark() -> None:
+    warnings.warn(
+        "an image of more than 8 bits uses half of 16 at most and becomes dark: give the range of its "
+        'values, such as range="0-4095" (that of the data string of training), or range="container" if it is '
+        "meant to be dark",
+        stacklevel=4,
+    )
+
+
+def _upright(picture: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels of an image that PIL has opened. Raises as PIL does."""
     picture.load()
-    return turn(_to_rgb(picture), orientation_of(picture))
+    return turn(_to_rgb(picture, reading), orientation_of(picture))
 
 
 def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
@@ -146,9 +204,9 @@ def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H
     return pixels
 
 
-def _to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def _to_rgb(picture: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
     if picture.mode.startswith("I") or picture.mode == "F":  # PIL would clip to 255 rather than scale
-        return np.repeat(to_bytes(np.asarray(picture), Reading())[:, :, None], 3, axis=2)
+        return np.repeat(to_bytes(np.asarray(picture), reading)[:, :, None], 3, axis=2)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -46,6 +46,16 @@ def values_of(data: bytes) -> np.ndarray | None:
     return upper << 8 | np.asarray(twin)
 
 
+def states_range(image: Image.Image) -> bool:
+    """Whether a file, its pixels not yet loaded, says which value is white (PGM), and it is not 16 bits'."""
+    return any(t.codec_name == "ppm" and float(_arguments(t)[-1]) < CONTAINER for t in _tiles(image))
+
+
+def is_dark(values: np.ndarray) -> bool:
+    """Whether whole numbers, taken to fill 16 bits, use no more than half of them."""
+    return bool(values.dtype.kind != "f" and values.size and values.max() <= CONTAINER // 2)
+
+
 def to_bytes(values: np.ndarray, reading: Reading) -> np.ndarray:
     """uint8: the range's low end becomes 0, its high end 255; beyond, it is cut off. Raises BadImage."""
     if reading.low is not None and reading.high is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from foveola.data.annotations import PixelBoxes
-from foveola.data.depth import CONTAINER, is_deep, values_of
+from foveola.data.depth import CONTAINER, is_deep, states_range, values_of
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header, open_image, read_header
 from foveola.data.layouts import Pictures
@@ -46,7 +46,7 @@ def look(source: Pictures) -> None:
     _judge_annotations(source, seen)
     if source.reading.low is not None or source.reading.container:
         _check_use(source, seen)
-    elif seen.deep and (seen.floating or seen.high <= CONTAINER // 2):
+    elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
         top = 2 ** max(int(seen.high).bit_length(), 8) - 1
         proposal = f"{seen.low:g}-{seen.high:g}" if seen.floating or seen.low < 0 else f"0-{top}"
         source.notes += (
@@ -87,7 +87,7 @@ def _look_at_depth(data: bytes, seen: Seen) -> None:
     if not is_deep(open_image(data)):
         return
     seen.deep += 1
-    if seen.deep > DEEP_LOOKS:
+    if seen.deep > DEEP_LOOKS or states_range(open_image(data)):
         return
     try:
         values = values_of(data)

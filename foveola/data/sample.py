@@ -1,5 +1,6 @@
 """Sample, Objects and Canvases: a picture as read, its objects, and a batch as the loader gives it."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -119,6 +120,17 @@ class Reading:
     high: float | None = None
     container: bool = False
     first_page: bool = False
+
+    @staticmethod
+    def values(text: str) -> dict[str, Any]:
+        """The fields that a range of values sets: `LOW-HIGH` or `container`. Raises ValueError."""
+        if text == "container":
+            return {"container": True}
+        found = re.fullmatch(r"(-?[\d.]+(?:e[+-]?\d+)?)-(-?[\d.]+(?:e[+-]?\d+)?)", text)
+        low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
+        if not low < high:
+            raise ValueError("a range such as 0-4095 or -1000-3000, or container")
+        return {"low": low, "high": high}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -85,7 +84,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
-    allowed |= {} if kind in ("scenes", "hf") else {"range": _values, "pages": _first}
+    allowed |= {} if kind in ("scenes", "hf") else {"range": Reading.values, "pages": _first}
     allowed |= {"holdout": _share, "split": _split} if kind in WHOLE else {}
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
@@ -208,17 +207,6 @@ def _range(text: str) -> tuple[int, int]:
     if not low.isdecimal() or (dash and not high.isdecimal()):
         raise ValueError("a range such as 2-5")
     return int(low), int(high or low)
-
-
-def _values(text: str) -> dict[str, Any]:
-    """A range of values: `LOW-HIGH` or `container`."""
-    if text == "container":
-        return {"container": True}
-    found = re.fullmatch(r"(-?[\d.]+(?:e[+-]?\d+)?)-(-?[\d.]+(?:e[+-]?\d+)?)", text)
-    low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
-    if not low < high:
-        raise ValueError("a range such as 0-4095 or -1000-3000, or container")
-    return {"low": low, "high": high}
 
 
 def _first(text: str) -> bool:

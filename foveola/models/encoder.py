@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -124,18 +123,26 @@ class Encoder(nn.Module):
             return dataclasses.replace(features, objects=self._means(features, objects))
         if objects is None or not independent:
             return self.backbone(images, objects)
-        return dataclasses.replace(self.backbone(images), objects=self.tokens(images, objects))
+        return dataclasses.replace(self.backbone(images), objects=self._alone(images, objects))
 
     def tokens(
         self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
     ) -> Float[Tensor, "B M C"]:
         """What stands for each object (without `objects`, each picture) alone: `forward(...).objects`.
 
-        The patches of a pass read its token, so each object needs one of its own. Passes are made of as many
-        pictures as were given, 8 at least, which bounds the memory.
+        All protocols that read objects ask here. A subclass need only have its own `forward`.
         """
-        if objects is None or self.config.pool != "token":
+        if objects is None or self.config.pool != "token" or type(self).forward is not Encoder.forward:
             return self(images, objects).objects
+        return self._alone(images, objects)
+
+    def _alone(
+        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"]
+    ) -> Float[Tensor, "B M C"]:
+        """Object tokens, each from a pass of its own, as the patches of a pass read its token.
+
+        Passes are made of as many pictures as were given, 8 at least, which bounds the memory.
+        """
         picture_of = torch.arange(objects.shape[0], device=images.device).repeat_interleave(objects.shape[1])
         alone = objects.flatten(0, 1)[:, None]
         few = torch.arange(len(alone), device=images.device).split(max(len(images), TOGETHER))
@@ -203,15 +210,23 @@ class Encoder(nn.Module):
         std = torch.tensor(transform.std, device=images.device)[:, None, None]
         return (images.float() / 255 - mean) / std
 
-    def transform(self, image: Any) -> Float[Tensor, "3 crop crop"]:
+    def transform(self, image: Any, range: str | None = None) -> Float[Tensor, "3 crop crop"]:
         """An image to the normalised square that is encoded: decode, resize, cut the centre, normalise.
 
-        `image` is a path (text, too), the bytes of a file, a PIL image, or an array [H, W, 3] of uint8. Files
-        and PIL images are read as for training and evaluations: EXIF orientation is applied, all kinds become
-        RGB, 16 bits are scaled to 8, transparent parts are laid on white. The square has the pixels that an
-        evaluation has, bit for bit. Raises UserError, with the reason, for what cannot be read.
+        Args:
+            image: a path (text, too), the bytes of a file, a PIL image, or an array [H, W, 3] of uint8. Files
+                and PIL images are read as for training and evaluations: EXIF orientation is applied, all
+                kinds become RGB, 16 bits are scaled to 8, transparent parts are laid on white.
+            range: the values that become black and white, as in a data string: "0-4095", or "container" for
+                all 16 bits. It applies to images of more than 8 bits, and must be that of the training.
+
+        The square has the pixels that an evaluation has, bit for bit. Warns of an image of 16 bits that uses
+        half of them at most, if there is no `range`. Raises UserError, with the reason, for what cannot be
+        read.
         """
-        pixels = square(_pixels(image), self.config.transform)
+        from foveola.data.decode import pixels_of
+
+        pixels = square(pixels_of(image, range), self.config.transform)
         return self.normalise(pixels[None].to(self.device))[0]
 
     def fingerprint(self) -> str:
@@ -257,28 +272,6 @@ class Encoder(nn.Module):
             save_file(state, part)
         files.write_text(folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
         return folder
-
-
-def _pixels(image: Any) -> UInt8[np.ndarray, "H W 3"]:
-    """The RGB pixels of whatever `Encoder.transform` takes."""
-    from PIL import Image
-
-    from foveola.data.decode import DAMAGED, decode, upright
-    from foveola.data.sample import BadImage
-
-    name = str(image) if isinstance(image, str | Path) else f"a {type(image).__name__}"
-    try:
-        if isinstance(image, str | Path):
-            return decode(Path(image).expanduser())
-        if isinstance(image, bytes) or (
-            isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-        ):
-            return decode(image)
-        return decode(upright(image if isinstance(image, Image.Image) else Image.fromarray(image)))
-    except (AttributeError, KeyError, TypeError) as error:  # of PIL, for what is no array or not of an image
-        raise UserError(f"{name} is no image: expected a path, bytes, PIL or uint8 [H, W, 3]") from error
-    except (BadImage, *DAMAGED) as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def _settings(config: EncoderConfig) -> dict[str, Any]:

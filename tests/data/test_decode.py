@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.decode import Scratch, decode, to_canvas
+from foveola.data.decode import Scratch, decode, pixels_of, to_canvas
 from foveola.data.formats import read_header
-from foveola.data.sample import BadImage, ImageFile, Reading
+from foveola.data.sample import BadImage, DataError, ImageFile, Reading
 
 
 def photo(height=40, width=60, seed=0):
@@ -205,6 +205,17 @@ def test_a_pgm_that_states_its_range_needs_none():
     want = np.rint(grey * (255 / 4095))
     assert np.abs(decode(data)[:, :, 0] - want).max() <= 1
     assert np.array_equal(decode(ImageFile(data, FULL))[:, :, 0], want)
+
+
+def test_colour_of_sixteen_bits_that_pil_has_opened(tmp_path):
+    """PIL has dropped the lower bytes: with a range, which needs them, the file itself is asked for."""
+    data = png16(TWELVE)
+    with (
+        Image.open(io.BytesIO(data)) as opened,
+        pytest.raises(DataError, match="keeps the upper bytes alone"),
+    ):
+        pixels_of(opened, "0-4095")
+    assert np.array_equal(pixels_of(data, "0-4095"), decode(ImageFile(data, Reading(0, 4095))))
 
 
 def test_pages():

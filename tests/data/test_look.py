@@ -42,11 +42,26 @@ def test_sixteen_bits_that_are_used_are_nothing_to_say(tmp_path: Path):
     assert notes_of(open_source(f"folder:{deep(tmp_path / 'd', 60000)}")) == ()
 
 
+@pytest.mark.parametrize(("white", "notes"), [(4095, 0), (65535, 1)])
+def test_a_pgm_that_states_its_range_is_not_dark(tmp_path: Path, white: int, notes: int):
+    values = np.linspace(0, 4095, 200).reshape(10, 20).astype(">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 20 10 %d\n" % white + values.tobytes())
+    assert len(notes_of(open_source(f"folder:{tmp_path}"))) == notes
+
+
 def test_floating_point_values_are_said(tmp_path: Path):
     Image.fromarray(np.linspace(-1, 1.5, 200, dtype=np.float32).reshape(10, 20)).save(tmp_path / "a.tif")
     source = open_source(f"folder:{tmp_path}")
     assert notes_of(source)[0].endswith("values from -1 to 1.5: add range=-1-1.5")
     assert decode(open_source(f"folder:{tmp_path}?range=-1-1.5")[0].image).max() == 255
+
+
+def test_deep_images_without_a_value_that_can_be_read_are_nothing_to_say(tmp_path: Path):
+    whole, folder = deep(tmp_path / "whole", 4000, 1), tmp_path / "odd"
+    folder.mkdir()
+    Image.fromarray(np.full((10, 20), np.nan, np.float32)).save(folder / "a.tif")
+    (folder / "cut.tif").write_bytes((whole / "0.tif").read_bytes()[:-100])
+    assert notes_of(open_source(f"folder:{folder}")) == ()
 
 
 def test_a_range_without_effect_is_an_error(tmp_path: Path):

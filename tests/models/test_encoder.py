@@ -1,5 +1,6 @@
 """Encoder folders: round trip, transform, masks at inference, damage."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -162,6 +163,20 @@ def test_an_object_does_not_depend_on_which_others_are_asked_for(count: int):
     assert torch.equal(together.patches, plain.patches)
     assert torch.equal(together.registers, plain.registers)
     assert torch.equal(made.tokens(images, objects), together.objects)
+
+
+class Doubled(Encoder):
+    def forward(self, images, objects=None):
+        features = super().forward(images, objects)
+        return dataclasses.replace(features, objects=2 * features.objects)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_measured():
+    made, images = encoder(), torch.randn(2, 3, 16, 16)
+    doubled = Doubled(made.config, made.backbone)
+    objects = torch.rand(2, 3, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    for asked in (objects, None):
+        assert torch.equal(doubled.tokens(images, asked), 2 * made.tokens(images, asked))
 
 
 def test_objects_in_one_pass_as_in_training():

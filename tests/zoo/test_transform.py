@@ -87,6 +87,31 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path):
     assert torch.equal(encoder.transform(grey.astype(np.uint16) * 257), encoder.transform(grey))
 
 
+def test_a_range_as_in_data_strings(tmp_path: Path):
+    """Trained with `range=`, encoded with `range=`: the same pixels; forgotten, it is said."""
+    settings = TransformConfig(resize=20, crop=16)
+    encoder = Encoder(EncoderConfig(model=MODEL, transform=settings))
+    twelve = np.random.default_rng(0).integers(0, 4096, (24, 30)).astype(np.uint16)
+    path = tmp_path / "deep.png"
+    Image.fromarray(twelve).save(path)
+    for text in ("0-4095", "-100-3000", "container"):
+        source = open_source(f"folder:{tmp_path}?range={text}")
+        read = Pictures(source, np.arange(1), settings, MODEL.patch_size, ExtractConfig())
+        evaluated = encoder.normalise(read.read(source[0], 0).images)[0]
+        with Image.open(path) as opened:
+            for image in (path, str(path), path.read_bytes(), twelve, opened):
+                assert torch.equal(encoder.transform(image, range=text), evaluated), (text, type(image))
+    for image in (path, path.read_bytes(), twelve):
+        with pytest.warns(UserWarning, match="becomes dark: give the range of its values"):
+            assert torch.equal(encoder.transform(image), evaluated)  # of the container
+    plain = (twelve[:, :, None].repeat(3, 2) // 16).astype(np.uint8)
+    assert torch.equal(encoder.transform(plain, range="0-4095"), encoder.transform(plain))
+    floating = (twelve / 4095).astype(np.float32)
+    assert torch.equal(encoder.transform(floating, range="0-1"), encoder.transform(twelve, range="0-4095"))
+    with pytest.raises(UserError, match=r"range=9-3: expected a range such as 0-4095"):
+        encoder.transform(twelve, range="9-3")
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
