@@ -108,6 +108,9 @@ class Pass:
             self._discard_damaged(name, shapes[name], dtypes[name])
         for name, (kind, _) in COLUMNS.items():
             self._discard_damaged(name, (n,), np.dtype(kind))
+        if not all((self.folder / f"{name}.npy").is_file() for name in COLUMNS):
+            for done in self.folder.glob("*.done.npy"):  # rows without their labels are not finished
+                done.unlink()
         new = [name for name in shapes if not (self.folder / f"{name}.done.npy").is_file()]
         size = sum(int(np.prod(shapes[name], dtype=np.int64)) * dtypes[name].itemsize for name in new)
         free = shutil.disk_usage(self.folder).free

@@ -76,9 +76,7 @@ def store(result: Result, folder: str | Path) -> Result:
         if path.exists():
             told += _make_room(path, result)
         result.save(folder)
-        for other in results_of(folder)[0]:
-            if other.path != path and not differences(other.result, result):
-                other.path.unlink(missing_ok=True)  # what is now in `path`, measured before
+        path.with_stem(f"{path.stem}-{_key(result)}").unlink(missing_ok=True)  # measured alike, before
     return replace(result, written=told)
 
 

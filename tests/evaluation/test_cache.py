@@ -217,7 +217,9 @@ def test_features_that_are_not_finite(encoder, pictures) -> None:
         Feed(encoder, None, progress=False).open(pictures, CONFIG, need("token"))
 
 
-@pytest.mark.parametrize("how", ["shorter", "longer", "empty", "zeros", "one bit", "labels", "marks"])
+@pytest.mark.parametrize(
+    "how", ["shorter", "longer", "empty", "zeros", "one bit", "labels", "short labels", "no labels", "marks"]
+)
 def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, capsys, how: str) -> None:
     """A partial copy or a crash of the machine: numpy fills up a short file with zeros, and says nothing."""
     wanted = need("token", "patches")
@@ -225,9 +227,9 @@ def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, c
         whole = feed.open(pictures, CONFIG, wanted)
         features, labels = whole.take("patches").clone(), whole.column("labels").clone()
     (folder,) = tmp_path.iterdir()
-    name = {"labels": "labels.npy", "marks": "patches.done.npy"}.get(how, "patches.npy")
+    name = "labels.npy" if "labels" in how else {"marks": "patches.done.npy"}.get(how, "patches.npy")
     data = bytearray((folder / name).read_bytes())
-    if how in ("shorter", "marks"):
+    if how in ("shorter", "short labels", "marks"):
         data = data[: len(data) * 2 // 3]
     elif how == "longer":
         data += bytes(16)
@@ -238,6 +240,8 @@ def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, c
     else:
         data[-1 if how == "one bit" else -8] ^= 1  # the label is a little-endian number of 8 bytes
     (folder / name).write_bytes(data)
+    if how == "no labels":
+        (folder / name).unlink()
     capsys.readouterr()
     with Feed(encoder, tmp_path, progress=False) as feed:
         again = feed.open(pictures, CONFIG, wanted)

@@ -56,6 +56,14 @@ def test_other_settings_and_other_data_are_kept_and_the_same_are_replaced(tmp_pa
     assert shares(tmp_path) == [9, 30, 20]
 
 
+def test_copies_under_names_of_ones_own_are_left_alone(tmp_path: Path) -> None:
+    plain = tmp_path / "results" / "knn.json"
+    store(measured(50, 1), tmp_path)
+    (plain.parent / "knn-before.json").write_bytes(plain.read_bytes())
+    store(measured(60, 2, encoder="f"), tmp_path)
+    assert Result.read(plain.parent / "knn-before.json").metrics["top1"] == 50
+
+
 def test_a_file_that_cannot_be_read_is_kept(tmp_path: Path) -> None:
     plain = tmp_path / "results" / "knn.json"
     plain.parent.mkdir()
