@@ -40,6 +40,7 @@ class _Query:
     mask: Bool[Tensor, "N"]
     has_mask: bool
     label: int
+    right: frozenset[int]  # labels that count as right: several where a set says so (ReaL)
     content: bytes  # of its file, by which it is known in the bank
 
 
@@ -61,8 +62,8 @@ def neighbour_sheet(
             one row each; without annotated objects only the former.
         config: which rows and how they are encoded; by default 2,000 pictures of the bank, one row each.
 
-    Green frames have the query's label, red ones another. The query's own picture is never found. Tiles are
-    what the network saw. Raises UserError as `evaluation.features.extract`.
+    Green frames have the query's label (or another right answer of it), red ones another. The query's own
+    picture is never found. Tiles are what the network saw. Raises UserError as `evaluation.features.extract`.
     """
     config = config or ExtractConfig(limit=LIMIT)
     kinds, notes = mask_kinds(masks, bank, queries)
@@ -106,11 +107,14 @@ def _query(encoder: Encoder, source: Source, picture: int, config: ExtractConfig
     row = int(rows.masks.sum(dim=1).argmax())
     if sample.objects is not None and rows.objects[0] >= 0:
         row = int(np.argmax(sample.objects.areas))
+    label = int(rows.labels[row])
+    answers = getattr(source, "answers", None) if config.rows == "pictures" else None
     return _Query(
         rows.images[rows.image_of[row]],
         rows.masks[row],
         bool(rows.has_mask[row]),
-        int(rows.labels[row]),
+        label,
+        frozenset([label] if answers is None else map(int, answers(picture))),
         bytes(identity_of(source, np.array([picture])).contents[0]),
     )
 
@@ -157,7 +161,7 @@ def _row(
         label = int(table.labels[row])
         captions.append(_name(bank, label))
         known = label >= 0 and query.label >= 0 and bank.classes == queries.classes
-        right.append(label == query.label if known else None)
+        right.append(label in query.right if known else None)
     return Row(title, tiles, captions, right)
 
 

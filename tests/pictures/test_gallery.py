@@ -125,6 +125,18 @@ def test_neighbours_are_those_of_the_feature_table(scenes):
             assert list(row.right) == [None, *(label == own for label in labels)]
 
 
+def test_each_right_answer_of_a_query_has_a_green_frame():
+    bank = open_source("scenes:?size=32&count=30&objects=1-3", "train")
+    queries = open_source("scenes:?size=32&count=8&objects=1-3", "test")
+    label = queries[3].label
+    queries.answers = lambda index: [label, (label + 1) % 10, (label + 2) % 10] if index == 3 else None
+    config = ExtractConfig(workers=0)
+    (row,) = gallery.neighbour_sheet(ENCODER, bank, queries, [3], found=30, masks=False, config=config).rows
+    names = {queries.classes[(label + i) % 10] for i in range(3)}
+    assert row.right[1:] == [caption in names for caption in row.captions[1:]]
+    assert row.right.count(True) > row.captions[1:].count(queries.classes[label]) > 0
+
+
 def test_neighbours_of_objects_never_find_their_own_picture(scenes):
     config = ExtractConfig(workers=0, rows="objects", view="object")
     sheet = gallery.neighbour_sheet(ENCODER, scenes, scenes, [0], found=100, masks=True, config=config)
