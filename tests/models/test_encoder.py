@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveola.config import ConfigError, UserError
+from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.features import object_tokens
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load, patch_mask
 from foveola.models.transform import picture_crop
@@ -147,6 +147,33 @@ def test_masks_at_inference():
     assert nothing.objects.shape == (3, 2, 24)
     assert torch.allclose(nothing.objects, plain.objects.expand(-1, 2, -1), atol=1e-5)
     assert made(images, torch.zeros(3, 0, 16, dtype=torch.bool)).objects.shape == (3, 0, 24)
+
+
+KEPT = """{"model": {"size": "small", "width": 24, "depth": 2, "heads": 3, "patch_size": 4, "image_size": 16,
+"mlp": "gelu", "mlp_ratio": 4.0, "class_token": true, "registers": 2, "norm": "layer", "norm_eps": null,
+"final_norm_affine": true, "bias": true, "drop_path": 0.1, "drop_path_rule": "linear", "drop_path_subset": false,
+"positions": "learned", "field_size": [50, 50], "field_interpolation": "linear", "field_alignment": "cells",
+"position_antialias": false, "position_offset": 0.1, "position_init": "random", "rope": "axial",
+"layer_scale": null, "init": "normal"},
+"transform": {"resize": 23, "crop": 20, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+"interpolation": "bicubic", "squash": false},
+"origin": "runs/x at step 10", "pool": "token", "predictor": null}"""
+
+
+def test_a_kept_folder_gives_the_features_that_it_gave(tmp_path: Path):
+    """`config.json` as it was written before transforms rounded as torchvision, and numbers of that code."""
+    made = Encoder(build(EncoderConfig, json.loads(KEPT)))
+    with torch.no_grad():
+        for value in made.weights().values():
+            value.copy_(((torch.arange(value.numel()) * 7 % 13 - 6) / 64).view_as(value))
+    made.save(tmp_path)
+    (tmp_path / "config.json").write_text(KEPT)
+    kept = load(tmp_path)
+    features = kept((torch.arange(3 * 20 * 20) % 11 / 8 - 0.5).view(1, 3, 20, 20))
+    token, last = [-0.01001, 0.01969, 0.01498, 0.06944], [-0.13962, 0.02348, -0.02541, 0.03115]
+    torch.testing.assert_close(features.objects[0, 0, :4], torch.tensor(token), rtol=0, atol=2e-5)
+    torch.testing.assert_close(features.patches[0, -1, :4], torch.tensor(last), rtol=0, atol=2e-5)
+    assert kept.fingerprint() == "9c0e0e98e5c79085"  # names caches and results
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
