@@ -11,7 +11,7 @@ from foveola.config import nearest
 from foveola.data.annotations import read_values
 from foveola.data.fit import upright_map
 from foveola.data.identity import HASH, Identity, hash_of
-from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
 
 
@@ -26,6 +26,7 @@ class HubPictures:
         self.rows = np.arange(len(dataset))
         self.has_objects = False
         self.notes: tuple[str, ...] = ()
+        self.reading = Reading()
         self.classes: tuple[str, ...] | None = None
         self.labels = np.full(len(dataset), -1)
         if label is not None:
@@ -37,7 +38,19 @@ class HubPictures:
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         label = int(self.labels[row])
-        return Sample(self._file(row, self.image), f"row {row}", None, None if label < 0 else label)
+        image = self._file(row, self.image)
+        if self.reading != Reading():
+            image = ImageFile(image, self.reading)
+        return Sample(image, f"row {row}", None, None if label < 0 else label)
+
+    def read_as(self, reading: Reading) -> None:
+        """Read all cells in this way, which makes them other data."""
+        self.reading = reading
+
+    def data(self, index: int) -> bytes:
+        """The image file of a row. Raises BadImage and OSError."""
+        found = self._file(int(self.rows[index]), self.image)
+        return found.read_bytes() if isinstance(found, Path) else found
 
     def _file(self, row: int, column: str) -> Path | bytes:
         cell = self.dataset[row][column]
@@ -56,7 +69,8 @@ class HubPictures:
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Contents of the cells, and labels. What the library knows of a version says nothing of pixels."""
         rows = self.rows if chosen is None else self.rows[chosen]
-        return Identity.of(self.cells(rows, self.image), self.classes, self.labels[rows])
+        about = [] if self.reading == Reading() else [str(self.reading)]
+        return Identity.of(self.cells(rows, self.image), self.classes, self.labels[rows], *about)
 
     def cells(self, rows: Int64[np.ndarray, "n"], column: str) -> np.ndarray:
         """Hashes (S16 [n]) of the files in the cells of a column."""

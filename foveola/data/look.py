@@ -12,6 +12,7 @@ from foveola.data.annotations import PixelBoxes
 from foveola.data.depth import CONTAINER, is_deep, states_range, values_of
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header, open_image, read_header
+from foveola.data.hub import HubPictures
 from foveola.data.layouts import Pictures
 from foveola.data.sample import BadImage, DataError
 
@@ -37,13 +38,21 @@ class Seen:
     misfits: list[str] = field(default_factory=list)
 
 
-def look(source: Pictures) -> None:
+def look(source: Pictures | HubPictures) -> None:
     """Look at `LOOKS` images of a source and add notes to it. Raises DataError for what cannot be meant."""
     seen = Seen()
-    for index in np.unique(np.linspace(0, len(source) - 1, LOOKS).astype(int)).tolist():
-        _look_at(source, index, seen)
-    source.drawn(seen.stored > seen.upright)
-    _judge_annotations(source, seen)
+    for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
+        if isinstance(source, Pictures):
+            _look_at(source, index, seen)
+        else:
+            _look_at_cell(source, index, seen)
+    if isinstance(source, Pictures):
+        source.drawn(seen.stored > seen.upright)
+        _judge_annotations(source, seen)
+    _judge_depth(source, seen)
+
+
+def _judge_depth(source: Pictures | HubPictures, seen: Seen) -> None:
     if source.reading.low is not None or source.reading.container:
         _check_use(source, seen)
     elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
@@ -81,6 +90,16 @@ def _look_at(source: Pictures, index: int, seen: Seen) -> None:
         except DataError as error:
             seen.annotated += 1
             seen.misfits.append(str(error))
+
+
+def _look_at_cell(source: HubPictures, index: int, seen: Seen) -> None:
+    try:
+        data = source.data(index)
+        if data[:2] != b"\xff\xd8":
+            _look_at_depth(data, seen)
+    except (OSError, BadImage):
+        return
+    seen.images += 1
 
 
 def _look_at_depth(data: bytes, seen: Seen) -> None:
@@ -129,14 +148,15 @@ def _judge_annotations(source: Pictures, seen: Seen) -> None:
         )
 
 
-def _check_use(source: Pictures, seen: Seen) -> None:
+def _check_use(source: Pictures | HubPictures, seen: Seen) -> None:
     """A range has an effect: if no image looked at is deep, all are asked."""
     if not seen.deep and not any(_deep(source, index) for index in range(len(source))):
         raise DataError(f"{source.name}: range= changes nothing, as no image has more than 8 bits")
 
 
-def _deep(source: Pictures, index: int) -> bool:
+def _deep(source: Pictures | HubPictures, index: int) -> bool:
     try:
-        return is_deep(open_image(source.path(index).read_bytes()))
+        data = source.path(index).read_bytes() if isinstance(source, Pictures) else source.data(index)
+        return is_deep(open_image(data))
     except (OSError, BadImage):
         return False

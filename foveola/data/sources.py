@@ -15,7 +15,7 @@ from foveola.data.imagenet import (
     open_listed,
     open_objectnet,
 )
-from foveola.data.layouts import Pictures, open_coco, open_folder, open_imagenet, open_tiny_imagenet
+from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.look import look
 from foveola.data.sample import BadImage, DataError, Reading, Sample
 from foveola.data.scenes import Scenes
@@ -84,7 +84,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
-    allowed |= {} if kind in ("scenes", "hf") else {"range": Reading.values, "pages": _first}
+    allowed |= {} if kind == "scenes" else {"range": Reading.values, "pages": _first}
     allowed |= {"holdout": _share, "split": _split} if kind in WHOLE else {}
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
@@ -117,10 +117,9 @@ def open_source(spec: str, split: Split = "train") -> Source:
         source.hold_out(holdout, seed, half)
     if limit is not None:
         source.limit(limit, seed)
-    if isinstance(source, Pictures):
-        if reading != Reading():
-            source.read_as(reading)
-        look(source)
+    if reading != Reading():
+        source.read_as(reading)
+    look(source)
     return source
 
 

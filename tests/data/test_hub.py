@@ -1,5 +1,6 @@
 """Data sets of Hugging Face, made and saved here: nothing is fetched."""
 
+import io
 import pickle
 import sys
 from pathlib import Path
@@ -162,3 +163,24 @@ def test_the_same_file_in_a_folder_and_in_a_cell(tmp_path: Path):
     (tmp_path / "folder" / "x.png").write_bytes(cell)
     files = identity_of(open_source(f"folder:{tmp_path / 'folder'}"))
     assert shared(identity_of(source).contents, files.contents).tolist() == [False, True]
+
+
+def test_a_range_of_deep_cells(tmp_path: Path):
+    """As of files: dark ones are said with the key, and the range makes other pixels, which are other data."""
+    values = np.linspace(0, 4095, 600).reshape(20, 30).astype(np.uint16)
+    cell = io.BytesIO()
+    Pil.fromarray(values).save(cell, "PNG")
+    features = datasets.Features({"image": datasets.Image()})
+    cells = [{"bytes": cell.getvalue(), "path": None}] * 3
+    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path)
+    dark, bright = open_source(f"hf:{tmp_path}"), open_source(f"hf:{tmp_path}?range=0-4095")
+    assert (
+        "3 of 3 images looked at have more than 8 bits, with values from 0 to 4095: add range=0-4095"
+        in str(dark.notes)
+    )
+    assert bright.notes == ()
+    assert np.array_equal(decode(bright[1].image)[:, :, 0], np.rint(values * (255 / 4095)))
+    assert decode(dark[1].image).max() <= 16
+    assert identity_of(dark).digest != identity_of(bright).digest
+    with pytest.raises(DataError, match="needs a range such as 0-4095"):
+        open_source(f"hf:{tmp_path}?range=9-3")
