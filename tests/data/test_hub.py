@@ -166,7 +166,7 @@ def test_the_same_file_in_a_folder_and_in_a_cell(tmp_path: Path):
 
 
 def test_a_range_of_deep_cells(tmp_path: Path):
-    """As of files: dark ones are said with the key, and the range makes other pixels, which are other data."""
+    """As of files: dark ones are said with the key, and a range makes other pixels, so other data."""
     values = np.linspace(0, 4095, 600).reshape(20, 30).astype(np.uint16)
     cell = io.BytesIO()
     Pil.fromarray(values).save(cell, "PNG")

@@ -151,7 +151,8 @@ def test_masks_at_inference():
 
 KEPT = """{"model": {"size": "small", "width": 24, "depth": 2, "heads": 3, "patch_size": 4, "image_size": 16,
 "mlp": "gelu", "mlp_ratio": 4.0, "class_token": true, "registers": 2, "norm": "layer", "norm_eps": null,
-"final_norm_affine": true, "bias": true, "drop_path": 0.1, "drop_path_rule": "linear", "drop_path_subset": false,
+"final_norm_affine": true, "bias": true, "drop_path": 0.1, "drop_path_rule": "linear",
+"drop_path_subset": false,
 "positions": "learned", "field_size": [50, 50], "field_interpolation": "linear", "field_alignment": "cells",
 "position_antialias": false, "position_offset": 0.1, "position_init": "random", "rope": "axial",
 "layer_scale": null, "init": "normal"},
