@@ -60,7 +60,8 @@ class Log:
         self._bar, self._task = _open_bar(total_steps, start_step) if terminal else (None, None)
         if odd:
             self.note(
-                f"{self._path}: {len(odd)} lines that hold no metrics are left out, first line {odd[0]}"
+                f"{self._path}: {len(odd)} lines that hold no metrics are left out, "
+                f"the first of them line {odd[0]}"
             )
 
     def __enter__(self) -> "Log":
@@ -213,9 +214,11 @@ def _truncate(path: Path, step: int) -> tuple[list[dict], list[int]]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
+            if not all(value is None or isinstance(value, int | float) for value in line.values()):
+                raise ValueError
             if line["step"] <= step:
                 kept.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             odd += [number] if number < len(texts) else []
     whole = "".join(json.dumps(line) + "\n" for line in kept)
     if whole != before:

@@ -74,11 +74,12 @@ def lines_up_to(folder, step) -> list[dict]:
 
 
 def test_odd_lines_in_the_middle_are_left_out_and_said(tmp_path, capfd):
-    odd = b'{"step": 1}\noops\n[1]\n{"loss": 2}\n{"step": "x"}\n\xff\xfe\n{"step": 3}\n{"step": 4, "lo'
+    odd = b'{"step": 1}\noops\n[1]\n{"loss": 2}\n{"step": "x"}\n\xff\xfe\n{"step": 2, "loss": "x"}\n'
+    odd += b'{"step": 3}\n{"step": 4, "lo'
     (tmp_path / "metrics.jsonl").write_bytes(odd)
     open_log(tmp_path, start=3).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
-    said = f"{tmp_path}/metrics.jsonl: 5 lines that hold no metrics are left out, the first of them line 2"
+    said = f"{tmp_path}/metrics.jsonl: 6 lines that hold no metrics are left out, the first of them line 2"
     assert said in capfd.readouterr().err
     assert said in (tmp_path / "log.txt").read_text()
 
