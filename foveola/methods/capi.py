@@ -205,7 +205,7 @@ class Capi(Method):
 
     def __init__(self, config: CapiConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.views = config, views.global_count
         width = model.shape[0]
         backbone = VisionTransformer(model)
         predictor = None if config.predictor is None else Predictor(config.predictor, model)
@@ -312,16 +312,17 @@ class Capi(Method):
         return {} if self.clustering is None else {"clustering": self.config.clustering.prototypes}
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
-        config = self.config.clustering
-        rows, clusters = batch_size + config.queue, config.prototypes
+        config, queued = self.config.clustering, self.config.targets == "clusters"
+        rows, clusters = self.views * batch_size, config.prototypes
+        queue = f"method.clustering.queue={clusters - rows}, " if queued else ""
+        rows += config.queue if queued else 0
         if self.clustering is None or config.balance == "all" or rows >= clusters:
             return []
         least, most = math.log(clusters / rows), math.log(clusters)
         return [
-            f"targets stay flat: each position shares out {clusters} clusters among {rows} images, so the "
+            f"targets stay flat: each position shares out {clusters} clusters among {rows} views, so the "
             f"entropy cannot fall below {least:.2f} of {most:.2f} nats; use a larger batch, "
-            f"method.clustering.prototypes={rows} or less, method.clustering.queue={clusters - batch_size}, "
-            "or method.clustering.balance=all"
+            f"method.clustering.prototypes={rows} or less, {queue}or method.clustering.balance=all"
         ]
 
     @property

@@ -388,7 +388,7 @@ class Distillation(Method):
                 least, most = math.log(count / rows), math.log(count)
                 found.append(
                     f"targets of {name} stay flat: Sinkhorn-Knopp shares out {count:,} prototypes among "
-                    f"about {rows:,} rows a step, so the entropy cannot fall below about {least:.2f} of "
+                    f"about {rows:,} rows at once, so the entropy cannot fall below about {least:.2f} of "
                     f"{most:.2f} nats; use a larger batch or {where}={2 ** (rows.bit_length() - 1)} or less"
                 )
             elif images is not None and count > images:

@@ -77,7 +77,7 @@ class Method(nn.Module, ABC):
         """What is unwise about this configuration, one line each.
 
         Args:
-            batch_size: images a step, over all processes.
+            batch_size: images that are taken at once, over all processes: of a step, its part.
             images: how many there are, if known.
             objects: how many of each image are trained on.
         """

@@ -9,11 +9,13 @@ from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.recipe import RunConfig, schedules
 
 FIRST = 0.05  # share of its first weights that a teacher may still have at the end
+FASTEST = 0.9  # momentum below which none is proposed: what follows a student at once teaches it nothing
 
 
 def advice(config: RunConfig, method: Method, progress: Progress, images: int) -> list[str]:
     """One line for each thing that is unwise about a run on this many images, with what to write instead."""
-    found = method.advice(config.batch_size, images, config.loader.objects_per_image)
+    at_once = config.batch_size // config.accumulate
+    found = method.advice(at_once, images, config.loader.objects_per_image)
     if images < FEW:
         found.append(
             f"{images:,} images are few: below {FEW:,} a network learns little that an untrained one lacks; "
@@ -55,9 +57,9 @@ def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
     if (left := math.exp(-moved)) <= FIRST:
         return []
     told = f"the teacher is slow for {total:,} steps: at the end it still has {left:.0%} of its first weights"
-    if not moved:
-        return [f"{told}; lower method.momentum.value"]
-    faster = max(1 - (1 - momentum.value) * -math.log(FIRST / 5) / moved, 0.0)
+    faster = 1 - (1 - momentum.value) * -math.log(FIRST / 5) / moved if moved else 0.0
+    if faster < FASTEST:  # it would hardly differ from the student
+        return [f"{told}; a longer duration, or a lower method.momentum.value"]
     return [f"{told}; for example method.momentum.value={faster:.2g}"]
 
 

@@ -223,6 +223,11 @@ def test_signals_and_advice():
     assert "method.clustering.queue=5" in advice
     assert capi(clustering={"prototypes": 7, "queue": 5}).advice(2) == []
     assert capi(clustering={"prototypes": 7, "balance": "all"}).advice(2) == []
+    # iBOT's targets keep no past pictures: a queue neither helps nor is advised.
+    head = {"targets": "teacher_head", "head": "mlp"}
+    (advice,) = capi(clustering={"prototypes": 7, "queue": 5}, **head).advice(2)
+    assert f"{math.log(3.5):.2f} of {math.log(7):.2f} nats" in advice
+    assert "queue" not in advice
 
 
 def test_the_queue_holds_the_newest_pictures_and_survives_saving():

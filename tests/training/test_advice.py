@@ -134,3 +134,20 @@ def test_a_short_run_says_that_it_is_too_short(tiny, tmp_path):
     assert "objects: annotated in scenes:" in text
     assert "health: LOOK: Is it long enough to tell? 8 steps on 64 images: too short to tell" in text
     assert text.index("health: LOOK") < text.index("finished; encoder:")
+
+
+# -- what is said is true ------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_a_part_of_a_step(tiny):
+    """Sinkhorn-Knopp goes through each part by itself: 16 images in 4 parts are 8 rows, not 32."""
+    sinkhorn_kind = {"method.token.target.kind": "sinkhorn", "method.heads.main.prototypes": 256}
+    (line,) = told(tiny(accumulate=4, **sinkhorn_kind))
+    assert "256 prototypes among about 8 rows at once" in line
+    assert f"below about {math.log(256 / 8):.2f} of" in line
+
+
+def test_a_run_of_some_steps_is_not_advised_to_have_no_teacher(tiny):
+    found = told(tiny(), Progress(0, 8, 4, 16))
+    (line,) = [line for line in found if "the teacher is slow for 8 steps" in line]
+    assert line.endswith("; a longer duration, or a lower method.momentum.value")
