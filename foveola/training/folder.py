@@ -10,13 +10,14 @@ from typing import Any
 
 from foveola import files
 from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
-from foveola.training import checkpoint
+from foveola.training import checkpoint, same_data
 from foveola.training.recipe import RunConfig
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
 FREE = (
     "about",
     "out",
+    "data_changed",
     "device",
     "checkpoint_activations",
     "loader.workers",
@@ -34,9 +35,10 @@ FREE = (
 )
 
 
-def choose(config: RunConfig, total_steps: int) -> Path:
+def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Path:
     """The folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one there.
 
+    The same `images` at another place are the same data.
     Nothing is written. Raises ConfigError where `out` holds something else.
     """
     if config.out is not None:
@@ -44,7 +46,7 @@ def choose(config: RunConfig, total_steps: int) -> Path:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"out={folder} is a file, not a folder")
         if (folder / "config.yaml").exists():
-            if different := difference(folder, config):
+            if different := difference(folder, config, images):
                 raise ConfigError(
                     f"{folder} holds another run ({different}): choose another out=, or repeat its settings"
                 )
@@ -54,13 +56,13 @@ def choose(config: RunConfig, total_steps: int) -> Path:
     name = (config.recipe or "run").replace("/", "-")
     runs = Path("runs")
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if folder.name.startswith(f"{name}-") and _goes_on(folder, config, total_steps):
+        if folder.name.startswith(f"{name}-") and _goes_on(folder, config, total_steps, images):
             return folder
     new = runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     return new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}")
 
 
-def difference(folder: Path, config: RunConfig) -> str | None:
+def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
     """The first setting in which the run in `folder` differs from `config`, or None."""
     path = folder / "config.yaml"
     try:
@@ -70,16 +72,26 @@ def difference(folder: Path, config: RunConfig) -> str | None:
     old, new = _flat(to_dict(theirs)), _flat(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == part or name.startswith(f"{part}.") for part in FREE)
+        free = free or (name == "data" and same_data.kept(folder) == images)
         if not free and old.get(name) != new.get(name):
             return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
     return None
 
 
-def begin(folder: Path, config: RunConfig) -> None:
-    """Write the configuration into the folder, unless there is one already."""
+def begin(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
+    """Write the configuration into the folder, unless there is one already, and what its images are.
+
+    What is to be said where the run goes on with other images than before, if that is allowed.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         files.write_text(path, dump_yaml(to_dict(config) | {"out": None}))
+    said = None
+    if any((folder / "checkpoints").glob("step-*")) or (folder / "encoder" / "config.json").exists():
+        said = same_data.change(folder, images, config.data_changed == "allow")
+    if same_data.kept(folder) != images:
+        same_data.keep(folder, images)
+    return said
 
 
 @contextmanager
@@ -99,12 +111,12 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _goes_on(folder: Path, config: RunConfig, total_steps: int) -> bool:
+def _goes_on(folder: Path, config: RunConfig, total_steps: int, images: same_data.Images) -> bool:
     """Whether a folder holds an unfinished run of the same settings that nobody is working on."""
     if not (folder / "config.yaml").exists():
         return False
     try:
-        if difference(folder, config):
+        if difference(folder, config, images):
             return False
     except ConfigError:  # of another version, or not a run: not this run, in any case
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foveola.config import (
     ConfigError,
@@ -74,6 +74,9 @@ class RunConfig:
     about: About = key(factory=About, help="what the recipe is for")
     data: str | None = key(
         None, "pictures to train on, as a data string: folder:/path, coco:/images?annotations=/f.json"
+    )
+    data_changed: Literal["refuse", "allow"] = key(
+        "refuse", "whether a run goes on where its images are not those that it began with"
     )
     out: str | None = key(
         None, "run folder; null = runs/<recipe>-<time>, or the unfinished run of the same settings there"

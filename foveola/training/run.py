@@ -18,12 +18,12 @@ from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
-from foveola.evaluation.protocol import evaluate, separate
 from foveola.failures import explain, told
 from foveola.models.encoder import Encoder, load
-from foveola.training import checkpoint, folder
+from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, share, untrained
+from foveola.training.evaluations import Evaluations
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
 from foveola.training.recipe import RunConfig, change, nested, period, plan, resolve
@@ -102,25 +102,25 @@ class _Session:
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = share(config)
         self.total = self.progress.total_steps
-        self.every, self.keep_every, self.evaluate_every = (
+        self.every, self.keep_every, evaluate_every = (
             period(config, name, self.progress)
             for name in ("checkpoint_every", "keep_every", "evaluate_every")
         )
-        self.labelled = None if self.evaluate_every is None else _labelled(config, sources)
+        self.evaluations = Evaluations(config, evaluate_every, self.total, sources)
         self.trainer = assemble(config, self.progress, device)
         self.folder, self.stop = Path(), Stop()
         self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved
         self.bad_names: set[str] = set()
         self.changes: list[str] = []  # between the interruption of a run and its continuation
-        self.notes: set[str] = set()
 
     # -- from start to end
 
     def run(self) -> Run:
         with ExitStack() as stack:
-            self.folder = distributed.on_main(lambda: self._claim(stack))
+            images = same_data.agreed(self.source)
+            self.folder = distributed.on_main(lambda: self._claim(stack, images))
             start = self.step = self.tried = self._resume()
-            missed = start and self._is_due(self.evaluate_every, start) and not self._was_evaluated(start)
+            missed = self.evaluations.missed(self.folder, start)
             if start >= self.total and not missed:
                 if distributed.is_main():
                     print(f"{self.folder} is finished: nothing to do", flush=True)
@@ -141,7 +141,7 @@ class _Session:
             self._greet(log, start)
             try:
                 if missed:  # interrupted between its checkpoint and its evaluation
-                    log.step(start, self._evaluate(log))
+                    self.evaluations.run(self._encoder(), start, log)
                 metrics = self._train(start, log)
             except Exception as error:
                 raise self._ended(error, log) from error
@@ -149,10 +149,11 @@ class _Session:
             self._farewell(log, step)
         return Run(self.folder, self.config, step, self.total, metrics)
 
-    def _claim(self, stack: ExitStack) -> Path:
-        path = folder.choose(self.config, self.total)
+    def _claim(self, stack: ExitStack, images: same_data.Images) -> Path:
+        path = folder.choose(self.config, self.total, images)
         stack.enter_context(folder.lock(path))
-        folder.begin(path, self.config)
+        if said := folder.begin(path, self.config, images):
+            self.changes.append(said)
         return path
 
     def _resume(self) -> int:
@@ -208,7 +209,7 @@ class _Session:
     def _train(self, start: int, log: Log) -> dict[str, float]:
         """Train from step `start` until the end or a signal; the metrics that were logged last."""
         config, trainer = self.config, self.trainer
-        supply = Supply(self._loader(start, log), config.accumulate, self.stop, self.device)
+        supply = Supply(self._loader(start, log), config.accumulate, self.stop)
         steps, metrics = 0, {}
         seconds, began = 0.0, time.perf_counter()
         try:
@@ -231,7 +232,7 @@ class _Session:
                     for text in self.watch.add(step, metrics):
                         log.note(text)
                     steps, seconds, supply.waited = 0, 0.0, 0.0
-                evaluating = self._is_due(self.evaluate_every, step) and not (last and step < self.total)
+                evaluating = self.evaluations.due(step) and not (last and step < self.total)
                 # A step without finite gradients has changed nothing: the checkpoint before it is as good.
                 # With a loss scaler such steps are ordinary.
                 healthy = not trainer.bad_steps or config.precision == "fp16"
@@ -241,8 +242,8 @@ class _Session:
                     self._save(step)
                     log.flush()
                 if evaluating:
-                    log.step(step, self._evaluate(log))
-                    batches = None if self.stop.agreed(self.device) else batches
+                    self.evaluations.run(self._encoder(), step, log)
+                    batches = None if self.stop.agreed() else batches
                 began = time.perf_counter()
             if supply.failure is not None:
                 raise supply.failure
@@ -353,8 +354,6 @@ class _Session:
         if first:
             encoder.save(self.folder / "encoder")
 
-    # -- evaluation
-
     def _encoder(self) -> Encoder:
         method = self.trainer.method
         encoder = Encoder(self.config.encoder())
@@ -362,42 +361,3 @@ class _Session:
         if encoder.predictor is not None and method.predictor is not None:
             encoder.predictor.load_state_dict(method.predictor.state_dict())
         return encoder.to(self.device)
-
-    def _evaluate(self, log: Log) -> dict[str, float]:
-        assert self.labelled is not None
-        train, test = self.labelled
-        settings = to_dict(self.config.evaluate)
-        result = evaluate(self._encoder(), "knn", train=train, test=test, progress=False, **settings)
-        for text in result.notes:
-            if text not in self.notes:
-                log.note(f"knn: {text}")
-        self.notes.update(result.notes)
-        return {f"knn/{name}": value for name, value in result.metrics.items()}
-
-    def _was_evaluated(self, step: int) -> bool:
-        def look() -> bool:
-            path = self.folder / "metrics.jsonl"
-            texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            lines = [json.loads(text) for text in texts if '"knn/' in text and text.endswith("}")]
-            return any(line["step"] == step for line in lines)
-
-        return distributed.on_main(look)
-
-
-def _labelled(config: RunConfig, own: dict[str, Source]) -> tuple[Source, Source]:
-    """The data of the evaluations, opened before the first step: mistakes show now, not hours later."""
-    given = {
-        "data": config.data,
-        "evaluate_train": config.evaluate_train,
-        "evaluate_test": config.evaluate_test,
-    }
-    given |= own
-    train = given["evaluate_train"] or given["data"]
-    test = given["evaluate_test"] or train
-    sources = as_source(train, "train", "evaluate_train"), as_source(test, "test", "evaluate_test")
-    for name, source in zip(("evaluate_train", "evaluate_test"), sources, strict=True):
-        if source.classes is None:
-            raise ConfigError(f"{name}: {source.name} has no labels, which evaluate_every needs")
-    remedies = "set evaluate_test= to images that training does not see, or evaluate.exclude_self=true"
-    separate("evaluate_every", config.evaluate, *sources, otherwise=remedies)
-    return sources

@@ -43,11 +43,9 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def agreed(self, device: torch.device) -> bool:
+    def agreed(self) -> bool:
         """Whether any process was told to stop; all get the same answer, so all stop after the same step."""
-        if distributed.world_size() == 1:
-            return self.told
-        return bool(distributed.all_reduce_max(torch.tensor(float(self.told), device=device)))
+        return bool(distributed.all_reduce_max(torch.tensor(float(self.told))))
 
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()

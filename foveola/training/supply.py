@@ -20,8 +20,8 @@ class Supply:
     the run ends: None when a process was told to, otherwise an error.
     """
 
-    def __init__(self, loader: Loader, accumulate: int, stop: Stop, device: torch.device) -> None:
-        self.loader, self.accumulate, self.stop, self.device = loader, accumulate, stop, device
+    def __init__(self, loader: Loader, accumulate: int, stop: Stop) -> None:
+        self.loader, self.accumulate, self.stop = loader, accumulate, stop
         self.batches: Generator[Canvases] = iter(loader)
         self.waited = 0.0
         self.failure: Exception | None = None
@@ -44,8 +44,8 @@ class Supply:
     def _agree(self, mine: Exception | None) -> tuple[bool, Exception | None]:
         """Whether any process was told to stop, and an error: of any process, or too many bad images."""
         facts = [float(mine is not None), float(self.stop.told), self.loader.bad_count, self.loader.seen]
-        # In float64 counts are exact.
-        sums = distributed.all_reduce_sum(torch.tensor(facts, dtype=torch.float64, device=self.device))
+        # In float64 counts are exact. On the CPU: alone, no process waits for its GPU here.
+        sums = distributed.all_reduce_sum(torch.tensor(facts, dtype=torch.float64))
         failed, told, bad, seen = sums.tolist()
         if failed:
             words = None if mine is None else explain(mine) or str(mine)

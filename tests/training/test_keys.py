@@ -23,7 +23,14 @@ from foveola.training.recipe import RunConfig, change, nested, plan, recipes, re
 SOURCE = "scenes:?size=32&count=32&objects=2-4"
 UNSEEN = {  # keys that weights do not show, by the reason why
     "names": ("recipe", "about", "data", "out"),
-    "how a run is kept and measured": ("log_every", "checkpoint_every", "keep", "keep_every", "transform"),
+    "how a run is kept and measured": (
+        "log_every",
+        "checkpoint_every",
+        "keep",
+        "keep_every",
+        "transform",
+        "data_changed",
+    ),
     "measures only": ("evaluate", "evaluate_every", "evaluate_train", "evaluate_test"),
     "how fast, not what": ("device", "compile", "checkpoint_activations", "loader.workers"),
     "another order of the same sums, tested with the loop": ("accumulate",),

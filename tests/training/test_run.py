@@ -37,7 +37,8 @@ def test_a_run_writes_what_the_design_promises(tiny, tmp_path, lines, newest):
     run = pretrain(config)
     assert (run.finished, run.step, run.total_steps, run.folder) == (True, 8, 8, tmp_path / "run")
     assert {path.name for path in run.folder.iterdir()} == {
-        *(".lock", "checkpoints", "config.yaml", "encoder", "log.txt", "metrics.jsonl", "tensorboard")
+        *(".lock", "checkpoints", "config.yaml", "data.json"),
+        *("encoder", "log.txt", "metrics.jsonl", "tensorboard"),
     }
     assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
         *("step-00000003", "step-00000006", "step-00000008")
