@@ -1,8 +1,10 @@
 """Files of weights as encoders, with what the user says of them behind a `?`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from foveola.config import ConfigError, UserError, build, parse_overrides
 from foveola.models.encoder import Encoder, EncoderConfig, filled
@@ -22,6 +24,7 @@ def load_file(name: str) -> Encoder:
         if query:
             raise UserError(f"{name}: {path} says all of itself: load it without ?{query}")
         return _exported(state, path)
+    options_of(name, query)
     try:
         said = build(FileConfig, parse_overrides(filter(None, query.split("&"))))
     except ConfigError as error:
@@ -43,6 +46,16 @@ def _exported(state: dict[str, Any], path: Path) -> Encoder:
     if not isinstance(settings, dict) or not isinstance(weights, dict):
         raise UserError(f"{path} is damaged: it lacks settings or tensors")
     return filled(build(EncoderConfig, settings, where=str(path)), weights, path)
+
+
+def options_of(name: str, query: str) -> dict[str, str]:
+    """What stands behind the `?` of a model's name. Raises UserError for an option that is given twice."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"{name}: {twice} is given more than once")
+    return options
 
 
 def split_options(name: str) -> tuple[Path, str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from foveola.config import ConfigError, UserError, build, nearest
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
+from foveola.zoo.files import options_of
 from foveola.zoo.preprocess import check_kind
 from foveola.zoo.weights import read_config
 
@@ -57,7 +57,7 @@ def load_library(name: str) -> Encoder:
     """
     library, _, rest = name.partition(":")
     model, _, query = rest.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = options_of(name, query)
     if not model:
         raise UserError(f"{name!r} names no model: expected {library}:NAME or {library}:FOLDER")
     for option in options:

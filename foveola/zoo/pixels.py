@@ -1,12 +1,12 @@
 """Pixels themselves as features, `pixels:?size=64&patch=8`: what every encoder must beat."""
 
 from typing import Any
-from urllib.parse import parse_qsl
 
 import torch
 
 from foveola.config import UserError, build, nearest
 from foveola.models.encoder import Encoder, EncoderConfig
+from foveola.zoo.files import options_of
 
 DEFAULTS = {"size": 32, "patch": 32}
 MOST = 64  # pixels a side of a patch: 2.4 GB
@@ -22,7 +22,7 @@ def pixel_encoder(name: str) -> Encoder:
     fill the picture.
     """
     options: dict[str, int] = dict(DEFAULTS)
-    for key, value in parse_qsl(name.partition(":")[2].removeprefix("?"), keep_blank_values=True):
+    for key, value in options_of(name, name.partition(":")[2].removeprefix("?")).items():
         if key not in options:
             near = nearest(key, options)
             raise UserError(f"{name}: unknown option {key!r}; did you mean {near or 'size or patch'!r}?")

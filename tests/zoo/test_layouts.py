@@ -234,6 +234,7 @@ def test_settings_that_are_said(tmp_path: Path):
             r"for 64 pixels, .* resized to 448: add &positions=dino .* &positions=timm",
         ),
         ("image_size=100&heads=4&positions=dino", "100 is not a multiple of the patch size 16"),
+        ("heads=4&heads=2", "heads is given more than once"),
         ("head=4", "unknown key 'head'.* did you mean 'heads'"),
         ("heads=5", "not a multiple of heads=5"),
         ("heads=four", "heads: expected"),

@@ -46,6 +46,7 @@ def test_a_whole_picture_by_default():
         ("pixels:?sise=3", "unknown option 'sise'; did you mean 'size'"),
         ("pixels:?size=-3", "size must be a number of pixels, such as 32"),
         ("pixels:?size=224&patch=224", "patches of 224 pixels a side have 150,528 numbers.*at most 64"),
+        ("pixels:?size=32&size=64", "size is given more than once"),
         ("pixels:?size=30&patch=8", "size=30 is not a multiple of patch=8"),
     ],
 )

@@ -274,6 +274,7 @@ def test_official_preprocessing(name: str, size: int | None, expected: tuple[int
         ),
         ("preprocess=own", "preprocess=own: expected timm, official, imagenet"),
         ("image_size=100", "crop=100 is not a multiple of the patch size 16"),
+        ("image_size=224&image_size=448", "image_size is given more than once"),
         ("image_size=big", "image_size must be pixels of a side"),
         ("image_size=99999999999", "image_size must be pixels of a side, 1 to 8192"),
         ("image-size=96", "did you mean 'image_size'"),
