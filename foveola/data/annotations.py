@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Integer
 
 from foveola.data.coco import check_annotation
-from foveola.data.fit import turn_of
+from foveola.data.fit import turn_of, views_of
 from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, read_header, turn, turn_boxes
 from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
@@ -146,6 +146,8 @@ class XmlBoxes:
     the files are not to be trusted: objects get the picture's label.
     """
 
+    raw = False  # whether boxes are of pixels as stored, where the size does not tell
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -163,10 +165,23 @@ class XmlBoxes:
         if where is None:
             return path, None
         try:
-            boxes = read_xml(where)
-        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+            size, boxes = read_xml(where)
+        except XML_ERRORS as error:
             raise BadImage(f"{file}: its annotation {where} cannot be read") from error
-        return path, Objects.from_boxes(boxes, np.full(len(boxes), label))
+        data, header = _opened(path)
+        if header is not None and header.orientation != 1:
+            stored, upright = views_of(size, header)
+            if stored and (self.raw or not upright):
+                boxes = turn_boxes(boxes, header.orientation)
+        return data, Objects.from_boxes(boxes, np.full(len(boxes), label))
+
+    def size_of(self, file: str) -> tuple[int, int] | None:
+        """Width and height that the XML file of an image states; None where there is none to be read."""
+        where = self.path(file)
+        try:
+            return None if where is None else read_xml(where)[0]
+        except (OSError, *XML_ERRORS):
+            return None
 
 
 class CocoObjects:
@@ -245,15 +260,18 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def read_xml(path: Path) -> Float[np.ndarray, "K 4"]:
-    """All boxes of an ILSVRC2012 XML file in units of the size that it states."""
+XML_ERRORS = (ElementTree.ParseError, AttributeError, TypeError, ValueError)  # of a file that is none
+
+
+def read_xml(path: Path) -> tuple[tuple[int, int], Float[np.ndarray, "K 4"]]:
+    """The width and height that an ILSVRC2012 XML file states, and all boxes in units of them."""
     root = ElementTree.parse(path).getroot()
-    size = [float(root.find(f"size/{side}").text) for side in ("width", "height")]  # type: ignore[union-attr, arg-type]
+    size = [int(float(root.find(f"size/{side}").text)) for side in ("width", "height")]  # type: ignore[union-attr, arg-type]
     if min(size) <= 0:
         raise ValueError(f"size {size}")
     names = ("xmin", "ymin", "xmax", "ymax")
     boxes = [[float(box.find(name).text) for name in names] for box in root.iterfind("object/bndbox")]  # type: ignore
-    return np.array(boxes, np.float64).reshape(-1, 4) / (size * 2)
+    return (size[0], size[1]), np.array(boxes, np.float64).reshape(-1, 4) / (size * 2)
 
 
 def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:

@@ -10,6 +10,7 @@ from jaxtyping import Int64, UInt8
 from foveola.config import nearest
 from foveola.data.annotations import read_values
 from foveola.data.fit import upright_map
+from foveola.data.formats import read_header
 from foveola.data.identity import HASH, Identity, hash_of
 from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
@@ -26,7 +27,7 @@ class HubPictures:
         self.rows = np.arange(len(dataset))
         self.has_objects = False
         self.notes: tuple[str, ...] = ()
-        self.reading = Reading()
+        self.reading, self.raw, self.reader = Reading(), False, None
         self.classes: tuple[str, ...] | None = None
         self.labels = np.full(len(dataset), -1)
         if label is not None:
@@ -38,19 +39,27 @@ class HubPictures:
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         label = int(self.labels[row])
-        image = self._file(row, self.image)
+        image: Any = self._file(row, self.image)
         if self.reading != Reading():
             image = ImageFile(image, self.reading)
         return Sample(image, f"row {row}", None, None if label < 0 else label)
 
+    def data(self, index: int) -> bytes:
+        """The bytes of the file of an image. Raises OSError and BadImage."""
+        file = self._file(int(self.rows[index]), self.image)
+        return file.read_bytes() if isinstance(file, Path) else file
+
     def read_as(self, reading: Reading) -> None:
-        """Read all cells in this way, which makes them other data."""
+        """Read all files in this way, which makes them other data."""
         self.reading = reading
 
-    def data(self, index: int) -> bytes:
-        """The image file of a row. Raises BadImage and OSError."""
-        found = self._file(int(self.rows[index]), self.image)
-        return found.read_bytes() if isinstance(found, Path) else found
+    def drawn(self, raw: bool) -> None:
+        """Say whether label maps were drawn on pixels as stored, before EXIF, where sizes do not tell."""
+        self.raw = raw
+
+    def annotation_size(self, index: int) -> tuple[int, int] | None:
+        """Width and height of the label map of an image, if there are any."""
+        return None
 
     def _file(self, row: int, column: str) -> Path | bytes:
         cell = self.dataset[row][column]
@@ -69,8 +78,8 @@ class HubPictures:
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Contents of the cells, and labels. What the library knows of a version says nothing of pixels."""
         rows = self.rows if chosen is None else self.rows[chosen]
-        about = [] if self.reading == Reading() else [str(self.reading)]
-        return Identity.of(self.cells(rows, self.image), self.classes, self.labels[rows], *about)
+        about = self.classes, self.labels[rows], self.reading, self.raw
+        return Identity.of(self.cells(rows, self.image), *about)
 
     def cells(self, rows: Int64[np.ndarray, "n"], column: str) -> np.ndarray:
         """Hashes (S16 [n]) of the files in the cells of a column."""
@@ -100,7 +109,15 @@ class HubPixels(HubPictures):
         row = int(self.rows[index])
         where = f"{self.name}, row {row}"
         labels = to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
-        return upright_map(labels, self._file(row, self.image), False, where)
+        return upright_map(labels, self._file(row, self.image), self.raw, where)
+
+    def annotation_size(self, index: int) -> tuple[int, int] | None:
+        """Width and height of the label map of an image; None where it cannot be read."""
+        try:
+            file = self._file(int(self.rows[index]), self.pixels)
+            return read_header(file.read_bytes() if isinstance(file, Path) else file).upright
+        except (OSError, BadImage):
+            return None
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Contents of images and label maps, and what their values mean."""

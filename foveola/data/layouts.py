@@ -24,7 +24,7 @@ from foveola.data.coco import check_size
 from foveola.data.halves import held_out
 from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_pictures, printable
-from foveola.data.sample import DataError, ImageFile, Reading, Sample
+from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.tables import read_boxes
 
 PROBES = 500  # pictures looked at to see whether a folder of annotations belongs to them
@@ -69,6 +69,13 @@ class Pictures:
         """The file of an image."""
         return self.root / os.fsdecode(self.files[int(self.rows[index])])
 
+    def data(self, index: int) -> bytes:
+        """The bytes of the file of an image. Raises OSError, and BadImage for what is no file."""
+        path = self.path(index)
+        if not path.is_file():  # a pipe would be waited for
+            raise BadImage("no file")
+        return path.read_bytes()
+
     def read_as(self, reading: Reading) -> None:
         """Read all files in this way, which makes them other data."""
         self.reading = reading
@@ -77,7 +84,7 @@ class Pictures:
     def drawn(self, raw: bool) -> None:
         """Say whether annotations were drawn on pixels as stored, before EXIF, where sizes do not tell."""
         self.raw = raw
-        if isinstance(self.reader, LabelMaps | CocoObjects):
+        if isinstance(self.reader, LabelMaps | CocoObjects | XmlBoxes):
             self.reader.raw = raw
 
     def annotation_size(self, index: int) -> tuple[int, int] | None:
@@ -87,6 +94,8 @@ class Pictures:
             return int(self.reader.sizes[row, 0]), int(self.reader.sizes[row, 1])
         if isinstance(self.reader, LabelMaps):
             return size_of(self.reader.path(os.fsdecode(self.files[row])))
+        if isinstance(self.reader, XmlBoxes):
+            return self.reader.size_of(os.fsdecode(self.files[row]))
         return None
 
     def with_objects(self) -> int | None:

@@ -4,20 +4,24 @@ What is found becomes a note of the source, or an error where it concerns most o
 black images, or on boxes beside their objects, costs more than a look at a few headers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
 from foveola.data.annotations import PixelBoxes
 from foveola.data.depth import CONTAINER, is_deep, states_range, values_of
 from foveola.data.fit import views_of
-from foveola.data.formats import DAMAGED, Header, open_image, read_header
+from foveola.data.formats import DAMAGED, Header, check_pages, open_image, read_header
 from foveola.data.hub import HubPictures
 from foveola.data.layouts import Pictures
 from foveola.data.sample import BadImage, DataError
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
+
+Looked = Pictures | HubPictures
 
 
 @dataclass
@@ -38,23 +42,18 @@ class Seen:
     misfits: list[str] = field(default_factory=list)
 
 
-def look(source: Pictures | HubPictures) -> None:
+def look(source: Looked) -> None:
     """Look at `LOOKS` images of a source and add notes to it. Raises DataError for what cannot be meant."""
     seen = Seen()
     for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
-        if isinstance(source, Pictures):
-            _look_at(source, index, seen)
-        else:
-            _look_at_cell(source, index, seen)
-    if isinstance(source, Pictures):
-        source.drawn(seen.stored > seen.upright)
-        _judge_annotations(source, seen)
-    _judge_depth(source, seen)
-
-
-def _judge_depth(source: Pictures | HubPictures, seen: Seen) -> None:
+        _look_at(source, index, seen)
+    source.drawn(seen.stored > seen.upright)
+    _judge_annotations(source, seen)
+    if source.reading.first_page:
+        _check_use(source, "pages=first", "no image is a TIFF of several pages", _has_pages)
     if source.reading.low is not None or source.reading.container:
-        _check_use(source, seen)
+        if not seen.deep:
+            _check_use(source, "range=", "no image has more than 8 bits", is_deep)
     elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
         top = 2 ** max(int(seen.high).bit_length(), 8) - 1
         proposal = f"{seen.low:g}-{seen.high:g}" if seen.floating or seen.low < 0 else f"0-{top}"
@@ -65,12 +64,9 @@ def _judge_depth(source: Pictures | HubPictures, seen: Seen) -> None:
         )
 
 
-def _look_at(source: Pictures, index: int, seen: Seen) -> None:
-    path = source.path(index)
-    if not path.is_file():  # a pipe would be waited for
-        return
+def _look_at(source: Looked, index: int, seen: Seen) -> None:
     try:
-        data = path.read_bytes()
+        data = source.data(index)
         header = read_header(data)
         if data[:2] != b"\xff\xd8":
             _look_at_depth(data, seen)
@@ -84,22 +80,13 @@ def _look_at(source: Pictures, index: int, seen: Seen) -> None:
         boxes, _ = source.reader.table.of(int(source.rows[index]))
         seen.boxes += len(boxes)
         seen.beyond += int((boxes > np.array(header.upright * 2) + 1).any(1).sum())
+        seen.unclear += bool(len(boxes)) and header.orientation != 1
     if source.reader is not None:
         try:
             seen.annotated += source[index].objects is not None
         except DataError as error:
             seen.annotated += 1
             seen.misfits.append(str(error))
-
-
-def _look_at_cell(source: HubPictures, index: int, seen: Seen) -> None:
-    try:
-        data = source.data(index)
-        if data[:2] != b"\xff\xd8":
-            _look_at_depth(data, seen)
-    except (OSError, BadImage):
-        return
-    seen.images += 1
 
 
 def _look_at_depth(data: bytes, seen: Seen) -> None:
@@ -125,7 +112,7 @@ def _vote(size: tuple[int, int], header: Header, seen: Seen) -> None:
     seen.unclear += stored and upright
 
 
-def _judge_annotations(source: Pictures, seen: Seen) -> None:
+def _judge_annotations(source: Looked, seen: Seen) -> None:
     if seen.misfits:
         count = (
             f"{len(seen.misfits)} of {seen.annotated} annotated images looked at do not fit their annotations"
@@ -148,15 +135,24 @@ def _judge_annotations(source: Pictures, seen: Seen) -> None:
         )
 
 
-def _check_use(source: Pictures | HubPictures, seen: Seen) -> None:
-    """A range has an effect: if no image looked at is deep, all are asked."""
-    if not seen.deep and not any(_deep(source, index) for index in range(len(source))):
-        raise DataError(f"{source.name}: range= changes nothing, as no image has more than 8 bits")
+def _check_use(source: Looked, key: str, why: str, has: Callable[[Image.Image], bool]) -> None:
+    """A key has an effect on one image at least."""
+    if not any(_is(source, index, has) for index in range(len(source))):
+        raise DataError(f"{source.name}: {key} changes nothing, as {why}")
 
 
-def _deep(source: Pictures | HubPictures, index: int) -> bool:
+def _is(source: Looked, index: int, has: Callable[[Image.Image], bool]) -> bool:
     try:
-        data = source.path(index).read_bytes() if isinstance(source, Pictures) else source.data(index)
-        return is_deep(open_image(data))
+        return has(open_image(source.data(index)))
     except (OSError, BadImage):
         return False
+
+
+def _has_pages(image: Image.Image) -> bool:
+    try:
+        check_pages(image, first=False)
+    except BadImage:
+        return True
+    except DAMAGED:
+        return False
+    return False

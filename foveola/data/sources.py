@@ -113,13 +113,13 @@ def open_source(spec: str, split: Split = "train") -> Source:
     elif kind in WHOLE and "split=" in query:
         raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
     source = opener(spec, unquote(place) if kind == "hf" else root, **options)
+    if reading != Reading():
+        source.read_as(reading)
+    look(source)  # at all of it: each part of one folder is read alike
     if holdout is not None:
         source.hold_out(holdout, seed, half)
     if limit is not None:
         source.limit(limit, seed)
-    if reading != Reading():
-        source.read_as(reading)
-    look(source)
     return source
 
 

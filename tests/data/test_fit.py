@@ -103,6 +103,43 @@ def test_where_sizes_do_not_tell_the_other_images_do(tmp_path: Path):
     assert notes_of(upright)[0].endswith("images the right way up, as those of others are")
 
 
+def test_parts_of_one_folder_are_read_alike(tmp_path: Path):
+    """What `limit=` leaves may lack the images that tell; each image has the same boxes in any part."""
+    for number, orientation in enumerate((3, 6, 3)):
+        photo(tmp_path / "p" / f"{number}.jpg", orientation)
+    spec = coco(tmp_path / "p", [(60, 40)] * 3, None)
+    for part in (f"{spec}&limit=1&seed={seed}" for seed in range(4)):
+        sample = open_source(part)[0]
+        np.testing.assert_allclose(objects_of(sample).boxes, box_of(bright(sample))[None], atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "turned"), [((60, 40), True), ((40, 60), False), ((500, 400), False)])
+def test_boxes_of_imagenets_xml_turn_where_their_size_says_so(tmp_path: Path, size, turned):
+    photo(tmp_path / "in" / "val" / "n01440764" / "a.jpg", 6)
+    xml = tmp_path / "xml" / "n01440764" / "a.xml"
+    xml.parent.mkdir(parents=True)
+    corners = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True))
+    w, h = size
+    xml.write_text(
+        f"<annotation><size><width>{w}</width><height>{h}</height></size>"
+        f"<object><bndbox>{corners}</bndbox></object></annotation>"
+    )
+    sample = open_source(f"imagenet:{tmp_path / 'in'}?boxes={tmp_path / 'xml'}", "test")[0]
+    as_stated = np.array([[x0 / w, y0 / h, x1 / w, y1 / h]])
+    want = box_of(bright(sample))[None] if turned else as_stated
+    np.testing.assert_allclose(objects_of(sample).boxes, want, atol=1e-6)
+
+
+def test_own_boxes_on_images_that_exif_turns_are_said(tmp_path: Path):
+    photo(tmp_path / "p" / "0.jpg", 6)
+    photo(tmp_path / "p" / "1.jpg")
+    table = tmp_path / "boxes.csv"
+    table.write_text("".join(f"{n}.jpg,10,5,30,15\n" for n in range(2)))
+    (note,) = notes_of(open_source(f"folder:{tmp_path / 'p'}?boxes={table}"))
+    assert "EXIF turns 1 of 2 images looked at whose annotations may have been drawn before" in note
+    assert note.endswith("they are taken as drawn on images the right way up")
+
+
 def test_another_resolution_fits_and_another_shape_does_not(tmp_path: Path):
     for number in range(3):
         photo(tmp_path / "p" / f"{number}.jpg")

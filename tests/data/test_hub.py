@@ -92,6 +92,33 @@ def test_label_maps(saved: Path):
     assert identity_of(other).digest != identity_of(source).digest
 
 
+def encoded(picture: Pil.Image, kind: str, orientation: int = 1) -> bytes:
+    exif = Pil.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+def test_label_maps_turn_with_their_images(tmp_path: Path):
+    """By 90 degrees the sizes tell; what they tell decides for 180 degrees."""
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[2:7, 3:9] = 255
+    segments = Pil.fromarray((picture[:, :, 0] > 0).astype(np.uint8))
+    columns = {
+        "img": [{"bytes": encoded(Pil.fromarray(picture), "PNG", o), "path": None} for o in (3, 6, 1)],
+        "segments": [segments] * 3,
+    }
+    features = datasets.Features({"img": datasets.Image(), "segments": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "turned")
+    source = open_source(f"hf:{tmp_path / 'turned'}?image=img&pixels=segments&classes=2")
+    assert isinstance(source, HubPixels)
+    for index in range(3):
+        assert np.array_equal(source.label_map(index), decode(source[index].image)[:, :, 0] > 0)
+    assert "EXIF turns 1 of 3 images looked at" in source.notes[0]
+    assert "pixels as they are stored, as those of others are" in source.notes[0]
+
+
 def test_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, colour in (("cat", "red"), ("dog", "blue")):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
@@ -184,3 +211,5 @@ def test_a_range_of_deep_cells(tmp_path: Path):
     assert identity_of(dark).digest != identity_of(bright).digest
     with pytest.raises(DataError, match="needs a range such as 0-4095"):
         open_source(f"hf:{tmp_path}?range=9-3")
+    with pytest.raises(DataError, match="pages=first changes nothing"):
+        open_source(f"hf:{tmp_path}?pages=first")

@@ -85,3 +85,10 @@ def test_pages_by_the_data_string(tmp_path: Path):
     assert decode(open_source(f"folder:{tmp_path}?pages=first")[0].image).max() == 0
     with pytest.raises(DataError, match="option 'pages=all' needs first"):
         open_source(f"folder:{tmp_path}?pages=all")
+
+
+def test_pages_without_effect_are_an_error(tmp_path: Path):
+    Image.new("L", (20, 10)).save(tmp_path / "one.tif")
+    Image.new("L", (20, 10)).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="pages=first changes nothing, as no image is a TIFF of several"):
+        open_source(f"folder:{tmp_path}?pages=first")
