@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 from foveola.cli import main
 from foveola.config import UserError
 from foveola.data.sources import open_source
-from foveola.evaluation.features import extract_tables
+from foveola.evaluation.features import choose_pictures, extract_tables
 from foveola.evaluation.knn import KnnConfig
-from foveola.evaluation.overlap import overlap_of
+from foveola.evaluation.overlap import content_groups, overlap_of
 from foveola.evaluation.protocol import evaluate, evaluate_all
 
 QUIET = {"workers": 0, "progress": False}
@@ -139,6 +139,22 @@ def test_exclude_self_leaves_out_the_image_not_the_row(encoder, train, mixed) ->
     assert result.metrics["top1_plain_k1"] == pytest.approx(100 * right / 14)
     plain = evaluate(encoder, "knn", train=sources[0], test=sources[1], k=(1,), overlap="allow", **QUIET)
     assert plain.metrics["top1_plain_k1"] >= 100 * 8 / 14 != result.metrics["top1_plain_k1"]
+
+
+def test_rows_are_of_one_image_where_its_bytes_are(train, mixed) -> None:
+    """With several rows of an image, and none of one that could not be read; against the files themselves."""
+    sources = open_source(f"folder:{train}"), open_source(f"folder:{mixed}")
+    config = KnnConfig(limit=12, seed=3)
+    chosen = [choose_pictures(len(source), 12, 3) for source in sources]
+    trained, tested = np.repeat(chosen[0][1:], 2), np.repeat(chosen[1][:-1], 3)
+    of_train, of_test = content_groups(*sources, config, torch.tensor(trained), torch.tensor(tested))
+    one, other = (
+        [s.path(i).read_bytes() for i in rows.tolist()]
+        for s, rows in zip(sources, (trained, tested), strict=True)
+    )
+    same = torch.tensor([[left == right for right in one] for left in other])
+    assert torch.equal(of_test[:, None] == of_train, same)
+    assert 0 < same.sum() < same.numel()
 
 
 def test_only_what_is_read_counts(train) -> None:
