@@ -53,8 +53,10 @@ def find_pictures(root: Path, without: Path | None = None) -> Found:
             else:
                 others[suffix] += 1
     if not found:
-        kind = "is empty" if not any(root.iterdir()) else f"holds no pictures ({' '.join(sorted(SUFFIXES))})"
-        raise DataError(f"folder {root} {kind}")
+        if not others:
+            raise DataError(f"folder {root} {'holds no images' if any(root.iterdir()) else 'is empty'}")
+        known = " ".join(sorted(SUFFIXES))
+        raise DataError(f"folder {root} holds no images ({known}), but {_named(others)}")
     return Found(sorted(found), _left_out(root, others, repeated))
 
 
@@ -70,13 +72,16 @@ def _entries(folder: str) -> list[os.DirEntry]:
 def _left_out(root: Path, others: Counter[str], repeated: int) -> tuple[str, ...]:
     notes = []
     if others:
-        most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:NAMED]
-        named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in most]
-        more = f" and {len(others) - NAMED} more kinds" if len(others) > NAMED else ""
-        notes.append(f"{root}: files of other kinds are left out: {', '.join(named)}{more}")
+        notes.append(f"{root}: files of other kinds are left out: {_named(others)}")
     if repeated:
         notes.append(f"{root}: {repeated} links to folders that are read anyway are left out")
     return tuple(notes)
+
+
+def _named(others: Counter[str]) -> str:
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:NAMED]
+    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in most]
+    return ", ".join(named) + (f" and {len(others) - NAMED} more kinds" if len(others) > NAMED else "")
 
 
 def check_listed(root: Path, files: Sequence[str], what: str = "annotated pictures") -> None:

@@ -83,7 +83,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise DataError(_unknown_kind(spec, kind))
     place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
-    allowed = dict(own) | ({} if kind == "scenes" else {"limit": _whole, "seed": _whole})
+    allowed = dict(own) | ({} if kind == "scenes" else {"limit": _some, "seed": _whole})
     allowed |= {} if kind == "scenes" else {"range": Reading.values, "pages": _first}
     allowed |= {"holdout": _share, "split": _split} if kind in WHOLE else {}
     options = _parse_options(kind, query, allowed)
@@ -95,12 +95,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
     root = Path(unquote(place)).expanduser()
     if kind != "hf" and not root.is_dir():
-        near = nearest(
-            root.name, [path.name for path in root.parent.glob("*/")] if root.parent.is_dir() else []
-        )
-        raise DataError(
-            f"{kind}: no folder {root}" + (f"; did you mean {root.with_name(near)}?" if near else "")
-        )
+        raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
     reading = Reading(**options.pop("range", {}), first_page=options.pop("pages", False))
     if "split" in own:
@@ -146,6 +141,13 @@ def as_source(data: Any, split: Split, what: str) -> Source:
     return data
 
 
+def _no_folder(root: Path) -> str:
+    if root.exists():
+        return f"{root} is a file, but a folder is needed"
+    near = nearest(root.name, [path.name for path in root.parent.glob("*/")] if root.parent.is_dir() else [])
+    return f"no folder {root}" + (f"; did you mean {root.with_name(near)}?" if near else "")
+
+
 def _unknown_kind(spec: str, kind: str) -> str:
     if kind == OBJECT:
         return f"{spec} was an object of Python, which no data string can open: pass it again, as data="
@@ -184,6 +186,12 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise ValueError("a share such as 0.2")
     return share
+
+
+def _some(text: str) -> int:
+    if not _whole(text):
+        raise ValueError("at least 1")
+    return int(text)
 
 
 def _split(text: str) -> str:

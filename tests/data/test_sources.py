@@ -498,6 +498,7 @@ def test_coco_mistakes(coco_folder: Path):
         ("folder:", "needs a folder, as in folder:/path"),
         ("folder:/no/such/place", "folder: no folder /no/such/place"),
         ("folder:/tmp?boxes=/no/such.csv", "needs a path that exists"),
+        ("folder:/tmp?limit=0", "'limit=0' needs at least 1"),
         (
             "folder:/tmp?zzzz=1",
             "has no option 'zzzz'; valid: boxes, masks, ignore, limit, seed, range, pages",
@@ -520,8 +521,11 @@ def test_mistaken_folders(tmp_path: Path):
     with pytest.raises(DataError, match=r"needs a kind in front; did you mean folder:/"):
         open_source(str(tmp_path / "pictures"))
     (tmp_path / "pictures" / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"holds no pictures"):
+    (tmp_path / "pictures" / "b.HEIC").write_text("")
+    with pytest.raises(DataError, match=r"holds no images \(.* \.jpg .*\), but 1 \.heic, 1 \.txt"):
         open_source(f"folder:{tmp_path / 'pictures'}")
+    with pytest.raises(DataError, match=r"a\.txt is a file, but a folder is needed"):
+        open_source(f"folder:{tmp_path / 'pictures' / 'a.txt'}")
     picture(tmp_path / "pictures" / "a.jpg")
     (tmp_path / "b.csv").write_text("a.jpg,1,1,2,2")
     with pytest.raises(DataError, match="not both"):
