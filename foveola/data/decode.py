@@ -133,15 +133,20 @@ def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
 def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has them.
 
-    `values` is the `range=` of a data string, for images of more than 8 bits. Without one, those that use
-    half of 16 bits at most are taken with a warning. Raises DataError, with the reason, for what is none.
+    It may also be the image of a source's sample, whose data string says how it is read. `values` is the
+    `range=` of a data string, for images of more than 8 bits. Without one, those that use half of 16 bits at
+    most are taken with a warning. Raises DataError, with the reason, for what is none.
     """
     name = str(image) if isinstance(image, str | Path) else f"a {type(image).__name__}"
+    if isinstance(image, ImageFile) and values is not None:
+        raise DataError(f"range={values}: the data string of this image says how it is read")
     try:
         reading = PLAIN if values is None else Reading(**Reading.values(values))
     except ValueError as error:
         raise DataError(f"range={values}: expected {error}") from None
     try:
+        if isinstance(image, ImageFile):
+            return decode(image)
         if isinstance(image, str | Path):
             image = Path(image).expanduser().read_bytes()
         if isinstance(image, bytes):

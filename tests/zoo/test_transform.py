@@ -101,6 +101,7 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
         with Image.open(path) as opened:
             for image in (path, str(path), path.read_bytes(), twelve, opened):
                 assert torch.equal(encoder.transform(image, range=text), evaluated), (text, type(image))
+        assert torch.equal(encoder.transform(source[0].image), evaluated)
     for image in (path, path.read_bytes(), twelve):
         with pytest.warns(UserWarning, match="becomes dark: give the range of its values"):
             assert torch.equal(encoder.transform(image), evaluated)  # of the container
@@ -108,6 +109,8 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
     assert torch.equal(encoder.transform(plain, range="0-4095"), encoder.transform(plain))
     floating = (twelve / 4095).astype(np.float32)
     assert torch.equal(encoder.transform(floating, range="0-1"), encoder.transform(twelve, range="0-4095"))
+    with pytest.raises(UserError, match="range=0-4095: the data string of this image says how it is read"):
+        encoder.transform(source[0].image, range="0-4095")
     with pytest.raises(UserError, match=r"range=9-3: expected a range such as 0-4095"):
         encoder.transform(twelve, range="9-3")
 
