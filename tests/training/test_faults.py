@@ -224,7 +224,7 @@ def test_killed_at_any_file_event_a_run_ends_as_if_it_had_not_been(
         pretrain(tiny(out=str(tmp_path / "counted"), **short))
         events = counted()
     assert events > 40
-    for at in range(events, 0, -(events // 8)):  # all of them took a minute, and passed
+    for at in range(events, 0, -(events // 8)):  # some, spread over all
         config = tiny(out=str(tmp_path / f"killed-{at}"), **short)
         with monkeypatch.context() as patch:
             interrupt_at(patch, tmp_path / f"killed-{at}", at)

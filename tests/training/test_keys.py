@@ -2,7 +2,8 @@
 
 A key that does nothing is said to be idle by an `unread()`, which is held here against training, or stands
 below with the reason why weights do not show it. Recipes are made small; each key is tried in the first
-recipe of its method in which it is idle, and in the first in which it is not.
+recipe of its method in which it is idle, and in the first in which it is not; those of parts that know no
+method, in the first recipe of all.
 """
 
 import dataclasses
@@ -42,6 +43,10 @@ UNSEEN = {  # keys that weights do not show, by the reason why
         "model.position_offset",
     ),
 }
+BLIND = (  # beginnings of keys whose readers know no method
+    *("seed", "duration", "batch_size", "loader.", "optimizer.lr", "optimizer.weight_decay"),
+    *("optimizer.betas", "optimizer.clip", "views.color."),
+)
 SMALL = {
     "batch_size": 8,
     "precision": "fp32",
@@ -76,9 +81,10 @@ OTHER: dict[str, Any] = {  # values that change much, where most change little i
 
 
 def small(name: str) -> dict[str, Any]:
-    method = resolve(name).method
+    config = resolve(name)
+    method = config.method
     parts = PARTS.get(method.name) or {f"method.heads.{head}": HEAD for head in method.heads}
-    tree = merge(merge(to_dict(resolve(name)), SMALL), nested(parts))
+    tree = merge(merge(to_dict(config), SMALL), nested(parts))
     vary(tree)
     if tree["views"]["objects"]:
         tree["views"]["objects"]["min_visible"] = 0.9  # not every first box will do
@@ -150,7 +156,8 @@ def keys() -> dict[str, list[tuple[KeyInfo, bool]]]:
             if any(info.path == path or info.path.startswith(f"{path}.") for path in hidden):
                 continue
             at = any(info.path == path or info.path.startswith(f"{path}.") for path in idle)
-            if (mark := (config.method.name, info.path, at)) not in seen:
+            method = "" if info.path.startswith(BLIND) else config.method.name
+            if (mark := (method, info.path, at)) not in seen:
                 seen.add(mark)
                 found.setdefault(name, []).append((info, at))
     return found

@@ -20,11 +20,13 @@ from PIL import Image
 import foveola
 from foveola.config import ConfigError, UserError, dump_yaml, read_yaml
 from foveola.data.sample import DataError
+from foveola.data.sources import open_source
 from foveola.methods.distillation import Distillation
 from foveola.methods.method import Output
 from foveola.training import checkpoint, folder
 from foveola.training.loop import Diverged
 from foveola.training.run import pretrain, untrained
+from foveola.training.same_data import look
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,8 +218,9 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder_ = tmp_path / "runs" / "tiny-20260101-000000"
     folder_.mkdir(parents=True)
-    folder.begin(folder_, tiny())
-    assert folder.choose(tiny(), 8).resolve() == folder_
+    images = look(open_source(tiny().data))
+    folder.begin(folder_, tiny(), images)
+    assert folder.choose(tiny(), 8, images).resolve() == folder_
     hold = (
         "import sys, pathlib; from foveola.training.folder import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -228,7 +231,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match=r"another process is training in .*tiny-2026"):
             pretrain(tiny(out=str(folder_)))
-        assert folder.choose(tiny(), 8).resolve() != folder_
+        assert folder.choose(tiny(), 8, images).resolve() != folder_
         other.kill()
     assert pretrain(tiny(out=str(folder_))).finished
 
