@@ -20,7 +20,7 @@ ALLOWED = {
     "cli": {"console", "training", "evaluation", "pictures", "zoo", "demo", "distributed", "models.encoder"},
     "demo": {"training", "evaluation", "pictures", "data", "views", "models.encoder"},
     "training": {"methods", "data", "views", "distributed", "models.encoder", "models.vit"},
-    "training.run": {"evaluation.protocol"},
+    "training.evaluations": {"evaluation.protocol"},
     "training.recipe": {"evaluation.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "pictures": {"models.encoder", "models.transform", "evaluation", "data", "distributed"},
@@ -91,7 +91,9 @@ def test_the_rule_sees_what_it_should():
     assert upward("views.batch", {"data.loader.Loader"})
     assert upward("geometry", {"distributed.rank"})
     assert upward("training.loop", {"evaluation.protocol.evaluate"})
-    assert not upward("training.run", {"evaluation.protocol.evaluate", "config.key", "training.loop.train"})
+    assert not upward(
+        "training.evaluations", {"evaluation.protocol.evaluate", "config.key", "training.loop.train"}
+    )
     assert not upward("views.batch", {"data.sample.Canvases", "geometry.sample", "schedules.Schedule"})
 
 
