@@ -118,6 +118,8 @@ def _of_samples(source: Any, chosen: np.ndarray | None) -> Identity:
             continue
         contents.append(hash_of(sample.image))
         about.update(repr((sample.label, getattr(sample.image, "reading", None))).encode())
+        if hasattr(source, "answers"):
+            about.update(repr([int(label) for label in source.answers(index)]).encode())
         for part in _parts(sample.objects):
             about.update(hash_of(part))
         if hasattr(source, "label_map"):

@@ -97,10 +97,10 @@ def difference(a: Result, b: Result, metric: str) -> Difference | None:
     """How much higher `metric` is in `b` than in `a`, which measured the same rows of the same test set.
 
     None where that cannot be said: one of them kept no score of each row (results of earlier versions, other
-    metrics), or their test sets or rows differ.
+    metrics), or their test sets or rows differ, or are not known to be the same.
     """
-    first, second = a.scores.get(metric), b.scores.get(metric)
-    if first is None or second is None or _test_set(a) != _test_set(b):
+    first, second, test = a.scores.get(metric), b.scores.get(metric), _test_set(a)
+    if first is None or second is None or test is None or test != _test_set(b):
         return None
     same = ("kind", "rows", "shape", "absent", "groups")
     if any(first.get(name) != second.get(name) for name in same):

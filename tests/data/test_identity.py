@@ -201,6 +201,26 @@ def test_label_maps(kind: str, tmp_path: Path) -> None:
     assert digest(ignoring) != found[2]
 
 
+def test_answers_of_a_source_of_ones_own() -> None:
+    class Own:
+        name, classes, has_objects = "own", ("a", "b"), False
+
+        def __init__(self, right: list[int]) -> None:
+            self.right = right
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(np.zeros((16, 16, 3), np.uint8), "0", None, 0)
+
+        def answers(self, index: int) -> list[int]:
+            return self.right
+
+    found = [identity_of(Own(right)).digest for right in ([0], [0, 1], [0])]
+    assert found[0] == found[2] != found[1]
+
+
 def test_answers_and_labels_of_imagenets_test_sets(tmp_path: Path) -> None:
     frame(tmp_path / "in" / "val" / "n01440764" / "ILSVRC2012_val_00000001.bmp", 0)
     found = []

@@ -80,6 +80,8 @@ def test_nothing_is_compared_that_is_not_the_same_rows() -> None:
     ):
         assert difference(one, other, "top1_plain") is None
     assert difference(one, one, "top5_plain") is None
+    unknown = dataclasses.replace(one, data={"test": {}})
+    assert difference(unknown, unknown, "top1_plain") is None
     broken = dataclasses.replace(PLAIN, scores={"m": {**packed(hit, images), "data": "AAAA"}})
     with pytest.raises(UserError, match="the scores of a result are damaged"):
         difference(broken, broken, "m")
