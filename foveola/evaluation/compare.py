@@ -33,7 +33,7 @@ class Comparison:
         metrics = dict.fromkeys(name for result in self.results for name in result.metrics)
         shown = [m for m in metrics if not (m.endswith(ENDS) and m.rpartition("_")[0] in metrics)]
         two = len(self.results) == 2
-        rows = [(f"{self.protocol}", *self.names, *(["difference"] if two else []))]
+        rows = [(f"{self.protocol}", *self.names, *(["second - first"] if two else []))]
         for metric in shown:
             best = self._best(metric)
             cells = [_cell(result, metric, i == best) for i, result in enumerate(self.results)]
@@ -89,7 +89,8 @@ def _cell(result: Result, metric: str, best: bool) -> str:
     if low is not None and high is not None:
         digits = 1 if high - low >= 0.5 or high == low else 2
         interval = f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.2f}{'*' if best else ''}{interval}"
+    whole = metric.startswith("best_k")
+    return f"{value:.{0 if whole else 2}f}{'*' if best else ''}{interval}"
 
 
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:

@@ -45,20 +45,21 @@ def test_a_line_for_each_metric_and_the_best_marked(tmp_path: Path, capsys) -> N
     a = save(tmp_path / "a", metrics=metrics, scores=hits(42))
     b = save(
         tmp_path / "b",
-        metrics={"top1_linear": 27.5, "entropy_x": 9.0},
+        metrics={"top1_linear": 27.5, "entropy_x": 9.0, "best_k": 20.0},
         versions={"torch": "2.15"},
         scores=hits(55),
     )
     (only,) = compare([a, b])
     lines = [line.split() for line in only.table().splitlines()]
-    assert lines[0] == ["linear", "a", "b", "difference"]
+    assert lines[0] == ["linear", "a", "b", "second", "-", "first"]
     assert lines[1][:5] == ["top1_linear", "21.00", "[15.9,", "27.2]", "27.50*"]
     low, high = tango(13, 0, 200)
     assert lines[1][5:] == ["+6.50", f"[{100 * low:+.2f},", f"{100 * high:+.2f}]"]
     assert lines[2] == ["entropy_x", "3.00", "9.00"]
-    assert lines[3] == ["seconds", "3.2", "3.2"]
-    assert "* is above each other one by the paired 95 % interval" in " ".join(lines[4])
-    assert " ".join(lines[5]) == "note: measured with different versions of torch"
+    assert lines[3] == ["best_k", "-", "20"]
+    assert lines[4] == ["seconds", "3.2", "3.2"]
+    assert "* is above each other one by the paired 95 % interval" in " ".join(lines[5])
+    assert " ".join(lines[6]) == "note: measured with different versions of torch"
     assert main(["compare", str(a), str(b / "results" / "linear.json")]) == 0
     assert "27.50*" in capsys.readouterr().out
 
