@@ -127,12 +127,18 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
 
     calls = []
 
-    class Table:
+    class Table(protocol.Result):
+        protocol, written = "knn", "a file"
+
+        def __init__(self) -> None:
+            pass
+
         def table(self) -> str:
             return "the table"
 
-    def evaluate_all(model, names, **settings):
+    def evaluate_all(model, names, show, **settings):
         calls.append((model, names, settings))
+        show(Table())
         return dict.fromkeys(names, Table())
 
     monkeypatch.setattr(protocol, "evaluate_all", evaluate_all)
@@ -144,6 +150,7 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
     assert (model, names) == ("2024", ["knn"])
     assert settings.pop("device") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
     expected = {"train": "scenes:", "test": "folder:/a?split=test", "out": None, "cache": None}
+    expected |= {"overlap": "refuse"}
     assert settings == expected | parse_overrides(["k=[1,3]", "temperature=0.1"])
     assert cli.main(["pretrain", "ibot-vits16-in1k", "seed=3", "data=folder:/a b"]) == 0
     config = calls.pop()

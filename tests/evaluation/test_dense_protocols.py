@@ -181,7 +181,7 @@ def test_a_damaged_label_map_is_not_reported_as_its_image(encoder, camvid):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_data_without_pixel_labels(name, encoder, camvid, tmp_path):
-    folder = f"folder:{camvid.removeprefix('camvid:')}/test/images"
+    folder = f"folder:{camvid.removeprefix('camvid:')}/train/images"
     with pytest.raises(UserError, match=r"train: folder:.* has no label for each pixel; use masks:"):
         evaluate(encoder, name, train=folder, test=camvid)
     with pytest.raises(UserError, match="test is needed"):

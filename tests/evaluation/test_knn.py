@@ -175,6 +175,14 @@ def test_the_headline_is_the_best_k(encoder, shades) -> None:
     assert metrics["top1_masks_low"] <= each[15] <= metrics["top1_masks_high"]
 
 
+def test_of_equal_k_the_smallest_is_the_best(encoder, shades) -> None:
+    """Of two neighbours the nearer has the stronger vote, so k = 2 answers as k = 1 does."""
+    settings = {"k": (2, 1), "workers": 0, "progress": False}
+    metrics = evaluate(encoder, "knn", train=shades(0, 40), test=shades(900, 20), **settings).metrics
+    assert metrics["top1_masks_k1"] == metrics["top1_masks_k2"] == metrics["top1_masks"]
+    assert metrics["best_k_masks"] == 1
+
+
 def test_several_right_answers_count_as_one_hit(encoder, shades) -> None:
     """ReaL lists a wrong class first, the true one second: as many are right as with the plain labels."""
     train, test, real = shades(0, 60), shades(900, 30), shades(900, 30)
