@@ -304,7 +304,7 @@ def test_mixtures_learn(name: str):
         method.after_step(Progress(step, 1000, 10, 6), 2e-3)
         history.append(total.item())
     if name != "positions alone":  # nothing to go by: in the paper, too, it fails (Table 5b)
-        assert min(history[-2:]) < history[0]
+        assert sum(history[-2:]) < sum(history[:2])  # of the same two batches
     assert math.isfinite(method.diagnose().get("position/distance", 0.0))
 
 

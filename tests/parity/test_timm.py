@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from foveola.models.vit import VisionTransformer, ViTConfig
-from foveola.zoo.convert import plain_vit
+from foveola.zoo.convert import FileConfig, bare, plain_vit
 
 
 def timm_vit(**options) -> nn.Module:
@@ -21,7 +21,7 @@ def timm_vit(**options) -> nn.Module:
 
 
 def ours_like(model: nn.Module, **changes) -> VisionTransformer:
-    weights, shape = plain_vit(model.state_dict())
+    weights, shape = plain_vit(bare(model.state_dict()), FileConfig(heads=6))
     ours = VisionTransformer(
         ViTConfig(**{**shape, "position_offset": 0.0, "position_antialias": True, **changes})
     ).eval()

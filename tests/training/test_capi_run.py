@@ -129,7 +129,7 @@ def test_small_batches_are_advised(tmp_path):
     config = capi(**{"method.clustering.queue": 0, "duration": "1 steps"})
     run = pretrain(config, out=str(tmp_path / "run"))
     told = (run.folder / "log.txt").read_text()
-    assert "each position shares out 32 clusters among 16 images" in told
+    assert "each position shares out 32 clusters among 16 views" in told
     assert "0.69 of 3.47 nats" in told
     assert "shares out 32 clusters" in dry_run(config)
     assert "shares out" not in dry_run(capi())
