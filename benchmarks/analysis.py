@@ -17,7 +17,7 @@ import torch
 from benchmarks.memory import in_a_process, peak_mib
 from benchmarks.step import seconds
 from foveola import analyze_attention
-from foveola.evaluation.attention_reader import AnalysisConfig, AttentionReader
+from foveola.evaluation.attention.reader import AnalysisConfig, AttentionReader
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
 

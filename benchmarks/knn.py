@@ -2,10 +2,10 @@
 
     python -m benchmarks.knn [--small] [--device cuda]
 
-Ours: `foveola.evaluation.knn.predict` (k = 10, 20, 100, 200 at once). scikit-learn: `KNeighborsClassifier` on
-cosine distances (its only exact route to this vote), and its fastest exact search, squared Euclidean on unit
-rows, without any vote. Each runs in a process of its own, so that peak memory above that of the data can be
-told apart.
+Ours: `foveola.evaluation.classification.knn.predict` (k = 10, 20, 100, 200 at once). scikit-learn:
+`KNeighborsClassifier` on cosine distances (its only exact route to this vote), and its fastest exact search,
+squared Euclidean on unit rows, without any vote. Each runs in a process of its own, so that peak memory above
+that of the data can be told apart.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def make(queries: int, bank: int, width: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
-    from foveola.evaluation.knn import predict
+    from foveola.evaluation.classification.knn import predict
 
     b, y, q = (torch.from_numpy(x) for x in (bank, labels, queries))
     return predict(q, b, y, k=KS, classes=CLASSES, temperature=TEMPERATURE, device=device)[KS[-1]][

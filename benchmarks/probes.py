@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from foveola.data.sample import Sample
-from foveola.evaluation.attentive import AttentiveBank
-from foveola.evaluation.cache import Feed, FeedConfig
-from foveola.evaluation.cae import CaeBank
-from foveola.evaluation.kinds import need
+from foveola.evaluation.classification.attentive import AttentiveBank
+from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.features.names import need
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
 

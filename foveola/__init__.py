@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveola.data.sample import Objects, Sample
     from foveola.data.sources import Source, open_source
-    from foveola.evaluation.analysis import analyze_attention
-    from foveola.evaluation.analysis_result import AttentionAnalysis
+    from foveola.evaluation.attention.analysis import analyze_attention
+    from foveola.evaluation.attention.result import AttentionAnalysis
     from foveola.evaluation.compare import Comparison, compare
     from foveola.evaluation.protocol import Result, evaluate, evaluate_all
+    from foveola.figures.visualize import visualize
     from foveola.models.encoder import Encoder, Features, load
-    from foveola.pictures.report import report
-    from foveola.pictures.visualize import visualize
+    from foveola.reports.report import report
     from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
     from foveola.zoo.export import export
@@ -58,11 +58,11 @@ _HOMES = {
     "compare": "foveola.evaluation.compare",
     "Comparison": "foveola.evaluation.compare",
     "export": "foveola.zoo.export",
-    "analyze_attention": "foveola.evaluation.analysis",
-    "AttentionAnalysis": "foveola.evaluation.analysis_result",
+    "analyze_attention": "foveola.evaluation.attention.analysis",
+    "AttentionAnalysis": "foveola.evaluation.attention.result",
     "Result": "foveola.evaluation.protocol",
-    "report": "foveola.pictures.report",
-    "visualize": "foveola.pictures.visualize",
+    "report": "foveola.reports.report",
+    "visualize": "foveola.figures.visualize",
     "load": "foveola.models.encoder",
     "Encoder": "foveola.models.encoder",
     "Features": "foveola.models.encoder",

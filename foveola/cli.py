@@ -223,7 +223,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _analyze(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.evaluation.analysis import AnalysisConfig, analyze_attention
+    from foveola.evaluation.attention.analysis import AnalysisConfig, analyze_attention
 
     usage = "foveola analyze attention model=A[,B ...] data=... out=... [key=value ...]"
     if "--help" in flags:
@@ -245,7 +245,7 @@ def _analyze(arguments: list[str]) -> None:
         model = [model] if is_path(str(model)) else str(model).split(",")
     models = [str(word).strip() for word in model if str(word).strip()]
     from foveola import distributed
-    from foveola.pictures.attention_plots import save_attention_plots
+    from foveola.figures.attention_plots import save_attention_plots
 
     with distributed.joined(str(places["device"] or "auto")) as device:
         analysis = analyze_attention(models, data, out=out, device=device, **settings)
@@ -256,7 +256,7 @@ def _analyze(arguments: list[str]) -> None:
 
 def _visualize(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.pictures.visualize import KINDS, configure, visualize
+    from foveola.figures.visualize import KINDS, configure, visualize
 
     known = ", ".join(KINDS)
     usage = "foveola visualize KIND model=A[,B ...] data=... [out=pictures] [key=value ...]"
@@ -284,8 +284,8 @@ def _visualize(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.pictures.report import report
-    from foveola.pictures.request import ReportConfig
+    from foveola.reports.report import report
+    from foveola.reports.request import ReportConfig
 
     usage = "foveola report RUN [RUN ...] [data=...] [out=FILE] [key=value ...]"
     if "--help" in flags:

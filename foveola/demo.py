@@ -9,15 +9,15 @@ import torch
 
 from foveola.config import to_dict
 from foveola.data.sources import open_source
-from foveola.evaluation import retrieval
-from foveola.evaluation.features import FeatureTable, extract
-from foveola.evaluation.knn import KnnConfig
+from foveola.drawing.overlays import heat, outline
+from foveola.drawing.sheet import Picture, Row, panel, save
+from foveola.evaluation.classification.knn import KnnConfig
+from foveola.evaluation.features.table import FeatureTable, extract
 from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.views import retrieval
+from foveola.figures.maps import neighbours, object_attention
 from foveola.models.encoder import Encoder, load
-from foveola.pictures.maps import neighbours, object_attention
-from foveola.pictures.overlays import heat, outline
-from foveola.pictures.panel import Picture, Row, panel, save
-from foveola.pictures.report import report
+from foveola.reports.report import report
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain, untrained
 from foveola.views.batch import Streams, make_views

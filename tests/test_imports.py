@@ -17,13 +17,25 @@ FILES = sorted((ROOT / "foveola").rglob("*.py"))
 LEAVES = {"config", "trees", "health", "failures", "files", "schedules", "distributed", "geometry"}
 OPEN_LEAVES = {"config", "trees", "health", "failures", "files", "schedules"}  # any file may import these
 ALLOWED = {
-    "cli": {"console", "training", "evaluation", "pictures", "zoo", "demo", "distributed", "models.encoder"},
-    "demo": {"training", "evaluation", "pictures", "data", "views", "models.encoder"},
+    "cli": {
+        "console",
+        "training",
+        "evaluation",
+        "figures",
+        "reports",
+        "zoo",
+        "demo",
+        "distributed",
+        "models.encoder",
+    },
+    "demo": {"training", "evaluation", "figures", "reports", "drawing", "data", "views", "models.encoder"},
     "training": {"methods", "data", "views", "distributed", "models.encoder", "models.vit"},
     "training.evaluations": {"evaluation.protocol"},
-    "training.recipe": {"evaluation.knn"},  # its config only
+    "training.recipe": {"evaluation.classification.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
-    "pictures": {"models.encoder", "models.transform", "evaluation", "data", "distributed"},
+    "reports": {"figures", "drawing", "evaluation", "models.encoder", "data", "distributed"},
+    "figures": {"drawing", "evaluation", "models.encoder", "models.transform", "data", "distributed"},
+    "drawing": set(),
     "zoo": {"models.encoder", "models.vit"},
     "evaluation": {"models.encoder", "models.transform", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},

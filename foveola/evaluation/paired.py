@@ -17,9 +17,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.evaluation.iou import Absent, paired_iou
 from foveola.evaluation.metrics import paired_interval
 from foveola.evaluation.result import Result
+from foveola.evaluation.segmentation.iou import Absent, paired_iou
 
 Packed = dict[str, Any]
 

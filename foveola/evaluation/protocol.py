@@ -14,28 +14,19 @@ from foveola import distributed, files
 from foveola.config import UserError, build, merge, nearest, to_dict
 from foveola.data.identity import looked_at_once, say
 from foveola.data.sources import Source, Split, as_source, notes_of
-from foveola.evaluation import (
-    abmilp,
-    attentive,
-    dense,
-    dense_retrieval,
-    knn,
-    label_free,
-    linear,
-    localisation,
-    logistic,
-    probes,
-    retrieval,
-    segmentation,
-    segmentation_head,
-)
-from foveola.evaluation.cache import Feed, where_of
-from foveola.evaluation.features import identity_for
-from foveola.evaluation.kinds import Need
+from foveola.evaluation.classification import abmilp, attentive, knn, linear, logistic, probes
+from foveola.evaluation.features.cache import Feed, where_of
+from foveola.evaluation.features.names import Need
+from foveola.evaluation.features.overlap import POLICIES, separate
+from foveola.evaluation.features.table import identity_for
+from foveola.evaluation.localisation import localisation
 from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.overlap import POLICIES, separate
 from foveola.evaluation.result import Result, versions
+from foveola.evaluation.segmentation import linear as linear_segmentation
+from foveola.evaluation.segmentation import patches, reading
+from foveola.evaluation.segmentation import retrieval as dense_retrieval
 from foveola.evaluation.stored import home_of, store
+from foveola.evaluation.views import label_free, retrieval
 from foveola.failures import told
 from foveola.models.encoder import Encoder, load
 
@@ -121,31 +112,31 @@ PROTOCOLS = {
         dense_retrieval.run,
         True,
         "segmentation by attention to the nearest labelled patches",
-        dense.needs,
+        reading.needs,
         streams=True,
     ),
     "knn_segmentation": Protocol(
-        segmentation.KnnSegmentationConfig,
-        segmentation.run_knn,
+        patches.KnnSegmentationConfig,
+        patches.run_knn,
         True,
         "segmentation by the labels of the nearest patches",
-        dense.needs,
+        reading.needs,
         streams=True,
     ),
     "logistic_segmentation": Protocol(
-        segmentation.LogisticSegmentationConfig,
-        segmentation.run_logistic,
+        patches.LogisticSegmentationConfig,
+        patches.run_logistic,
         True,
         "segmentation by logistic regression on patches",
-        dense.needs,
+        reading.needs,
         streams=True,
     ),
     "linear_segmentation": Protocol(
-        segmentation_head.LinearSegmentationConfig,
-        segmentation_head.run,
+        linear_segmentation.LinearSegmentationConfig,
+        linear_segmentation.run,
         True,
         "segmentation by a linear layer on patches, trained by gradient",
-        dense.needs,
+        reading.needs,
         streams=True,
     ),
 }

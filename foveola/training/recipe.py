@@ -20,7 +20,7 @@ from foveola.config import (
     refuse_unread,
 )
 from foveola.data.loader import LoaderConfig
-from foveola.evaluation.knn import KnnConfig
+from foveola.evaluation.classification.knn import KnnConfig
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.methods.ijepa import IJepaConfig

@@ -10,8 +10,8 @@ import torch
 
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.evaluation.compare import BETTER_HIGH
-from foveola.evaluation.iou import mean_iou
 from foveola.evaluation.paired import unpacked
+from foveola.evaluation.segmentation.iou import mean_iou
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 

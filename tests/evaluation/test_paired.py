@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from foveola.config import UserError
-from foveola.evaluation.iou import mean_iou, paired_iou
 from foveola.evaluation.metrics import paired_interval
 from foveola.evaluation.paired import Difference, difference, packed, packed_areas, unpacked
 from foveola.evaluation.result import Result
+from foveola.evaluation.segmentation.iou import mean_iou, paired_iou
 
 PLAIN = Result(
     protocol="knn",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveola.evaluation.analysis import analyze_attention
+from foveola.evaluation.attention.analysis import analyze_attention
 from foveola.evaluation.protocol import PROTOCOLS, evaluate
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
-from foveola.evaluation.features import object_tokens
+from foveola.evaluation.features.table import object_tokens
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load, patch_mask
 from foveola.models.transform import picture_crop
 from foveola.models.vit import ViTConfig

@@ -9,7 +9,7 @@ from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sources import open_source
-from foveola.evaluation.rows import ExtractConfig, Pictures
+from foveola.evaluation.features.reading import ExtractConfig, Pictures
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.transform import picture_crop, square
 from foveola.models.vit import ViTConfig

@@ -1,0 +1,304 @@
+"""Selective Aggregation: patches averaged with learned scores (AbMILP) or fixed ones; protocol `abmilp`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import gelu, relu
+from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
+
+from foveola.config import key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.grids import Bank, choose_and_score, train_banks
+from foveola.evaluation.classification.linear import BatchNorm, LinearBank, need_of
+from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
+from foveola.evaluation.classification.task import (
+    Columns,
+    ProbeConfig,
+    batches,
+    length_of,
+    note_training,
+    open_task,
+)
+from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need
+from foveola.evaluation.metrics import Outcome
+from foveola.models.encoder import Encoder
+
+Activation = Literal["relu", "gelu", "tanh"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
+SMALL = 50_000  # pictures: LARS, made for batches of 16384, hardly moves on fewer
+ENTRIES = 2**27  # numbers of all probes' hidden layers in memory at a time: 512 MiB
+
+# -- core ----------------------------------------------------------------------------------------------------
+
+
+class AbmilpBank:
+    """G AbMILP probes that differ in their learning rate (Selective Aggregation, Section 4 and appendix).
+
+    A probe: a score of each patch by an MLP of `depth` linear maps (the last one to one number), softmax over
+    the patches, their average with these weights, BatchNorm without parameters, a linear classifier.
+    With `attention` a self-attention layer precedes all of it, x + gamma softmax(q k^T / sqrt(d)) v with
+    gamma from 0 (Rymarczyk et al., 2021). (depth - 1) (d^2 + d) + d + 1 parameters before the classifier, and
+    3 (d^2 + d) + 1 more with `attention`.
+
+    LARS scales the gradients of matrices, to which the scores' last map belongs as [1, d].
+    """
+
+    def __init__(
+        self,
+        rates: Float[Tensor, "G"],
+        width: int,
+        classes: int,
+        *,
+        depth: int = 1,
+        activation: Activation = "relu",
+        attention: bool = False,
+        optimizer: OptimizerName = "lars",
+        norm_batch: int = 2048,
+        momentum: float = 0.9,
+        group: str = "abmilp",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count, device = len(rates), torch.device(device)
+
+        def linear(rows: int, spread: float | None = None) -> list[Tensor]:
+            """A map and its bias; torch's uniform start, or a truncated normal and 0."""
+            weight, bias = torch.empty(rows, width), torch.zeros(rows)
+            if spread is None:
+                limit = width**-0.5
+                weight.uniform_(-limit, limit, generator=generator)
+                bias.uniform_(-limit, limit, generator=generator)
+            else:
+                trunc_normal_(weight, std=spread, generator=generator)
+            return [p.to(device).repeat(count, *[1] * p.ndim) for p in (weight, bias)]
+
+        self.group, self.norm_batch, self.activation = group, norm_batch, ACTIVATIONS[activation]
+        self.depth, self.attention = depth, attention
+        self.trained = [p for layer in range(depth) for p in linear(width if layer < depth - 1 else 1)]
+        self.trained += linear(classes, 0.01)
+        if attention:
+            self.trained += [p for _ in range(3) for p in linear(width)] + [
+                torch.zeros(count, 1, device=device)
+            ]
+        self.norm = BatchNorm(count, width, device)
+        self.optimizer = OPTIMIZERS[optimizer](self.trained, rates.to(device), momentum=momentum)
+        about = {"depth": depth, "activation": activation, "attention": attention}
+        self.settings: list[dict[str, Any]] = [{"lr": rate, **about} for rate in rates.tolist()]
+        self.parameters_each = sum(p[0].numel() for p in self.trained)
+
+    def weights(self, x: Float[Tensor, "b N D"]) -> Float[Tensor, "G b N"]:
+        """How much of each patch goes into the average; rows sum to one."""
+        return self._pool(x, self.trained)[0]
+
+    def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
+        """One step on each probe's mean cross-entropy, in parts of `norm_batch` pictures."""
+        total = [torch.zeros_like(p) for p in self.trained]
+        parts = zip(x["patches"].split(self.norm_batch), y.split(self.norm_batch), strict=True)
+        with torch.enable_grad():
+            for patches, labels in parts:
+                leaves = [p.detach().requires_grad_() for p in self.trained]
+                # Hidden layers of all parts at once would be large: they are computed again for the gradient.
+                pooled = torch.cat(
+                    [
+                        checkpoint(self._pool, few, leaves, use_reentrant=False)[1]
+                        for few in self._split(patches)
+                    ],
+                    dim=1,
+                )
+                logits = self._classify(self.norm.train(pooled), leaves)
+                add_gradients(total, logits, labels, len(y), leaves)
+        self.optimizer.step(total, factor)
+
+    @torch.no_grad()
+    def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
+        """Scores of each probe, as at test time."""
+        pooled = torch.cat([self._pool(few, self.trained)[1] for few in self._split(x["patches"])], dim=1)
+        return self._classify(self.norm.test(pooled), self.trained)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        patches, width = x.shape[1:]
+        each = len(self.trained[0]) * patches * (max(patches, width) if self.attention else width)
+        return x.split(max(1, ENTRIES // each))
+
+    def _pool(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Weights [G, b, N] and averages [G, b, D]."""
+        probes = len(p[0])
+        tokens = x.flatten(0, 1).expand(probes, -1, -1)  # [G, b N, D]
+        if self.attention:
+            tokens = self._attend(x, p)
+        hidden = tokens
+        for layer in range(self.depth):
+            weight, bias = p[2 * layer], p[2 * layer + 1]
+            if layer:
+                hidden = self.activation(hidden)
+            hidden = torch.baddbmm(bias[:, None], hidden, weight.transpose(1, 2))
+        weights = hidden.view(probes, len(x), -1).softmax(dim=2)
+        if not self.attention:  # the patches are the same for all probes: no copy of them for each
+            return weights, (weights.transpose(0, 1) @ x).transpose(0, 1)
+        return weights, torch.einsum("gbn,gbnd->gbd", weights, tokens.view(probes, *x.shape))
+
+    def _attend(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> Float[Tensor, "G bN D"]:
+        at = 2 * self.depth + 2
+        flat = x.flatten(0, 1).expand(len(p[0]), -1, -1)
+        q, k, v = (
+            torch.baddbmm(p[i + 1][:, None], flat, p[i].transpose(1, 2)).view(-1, *x.shape)
+            for i in range(at, at + 6, 2)
+        )
+        read = (q @ k.transpose(2, 3) / x.shape[2] ** 0.5).softmax(dim=3) @ v
+        return flat + p[-1][:, None] * read.flatten(1, 2)
+
+    def _classify(self, pooled: Float[Tensor, "G b D"], p: list[Tensor]) -> Float[Tensor, "G b C"]:
+        weight, bias = p[2 * self.depth], p[2 * self.depth + 1]
+        return torch.baddbmm(bias[:, None], pooled, weight.transpose(1, 2))
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AbmilpConfig(ProbeConfig):
+    """Settings of `abmilp`. Defaults: Selective Aggregation's on large sets."""
+
+    depth: tuple[int, ...] = key(
+        (1,), "linear maps of the scores to try, each reported", at_least=1, at_most=8
+    )
+    activation: tuple[Activation, ...] = key(("relu",), "between them: relu, gelu, tanh; each reported")
+    attention: bool = key(False, "a trained self-attention layer first; with sgd, lars diverges in the paper")
+    fixed: tuple[str, ...] = key(
+        ("token", "average", "attention", "lowest_entropy", "centre"),
+        "other vectors of a picture beside it, with the same classifier; also predictor, external:MODEL",
+    )
+    attention_of: str | None = key(
+        None, "another encoder, whose class token's attention averages the patches"
+    )
+    optimizer: Literal["lars", "sgd"] | None = key(
+        None, "null = sgd with attention=true or fewer than 50,000 pictures that train, else lars"
+    )
+    lr: tuple[float, ...] = key((0.1,), "learning rates to try, of a batch of 256", above=0)
+    batch: int | None = key(
+        None, "pictures of a step; null = 16384, and 1024 of fewer than 50,000 pictures", at_least=1
+    )
+    epochs: int = key(90, "passes over the training pictures; the paper has 50 for ViT-L and H", at_least=1)
+    warmup: int = key(10, "epochs over which learning rates rise", at_least=0)
+    norm_batch: int = key(2048, "pictures whose statistics normalise them", at_least=2)
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "activation", "lr"):
+            value = getattr(self, name)
+            if not value or len(set(value)) < len(value):
+                raise ValueError(f"{name}: needs different values, got {list(value)}")
+
+    def sized(self, pictures: int) -> "AbmilpConfig":
+        """With what depends on the number of pictures that train: the paper has SGD on its small sets."""
+        small = pictures < SMALL
+        optimizer = self.optimizer or ("sgd" if small or self.attention else "lars")
+        return replace(self, optimizer=optimizer, batch=self.batch or (1024 if small else 16384))
+
+    def vectors(self, encoder: Encoder) -> tuple[str, ...]:
+        """The fixed aggregations that this encoder has, and that of `attention_of`."""
+        without = () if encoder.config.model.class_token else ("token", *ATTENTION[:2])
+        mine = [name for name in self.fixed if name not in without]
+        return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))
+
+
+def needs(config: AbmilpConfig, encoder: Encoder) -> Need:
+    """What of a picture the protocol reads."""
+    vectors = config.vectors(encoder)
+    return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
+
+
+def run(
+    encoder: Encoder, train: Source, test: Source, config: AbmilpConfig, progress: bool, feed: Feed
+) -> Outcome:
+    """Train AbMILP and, on the same batches, the same classifier on fixed averages of the patches.
+
+    Metrics in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
+    ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights over the test pictures, in nats:
+    exp of it is the number of patches that a picture's vector is made of.
+    """
+    wanted = needs(config, encoder)
+    task = open_task(feed, train, test, config, wanted, encoder.device, len(config.lr))
+    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    config = config.sized(len(task.fit))
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, None)
+    batch, each, steps = length
+    note_training(task, length, config.views, None)
+    if config.attention:
+        task.notes.append(
+            "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); the "
+            "code of Selective Aggregation has it the other way round"
+        )
+    task.notes.append(f"{config.optimizer} with batches of {batch} pictures")
+    learned, fixed = _banks(encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task)
+    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+    banks: list[Bank] = [*learned, *fixed]
+    train_banks(banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, progress)
+    outcome = choose_and_score(banks, task, wanted, config.seed)
+    entropies = {}
+    test_columns = Columns(task.test, task.score, need("patches"), task.device)
+    for bank in learned:
+        best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
+        entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
+    return replace(outcome, metrics=outcome.metrics | entropies)
+
+
+def _banks(
+    encoder: Encoder, config: AbmilpConfig, width: int, batch: int, task: Any
+) -> tuple[list[AbmilpBank], list[LinearBank]]:
+    rates = torch.tensor(config.lr) * (batch / 256)
+    shapes: list[tuple[int, Activation]] = [
+        (d, a) for d in config.depth for a in (config.activation if d > 1 else config.activation[:1])
+    ]
+    learned, fixed = [], []
+    for depth, activation in shapes:
+        bank = AbmilpBank(
+            rates,
+            width,
+            task.classes,
+            depth=depth,
+            activation=activation,
+            attention=config.attention,
+            optimizer=config.optimizer or "lars",
+            norm_batch=config.norm_batch,
+            group="abmilp"
+            if len(shapes) == 1
+            else f"abmilp_{depth}" + (f"_{activation}" if depth > 1 else ""),
+            seed=config.seed,
+            device=task.device,
+        )
+        bank.settings = [{**about, "lr": lr} for about, lr in zip(bank.settings, config.lr, strict=True)]
+        learned.append(bank)
+    for vector in config.vectors(encoder):
+        bank = LinearBank(
+            vector,
+            rates,
+            task.train.take(vector, slice(1)).shape[-1],
+            task.classes,
+            group="external" if vector.startswith(EXTERNAL) else vector,
+            optimizer=config.optimizer or "lars",
+            norm=True,
+            norm_batch=config.norm_batch,
+            truncated=True,
+            seed=config.seed,
+            device=task.device,
+        )
+        bank.settings = [{"features": vector, "lr": lr} for lr in config.lr]
+        fixed.append(bank)
+    return learned, fixed
+
+
+@torch.no_grad()
+def _entropy(bank: AbmilpBank, probe: int, columns: Columns) -> float:
+    """Mean over pictures of the entropy of the weights, in nats."""
+    total = 0.0
+    for at in torch.arange(len(columns)).split(256):
+        shares = bank.weights(columns.take(at)["patches"])[probe]
+        total += torch.special.entr(shares.double()).sum().item()
+    return total / len(columns)

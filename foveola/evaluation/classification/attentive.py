@@ -1,0 +1,263 @@
+"""Attentive probes, one learned query that reads the patches, in a grid (CAPI): protocol `attentive`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.init import trunc_normal_
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.abmilp import SMALL
+from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.classification.grids import Bank, choose_and_score, train_banks
+from foveola.evaluation.classification.linear import PUBLISHED
+from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
+from foveola.evaluation.classification.task import (
+    Columns,
+    ProbeConfig,
+    Task,
+    batches,
+    length_of,
+    note_training,
+    open_task,
+)
+from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.names import need
+from foveola.evaluation.metrics import Outcome
+from foveola.models.encoder import Encoder
+
+ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
+
+# -- core ----------------------------------------------------------------------------------------------------
+
+
+class AttentiveBank:
+    """G attentive probes that differ in learning rate and weight decay (CAPI, Section 4; its Table 2).
+
+    A probe: keys and values of the patches x by one linear map each, a learned query q cut into `heads`,
+    softmax of q_h . k / sqrt(size of a head) over the patches, the weighted values side by side, a linear
+    classifier. No norm, no residual, no output map. 2 d^2 + (3 + C) d parameters, and C of the classifier's
+    bias.
+
+    Computed folded: q_h . (W_k^h x) = (W_k^h^T q_h) . x, and the values' map after the average, so that
+    patches meet G H vectors instead of 2 G d x d maps. The bias of the keys adds the same to all scores of a
+    head: it changes nothing, gets no gradient and stays 0.
+    """
+
+    def __init__(
+        self,
+        rates: Float[Tensor, "G"],
+        weight_decay: Float[Tensor, "G"],
+        width: int,
+        classes: int,
+        *,
+        heads: int,
+        group: str = "attentive",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_heads(heads, width)
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape: int) -> Tensor:
+            first = trunc_normal_(torch.empty(*shape), std=0.02, generator=generator).to(device)
+            return first.repeat(len(rates), *[1] * len(shape))
+
+        count = len(rates)
+        self.heads, self.group = heads, group
+        self.query, self.keys, self.values = drawn(width), drawn(width, width), drawn(width, width)
+        self.head = drawn(classes, width)
+        self.keys_bias, self.values_bias = (torch.zeros(count, width, device=device) for _ in range(2))
+        self.bias = torch.zeros(count, classes, device=device)
+        self.trained = [self.query, self.keys, self.values, self.head, self.values_bias, self.bias]
+        # The query is decayed, biases are not.
+        decayed = [True, True, True, True, False, False]
+        self.optimizer = AdamW(self.trained, rates.to(device), weight_decay.to(device), decayed)
+        self.settings: list[dict[str, Any]] = [
+            {"lr": lr, "weight_decay": decay, "heads": heads}
+            for lr, decay in zip(rates.tolist(), weight_decay.tolist(), strict=True)
+        ]
+        everything = [*self.trained, self.keys_bias]
+        self.parameters_each = sum(p[0].numel() for p in everything)
+
+    def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
+        """One step on each probe's mean cross-entropy, with gradients summed over parts of the batch."""
+        total = [torch.zeros_like(p) for p in self.trained]
+        with torch.enable_grad():
+            for part, labels in zip(self._split(x["patches"]), self._split(y, x["patches"]), strict=True):
+                leaves = [p.detach().requires_grad_() for p in self.trained]
+                logits = self._scores(part, *leaves)
+                add_gradients(total, logits, labels, len(y), leaves)
+        self.optimizer.step(total, factor)
+
+    @torch.no_grad()
+    def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
+        """Scores of each probe."""
+        return torch.cat([self._scores(part, *self.trained) for part in self._split(x["patches"])], dim=1)
+
+    def _split(self, rows: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
+        count = (rows if patches is None else patches).shape[1]
+        return rows.split(max(1, ENTRIES // (len(self.query) * self.heads * count)))
+
+    def _scores(
+        self,
+        x: Float[Tensor, "b N D"],
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        head: Tensor,
+        values_bias: Tensor,
+        bias: Tensor,
+    ) -> Float[Tensor, "G b C"]:
+        g, width = query.shape
+        h, size = self.heads, width // self.heads
+        folded = torch.einsum("ghc,ghcd->ghd", query.view(g, h, size), keys.view(g, h, size, width))
+        scores = (folded.flatten(0, 1) / size**0.5) @ x.transpose(1, 2)  # [b, g h, N]
+        read = scores.softmax(dim=2) @ x  # [b, g h, D]
+        maps = values.view(g * h, size, width)
+        heads = torch.bmm(read.transpose(0, 1), maps.transpose(1, 2))  # [g h, b, size]
+        pooled = heads.view(g, h, len(x), size).transpose(1, 2).flatten(2) + values_bias[:, None]
+        return torch.baddbmm(bias[:, None], pooled, head.transpose(1, 2))
+
+
+def check_heads(heads: int, width: int) -> None:
+    """Raise UserError, with heads that would do, unless they divide the width."""
+    if width % heads:
+        right = [n for n in range(1, width + 1) if width % n == 0]
+        below, above = max(n for n in right if n < heads), min([n for n in right if n > heads], default=width)
+        raise UserError(
+            f"heads={heads} do not divide the width of the patches, {width}; {below} or {above} do"
+        )
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+STYLES: dict[str, dict[str, Any]] = {
+    "capi": {
+        "lr": RATES,
+        "weight_decay": (5e-4, 1e-3, 5e-2),
+        "batch": 1024,
+        "warmup": 0.1,
+    },
+    "cae": {"lr": (0.4,), "weight_decay": (0.0,), "batch": 8192, "epochs": 90, "warmup": 1 / 9},
+}
+
+
+@dataclass(frozen=True)
+class AttentiveConfig(ProbeConfig):
+    """Settings of `attentive`. What is null is as the style has it."""
+
+    style: Literal["capi", "cae"] = key(
+        "capi", "whose probe: CAPI's, or CAE's (LayerNorms, an output map, SGD); sets what is null below"
+    )
+    heads: tuple[int | None, ...] = key(
+        (None,), "attention heads to try, each reported; null = the width of the patches / 64"
+    )
+    lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
+    weight_decay: tuple[float, ...] | None = key(
+        None, "style=capi: weight decays to try; CAE has none", at_least=0
+    )
+    batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
+    iterations: int | None = key(
+        None, "steps of training, instead of epochs; capi: null = 12,500, at most 100 passes", at_least=1
+    )
+    epochs: int | None = key(None, "passes over the training pictures", at_least=1)
+    warmup: float | None = key(
+        None, "share of the training over which learning rates rise", at_least=0, at_most=1
+    )
+    norm_batch: int = key(2048, "style=cae: pictures whose statistics normalise them", at_least=2)
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"{name}: needs different values, got {list(value)}")
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("epochs and iterations: give one of them")
+        if self.style == "cae" and any(self.weight_decay or ()):
+            raise ValueError("weight_decay: style=cae has none")
+
+    def resolved(self, pictures: int) -> "AttentiveConfig":
+        """With the style's settings in place of null, for so many pictures that train."""
+        defaults = dict(STYLES[self.style])
+        if self.style == "cae" and pictures < SMALL:
+            defaults["batch"] = 1024  # as Selective Aggregation has it on its small sets
+        if self.epochs is not None or self.iterations is not None:
+            defaults = {name: v for name, v in defaults.items() if name not in ("epochs", "iterations")}
+        return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
+
+
+def needs(config: AttentiveConfig, encoder: Encoder) -> Need:
+    """What of a picture the protocol reads: CAE's probe the class token, too."""
+    token = config.style == "cae" and encoder.config.model.class_token
+    return need("patches", *(["token"] if token else []))
+
+
+def run(
+    encoder: Encoder, train: Source, test: Source, config: AttentiveConfig, progress: bool, feed: Feed
+) -> Outcome:
+    """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`.
+
+    Metrics in percent, of group `attentive` (`attentive_12` for heads=12), style=cae: `cae`: as of `linear`.
+    The chosen probe is scored as it was trained, on the rows that were not held out.
+    """
+    wanted = needs(config, encoder)
+    first = config.resolved(1)
+    candidates = len(first.lr or ()) * len(first.weight_decay or ())
+    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
+    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    config = config.resolved(len(task.fit))
+    published = PUBLISHED if config.style == "capi" and config.epochs is config.iterations is None else None
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+    batch, _, steps = length
+    note_training(task, length, config.views, published)
+    if config.style == "cae" and batch < STYLES["cae"]["batch"]:
+        task.notes.append(f"cae: batches of {batch} pictures")
+    width = task.train.take("patches", slice(1)).shape[2]
+    banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
+    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+    schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
+    train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, progress)
+    return choose_and_score(banks, task, wanted, config.seed)
+
+
+def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:
+    """Each number of heads once: null may be one that is listed, too."""
+    found: dict[int, int | None] = {}
+    for each in heads:
+        count = max(1, width // 64) if each is None else each
+        if count in found:
+            task.notes.append(f"heads: null is {count} here, measured once")
+        else:
+            found[count] = each
+    return list(found.values())
+
+
+def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> Bank:
+    """The probes of one number of heads, with learning rates for a batch of this size."""
+    rates, decays = config.lr or (), config.weight_decay or ()
+    count = max(1, width // 64) if heads is None else heads
+    check_heads(count, width)
+    name = "attentive" if config.style == "capi" else "cae"
+    group = name if heads is None else f"{name}_{heads}"
+    if config.style == "cae":
+        bank = CaeBank(
+            torch.tensor(rates) * (batch / 256), width, task.classes, heads=count,
+            norm_batch=config.norm_batch, group=group, seed=config.seed, device=task.device,
+        )  # fmt: skip
+        bank.settings = [{"lr": lr, "heads": count} for lr in rates]
+        return bank
+    pairs = [(lr, decay) for decay in decays for lr in rates]
+    bank = AttentiveBank(
+        torch.tensor([lr for lr, _ in pairs]) * (batch / 256),  # undocumented in the paper, in its code
+        torch.tensor([decay for _, decay in pairs]),
+        width, task.classes, heads=count, group=group, seed=config.seed, device=task.device,
+    )  # fmt: skip
+    bank.settings = [{"lr": lr, "weight_decay": decay, "heads": count} for lr, decay in pairs]
+    return bank

@@ -1,0 +1,165 @@
+"""Banks of probes: trained on the same batches, one chosen on the hold-out, scored on test."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from foveola.evaluation.classification.solvers import Factor
+from foveola.evaluation.classification.task import Batch, Columns, Task
+from foveola.evaluation.classification.truth import Answers
+from foveola.evaluation.features.names import Need
+from foveola.evaluation.features.table import show
+from foveola.evaluation.metrics import Outcome, interval, percent
+from foveola.evaluation.paired import packed
+
+SCORING = 256  # rows scored at once
+
+
+@runtime_checkable
+class Bank(Protocol):
+    """G probes of one shape, trained at once on the same batches."""
+
+    group: str  # what the choice is made within; metrics are given for each group
+    settings: list[dict[str, Any]]  # of each probe
+    parameters_each: int  # trained numbers of one probe
+
+    def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
+        """One step of training, with learning rates times `factor`."""
+        ...
+
+    def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
+        """Scores of each probe, as at test time."""
+        ...
+
+
+def train_banks(
+    banks: Sequence[Bank], drawn: Iterator[Batch], factor: Factor, steps: int, progress: bool
+) -> None:
+    """Train all banks on the same batches."""
+    for step, (x, y) in enumerate(show(drawn, steps, "training probes", progress)):
+        for bank in banks:
+            bank.step(x, y, factor(step))
+
+
+class Judged(NamedTuple):
+    """What some rows say of each of G probes."""
+
+    right: Bool[Tensor, "G m"]  # whether each row's best class is a right one
+    loss: Float64[Tensor, "G"]  # mean cross-entropy of the rows' labels; infinite where that is not finite
+
+    def order(self) -> list[tuple[float, float]]:
+        """What the best probe has the greatest of: the share that is right, and of equals the lower loss."""
+        return [(percent(row), -loss) for row, loss in zip(self.right, self.loss.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def judge(bank: Bank, columns: Columns, answers: Answers) -> Judged:
+    """The probes of a bank on some rows."""
+    every = torch.arange(len(columns))
+    return judged(lambda rows: bank.logits(columns.take(every[rows])), len(columns), answers)
+
+
+def judged(
+    logits_of: Callable[[slice], Float[Tensor, "G b C"]], count: int, answers: Answers, at_once: int = SCORING
+) -> Judged:
+    """Probes by their logits of `count` rows. One whose scores are not finite has no row right."""
+    right, loss = [], []
+    for start in range(0, count, at_once):
+        rows = slice(start, start + at_once)
+        logits = logits_of(rows)
+        finite = ~(logits.isnan().any(dim=2) | logits.isposinf().any(dim=2)).cpu()
+        right.append(answers.hits(logits, rows) & finite)
+        loss.append(cross_entropies(logits.cpu(), answers.labels[rows]).sum(dim=1))
+    total = torch.stack(loss).sum(dim=0) / count
+    return Judged(torch.cat(right, dim=1), total.nan_to_num(nan=torch.inf, posinf=torch.inf))
+
+
+def cross_entropies(logits: Float[Tensor, "G m C"], labels: Int64[Tensor, "m"]) -> Float64[Tensor, "G m"]:
+    """Minus the logarithm of each label's probability; 0 where the label is unknown (-1)."""
+    log = torch.log_softmax(logits.double(), dim=2)
+    own = log.gather(2, labels.clamp(min=0).expand(len(log), -1)[..., None])[..., 0]
+    return torch.where(labels >= 0, -own, 0.0)
+
+
+@torch.no_grad()
+def logits_of(bank: Bank, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
+    """Scores of one probe of a bank, on the CPU."""
+    places = torch.arange(len(columns)).split(SCORING)
+    return torch.cat([bank.logits(columns.take(at))[probe].float().cpu() for at in places])
+
+
+def choose_and_score(banks: Sequence[Bank], task: Task, wanted: Need, seed: int) -> Outcome:
+    """In each group the probe that is best on the hold-out, scored on test.
+
+    Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
+    rule, and the first of a grid is often one that hardly learned. Without hold-out the test set chooses, as
+    in many papers, and the first of equals is taken.
+    """
+    test = Columns(task.test, task.score, wanted, task.device)
+    held = None
+    if len(task.hold):
+        columns = Columns(task.train, task.hold, wanted, task.device)
+        held = [judge(bank, columns, task.held) for bank in banks]
+    metrics: dict[str, float] = {}
+    chosen: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
+    for group in dict.fromkeys(bank.group for bank in banks):
+        mine = [i for i, bank in enumerate(banks) if bank.group == group]
+        right = {i: judge(banks[i], test, task.answers).right for i in mine}
+        places = [(i, g) for i in mine for g in range(len(banks[i].settings))]
+        order = {i: [(percent(row),) for row in right[i]] if held is None else held[i].order() for i in mine}
+        rows = [
+            {
+                **banks[i].settings[g],
+                **({} if held is None else {"holdout": order[i][g][0]}),
+                "test": percent(right[i][g]),
+            }
+            for i, g in places
+        ]
+        best = max(range(len(rows)), key=lambda r: order[places[r][0]][places[r][1]])
+        i, g = places[best]
+        top5 = task.answers.top5(logits_of(banks[i], g, test))
+        found = scored(group, right[i][g], task.answers, seed, top5)
+        metrics |= found.metrics
+        scores |= found.scores
+        if len(rows) > 1:
+            metrics[f"top1_{group}_best_on_test"] = max(row["test"] for row in rows)
+        if held is not None:
+            metrics[f"holdout_{group}"] = rows[best]["holdout"]
+        chosen[group] = {k: v for k, v in rows[best].items() if k not in ("holdout", "test")}
+        chosen[group]["parameters"] = banks[i].parameters_each
+        grid[group] = rows
+    note_choice(task, max(len(rows) for rows in grid.values()))
+    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid, scores)
+
+
+class Scored(NamedTuple):
+    """Metrics of one probe, and the score of each row."""
+
+    metrics: dict[str, float]
+    scores: dict[str, Any]
+
+
+def scored(
+    group: str, right: Bool[Tensor, "m"], answers: Answers, seed: int, top5: Bool[Tensor, "m"]
+) -> Scored:
+    """`top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
+    low, high = interval(right, answers.pictures, seed=seed)
+    metrics = {
+        f"top1_{group}": percent(right),
+        f"top1_{group}_low": 100 * low,
+        f"top1_{group}_high": 100 * high,
+        f"top5_{group}": percent(top5),
+    }
+    hits = {f"top1_{group}": right, f"top5_{group}": top5}
+    return Scored(metrics, {name: packed(hit, answers.pictures) for name, hit in hits.items()})
+
+
+def note_choice(task: Task, count: int) -> None:
+    """Say so where the test set chooses among several probes."""
+    if not len(task.hold) and count > 1:
+        task.notes.append(f"the best of {count} probes was chosen on the test set (holdout=0)")

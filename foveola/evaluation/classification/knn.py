@@ -1,0 +1,220 @@
+"""k-NN classification by DINO's weighted vote, and the protocol `knn`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
+from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.names import need
+from foveola.evaluation.features.overlap import content_groups
+from foveola.evaluation.features.reading import ExtractConfig
+from foveola.evaluation.features.table import FeatureTable, extract_tables, identity_for, mask_kinds, share
+from foveola.evaluation.metrics import (
+    Outcome,
+    effective_rank,
+    interval,
+    percent,
+    ranking,
+    vote,
+)
+from foveola.evaluation.paired import packed
+from foveola.evaluation.search import QUERY_BLOCK, nearest
+from foveola.models.encoder import Encoder
+
+# -- vote ----------------------------------------------------------------------------------------------------
+
+
+def predict(
+    queries: Float[Tensor, "m D"],
+    bank: Float[Tensor, "N D"],
+    labels: Int64[Tensor, "N"],
+    *,
+    k: Sequence[int],
+    classes: int,
+    temperature: float = 0.07,
+    top: int = 5,
+    query_groups: Int64[Tensor, "m"] | None = None,
+    bank_groups: Int64[Tensor, "N"] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[int, Int64[Tensor, "m r"]]:
+    """For each k, the r = min(top, classes) best classes of each query, best first (-1: no vote left).
+
+    `labels` in [0, classes) belong to the bank. Queries are read in blocks, so memory is that of the two
+    inputs plus a constant. Each k must be at most N.
+    """
+    if not 0 < min(k) <= max(k) <= len(bank):
+        raise ValueError(f"k={tuple(k)} with a bank of {len(bank)} rows")
+    ranked: dict[int, list[Tensor]] = {each: [] for each in k}
+    for start in range(0, len(queries), QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        own = None if query_groups is None else query_groups[block]
+        similarities, indices = nearest(
+            queries[block], bank, max(k), query_groups=own, bank_groups=bank_groups, device=device
+        )
+        for each in k:
+            for s, i in zip(similarities[:, :each].split(512), indices[:, :each].split(512), strict=True):
+                ranked[each].append(ranking(vote(s, labels[i], classes, temperature), top))
+    empty = torch.zeros(0, min(top, classes), dtype=torch.int64)
+    return {each: torch.cat(parts) if parts else empty for each, parts in ranked.items()}
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnnConfig(ExtractConfig):
+    """Settings of `knn`. Defaults: DINO, iBOT and ODIS."""
+
+    masks: Literal["both"] | bool = key(
+        "both", "object tokens read only their object's patches: true, false, both"
+    )
+    k: tuple[int, ...] = key(
+        (10, 20, 100, 200), "numbers of neighbours to try; the best is reported", at_least=1
+    )
+    temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
+    exclude_self: bool = key(
+        False, "rows of a query's own picture (same contents) do not vote; for test images that train holds"
+    )
+    store: Literal["float32", "float16"] = key(
+        "float32", "numbers in which features are kept, where they are (cache=, several protocols)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.k or len(set(self.k)) < len(self.k):
+            raise ValueError(f"k: needs different numbers of neighbours, got {list(self.k)}")
+
+
+def needs(config: KnnConfig, encoder: Encoder) -> Need | None:
+    """What of a picture the protocol reads; None where the shared pass does not have it."""
+    pool = config.pool or encoder.config.pool
+    if config.rows != "pictures" or (pool != "token" and config.masks is not False):
+        return None
+    return need(pool) if config.masks is False else need("token", "masked")
+
+
+def run(
+    encoder: Encoder,
+    train: Source,
+    test: Source,
+    config: KnnConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
+) -> Outcome:
+    """Extract the features of both sources and classify each test row by its neighbours in train.
+
+    Metrics, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
+    best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
+    for every k.
+    """
+    kinds, notes = mask_kinds(config.masks, train, test)
+    began = perf_counter()
+    wanted = needs(config, encoder) if feed is not None else None
+
+    def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
+        if feed is None or wanted is None:
+            return extract_tables(encoder, source, kinds, config, progress=progress)
+        store = feed.open(source, config, wanted)
+        plain = config.pool or encoder.config.pool
+        return [store.table("masked" if masked else plain) for masked in kinds], store.facts
+
+    banks, train_facts = tables(train)
+    same = identity_for(train, config).digest == identity_for(test, config).digest
+    queries, test_facts = (banks, train_facts) if same else tables(test)
+    seconds = {"extract_seconds": round(perf_counter() - began, 2)}
+    began, metrics, scores = perf_counter(), {}, {}
+    for masked, bank, query in zip(kinds, banks, queries, strict=True):
+        name = "masks" if masked else "plain"
+        found = _measure(name, bank, query, (train, test), config, encoder.device, notes)
+        metrics |= found[0]
+        scores |= found[1]
+    seconds["search_seconds"] = round(perf_counter() - began, 2)
+    data = {"train": train_facts, "test": test_facts, **seconds}
+    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), scores=scores)
+
+
+def _measure(
+    name: str,
+    bank: FeatureTable,
+    query: FeatureTable,
+    sources: tuple[Source, Source],
+    config: KnnConfig,
+    device: torch.device,
+    notes: list[str],
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics, and the score of each row for those that are shares of rows."""
+    bank, query = _labelled(bank, "train", config, notes), _labelled(query, "test", config, notes)
+    answers = _answers(bank, query, sources, config, notes)
+    if answers.candidates is not None:  # rows of classes that cannot be right have no vote
+        bank = bank.select(answers.candidates[bank.labels])
+    ks = tuple(dict.fromkeys(min(k, len(bank.labels)) for k in sorted(config.k)))
+    if ks != tuple(sorted(config.k)):
+        notes.append(
+            f"the bank has {len(bank.labels)} rows: k = {', '.join(map(str, ks))} instead of {list(config.k)}"
+        )
+    classes = int(bank.labels.max()) + 1
+    mine = share(len(query.labels))
+    groups = content_groups(*sources, config, bank.pictures, query.pictures) if config.exclude_self else None
+    ranked = predict(
+        query.features[mine],
+        bank.features,
+        bank.labels,
+        k=ks,
+        classes=classes,
+        temperature=config.temperature,
+        query_groups=None if groups is None else groups[1][mine],
+        bank_groups=None if groups is None else groups[0],
+        device=device,
+    )
+    ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}
+    correct = {k: answers.among(rows[:, :1]) for k, rows in ranked.items()}
+    best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
+    top5 = answers.among(ranked[best])
+    low, high = interval(correct[best], query.pictures, seed=config.seed)
+    shares = {f"top1_{name}": correct[best], f"top5_{name}": top5}
+    shares |= {f"top1_{name}_k{k}": correct[k] for k in ks}
+    return {
+        f"top1_{name}": percent(correct[best]),
+        f"top1_{name}_low": 100 * low,
+        f"top1_{name}_high": 100 * high,
+        f"top5_{name}": percent(top5),
+        f"best_k_{name}": float(best),
+        **{f"top1_{name}_k{k}": percent(correct[k]) for k in ks},
+        f"effective_rank_{name}": effective_rank(query.features),
+    }, {metric: packed(hit, query.pictures) for metric, hit in shares.items()}
+
+
+def _answers(
+    bank: FeatureTable,
+    query: FeatureTable,
+    sources: tuple[Source, Source],
+    config: KnnConfig,
+    notes: list[str],
+) -> Answers:
+    """What is right: the labels, and what the test set says of whole images besides."""
+    train, test = sources
+    labels = shared_labels(query.labels, test.classes, bank.labels, train.classes, notes)
+    if config.rows == "objects" and test.has_objects:  # `answers` are of images
+        return Answers(labels, query.pictures)
+    classes = max(int(bank.labels.max()) + 1, len(train.classes or ()))
+    return answers_of(test, train, labels, query.pictures, classes)
+
+
+def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:
+    known = table.labels >= 0
+    if not known.any():
+        kind = "objects" if config.rows == "objects" else "pictures"
+        other = "rows=pictures" if kind == "objects" else "rows=objects"
+        raise UserError(f"{which}: no labels on its {kind}, which k-NN needs; other data, or {other}")
+    if missing := int((~known).sum()):
+        notes.append(f"{which}: {missing} rows without a label are left out")
+    return table.select(known) if missing else table  # no copy of a large bank for nothing

@@ -1,0 +1,284 @@
+"""Linear probes on frozen features, a grid of them trained at once (`LinearBank`): protocol `linear`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.init import trunc_normal_
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.grids import choose_and_score, train_banks
+from foveola.evaluation.classification.solvers import (
+    OPTIMIZERS,
+    Factor,
+    OptimizerName,
+    cosine,
+    cosine_by_epoch,
+    warm_cosine,
+)
+from foveola.evaluation.classification.task import (
+    Columns,
+    ProbeConfig,
+    batches,
+    length_of,
+    note_training,
+    open_task,
+)
+from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.names import EXTERNAL, need
+from foveola.evaluation.metrics import Outcome
+from foveola.models.encoder import Encoder
+
+# -- core ----------------------------------------------------------------------------------------------------
+
+
+class BatchNorm:
+    """BatchNorm without affine parameters of G probes' features [G, b, D], or of shared ones [1, b, D].
+
+    Training normalises by the batch, with the population's variance; `running` statistics, for test time,
+    are exponential averages with the sample variance (torch's rule, momentum 0.1).
+    """
+
+    def __init__(self, probes: int, width: int, device: torch.device, eps: float = 1e-6) -> None:
+        self.mean = torch.zeros(probes, 1, width, device=device)
+        self.variance = torch.ones(probes, 1, width, device=device)
+        self.eps = eps
+
+    def train(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
+        """Normalised by its own statistics, which go into the running ones. A single row becomes 0."""
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        with torch.no_grad():
+            rows = x.shape[1]
+            self.mean.lerp_(mean.detach(), 0.1)
+            self.variance.lerp_(variance.detach() * (rows / max(1, rows - 1)), 0.1)
+        return (x - mean) * (variance + self.eps).rsqrt()
+
+    def test(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
+        """Normalised by the running statistics."""
+        return (x - self.mean) * (self.variance + self.eps).rsqrt()
+
+
+class LinearBank:
+    """G linear classifiers of one feature, which differ in their learning rate, trained at once.
+
+    Each goes the way it would go alone: losses are not averaged over the grid, and all start from the same
+    weights, drawn by `seed`.
+
+    Args:
+        features: `token`, `token4` (class tokens of the last 4 blocks side by side), `average`, another kind
+            of feature, or several joined by `+`.
+        rates: learning rates as they are used (after any rule for the batch size).
+        norm: put BatchNorm without parameters first, with statistics of `norm_batch` rows at a time.
+    """
+
+    def __init__(
+        self,
+        features: str,
+        rates: Float[Tensor, "G"],
+        width: int,
+        classes: int,
+        *,
+        group: str = "linear",
+        optimizer: OptimizerName = "sgd",
+        norm: bool = False,
+        norm_batch: int = 2048,
+        momentum: float = 0.9,
+        truncated: bool = False,
+        masks: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        device = torch.device(device)
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.empty(classes, width)
+        if truncated:
+            trunc_normal_(first, std=0.01, generator=generator)
+        else:
+            first.normal_(std=0.01, generator=generator)
+        self.features, self.group, self.masks = features, group, masks
+        self.weight = first.to(device).repeat(len(rates), 1, 1)
+        self.bias = torch.zeros(len(rates), classes, device=device)
+        self.norm = BatchNorm(1, width, device) if norm else None
+        self.norm_batch = norm_batch
+        self.optimizer = OPTIMIZERS[optimizer]([self.weight, self.bias], rates.to(device), momentum=momentum)
+        self.settings: list[dict[str, Any]] = [{"features": features, "lr": rate} for rate in rates.tolist()]
+        self.parameters_each = classes * (width + 1)
+
+    @torch.no_grad()
+    def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
+        """One step on the mean cross-entropy of each probe."""
+        rows, count = assemble(x, self.features, self.masks), len(y)
+        dw, db = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        size = self.norm_batch if self.norm is not None else count
+        for part, labels in zip(rows.split(size), y.split(size), strict=True):
+            inputs = part[None] if self.norm is None else self.norm.train(part[None])
+            residual = self._scores(inputs).softmax(dim=2)
+            residual[:, torch.arange(len(labels)), labels] -= 1
+            dw.baddbmm_(residual.transpose(1, 2), inputs.expand(len(dw), -1, -1), alpha=1 / count)
+            db.add_(residual.sum(dim=1), alpha=1 / count)
+        self.optimizer.step([dw, db], factor)
+
+    def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
+        """Scores of each probe, as at test time."""
+        rows = assemble(x, self.features, self.masks)[None]
+        return self._scores(rows if self.norm is None else self.norm.test(rows))
+
+    def _scores(self, inputs: Float[Tensor, "1 b D"]) -> Float[Tensor, "G b C"]:
+        g, classes, width = self.weight.shape  # one product: the rows are the same for all probes
+        flat = inputs[0] @ self.weight.view(g * classes, width).T
+        return flat.view(-1, g, classes).transpose(0, 1) + self.bias[:, None]
+
+
+def split_features(features: str) -> list[tuple[str, int]]:
+    """`token4+average` -> [(token, 4), (average, 1)]. Raises UserError for a feature that does not exist."""
+    if features.startswith(EXTERNAL):
+        return [(features, 1)]
+    parts = []
+    for word in features.split("+"):
+        match = re.fullmatch(r"token([1-9]\d*)", word)
+        kind, layers = ("token", int(match[1])) if match else (word, 1)
+        if kind in ("patches", "masked"):
+            raise UserError(
+                f"features {word!r}: a linear probe reads one vector; masks=true gives object tokens"
+            )
+        need(kind)
+        parts.append((kind, layers))
+    return parts
+
+
+def need_of(features: tuple[str, ...], masks: bool) -> Need:
+    """What of a picture the features are made of."""
+    parts = [part for each in features for part in split_features(each)]
+    kinds = {"masked" if masks and kind == "token" else kind for kind, _ in parts}
+    return need(*kinds, layers=max(layers for _, layers in parts))
+
+
+def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
+    """One vector of each picture from its kinds of features."""
+    columns = []
+    for kind, layers in split_features(features):
+        part = x["masked" if masks and kind == "token" else kind]
+        columns.append(part[:, -layers:].flatten(1) if kind == "token" else part)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+PUBLISHED = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+@dataclass(frozen=True)
+class LinearConfig(ProbeConfig):
+    """Settings of `linear`. What is null is as the style has it."""
+
+    style: Literal["dino", "dinov2", "mae"] = key("dinov2", "whose linear probe: sets what is null below")
+    features: tuple[str, ...] | None = key(
+        None, "features to try: token, token4 (last 4 blocks), average, token+average, attention, ..."
+    )
+    lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
+    batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
+    epochs: int | None = key(None, "passes over the training pictures", at_least=1)
+    iterations: int | None = key(
+        None,
+        "steps of training, instead of epochs; dinov2: null = 12,500, at most 100 passes",
+        at_least=1,
+    )
+    masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
+    norm_batch: int = key(2048, "style=mae: pictures whose statistics normalise them", at_least=2)
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("epochs and iterations: give one of them")
+        for name in ("features", "lr"):
+            value = getattr(self, name)
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"{name}: needs different values, got {list(value)}")
+
+    def resolved(self, encoder: Encoder) -> "LinearConfig":
+        """With the style's settings in place of null, for this encoder."""
+        layers = min(4, len(encoder.backbone.blocks))
+        several = tuple(dict.fromkeys(("token", f"token{layers}", "token+average", f"token{layers}+average")))
+        if not encoder.config.model.class_token:
+            several = ("average",)
+        styles: dict[str, dict[str, Any]] = {
+            "dino": {"features": several, "lr": (*RATES, 0.2, 0.5), "batch": 1024, "epochs": 100},
+            "dinov2": {"features": several, "lr": RATES, "batch": 1024},
+            "mae": {"features": several[:1], "lr": (0.1,), "batch": 16384, "epochs": 90},
+        }
+        defaults = styles[self.style]
+        if self.epochs is not None or self.iterations is not None:
+            defaults = {name: v for name, v in defaults.items() if name not in ("epochs", "iterations")}
+        return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
+
+
+def needs(config: LinearConfig, encoder: Encoder) -> Need:
+    """What of a picture the protocol reads."""
+    chosen = config.resolved(encoder)
+    # DINO and iBOT evaluate bicubic pictures, but train on torchvision's default crops, which are bilinear.
+    crops = "bilinear" if config.style == "dino" else None
+    return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
+
+
+def run(
+    encoder: Encoder, train: Source, test: Source, config: LinearConfig, progress: bool, feed: Feed
+) -> Outcome:
+    """Train the grid on the features of `train`, choose on the hold-out, score on `test`.
+
+    Metrics in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
+    hold-out chose, `_low` and `_high` (95 % interval over pictures), `top5_*`, `holdout_*`, and
+    `top1_*_best_on_test`, the best of the grid, which many papers report.
+    """
+    config = config.resolved(encoder)
+    features, rates = config.features or (), config.lr or ()
+    wanted = needs(config, encoder)
+    mae = config.style == "mae"  # which reports each feature by itself
+    candidates = len(rates) * (1 if mae else len(features))
+    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
+    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    published = PUBLISHED if config.style == "dinov2" and config.epochs is config.iterations is None else None
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+    batch, each, steps = length
+    note_training(task, length, config.views, published)
+    if mae:
+        task.notes.append(
+            f"style=mae: BatchNorm over {min(batch, config.norm_batch)} pictures (MAE: 512), measured after "
+            "the last epoch (MAE: the best)"
+        )
+    if batch < (config.batch or 1):
+        task.notes.append(
+            f"train: {batch} pictures are one batch, less than the {config.batch} of the setting"
+        )
+    one = columns.take(torch.arange(1), 1 if config.views else 0)
+    banks = [
+        LinearBank(
+            each_feature,
+            torch.tensor(rates) * (batch / 256),
+            assemble(one, each_feature, config.masks).shape[1],
+            task.classes,
+            group=each_feature if mae else "linear",
+            optimizer="lars" if mae else "sgd",
+            norm=mae,
+            norm_batch=config.norm_batch,
+            truncated=mae,
+            masks=config.masks,
+            seed=config.seed,
+            device=task.device,
+        )
+        for each_feature in features
+    ]
+    for bank in banks:
+        bank.settings = [{"features": bank.features, "lr": rate} for rate in rates]
+    factors: dict[str, Factor] = {
+        "dino": cosine_by_epoch(steps, each),
+        "dinov2": cosine(steps),
+        "mae": warm_cosine(steps, min(10 * each, steps // 2)),
+    }
+    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+    train_banks(banks, drawn, factors[config.style], steps, progress)
+    return choose_and_score(banks, task, wanted, config.seed)

@@ -1,0 +1,244 @@
+"""The task of a trained probe: rows and labels, the hold-out, what counts as right, batches of features.
+
+The rows that train, those that choose (the hold-out, a share of the training pictures), and those that are
+scored (test) never mix. Test labels are read once everything is trained and chosen.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
+from foveola.evaluation.features.cache import Feed, FeedConfig, Need, Store
+
+HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
+EPOCHS = 100  # passes over the training images after which a published number of steps ends at the latest
+PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
+
+
+@dataclass(frozen=True)
+class ProbeConfig(FeedConfig):
+    """Settings that all trained probes share."""
+
+    holdout: float | None = key(
+        None,
+        "share of the training pictures that chooses among a grid's probes; 0 = the test set does; "
+        "null = 0.1 where there is a choice",
+        at_least=0,
+        below=1,
+    )
+    views: int = key(
+        0,
+        "random crops stored of each training picture, which epochs take in turn; 0 = no augmentation",
+        at_least=0,
+    )
+
+
+# -- the task ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Features and labels of a probe: which rows of the stores train, choose, and are scored."""
+
+    train: Store
+    test: Store
+    labels: Int64[Tensor, "n"]  # of all rows of `train`; -1 unknown
+    fit: Int64[Tensor, "f"]  # rows of `train` that train
+    hold: Int64[Tensor, "h"]  # rows of `train` that choose
+    score: Int64[Tensor, "m"]  # rows of `test` that are scored
+    answers: Answers
+    classes: int
+    device: torch.device
+    notes: list[str]
+    training: dict[str, int] = field(default_factory=dict)  # batch, steps and passes, of trained probes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts about both sets, for the result."""
+        rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(self.score)}
+        trained = {"training": self.training} if self.training else {}
+        return {"train": self.train.facts, "test": self.test.facts, "split": rows, **trained}
+
+    @property
+    def held(self) -> Answers:
+        """What is right on the hold-out."""
+        return Answers(self.labels[self.hold], self.train.pictures[self.hold])
+
+
+def open_task(
+    feed: Feed,
+    train: Source,
+    test: Source,
+    config: ProbeConfig,
+    need: Need,
+    device: torch.device,
+    candidates: int,
+) -> Task:
+    """Stores of both sources with what is needed, and the split.
+
+    A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
+    Raises UserError for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
+    """
+    feed.want(train, config, need, config.views)
+    feed.want(test, config, need)
+    bank, queries = feed.open(train, config, need, config.views), feed.open(test, config, need)
+    notes: list[str] = []
+    rows = _labelled(bank, "train", notes)
+    score = _labelled(queries, "test", notes)
+    labels, found = bank.column("labels"), queries.column("labels")[score]
+    classes = max(int(labels.max()) + 1, len(train.classes or ()))
+    present = torch.unique(labels[rows])
+    if len(present) < 2:
+        raise UserError(f"{train.name}: labels of {len(present)} class; a probe needs two or more")
+    if len(present) < classes:
+        notes.append(f"train: {classes - len(present)} of {classes} classes have no picture")
+    share = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
+    fit, hold = held_out(rows, share, config.seed, labels[rows])
+    if share and not len(hold):
+        raise UserError(
+            f"{train.name}: no class has two labelled pictures, so none can be held out to choose among "
+            f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
+        )
+    right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
+    answers = answers_of(test, train, right, queries.pictures[score], classes)
+    return Task(bank, queries, labels, fit, hold, score, answers, classes, device, notes)
+
+
+def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
+    known = store.column("labels") >= 0
+    if not known.any():
+        raise UserError(f"{which}: no labels on its pictures, which a probe needs")
+    if missing := int((~known).sum()):
+        notes.append(f"{which}: {missing} pictures without a label are left out")
+    return torch.nonzero(known).flatten()
+
+
+def held_out(
+    rows: Int64[Tensor, "r"], share: float, seed: int, labels: Int64[Tensor, "r"] | None = None
+) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
+    """`rows` in two, ascending: those that train, and a drawn `share` that chooses.
+
+    At least one row is held out where share > 0, as long as one can be spared. With `labels` each class gives
+    its share, as evenly as whole rows allow, and keeps one row at least: a class that nothing trains could
+    only be wrong. Rows of one class without.
+    """
+    count = max(1, int(share * len(rows))) if share else 0
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    _, number, sizes = np.unique(
+        np.zeros(len(rows), np.int64) if labels is None else labels.numpy(),
+        return_inverse=True,
+        return_counts=True,
+    )
+    # The j-th drawn row of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
+    # all holds nearly the same share of every class.
+    of = number[order]
+    by_class = np.argsort(of, kind="stable")
+    place = np.empty(len(rows), np.int64)
+    place[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    at = (place + rng.random(len(sizes))[of]) / sizes[of]
+    spared = np.argsort(np.where(place < sizes[of] - 1, at, np.inf), kind="stable")
+    hold = order[spared[: min(count, len(rows) - len(sizes))]]
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    held[torch.from_numpy(hold)] = True
+    return rows[~held], rows[held]
+
+
+def length_of(
+    rows: int, batch: int, epochs: int | None, iterations: int | None, published: int | None = None
+) -> tuple[int, int, int]:
+    """(batch, steps of an epoch, steps of training), with a batch of at most all rows.
+
+    `published` steps, where neither epochs nor iterations are asked for, are of ImageNet: on a smaller set
+    training ends after `EPOCHS` passes (DINO's length), which from 128,000 images with batches of 1024 on are
+    more than DINOv2's 12,500 steps.
+    """
+    batch = min(batch, rows)
+    each = per_epoch(rows, batch)
+    if iterations is not None:
+        return batch, each, iterations
+    if epochs is None and published is not None:
+        return batch, each, min(published, EPOCHS * each)
+    return batch, each, each * (epochs or 1)
+
+
+def note_training(task: Task, length: tuple[int, int, int], views: int, published: int | None) -> None:
+    """Keep batch and steps with the task's facts, and say what is not as published: length, augmentation."""
+    batch, each, steps = length
+    task.training.update(batch=batch, steps=steps, epochs=-(-steps // each))
+    if published is not None and steps < published:
+        task.notes.append(
+            f"{steps:,} steps, {task.training['epochs']} passes over {len(task.fit)} pictures; published: "
+            f"{published:,}, for ImageNet (iterations= or epochs= set another length)"
+        )
+    if not views:
+        task.notes.append("trained on the evaluation view; published probes train on random crops (views=)")
+    elif views < task.training["epochs"]:
+        task.notes.append(f"trained on {views} crops of each picture in turn; published: new ones each epoch")
+
+
+# -- features by batch ---------------------------------------------------------------------------------------
+
+
+class Columns:
+    """Kinds of features of some rows of a store, on the device if they are few enough, else read as asked."""
+
+    def __init__(
+        self, store: Store, rows: Int64[Tensor, "r"], wanted: Need, device: torch.device, views: int = 0
+    ) -> None:
+        self.store, self.rows, self.wanted, self.device = store, rows, wanted, device
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        every = range(1, 1 + views) if views else (0,)
+        size = sum(
+            4 * len(rows) * store.take(kind, slice(1), layers=wanted.layers)[0].numel()
+            for kind in wanted.kinds
+        )
+        if size * len(every) <= PRELOAD:
+            for kind in wanted.kinds:
+                for view in every:
+                    self.kept[kind, view] = store.take(kind, rows, view, wanted.layers).to(device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
+        """Features of the rows at the places `at`."""
+        if self.kept:
+            there = at.to(self.device)
+            return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
+        rows = self.rows[at]
+        return {
+            kind: self.store.take(kind, rows, view, self.wanted.layers).to(self.device)
+            for kind in self.wanted.kinds
+        }
+
+
+Batch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
+
+
+def per_epoch(rows: int, batch: int) -> int:
+    """Whole batches of an epoch, at least one."""
+    return max(1, rows // batch)
+
+
+def batches(
+    columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
+) -> Iterator[Batch]:
+    """Batches in an order that depends on seed and epoch alone; rows that fill no batch sit the epoch out."""
+    batch, labels = min(batch, len(columns)), labels.to(columns.device)
+    length = per_epoch(len(columns), batch)
+    order = torch.zeros(0, dtype=torch.int64)
+    for step in range(steps):
+        epoch, place = divmod(step, length)
+        if not place:
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(columns)))
+        at = order[place * batch : (place + 1) * batch].sort().values  # ascending rows are read faster
+        yield columns.take(at, 1 + epoch % views if views else 0), labels[at.to(labels.device)]

@@ -1,0 +1,155 @@
+"""Pictures to features, batch by batch: what a pass computes, before it is stored or used."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.features.crops import Crops, by_picture
+from foveola.evaluation.features.names import Need, Reader, shape_of
+from foveola.evaluation.features.reading import ExtractConfig, Rows, join
+from foveola.evaluation.features.table import read_ahead, show
+from foveola.evaluation.segmentation.labelled import Squashed
+from foveola.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class FeedConfig:
+    """How pictures become stored features."""
+
+    batch_size: int = key(64, "pictures encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=1)
+    seed: int = key(0, "seed of every random choice", at_least=0)
+    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
+    store: Literal["float32", "float16"] = key("float32", "numbers in which features are kept")
+    mask_canvas: int | None = key(
+        None, "pixels a side on which masks are drawn; null = the encoder's resize, or more", at_least=1
+    )
+
+    def reading(self) -> ExtractConfig:
+        """The same as settings of the reading of pictures."""
+        names = ("batch_size", "workers", "limit", "seed", "precision", "mask_canvas")
+        return ExtractConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Features of p pictures, in `wide` views each, on the CPU."""
+
+    pictures: Int64[Tensor, "p"]  # index in the source
+    kinds: dict[str, Tensor]  # of each wanted kind [p, wide, ...]; `maps` are uint8, the others float32
+    columns: dict[str, Tensor]  # `labels`; with kind `masked` `has_mask` and `readable` of the first view
+    bad: Int64[Tensor, "b"]  # pictures that could not be read
+
+
+class Encoding:
+    """The pictures of a source in `1 + views` views, or squashed to `need.side`, encoded batch by batch.
+
+    `seconds` says how long pictures were waited for, and how long they were encoded.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: Any,
+        config: FeedConfig,
+        need: Need,
+        views: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.encoder, self.source, self.config, self.need = encoder, source, config, need
+        self.views, self.progress = views, progress
+        self.masked = "masked" in need.kinds  # otherwise no object mask is drawn
+        self.seconds = {"data_wait": 0.0, "encoder": 0.0}
+
+    def batches(self, mine: Int64[np.ndarray, "t"]) -> Iterator[Encoded]:
+        """Features of the pictures `mine`, in their order. Raises DataError for a label map of no use."""
+        reader, training = Reader(self.encoder, self.config.precision), self.encoder.training
+        pictures = self._pictures(mine)
+        for rows in self._joined(pictures):
+            if isinstance(pictures, Squashed):
+                for index in rows.bad.tolist():
+                    pictures.explain(index)
+            began = perf_counter()
+            images, masks, first = by_picture(rows, self.views)
+            kinds = self._encode(reader, images, masks)
+            self.encoder.train(training)
+            if "maps" in self.need.kinds:
+                kinds["maps"] = rows.maps[:, None]
+            self.seconds["encoder"] += perf_counter() - began
+            columns = {"labels": rows.labels[first]}
+            if self.masked:
+                columns["has_mask"] = rows.has_mask[first]
+                columns["readable"] = masks[:, 0].float().mean(dim=1)
+            yield Encoded(rows.pictures[first], kinds, columns, rows.bad)
+
+    def _pictures(self, mine: Int64[np.ndarray, "t"]) -> Crops | Squashed:
+        transform, patch, side = self.encoder.config.transform, self.encoder.patch_size, self.need.side
+        if side is None:
+            reading = self.config.reading()
+            return Crops(
+                self.source, mine, transform, patch, reading, self.views, self.masked, self.need.crops
+            )
+        whole = replace(transform, resize=side, crop=side, squash=True)
+        return Squashed(self.source, mine, whole, patch, self.config.reading())
+
+    def _joined(self, pictures: Crops | Squashed) -> Iterator[Rows]:
+        """Parcels joined until they hold a batch of pictures; the time waited for them is counted."""
+        if not len(pictures):
+            return
+        parcels = read_ahead(pictures, self.config.workers, self.config.batch_size)
+        waiting: list[Rows] = []
+        shown = iter(show(parcels, len(pictures), f"features of {self.source.name}", self.progress))
+        while True:
+            began = perf_counter()
+            parcel = next(shown, None)
+            self.seconds["data_wait"] += perf_counter() - began
+            if parcel is not None:
+                waiting.append(parcel)
+            full = sum(len(part.images) for part in waiting) >= self.config.batch_size
+            if waiting and (full or parcel is None):
+                yield join(waiting)
+                waiting = []
+            if parcel is None:
+                return
+
+    def _encode(self, reader: Reader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """Features of p pictures in 1 + views views each, encoded `batch_size` at a time."""
+        wanted = replace(self.need, kinds=self.need.kinds - {"maps"})
+        if not len(images):
+            wide = 1 + self.views
+            return {
+                kind: torch.zeros(0, wide, *shape_of(self.encoder, kind, wanted)) for kind in wanted.kinds
+            }
+        flat, read = images.flatten(0, 1), masks.flatten(0, 1)
+        size = self.config.batch_size
+        parts = [reader(i, m, wanted) for i, m in zip(flat.split(size), read.split(size), strict=True)]
+        joined = {kind: torch.cat([part[kind] for part in parts]) for kind in wanted.kinds}
+        return {kind: x.unflatten(0, (len(images), 1 + self.views)) for kind, x in joined.items()}
+
+
+def checked(x: Tensor, dtype: str, pictures: Int64[Tensor, "p"], source: Source) -> Tensor:
+    """Features of p pictures as numbers of type `dtype`; label maps as they are.
+
+    Raises UserError, naming a picture, unless all are finite.
+    """
+    if not x.is_floating_point():
+        return x
+    stored = x.to(getattr(torch, dtype))
+    broken = ~stored.flatten(1).isfinite().all(dim=1)
+    if broken.any():
+        name = source[int(pictures[broken][0])].name
+        large = " in float16 (store=float32 holds more)" if x.isfinite().all() else ""
+        raise UserError(
+            f"features of {int(broken.sum())} pictures of {source.name} are not finite{large} "
+            f"(first: {name}): is the encoder damaged, or its training diverged?"
+        )
+    return stored

@@ -1,0 +1,311 @@
+"""Does the encoder look at the object? Boxes from maps over the patches; protocol `localisation`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64, UInt8
+from torch import Tensor
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.sources import Source
+from foveola.evaluation.classification.task import held_out
+from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.features.names import Need, need
+from foveola.evaluation.features.table import (
+    check_finite,
+    choose_pictures,
+    facts_of_bad,
+    identity_for,
+    read_ahead,
+    share,
+    show,
+)
+from foveola.evaluation.localisation.box_accuracy import (
+    IOUS,
+    SIDE,
+    STEPS,
+    BoxAccuracy,
+    accuracy,
+    distinct,
+    enlarge,
+    locate,
+    max_box_acc,
+    picture_hits,
+    square_hits,
+)
+from foveola.evaluation.localisation.boxed import BoxedPictures
+from foveola.evaluation.localisation.components import LEVELS
+from foveola.evaluation.localisation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
+from foveola.evaluation.metrics import Outcome, interval
+from foveola.evaluation.paired import packed
+from foveola.models.encoder import Encoder
+
+__all__ = ["BoxAccuracy", "LocalisationConfig", "learns", "locate", "max_box_acc", "run"]
+
+CURVE = 20  # points of the curves over thresholds that a result keeps
+
+
+@dataclass(frozen=True)
+class LocalisationConfig:
+    """Settings of `localisation`. Defaults: MaxBoxAccV2 as Selective Aggregation measures it (Table 8)."""
+
+    maps: tuple[str, ...] | None = key(
+        None,
+        "what to make boxes of: attention, lowest_entropy, heads (or head0, ...), centre, abmilp, pca; "
+        "null = the attention there is, and abmilp where train is given",
+    )
+    block: int = key(-1, "block whose attention is read; negative numbers count from the last")
+    iou: tuple[float, ...] = key(IOUS, "overlaps from which a picture is found", above=0, at_most=1)
+    interval: float = key(0.001, "step between the thresholds tried", above=0, at_most=0.5)
+    official: bool = key(True, "the published rules to the pixel; false = exact boxes, none around holes")
+    holdout: float = key(
+        0.1,
+        "share of the pictures that chooses the thresholds of boxacc_v2, measured on the rest",
+        above=0,
+        below=1,
+    )
+    image_size: int | None = key(
+        None, "pixels a side to which pictures are squashed; null = the encoder's crop", at_least=8
+    )
+    epochs: int = key(90, "abmilp: passes over the training pictures", at_least=1)
+    lr: tuple[float, ...] = key((0.1,), "abmilp: learning rates to try, of a batch of 256", above=0)
+    batch_size: int = key(64, "pictures encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=2)
+    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
+    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
+    store: Literal["float32", "float16"] = key("float32", "abmilp: numbers in which patches are kept")
+
+    def __post_init__(self) -> None:
+        for name in ("maps", "iou", "lr"):
+            value = getattr(self, name)
+            if value is not None and (not value or len(set(value)) < len(value)):
+                raise ValueError(f"{name}: needs different values, got {list(value)}")
+        for name in self.maps or ():
+            if not is_map(name):
+                raise ValueError(f"maps: unknown {name!r}; known: {', '.join(MAPS)}, head0, head1, ...")
+        if len({iou_name(iou) for iou in self.iou}) < len(self.iou):
+            raise ValueError(f"iou: needs values that differ by 0.01 or more, got {list(self.iou)}")
+
+    def feeding(self) -> FeedConfig:
+        """The same as settings of the shared pass over training pictures."""
+        names = ("batch_size", "workers", "limit", "seed", "precision", "store")
+        return FeedConfig(**{name: getattr(self, name) for name in names})
+
+
+def iou_name(iou: float) -> str:
+    """0.3 -> "30", as it stands in names of metrics."""
+    return f"{round(100 * iou):02d}"
+
+
+# -- the pass over the pictures ------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """Of n pictures, M maps and D IoUs (and a last row for MaxBoxAcc): whether each option finds it."""
+
+    maps: UInt8[Tensor, "n M D1 bytes"]  # a bit for each of 255 grey levels
+    squares: Bool[Tensor, "n D1 56"]
+    pictures: Int64[Tensor, "n"]
+    counts: Int64[Tensor, "n"]  # annotated boxes
+    areas: Float32[Tensor, "n"]  # mean share of the picture that a box covers
+    bad: Int64[Tensor, "b"]
+    bare: int
+
+    def hits(self, index: int) -> Bool[np.ndarray, "n D1 255"]:
+        """Of one map."""
+        return np.unpackbits(self.maps[:, index].numpy(), axis=-1, count=LEVELS).astype(bool)
+
+
+def find(
+    encoder: Encoder, source: Source, reader: MapReader, config: LocalisationConfig, side: int, progress: bool
+) -> Found:
+    """The pass over the pictures: maps of each, and at once whether their boxes are right."""
+    chosen = choose_pictures(len(source), config.limit, config.seed)
+    kind = encoder.config.transform.interpolation
+    dataset = BoxedPictures(source, chosen[share(len(chosen))], side, kind)
+    rows = len(config.iou) + 1
+    maps = [torch.zeros(0, len(reader.names), rows, -(-LEVELS // 8), dtype=torch.uint8)]
+    squares, pictures = [torch.zeros(0, rows, STEPS, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
+    counts, areas, bad, bare = [], [], [], 0
+    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"maps of {source.name}", progress)
+    for parcel in ahead:
+        bad += parcel.bad
+        bare += parcel.bare
+        if not len(parcel.pictures):
+            continue
+        for at in torch.arange(len(parcel.pictures)).split(config.batch_size):
+            found = reader(parcel.images[at])
+            check_finite(found.flatten(1), parcel.pictures[at], source)
+            boxes = [parcel.boxes[i] for i in at.tolist()]
+            maps.append(torch.from_numpy(_packed_hits(found, boxes, config)))
+        for boxes in parcel.boxes:
+            squares.append(torch.from_numpy(square_hits(boxes, config.iou, SIDE, config.official))[None])
+            counts.append(len(boxes))
+            areas.append(float((boxes[:, 2:] - boxes[:, :2]).prod(axis=1).mean()))
+        pictures.append(parcel.pictures)
+    return Found(
+        maps=distributed.gather_rows(torch.cat(maps)),
+        squares=distributed.gather_rows(torch.cat(squares)),
+        pictures=distributed.gather_rows(torch.cat(pictures)),
+        counts=distributed.gather_rows(torch.tensor(counts, dtype=torch.int64)),
+        areas=distributed.gather_rows(torch.tensor(areas, dtype=torch.float32)),
+        bad=distributed.gather_rows(torch.tensor(bad, dtype=torch.int64)),
+        bare=sum(distributed.gather_objects(bare)),
+    )
+
+
+def _packed_hits(
+    maps: Float32[Tensor, "b M h w"], boxes: Sequence[np.ndarray], config: LocalisationConfig
+) -> UInt8[np.ndarray, "b M D1 bytes"]:
+    heights, grey = enlarge(maps.flatten(0, 1))
+    repeated = [some for some in boxes for _ in range(maps.shape[1])]
+    each = zip(heights, grey, repeated, strict=True)
+    hits = [picture_hits(h, levels, some, config.iou, config.official) for h, levels, some in each]
+    return np.packbits(np.stack(hits), axis=-1).reshape(len(maps), maps.shape[1], len(config.iou) + 1, -1)
+
+
+# -- protocol ------------------------------------------------------------------------------------------------
+
+
+def learns(config: LocalisationConfig, encoder: Encoder) -> Need | None:
+    """What it reads of training pictures, from stored features: patches, for AbMILP."""
+    return need("patches") if config.maps is None or "abmilp" in config.maps else None
+
+
+def run(
+    encoder: Encoder,
+    train: Source | None,
+    test: Source,
+    config: LocalisationConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
+) -> Outcome:
+    """Boxes from each map, and from content-free squares (`full_picture`, `centred_box`), against `test`'s.
+
+    Metrics in percent, of each map m: `maxboxacc_v2_m`, thresholds chosen on the pictures that are measured
+    (as published), with a 95 % interval over pictures at these thresholds; `maxboxacc_30_m`, ... at
+    each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`, thresholds chosen on a hold-out, measured on the others.
+    """
+    if not test.has_objects:
+        raise UserError(
+            f"{test.name} has no boxes, against which to localise; give it some (boxes=, annotations=)"
+        )
+    labelled = train is not None and len(train.classes or ()) > 1
+    names = choose_maps(encoder, config.maps, labelled)
+    side = config.image_size or encoder.config.transform.crop
+    if side % encoder.patch_size:
+        raise UserError(f"image_size={side} is not a multiple of the patch size {encoder.patch_size}")
+    reader = MapReader(encoder, names, config.block, config.precision)
+    data: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    if "abmilp" in names and train is not None and feed is not None:
+        learned = learn_weights(
+            feed,
+            train,
+            config.feeding(),
+            encoder.device,
+            lr=config.lr,
+            epochs=config.epochs,
+            progress=progress,
+        )
+        reader.weights, data["train"] = learned.weights, learned.facts
+        metrics |= learned.metrics
+        chosen["abmilp"] = learned.chosen
+    found = find(encoder, test, reader, config, side, progress)
+    data["test"] = _facts(found, test, config)
+    measure = Measure(found, config)
+    for index, name in enumerate(names):
+        measure.add(name, found.hits(index)[:, :, measure.levels], measure.thresholds, "threshold")
+    squares = found.squares.numpy()
+    sides = [round(step / STEPS, 4) for step in range(1, STEPS + 1)]
+    measure.add("centred_box", squares, sides, "side")
+    measure.add("full_picture", squares[:, :, -1:], [1.0], "side")
+    for name, options in chosen.items():
+        measure.chosen[name] = options | measure.chosen[name]
+    notes = _notes(config, train, names)
+    return Outcome(measure.metrics | metrics, data, notes, measure.chosen, measure.grid, measure.scores)
+
+
+class Measure:
+    """Metrics, chosen options and curves of one map (or square) after another."""
+
+    def __init__(self, found: Found, config: LocalisationConfig) -> None:
+        self.config, self.pictures = config, found.pictures
+        self.levels, self.thresholds = distinct(np.arange(0, 1, config.interval).tolist())
+        rest, hold = held_out(torch.arange(len(found.pictures)), config.holdout, config.seed)
+        self.rest, self.hold = rest.numpy(), hold.numpy()
+        self.metrics: dict[str, float] = {}
+        self.chosen: dict[str, Any] = {}
+        self.grid: dict[str, Any] = {}
+        self.scores: dict[str, Any] = {}
+
+    def add(self, name: str, hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float], kind: str) -> None:
+        """One map: the threshold chosen on all pictures, and one that the hold-out chose."""
+        ious = [iou_name(iou) for iou in self.config.iou]
+        every = accuracy(hits, options)
+        all_ = np.arange(len(hits))
+        self._interval(f"maxboxacc_v2_{name}", hits, all_, every, options)
+        self.metrics |= {
+            f"maxboxacc_{iou}_{name}": value for iou, value in zip(ious, every.best, strict=True)
+        }
+        self.metrics[f"maxboxacc_v1_{name}"] = every.largest
+        held = accuracy(hits[self.hold], options)
+        self._interval(f"boxacc_v2_{name}", hits, self.rest, held, options)
+        self.chosen[name] = {
+            **{f"{kind}_{iou}": option for iou, option in zip(ious, every.chosen, strict=True)},
+            **{f"{kind}_{iou}_of_holdout": option for iou, option in zip(ious, held.chosen, strict=True)},
+        }
+        points = np.unique(np.linspace(0, len(options) - 1, CURVE).round().astype(int))
+        self.grid[name] = [
+            {
+                kind: options[i],
+                **{iou: float(curve[i]) for iou, curve in zip(ious, every.curves, strict=True)},
+            }
+            for i in points
+        ]
+
+    def _interval(
+        self, metric: str, hits: np.ndarray, rows: np.ndarray, by: BoxAccuracy, options: Sequence[float]
+    ) -> None:
+        """The mean over IoUs with the options that `by` chose, and its interval over the pictures `rows`."""
+        places = [options.index(option) for option in by.chosen]
+        values = torch.from_numpy(hits[rows][:, range(len(places)), places].mean(axis=1))
+        low, high = interval(values, seed=self.config.seed)
+        self.scores[metric] = packed(values, self.pictures[torch.from_numpy(rows)])
+        found = 100 * values.mean().item()
+        self.metrics |= {metric: found, f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
+
+
+def _facts(found: Found, source: Source, config: LocalisationConfig) -> dict[str, Any]:
+    pictures = len(found.pictures) + len(found.bad) + found.bare
+    facts = facts_of_bad(found.bad, pictures, source)
+    if len(found.pictures) < 2:
+        raise UserError(
+            f"{source.name}: {len(found.pictures)} of {pictures} pictures have a box; 2 are needed"
+        )
+    return {
+        "name": source.name,
+        "fingerprint": identity_for(source, config).digest,
+        "pictures": pictures,
+        **facts,
+        "rows": len(found.pictures),
+        "without_boxes": found.bare,
+        "boxes": int(found.counts.sum()),
+        "mean_box_area": round(found.areas.double().mean().item(), 4),
+        "holdout": max(1, int(config.holdout * len(found.pictures))),
+    }
+
+
+def _notes(config: LocalisationConfig, train: Source | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    notes = ["maxboxacc: thresholds (and sides of centred boxes) chosen on the pictures that are measured"]
+    if not config.official:
+        notes.append("official=false: exact boxes, not comparable with published numbers")
+    if train is not None and "abmilp" not in names:
+        notes.append("train is not used: maps= has no abmilp")
+    return tuple(notes)

@@ -1,0 +1,216 @@
+"""Maps over the patches that say where something is: attention, AbMILP's weights, a component."""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.data.sources import Source
+from foveola.evaluation.classification.abmilp import AbmilpBank, AbmilpConfig
+from foveola.evaluation.classification.grids import Judged, judge, train_banks
+from foveola.evaluation.classification.solvers import warm_cosine
+from foveola.evaluation.classification.task import HOLDOUT, Columns, batches, held_out, length_of
+from foveola.evaluation.classification.truth import Answers
+from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.features.names import lowest_entropy, need
+from foveola.models.encoder import Encoder
+
+OF_TOKEN = ("attention", "lowest_entropy", "heads")  # what the class token reads
+MAPS = (*OF_TOKEN, "centre", "abmilp", "pca")
+HEAD = "head"
+
+
+class Weights(Protocol):
+    """How much each patch goes into a picture's vector."""
+
+    def __call__(self, patches: Float[Tensor, "b N D"], /) -> Float[Tensor, "b N"]: ...
+
+
+class Scores(NamedTuple):
+    """AbMILP's weights as trained, and what is to be known about them."""
+
+    weights: Weights
+    facts: dict[str, Any]  # of the pictures that trained it
+    chosen: dict[str, float]
+    metrics: dict[str, float]
+
+
+def is_map(name: str) -> bool:
+    """Whether a map of this name exists for some encoder: one of `MAPS`, or `head0`, `head1`, ..."""
+    return name in MAPS or (name.startswith(HEAD) and name.removeprefix(HEAD).isdecimal())
+
+
+def choose_maps(encoder: Encoder, names: tuple[str, ...] | None, train: bool) -> tuple[str, ...]:
+    """The maps asked for, `heads` written out; None: attention as far as there is some, and AbMILP's.
+
+    Raises UserError for what the encoder lacks, and for AbMILP without `train`ing data.
+    """
+    token, heads = encoder.config.model.class_token, encoder.config.model.shape[2]
+    if names is None:
+        names = (*(OF_TOKEN[:2] if token else ()), "centre", *(("abmilp",) if train else ()))
+    every = [f"{HEAD}{i}" for i in range(heads)]
+    chosen = [one for name in names for one in (every if name == "heads" else [name])]
+    for name in chosen:
+        of_head = name.startswith(HEAD)
+        if not token and (name in OF_TOKEN or of_head):
+            raise UserError(f"maps: {name} is of a class token, which this encoder lacks; use centre, abmilp")
+        if of_head and int(name.removeprefix(HEAD)) >= heads:
+            raise UserError(f"maps: there is no {name}; this encoder has head0 to head{heads - 1}")
+        if name == "abmilp" and not train:
+            raise UserError("maps: abmilp learns from pictures of two or more classes; give train=")
+    return tuple(dict.fromkeys(chosen))
+
+
+class MapReader:
+    """Computes maps of pictures from one pass of the encoder."""
+
+    weights: Weights | None = None  # AbMILP's, to be set where `names` has it
+
+    def __init__(self, encoder: Encoder, names: tuple[str, ...], block: int, precision: str) -> None:
+        depth = len(encoder.backbone.blocks)
+        if not -depth <= block < depth:
+            raise UserError(f"block={block}: this encoder has {depth}, 0 to {depth - 1}")
+        self.encoder, self.names, self.precision = encoder.eval(), names, precision
+        self.attention = encoder.backbone.get_submodule(f"blocks.{range(depth)[block]}.attn")
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Float32[Tensor, "b M h w"]:
+        """Maps of uint8 pictures [b, 3, H, W] in whole patches, on the CPU, not normalised in any way."""
+        encoder = self.encoder
+        rows: list[Tensor] = []
+
+        def look(module: Any, inputs: tuple) -> None:
+            rows.append(_attention(module, grid, *inputs))
+
+        grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
+        handle = self.attention.register_forward_pre_hook(look)
+        try:
+            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                features = encoder.layers(encoder.normalise(images.to(encoder.device)))[-1]
+        finally:
+            handle.remove()
+        patches = features.patches.float()
+        maps = [self._map(name, rows[0].float(), patches, grid).cpu() for name in self.names]
+        return torch.stack(maps, dim=1).unflatten(2, grid)
+
+    def _map(
+        self,
+        name: str,
+        rows: Float[Tensor, "b heads R N"],
+        patches: Float[Tensor, "b N D"],
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "b N"]:
+        if name == "attention":
+            return rows[:, :, 0].mean(dim=1)
+        if name == "lowest_entropy":
+            return lowest_entropy(rows[:, :, 0])
+        if name == "centre":
+            return rows[:, :, -1].mean(dim=1)
+        if name == "pca":
+            return first_component(patches, grid)
+        if name == "abmilp":
+            assert self.weights is not None
+            return self.weights(patches)
+        return rows[:, int(name.removeprefix(HEAD)), 0]
+
+
+def _attention(
+    module: Any,
+    grid: tuple[int, int],
+    x: Tensor,
+    objects: int = 0,
+    readable: Any = None,
+    rotation: Any = None,
+) -> Float[Tensor, "b heads R N"]:
+    """What the object tokens and, last, the central patch read of the patches: softmax over all tokens.
+
+    The central patch of an even grid is the upper left one of the four (P004's code: row 6, column 6 of 14).
+    """
+    del readable  # there are no objects to read: a class token reads everything
+    query, key, _ = module.heads_of(x, rotation)
+    patches = grid[0] * grid[1]
+    centre = x.shape[1] - patches + (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
+    asked = torch.cat((query[:, :, :objects], query[:, :, centre : centre + 1]), dim=2).float()
+    with torch.autocast(x.device.type, enabled=False):  # which would round logits to half precision
+        logits = (asked @ key.float().mT) * query.shape[-1] ** -0.5
+    return logits.softmax(dim=-1)[..., -patches:]
+
+
+def first_component(patches: Float[Tensor, "b N D"], grid: tuple[int, int]) -> Float[Tensor, "b N"]:
+    """Where each picture's patches lie on the first principal component of their own.
+
+    No sign is right by itself: the one is taken by which the outermost patches of the grid are below the
+    mean, as what a picture is of is seldom on its border. All zero where all patches are the same.
+    """
+    if not patches.isfinite().all():  # of which there are no components; whoever reads the maps says so
+        return torch.full(patches.shape[:2], torch.nan, device=patches.device)
+    x = patches.double()
+    noise = 1e-6 * torch.linalg.vector_norm(x, dim=(1, 2))[:, None]  # what rounding leaves of a constant
+    x = x - x.mean(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(x @ x.mT)
+    length = values[:, -1:].clamp(min=0).sqrt()
+    first = torch.where(length > noise, vectors[..., -1] * length, 0.0)
+    edge = torch.ones(grid, dtype=torch.bool, device=patches.device)
+    edge[1:-1, 1:-1] = False
+    border = first[:, edge.flatten()].mean(dim=1, keepdim=True)
+    return torch.where(border > 0, -first, first).float()
+
+
+def learn_weights(
+    feed: Feed,
+    train: Source,
+    config: FeedConfig,
+    device: torch.device,
+    *,
+    lr: tuple[float, ...],
+    epochs: int,
+    progress: bool,
+) -> Scores:
+    """AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several `lr`.
+
+    Other settings are those of the protocol `abmilp`. Raises UserError for fewer than two classes.
+    """
+    wanted = need("patches")
+    store = feed.open(train, config, wanted)
+    labels = store.column("labels")
+    rows = torch.nonzero(labels >= 0).flatten()
+    if len(torch.unique(labels[rows])) < 2:
+        raise UserError(f"{train.name}: abmilp learns from pictures of two or more classes")
+    fit, hold = held_out(rows, HOLDOUT * (len(lr) > 1), config.seed, labels[rows])
+    settings = AbmilpConfig(epochs=epochs, lr=lr).sized(len(fit))
+    batch, each, steps = length_of(len(fit), settings.batch or 1, epochs, None)
+    bank = AbmilpBank(
+        torch.tensor(lr) * (batch / 256),
+        store.take("patches", slice(1)).shape[2],
+        max(int(labels.max()) + 1, len(train.classes or ())),
+        optimizer=settings.optimizer or "lars",
+        norm_batch=settings.norm_batch,
+        seed=config.seed,
+        device=device,
+    )
+    columns = Columns(store, fit, wanted, device)
+    drawn = batches(columns, labels[fit], batch, steps, config.seed, 0)
+    factor = warm_cosine(steps, min(settings.warmup * each, steps // 2))
+    train_banks([bank], drawn, factor, steps, progress)
+    best, found = 0, {}
+    if len(hold):
+        order = _held(bank, store, hold, labels, device).order()
+        best = max(range(len(lr)), key=order.__getitem__)
+        found = {"holdout_abmilp": order[best][0]}
+
+    def weights(patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b N"]:
+        return bank.weights(patches.to(device))[best]
+
+    facts = {**store.facts, "fit": len(fit), "holdout": len(hold)}
+    return Scores(weights, facts, {"lr": lr[best]}, found)
+
+
+def _held(
+    bank: AbmilpBank, store: Any, hold: Int64[Tensor, "h"], labels: Int64[Tensor, "n"], device: torch.device
+) -> Judged:
+    """What the hold-out says of each probe."""
+    return judge(
+        bank, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.pictures[hold])
+    )

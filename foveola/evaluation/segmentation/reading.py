@@ -1,0 +1,234 @@
+"""The pass over pictures with label maps: patch features beside the labels of their pixels, batch by batch.
+
+A picture and its map are squashed to one square (antialiased; nearest), so that patch and labels cover the
+same place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams by,
+from the encoder or from a store that several protocols share.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int16, Int64, UInt8
+from torch import Tensor
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.identity import identity_of
+from foveola.data.segmentation import IGNORE, PixelSource
+from foveola.evaluation.features.cache import Feed, feeding
+from foveola.evaluation.features.encoding import Encoding, checked
+from foveola.evaluation.features.names import Need
+from foveola.evaluation.features.table import choose_pictures, facts_of_bad, share
+from foveola.models.encoder import Encoder
+
+ROWS = 16384  # patches whose labels are counted at a time
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """How pictures become patches."""
+
+    image_size: int | None = key(
+        None, "pixels a side to which pictures are squashed; null = the encoder's crop", at_least=8
+    )
+    batch_size: int = key(16, "pictures encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=2)
+    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
+    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
+    store: Literal["float32", "float16"] = key("float32", "numbers in which patch features are kept")
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBatch:
+    """Patches of some pictures, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
+
+    features: Float32[Tensor, "b N D"]
+    maps: UInt8[Tensor, "b S S"]  # classes, or IGNORE
+    originals: tuple[UInt8[Tensor, "H W"], ...]  # maps in the picture's own size, where asked for
+    pictures: Int64[Tensor, "b"]
+
+
+@dataclass(frozen=True, eq=False)
+class PatchTable:
+    """R patches, on the CPU: features, the classes of their Q pixels, the picture each is from."""
+
+    features: Float[Tensor, "R D"]
+    pixels: UInt8[Tensor, "R Q"]
+    pictures: Int64[Tensor, "R"]
+
+    def select(self, rows: Tensor) -> "PatchTable":
+        """The rows given by a boolean mask or by indices."""
+        return PatchTable(self.features[rows], self.pixels[rows], self.pictures[rows])
+
+
+# -- labels of patches ------------------------------------------------------------------------------------
+
+
+def patch_pixels(maps: UInt8[Tensor, "b S S"], patch: int) -> UInt8[Tensor, "b N Q"]:
+    """The pixels of each patch, patches and the pixels in each row by row."""
+    b, side = maps.shape[:2]
+    grid = side // patch
+    return maps.reshape(b, grid, patch, grid, patch).transpose(2, 3).reshape(b, grid * grid, patch * patch)
+
+
+def label_counts(pixels: UInt8[Tensor, "R Q"], classes: int) -> Int16[Tensor, "R {classes}+1"]:
+    """How many pixels of each patch have each class; the last column: none."""
+    counts = torch.zeros(len(pixels), classes + 1, dtype=torch.int16)
+    one = torch.ones((), dtype=torch.int16)
+    for into, part in zip(counts.split(ROWS), pixels.split(ROWS), strict=True):
+        index = part.long().clamp_(max=classes)
+        into.scatter_add_(1, index, one.expand(index.shape))
+    return counts
+
+
+def patch_modes(counts: Int16[Tensor, "R C1"]) -> Int64[Tensor, "R"]:
+    """The most frequent label of each patch, the smallest of equals; C (one past the last class) for none."""
+    return counts.argmax(dim=1)
+
+
+def choose_rows(
+    counts: Int16[Tensor, "N C1"], keep: int, how: Literal["rare", "uniform"], rng: np.random.Generator
+) -> Int64[Tensor, "n"]:
+    """`keep` patches of one picture (all, if there are no more), ascending. Patches without a class never.
+
+    "rare" (open-hummingbird): the smallest of U(0, 1) times the sum, over the classes in a patch, of how many
+    patches of the picture hold that class. So patches of one rare class are kept more often.
+    """
+    has = counts[:, :-1] > 0
+    rows = torch.nonzero(has.any(dim=1)).flatten()
+    if len(rows) <= keep:
+        return rows
+    scores = torch.from_numpy(rng.random(len(counts)))[rows]
+    if how == "rare":
+        scores = scores * (has.double() @ has.sum(dim=0).double())[rows]
+    return rows[scores.argsort(stable=True)[:keep]].sort().values
+
+
+# -- the pass ---------------------------------------------------------------------------------------------
+
+
+def needs(config: DenseConfig, encoder: Encoder) -> Need:
+    """What of a picture the dense protocols read. Raises UserError for a size that is no whole patches."""
+    side = config.image_size or encoder.config.transform.crop
+    if side % encoder.patch_size:
+        raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
+    return Need(frozenset({"patches", "maps"}), side=side)
+
+
+class DensePass:
+    """Iterates over the batches of this rank's share of `chosen` pictures; then `facts` of what was read.
+
+    With a `feed` patches and maps are read from its store, which it computes where they are missing; without,
+    they are computed and forgotten, batch by batch. `chosen` are some of the pictures of `config.limit`.
+
+    Raises UserError for features that are not finite, DataError for a map of another size than its picture.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: PixelSource,
+        config: DenseConfig,
+        chosen: Int64[np.ndarray, "n"] | None = None,
+        *,
+        originals: bool = False,
+        void: int = IGNORE,
+        progress: bool = True,
+        feed: Feed | None = None,
+    ) -> None:
+        self.need = needs(config, encoder)
+        self.side = self.need.side or 0
+        self.grid = self.side // encoder.patch_size
+        self.encoder, self.source, self.config = encoder, source, config
+        self.progress, self.feed, self.originals = progress, feed, originals
+        self.chosen = choose_pictures(len(source), config.limit, config.seed) if chosen is None else chosen
+        self.mine = self.chosen[share(len(self.chosen))]
+        self.void = void  # what pixels of no class become
+        self.bad: list[int] = []  # of this rank's share
+        self.spent: dict[str, Any] = {}  # what the store says about the pass
+
+    def __iter__(self) -> Iterator[DenseBatch]:
+        for patches, maps, pictures in self._computed() if self.feed is None else self._stored(self.feed):
+            read = pictures.tolist() if self.originals else []
+            originals = tuple(torch.from_numpy(self.source.label_map(index)) for index in read)
+            yield DenseBatch(patches, maps.masked_fill(maps == IGNORE, self.void), originals, pictures)
+
+    def _computed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        encoding = Encoding(
+            self.encoder, self.source, feeding(self.config), self.need, progress=self.progress
+        )
+        for found in encoding.batches(self.mine):
+            self.bad += found.bad.tolist()
+            if len(found.pictures):
+                patches = checked(found.kinds["patches"], self.config.store, found.pictures, self.source)
+                yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.pictures
+
+    def _stored(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        store = feed.open(self.source, self.config, self.need)
+        self.spent = {name: store.facts[name] for name in ("computed", "pass_seconds")}
+        rows = torch.from_numpy(np.flatnonzero(np.isin(store.pictures.numpy(), self.mine)))
+        self.bad = np.setdiff1d(self.mine, store.pictures.numpy()).tolist()
+        for some in rows.split(self.config.batch_size):
+            yield store.take("patches", some), store.maps(some), store.pictures[some]
+
+    def facts(self) -> dict[str, Any]:
+        """Facts about the data, after the pass; every rank calls it. UserError for too many bad pictures."""
+        bad = distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
+        return {
+            "name": self.source.name,
+            "fingerprint": identity_of(self.source, self.chosen).digest,
+            "pictures": len(self.chosen),
+            "rows": (len(self.chosen) - len(bad)) * self.grid**2,
+            **facts_of_bad(bad, len(self.chosen), self.source),
+            **self.spent,
+        }
+
+
+def collect(
+    passing: DensePass, classes: int, memory: int | None, how: Literal["rare", "uniform"], seed: int
+) -> PatchTable:
+    """Patches that have a class, at most `memory` in all: the same number of each picture, as `choose_rows`.
+
+    Every rank gets all rows, in the order of the pictures. Which patches of a picture are kept depends on
+    seed and picture alone. Raises UserError where no patch has a class.
+    """
+    every = passing.grid**2
+    keep = every if memory is None else min(every, memory // max(1, len(passing.chosen)))
+    if not keep:
+        raise UserError(f"memory={memory} patches of {len(passing.chosen)} pictures: less than one of each")
+    dtype = getattr(torch, passing.config.store)
+    room = len(passing.mine) * keep
+    features = torch.empty(room, passing.encoder.config.model.shape[0], dtype=dtype)
+    pixels = torch.empty(room, passing.encoder.patch_size**2, dtype=torch.uint8)
+    pictures, count = torch.empty(room, dtype=torch.int64), 0
+    for batch in passing:
+        for x, labels, picture in zip(
+            batch.features, patch_pixels(batch.maps, passing.encoder.patch_size), batch.pictures, strict=True
+        ):
+            rng = np.random.default_rng([seed, int(picture)])
+            rows = choose_rows(label_counts(labels, classes), keep, how, rng)
+            into = slice(count, count + len(rows))
+            features[into], pixels[into], pictures[into] = x[rows].to(dtype), labels[rows], picture
+            count += len(rows)
+    gathered = (distributed.gather_rows(part[:count]) for part in (features, pixels, pictures))
+    table = PatchTable(*gathered)
+    if not len(table.pictures):
+        raise UserError(f"{passing.source.name}: no patch of {len(passing.chosen)} pictures has a class")
+    return table
+
+
+def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...]]:
+    """Both sources and their classes. Raises UserError unless they have pixel labels of one kind."""
+    for which, source in (("train", train), ("test", test)):
+        if not isinstance(source, PixelSource):
+            raise UserError(
+                f"{which}: {source.name} has no label for each pixel; use masks:, voc:, ade20k: and so on"
+            )
+    if train.classes != test.classes:
+        both = f"{len(train.classes)} classes of {train.name} and {len(test.classes)} of {test.name}"
+        raise UserError(f"train and test need the same classes in the same order, unlike {both}")
+    return train, test, train.classes

@@ -1,0 +1,291 @@
+"""Dense nearest-neighbour retrieval: segment pictures by looking up their patches among labelled ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int16, Int64, UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.segmentation import IGNORE
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.table import choose_pictures
+from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.paired import packed_areas
+from foveola.evaluation.search import nearest
+from foveola.evaluation.segmentation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
+from foveola.evaluation.segmentation.reading import (
+    DenseBatch,
+    DenseConfig,
+    DensePass,
+    collect,
+    label_counts,
+    patch_pixels,
+    pixel_sources,
+)
+from foveola.models.encoder import Encoder
+
+QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
+GATHERED = 2**24  # numbers of neighbours' labels in memory at a time: 64 MiB
+
+
+# -- pure functions ---------------------------------------------------------------------------------------
+
+
+def attend(
+    similarities: Float32[Tensor, "m K"],
+    indices: Int64[Tensor, "m K"],
+    counts: Int16[Tensor, "R C"],
+    pixels: int,
+    k: int,
+    temperature: float,
+) -> Float32[Tensor, "m C"]:
+    """Class shares of each query: those of its k nearest patches, weighted by softmax(cosine / temperature).
+
+    This is cross-attention whose keys are patches and whose values are their labels (Hummingbird). A patch's
+    label is the mean of the one-hot labels of its `pixels` pixels, so one of no class has no weight.
+    """
+    k = min(k, similarities.shape[1])
+    weights = (similarities[:, :k] / temperature).softmax(dim=1)
+    rows = max(1, GATHERED // (k * counts.shape[1]))
+    found = [torch.zeros(0, counts.shape[1])]
+    for w, i in zip(weights.split(rows), indices[:, :k].split(rows), strict=True):
+        found.append(torch.einsum("mk,mkc->mc", w, counts[i].float() / pixels))
+    return torch.cat(found)
+
+
+def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
+    """Class shares of the pixels of each patch that have a class: those without one count nowhere.
+
+    As shares of all pixels they would be small in a patch that is partly void, and its neighbours would win
+    its pixels.
+    """
+    counts = counts.float()
+    return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def label_pixels(
+    shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
+) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
+    """The class of each pixel: shares of a picture's patches, enlarged bilinearly, and the largest taken."""
+    field = shares.T.reshape(1, -1, grid, grid)
+    return interpolate(field, size, mode="bilinear", align_corners=False)[0].argmax(dim=0).to(torch.uint8)
+
+
+# -- protocol ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenseRetrievalConfig(DenseConfig):
+    """Settings of `dense_retrieval`. Defaults: open-hummingbird, without its mistakes."""
+
+    k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
+    temperature: float = key(0.02, "of the attention over neighbours, softmax(cosine / temperature)", above=0)
+    memory: int = key(10_240_000, "patches in the memory bank at most, as many of each picture", at_least=1)
+    subsample: tuple[int, ...] = key(
+        (1,), "the bank is made of one in so many train pictures; each is measured", at_least=1
+    )
+    repeats: int = key(1, "draws of a subsampled bank, whose mean IoU is averaged", at_least=1)
+    sampling: Literal["rare", "uniform"] = key(
+        "rare", "which patches of a picture are kept where not all fit: those of rare classes, or any"
+    )
+    void: Literal["drop", "first"] = key(
+        "drop", "pixels of no class in the bank: left out, or taken for class 0 (open-hummingbird)"
+    )
+    absent: Absent = key("skip", "classes neither true nor predicted: left out of the mean, or zero")
+    evaluate_at: Literal["input", "picture"] = key(
+        "input", "pixels that are compared: of the squashed picture (open-hummingbird), or of the original"
+    )
+
+    def __post_init__(self) -> None:
+        for name, values in (("k", self.k), ("subsample", self.subsample)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: needs different numbers, got {list(values)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Patches to look up, and how many of their pixels have each class."""
+
+    features: Float[Tensor, "R D"]
+    counts: Int16[Tensor, "R C"]
+    subsample: int
+
+
+def run(
+    encoder: Encoder,
+    train: Any,
+    test: Any,
+    config: DenseRetrievalConfig,
+    progress: bool = True,
+    feed: Feed | None = None,
+) -> Outcome:
+    """Label every pixel of `test` by its patch's neighbours in `train`, and compare.
+
+    Metrics, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
+    `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
+    perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
+    """
+    train, test, classes = pixel_sources(train, test)
+    began = perf_counter()
+    banks, train_facts = _banks(encoder, train, config, classes, progress, feed)
+    bank_seconds = round(perf_counter() - began, 2)
+    smallest = min(len(bank.features) for bank in banks)
+    if max(config.k) > smallest:
+        raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
+    began = perf_counter()
+    passing = DensePass(
+        encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
+    )
+    settings = [(b, k) for b in range(len(banks)) for k in config.k]
+    areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
+    images = [torch.zeros(0, dtype=torch.int64)]
+    pixels = encoder.patch_size**2
+    for batch in _blocks(passing, QUERIES):
+        truth = batch.originals or tuple(batch.maps)
+        images.append(batch.pictures)
+        own = label_counts(patch_pixels(batch.maps, encoder.patch_size).flatten(0, 1), len(classes))[:, :-1]
+        areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
+        for b, bank in enumerate(banks):
+            s, i = nearest(batch.features.flatten(0, 1), bank.features, max(config.k), device=encoder.device)
+            for k in config.k:
+                shares = attend(s, i, bank.counts, pixels, k, config.temperature)
+                areas[b, k] += _compare(shares, passing.grid, truth, len(classes))
+    test_facts = passing.facts()
+    stacked = {
+        setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
+    }
+    metrics, iou = _metrics(stacked, banks, config, classes)
+    scores = _scores(stacked, banks, config, distributed.gather_rows(torch.cat(images)), metrics)
+    data = {
+        "train": train_facts,
+        "test": test_facts,
+        "class_iou": iou,
+        "bank_seconds": bank_seconds,
+        "search_seconds": round(perf_counter() - began, 2),
+    }
+    return Outcome(metrics, data, scores=scores)
+
+
+def _banks(
+    encoder: Encoder,
+    train: Any,
+    config: DenseRetrievalConfig,
+    classes: Sequence[str],
+    progress: bool,
+    feed: Feed | None,
+) -> tuple[list[Bank], dict[str, Any]]:
+    """A bank for each subsampling and repeat; without a feed each is encoded anew."""
+    every = choose_pictures(len(train), config.limit, config.seed)
+    banks, facts = [], {}
+    for divisor in config.subsample:
+        for repeat in range(config.repeats if divisor > 1 else 1):
+            some = choose_pictures(len(every), max(1, len(every) // divisor), config.seed + repeat)
+            void = 0 if config.void == "first" else IGNORE
+            passing = DensePass(encoder, train, config, every[some], void=void, progress=progress, feed=feed)
+            table = collect(passing, len(classes), config.memory, config.sampling, config.seed + repeat)
+            counts = label_counts(table.pixels, len(classes))[:, :-1].contiguous()
+            banks.append(Bank(table.features, counts, divisor))
+            known = passing.facts()
+            if not facts or known["pictures"] > facts["pictures"]:
+                facts = known | {"bank": len(table.pictures)}
+    return banks, facts
+
+
+def _blocks(batches: DensePass, rows: int) -> Iterator[DenseBatch]:
+    """Batches joined until they hold `rows` patches: a search costs a pass over the bank."""
+    waiting: list[DenseBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(part.features.shape[0] * part.features.shape[1] for part in waiting) >= rows:
+            yield _join(waiting)
+            waiting = []
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(parts: Sequence[DenseBatch]) -> DenseBatch:
+    return DenseBatch(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.maps for part in parts]),
+        tuple(labels for part in parts for labels in part.originals),
+        torch.cat([part.pictures for part in parts]),
+    )
+
+
+def _compare(
+    shares: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
+) -> list[Int64[Tensor, "3 C1"]]:
+    """Areas of each picture, from the class shares of the patches of all."""
+    parts = shares.split(grid * grid)
+    return [
+        region_areas(label_pixels(part, grid, (labels.shape[0], labels.shape[1])), labels, classes)
+        for part, labels in zip(parts, truth, strict=True)
+    ]
+
+
+def _stack(parts: list[Tensor], classes: int) -> Int64[Tensor, "P 3 C1"]:
+    return torch.stack(parts) if parts else torch.zeros(0, 3, classes + 1, dtype=torch.int64)
+
+
+def _scores(
+    areas: dict[Any, Int64[Tensor, "P 3 C1"]],
+    banks: Sequence[Bank],
+    config: DenseRetrievalConfig,
+    images: Int64[Tensor, "P"],
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Areas of each image for every mean IoU, of all draws of its bank."""
+    scores: dict[str, Any] = {}
+    for divisor in config.subsample:
+        end = _end(divisor)
+        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        for k in config.k:
+            each = packed_areas([areas[b, k] for b in own], images, config.absent)
+            scores[f"miou{end}_k{k}"] = each
+            if k == metrics[f"best_k{end}"]:
+                scores[f"miou{end}"] = each
+    return scores
+
+
+def _end(divisor: int) -> str:
+    """Of the names of a bank's metrics."""
+    return "" if divisor == 1 else f"_1of{divisor}"
+
+
+def _metrics(
+    areas: dict[Any, Int64[Tensor, "P 3 C1"]],
+    banks: Sequence[Bank],
+    config: DenseRetrievalConfig,
+    classes: Sequence[str],
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Named numbers, and the IoU of each class (first bank, its best k)."""
+
+    def miou(setting: Any) -> float:
+        return float(mean_iou(areas[setting].sum(dim=0).numpy(), config.absent))
+
+    known = miou("ceiling")
+    if np.isnan(known):
+        raise UserError("no pixel of test has a class: nothing can be compared")
+    metrics: dict[str, float] = {}
+    best_of: list[int] = []
+    for divisor in config.subsample:
+        end = _end(divisor)
+        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        means = {k: float(np.mean([miou((b, k)) for b in own])) for k in config.k}
+        best = max(config.k, key=lambda k: means[k])
+        best_of.append(best)
+        low, high = bootstrap_iou([areas[b, best] for b in own], config.absent, seed=config.seed)
+        metrics |= {f"miou{end}": means[best], f"miou{end}_low": low, f"miou{end}_high": high}
+        metrics |= {f"best_k{end}": float(best), **{f"miou{end}_k{k}": means[k] for k in config.k}}
+        if len(own) > 1:
+            metrics[f"miou{end}_sd"] = float(np.std([miou((b, best)) for b in own], ddof=1))
+    # What was reached can be reached: enlarged, other shares may do better at borders than the true ones.
+    ceiling = max(known, *(miou((b, k)) for b in range(len(banks)) for k in config.k))
+    return metrics | {"miou_ceiling": ceiling}, named_iou(areas[0, best_of[0]], classes)

@@ -1,0 +1,176 @@
+"""Numbers without labels: how features fill their space, and what stays the same in other views."""
+
+from time import perf_counter
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.data.sources import Source
+from foveola.evaluation.features.table import check_finite, facts_of_bad
+from foveola.evaluation.metrics import Outcome, bootstrap, interval, partner_ranks, percent, recall_at
+from foveola.evaluation.paired import packed
+from foveola.evaluation.views.feature_space import (
+    Moments,
+    alignments,
+    first_share,
+    mean_cosine,
+    moments,
+    nearest_other,
+    rankme,
+    spread,
+    uniformity,
+)
+from foveola.evaluation.views.other_views import LabelFreeConfig, Seen, watch
+from foveola.evaluation.views.retrieval import choose_targets, pictures_of
+from foveola.models.encoder import Encoder
+
+__all__ = ["LabelFreeConfig", "run"]
+
+COLLAPSED = 0.99  # mean cosine of features of different pictures from which the notes say so
+
+
+def run(
+    encoder: Encoder, train: Source | None, test: Source, config: LabelFreeConfig, progress: bool = True
+) -> Outcome:
+    """Measure how the features of `test` fill their space, and what stays the same in other views.
+
+    Of the evaluation view: `rankme_picture` (vector of a picture), `rankme_average` (mean of its patches),
+    `rankme_patches` (all patches of all pictures), `rankme_within` (patches of one picture, mean); shares in
+    percent of the first component's variance; `spread`, `mean_cosine`, `duplicates` in percent. Of two views
+    of each picture: `alignment`, `uniformity`, `rank1_views`, `recall5_views`; of two views of an object of
+    each: `rank1_objects_plain`, `rank1_objects_masks`, ... in percent. `_low` and `_high` are 95 % bootstrap
+    intervals over pictures, of what is a mean over pictures.
+    """
+    encoder = encoder.pooled(config.pool)
+    targets = choose_targets(test, min(config.limit, len(test)), 0.0, config.seed)
+    began = perf_counter()
+    seen, patches, bad = watch(encoder, test, targets, config, progress)
+    facts = facts_of_bad(torch.tensor(bad, dtype=torch.int64), len(targets), test)
+    count = len(seen.pictures)
+    if count < 2:
+        raise UserError(f"{test.name}: {count} pictures, at least 2 are needed")
+    for columns in (seen.features, seen.views.flatten(1)):
+        check_finite(columns, seen.pictures, test)
+    check_finite(seen.objects.flatten(1), seen.owners, test)
+    metrics = {
+        **space_metrics(encoder, seen, patches, config),
+        **view_metrics(seen, config),
+        **object_metrics(seen, config),
+    }
+    scores = {}
+    for name, first, second, owners in _pairs(seen):
+        ranks = _ranks(first, second)
+        k = min(config.recall, len(first))
+        scores[f"rank1_{name}"] = packed(ranks == 0, owners.repeat(2))
+        scores[f"recall{k}_{name}"] = packed(ranks < k, owners.repeat(2))
+    facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
+    named = {"name": test.name, "fingerprint": pictures_of(test, targets).digest, "pictures": len(targets)}
+    data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
+    return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
+
+
+def space_metrics(
+    encoder: Encoder, seen: Seen, patches: Moments, config: LabelFreeConfig
+) -> dict[str, float]:
+    """Of the evaluation view of each picture."""
+    found = moments(seen.features)
+    metrics = {"rankme_picture": rankme(found.singular_values()).item()}
+    if encoder.config.pool != "average":  # else it is the same
+        metrics["rankme_average"] = rankme(moments(seen.averages).singular_values()).item()
+    nearest = nearest_other(seen.features) >= config.duplicate
+    return {
+        **metrics,
+        "rankme_patches": rankme(patches.singular_values()).item(),
+        **_mean("rankme_within", seen.within, config.seed),
+        "first_component_picture": first_share(found.variances()),
+        "first_component_patches": first_share(patches.variances()),
+        "spread": spread(seen.features),
+        "mean_cosine": mean_cosine(seen.features),
+        **_share("duplicates", nearest, None, config.seed),
+    }
+
+
+def view_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
+    """Of two views of each picture."""
+    first, second = seen.views.unbind(dim=1)
+    return {
+        **_mean("alignment", alignments(first, second), config.seed),
+        "uniformity": (uniformity(first) + uniformity(second)) / 2,
+        **_found("views", first, second, seen.pictures, config),
+        **_chances("views", len(first), config),
+    }
+
+
+def object_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
+    """Of two views of an object of each picture that has one; nothing without two of them."""
+    metrics: dict[str, float] = {}
+    if len(seen.owners) < 2:
+        return metrics
+    for name, first, second, owners in _pairs(seen)[1:]:
+        metrics |= _found(name, first, second, owners, config)
+    return metrics | _chances("objects", len(seen.owners), config)
+
+
+def _found(
+    name: str,
+    first: Float[Tensor, "n D"],
+    second: Float[Tensor, "n D"],
+    pictures: Int64[Tensor, "n"],
+    config: LabelFreeConfig,
+) -> dict[str, float]:
+    """How often a view's other view comes first among those of all, from both sides."""
+    ranks = _ranks(first, second)
+    k = min(config.recall, len(first))
+    return {
+        **_share(f"rank1_{name}", ranks == 0, pictures.repeat(2), config.seed),
+        f"recall{k}_{name}": recall_at(ranks, k),
+    }
+
+
+def _pairs(seen: Seen) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Name, first views, second views and images of everything of which two views were encoded."""
+    found = [("views", seen.views[:, 0], seen.views[:, 1], seen.pictures)]
+    if len(seen.owners) > 1:
+        for place, name in enumerate(("objects_plain", "objects_masks")):
+            found.append((name, seen.objects[:, place, 0], seen.objects[:, place, 1], seen.owners))
+    return found
+
+
+def _ranks(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Int64[Tensor, "n2"]:
+    """The rank of each second view for its first, then of each first view for its second."""
+    return torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
+
+
+def _chances(name: str, count: int, config: LabelFreeConfig) -> dict[str, float]:
+    k = min(config.recall, count)
+    return {f"chance_rank1_{name}": 100 / count, f"chance_recall{k}_{name}": 100 * k / count}
+
+
+def _share(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) -> dict[str, float]:
+    """A share of rows in percent, with its interval over images."""
+    low, high = interval(hit, owners, seed=seed)
+    return {name: percent(hit), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+
+
+def _mean(name: str, values: Float64[Tensor, "n"], seed: int) -> dict[str, float]:
+    """A mean over pictures, with its interval."""
+    low, high = bootstrap(values, seed=seed)
+    return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
+
+
+def _notes(
+    metrics: dict[str, float], seen: Seen, encoder: Encoder, test: Source, config: LabelFreeConfig
+) -> tuple[str, ...]:
+    count = len(seen.pictures)
+    notes = [f"rankme_picture of {count} pictures is at most {min(count, encoder.width)}"]
+    if metrics["mean_cosine"] > COLLAPSED:
+        notes.append(
+            f"features of different pictures have a mean cosine of {metrics['mean_cosine']:.4f}: collapsed, "
+            "or all around one large mean (then rank1_views is far above chance)"
+        )
+    if config.objects and len(seen.owners) < 2:
+        what = "has neither boxes nor masks" if not test.has_objects else "has too few objects"
+        notes.append(f"{test.name} {what}: only numbers of pictures are given")
+    return tuple(notes)

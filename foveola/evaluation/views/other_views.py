@@ -1,0 +1,183 @@
+"""The one pass of `label_free`: each picture decoded once, encoded as it is and in other views."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from foveola import distributed
+from foveola.config import key
+from foveola.data.sample import Canvases, Sample
+from foveola.data.sources import Source, decode
+from foveola.evaluation.features.table import check_finite, object_tokens, read_ahead, share, show
+from foveola.evaluation.views.feature_space import Moments, rows_rankme
+from foveola.evaluation.views.retrieval import (
+    PARCEL,
+    OtherViewsConfig,
+    Target,
+    TargetCanvases,
+    two_views,
+    views_config,
+)
+from foveola.models.encoder import Encoder
+from foveola.models.transform import TransformConfig, square
+from foveola.views.batch import Streams, make_views
+
+
+@dataclass(frozen=True)
+class LabelFreeConfig(OtherViewsConfig):
+    """Settings of `label_free`."""
+
+    limit: int = key(1000, "use at most this many pictures, drawn by seed", at_least=2)
+    objects: bool = key(True, "also find objects again in other crops, where the data have some")
+    duplicate: float = key(
+        0.99, "cosine similarity from which two pictures count as told apart by nothing", above=0, below=1
+    )
+
+
+# -- pictures and views --------------------------------------------------------------------------------------
+
+
+class _Canvases(TargetCanvases):
+    """Keeps the evaluation view of each picture that it reads, so that none is decoded twice."""
+
+    transform: TransformConfig
+    plain: list[Tensor]
+
+    def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
+        picture = decode(sample.image)
+        read = super()._read(replace(sample, image=picture), number)
+        self.plain.append(square(picture, self.transform)[None])
+        return read
+
+
+class ViewCanvases(Dataset):
+    """Parcels of targets as canvases, and their pictures as they are evaluated."""
+
+    def __init__(
+        self, source: Source, targets: Sequence[Target], transform: TransformConfig, config: LabelFreeConfig
+    ) -> None:
+        kind = transform.interpolation
+        self.canvases = _Canvases(source, targets, config.canvas, config.mask_canvas, kind)
+        self.canvases.transform, self.crop = transform, transform.crop
+
+    def __len__(self) -> int:
+        return len(self.canvases)
+
+    def __getitem__(self, parcel: int) -> tuple[Canvases | None, UInt8[Tensor, "b 3 S S"], list[int]]:
+        """Canvases (None for none), evaluation views, and the pictures that could not be read."""
+        self.canvases.plain = [torch.zeros(0, 3, self.crop, self.crop, dtype=torch.uint8)]
+        canvases, bad = self.canvases[parcel]
+        return canvases, torch.cat(self.canvases.plain), bad
+
+
+def picture_views(
+    canvases: Canvases, encoder: Encoder, config: LabelFreeConfig, number: int
+) -> Float[Tensor, "B 2 3 H W"]:
+    """Two crops in two colours of each picture, as in pretraining without objects, normalised for `encoder`.
+
+    They are a pure function of (seed, number of the parcel). A view of an object (`retrieval.two_views`) is
+    the picture's view where that holds the object.
+    """
+    views = views_config(encoder, config)
+    moved = canvases.to(encoder.device)
+    return make_views(moved, views, encoder.patch_size, Streams(config.seed, number)).global_views
+
+
+class Seen(NamedTuple):
+    """What the encoder says of n pictures, m of them with an object; float32 on the CPU."""
+
+    pictures: Int64[Tensor, "n"]
+    features: Float32[Tensor, "n D"]  # of the evaluation view
+    averages: Float32[Tensor, "n E"]  # of its patches
+    within: Float64[Tensor, "n"]  # RankMe of its patches
+    views: Float32[Tensor, "n 2 D"]
+    owners: Int64[Tensor, "m"]  # the pictures of the objects
+    objects: Float32[Tensor, "m 2 2 D"]  # (without mask, with mask) x two views
+
+    def gathered(self) -> "Seen":
+        """Those of all processes."""
+        return Seen(*(distributed.gather_rows(column) for column in self))
+
+
+class Watcher:
+    """Encodes parcels of pictures: evaluation view, two views, two views of the object."""
+
+    def __init__(self, encoder: Encoder, source: Source, config: LabelFreeConfig) -> None:
+        self.encoder, self.source, self.config = encoder, source, config
+        self.with_objects = config.objects and source.has_objects
+        self.patches = Moments(encoder.config.model.shape[0])
+
+    def none(self) -> Seen:
+        """Nothing, in the right shapes."""
+        width, numbers = self.encoder.width, torch.zeros(0, dtype=torch.int64)
+        return Seen(
+            pictures=numbers,
+            features=torch.zeros(0, width),
+            averages=torch.zeros(0, self.encoder.config.model.shape[0]),
+            within=torch.zeros(0, dtype=torch.float64),
+            views=torch.zeros(0, 2, width),
+            owners=numbers,
+            objects=torch.zeros(0, 2, 2, width),
+        )
+
+    def __call__(self, canvases: Canvases, plain: UInt8[Tensor, "b 3 S S"], number: int) -> Seen:
+        """Everything about one parcel, the `number`-th of all."""
+        views = picture_views(canvases, self.encoder, self.config, number).flatten(0, 1)
+        seen = self._plain(plain, canvases.indices)
+        seen = seen._replace(views=self._tokens(views, None).unflatten(0, (len(plain), 2)))
+        there = ~canvases.whole[:, 0]
+        if not self.with_objects or not there.any():
+            return seen
+        views, masks = two_views(canvases, self.encoder, self.config, number)
+        views, masks = views[there].flatten(0, 1), masks[there].flatten(0, 1)
+        both = [self._tokens(views, some).unflatten(0, (-1, 2)) for some in (None, masks)]
+        return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
+
+    @torch.inference_mode()
+    def _plain(self, images: UInt8[Tensor, "b 3 S S"], pictures: Int64[Tensor, "b"]) -> Seen:
+        encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
+        for few, shown in zip(images.split(size), pictures.split(size), strict=True):
+            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                found = encoder(encoder.normalise(few.to(encoder.device)))
+            patches = found.patches.float().cpu()
+            check_finite(patches.flatten(1), shown, self.source)  # before sums and ranks of them
+            self.patches.add(patches.flatten(0, 1))
+            parts.append((found.objects[:, 0].float().cpu(), patches.mean(dim=1), rows_rankme(patches)))
+        features, averages, within = (torch.cat(column) for column in zip(*parts, strict=True))
+        return self.none()._replace(pictures=pictures, features=features, averages=averages, within=within)
+
+    def _tokens(self, views: Tensor, masks: Tensor | None) -> Float32[Tensor, "b D"]:
+        rows = torch.arange(len(views)).split(self.config.batch_size)
+        parts = [
+            object_tokens(
+                self.encoder, views[at], None if masks is None else masks[at], self.config.precision
+            )
+            for at in rows
+        ]
+        return torch.cat(parts)
+
+
+def watch(
+    encoder: Encoder, source: Source, targets: Sequence[Target], config: LabelFreeConfig, progress: bool
+) -> tuple[Seen, Moments, list[int]]:
+    """The one pass over the pictures: what is seen, sums over all patches, and unreadable pictures."""
+    parcels = range(-(-len(targets) // PARCEL))
+    mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
+    own = targets[mine.start * PARCEL : mine.stop * PARCEL]
+    dataset = ViewCanvases(source, own, encoder.config.transform, config)
+    watcher = Watcher(encoder, source, config)
+    seen, bad = [watcher.none()], []
+    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"views of {source.name}", progress)
+    for number, (canvases, plain, unreadable) in zip(mine, ahead, strict=True):
+        bad += unreadable
+        if canvases is not None:
+            seen.append(watcher(canvases, plain, number))
+    joined = Seen(*(torch.cat(column) for column in zip(*seen, strict=True))).gathered()
+    patches = reduce(Moments.plus, distributed.gather_objects(watcher.patches))
+    return joined, patches, distributed.gather_rows(torch.tensor(bad, dtype=torch.int64)).tolist()

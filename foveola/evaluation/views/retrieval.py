@@ -1,0 +1,305 @@
+"""Same-object retrieval: is the other crop of an object, in other colours, found among those of others?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from foveola import distributed
+from foveola.config import UserError, key
+from foveola.data.identity import Identity, identity_of
+from foveola.data.sample import BadImage, Canvases, Sample
+from foveola.data.sources import Source, decode
+from foveola.evaluation.features.table import (
+    check_finite,
+    mask_kinds,
+    object_tokens,
+    read_ahead,
+    share,
+    show,
+    why_bad,
+)
+from foveola.evaluation.metrics import Outcome, interval, partner_ranks, recall_at
+from foveola.evaluation.paired import packed
+from foveola.models.encoder import Encoder
+from foveola.models.transform import resize
+from foveola.views.batch import Streams, ViewsConfig, make_views
+from foveola.views.color import ColorConfig
+from foveola.views.objects import ObjectsConfig
+
+PARCEL = 32  # objects whose views are drawn together; a constant, so that no setting of speed changes a view
+
+
+@dataclass(frozen=True)
+class OtherViewsConfig:
+    """Settings of two views of a picture or of an object in it, and of reading them."""
+
+    recall: int = key(5, "rank up to which `recall` counts", at_least=1)
+    scale: tuple[float, float] = key(
+        (0.25, 1.0), "share of the picture's area that a view covers", above=0, at_most=1
+    )
+    min_visible: float = key(
+        0.0, "share of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
+    )
+    color: ColorConfig = key(ColorConfig(), "colours of the views; mean and std are the encoder's")
+    batch_size: int = key(64, "views encoded at once", at_least=1)
+    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    seed: int = key(0, "seed of the choice of pictures and objects, of crops and colours", at_least=0)
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "arithmetic of the encoder; features are float32 in any case"
+    )
+    canvas: int = key(
+        512,
+        "pixels a side of the square that holds a picture to cut views from; a longer side is shrunk to it",
+        at_least=8,
+    )
+    pool: Literal["token", "average", "predictor"] | None = key(
+        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
+    )
+    mask_canvas: int = key(128, "pixels a side on which masks are drawn", at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale: needs low <= high")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(OtherViewsConfig):
+    """Settings of `retrieval`."""
+
+    objects: int = key(1000, "objects to find, at most one a picture while pictures last", at_least=2)
+    masks: Literal["both"] | bool = key(
+        "both", "object tokens read only their object's patches: true, false, both"
+    )
+    min_area: float = key(
+        0.0, "objects smaller than this share of their picture are not used", at_least=0, below=1
+    )
+
+
+class Target(NamedTuple):
+    """One object to find: its picture in the source, and its number there (-1: the whole picture)."""
+
+    picture: int
+    object: int
+
+
+def choose_targets(source: Source, count: int, min_area: float, seed: int) -> list[Target]:
+    """Draw objects: one of each picture in random order, then a second one of each, until there are `count`.
+
+    A picture without annotation is one object. Deterministic in `seed`; reads no pixel.
+    """
+    chosen: list[Target] = []
+    left: list[tuple[int, list[int]]] = []
+    for picture in np.random.default_rng((seed, 0)).permutation(len(source)).tolist():
+        try:
+            objects = source[picture].objects
+        except BadImage:  # found again, and counted, where the picture is read
+            objects = None
+        large = [-1] if objects is None else np.flatnonzero(objects.areas >= min_area).tolist()
+        if len(large):
+            order = np.random.default_rng((seed, 1, picture)).permutation(large).tolist()
+            chosen.append(Target(picture, order[0]))
+            left.append((picture, order[1:]))
+        if len(chosen) == count:
+            return chosen
+    while any(rest for _, rest in left):
+        for picture, rest in left:
+            if rest:
+                chosen.append(Target(picture, rest.pop(0)))
+            if len(chosen) == count:
+                return chosen
+    return chosen
+
+
+def pictures_of(source: Source, targets: Sequence[Target]) -> Identity:
+    """The identity of the images that hold these objects."""
+    return identity_of(source, np.unique([target.picture for target in targets]))
+
+
+class TargetCanvases(Dataset):
+    """Parcels of targets as `Canvases` of one object each; targets of unreadable pictures are left out."""
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Sequence[Target],
+        canvas: int,
+        mask_canvas: int,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    ) -> None:
+        self.source, self.targets, self.canvas, self.mask_canvas = source, targets, canvas, mask_canvas
+        self.interpolation: Literal["bicubic", "bilinear"] = interpolation
+
+    def __len__(self) -> int:
+        return -(-len(self.targets) // PARCEL)
+
+    def __getitem__(self, parcel: int) -> tuple[Canvases | None, list[int]]:
+        """The canvases, None for none, and the pictures that could not be read."""
+        entries, bad = [], []
+        for target in self.targets[parcel * PARCEL : (parcel + 1) * PARCEL]:
+            try:
+                entries.append((target.picture, *self._read(self.source[target.picture], target.object)))
+            except BadImage:
+                bad.append(target.picture)
+        if not entries:
+            return None, bad
+        indices, images, aspects, masks, whole = zip(*entries, strict=True)
+        extents = torch.tensor([image.shape[1:] for image in images])
+        high, wide = extents.amax(dim=0).tolist()
+        unknown = torch.full((len(entries),), -1)
+        canvases = Canvases(
+            images=torch.stack(
+                [pad(image, (0, wide - image.shape[2], 0, high - image.shape[1])) for image in images]
+            ),
+            extents=extents,
+            aspects=torch.tensor(aspects, dtype=torch.float32),
+            object_masks=torch.stack(masks)[:, None],
+            whole=torch.tensor(whole)[:, None],
+            object_labels=unknown[:, None],
+            labels=unknown,
+            indices=torch.tensor(indices),
+            skipped=len(bad),
+        )
+        return canvases, bad
+
+    def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
+        picture = decode(sample.image)
+        aspect = picture.shape[1] / picture.shape[0]
+        height, width = (min(side, self.canvas) for side in picture.shape[:2])
+        image = resize(picture, height, width, self.interpolation)
+        if sample.objects is None or number < 0:
+            return (
+                image,
+                aspect,
+                torch.full((self.mask_canvas, self.mask_canvas), 255, dtype=torch.uint8),
+                True,
+            )
+        return image, aspect, torch.from_numpy(sample.objects.draw(number, self.mask_canvas)), False
+
+
+def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
+    """Two crops of the encoder's size in two colours, normalised for it."""
+    transform = encoder.config.transform
+    return ViewsConfig(
+        global_size=transform.crop,
+        global_count=2,
+        global_scale=config.scale,
+        local_count=0,
+        color=replace(config.color, mean=transform.mean, std=transform.std),
+    )
+
+
+def two_views(
+    canvases: Canvases, encoder: Encoder, config: OtherViewsConfig, number: int
+) -> tuple[Float[Tensor, "B 2 3 H W"], Bool[Tensor, "B 2 N"]]:
+    """Two object-aware crops in two colours of each target, normalised for `encoder`, with their patch masks.
+
+    `number` is the parcel's number among all of the evaluation: views are a pure function of (seed, number).
+    """
+    views = replace(views_config(encoder, config), objects=ObjectsConfig(min_visible=config.min_visible))
+    batch = make_views(canvases.to(encoder.device), views, encoder.patch_size, Streams(config.seed, number))
+    if batch.global_objects is None:
+        raise RuntimeError("object-aware views came without objects")
+    return batch.global_views, batch.global_objects[:, :, 0]
+
+
+def run(
+    encoder: Encoder, train: Source | None, test: Source, config: RetrievalConfig, progress: bool = True
+) -> Outcome:
+    """Rank the other crop of each object among one crop of every object, from both sides, and average.
+
+    Metrics, in percent, for `plain` (class token of the view) and `masks` (object token): `rank1_*` with its
+    95 % bootstrap interval over pictures (`_low`, `_high`), `recall5_*`; `chance_rank1` and `chance_recall5`.
+    """
+    encoder = encoder.pooled(config.pool)
+    kinds, notes = mask_kinds(config.masks, None, test)
+    targets = choose_targets(test, config.objects, config.min_area, config.seed)
+    if len(targets) < 2:
+        raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
+    began = perf_counter()
+    features, pictures, bad = _embed(encoder, test, targets, kinds, config, progress)
+    if len(bad) > 0.01 * len(targets):
+        raise UserError(
+            f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as "
+            + why_bad(test, bad[0])
+        )
+    count = len(pictures)
+    if count < config.objects:
+        notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
+    k = min(config.recall, count)
+    metrics, scores = {}, {}
+    for place, masked in enumerate(kinds):
+        name = "masks" if masked else "plain"
+        first, second = features[:, place, 0], features[:, place, 1]
+        check_finite(features[:, place].flatten(0, 1), pictures.repeat_interleave(2), test)
+        ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
+        owners = pictures.repeat(2)
+        low, high = interval(ranks == 0, owners, seed=config.seed)
+        scores |= {
+            f"rank1_{name}": packed(ranks == 0, owners),
+            f"recall{k}_{name}": packed(ranks < k, owners),
+        }
+        metrics |= {
+            f"rank1_{name}": recall_at(ranks, 1),
+            f"rank1_{name}_low": 100 * low,
+            f"rank1_{name}_high": 100 * high,
+            f"recall{k}_{name}": recall_at(ranks, k),
+        }
+    metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
+    facts: dict[str, Any] = {
+        "name": test.name,
+        "fingerprint": pictures_of(test, targets).digest,
+        "objects": count,
+        "pictures": len(pictures.unique()),
+        "unreadable": len(bad),
+    }
+    data = {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}
+    return Outcome(metrics, data, tuple(notes), scores=scores)
+
+
+def _embed(
+    encoder: Encoder,
+    source: Source,
+    targets: Sequence[Target],
+    kinds: Sequence[bool],
+    config: RetrievalConfig,
+    progress: bool,
+) -> tuple[Float[Tensor, "n kinds 2 D"], Int64[Tensor, "n"], list[int]]:
+    """Features of both views of every target, their pictures, and the pictures that could not be read."""
+    parcels = range(-(-len(targets) // PARCEL))
+    mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
+    transform = encoder.config.transform
+    dataset = TargetCanvases(
+        source,
+        targets[mine.start * PARCEL : mine.stop * PARCEL],
+        config.canvas,
+        config.mask_canvas,
+        transform.interpolation,
+    )
+    features = [torch.zeros(0, len(kinds), 2, encoder.width)]
+    pictures, bad = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"objects of {source.name}", progress)
+    for number, (canvases, unreadable) in zip(mine, ahead, strict=True):
+        bad.append(torch.tensor(unreadable, dtype=torch.int64))
+        if canvases is None:
+            continue
+        views, masks = two_views(canvases, encoder, config, number)
+        views, masks = views.flatten(0, 1), masks.flatten(0, 1)
+        tables = []
+        for masked in kinds:
+            parts = [
+                object_tokens(encoder, views[rows], masks[rows] if masked else None, config.precision)
+                for rows in torch.arange(len(views)).split(config.batch_size)
+            ]
+            tables.append(torch.cat(parts).unflatten(0, (len(canvases), 2)))
+        features.append(torch.stack(tables, dim=1))
+        pictures.append(canvases.indices)
+    gathered = [distributed.gather_rows(torch.cat(parts)) for parts in (features, pictures, bad)]
+    return gathered[0], gathered[1], gathered[2].tolist()

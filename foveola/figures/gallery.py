@@ -1,0 +1,231 @@
+"""Finished sheets of what encoders make of pictures: `*_sheet` to draw later, `*_panel` as pixels.
+
+Every function takes one encoder or several by name; several become columns side by side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveola.config import UserError
+from foveola.data.sample import Sample
+from foveola.drawing.overlays import heat_bar, magnify, outline, paint_heads
+from foveola.drawing.sheet import Picture, Row, Sheet
+from foveola.figures.dense import patch_map
+from foveola.figures.dictionary import Dictionary, dictionary_rgb
+from foveola.figures.maps import (
+    MASS,
+    received_attention,
+    strongest,
+    token_attention,
+)
+from foveola.figures.nearest import neighbour_panel, neighbour_sheet
+from foveola.figures.pca import Basis, pca_pictures
+from foveola.figures.points import correspondence_sheet, query_sheet, similarity_panel, similarity_sheet
+from foveola.figures.positions import position_panel, position_sheet
+from foveola.figures.tiles import (
+    LIGHT,
+    TILE,
+    Encoders,
+    Tile,
+    encoded,
+    grid_of,
+    head_of,
+    light,
+    named,
+    object_patches,
+    pictures_of,
+    row_of,
+    shown,
+    size_of,
+)
+from foveola.models.encoder import Encoder
+
+__all__ = [
+    "attention_panel",
+    "attention_sheet",
+    "correspondence_sheet",
+    "dictionary_panel",
+    "dictionary_sheet",
+    "neighbour_panel",
+    "neighbour_sheet",
+    "objects_sheet",
+    "pca_panel",
+    "pca_sheet",
+    "position_panel",
+    "position_sheet",
+    "query_sheet",
+    "similarity_panel",
+    "similarity_sheet",
+]
+
+FITTED = 65536  # patches that a dictionary is fitted to
+
+
+# -- PCA -----------------------------------------------------------------------------------------------------
+
+
+def pca_sheet(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    size: int | None = None,
+    joint: bool = False,
+    foreground: bool = False,
+    basis: Basis | None = None,
+    tile: int | None = None,
+) -> Sheet:
+    """Pictures, and the first three principal components of their patches as red, green and blue.
+
+    `size` is in pixels of the longer side; None = twice that of each encoder's transform. The others are
+    those of `pca_pictures`.
+    """
+    pictures, names = pictures_of(samples), named(encoders)
+    columns = [[shown(next(iter(names.values())), picture, size) for picture in pictures]]
+    for encoder in names.values():
+        drawn = pca_pictures(encoder, pictures, joint, size_of(encoder, size), foreground, basis, tile)
+        sizes = [shown(encoder, picture, size).shape[:2] for picture in pictures]
+        columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
+    rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
+    how = "one basis for all pictures" if joint or basis is not None else "a basis for each picture"
+    note = f"Red, green, blue: the first three principal components of the patch features, {how}."
+    return Sheet("Patch features as colours", ["picture", *(n or "features" for n in names)], rows, note)
+
+
+def pca_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+    """`pca_sheet`, drawn."""
+    return pca_sheet(encoders, samples, **settings).draw(TILE)
+
+
+def dictionary_sheet(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    size: int | None = None,
+    components: int = 6,
+    alpha: float = 1.0,
+    joint: bool = False,
+    tile: int | None = None,
+) -> Sheet:
+    """Pictures, and a colour for each atom of a dictionary of their patch features, where it is used."""
+    pictures, names = pictures_of(samples), named(encoders)
+    columns = [[shown(next(iter(names.values())), picture, size) for picture in pictures]]
+    for encoder in names.values():
+        maps = [patch_map(encoder, picture, size_of(encoder, size), tile) for picture in pictures]
+        groups = [maps] if joint else [[features] for features in maps]
+        drawn = [plane for group in groups for plane in _dictionary_planes(group, components, alpha)]
+        sizes = [shown(encoder, picture, size).shape[:2] for picture in pictures]
+        columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
+    rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
+    how = "one dictionary for all pictures" if joint else "a dictionary for each picture"
+    note = f"Each colour is one of {components} directions of the patch features, {how}; black: none."
+    return Sheet("Dictionary of patch features", ["picture", *(n or "atoms" for n in names)], rows, note)
+
+
+def dictionary_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+    """`dictionary_sheet`, drawn."""
+    return dictionary_sheet(encoders, samples, **settings).draw(TILE)
+
+
+def _dictionary_planes(maps: Sequence[np.ndarray], components: int, alpha: float) -> list[Picture]:
+    """The colours of maps that share a dictionary, fitted to evenly spaced patches where there are many."""
+    rows = np.concatenate([features.reshape(-1, features.shape[-1]) for features in maps])
+    dictionary = Dictionary.fit(rows[:: -(-len(rows) // FITTED)], components, alpha)
+    codes = [dictionary.codes(features) for features in maps]
+    largest = max(float(np.abs(code).max()) for code in codes)
+    return [np.rint(255 * dictionary_rgb(code, largest)).astype(np.uint8) for code in codes]
+
+
+# -- attention of tokens -------------------------------------------------------------------------------------
+
+
+def attention_sheet(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    size: int | None = None,
+    block: int = -1,
+    mass: float = MASS,
+    heads: bool = False,
+) -> Sheet:
+    """What the class token reads, with and without the mask of the largest object; and its heads.
+
+    Of an encoder without class token: what all patches read on average. `heads`: a column for each head.
+    """
+    pictures, names = pictures_of(samples), named(encoders)
+    masks = any(sample.objects is not None for sample in samples)
+    first = next(iter(names.values()))
+    columns: list[str] = ["picture"]
+    rows: list[list[Tile]] = [[(shown(first, picture, size), "")] for picture in pictures]
+    for name, encoder in names.items():
+        token = encoder.config.model.class_token
+        columns.append(head_of(name, "class token" if token else "read by all patches"))
+        if masks and token:
+            columns.append(head_of(name, "token in mask"))
+        columns.append(head_of(name, f"heads, {round(100 * mass)} %"))
+        if heads:
+            columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
+        for row, sample, picture in zip(rows, samples, pictures, strict=True):
+            row += _attention_tiles(encoder, sample, picture, masks and token, (size, block, mass, heads))
+    return Sheet("Attention", columns, [row_of(tiles) for tiles in rows], LIGHT, heat_bar())
+
+
+def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+    """`attention_sheet`, drawn."""
+    return attention_sheet(encoders, samples, **settings).draw(TILE)
+
+
+def _attention_tiles(
+    encoder: Encoder, sample: Sample, picture: Picture, masks: bool, how: tuple[int | None, int, float, bool]
+) -> list[Tile]:
+    size, block, mass, heads = how
+    images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
+    if encoder.config.model.class_token:
+        weights = token_attention(encoder, images, None, block)[0, 0]
+    else:
+        weights = received_attention(encoder, images, block)[0]
+    tiles = [light(base, weights.mean(dim=0))]
+    if masks:
+        grid = grid_of(encoder, picture, size)
+        patches = torch.ones(grid[0] * grid[1], dtype=torch.bool)
+        if sample.objects is not None:
+            patches = object_patches(sample, int(sample.objects.areas.argmax()), grid)
+        inside = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
+        lit, peak = light(base, inside.mean(dim=0))
+        tiles.append((outline(lit, patches.view(grid).numpy()), peak))
+    kept = strongest(weights, mass)
+    share = f"{100 * kept.float().mean():.0f} % of patches each"
+    tiles.append((paint_heads(base, weights.cpu().numpy(), kept.cpu().numpy()), share))
+    return tiles + ([light(base, head) for head in weights] if heads else [])
+
+
+def objects_sheet(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    size: int | None = None,
+    block: int = -1,
+    each: int = 3,
+) -> Sheet:
+    """The largest objects of each picture, and what each head of the object token reads inside the mask."""
+    pictures, names = pictures_of(samples), named(encoders)
+    if not any(sample.objects is not None for sample in samples):
+        raise UserError("objects: these pictures have neither boxes nor masks; see kind attention")
+    first = next(iter(names.values()))
+    columns, rows = ["object"], []
+    for name, encoder in names.items():
+        columns += [head_of(name, "all heads")]
+        columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
+    for sample, picture in zip(samples, pictures, strict=True):
+        if sample.objects is None:
+            continue
+        for index in np.argsort(-sample.objects.areas, kind="stable")[:each].tolist():
+            grid = grid_of(first, picture, size)
+            own = object_patches(sample, index, grid).view(grid).numpy()
+            tiles: list[Tile] = [(outline(shown(first, picture, size), own), "")]
+            for encoder in names.values():
+                grid = grid_of(encoder, picture, size)
+                patches = object_patches(sample, index, grid)
+                images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
+                weights = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
+                tiles += [light(base, one) for one in (weights.mean(dim=0), *weights)]
+            rows.append(row_of(tiles))
+    return Sheet("Object tokens: attention inside the mask", columns, rows, LIGHT, heat_bar())

@@ -1,0 +1,177 @@
+"""Sheets of nearest neighbours: queries, and what an encoder finds most alike, with and without masks."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from foveola.config import UserError
+from foveola.data.identity import identity_of
+from foveola.data.sample import BadImage
+from foveola.data.sources import Source
+from foveola.drawing.overlays import outline
+from foveola.drawing.sheet import Picture, Row, Sheet
+from foveola.evaluation.features.reading import ExtractConfig, Pictures
+from foveola.evaluation.features.table import (
+    FeatureTable,
+    choose_pictures,
+    extract_tables,
+    identity_for,
+    mask_kinds,
+    object_tokens,
+)
+from foveola.figures.tiles import FULL, TILE, Encoders, head_of, named
+from foveola.models.encoder import Encoder
+from foveola.models.transform import resize
+
+LIMIT = 2000  # pictures of the bank, where nobody says how many
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Query:
+    """One row of features: the picture as it is encoded, and what its object token reads."""
+
+    pixels: Tensor
+    mask: Bool[Tensor, "N"]
+    has_mask: bool
+    label: int
+    right: frozenset[int]  # labels that count as right: several where a set says so (ReaL)
+    content: bytes  # of its file, by which it is known in the bank
+
+
+def neighbour_sheet(
+    encoders: Encoders,
+    bank: Source,
+    queries: Source,
+    chosen: Sequence[int],
+    found: int = 5,
+    masks: Literal["both"] | bool = "both",
+    config: ExtractConfig | None = None,
+    progress: bool = False,
+) -> Sheet:
+    """Pictures of `queries` and the `found` rows of `bank` whose features have the highest cosine with them.
+
+    Args:
+        chosen: indices of query pictures; of rows="objects" the largest object of each is the query.
+        masks: class tokens of whole pictures (False), object tokens that read the objects (True), or both,
+            one row each; without annotated objects only the former.
+        config: which rows and how they are encoded; by default 2,000 pictures of the bank, one row each.
+
+    Green frames have the query's label (or another right answer of it), red ones another. The query's own
+    picture is never found. Tiles are what the network saw. Raises UserError as
+    `evaluation.features.table.extract`.
+    """
+    config = config or ExtractConfig(limit=LIMIT)
+    kinds, notes = mask_kinds(masks, bank, queries)
+    contents = identity_for(bank, config).contents
+    chosen_of = choose_pictures(len(bank), config.limit, config.seed)
+    rows = []
+    names = named(encoders)
+    tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
+    for picture in chosen:
+        for name, encoder in names.items():
+            encoder = encoder.pooled(config.pool)
+            query = _query(encoder, queries, int(picture), config)
+            for kind, table in zip(kinds, tables[name], strict=True):
+                own = contents[np.searchsorted(chosen_of, table.pictures.numpy())] == query.content
+                near = _nearest(encoder, query, kind, table, found, torch.from_numpy(own), config)
+                what = ("with mask" if kind else "without mask") if len(kinds) > 1 else ""
+                rows.append(
+                    _row(encoder, (bank, queries), query, table, near, kind, head_of(name, what), config)
+                )
+    columns = ["query", *(f"nearest {i + 1}" for i in range(found))]
+    return Sheet("Nearest neighbours by cosine of features", columns, rows, "\n".join(notes))
+
+
+def neighbour_panel(
+    encoders: Encoders, bank: Source, queries: Source, chosen: Sequence[int], **settings: Any
+) -> Picture:
+    """`neighbour_sheet`, drawn."""
+    return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE)
+
+
+def _reader(encoder: Encoder, source: Source, config: ExtractConfig) -> Pictures:
+    return Pictures(source, np.zeros(0, np.int64), encoder.config.transform, encoder.patch_size, config)
+
+
+def _query(encoder: Encoder, source: Source, picture: int, config: ExtractConfig) -> _Query:
+    try:
+        sample = source[picture]
+        rows = _reader(encoder, source, config).read(sample, picture)
+    except BadImage as error:
+        raise UserError(f"{source.name}, picture {picture}: {error}") from error
+    row = int(rows.masks.sum(dim=1).argmax())
+    if sample.objects is not None and rows.objects[0] >= 0:
+        row = int(np.argmax(sample.objects.areas))
+    label = int(rows.labels[row])
+    answers = getattr(source, "answers", None) if config.rows == "pictures" else None
+    return _Query(
+        rows.images[rows.image_of[row]],
+        rows.masks[row],
+        bool(rows.has_mask[row]),
+        label,
+        frozenset([label] if answers is None else map(int, answers(picture))),
+        bytes(identity_of(source, np.array([picture])).contents[0]),
+    )
+
+
+def _nearest(
+    encoder: Encoder,
+    query: _Query,
+    masked: bool,
+    table: FeatureTable,
+    found: int,
+    own: Bool[Tensor, "R"],
+    config: ExtractConfig,
+) -> list[int]:
+    """Rows of the table, nearest first, without the query's `own`."""
+    pixels = encoder.normalise(query.pixels[None].to(encoder.device))
+    feature = object_tokens(encoder, pixels, query.mask[None] if masked else None, config.precision)
+    cosines = (normalize(table.features, dim=1) @ normalize(feature, dim=1).T)[:, 0]
+    cosines = cosines.masked_fill(own, -torch.inf)
+    order = cosines.argsort(descending=True, stable=True)[:found]
+    return order[cosines[order] > -torch.inf].tolist()
+
+
+def _row(
+    encoder: Encoder,
+    sources: tuple[Source, Source],
+    query: _Query,
+    table: FeatureTable,
+    near: list[int],
+    masked: bool,
+    title: str,
+    config: ExtractConfig,
+) -> Row:
+    bank, queries = sources
+    read = _reader(encoder, bank, config)
+    tiles = [_tile(query.pixels, query.mask, masked and query.has_mask, encoder.grid)]
+    captions = [_name(queries, query.label)]
+    right: list[bool | None] = [None]
+    for row in near:
+        picture, number = int(table.pictures[row]), int(table.objects[row])
+        rows = read.read(bank[picture], picture)
+        own = int((rows.objects == number).nonzero()[0])
+        with_mask = masked and bool(rows.has_mask[own])
+        tiles.append(_tile(rows.images[rows.image_of[own]], rows.masks[own], with_mask, encoder.grid))
+        label = int(table.labels[row])
+        captions.append(_name(bank, label))
+        known = label >= 0 and query.label >= 0 and bank.classes == queries.classes
+        right.append(label in query.right if known else None)
+    return Row(title, tiles, captions, right)
+
+
+def _tile(pixels: Tensor, mask: Bool[Tensor, "N"], masked: bool, grid: tuple[int, int]) -> Picture:
+    picture = pixels.permute(1, 2, 0).contiguous().numpy()
+    times = max(-(-FULL // len(picture)), 1)
+    picture = resize(picture, times * len(picture), times * picture.shape[1]).permute(1, 2, 0).numpy()
+    return outline(picture, mask.view(grid).numpy()) if masked else picture
+
+
+def _name(source: Source, label: int) -> str:
+    return source.classes[label] if source.classes is not None and label >= 0 else ""

@@ -1,0 +1,95 @@
+"""What all sheets of `gallery` share: encoders by name, pictures as they are encoded, patches of objects."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.data.decode import decode
+from foveola.data.sample import BadImage, Sample, area_weights
+from foveola.drawing.overlays import heat
+from foveola.drawing.sheet import Picture, Row
+from foveola.figures.dense import fit, fitted_size
+from foveola.models.encoder import Encoder, patch_mask
+from foveola.models.transform import resize
+
+Encoders = Encoder | Mapping[str, Encoder]
+Tile = tuple[Picture, str]  # with its caption
+LIGHT = (
+    "Light: attention as a multiple of uniform attention, on one scale for all tiles. Below a tile: its "
+    "peak. An even, weak light is uniform attention, as an untrained network has it."
+)
+TILE = 160  # pixels a side of a tile in a sheet
+FULL = 320  # pixels of the longer side of a tile at full size, at least
+CANVAS = 512  # pixels a side on which masks are drawn before they are read patch by patch
+
+
+def named(encoders: Encoders) -> dict[str, Encoder]:
+    """Encoders by name; the name of a single one is empty."""
+    return {"": encoders} if isinstance(encoders, Encoder) else dict(encoders)
+
+
+def head_of(name: str, what: str) -> str:
+    """The head of a column: the encoder's name, if it has one, and what is shown of it."""
+    return f"{name}: {what}" if name and what else name or what
+
+
+def pictures_of(samples: Sequence[Sample]) -> list[Picture]:
+    """The pixels of samples. Raises UserError where one cannot be read, and where there is none."""
+    if not samples:
+        raise UserError("no pictures to show")
+    pictures = []
+    for sample in samples:
+        try:
+            pictures.append(decode(sample.image))
+        except BadImage as error:
+            raise UserError(f"{sample.name}: {error}") from error
+    return pictures
+
+
+def size_of(encoder: Encoder, size: int | None) -> int:
+    """Pixels of the longer side: `size`, or twice that of the encoder's transform, as figures show."""
+    return 2 * encoder.config.transform.crop if size is None else size
+
+
+def encoded(encoder: Encoder, picture: Picture, size: int | None) -> Float[Tensor, "1 3 H W"]:
+    """A picture as the network gets it: whole patches, the aspect ratio kept, normalised."""
+    pixels = fit(picture, encoder, size_of(encoder, size))
+    return encoder.normalise(pixels[None].to(encoder.device))
+
+
+def grid_of(encoder: Encoder, picture: Picture, size: int | None) -> tuple[int, int]:
+    """(rows, columns) of patches of `encoded`."""
+    height, width = fitted_size(picture, encoder.patch_size, size_of(encoder, size))
+    return height // encoder.patch_size, width // encoder.patch_size
+
+
+def shown(encoder: Encoder, picture: Picture, size: int | None) -> Picture:
+    """A picture as it is encoded, or a whole number of times as large, so that patches are whole squares."""
+    rows, columns = grid_of(encoder, picture, size)
+    times = max(-(-FULL // (max(rows, columns) * encoder.patch_size)), 1) * encoder.patch_size
+    return resize(picture, rows * times, columns * times).permute(1, 2, 0).numpy()
+
+
+def light(base: Picture, weights: Float[Tensor, "h w"]) -> Tile:
+    """`heat`, and the brightest patch as a multiple of uniform attention, the mean of what is read at all."""
+    values = weights.float().cpu().numpy()
+    read = values[values > 0]
+    times = float(read.max() / read.mean()) if len(read) else 0.0
+    return heat(base, values), f"peak {times:.1f}x uniform"
+
+
+def row_of(tiles: Sequence[Tile], title: str = "") -> Row:
+    """A line of a sheet from tiles with their captions."""
+    return Row(title, [tile for tile, _ in tiles], [caption for _, caption in tiles])
+
+
+def object_patches(sample: Sample, index: int, grid: tuple[int, int]) -> Bool[Tensor, "N"]:
+    """The patches of a whole picture that hold any pixel of an object; row-major over `grid`."""
+    assert sample.objects is not None
+    drawn = sample.objects.draw(index, CANVAS).astype(np.float32) / 255
+    coverage = area_weights(CANVAS, grid[0]) @ drawn @ area_weights(CANVAS, grid[1]).T
+    return patch_mask(torch.from_numpy(coverage), min(1 / 256, float(coverage.max())))

@@ -1,0 +1,235 @@
+"""`foveola visualize`: what encoders make of pictures, drawn to PNG files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveola import distributed
+from foveola.config import UserError, build, nearest
+from foveola.data.sources import Source, open_source
+from foveola.drawing.sheet import Sheet, save
+from foveola.figures import gallery
+from foveola.figures.choice import choose, pairs_of, points_of, samples_of
+from foveola.figures.pca import Basis, Maps, fit_basis
+from foveola.figures.settings import (
+    AttentionConfig,
+    CorrespondenceConfig,
+    DictionaryConfig,
+    NeighboursConfig,
+    ObjectsConfig,
+    PcaConfig,
+    PositionsConfig,
+    QueryConfig,
+    SimilarityConfig,
+)
+from foveola.figures.tiles import named, pictures_of, size_of
+from foveola.models.encoder import Encoder, load
+
+# Other files of pictures, which are not written; a folder's name may have another dot.
+OTHERS = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of `KINDS`."""
+
+    config: type
+    draw: Callable[..., Sheet]
+    help: str
+
+
+def visualize(
+    kind: str,
+    model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
+    data: Source | str | None = None,
+    *,
+    out: str | Path = "pictures",
+    train: Source | str | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> list[Path]:
+    """Draw one of `KINDS` to `out`, a folder (`out/<kind>.png`) or a file ending in .png.
+
+    Args:
+        model: an `Encoder`, several by name, or what `foveola.load` takes (several as a list, or in one text
+            with commas between). Several are columns side by side.
+        data: a data string (opened with the split "test") or a source; not needed for positions.
+        train: where neighbours are looked for; by default the split "train" of `data`.
+        settings: keys of the kind's configuration, such as `count=4`, `joint=True`.
+
+    Returns the paths of what it wrote. For arrays instead of files call `draw`, or the functions of
+    `foveola.figures.gallery`. Raises UserError for unknown kinds and keys, bad values, and what an encoder
+    or the data does not have.
+    """
+    out, config = Path(out), configure(kind, settings)
+    alone = out.suffix.lower() == ".png"
+    if out.suffix.lower() in OTHERS and not out.is_dir():
+        raise UserError(f"out={out}: expected a folder, or a file that ends in .png")
+    sheet = draw(kind, model, data, train=train, device=device, **settings)
+    path = out if alone else out / f"{kind}.png"
+    written = [save(sheet.draw(config.cell), path)]
+    if config.each:
+        for number, row in enumerate(sheet.rows):
+            for column, (head, picture) in enumerate(zip(sheet.columns, row.tiles, strict=False)):
+                name = f"{path.stem}-{number:03d}-{column}-{_slug(head)}.png"
+                written.append(save(picture, path.parent / name))
+    return written
+
+
+def draw(
+    kind: str,
+    model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
+    data: Source | str | None = None,
+    *,
+    train: Source | str | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> Sheet:
+    """The sheet that `visualize` writes: its tiles are arrays, at full size."""
+    config = configure(kind, settings)
+    if data is None and kind != "positions":
+        raise UserError(f"visualize {kind} needs data=, such as data=folder:/pictures or data=scenes:")
+    source = open_source(data, "test") if isinstance(data, str) else data
+    bank = train
+    if kind == "neighbours" and (train is not None or isinstance(data, str)):
+        bank = open_source(str(train or data), "train") if not isinstance(train, Source) else train
+    encoders = open_models(model, device)
+    more = {"bank": bank or source} if kind == "neighbours" else {}
+    if len(encoders) > 1:
+        return KINDS[kind].draw(encoders, source, config, **more)
+    (name, encoder), *_ = encoders.items()
+    sheet = KINDS[kind].draw({"": encoder}, source, config, **more)
+    return replace(sheet, title=f"{sheet.title}: {name}" if name else sheet.title)
+
+
+def configure(kind: str, settings: Mapping[str, Any]) -> Any:
+    """The configuration of a kind. Raises UserError for unknown kinds and keys, and bad values."""
+    if kind not in KINDS:
+        near = nearest(kind, KINDS)
+        raise UserError(
+            f"unknown kind {kind!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(KINDS)}")
+        )
+    return build(KINDS[kind].config, dict(settings))
+
+
+def open_models(
+    model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
+    device: str | torch.device | None = None,
+) -> dict[str, Encoder]:
+    """Encoders by a short name each: the last part of their path that tells them apart."""
+    if isinstance(model, Encoder | Mapping):
+        return named(model)
+    if isinstance(model, str | Path):
+        model = [model] if Path(model).exists() else [part.strip() for part in str(model).split(",")]
+    where = distributed.find_device(device)
+    texts = [str(one).rstrip("/") for one in model]
+    if not texts or not all(texts) or len(set(texts)) < len(texts):
+        raise UserError(f"model: expected different models, got {', '.join(texts) or 'none'}")
+    return {name: load(text, where) for name, text in zip(_short(texts), texts, strict=True)}
+
+
+def _short(texts: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart; `untrained:` and the like stay."""
+    prefixes = [text[: text.rfind(":") + 1] for text in texts]
+    paths = [
+        [part for part in text[len(start) :].split("/") if part]
+        for text, start in zip(texts, prefixes, strict=True)
+    ]
+    paths = [path[:-1] if path[-1:] == ["encoder"] and len(path) > 1 else path for path in paths]
+    for parts in range(1, max(map(len, paths), default=1) + 1):
+        names = [start + "/".join(path[-parts:]) for start, path in zip(prefixes, paths, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+    return list(texts)
+
+
+def _slug(text: str) -> str:
+    kept = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
+    return "-".join(filter(None, kept.split("-"))) or "tile"
+
+
+# -- the kinds ---------------------------------------------------------------------------------------------
+
+
+def _pca(encoders: dict[str, Encoder], source: Source, config: PcaConfig) -> Sheet:
+    samples = samples_of(source, choose(source, config.count, config.pictures))
+    basis = None
+    if (config.basis or config.save_basis) and len(encoders) > 1:
+        raise UserError("a basis belongs to one encoder: give one model= with basis and save_basis")
+    if config.basis is not None:
+        basis = Basis.load(config.basis)
+    if config.save_basis is not None:
+        encoder = next(iter(encoders.values()))
+        maps = Maps(encoder, pictures_of(samples), size_of(encoder, config.size), config.tile)
+        basis = fit_basis(maps, config.foreground)
+        basis.save(config.save_basis)
+    return gallery.pca_sheet(
+        encoders, samples, config.size, config.joint, config.foreground, basis, config.tile
+    )
+
+
+def _of_samples(sheet: Callable[..., Sheet], *names: str) -> Callable[..., Sheet]:
+    """Call a function of `gallery` with samples and these keys of its configuration."""
+
+    def run(encoders: dict[str, Encoder], source: Source, config: Any) -> Sheet:
+        values = {name: getattr(config, name) for name in names}
+        if "points" in values:
+            values["points"] = points_of(values["points"])
+        return sheet(encoders, samples_of(source, choose(source, config.count, config.pictures)), **values)
+
+    return run
+
+
+def _correspondences(encoders: dict[str, Encoder], source: Source, config: CorrespondenceConfig) -> Sheet:
+    pairs = pairs_of(source, config.count, config.pictures)
+    return gallery.correspondence_sheet(encoders, pairs, config.size, config.pairs, config.tile)
+
+
+def _neighbours(
+    encoders: dict[str, Encoder], source: Source, config: NeighboursConfig, bank: Source
+) -> Sheet:
+    chosen = choose(source, config.count, config.pictures)
+    return gallery.neighbour_sheet(encoders, bank, source, chosen, config.found, config.masks, config, True)
+
+
+def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsConfig) -> Sheet:
+    samples = samples_of(source, choose(source, config.count, config.pictures))
+    return gallery.objects_sheet(encoders, samples, config.size, config.block, config.objects)
+
+
+def _positions(encoders: dict[str, Encoder], source: Source | None, config: PositionsConfig) -> Sheet:
+    return gallery.position_sheet(encoders, config.some)
+
+
+KINDS = {
+    "pca": Kind(PcaConfig, _pca, "principal components of patch features as red, green, blue"),
+    "attention": Kind(
+        AttentionConfig,
+        _of_samples(gallery.attention_sheet, "size", "block", "mass", "heads"),
+        "what the class token reads, with and without an object's mask",
+    ),
+    "objects": Kind(ObjectsConfig, _objects, "what each head of an object token reads inside its mask"),
+    "query": Kind(
+        QueryConfig,
+        _of_samples(gallery.query_sheet, "points", "size", "block", "heads"),
+        "what the patch under a point reads",
+    ),
+    "similarity": Kind(
+        SimilarityConfig,
+        _of_samples(gallery.similarity_sheet, "points", "size", "tile"),
+        "cosine of all patches with the one under a point",
+    ),
+    "correspondences": Kind(
+        CorrespondenceConfig, _correspondences, "patches of two pictures that are each other's nearest"
+    ),
+    "neighbours": Kind(NeighboursConfig, _neighbours, "nearest pictures or objects, with and without masks"),
+    "dictionary": Kind(
+        DictionaryConfig,
+        _of_samples(gallery.dictionary_sheet, "size", "components", "alpha", "joint", "tile"),
+        "a sparse dictionary of patch features, a colour for each direction",
+    ),
+    "positions": Kind(PositionsConfig, _positions, "position embeddings, field or angles; needs no data"),
+}

@@ -1,0 +1,138 @@
+"""The pictures of a report: what the trained encoder makes of the user's own, and what training drew."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import foveola
+from foveola import distributed, files
+from foveola.config import UserError
+from foveola.data.decode import decode
+from foveola.data.sample import BadImage
+from foveola.drawing import html
+from foveola.drawing.sheet import Sheet
+from foveola.evaluation.features.reading import ExtractConfig
+from foveola.figures.gallery import attention_sheet, pca_sheet
+from foveola.figures.nearest import neighbour_sheet
+from foveola.figures.positions import position_sheet
+from foveola.models.encoder import Encoder, load
+from foveola.reports import kept
+from foveola.reports.progress import LIMIT, UNTRAINED, Progress
+from foveola.reports.record import Record
+from foveola.reports.request import Data, ReportConfig, choose_samples
+
+FOUND = 5  # neighbours of a picture
+ABOUT = {  # what to make of a sheet
+    "pca": (
+        "Patches of one colour are alike to the network: borders that follow things rather than the grid are "
+        "a good sign."
+    ),
+    "attention": (
+        "Of the last block. Alone it is no proof of anything: good encoders may read the background, too."
+    ),
+    "neighbours": "Same things should find each other.",
+    "positions": "What the network learned of places; next to each other they should be alike.",
+}
+FRAMES = "Green: the label of the query. Red: another one."
+LEARNED = ("learned", "field")  # kinds of positions that training changes
+
+
+def sheets(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
+    """HTML of the pictures of one run; those of its encoder are kept beside its results and used again."""
+    return _encoder(record, data, progress, config) + _drawn(record)
+
+
+def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
+    if not config.pictures:
+        return html.paragraph("No pictures were asked for (pictures=0).", "note")
+    if data.test is None or data.train is None:
+        return html.paragraph("There are no pictures to draw; data= says where some are.", "note")
+    if not record.has_encoder:
+        return html.paragraph("The run has no encoder yet.", "note")
+    device = distributed.find_device(config.device)
+    try:
+        trained = load(record.folder, device)
+    except UserError as error:
+        return html.paragraph(f"No pictures of the encoder: {error}", "note")
+    rows = _rows(progress, config)
+    about = {
+        "foveola": foveola.__version__,
+        "data": [kept.identity(data.train), kept.identity(data.test)],
+        "pictures": config.pictures,
+        "rows": rows,
+    }
+    path = kept.home(record.folder) / trained.fingerprint() / f"pictures-{kept.key_of(about)}.html"
+    text = kept.read(path)
+    if text is None:
+        both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}", device), "trained": trained}
+        drawn = list(_each(both, data, rows, config.pictures))
+        text = "".join(html for html, _ in drawn)
+        if all(whole for _, whole in drawn):
+            files.write_text(path, text)
+    return html.tag("div", text, "sheets")
+
+
+def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
+    """Which rows k-NN reads, and so the neighbours: pictures or objects."""
+    known = ExtractConfig.__dataclass_fields__
+    settings = {k: v for k, v in progress.settings.get("knn", {}).items() if k in known}
+    return {"limit": config.limit or LIMIT} | settings
+
+
+def _each(
+    both: dict[str, Encoder], data: Data, rows: dict[str, Any], count: int
+) -> Iterator[tuple[str, bool]]:
+    """Each sheet as HTML and True, or a line that says why it could not be drawn, and False."""
+    assert data.train is not None
+    assert data.test is not None
+    chosen = choose_samples(data.test, count)
+    samples, names = [sample for _, sample in chosen], [sample.name for _, sample in chosen]
+    if not samples:
+        yield html.paragraph(f"None of the pictures of {data.test.name} can be read.", "note"), False
+        return
+    trained, indices = both["trained"], [index for index, _ in chosen]
+    settings = ExtractConfig(**rows)
+    bank, queries = data.train, data.test
+    drawers = {
+        "pca": lambda: pca_sheet(both, samples),
+        "attention": lambda: attention_sheet(trained, samples),
+        "neighbours": lambda: neighbour_sheet(
+            trained, bank, queries, indices, FOUND, masks=settings.rows == "objects", config=settings
+        ),
+        "positions": lambda: position_sheet(both),
+    }
+    if trained.config.model.positions not in LEARNED:
+        del drawers["positions"]
+    for kind, drawer in drawers.items():
+        try:
+            yield html.sheet(_with_note(drawer(), ABOUT[kind]), names, kind), True
+        except UserError as error:
+            yield html.paragraph(f"{kind} could not be drawn: {error}", "note"), False
+
+
+def _with_note(sheet: Sheet, about: str) -> Sheet:
+    framed = any(right is not None for row in sheet.rows for right in row.right)
+    words = (sheet.note, FRAMES if framed else "", about)
+    return dataclasses.replace(sheet, note=" ".join(filter(None, words)))
+
+
+def _drawn(record: Record) -> str:
+    """The newest picture of each kind that training drew."""
+    figures, notes = [], []
+    for name, path in record.pictures().items():
+        told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
+        try:
+            pixels = decode(path.read_bytes())
+        except (OSError, BadImage) as error:
+            notes.append(f"{path.name} cannot be read: {error}")
+            continue
+        picture = html.image(pixels, f"{told}, drawn in training")
+        figures.append(
+            html.tag(
+                "figure", html.tag("figcaption", html.escape(told)) + html.scroll(picture, told), "drawn"
+            )
+        )
+    if not figures and not notes:
+        return ""
+    drawings = html.tag("div", "".join(figures), "drawings") if figures else ""
+    return html.tag("h3", "Drawn while training") + drawings + html.items(notes, "note")

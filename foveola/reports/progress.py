@@ -1,0 +1,264 @@
+"""Did training help? The same protocols for the untrained encoder, for the trained one at several steps, and
+for another encoder. Results are kept beside the run and used again where nothing has changed.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import foveola
+from foveola import distributed, files
+from foveola.config import UserError, merge, to_dict
+from foveola.data.sources import Source
+from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
+from foveola.evaluation.result import Result
+from foveola.evaluation.stored import results_of
+from foveola.models.encoder import Encoder, load
+from foveola.reports.kept import home, identity, key_of, read_tree
+from foveola.reports.record import Record
+from foveola.reports.request import LIMIT, Data, ReportConfig, each_sample
+
+PLACES_OF = 128  # pictures on which the share of places is measured
+OBJECTS = 500  # that are to be found among each other
+UNTRAINED, END = "untrained", "end"
+NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What one encoder gave; `step` is None for one that is not of this run."""
+
+    label: str
+    step: int | None
+    results: dict[str, Result]
+    place_share: float | None = None  # of the variance of patches that their place explains
+    place_pictures: int | None = None  # on so many pictures
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Points of one run: untrained, kept steps, the last encoder, the reference; those that could be had."""
+
+    points: tuple[Point, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each protocol
+    classes: int | None = None  # of the test data, where they have labels
+
+    def point(self, label: str) -> Point | None:
+        return next((point for point in self.points if point.label == label), None)
+
+
+# -- protocols -----------------------------------------------------------------------------------------------
+
+
+def plan(
+    record: Record, data: Data, config: ReportConfig, changes: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Settings of each protocol to run: those of the recipe's own evaluation, then `changes`.
+
+    Raises UserError for unknown protocols and keys, and for bad values.
+    """
+    if data.test is None:
+        return {}
+    names = config.protocols
+    if names is None:
+        there = {"label_free": True, "knn": data.labels is not None, "retrieval": data.test.has_objects}
+        names = tuple(name for name, use in there.items() if use)
+        changes = {k: v for k, v in changes.items() if k not in PROTOCOLS or k in names}
+    configure(names, changes)
+    settings = {}
+    for name in names:
+        known = set(PROTOCOLS[name].config.__dataclass_fields__)
+        mine = {k: v for k, v in changes.items() if k in known and k not in names}
+        own = changes.get(name) if isinstance(changes.get(name), dict) else {}
+        settings[name] = merge(_defaults(name, names, record, data, config), merge(mine, own or {}))
+        if "exclude_self" in known and "exclude_self" not in settings[name]:
+            read = settings[name].get("limit"), settings[name].get("seed", 0)
+            settings[name]["exclude_self"] = data.shares(*read)
+    return settings
+
+
+def _defaults(
+    name: str, names: Sequence[str], record: Record, data: Data, config: ReportConfig
+) -> dict[str, Any]:
+    """Settings of one of the protocols where nobody asks for others."""
+    known = set(PROTOCOLS[name].config.__dataclass_fields__)
+    settings: dict[str, Any] = {}
+    if name == "knn":
+        settings |= {k: v for k, v in (record.get("evaluate") or {}).items() if k in known}
+        if data.labels == "objects" and settings.get("rows") != "objects":
+            settings |= {"rows": "objects", "view": "object"}
+        elif data.labels == "pictures" and settings.get("rows") == "objects":
+            settings |= {"rows": "pictures", "view": "picture"}
+    if "limit" in known:
+        settings["limit"] = config.limit or settings.get("limit") or LIMIT
+    if "workers" in known and isinstance(record.get("evaluate.workers"), int):
+        settings["workers"] = record.get("evaluate.workers")
+    if name == "retrieval":
+        settings["objects"] = OBJECTS
+    if name == "label_free" and "retrieval" in names:
+        settings["objects"] = False  # that is what retrieval measures
+    return settings
+
+
+def measure(
+    record: Record,
+    data: Data,
+    config: ReportConfig,
+    changes: dict[str, Any],
+    kept: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Progress:
+    """All points of a run, each encoder loaded once; results that would be the same are used again.
+
+    Args:
+        changes: settings of protocols, as `evaluate_all` takes them.
+        kept: folders of other runs' results to look in as well.
+        say: is told what is being measured.
+
+    Raises UserError for unknown protocols and keys, a device that is not there, and a reference that cannot
+    be loaded, before anything is measured. What the run itself lacks becomes a note.
+    """
+    settings = plan(record, data, config, changes)
+    device = distributed.find_device(config.device)
+    reference = load(config.reference, device) if config.reference else None
+    if data.test is None:
+        return Progress(notes=data.notes)
+    if not record.has_encoder:
+        why = "The run has no encoder yet: the first checkpoint writes it."
+        return Progress(notes=(*data.notes, why), settings=settings)
+    points, notes = [], list(data.notes)
+    own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
+    encoders = _encoders(record, config)
+    for number, (label, step, place) in enumerate(encoders, start=1):
+        say(f"measuring {label}, {number} of {len(encoders)} networks: {', '.join(settings)}")
+        try:
+            encoder = load(place, device) if reference is None or step is not None else reference
+        except UserError as error:
+            notes.append(f"{label} was not measured: {error}")
+            continue
+        folders = [folder / encoder.fingerprint() / own for folder in (home(record.folder), *kept)]
+        results, failed = _results(encoder, data, settings, folders)
+        notes += failed
+        share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)
+        points.append(Point(label, step, results, *share))
+    classes = len(data.test.classes or ()) if data.labels else None
+    return Progress(tuple(points), tuple(dict.fromkeys(notes)), settings, classes)
+
+
+def _encoders(record: Record, config: ReportConfig) -> list[tuple[str, int | None, str | Path]]:
+    """Label, step and place of what is measured; of the kept encoders at most `checkpoints`."""
+    kept = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.encoder_step]
+    if len(kept) > config.checkpoints:
+        chosen = np.linspace(0, len(kept), config.checkpoints + 2)[1:-1].astype(int)
+        kept = [kept[i] for i in dict.fromkeys(chosen.tolist())]
+    found: list[tuple[str, int | None, str | Path]] = [(UNTRAINED, 0, f"untrained:{record.folder}")]
+    found += [(f"step {step:,}", step, path) for step, path in kept]
+    found.append((END, record.encoder_step, record.folder))
+    return found + ([(config.reference, None, config.reference)] if config.reference else [])
+
+
+def _results(
+    encoder: Encoder, data: Data, settings: dict[str, dict[str, Any]], folders: Sequence[Path]
+) -> tuple[dict[str, Result], list[str]]:
+    """Results by protocol, kept or new (written to the first folder), and what could not be measured."""
+    results: dict[str, Result] = {}
+    failed, missing = [], []
+    for name, wanted in settings.items():
+        try:
+            configure((name,), {name: wanted})
+        except UserError as error:  # settings of another version's recipe
+            failed.append(f"{name} was not measured: {error}")
+            continue
+        found = (_kept(folder, name, wanted, data) for folder in folders)
+        if result := next(filter(None, found), None):
+            results[name] = result
+        else:
+            missing.append(name)
+    if not missing:
+        return results, failed
+    try:  # together they share a pass over the pictures
+        return results | _evaluate(encoder, missing, data, settings, folders[0]), failed
+    except UserError as error:
+        if len(missing) == 1:
+            return results, [*failed, f"{missing[0]} was not measured: {error}"]
+    for name in missing:
+        try:
+            results |= _evaluate(encoder, (name,), data, settings, folders[0])
+        except UserError as error:
+            failed.append(f"{name} was not measured: {error}")
+    return results, failed
+
+
+def _evaluate(
+    encoder: Encoder, names: Sequence[str], data: Data, settings: dict[str, Any], out: Path
+) -> dict[str, Result]:
+    changes: dict[str, Any] = {name: settings[name] for name in names}
+    return evaluate_all(encoder, names, train=data.train, test=data.test, out=out, progress=False, **changes)
+
+
+def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
+    """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
+    if data.test is None:
+        return None
+    settings = json.loads(json.dumps(to_dict(configure((name,), {name: wanted})[name])))
+    found = [stored.result for stored in results_of(folder)[0]]  # without those of another version
+    same = (result for result in found if result.protocol == name and result.settings == settings)
+    return next((result for result in same if result.versions.get("foveola") == foveola.__version__), None)
+
+
+# -- place ---------------------------------------------------------------------------------------------------
+
+
+def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
+    """Share of the variance of patches that their place explains, in [0, 1], and of how many pictures.
+
+    Components of variance of a one-way analysis with the N places as groups of all pictures, at least 2: the
+    variance of the places' means, less what it would have by chance (within / pictures), over its sum with
+    that within places; 0 for constant features and for a single picture. Batches are read one by one.
+    """
+    mean, squares, count = torch.zeros(()), torch.zeros(()), 0
+    for batch in batches:
+        x, before = batch.double(), count
+        count += len(x)
+        step = x.mean(dim=0) - mean
+        squares = squares + (x - x.mean(dim=0)).square().sum(dim=0)
+        squares = squares + step.square() * before * len(x) / count
+        mean = mean + step * len(x) / count
+    if count < 2:
+        return 0.0, count
+    within = (squares / (count - 1)).sum(dim=1).mean().item()
+    between = mean.var(dim=0, correction=1).sum().item() - within / count
+    total = max(between, 0.0) + within
+    return (max(between, 0.0) / total if total > 0 else 0.0), count
+
+
+def _place_share(
+    encoder: Encoder, source: Source, folders: Sequence[Path]
+) -> tuple[float | None, int | None]:
+    """Of the encoder's patches on some pictures, kept like results; None where too few can be read."""
+    about = {"pictures": PLACES_OF, "data": identity(source), "foveola": foveola.__version__}
+    for folder in folders:
+        tree = read_tree(folder / "place.json")
+        if tree.get("about") == about and isinstance(tree.get("share"), float):
+            return tree["share"], tree.get("used")
+    if encoder.grid == (1, 1):
+        return None, None
+    patches = (
+        encoder(encoder.transform(sample.image)[None]).patches.cpu()
+        for _, sample in each_sample(source, PLACES_OF)
+    )
+    with torch.inference_mode():  # as the generator goes
+        share, used = place_share(patches)
+    if used < 2:
+        return None, None
+    tree = {"about": about, "share": share, "used": used}
+    files.write_text(folders[0] / "place.json", json.dumps(tree) + "\n")
+    return share, used

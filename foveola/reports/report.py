@@ -1,0 +1,154 @@
+"""`foveola report`: what a run learned and whether it helped, on one page that opens anywhere."""
+
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import foveola
+from foveola import files
+from foveola.config import UserError, build
+from foveola.drawing import html
+from foveola.evaluation.protocol import PROTOCOLS
+from foveola.health import Facts, health
+from foveola.models.encoder import load
+from foveola.reports import sections
+from foveola.reports.findings import Findings
+from foveola.reports.progress import END, UNTRAINED, Progress, measure
+from foveola.reports.record import Record, read_runs
+from foveola.reports.request import ReportConfig, open_data
+
+GLOBAL_VIEWS = 2  # of a picture, where a configuration does not say
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Write one self-contained HTML page on one or several runs; returns its path.
+
+    Args:
+        runs: run folders, finished or not.
+        out: file to write; by default `report.html` in the folder of the first run.
+        progress: tell on stderr what is being measured.
+        settings: keys of `ReportConfig` (`data`, `train`, `test`, `protocols`, `reference`, `pictures`, ...);
+            others are settings of the protocols (`limit=500`, `knn={"k": (20,)}`).
+
+    Results are kept in RUN/report/<fingerprint of the encoder>/ and used again while encoder, settings, data
+    (with sizes and times of files) and version are the same. Raises UserError for what is no run folder,
+    unknown keys, bad values, a device, data and reference that were asked for and are not there. What a run
+    itself lacks is said on the page.
+    """
+    records = read_runs([runs] if isinstance(runs, str | Path) else list(runs))
+    config, changes = configure(settings | ({} if out is None else {"out": str(out)}))
+    path = Path(config.out) if config.out else records[0].folder / "report.html"
+    if path.is_dir():
+        raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
+    files.check_place(path.parent, "give another out= for the report")
+    found: list[Findings] = []
+    for record in records:
+
+        def say(text: str, name: str = record.name) -> None:
+            if progress:
+                print(f"report: {datetime.now():%H:%M:%S} {name}: {text}", file=sys.stderr, flush=True)
+
+        say("reading")
+        data = open_data(record, config)
+        others = [other.record.folder / "report" for other in found]
+        measured = measure(record, data, config, changes, others, say)
+        say("drawing")
+        found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))
+    text = render(found, config)
+    files.write_text(path, text)
+    return path
+
+
+def configure(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, Any]]:
+    """The report's own settings, and those of protocols. Raises UserError for unknown keys and bad values."""
+    own = set(ReportConfig.__dataclass_fields__)
+    inner = {key for protocol in PROTOCOLS.values() for key in protocol.config.__dataclass_fields__}
+    others = {key: value for key, value in settings.items() if key not in own}
+    stray = {key: value for key, value in others.items() if key not in inner and key not in PROTOCOLS}
+    mine = {key: value for key, value in settings.items() if key in own}
+    if isinstance(mine.get("protocols"), str):
+        mine["protocols"] = [name.strip() for name in mine["protocols"].split(",")]
+    return build(ReportConfig, mine | stray), others
+
+
+def facts_of(record: Record, progress: Progress) -> Facts:
+    """What the verdicts need of a run's configuration, and the measured share of places."""
+    size, patch = record.get("views.global_size"), record.get("model.patch_size")
+    first, last = progress.point(UNTRAINED), progress.point(END)
+    share = None if last is None else last.place_share
+    views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
+    parts = (record.get("accumulate") or 1) * (processes or 1)
+    return Facts(
+        method=str(record.get("method.name", "")),
+        precision=str(record.get("precision", "fp32")),
+        total_steps=record.total_steps,
+        prototypes=record.prototypes(),
+        features=(record.get("batch_size") or 0) // parts * (views or 1) or None,
+        width=_width(record),
+        places=(size // patch) ** 2 if size and patch else None,
+        notes=record.notes,
+        place_share=None if share is None else (share, None if first is None else first.place_share),
+        place_pictures=None if last is None else last.place_pictures,
+        processes=processes,
+        images=record.image_count,
+    )
+
+
+def _processes(record: Record) -> int | None:
+    """Over how many the run's batches were spread, as its log says; None for logs that do not."""
+    found = [re.search(r"  foveola .*; (\d+) process(es)? on ", note) for note in record.notes]
+    return next((int(match[1]) for match in reversed(found) if match), None)
+
+
+def _width(record: Record) -> int | None:
+    if record.get("model.width"):
+        return record.get("model.width")
+    if not record.has_encoder:
+        return None
+    try:
+        return load(record.folder).config.model.shape[0]
+    except UserError:  # damaged, which the measurements say
+        return None
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+def render(found: Sequence[Findings], config: ReportConfig) -> str:
+    """The whole page as text."""
+    names = [each.record.name for each in found]
+    title = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+    made = f"{datetime.now():%Y-%m-%d %H:%M}"
+    parts = [
+        ("verdict", "In short", sections.verdict(found)),
+        ("setup", "What was trained on what", sections.setup(found)),
+        ("helped", "Did it help?", sections.helped(found)),
+        ("health", "Is the run healthy?", sections.health(found)),
+        ("pictures", "What it sees", sections.pictures(found, config)),
+        ("curves", "Curves", sections.curve_charts([each.record for each in found])),
+        ("config", "Exact configuration", sections.configuration(found)),
+        ("next", "What to do next", sections.advice(found, config)),
+        ("use", "How to use the encoder", sections.usage(found[0])),
+    ]
+    links = "".join(html.tag("a", heading, href=f"#{name}") for name, heading, _ in parts[1:])
+    methods = dict.fromkeys(each.record.method for each in found)
+    data = dict.fromkeys(str(each.record.get("data") or "unknown pictures") for each in found)
+    top = (
+        html.paragraph("foveola report", "brand")
+        + html.tag("h1", html.escape(title))
+        + html.paragraph(f"{', '.join(methods)} on {', '.join(data)}", "sub")
+        + html.tag("nav", links)
+    )
+    main = "\n".join(html.section(name, heading, body) for name, heading, body in parts)
+    foot = html.paragraph(f"Made {made} by foveola {foveola.__version__}. This file fetches nothing.")
+    body = html.tag("header", top) + html.tag("main", main) + html.tag("footer", foot)
+    return html.page(f"{title}: foveola report", body, f"foveola {foveola.__version__}")

@@ -1,0 +1,111 @@
+"""Linear segmentation: the loss against a loop, heads of a grid against heads alone, and colour."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from foveola.config import UserError, build
+from foveola.data.segmentation import IGNORE
+from foveola.evaluation.segmentation.linear import LinearSegmentationConfig, pixel_loss, run, train_heads
+
+COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
+FAST = {"workers": 0, "steps": 150, "train_batch": 4, "rates": [1e-4, 1e-2]}
+
+
+@pytest.fixture
+def coloured(pixel_source):
+    def make(seed: int, count: int = 6):
+        rng, pictures, maps = np.random.default_rng(seed), [], []
+        for _ in range(count):
+            labels = np.repeat(np.repeat(rng.integers(0, 3, (2, 2)), 16, 0), 16, 1).astype(np.uint8)
+            pictures.append(COLOURS[labels])
+            labels = labels.copy()
+            labels[:, 30:] = IGNORE
+            maps.append(labels)
+        return pixel_source(pictures, maps, name=f"coloured-{seed}:")
+
+    return make
+
+
+def test_loss_equals_a_loop_over_pixels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 4, generator=generator)
+    maps = torch.randint(0, 4, (2, 12, 12), generator=generator).to(torch.uint8)
+    maps[:, :3] = IGNORE
+    total, count = 0.0, 0
+    for one, labels in zip(logits.double(), maps, strict=True):
+        field = interpolate(one.T.reshape(1, 4, 3, 3), (12, 12), mode="bilinear", align_corners=False)[0]
+        for y, x in np.ndindex(12, 12):
+            if labels[y, x] != IGNORE:
+                total += float(field[:, y, x].logsumexp(0) - field[int(labels[y, x]), y, x])
+                count += 1
+    assert pixel_loss(logits, maps, 3).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_pictures_without_a_class_give_no_gradient():
+    logits = torch.randn(1, 4, 3, requires_grad=True)
+    pixel_loss(logits, torch.full((1, 8, 8), IGNORE, dtype=torch.uint8), 2).backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_heads_trained_together_equal_heads_trained_alone():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(7, 4, 5, generator=generator)
+    maps = torch.randint(0, 3, (7, 8, 8), generator=generator).to(torch.uint8)
+    settings = {"steps": 9, "batch": 3, "weight_decay": 0.1, "seed": 4}
+    rates = [1e-3, 1e-2, 1e-1]
+    together = train_heads(features, maps, 3, rates, **settings)
+    for rate, head in zip(rates, together, strict=True):
+        (alone,) = train_heads(features, maps, 3, [rate], **settings)
+        assert torch.equal(alone.weight, head.weight)
+        assert torch.equal(alone.bias, head.bias)
+    assert not torch.allclose(together[0].weight, together[1].weight)
+
+
+def test_rate_falls_to_zero_as_a_polynomial():
+    """With one head and one picture the first step of AdamW is rate x sign(gradient), unless decayed."""
+    features, maps = torch.ones(1, 4, 2), torch.zeros(1, 8, 8, dtype=torch.uint8)
+    settings = {"batch": 1, "weight_decay": 0.0, "seed": 0}
+    (one,) = train_heads(features, maps, 2, [0.1], steps=1, **settings)
+    (two,) = train_heads(features, maps, 2, [0.1], steps=2, **settings)
+    assert one.bias.tolist() == pytest.approx([0.1, -0.1], rel=1e-4)
+    assert (two.bias[0] - one.bias[0]).item() == pytest.approx(0.1 * 0.5**0.9, rel=0.05)
+
+
+def test_colour_is_found(encoder, coloured):
+    config = build(LinearSegmentationConfig, FAST)
+    outcome = run(encoder, coloured(1), coloured(2), config, progress=False)
+    assert outcome.metrics["miou"] > 60
+    assert outcome.chosen["linear_segmentation"] == {"rate": 1e-2}
+    assert [entry["rate"] for entry in outcome.grid["linear_segmentation"]] == [1e-4, 1e-2]
+    again = run(encoder, coloured(1), coloured(2), config, progress=False)
+    assert again.metrics == outcome.metrics
+    at_picture = build(LinearSegmentationConfig, FAST | {"evaluate_at": "picture"})
+    assert run(encoder, coloured(1), coloured(2), at_picture, False).metrics == outcome.metrics
+
+
+def test_the_choice_knows_nothing_of_test(encoder, coloured):
+    config = build(LinearSegmentationConfig, FAST | {"steps": 30})
+    honest = run(encoder, coloured(1), coloured(2), config, False)
+    poisoned = coloured(2)
+    poisoned.maps = [np.full_like(labels, 1) for labels in poisoned.maps]
+    other = run(encoder, coloured(1), poisoned, config, False)
+    assert other.grid == honest.grid
+
+
+def test_mistakes(encoder, coloured):
+    void = coloured(1)
+    void.maps = [np.full_like(labels, IGNORE) for labels in void.maps]
+    with pytest.raises(UserError, match="no pixel has a class"):
+        run(encoder, void, coloured(2), build(LinearSegmentationConfig, FAST), False)
+    with pytest.raises(UserError, match="rates: needs different values"):
+        build(LinearSegmentationConfig, {"rates": []})
+
+
+def test_the_global_generator_is_left_alone():
+    features, maps = torch.ones(2, 4, 2), torch.zeros(2, 8, 8, dtype=torch.uint8)
+    before = torch.get_rng_state()
+    train_heads(features, maps, 2, [0.1], steps=2, batch=2, weight_decay=0.0, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,196 @@
+"""k-NN and logistic segmentation against loops and scikit-learn; what is held out stays out."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.preprocessing import StandardScaler
+
+from foveola.config import UserError, build
+from foveola.data.segmentation import IGNORE
+from foveola.evaluation.segmentation import patches
+from foveola.evaluation.segmentation.patches import (
+    KnnSegmentationConfig,
+    LogisticSegmentationConfig,
+    Scaler,
+    hold_out,
+    run_knn,
+    run_logistic,
+    transplant,
+)
+
+COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
+
+
+@pytest.fixture
+def coloured(pixel_source):
+    """coloured(seed, count): 8 x 8 areas of flat colour, which is the class; some void."""
+
+    def make(seed: int, count: int = 6):
+        rng, pictures, maps = np.random.default_rng(seed), [], []
+        for _ in range(count):
+            labels = np.repeat(np.repeat(rng.integers(0, 3, (4, 4)), 8, 0), 8, 1).astype(np.uint8)
+            noise = rng.integers(-8, 9, (32, 32, 3))
+            pictures.append((COLOURS[labels] + noise).clip(0, 255).astype(np.uint8))
+            labels[:, 30:] = IGNORE
+            maps.append(labels)
+        return pixel_source(pictures, maps, name=f"coloured-{seed}:")
+
+    return make
+
+
+def rows(count: int, seed: int, offset: float = 0.0):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) + offset
+
+
+# -- pure functions ---------------------------------------------------------------------------------------
+
+
+def test_scaler_equals_scikit_learn_and_guards_constants():
+    x = rows(50, 0) * torch.tensor([1, 10, 0.1, 1000, 1, 1]) + 3
+    x[:, 5] = 0.1
+    judge = StandardScaler().fit(x.double().numpy())
+    scaled = Scaler.fit(x)(x)
+    np.testing.assert_allclose(
+        scaled[:, :5], judge.transform(x.double().numpy())[:, :5], rtol=1e-3, atol=1e-4
+    )
+    assert scaled[:, 5].abs().max() < 1e-6
+    larger = x.clone()
+    larger[:, 2] *= 1000
+    torch.testing.assert_close(Scaler.fit(larger)(larger), scaled, rtol=1e-3, atol=1e-4)
+
+
+def naive_vote(pixels, indices, void_votes):
+    out = np.zeros((len(indices), pixels.shape[1]), np.uint8)
+    for i, some in enumerate(indices.tolist()):
+        for q in range(pixels.shape[1]):
+            labels = [int(pixels[j, q]) for j in some]
+            if not void_votes:
+                labels = [label for label in labels if label != IGNORE] or [IGNORE]
+            out[i, q] = min(set(labels), key=lambda label: (-labels.count(label), label))
+    return out
+
+
+@pytest.mark.parametrize("void_votes", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_vote_is_the_mode_at_every_pixel(k, void_votes, monkeypatch):
+    rng = np.random.default_rng(k)
+    pixels = torch.from_numpy(rng.choice([0, 1, 2, IGNORE], (30, 12)).astype(np.uint8))
+    indices = torch.from_numpy(rng.integers(0, 30, (25, k)))
+    expected = naive_vote(pixels, indices, void_votes)
+    np.testing.assert_array_equal(transplant(pixels, indices, 3, void_votes), expected)
+    monkeypatch.setattr(patches, "VOTES", 100)  # two queries at a time
+    np.testing.assert_array_equal(transplant(pixels, indices, 3, void_votes), expected)
+
+
+def test_patterns_inside_a_patch_are_transplanted():
+    checker = torch.tensor([[0, 1, 0, 1]], dtype=torch.uint8).repeat(3, 1)
+    assert transplant(checker, torch.tensor([[0, 1, 2]]), 2).tolist() == [[0, 1, 0, 1]]
+
+
+def test_hold_out_is_of_whole_pictures():
+    pictures = torch.arange(20).repeat_interleave(3)
+    held = hold_out(pictures, 0.1, 0)
+    assert held.sum() == 6
+    chosen = set(pictures[held].tolist())
+    assert chosen == set(np.random.default_rng(0).permutation(20)[:2].tolist())
+    assert not chosen & set(pictures[~held].tolist())
+    assert hold_out(pictures[:6], 0.01, 0).sum() == 3  # at least one picture
+    with pytest.raises(UserError, match="at least two pictures"):
+        hold_out(pictures[:3], 0.1, 0)
+
+
+# -- protocols --------------------------------------------------------------------------------------------
+
+
+def test_knn_finds_colour(encoder, coloured):
+    config = build(KnnSegmentationConfig, {"workers": 0, "k": [1, 3]})
+    outcome = run_knn(encoder, coloured(1), coloured(2), config, progress=False)
+    assert outcome.metrics["miou"] > 85
+    assert outcome.metrics["miou_low"] <= outcome.metrics["miou"] <= outcome.metrics["miou_high"]
+    assert len(outcome.grid["knn_segmentation"]) == 4
+    best = max(outcome.grid["knn_segmentation"], key=lambda entry: entry["miou"])
+    assert {name: best[name] for name in ("distance", "k")} == outcome.chosen["knn_segmentation"]
+    assert set(outcome.data["class_iou"]) == {"a", "b", "c"}
+
+
+def test_bank_of_the_queries_gives_the_truth_back(encoder, coloured):
+    train, test = coloured(1), coloured(1)
+    test.name = "copy:"
+    for labels in (*train.maps, *test.maps):
+        labels[labels == IGNORE] = 0
+    config = build(KnnSegmentationConfig, {"workers": 0, "k": [1], "distance": ["l2"]})
+    assert run_knn(encoder, train, test, config, False).metrics["miou"] == pytest.approx(100)
+
+
+def test_logistic_finds_colour(encoder, coloured):
+    config = build(LogisticSegmentationConfig, {"workers": 0, "c": [1e-3, 1.0]})
+    outcome = run_logistic(encoder, coloured(1), coloured(2), config, progress=False)
+    assert outcome.metrics["miou"] > 85
+    assert outcome.metrics["miou_capi"] == outcome.metrics["miou"]  # it never says "no class"
+    assert [entry["c"] for entry in outcome.grid["logistic_segmentation"]] == [1e-3, 1.0]
+
+
+def test_eight_published_values_of_c():
+    c = LogisticSegmentationConfig().c
+    np.testing.assert_allclose(c, [1e-6, 3.73e-5, 1.39e-3, 5.18e-2, 1.93, 72.0, 2683, 1e5], rtol=2e-3)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "logistic"])
+def test_the_choice_knows_nothing_of_test_and_the_scaler_nothing_of_the_hold_out(
+    protocol, encoder, coloured, monkeypatch
+):
+    run, config = {
+        "knn": (run_knn, build(KnnSegmentationConfig, {"workers": 0, "k": [1, 3, 5]})),
+        "logistic": (run_logistic, build(LogisticSegmentationConfig, {"workers": 0, "c": [1e-4, 1e-2, 1.0]})),
+    }[protocol]
+    fitted: list[int] = []
+    fit = Scaler.fit
+    monkeypatch.setattr(Scaler, "fit", lambda x: fitted.append(len(x)) or fit(x))
+    honest = run(encoder, coloured(1), coloured(2), config, False)
+    assert fitted == [5 * 16]  # one of six pictures is held out
+    poisoned = coloured(2)
+    rng = np.random.default_rng(0)
+    poisoned.maps = [rng.integers(0, 3, labels.shape).astype(np.uint8) for labels in poisoned.maps]
+    other = run(encoder, coloured(1), poisoned, config, False)
+    assert other.chosen == honest.chosen
+    assert other.grid == honest.grid
+    assert other.metrics["miou"] < honest.metrics["miou"] - 20
+
+
+def test_held_out_patches_do_not_vote_for_themselves(encoder, coloured):
+    """Labels are noise: held-out patches that leaked into the bank would be found right at k = 1."""
+    train, rng = coloured(1, 8), np.random.default_rng(0)
+    train.maps = [rng.integers(0, 3, (32, 32)).astype(np.uint8) for _ in train.maps]
+    config = build(KnnSegmentationConfig, {"workers": 0, "k": [1, 3], "holdout": 0.5})
+    tried = run_knn(encoder, train, coloured(2), config, False).grid["knn_segmentation"]
+    assert all(entry["miou"] < 30 for entry in tried)  # chance is 20: a third right
+
+
+def test_mistakes(encoder, coloured):
+    with pytest.raises(UserError, match="k=500 is more than the"):
+        run_knn(
+            encoder, coloured(1), coloured(2), build(KnnSegmentationConfig, {"workers": 0, "k": [500]}), False
+        )
+    with pytest.raises(UserError, match="c: needs different values"):
+        build(LogisticSegmentationConfig, {"c": [1, 1.0]})
+    void = coloured(1)
+    void.maps = [np.full_like(labels, IGNORE) for labels in void.maps]
+    config = build(KnnSegmentationConfig, {"workers": 0, "k": [1]})
+    with pytest.raises(UserError, match="no patch of 6 pictures has a class"):
+        run_knn(encoder, void, coloured(2), config, False)
+    void.name = "void:"
+    with pytest.raises(UserError, match="no pixel of test has a class"):
+        run_knn(encoder, coloured(1), void, config, False)
+
+
+def test_classes_absent_from_training_are_never_predicted_and_count_as_missed(encoder, coloured):
+    train = coloured(1)
+    for labels in train.maps:
+        labels[labels == 2] = IGNORE
+    outcome = run_logistic(
+        encoder, train, coloured(2), build(LogisticSegmentationConfig, {"workers": 0, "c": [1.0]}), False
+    )
+    assert outcome.data["class_iou"]["c"] == 0.0
+    assert outcome.metrics["miou"] == pytest.approx(
+        np.mean(list(outcome.data["class_iou"].values())), abs=0.01
+    )
