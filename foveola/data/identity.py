@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -143,12 +143,9 @@ def _parts(objects: Objects | None) -> Iterator[Any]:
 
 def hash_files(root: Path, files: Sequence[str], name: str) -> np.ndarray:
     """Hashes (S16 [n]) of files below `root`, read where the table does not have them. `name` is shown."""
-    table = Table(root)
-    paths = [os.path.join(root, file) for file in files]  # noqa: PTH118 (speed)
-    found = np.zeros(len(paths), HASH)
     with ThreadPoolExecutor(_threads()) as pool:
-        states = list(pool.map(_state, paths, chunksize=BLOCK))
-        keys = np.array([_key(f, s) for f, s in zip(files, states, strict=True)], HASH)
+        table, paths, states, keys = _look_up(root, files, pool)
+        found = np.zeros(len(paths), HASH)
         missing = table.fill(found, keys)
         size = sum(state[0] for i in missing.tolist() if (state := states[i]))
         saying = _said(missing, size, name, table.path.parent)
@@ -164,6 +161,33 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> np.ndarray:
                 began = time.monotonic()
         table.save()
     return found
+
+
+class Stated(NamedTuple):
+    """What is known of files that nobody reads."""
+
+    sizes: np.ndarray  # bytes, int64 [n]; -1: no file
+    times: np.ndarray  # of their contents in ns, int64 [n]; 0: no file
+    hashes: np.ndarray  # S16 [n]; empty: the table has none
+
+
+def stated(root: Path, files: Sequence[str]) -> Stated:
+    """Sizes, times, and those hashes that the table has, of files below `root`."""
+    with ThreadPoolExecutor(_threads()) as pool:
+        table, _, states, keys = _look_up(root, files, pool)
+    found = np.zeros(len(files), HASH)
+    table.fill(found, keys)
+    size_and_time = np.array([state[:2] if state else (-1, 0) for state in states], np.int64).reshape(-1, 2)
+    return Stated(size_and_time[:, 0], size_and_time[:, 1], found)
+
+
+def _look_up(root: Path, files: Sequence[str], pool: ThreadPoolExecutor) -> Any:
+    """The table of a folder, and of its files: paths, states and keys."""
+    paths = [os.path.join(root, file) for file in files]  # noqa: PTH118 (speed)
+    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
+    states = [state for some in pool.map(lambda block: [*map(_state, block)], blocks) for state in some]
+    keys = np.array([_key(f, s) for f, s in zip(files, states, strict=True)], HASH)
+    return Table(root), paths, states, keys
 
 
 def tables() -> Path:

@@ -69,6 +69,10 @@ class Pictures:
         """The file of an image."""
         return self.root / os.fsdecode(self.files[int(self.rows[index])])
 
+    def files_below(self) -> tuple[Path, list[str]]:
+        """The folder, and the paths of the images below it, in order."""
+        return self.root, [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
+
     def data(self, index: int) -> bytes:
         """The bytes of the file of an image. Raises OSError, and BadImage for what is no file."""
         path = self.path(index)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from foveola import files
+from foveola import distributed, files
 from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
 from foveola.training import checkpoint, same_data
-from foveola.training.recipe import RunConfig
+from foveola.training.recipe import RunConfig, plan
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
 FREE = (
@@ -35,10 +35,18 @@ FREE = (
 )
 
 
-def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Path:
+class Choice(NamedTuple):
+    """The folder of a run, and what is to be said of why it is this one."""
+
+    folder: Path
+    said: str = ""
+
+
+def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Choice:
     """The folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one there.
 
-    The same `images` at another place are the same data.
+    The same `images` at another place are the same data. A run there that was finished on images which
+    changed since is left alone, unless `data_changed` allows to go on.
     Nothing is written. Raises ConfigError where `out` holds something else.
     """
     if config.out is not None:
@@ -52,14 +60,20 @@ def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Pat
                 )
         elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
-        return folder
+        return Choice(folder)
     name = (config.recipe or "run").replace("/", "-")
-    runs = Path("runs")
+    runs, said = Path("runs"), ""
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if folder.name.startswith(f"{name}-") and _goes_on(folder, config, total_steps, images):
-            return folder
+        if not folder.name.startswith(f"{name}-") or not _is_of(folder, config, images):
+            continue
+        what = "" if config.data_changed == "allow" else same_data.changed_since(folder, images)
+        if not _is_finished(folder, config, total_steps, what):
+            if _is_free(folder):
+                return Choice(folder)
+        elif what and not said:
+            said = f"{folder} is finished, and {what}: this is a run of its own"
     new = runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}")
+    return Choice(new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}"), said)
 
 
 def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
@@ -72,7 +86,7 @@ def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str
     old, new = _flat(to_dict(theirs)), _flat(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == part or name.startswith(f"{part}.") for part in FREE)
-        free = free or (name == "data" and same_data.kept(folder) == images)
+        free = free or (name == "data" and same_data.are_of(folder, images))
         if not free and old.get(name) != new.get(name):
             return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
     return None
@@ -86,12 +100,10 @@ def begin(folder: Path, config: RunConfig, images: same_data.Images) -> str | No
     path = folder / "config.yaml"
     if not path.exists():
         files.write_text(path, dump_yaml(to_dict(config) | {"out": None}))
-    said = None
     if any((folder / "checkpoints").glob("step-*")) or (folder / "encoder" / "config.json").exists():
-        said = same_data.change(folder, images, config.data_changed == "allow")
-    if same_data.kept(folder) != images:
-        same_data.keep(folder, images)
-    return said
+        return same_data.change(folder, images, config.data_changed == "allow")
+    same_data.keep(folder, images)
+    return None
 
 
 @contextmanager
@@ -111,18 +123,29 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _goes_on(folder: Path, config: RunConfig, total_steps: int, images: same_data.Images) -> bool:
-    """Whether a folder holds an unfinished run of the same settings that nobody is working on."""
-    if not (folder / "config.yaml").exists():
-        return False
+def _is_of(folder: Path, config: RunConfig, images: same_data.Images) -> bool:
+    """Whether a folder holds a run of these settings."""
     try:
-        if difference(folder, config, images):
-            return False
+        return (folder / "config.yaml").exists() and not difference(folder, config, images)
     except ConfigError:  # of another version, or not a run: not this run, in any case
         return False
+
+
+def _is_finished(folder: Path, config: RunConfig, total_steps: int, changed: str) -> bool:
+    """Whether a run took all its steps; where its images have `changed`, those of its own images."""
     newest = checkpoint.newest(folder)
-    if newest is not None and checkpoint.step_of(newest) >= total_steps:
+    if newest is None:
         return False
+    if changed and (before := same_data.kept(folder)):
+        try:
+            total_steps = plan(config, before.count, distributed.world_size()).total_steps
+        except ConfigError:  # it ran with a number of processes that fits its images, unlike this one
+            return False
+    return checkpoint.step_of(newest) >= total_steps
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nobody is working on a run."""
     try:
         with (folder / ".lock").open("a") as file:
             return not _is_held(file)

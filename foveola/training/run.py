@@ -117,8 +117,7 @@ class _Session:
 
     def run(self) -> Run:
         with ExitStack() as stack:
-            images = same_data.agreed(self.source)
-            self.folder = distributed.on_main(lambda: self._claim(stack, images))
+            self.folder = self._claimed(stack)
             start = self.step = self.tried = self._resume()
             missed = self.evaluations.missed(self.folder, start)
             if start >= self.total and not missed:
@@ -149,11 +148,14 @@ class _Session:
             self._farewell(log, step)
         return Run(self.folder, self.config, step, self.total, metrics)
 
+    def _claimed(self, stack: ExitStack) -> Path:
+        images = same_data.agreed(self.source)  # not beyond here: an inventory of a million files is large
+        return distributed.on_main(lambda: self._claim(stack, images))
+
     def _claim(self, stack: ExitStack, images: same_data.Images) -> Path:
-        path = folder.choose(self.config, self.total, images)
+        path, said = folder.choose(self.config, self.total, images)
         stack.enter_context(folder.lock(path))
-        if said := folder.begin(path, self.config, images):
-            self.changes.append(said)
+        self.changes += filter(None, (said, folder.begin(path, self.config, images)))
         return path
 
     def _resume(self) -> int:

@@ -1,7 +1,11 @@
-"""Whether a run goes on with the images that it began with: what they are is kept with it, in data.json."""
+"""Whether a run goes on with the images that it began with: what they are is kept with it.
 
+data.json has what tells that they are others, data.npz what tells which of them are.
+"""
+
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import numpy as np
 from foveola import distributed, files
 from foveola.config import ConfigError, UserError
 from foveola.data.identity import identity_of
+from foveola.data.inventory import Difference, Inventory, difference, inventory_of, load, named
 from foveola.data.sources import Source
 from foveola.failures import explain
 
@@ -22,23 +27,50 @@ OF_BEFORE = (
 
 @dataclass(frozen=True)
 class Images:
-    """How many images there are, and a digest of their contents and annotations, in order."""
+    """How many images there are, and what tells them from others, in order."""
 
     count: int
-    contents: str
+    contents: str  # digest of contents and annotations
+    sizes: str | None = None  # digest of the sizes of all files; None: no files, or of an earlier version
+    inventory: Inventory | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def told(self) -> "Images":
+        """Without the inventory, which may be large."""
+        return replace(self, inventory=None)
+
+    def agrees(self, other: "Images") -> bool:
+        """Whether both are the same images, as far as both are known."""
+        sizes = None in (self.sizes, other.sizes) or self.sizes == other.sizes
+        return sizes and (self.count, self.contents) == (other.count, other.contents)
 
 
 def look(source: Source) -> Images:
     """What the images of a source are. Where they lie does not count."""
     count = len(source)
-    chosen = None if count <= READ else np.unique(np.linspace(0, count - 1, READ).astype(np.int64))
-    return Images(count, identity_of(source, chosen).digest)
+    read = np.arange(count)
+    if count > READ:
+        read = np.unique(np.linspace(0, count - 1, READ).astype(np.int64))
+    found = identity_of(source, read)
+    inventory = inventory_of(source, read, found.contents)
+    sizes = hashlib.sha256(inventory.sizes.tobytes()).hexdigest()[:24] if inventory.names else None
+    return Images(count, found.digest, sizes, inventory)
 
 
 def agreed(source: Source) -> Images:
-    """`look`, on all processes. Raises UserError where one sees others: images are drawn by their index."""
-    first = distributed.on_main(lambda: look(source))
-    seen = distributed.gather_objects(first if distributed.is_main() else _attempt(source))
+    """`look`, on all processes; the inventory on the main one alone.
+
+    Raises UserError where a process sees others: images are drawn by their index.
+    """
+    own: list[Images] = []
+
+    def on_main() -> Images:
+        own.append(look(source))
+        return own[0].told
+
+    first = distributed.on_main(on_main)
+    mine = first if distributed.is_main() else _attempt(source)
+    seen = distributed.gather_objects(mine)
     for number, found in enumerate(seen):
         if isinstance(found, str):
             raise UserError(f"process {number} cannot read {source.name}: {found}")
@@ -49,49 +81,101 @@ def agreed(source: Source) -> Images:
                 + (" of other contents or in another order" if found.count == first.count else "")
                 + ": all processes must see the same data"
             )
-    return first
+    return own[0] if own else first
 
 
 def kept(folder: Path) -> Images | None:
     """What a run began with; None where that was not noted."""
     try:
-        return Images(**json.loads((folder / "data.json").read_text(encoding="utf-8")))
+        tree = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        return Images(**tree, inventory=load(folder / "data.npz"))
     except (OSError, ValueError, TypeError):
         return None
 
 
+def are_of(folder: Path, images: Images) -> bool:
+    """Whether these images are those that the run in `folder` is on."""
+    before = kept(folder)
+    return before is not None and before.agrees(images)
+
+
 def keep(folder: Path, images: Images) -> None:
     """Note what a run is on from here on."""
-    files.write_text(folder / "data.json", json.dumps(asdict(images), indent=2) + "\n")
+    tree = {"count": images.count, "contents": images.contents, "sizes": images.sizes}
+    files.write_text(folder / "data.json", json.dumps(tree, indent=2) + "\n")
+    if images.inventory is not None:
+        images.inventory.save(folder / "data.npz")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of the images of a run, in words; empty where nothing did."""
+
+    what: str = ""
+    perhaps: str = ""
+
+
+def changed(before: Images, now: Images) -> Change:
+    """What is to be said of images that were noted before: how they differ, and what cannot be told."""
+    if before.agrees(now) and now.count <= READ:  # all contents have been compared
+        return Change()
+    found = None
+    if before.inventory is not None and now.inventory is not None:
+        found = difference(before.inventory, now.inventory, READ)
+    which = str(found or "")
+    if before.agrees(now) and not which:
+        return Change(perhaps=_perhaps(found, now.count))
+    if before.count != now.count:
+        what = f"its data had {before.count:,} images, and have {now.count:,} now"
+    else:
+        what = f"its {now.count:,} images are not the same any more"
+    if not which and before.count == now.count:
+        which = "contents, order or annotations; or some cannot be read"
+        if found is not None:
+            which = "not the images, but their order, labels or annotations"
+    return Change(f"{what} ({which})" if which else what)
+
+
+def changed_since(folder: Path, images: Images) -> str:
+    """How these images differ from those of the run in `folder`; empty where nothing tells that they do."""
+    before = kept(folder)
+    return "" if before is None else changed(before, images).what
 
 
 def change(folder: Path, images: Images, allowed: bool) -> str | None:
-    """What is to be said before the run in `folder` goes on with these images; None: they are the same.
+    """Note the images of the run in `folder`, which goes on; returns what is to be said of them.
 
-    Raises ConfigError where they are others, unless that is `allowed`.
+    Raises ConfigError where they are others than before, unless that is `allowed`.
     """
     before = kept(folder)
     if before is None:
+        keep(folder, images)
         return OF_BEFORE
-    if before == images:
-        return None
-    if before.count != images.count:
-        what = f"its data had {before.count:,} images, and have {images.count:,} now"
-    else:
-        what = (
-            f"its {images.count:,} images are not the same any more (contents, order or annotations; or some "
-            "cannot be read)"
-        )
-    if not allowed:
+    found = changed(before, images)
+    if found.what and not allowed:
         raise ConfigError(
-            f"{folder}: {what}. For a run of their own, choose another out=; to go on with them, write "
+            f"{folder}: {found.what}. For a run of their own, choose another out=; to go on with them, write "
             "data_changed=allow, and steps and epochs are counted by what is there now"
         )
-    return f"data_changed=allow: {what}; steps and epochs are counted by what is there now"
+    if found != Change() or before.inventory is None:
+        keep(folder, images)
+    if found.what:
+        return f"data_changed=allow: {found.what}; steps and epochs are counted by what is there now"
+    return found.perhaps or None
+
+
+def _perhaps(found: Difference | None, count: int) -> str:
+    if found is None or not found.untold:
+        return ""
+    return (
+        f"{len(found.untold):,} of {count:,} images have other times than when the run began, and the same "
+        "sizes; their contents were not noted, so whether they were replaced is not known "
+        f"({named(found.untold)})"
+    )
 
 
 def _attempt(source: Source) -> Images | str:
     try:
-        return look(source)
+        return look(source).told
     except Exception as error:
         return explain(error) or str(error)

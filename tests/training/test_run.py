@@ -39,7 +39,7 @@ def test_a_run_writes_what_the_design_promises(tiny, tmp_path, lines, newest):
     run = pretrain(config)
     assert (run.finished, run.step, run.total_steps, run.folder) == (True, 8, 8, tmp_path / "run")
     assert {path.name for path in run.folder.iterdir()} == {
-        *(".lock", "checkpoints", "config.yaml", "data.json"),
+        *(".lock", "checkpoints", "config.yaml", "data.json", "data.npz"),
         *("encoder", "log.txt", "metrics.jsonl", "tensorboard"),
     }
     assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
@@ -220,7 +220,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
     folder_.mkdir(parents=True)
     images = look(open_source(tiny().data))
     folder.begin(folder_, tiny(), images)
-    assert folder.choose(tiny(), 8, images).resolve() == folder_
+    assert folder.choose(tiny(), 8, images).folder.resolve() == folder_
     hold = (
         "import sys, pathlib; from foveola.training.folder import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -231,7 +231,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match=r"another process is training in .*tiny-2026"):
             pretrain(tiny(out=str(folder_)))
-        assert folder.choose(tiny(), 8, images).resolve() != folder_
+        assert folder.choose(tiny(), 8, images).folder.resolve() != folder_
         other.kill()
     assert pretrain(tiny(out=str(folder_))).finished
 

@@ -1,6 +1,8 @@
 """The images of a run are those that it began with: growth and exchange are refused, other places are not."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import pytest
 from PIL import Image
 
 from foveola.config import ConfigError, UserError, dump_yaml
+from foveola.data import identity
+from foveola.data.identity import identity_of
 from foveola.data.scenes import Scenes
+from foveola.data.sources import open_source
 from foveola.training import same_data
 from foveola.training.run import pretrain
 
@@ -34,23 +39,23 @@ def draw(path: Path, seed: int) -> None:
 def grown(folder: Path) -> str:
     for number in range(16, 24):
         draw(folder / f"{number}.bmp", number)
-    return "its data had 16 images, and have 24 now"
+    return "its data had 16 images, and have 24 now (8 added (16.bmp, 17.bmp, 18.bmp, ...))"
 
 
 def shrunk(folder: Path) -> str:
     for number in range(4):
         (folder / f"{number:02d}.bmp").unlink()
-    return "its data had 16 images, and have 12 now"
+    return "its data had 16 images, and have 12 now (4 removed (00.bmp, 01.bmp, 02.bmp, ...))"
 
 
 def replaced(folder: Path) -> str:
     draw(folder / "07.bmp", 99)
-    return "its 16 images are not the same any more"
+    return "its 16 images are not the same any more (1 replaced (07.bmp))"
 
 
 def reordered(folder: Path) -> str:
     (folder / "00.bmp").rename(folder / "99.bmp")
-    return "its 16 images are not the same any more"
+    return "its 16 images are not the same any more (1 renamed (00.bmp to 99.bmp))"
 
 
 @pytest.mark.parametrize("how", [grown, shrunk, replaced, reordered])
@@ -61,7 +66,7 @@ def test_other_images_are_refused_or_allowed_with_a_word(
     interrupt_after(3)
     assert pretrain(config).step == 3
     says, before = how(images), snapshot(tmp_path / "run")
-    with pytest.raises(ConfigError, match=rf"{says}.*choose another out=;.* data_changed=allow"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(says)}.*choose another out=;.* data_changed=allow"):
         pretrain(config)
     assert snapshot(tmp_path / "run") == before
     interrupt_after(1)
@@ -73,6 +78,117 @@ def test_other_images_are_refused_or_allowed_with_a_word(
     interrupt_after(0)
     assert pretrain(config).finished
     assert (tmp_path / "run" / "log.txt").read_text().count("data_changed") == 1
+
+
+def test_what_changed_is_said_with_names(images: Path):
+    """Of every kind of change at once; and of annotations alone."""
+    source = open_source(f"folder:{images}")
+    before = same_data.look(source)
+    draw(images / "05.bmp", 98)
+    (images / "06.bmp").unlink()
+    (images / "07.bmp").unlink()
+    (images / "07.bmp").symlink_to("nowhere")
+    (images / "owls").mkdir()
+    (images / "08.bmp").rename(images / "owls" / "08.bmp")
+    draw(images / "77.bmp", 97)
+    draw(images / "78.bmp", 96)
+    found = same_data.changed(before, same_data.look(open_source(f"folder:{images}")))
+    assert found.what == (
+        "its data had 16 images, and have 17 now (2 added (77.bmp, 78.bmp), 1 removed (06.bmp), "
+        "1 replaced (05.bmp), 1 renamed (08.bmp to owls/08.bmp), 1 cannot be read any more (07.bmp))"
+    )
+    boxed = images.parent / "boxes.csv"
+    boxed.write_text("01.bmp,1,1,9,9\n")
+    with_boxes = same_data.look(open_source(f"folder:{images}?boxes={boxed}"))
+    found = same_data.changed(same_data.look(open_source(f"folder:{images}")), with_boxes)
+    assert found.what == (
+        "its 17 images are not the same any more (not the images, but their order, labels or annotations)"
+    )
+
+
+@pytest.fixture
+def sampled(images: Path, monkeypatch) -> Path:
+    """Of 16 images 4 are read: 00, 05, 10 and 15. All files are old, so that their hashes are kept."""
+    monkeypatch.setattr(same_data, "READ", 4)
+    for path in images.iterdir():
+        os.utime(path, (10**9, 10**9))
+    monkeypatch.setattr(identity, "SETTLED", -1e6)
+    return images
+
+
+def look_at(folder: Path) -> same_data.Images:
+    return same_data.look(open_source(f"folder:{folder}"))
+
+
+def test_of_many_images_the_sizes_of_all_are_compared(sampled: Path):
+    before = look_at(sampled)
+    (sampled / "07.bmp").write_bytes((sampled / "07.bmp").read_bytes() + b"\0")
+    os.utime(sampled / "07.bmp", (10**9, 10**9))
+    now = look_at(sampled)
+    assert before.contents == now.contents
+    assert not before.agrees(now)
+    wanted = "its 16 images are not the same any more (1 replaced (07.bmp))"
+    assert same_data.changed(before, now).what == wanted
+
+
+def test_of_many_images_those_with_another_time_are_read_where_a_hash_was_kept(sampled: Path):
+    identity_of(open_source(f"folder:{sampled}?limit=12"))  # an evaluation read most of them
+    before = look_at(sampled)
+    assert before.inventory is not None
+    names = [name.decode() for name in before.inventory.names]
+    known = {name for name, found in zip(names, before.inventory.hashes, strict=True) if found}
+    assert 12 <= len(known) < 16
+    hidden = known - {"00.bmp", "05.bmp", "10.bmp", "15.bmp"}
+    victim, touched, unknown = min(hidden), max(hidden), min(set(names) - known)
+    draw(sampled / victim, 99)
+    for name in (victim, touched, unknown):
+        os.utime(sampled / name, (10**9 + 1, 10**9 + 1))
+    now = look_at(sampled)
+    assert before.agrees(now)
+    found = same_data.changed(before, now)
+    assert found.what == f"its 16 images are not the same any more (1 replaced ({victim}))"
+    draw(sampled / victim, int(victim[:2]))  # as it was
+    found = same_data.changed(before, look_at(sampled))
+    assert found.what == ""
+    assert found.perhaps.startswith("1 of 16 images have other times than when the run began, and the same")
+    assert found.perhaps.endswith(f"whether they were replaced is not known ({unknown})")
+
+
+def test_of_many_images_moved_elsewhere_nothing_is_said_while_their_times_are_kept(sampled: Path):
+    before = look_at(sampled)
+    sampled.rename(sampled.with_name("moved"))
+    assert same_data.changed(before, look_at(sampled.with_name("moved"))) == same_data.Change()
+
+
+def test_the_inventory_is_kept_and_a_run_without_one_goes_on(images: Path, tmp_path: Path):
+    now = look_at(images)
+    same_data.keep(tmp_path / "run", now)
+    back = same_data.kept(tmp_path / "run")
+    assert back == now
+    assert back.inventory is not None
+    assert now.inventory is not None
+    assert back.inventory.names == now.inventory.names
+    for part in ("sizes", "times", "hashes"):
+        assert np.array_equal(getattr(back.inventory, part), getattr(now.inventory, part))
+    # A folder of an earlier version has neither sizes nor an inventory; it gets both.
+    old = {"count": now.count, "contents": now.contents}
+    (tmp_path / "run" / "data.json").write_text(json.dumps(old))
+    (tmp_path / "run" / "data.npz").write_bytes(b"PK\3\4 torn")
+    assert same_data.are_of(tmp_path / "run", now)
+    assert same_data.change(tmp_path / "run", now, allowed=False) is None
+    again = same_data.kept(tmp_path / "run")
+    assert again == now
+    assert again.inventory is not None
+    (tmp_path / "run" / "data.npz").unlink()
+    (images / "00.bmp").unlink()
+    with pytest.raises(ConfigError, match=r"had 16 images, and have 15 now\. For a run of"):
+        same_data.change(tmp_path / "run", look_at(images), allowed=False)
+
+
+def test_images_without_names_are_told_by_their_contents():
+    before, now = (same_data.look(Scenes(size=32, count=count)) for count in (12, 14))
+    what = same_data.changed(before, now).what
+    assert what == "its data had 12 images, and have 14 now (2 added (image 12, image 13))"
 
 
 def test_a_finished_run_is_not_taken_up_again_when_the_folder_has_grown(tiny, images, tmp_path, snapshot):
@@ -119,6 +235,32 @@ def test_without_out_a_run_goes_on_where_its_images_moved_and_begins_anew_with_o
     other = pretrain(tiny(data="folder:copy", **SMALL))
     assert other.folder != first.folder
     assert other.step == 1
+
+
+def test_without_out_a_folder_that_has_grown_gets_a_run_of_its_own_once_the_old_one_is_finished(
+    tiny, images, tmp_path, interrupt_after, snapshot, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(data=f"folder:{images}", **SMALL | {"duration": "2 epochs"})
+    interrupt_after(3)
+    old = pretrain(config)
+    assert old.step == 3
+    grown(images)
+    with pytest.raises(ConfigError, match=r"8 added .*choose another out=;.* data_changed=allow"):
+        pretrain(config)  # not finished: whether it goes on with the others is to be said
+    for number in range(16, 24):
+        (images / f"{number}.bmp").unlink()
+    interrupt_after(0)
+    assert pretrain(config).step == 4
+    says, before = grown(images), snapshot(old.folder)
+    new = pretrain(config)
+    assert new.folder != old.folder
+    assert new.step == new.total_steps == 6
+    assert snapshot(old.folder) == before
+    log = (new.folder / "log.txt").read_text()
+    assert f"{old.folder} is finished, and {says}: this is a run of its own" in log
+    with pytest.raises(ConfigError, match="8 added"):
+        pretrain(config, out=str(old.folder))
 
 
 def test_of_many_images_some_spread_over_all_are_read(monkeypatch):
