@@ -8,22 +8,39 @@ from jaxtyping import Bool, Int64
 
 
 def held_out(
-    names: Sequence[bytes], labels: Int64[np.ndarray, "n"], share: float, seed: int
+    contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
-    """Which images are for test: `share` of them, one at least, drawn by (seed, name) alone.
+    """Which images are for test: `share` of the different ones, one at least, drawn by (seed, content) alone.
 
-    Each class gives its share, as evenly as whole images allow, and keeps one image at least. A draw that
-    knows names rather than positions leaves nearly all images in their half when some are added: what a model
-    was trained on stays out of its test.
+    `contents` are equal for copies of one image: these go together, and count once, in the class that is
+    first of their labels. Each class (-1: of none) gives its share, as evenly as whole images allow, and
+    keeps one image at least. A draw that knows contents rather than positions leaves nearly all images in
+    their half when some are added or renamed: what a model was trained on stays out of its test.
     """
-    drawn = np.array([_draw(seed, name) for name in names])
-    _, number, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.argsort(labels, kind="stable")
+    _, first, which = np.unique(np.array(contents)[order], return_index=True, return_inverse=True)
+    of_image = np.empty(len(labels), np.int64)
+    of_image[order] = which
+    return _held_out([contents[i] for i in order[first]], labels[order][first], classes, share, seed)[
+        of_image
+    ]
+
+
+def _held_out(
+    contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
+) -> Bool[np.ndarray, "n"]:
+    """`held_out`, of images that are all different."""
+    drawn = np.array([_draw(seed, content) for content in contents])
+    known, number, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     by_class = np.lexsort((drawn, number))
     rank = np.empty(len(drawn), np.int64)
     rank[by_class] = np.arange(len(drawn)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # The j-th drawn image of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
-    # all holds nearly the same share of every class.
-    offsets = np.array([_draw(seed, b"class %d" % i) for i in range(len(sizes))])
+    # all holds nearly the same share of every class. By its name, which it keeps when classes are added.
+    names = [
+        b"class " + classes[i].encode(errors="surrogateescape") if i >= 0 else b"" for i in known.tolist()
+    ]
+    offsets = np.array([_draw(seed, name) for name in names])
     at = (rank + offsets[number]) / sizes[number]
     spare = rank < sizes[number] - 1
     count = min(max(1, round(share * len(drawn))), int(spare.sum()))

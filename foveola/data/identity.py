@@ -71,6 +71,16 @@ def say(progress: bool) -> None:
     _SAYING.set(progress)
 
 
+@contextmanager
+def saying(progress: bool) -> Iterator[None]:
+    """Whether, within this, what takes long is said on standard error."""
+    token = _SAYING.set(progress)
+    try:
+        yield
+    finally:
+        _SAYING.reset(token)
+
+
 def identity_of(source: Any, chosen: np.ndarray | None = None) -> Identity:
     """The identity of a source, or of its images `chosen` (indices, ascending).
 

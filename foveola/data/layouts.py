@@ -135,12 +135,17 @@ class Pictures:
     def hold_out(self, share: float, seed: int, half: str) -> None:
         """Keep one half: "test", `share` of the images, drawn from each class, or "train", the others.
 
+        Contents are drawn rather than names, so that copies of an image are in one half: all files are read.
         Raises DataError where no image can be spared.
         """
-        names = [self.files[row] for row in self.rows.tolist()]
-        held = held_out(names, self.labels[self.rows], share, seed)
+        files = [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
+        hashes = hash_files(self.root, files, self.name).tolist()
+        contents = [found or b"name " + os.fsencode(file) for found, file in zip(hashes, files, strict=True)]
+        held = held_out(contents, self.labels[self.rows], self.classes or (), share, seed)
         if not held.any():
-            raise DataError(f"{self.name}: no class has two images, so holdout={share:g} holds out none")
+            raise DataError(
+                f"{self.name}: no class has two different images, so holdout={share:g} holds out none"
+            )
         self.keep(np.flatnonzero(held if half == "test" else ~held))
 
     def limit(self, count: int, seed: int) -> None:

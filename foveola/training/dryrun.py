@@ -8,6 +8,7 @@ import time
 import torch
 
 from foveola import distributed
+from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sources import Source, notes_of, open_source
 from foveola.methods.method import Method
@@ -27,7 +28,7 @@ def dry_run(config: RunConfig) -> str:
     Speed and memory are measured on the second step, on this machine, with the batch that the report names;
     with several processes they are those of one of them.
     """
-    with distributed.joined(config.device) as device:
+    with distributed.joined(config.device) as device, saying(distributed.is_main()):
         return _describe(config, device)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import ConfigError, UserError, to_dict
 from foveola.data.ahead import Asker
+from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
@@ -86,7 +87,7 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
         config = change(to_dict(config), nested(overrides))
-    with distributed.joined(config.device) as device:
+    with distributed.joined(config.device) as device, saying(distributed.is_main()):
         return _Session(config, device, sources).run()
 
 

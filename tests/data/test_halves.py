@@ -1,5 +1,6 @@
 """Halves of a folder: disjoint, complete, alike in their classes, and stable."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ def fill(folder: Path, counts: dict[str, int]) -> Path:
     for label, count in counts.items():
         (folder / label).mkdir(parents=True)
         for number in range(count):
-            noise = np.random.default_rng([number, len(label)]).integers(0, 255, (16, 16, 3), np.uint8)
+            noise = np.random.default_rng([*label.encode(), number]).integers(0, 255, (16, 16, 3), np.uint8)
             Image.fromarray(noise).save(folder / label / f"{number}.png")
     return folder
 
@@ -44,8 +45,8 @@ def test_halves_are_the_whole_and_each_class_gives_its_share(tmp_path: Path):
 def test_added_images_leave_the_others_in_their_half():
     files = [b"%d.jpg" % i for i in range(1000)]
     labels = np.arange(1000) % 5
-    before = held_out(files[:990], labels[:990], 0.2, 0)
-    after = held_out(files, labels, 0.2, 0)[:990]
+    before = held_out(files[:990], labels[:990], "abcde", 0.2, 0)
+    after = held_out(files, labels, "abcde", 0.2, 0)[:990]
     assert before.sum() == 198
     assert np.ptp(np.bincount(labels[:990][before])) <= 1
     assert (before != after).sum() <= 10
@@ -54,8 +55,66 @@ def test_added_images_leave_the_others_in_their_half():
 def test_the_order_of_files_does_not_count():
     files, labels = [b"%d.jpg" % i for i in range(60)], np.arange(60) % 3
     order = np.random.default_rng(0).permutation(60)
-    held = held_out([files[i] for i in order], labels[order], 0.25, 4)
-    assert np.array_equal(held, held_out(files, labels, 0.25, 4)[order])
+    held = held_out([files[i] for i in order], labels[order], "abc", 0.25, 4)
+    assert np.array_equal(held, held_out(files, labels, "abc", 0.25, 4)[order])
+
+
+def test_an_added_class_leaves_the_others_as_they_are():
+    """Also where its number comes before theirs. Of each class one image at most is drawn anew."""
+    files = [b"%d.jpg" % i for i in range(1000)]
+    labels = np.arange(1000) % 50
+    classes = [f"class {i:02d}" for i in range(50)]
+    before = held_out(files, labels, classes, 0.2, 0)
+    more = [*files, *(b"new %d" % i for i in range(20))]
+    after = held_out(more, np.append(labels + 1, np.zeros(20, int)), ["added", *classes], 0.2, 0)
+    assert after[1000:].sum() == 4
+    assert (before != after[:1000]).sum() <= 2
+
+
+def test_copies_of_an_image_are_in_one_half_and_count_once():
+    """500 images in 5 classes; of the first 100 there are two copies, the second in other classes."""
+    files = [b"%d" % i for i in range(500)]
+    labels = np.arange(500) % 5
+    held = held_out(
+        files + files[:100] + files[:100],
+        np.concatenate([labels, labels[:100], (labels[:100] + 1) % 5]),
+        "abcde",
+        0.2,
+        0,
+    )
+    assert np.array_equal(held[:100], held[500:600])
+    assert np.array_equal(held[:100], held[600:])
+    assert held[:500].sum() == 100
+    # With labels in two classes an image is one of the first of them: 20 less of class 4 and more of class 0.
+    of = np.minimum(labels, np.append((labels[:100] + 1) % 5, labels[100:]))
+    assert np.bincount(of).tolist() == [120, 100, 100, 100, 80]
+    assert np.bincount(of[held[:500]]).tolist() == [24, 20, 20, 20, 16]
+
+
+def test_copies_in_a_folder_are_in_one_half(tmp_path: Path):
+    root = fill(tmp_path / "d", {"a": 12, "bb": 12})
+    for path in list((root / "a").iterdir()):
+        shutil.copyfile(path, path.with_stem(f"copy-{path.stem}"))
+    shutil.copyfile(root / "bb" / "3.png", root / "a" / "other-class.png")
+    spec = f"folder:{root}?holdout=0.25"
+    train, test = open_source(spec, "train"), open_source(spec, "test")
+    assert (len(train) + len(test), len(set(identity_of(test).contents))) == (37, 6)
+    assert not shared(identity_of(train).contents, identity_of(test).contents).any()
+    # A name says nothing: renamed, each image stays in its half.
+    before = sorted(identity_of(test).contents)
+    for path in list(root.glob("*/*")):
+        path.rename(path.with_stem(f"{sum(path.stem.encode()) * 7 % 10}-{path.stem}"))
+    assert sorted(identity_of(open_source(spec, "test")).contents) == before
+
+
+def test_files_that_cannot_be_read_are_drawn_by_their_names(tmp_path: Path):
+    root = fill(tmp_path / "d", {"a": 10})
+    for number in range(10):
+        (root / "a" / f"{number}.png").unlink()
+        (root / "a" / f"{number}.png").symlink_to("nowhere")
+    spec = f"folder:{root}?holdout=0.2"
+    train, test = (open_source(spec, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2)
 
 
 @pytest.mark.parametrize(
