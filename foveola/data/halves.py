@@ -1,6 +1,7 @@
 """The halves of a data set that has none: a share of the images of each class is for test."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,10 +38,8 @@ def _held_out(
     rank[by_class] = np.arange(len(drawn)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # The j-th drawn image of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
     # all holds nearly the same share of every class. By its name, which it keeps when classes are added.
-    names = [
-        b"class " + classes[i].encode(errors="surrogateescape") if i >= 0 else b"" for i in known.tolist()
-    ]
-    offsets = np.array([_draw(seed, name) for name in names])
+    names = ["" if label < 0 else f"class {classes[label]}" for label in known.tolist()]
+    offsets = np.array([_draw(seed, os.fsencode(name)) for name in names])
     at = (rank + offsets[number]) / sizes[number]
     spare = rank < sizes[number] - 1
     count = min(max(1, round(share * len(drawn))), int(spare.sum()))
