@@ -18,8 +18,9 @@ from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.table import show
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
+from foveola.evaluation.segmentation.choice import choose, hold_out
 from foveola.evaluation.segmentation.iou import mean_iou, named_iou, region_areas, rounded, summary
-from foveola.evaluation.segmentation.patches import Scaler, hold_out
+from foveola.evaluation.segmentation.patches import Scaler
 from foveola.evaluation.segmentation.reading import DenseConfig, DensePass, pixel_sources
 from foveola.evaluation.segmentation.retrieval import label_pixels
 from foveola.models.encoder import Encoder
@@ -128,7 +129,7 @@ def run(
     passing = DensePass(encoder, train, config, progress=progress, feed=feed)
     features, maps, pictures = _kept(passing)
     facts = passing.facts()
-    held = hold_out(pictures, config.holdout, config.seed)
+    held = hold_out(pictures, maps.flatten(1), c, config.holdout, config.seed)
     if not (maps[~held] != IGNORE).any():
         raise UserError(f"{train.name}: no pixel has a class")
     scaler = Scaler.fit(features[~held].flatten(0, 1)) if config.standardise else None
@@ -150,7 +151,7 @@ def run(
         scores = [_held_out(head, features[held], maps[held], passing.grid, c) for head in heads]
         if np.isnan(scores).all():
             raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
-        rate = config.rates[int(np.nanargmax(scores))]
+        rate = config.rates[choose(scores, lambda: _losses(heads, features[held], maps[held], passing.grid))]
         tried = [{"rate": r, "miou": rounded(s)} for r, s in zip(config.rates, scores, strict=True)]
     (head,) = fit(features, maps, [rate])
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
@@ -197,6 +198,20 @@ def _held_out(
     for x, labels in zip(features, maps, strict=True):
         total += _areas(head, x, [labels], grid, classes)[0]
     return float(mean_iou(total.numpy()))
+
+
+@torch.no_grad()
+def _losses(
+    heads: Sequence[nn.Linear], features: Float[Tensor, "n N D"], maps: UInt8[Tensor, "n S S"], grid: int
+) -> list[float]:
+    """Mean cross-entropy of each head over the pixels of some pictures that have a class."""
+    pixels, totals = int((maps != IGNORE).sum()), [0.0] * len(heads)
+    for x, labels in zip(features.split(1), maps.split(1), strict=True):
+        for i, head in enumerate(heads):
+            own = (labels != IGNORE).sum()
+            at = head.weight.device
+            totals[i] += float(pixel_loss(head(x.to(at).float()), labels.to(at), grid) * own)
+    return [total / max(pixels, 1) for total in totals]
 
 
 @torch.no_grad()

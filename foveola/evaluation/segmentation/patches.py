@@ -3,21 +3,23 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.classification.logistic import path, standardiser
+from foveola.evaluation.classification.logistic import LogisticModel, path, standardiser
 from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest
+from foveola.evaluation.segmentation.choice import choose, hold_out
 from foveola.evaluation.segmentation.iou import mean_iou, named_iou, region_areas, rounded, summary
 from foveola.evaluation.segmentation.reading import (
     DenseConfig,
@@ -51,16 +53,6 @@ class Scaler:
 
     def __call__(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
         return ((rows.float() - self.mean) / self.std).to(rows.dtype)
-
-
-def hold_out(pictures: Int64[Tensor, "R"], share: float, seed: int) -> Bool[Tensor, "R"]:
-    """Which rows belong to the held-out pictures: a share of them, at least one, by numpy's permutation."""
-    names = pictures.unique()
-    if len(names) < 2:
-        raise UserError("train needs at least two pictures: some are held out to choose settings")
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    drawn = np.random.default_rng(seed).permutation(len(names))[:count]
-    return torch.isin(pictures, names[torch.from_numpy(drawn)])
 
 
 def transplant(
@@ -139,6 +131,14 @@ class LogisticSegmentationConfig(PatchSegmentationConfig):
 Predict = Callable[[Float[Tensor, "m D"]], list[Tensor]]
 
 
+class Learned(NamedTuple):
+    """What was learned with each of some settings."""
+
+    predict: Predict
+    # Mean cross-entropy of each setting over patches, whose most frequent labels are given.
+    losses: Callable[[Float[Tensor, "m D"], Int64[Tensor, "m"]], list[float]]
+
+
 def run_knn(
     encoder: Encoder,
     train: Any,
@@ -150,7 +150,7 @@ def run_knn(
     """k-NN segmentation: every pixel gets the majority of its patch's nearest patches at the same place."""
     grid = [(distance, k) for distance in config.distance for k in config.k]
 
-    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Predict:
+    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Learned:
         most = max(k for _, k in settings)
         if most > len(bank.pictures):
             raise UserError(f"k={most} is more than the {len(bank.pictures)} patches of train with a class")
@@ -162,7 +162,7 @@ def run_knn(
             }
             return [transplant(bank.pixels, found[d][:, :k], classes, config.void_votes) for d, k in settings]
 
-        return predict
+        return Learned(predict, lambda queries, labels: [0.0] * len(settings))  # votes have none
 
     def words(setting: Any) -> dict[str, Any]:
         return {"distance": setting[0], "k": setting[1]}
@@ -181,7 +181,7 @@ def run_logistic(
     """Logistic regression of the most frequent label of each patch, given to all of its pixels."""
     grid = sorted(config.c)
 
-    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Predict:
+    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Learned:
         models = path(
             bank.features,
             modes,
@@ -199,7 +199,11 @@ def run_logistic(
             best = [model.predict(queries) for model in models]  # never a class that train lacks
             return [some.to(torch.uint8)[:, None].expand(-1, pixels) for some in best]
 
-        return predict
+        def losses(queries: Tensor, labels: Tensor) -> list[float]:
+            known = torch.isin(labels, modes)  # of others the loss is infinite for all
+            return [_cross_entropy(model, queries[known], labels[known]) for model in models]
+
+        return Learned(predict, losses)
 
     name = "logistic_segmentation"
     return _run(name, encoder, (train, test), config, progress, feed, grid, make, lambda c: {"c": c})
@@ -213,7 +217,7 @@ def _run(
     progress: bool,
     feed: Feed | None,
     grid: Sequence[Any],
-    make: Callable[[PatchTable, Tensor, Sequence[Any], int], Predict],
+    make: Callable[[PatchTable, Tensor, Sequence[Any], int], Learned],
     words: Callable[[Any], dict[str, Any]],
 ) -> Outcome:
     """Choose a setting on held-out pictures, learn from all, measure on test."""
@@ -224,7 +228,8 @@ def _run(
     table = collect(passing, c, config.memory, "uniform", config.seed)
     facts = passing.facts()
     modes = patch_modes(label_counts(table.pixels, c))
-    usable, held = modes < c, hold_out(table.pictures, config.holdout, config.seed)
+    usable = modes < c
+    held = hold_out(table.pictures, table.pixels, c, config.holdout, config.seed)
     fitted = usable & ~held
     if not fitted.any():
         raise UserError(f"{train.name}: no patch whose most frequent label is a class")
@@ -236,11 +241,12 @@ def _run(
     began = perf_counter()
     chosen, tried = grid[0], []
     if len(grid) > 1:
-        predict = make(table.select(fitted), modes[fitted], grid, c)
-        scores = _held_out(predict, table.select(held), c, len(grid))
-        chosen = grid[int(np.nanargmax(scores))]
+        learned = make(table.select(fitted), modes[fitted], grid, c)
+        scores = _held_out(learned.predict, table.select(held), c, len(grid))
+        judges = held & usable
+        chosen = grid[choose(scores, lambda: learned.losses(table.features[judges], modes[judges]))]
         tried = [words(s) | {"miou": rounded(score)} for s, score in zip(grid, scores, strict=True)]
-    predict = make(table.select(usable), modes[usable], [chosen], c)
+    predict = make(table.select(usable), modes[usable], [chosen], c).predict
     seconds["fit_seconds"] = round(perf_counter() - began, 2)
     began = perf_counter()
     passing = DensePass(encoder, test, config, progress=progress, feed=feed)
@@ -267,6 +273,14 @@ def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) 
     if np.isnan(scores).all():
         raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
     return scores
+
+
+def _cross_entropy(model: LogisticModel, rows: Float[Tensor, "m D"], labels: Int64[Tensor, "m"]) -> float:
+    """Mean cross-entropy of rows under a model, in float64."""
+    total = 0.0
+    for x, y in zip(rows.split(QUERY_BLOCK), labels.split(QUERY_BLOCK), strict=True):
+        total += float(cross_entropy(model.logits(x).double().cpu(), y, reduction="sum"))
+    return total / max(len(labels), 1)
 
 
 def _parts(table: PatchTable, rows: int = QUERY_BLOCK) -> Iterator[PatchTable]:

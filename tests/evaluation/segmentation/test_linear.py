@@ -7,6 +7,7 @@ from torch.nn.functional import interpolate
 
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.segmentation import linear
 from foveola.evaluation.segmentation.linear import LinearSegmentationConfig, pixel_loss, run, train_heads
 
 COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
@@ -41,6 +42,25 @@ def test_loss_equals_a_loop_over_pixels():
                 total += float(field[:, y, x].logsumexp(0) - field[int(labels[y, x]), y, x])
                 count += 1
     assert pixel_loss(logits, maps, 3).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_loss_of_a_head_is_of_all_pixels_that_have_a_class():
+    """Not the mean of the images' means: the second has half of its pixels, the third none."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 4, 5, generator=generator)
+    maps = torch.randint(0, 3, (3, 8, 8), generator=generator).to(torch.uint8)
+    maps[1, :4], maps[2] = IGNORE, IGNORE
+    head = torch.nn.Linear(5, 3)
+    with torch.no_grad():
+        one, half = (float(pixel_loss(head(features[i : i + 1]), maps[i : i + 1], 2)) for i in (0, 1))
+    assert linear._losses([head], features, maps, 2) == pytest.approx([(64 * one + 32 * half) / 96], rel=1e-6)
+
+
+def test_equal_rates_are_told_apart_by_their_loss(encoder, coloured, monkeypatch):
+    monkeypatch.setattr(linear, "_held_out", lambda *_: 50.0)
+    config = build(LinearSegmentationConfig, FAST | {"steps": 30, "rates": [1e-6, 1e-2]})
+    chosen = run(encoder, coloured(1), coloured(2), config, False).chosen
+    assert chosen == {"linear_segmentation": {"rate": 1e-2}}
 
 
 def test_pictures_without_a_class_give_no_gradient():

@@ -7,12 +7,13 @@ from sklearn.preprocessing import StandardScaler
 
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.segmentation import patches
+from foveola.evaluation.classification.logistic import LogisticModel
+from foveola.evaluation.segmentation import choice, patches
+from foveola.evaluation.segmentation.choice import choose, hold_out
 from foveola.evaluation.segmentation.patches import (
     KnnSegmentationConfig,
     LogisticSegmentationConfig,
     Scaler,
-    hold_out,
     run_knn,
     run_logistic,
     transplant,
@@ -87,16 +88,79 @@ def test_patterns_inside_a_patch_are_transplanted():
     assert transplant(checker, torch.tensor([[0, 1, 2]]), 2).tolist() == [[0, 1, 0, 1]]
 
 
-def test_hold_out_is_of_whole_pictures():
+# -- choices ----------------------------------------------------------------------------------------------
+
+
+def test_hold_out_is_of_whole_images():
     pictures = torch.arange(20).repeat_interleave(3)
-    held = hold_out(pictures, 0.1, 0)
+    labels = torch.zeros(60, 4, dtype=torch.uint8)
+    held = hold_out(pictures, labels, 2, 0.1, 0)
     assert held.sum() == 6
-    chosen = set(pictures[held].tolist())
-    assert chosen == set(np.random.default_rng(0).permutation(20)[:2].tolist())
-    assert not chosen & set(pictures[~held].tolist())
-    assert hold_out(pictures[:6], 0.01, 0).sum() == 3  # at least one picture
+    assert not set(pictures[held].tolist()) & set(pictures[~held].tolist())
+    assert torch.equal(held, hold_out(pictures, labels, 2, 0.1, 0))
+    assert not torch.equal(held, hold_out(pictures, labels, 2, 0.1, 1))
+    assert hold_out(pictures[:6], labels[:6], 2, 0.01, 0).sum() == 3  # at least one image
     with pytest.raises(UserError, match="at least two pictures"):
-        hold_out(pictures[:3], 0.1, 0)
+        hold_out(pictures[:3], labels[:3], 2, 0.1, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hold_out_has_its_share_of_every_class(seed, monkeypatch):
+    """200 images show class 0; 40 of them 1 as well, 20 others 2, 10 of these 3; 10 images nothing."""
+    monkeypatch.setattr(choice, "AT_ONCE", 30)  # a few rows at a time
+    shows = [{0, 1}] * 40 + [{0, 2}] * 10 + [{0, 2, 3}] * 10 + [{0}] * 140 + [set()] * 10
+    order = np.random.default_rng(seed).permutation(len(shows))
+    rows, pictures = [], []
+    for name, image in enumerate(order.tolist()):
+        for row in range(2):  # the classes of an image are spread over its rows; void is in all
+            rows.append([*(c for c in sorted(shows[image]) if c % 2 == row), *[IGNORE] * 3][:3])
+            pictures.append(name)
+    held = hold_out(torch.tensor(pictures), torch.tensor(rows, dtype=torch.uint8), 4, 0.2, seed)
+    chosen = {pictures[i] for i in torch.nonzero(held).flatten().tolist()}
+    assert len(chosen) == 42
+    counts = [sum(c in shows[order[name]] for name in chosen) for c in range(4)]
+    assert counts[1] == 8
+    assert counts[2:] == [4, 2]
+    assert counts[0] == 40
+
+
+def test_hold_out_of_images_that_are_each_of_another_kind_is_drawn_all_the_same():
+    labels = torch.arange(6, dtype=torch.uint8)[:, None]
+    assert hold_out(torch.arange(6), labels, 6, 0.5, 0).sum() == 3
+
+
+def test_of_equal_scores_the_lowest_loss_wins_and_then_the_first():
+    nan, inf = float("nan"), float("inf")
+    assert choose([1.0, 3.0, 2.0], lambda: pytest.fail("no tie")) == 1
+    assert choose([nan, 3.0, 2.0, 3.0], lambda: [0.0, 0.5, 0.0, 0.4]) == 3
+    assert choose([3.0, 3.0, 3.0], lambda: [nan, inf, 9.0]) == 2
+    assert choose([3.0, 3.0], lambda: [0.0, 0.0]) == 0
+    assert choose([3.0, 3.0], lambda: [nan, nan]) == 0
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_rows(monkeypatch):
+    monkeypatch.setattr(patches, "QUERY_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 3)), rng.integers(0, 4, 20)
+    weight, bias = rng.normal(size=(4, 3)), rng.normal(size=4)
+    model = LogisticModel(torch.from_numpy(weight), torch.from_numpy(bias), 0.0, 0.0, 0)
+    scores = [weight @ row + bias for row in x]
+    expected = np.mean([np.log(np.exp(s).sum()) - s[label] for s, label in zip(scores, y, strict=True)])
+    found = patches._cross_entropy(model, torch.from_numpy(x), torch.from_numpy(y))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_settings_are_told_apart_by_their_loss(encoder, coloured, monkeypatch):
+    """Logistic regression takes the C of lower loss, and k-NN, which has none, the first."""
+    monkeypatch.setattr(patches, "_held_out", lambda predict, table, classes, settings: [50.0] * settings)
+    logistic = build(LogisticSegmentationConfig, {"workers": 0, "c": [1e-6, 1.0]})
+    assert run_logistic(encoder, coloured(1), coloured(2), logistic, False).chosen == {
+        "logistic_segmentation": {"c": 1.0}
+    }
+    knn = build(KnnSegmentationConfig, {"workers": 0, "k": [3, 1]})
+    assert run_knn(encoder, coloured(1), coloured(2), knn, False).chosen == {
+        "knn_segmentation": {"distance": "l2", "k": 3}
+    }
 
 
 # -- protocols --------------------------------------------------------------------------------------------
