@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from foveola.evaluation.compare import Comparison, compare
     from foveola.evaluation.protocol import Result, evaluate, evaluate_all
     from foveola.figures.visualize import visualize
-    from foveola.models.encoder import Encoder, Features, load
+    from foveola.models.encoder import Encoder, Features
     from foveola.reports.report import report
     from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
     from foveola.zoo.export import export
+    from foveola.zoo.load import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,7 +64,7 @@ _HOMES = {
     "Result": "foveola.evaluation.protocol",
     "report": "foveola.reports.report",
     "visualize": "foveola.figures.visualize",
-    "load": "foveola.models.encoder",
+    "load": "foveola.zoo.load",
     "Encoder": "foveola.models.encoder",
     "Features": "foveola.models.encoder",
 }

@@ -16,11 +16,12 @@ from foveola.evaluation.features.table import FeatureTable, extract
 from foveola.evaluation.protocol import evaluate
 from foveola.evaluation.views import retrieval
 from foveola.figures.maps import neighbours, object_attention
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.reports.report import report
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain, untrained
 from foveola.views.batch import Streams, make_views
+from foveola.zoo.load import load
 
 OBJECTS = 1000  # to find among each other
 REPORTED = 200  # objects and pictures of the measurements that the report makes at each kept step

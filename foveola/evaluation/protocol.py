@@ -28,7 +28,8 @@ from foveola.evaluation.segmentation import retrieval as dense_retrieval
 from foveola.evaluation.stored import home_of, store
 from foveola.evaluation.views import label_free, retrieval
 from foveola.failures import told
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
+from foveola.zoo.load import load
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from foveola.figures.settings import (
     SimilarityConfig,
 )
 from foveola.figures.tiles import named, pictures_of, size_of
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
+from foveola.zoo.load import load
 
 # Other files of pictures, which are not written; a folder's name may have another dot.
 OTHERS = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps")

@@ -13,17 +13,15 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from foveola import files
-from foveola.config import ConfigError, UserError, build, key, to_dict
+from foveola.config import ConfigError, UserError, key, to_dict
+from foveola.data.decode import pixels_of
 from foveola.models.capture import Capture, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, square
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
-__all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig", "load", "patch_mask"]
+__all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig", "patch_mask"]
 
-UNTRAINED = "untrained:"
-LIBRARIES = ("timm:", "hf:")
-PIXELS = "pixels:"
 TOGETHER = 8  # objects that are encoded at once, or more where there are more pictures
 
 
@@ -224,8 +222,6 @@ class Encoder(nn.Module):
         half of them at most, if there is no `range`. Raises UserError, with the reason, for what cannot be
         read.
         """
-        from foveola.data.decode import pixels_of
-
         pixels = square(pixels_of(image, range), self.config.transform)
         return self.normalise(pixels[None].to(self.device))[0]
 
@@ -286,75 +282,6 @@ def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256)
     """
     mask = (coverage >= min_coverage).flatten(-2)
     return mask | ~mask.any(dim=-1, keepdim=True)
-
-
-def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
-    """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
-
-    Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
-    as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
-    does not tell (`zoo.files`). `timm:NAME` and `hf:NAME` are models of
-    these libraries, NAME one of theirs or a local folder (`zoo.load`); `pixels:` has pixels as features
-    (`zoo.pixels`). `untrained:PATH` is an encoder of the shape of the one at PATH with fresh weights, drawn
-    by seed 0. With `trainable` its weights take gradients, and it is in training mode, with the stochastic
-    depth of its configuration; otherwise it is frozen. Raises UserError for anything else.
-    """
-    encoder = _load(str(path)).to(device)
-    return encoder.requires_grad_(True).train() if trainable else encoder
-
-
-def _load(name: str) -> Encoder:
-    if name.startswith(PIXELS):
-        from foveola.zoo.pixels import pixel_encoder
-
-        return pixel_encoder(name)
-    if name.startswith(LIBRARIES):
-        from foveola.zoo.load import load_library
-
-        return load_library(name)
-    if name.startswith(UNTRAINED):
-        return _untrained(name.removeprefix(UNTRAINED))
-    path = Path(name)
-    if path.is_file() or Path(name.partition("?")[0]).is_file():
-        from foveola.zoo.files import load_file
-
-        return load_file(name)
-    if not path.exists():
-        raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
-    folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
-        )
-    return _load_folder(folder)
-
-
-def _untrained(path: str) -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        config = load(path).config
-        torch.default_generator.manual_seed(0)
-        return Encoder(dataclasses.replace(config, origin="untrained"))
-
-
-def _load_folder(folder: Path) -> Encoder:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from foveola.zoo.weights import read_config
-
-    settings = read_config(folder / "config.json")
-    try:
-        state = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'} cannot be read: {error.strerror or error}"
-        ) from error
-    for name, library in (("model_type", "hf"), ("architecture", "timm")):
-        if name in settings:
-            raise UserError(f"{folder} is a folder of another library; load it as {library}:{folder}")
-    return filled(build(EncoderConfig, settings, where=str(folder / "config.json")), state, folder)
 
 
 def filled(config: EncoderConfig, weights: dict[str, Tensor], where: Path) -> Encoder:

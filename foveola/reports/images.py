@@ -15,11 +15,12 @@ from foveola.evaluation.features.reading import ExtractConfig
 from foveola.figures.gallery import attention_sheet, pca_sheet
 from foveola.figures.nearest import neighbour_sheet
 from foveola.figures.positions import position_sheet
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.reports import kept
 from foveola.reports.progress import LIMIT, UNTRAINED, Progress
 from foveola.reports.record import Record
 from foveola.reports.request import Data, ReportConfig, choose_samples
+from foveola.zoo.load import load
 
 FOUND = 5  # neighbours of a picture
 ABOUT = {  # what to make of a sheet

@@ -20,10 +20,11 @@ from foveola.data.sources import Source
 from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.reports.kept import home, identity, key_of, read_tree
 from foveola.reports.record import Record
 from foveola.reports.request import LIMIT, Data, ReportConfig, each_sample
+from foveola.zoo.load import load
 
 PLACES_OF = 128  # pictures on which the share of places is measured
 OBJECTS = 500  # that are to be found among each other

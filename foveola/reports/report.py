@@ -13,12 +13,12 @@ from foveola.config import UserError, build
 from foveola.drawing import html
 from foveola.evaluation.protocol import PROTOCOLS
 from foveola.health import Facts, health
-from foveola.models.encoder import load
 from foveola.reports import sections
 from foveola.reports.findings import Findings
 from foveola.reports.progress import END, UNTRAINED, Progress, measure
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import ReportConfig, open_data
+from foveola.zoo.load import load
 
 GLOBAL_VIEWS = 2  # of a picture, where a configuration does not say
 

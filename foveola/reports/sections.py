@@ -7,7 +7,7 @@ from statistics import fmean
 from foveola.config import UserError
 from foveola.drawing import html
 from foveola.health import Verdict, values, worst
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.reports import verdicts
 from foveola.reports.advice import next_steps
 from foveola.reports.curves import curves
@@ -16,6 +16,7 @@ from foveola.reports.images import sheets
 from foveola.reports.progress import END, UNTRAINED, Progress
 from foveola.reports.record import Record
 from foveola.reports.request import ReportConfig
+from foveola.zoo.load import load
 
 
 def verdict(found: Sequence[Findings]) -> str:

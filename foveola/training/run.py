@@ -20,7 +20,7 @@ from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, share, untrained
@@ -31,6 +31,7 @@ from foveola.training.recipe import RunConfig, change, nested, period, plan, res
 from foveola.training.signals import Stop
 from foveola.training.supply import Supply
 from foveola.training.watch import Watch, facts_of, warmup_of
+from foveola.zoo.load import load
 
 __all__ = ["Run", "pretrain", "untrained"]
 

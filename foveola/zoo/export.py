@@ -16,9 +16,11 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError, to_dict
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
+from foveola.zoo.foreign import TOLERANCE, import_library
 from foveola.zoo.hf_models import plain_name
-from foveola.zoo.load import TOLERANCE, import_library, load_library
+from foveola.zoo.libraries import load_library
+from foveola.zoo.load import load
 from foveola.zoo.sizes import mlp_ratio
 from foveola.zoo.weights import SETTINGS
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.zoo.convert import FileConfig, bare, plain_vit
-from foveola.zoo.load import Foreign, import_library, one_line
+from foveola.zoo.foreign import Foreign, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 
 KINDS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")

@@ -1,158 +1,77 @@
-"""Models of other libraries by name or folder, `timm:NAME` and `hf:NAME`, as `Encoder`s of ours.
+"""`foveola.load`: what a user names, a folder, a file or a model of another library, as an `Encoder`."""
 
-A model is converted, not wrapped: object tokens, attention, layers and every protocol then work as for our
-own. That its function stayed the same is checked on noise each time one is loaded.
-"""
-
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file as read_tensors
 
-from foveola.config import ConfigError, UserError, build, nearest
-from foveola.models.encoder import Encoder, EncoderConfig
-from foveola.models.vit import ViTConfig
-from foveola.zoo.files import options_of
-from foveola.zoo.preprocess import check_kind
+from foveola.config import UserError, build
+from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.zoo.files import load_file
+from foveola.zoo.libraries import load_library
+from foveola.zoo.pixels import pixel_encoder
 from foveola.zoo.weights import read_config
 
-LARGEST = 8192  # pixels a side
-TOLERANCE = 1e-3  # of the root mean square of outputs; rounding in float32 makes some 1e-5
-SIZES = {  # of ViTConfig, and how timm and transformers call them
-    "width": ("embed_dim", "hidden_size"),
-    "depth": ("depth", "num_hidden_layers"),
-    "image_size": ("img_size", "image_size"),
-    "patch_size": ("patch_size",),
-    "registers": ("reg_tokens", "num_register_tokens"),
-}
-OPTIONS = {
-    "timm": ("pretrained", "preprocess", "image_size"),
-    "hf": ("preprocess", "image_size", "revision"),
-}
+UNTRAINED = "untrained:"
+LIBRARIES = ("timm:", "hf:")
+PIXELS = "pixels:"
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """A model of another library in our terms."""
+def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
+    """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
-    weights: Mapping[str, Tensor]  # by our names
-    settings: dict[str, Any]  # a tree for EncoderConfig
-    tokens: Callable[[Tensor], Tensor]  # normalised pictures to [B, T, D]: class token, registers, patches
-    sizes: tuple[tuple[int, int], ...] = field(default=())  # of pictures on which both are compared
-
-
-def load_library(name: str) -> Encoder:
-    """Load `timm:NAME`, `timm:FOLDER`, `hf:NAME` or `hf:FOLDER`, with options behind a `?`, joined by `&`.
-
-    `timm:NAME` takes timm's own weights, `?pretrained=FILE` those of a file, `?pretrained=false` random ones
-    (seed 0). `hf:` takes `?revision=`. Of both, `?preprocess=` says how images are made (`zoo.preprocess`)
-    and `?image_size=` how large they are.
-
-    Raises UserError, in one line, where the library is missing, the model is not found or is not a ViT of
-    ours, and where the converted network does not give the same outputs.
+    Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
+    as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
+    does not tell (`zoo.files`). `timm:NAME` and `hf:NAME` are models of these libraries, NAME one of theirs
+    or a local folder (`zoo.libraries`); `pixels:` has pixels as features (`zoo.pixels`). `untrained:PATH` is
+    an encoder of the shape of the one at PATH with fresh weights, drawn by seed 0. With `trainable` its
+    weights take gradients, and it is in training mode, with the stochastic depth of its configuration;
+    otherwise it is frozen. Raises UserError for anything else.
     """
-    library, _, rest = name.partition(":")
-    model, _, query = rest.partition("?")
-    options = options_of(name, query)
-    if not model:
-        raise UserError(f"{name!r} names no model: expected {library}:NAME or {library}:FOLDER")
-    for option in options:
-        if option not in OPTIONS[library]:
-            near = nearest(option, OPTIONS[library])
-            known = f"did you mean {near!r}?" if near else f"known: {', '.join(OPTIONS[library])}"
-            raise UserError(f"{name}: unknown option {option!r}; {known}")
-    check_kind(library, model, options.get("preprocess"))
-    size = None
-    if "image_size" in options:
-        if not options["image_size"].isdecimal() or not 0 < int(options["image_size"]) <= LARGEST:
-            raise UserError(f"{name}: image_size must be pixels of a side, 1 to {LARGEST}, such as 224")
-        size = int(options["image_size"])
-    if Path(model).is_file():
-        hint = f", or timm:NAME?pretrained={model} for weights of timm's NAME" if library == "timm" else ""
-        raise UserError(f"{name}: a file says nothing of its architecture; load it as {model}{hint}")
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError(f"{name}: no folder {model}")
-    if Path(model).is_dir():
-        check_folder(Path(model), name)
-    with torch.random.fork_rng(devices=[]):  # networks draw weights before they get others
+    encoder = _load(str(path)).to(device)
+    return encoder.requires_grad_(True).train() if trainable else encoder
+
+
+def _load(name: str) -> Encoder:
+    if name.startswith(PIXELS):
+        return pixel_encoder(name)
+    if name.startswith(LIBRARIES):
+        return load_library(name)
+    if name.startswith(UNTRAINED):
+        return _untrained(name.removeprefix(UNTRAINED))
+    path = Path(name)
+    if path.is_file() or Path(name.partition("?")[0]).is_file():
+        return load_file(name)
+    if not path.exists():
+        raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
+    folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
+        )
+    return _load_folder(folder)
+
+
+def _untrained(path: str) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        config = load(path).config
         torch.default_generator.manual_seed(0)
-        if library == "timm":
-            from foveola.zoo.timm_models import from_timm
-
-            foreign = from_timm(model, options.get("pretrained", "true"), options.get("preprocess"), size)
-        else:
-            from foveola.zoo.hf_models import from_hf
-
-            foreign = from_hf(model, options.get("revision"), options.get("preprocess"), size)
-        return adopt(foreign, name)
+        return Encoder(dataclasses.replace(config, origin="untrained"))
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """Raise UserError where `config.json` is damaged, or of a network beyond any machine: libraries try."""
-    if not (folder / "config.json").is_file():
-        return  # they say what they miss
+def _load_folder(folder: Path) -> Encoder:
     settings = read_config(folder / "config.json")
-    found = settings | (inner if isinstance(inner := settings.get("model_args"), dict) else {})
-    sizes: dict[str, Any] = {"heads": 1, "image_size": 1, "patch_size": 1, "depth": 1}
-    for ours, theirs in SIZES.items():
-        if isinstance(value := next((found[word] for word in theirs if word in found), None), int):
-            sizes[ours] = value
-    side = sizes["patch_size"] = max(sizes["patch_size"], 1)
-    sizes["image_size"] = max(sizes["image_size"] // side, 1) * side
-    if isinstance(hidden := found.get("intermediate_size"), int) and sizes.get("width"):
-        sizes["mlp_ratio"] = hidden / sizes["width"]
     try:
-        build(ViTConfig, sizes)
-    except ConfigError as error:
-        raise UserError(f"{name}: config.json: {error}") from error
-
-
-def adopt(foreign: Foreign, name: str) -> Encoder:
-    """An encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
-    encoder = Encoder(build(EncoderConfig, foreign.settings | {"origin": name}, where=name))
-    encoder.fill({key: value.detach() for key, value in foreign.weights.items()}, Path(name))
-    side = encoder.config.transform.crop
-    for size in dict.fromkeys(((side, side), *foreign.sizes)):
-        _compare(encoder, foreign, size, name)
-    return encoder
-
-
-@torch.inference_mode()
-def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: str) -> None:
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    theirs, features = foreign.tokens(images), encoder.backbone(images)
-    ours = torch.cat((features.objects, features.registers, features.patches), dim=1)
-    where = f"{name}: on a picture of {size[0]} x {size[1]} pixels"
-    if ours.shape != theirs.shape:
+        state = read_tensors(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise UserError(f"{folder} is damaged: {error}") from error
+    except OSError as error:
         raise UserError(
-            f"{where} it gives {tuple(theirs.shape[1:])} numbers, converted {tuple(ours.shape[1:])}"
-        )
-    if not theirs.isfinite().all():
-        raise UserError(f"{where} it gives numbers that are not finite")
-    error, scale = (ours - theirs).abs().max().item(), theirs.square().mean().sqrt().item()
-    if not error <= TOLERANCE * scale:
-        raise UserError(
-            f"{where} its converted network differs by {error:.2g} where outputs are about {scale:.2g}: "
-            "it computes something that our ViT does not"
-        )
-
-
-def import_library(module: str, extra: str) -> Any:
-    """An optional library. Raises UserError that names the extra which installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        top = module.split(".")[0]
-        raise UserError(
-            f"{extra}: models need {top} ({one_line(error)}); pip install 'foveola[{extra}]'"
+            f"{folder / 'model.safetensors'} cannot be read: {error.strerror or error}"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    for name, library in (("model_type", "hf"), ("architecture", "timm")):
+        if name in settings:
+            raise UserError(f"{folder} is a folder of another library; load it as {library}:{folder}")
+    return filled(build(EncoderConfig, settings, where=str(folder / "config.json")), state, folder)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveola.config import UserError
 from foveola.zoo.convert import FileConfig, bare, plain_vit
-from foveola.zoo.load import Foreign, import_library, one_line
+from foveola.zoo.foreign import Foreign, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 from foveola.zoo.weights import read_weights
 

@@ -8,8 +8,9 @@ from PIL import Image
 from foveola.config import UserError
 from foveola.figures import dense
 from foveola.figures.dense import fit, fitted_size, patch_map, starts
-from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
+from foveola.zoo.load import load
 
 
 def encoder_of(positions: str = "learned") -> Encoder:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.features.table import object_tokens
-from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load, patch_mask
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, patch_mask
 from foveola.models.transform import picture_crop
 from foveola.models.vit import ViTConfig
+from foveola.zoo.load import load
 
 CONFIG = EncoderConfig(
     model=ViTConfig(width=24, depth=2, heads=3, patch_size=4, image_size=16, registers=2),

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from foveola.geometry import sample
-from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.plain import as_plain
 from foveola.models.positions import PositionField
 from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.zoo.load import load
 
 KINDS = list(itertools.product(["linear", "bicubic"], ["cells", "corners"]))
 MODEL = ViTConfig(

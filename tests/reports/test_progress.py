@@ -12,12 +12,13 @@ import torch
 from foveola import distributed
 from foveola.config import UserError
 from foveola.data.sources import open_source
-from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.reports import progress as module
 from foveola.reports.progress import measure, place_share, plan
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import Data, ReportConfig, choose_samples, open_data
+from foveola.zoo.load import load
 
 SCENES = "scenes:?size=32&count=12"
 SMALL = {"knn": {"k": [3], "limit": 8}, "retrieval": {"objects": 4}, "label_free": {"limit": 4}}

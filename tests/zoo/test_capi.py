@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, rms_norm
 
 from foveola.config import UserError
-from foveola.models.encoder import load
+from foveola.zoo.load import load
 
 WIDTH, HEADS, REGISTERS, PATCH = 192, 3, 16, 14  # ViT-Ti: the smallest known width
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.models.encoder import load
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.zoo.convert import FileConfig, backbone_of, plain_vit
+from foveola.zoo.load import load
 
 CONFIG = ViTConfig(size="tiny", depth=2, patch_size=16, image_size=64, drop_path=0.0)
 

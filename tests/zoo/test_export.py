@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from foveola import cli
 from foveola.config import UserError
-from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, load
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.predictor import PredictorConfig
 from foveola.models.vit import ViTConfig
 from foveola.zoo.export import export
+from foveola.zoo.load import load
 
 PLAIN = ViTConfig(width=48, depth=2, heads=3, patch_size=8, image_size=64, drop_path=0.0)
 TRANSFORM = TransformConfig(resize=73, crop=64, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

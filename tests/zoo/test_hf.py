@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
+from foveola.zoo.load import load
 
 
 def transformers() -> Any:

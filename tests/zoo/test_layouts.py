@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.models.encoder import load
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.zoo.convert import FileConfig, convert
+from foveola.zoo.load import load
 
 WIDTH, SIDE = 48, 4
 CONFIG = ViTConfig(width=WIDTH, depth=2, heads=4, patch_size=16, image_size=64, drop_path=0.0)

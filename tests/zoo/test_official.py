@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.models.encoder import load
 from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.zoo.load import load
 
 WIDTH, SIDE = 192, 4  # ViT-Ti, the smallest known width; 4 x 4 patches
 CONFIG = ViTConfig(size="tiny", depth=2, patch_size=16, image_size=64, drop_path=0.0)

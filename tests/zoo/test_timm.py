@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from foveola.config import UserError
-from foveola.models.encoder import Encoder, load
-from foveola.zoo.load import adopt
+from foveola.models.encoder import Encoder
+from foveola.zoo.foreign import adopt
+from foveola.zoo.load import load
 from foveola.zoo.preprocess import transform_of
 from foveola.zoo.timm_models import from_module
 

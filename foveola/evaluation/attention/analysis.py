@@ -31,10 +31,9 @@ from foveola.evaluation.attention.result import AttentionAnalysis, Moments
 from foveola.evaluation.features.reading import PARCEL
 from foveola.evaluation.features.table import choose_pictures, facts_of_bad, read_ahead, share, show
 from foveola.evaluation.result import versions
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, square
-
-UNTRAINED = "untrained:"
+from foveola.zoo.load import UNTRAINED, load
 
 
 def analyze_attention(

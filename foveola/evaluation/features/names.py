@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from foveola.config import UserError
-from foveola.models.encoder import Encoder, load
+from foveola.models.encoder import Encoder
+from foveola.zoo.load import load
 
 ATTENTION = ("attention", "lowest_entropy", "centre")
 KINDS = ("token", "masked", "average", "patches", "predictor", *ATTENTION)
