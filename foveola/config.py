@@ -30,6 +30,7 @@ __all__ = [
     "ConfigError",
     "KeyInfo",
     "UserError",
+    "again",
     "build",
     "describe",
     "dump_yaml",
@@ -69,6 +70,12 @@ def key(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **ran
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def again(config: type, name: str, default: Any, **ranges: float | None) -> Any:
+    """The key `name` of a configuration class for a class that inherits it: another default or range."""
+    known = next(f for f in fields(config) if f.name == name).metadata
+    return key(default, known["help"], **known["ranges"] | ranges)
 
 
 # -- building --------------------------------------------------------------------------------------------

@@ -154,6 +154,20 @@ def sample(
     return out.reshape(batch, views, height, channels, width).transpose(2, 3)
 
 
+def covered_patches(
+    coverage: Float[Tensor, "*B h w"], min_coverage: float, keep_most: bool = False
+) -> Bool[Tensor, "*B N"]:
+    """Which patches belong to an object, from the share of each that it covers, in [0, 1]; may be none.
+
+    A patch counts from `min_coverage` on. With `keep_most` an object that covers less than that of every
+    patch keeps those that it covers most.
+    """
+    if not keep_most:
+        return (coverage >= min_coverage).flatten(-2)
+    most = coverage.amax(dim=(-2, -1), keepdim=True)
+    return ((coverage > 0) & ((coverage >= min_coverage) | (coverage >= most))).flatten(-2)
+
+
 def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) -> Float[Tensor, "B M T"]:
     """Sum of a field over each of T boxes, in units of field cells, through a summed-area table.
 

@@ -27,6 +27,7 @@ from foveola.figures.points import correspondence_sheet, query_sheet, similarity
 from foveola.figures.positions import position_panel, position_sheet
 from foveola.figures.tiles import (
     LIGHT,
+    MIN_COVERAGE,
     TILE,
     Encoders,
     Tile,
@@ -146,6 +147,7 @@ def attention_sheet(
     block: int = -1,
     mass: float = MASS,
     heads: bool = False,
+    min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
     """What the class token reads, with and without the mask of the largest object; and its heads.
 
@@ -165,7 +167,8 @@ def attention_sheet(
         if heads:
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
         for row, sample, picture in zip(rows, samples, pictures, strict=True):
-            row += _attention_tiles(encoder, sample, picture, masks and token, (size, block, mass, heads))
+            inside = min_coverage if masks and token else None
+            row += _attention_tiles(encoder, sample, picture, inside, (size, block, mass, heads))
     return Sheet("Attention", columns, [row_of(tiles) for tiles in rows], LIGHT, heat_bar())
 
 
@@ -175,8 +178,13 @@ def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: A
 
 
 def _attention_tiles(
-    encoder: Encoder, sample: Sample, picture: Picture, masks: bool, how: tuple[int | None, int, float, bool]
+    encoder: Encoder,
+    sample: Sample,
+    picture: Picture,
+    min_coverage: float | None,
+    how: tuple[int | None, int, float, bool],
 ) -> list[Tile]:
+    """Tiles of one image; with `min_coverage` also of the token that reads its largest object alone."""
     size, block, mass, heads = how
     images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
     if encoder.config.model.class_token:
@@ -184,11 +192,11 @@ def _attention_tiles(
     else:
         weights = received_attention(encoder, images, block)[0]
     tiles = [light(base, weights.mean(dim=0))]
-    if masks:
+    if min_coverage is not None:
         grid = grid_of(encoder, picture, size)
         patches = torch.ones(grid[0] * grid[1], dtype=torch.bool)
         if sample.objects is not None:
-            patches = object_patches(sample, int(sample.objects.areas.argmax()), grid)
+            patches = object_patches(sample, int(sample.objects.areas.argmax()), grid, min_coverage)
         inside = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
         lit, peak = light(base, inside.mean(dim=0))
         tiles.append((outline(lit, patches.view(grid).numpy()), peak))
@@ -204,6 +212,7 @@ def objects_sheet(
     size: int | None = None,
     block: int = -1,
     each: int = 3,
+    min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
     """The largest objects of each picture, and what each head of the object token reads inside the mask."""
     pictures, names = pictures_of(samples), named(encoders)
@@ -219,11 +228,11 @@ def objects_sheet(
             continue
         for index in np.argsort(-sample.objects.areas, kind="stable")[:each].tolist():
             grid = grid_of(first, picture, size)
-            own = object_patches(sample, index, grid).view(grid).numpy()
+            own = object_patches(sample, index, grid, min_coverage).view(grid).numpy()
             tiles: list[Tile] = [(outline(shown(first, picture, size), own), "")]
             for encoder in names.values():
                 grid = grid_of(encoder, picture, size)
-                patches = object_patches(sample, index, grid)
+                patches = object_patches(sample, index, grid, min_coverage)
                 images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
                 weights = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
                 tiles += [light(base, one) for one in (weights.mean(dim=0), *weights)]

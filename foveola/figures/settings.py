@@ -8,7 +8,7 @@ from foveola.config import key
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.figures.maps import MASS
 from foveola.figures.nearest import LIMIT
-from foveola.figures.tiles import TILE
+from foveola.figures.tiles import MIN_COVERAGE, TILE
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,24 @@ class AttentionConfig(PicturesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
     mass: float = key(MASS, "share of a head's attention that its coloured patches hold", above=0, at_most=1)
     heads: bool = key(False, "also a column for each head")
+    min_coverage: float = key(
+        MIN_COVERAGE,
+        "share of a patch that makes it the object's: its token may read it",
+        above=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True)
 class ObjectsConfig(PicturesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
     objects: int = key(3, "at most so many objects of each picture, the largest", at_least=1)
+    min_coverage: float = key(
+        MIN_COVERAGE,
+        "share of a patch that makes it the object's: its token may read it",
+        above=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ LIGHT = (
 )
 TILE = 160  # pixels a side of a tile in a sheet
 FULL = 320  # pixels of the longer side of a tile at full size, at least
+MIN_COVERAGE = 1 / 256  # share of a patch that makes it the object's: any pixel of 16 x 16
 CANVAS = 512  # pixels a side on which masks are drawn before they are read patch by patch
 
 
@@ -87,9 +88,11 @@ def row_of(tiles: Sequence[Tile], title: str = "") -> Row:
     return Row(title, [tile for tile, _ in tiles], [caption for _, caption in tiles])
 
 
-def object_patches(sample: Sample, index: int, grid: tuple[int, int]) -> Bool[Tensor, "N"]:
-    """The patches of a whole picture that hold any pixel of an object; row-major over `grid`."""
+def object_patches(
+    sample: Sample, index: int, grid: tuple[int, int], min_coverage: float = MIN_COVERAGE
+) -> Bool[Tensor, "N"]:
+    """The patches of a whole image that an object covers from `min_coverage` on; row-major over `grid`."""
     assert sample.objects is not None
     drawn = sample.objects.draw(index, CANVAS).astype(np.float32) / 255
     coverage = area_weights(CANVAS, grid[0]) @ drawn @ area_weights(CANVAS, grid[1]).T
-    return patch_mask(torch.from_numpy(coverage), min(1 / 256, float(coverage.max())))
+    return patch_mask(torch.from_numpy(coverage), min_coverage, keep_most=True)

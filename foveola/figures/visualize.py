@@ -198,7 +198,8 @@ def _neighbours(
 
 def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsConfig) -> Sheet:
     samples = samples_of(source, choose(source, config.count, config.pictures))
-    return gallery.objects_sheet(encoders, samples, config.size, config.block, config.objects)
+    how = config.size, config.block, config.objects, config.min_coverage
+    return gallery.objects_sheet(encoders, samples, *how)
 
 
 def _positions(encoders: dict[str, Encoder], source: Source | None, config: PositionsConfig) -> Sheet:
@@ -209,7 +210,7 @@ KINDS = {
     "pca": Kind(PcaConfig, _pca, "principal components of patch features as red, green, blue"),
     "attention": Kind(
         AttentionConfig,
-        _of_samples(gallery.attention_sheet, "size", "block", "mass", "heads"),
+        _of_samples(gallery.attention_sheet, "size", "block", "mass", "heads", "min_coverage"),
         "what the class token reads, with and without an object's mask",
     ),
     "objects": Kind(ObjectsConfig, _objects, "what each head of an object token reads inside its mask"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foveola import files
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.data.decode import pixels_of
+from foveola.geometry import covered_patches
 from foveola.models.capture import Capture, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, square
@@ -274,13 +275,16 @@ def _settings(config: EncoderConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name != "origin"}
 
 
-def patch_mask(coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256) -> Bool[Tensor, "*B N"]:
+def patch_mask(
+    coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256, keep_most: bool = False
+) -> Bool[Tensor, "*B N"]:
     """Which patches belong to an object, from the share of each patch that it covers, in [0, 1].
 
-    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). An object that
-    covers no patch becomes the whole picture.
+    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). With `keep_most`
+    an object that covers less than that of every patch keeps those that it covers most. An object that
+    covers no patch becomes the whole image.
     """
-    mask = (coverage >= min_coverage).flatten(-2)
+    mask = covered_patches(coverage, min_coverage, keep_most)
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveola.config import key
-from foveola.geometry import box_sums, random_boxes, sample
+from foveola.geometry import box_sums, covered_patches, random_boxes, sample
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def object_patches(
 ) -> Bool[Tensor, "B V M N"]:
     """The patches of each view that belong to each object: covered share >= `min_coverage`; may be empty."""
     coverage = sample(masks, boxes, flips, grid, kernel="area")
-    return (coverage >= min_coverage).flatten(3)
+    return covered_patches(coverage, min_coverage)

@@ -96,6 +96,9 @@ def test_patches_of_an_object_follow_the_grid(wide):
     assert patches.sum() == 12
     tiny = Sample(wide.image, "tiny", Objects.from_boxes(np.array([[0.5, 0.5, 0.503, 0.503]], np.float32)))
     assert object_patches(tiny, 0, (4, 4)).sum() == 1, "an object of a hundredth of a patch has that patch"
+    third = Sample(wide.image, "third", Objects.from_boxes(np.array([[0, 0, 0.625, 0.25]], np.float32)))
+    for least, count in ((0.4, 3), (0.6, 2)):  # two patches and a half in one row of four
+        assert object_patches(third, 0, (4, 4), least).sum() == count
 
 
 def test_sheets_about_points(wide):

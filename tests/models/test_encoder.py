@@ -243,6 +243,12 @@ def test_patch_mask_takes_any_pixel_and_an_empty_one_everything():
     ]
     assert patch_mask(coverage, 0.5)[2].tolist() == [False, True, True, False]
     assert patch_mask(coverage, 0.5)[0].all()
+    assert patch_mask(coverage, 0.5, keep_most=True).tolist() == [
+        [False, True, False, False],
+        [False, False, False, True],
+        [False, True, True, False],
+    ]
+    assert patch_mask(torch.zeros(2, 2), 0.5, keep_most=True).all()
 
 
 def test_a_head_learns_on_frozen_features():

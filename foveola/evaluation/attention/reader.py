@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from foveola.config import UserError, key
+from foveola.config import UserError, again, key
 from foveola.evaluation.attention.result import EncoderAttention, Estimate, Moments, Vectors
 from foveola.evaluation.attention.statistics import (
     BLOCK_STATISTICS,
@@ -26,6 +26,7 @@ from foveola.evaluation.attention.statistics import (
     over_patches,
     sharpest_head,
 )
+from foveola.evaluation.images import ChosenConfig
 from foveola.models.encoder import Encoder, TransformConfig
 
 TIMED = 3  # batches on which the cost is measured; the first of several is a warm-up
@@ -33,17 +34,15 @@ Geometry = tuple[int, int, str, bool]  # of a TransformConfig: resize, crop, int
 
 
 @dataclass(frozen=True)
-class AnalysisConfig:
+class AnalysisConfig(ChosenConfig):
     """Which pictures are read, and how. Defaults: as every encoder sees pictures in evaluation."""
 
-    limit: int | None = key(1000, "use at most this many pictures, drawn by seed; null = all", at_least=1)
-    seed: int = key(0, "seed of the choice of pictures", at_least=0)
+    limit: int | None = again(ChosenConfig, "limit", 1000)
     size: int | None = key(None, "pixels a side of what encoders see; null = each its own crop", at_least=1)
     squash: bool | None = key(
         None, "true: the whole picture squashed to a square (position-field paper, with size=480)"
     )
-    batch_size: int = key(32, "pictures encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
+    batch_size: int = again(ChosenConfig, "batch_size", 32)
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; statistics are float32 or better"
     )

@@ -1,7 +1,7 @@
 """Pictures to features, batch by batch: what a pass computes, before it is stored or used."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,28 +16,20 @@ from foveola.evaluation.features.crops import Crops, by_picture
 from foveola.evaluation.features.names import Need, Reader, shape_of
 from foveola.evaluation.features.reading import ExtractConfig, Rows, join
 from foveola.evaluation.features.table import read_ahead, show
+from foveola.evaluation.images import MaskedConfig
 from foveola.evaluation.segmentation.labelled import Squashed
 from foveola.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class FeedConfig:
-    """How pictures become stored features."""
+class FeedConfig(MaskedConfig):
+    """How images become stored features."""
 
-    batch_size: int = key(64, "pictures encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=1)
-    seed: int = key(0, "seed of every random choice", at_least=0)
-    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
     store: Literal["float32", "float16"] = key("float32", "numbers in which features are kept")
-    mask_canvas: int | None = key(
-        None, "pixels a side on which masks are drawn; null = the encoder's resize, or more", at_least=1
-    )
 
     def reading(self) -> ExtractConfig:
         """The same as settings of the reading of pictures."""
-        names = ("batch_size", "workers", "limit", "seed", "precision", "mask_canvas")
-        return ExtractConfig(**{name: getattr(self, name) for name in names})
+        return ExtractConfig(**{f.name: getattr(self, f.name) for f in fields(MaskedConfig)})
 
 
 @dataclass(frozen=True, eq=False)

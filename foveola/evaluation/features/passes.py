@@ -67,6 +67,7 @@ class Pass:
             "precision": config.precision,
             "store": config.store,
             "mask_canvas": config.mask_canvas,
+            **({} if config.min_coverage is None else {"min_coverage": config.min_coverage}),
             "views": views,
             "seed": config.seed if views else None,
             **({} if need.side is None else {"side": need.side}),

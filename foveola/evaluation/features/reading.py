@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from foveola.config import key
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import Source, decode
+from foveola.evaluation.images import MaskedConfig
+from foveola.geometry import covered_patches
 from foveola.geometry import sample as resample
-from foveola.models.encoder import patch_mask
 from foveola.models.transform import TransformConfig, picture_crop, resize
 
 PARCEL = 8  # pictures that travel together from a worker
@@ -27,7 +28,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(MaskedConfig):
     """Which rows a source gives and how they are computed. Defaults: one row a picture, as published."""
 
     rows: Literal["pictures", "objects"] = key("pictures", "one row for each picture, or for each object")
@@ -37,20 +38,8 @@ class ExtractConfig:
     context: float = key(
         0.5, "view=object: the crop's side is 1 + this times the longer side of the object's box", at_least=0
     )
-    batch_size: int = key(64, "rows encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=1)
-    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
-    precision: Literal["fp32", "bf16"] = key(
-        "fp32", "arithmetic of the encoder; features are float32 in any case"
-    )
     pool: Literal["token", "average", "predictor"] | None = key(
         None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
-    )
-    mask_canvas: int | None = key(
-        None,
-        "pixels a side on which masks are drawn; null = the encoder's resize, below 256 up to twice that",
-        at_least=1,
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +118,8 @@ class Pictures(Dataset):
     ) -> None:
         self.source, self.chosen, self.transform, self.config = source, chosen, transform, config
         self.grid = (transform.crop // patch_size, transform.crop // patch_size)
-        self.min_coverage = 0.5 / patch_size**2  # half a pixel
+        half = 0.5 / patch_size**2  # of a pixel
+        self.min_coverage = half if config.min_coverage is None else config.min_coverage
 
     def __len__(self) -> int:
         return -(-len(self.chosen) // PARCEL)
@@ -200,10 +190,9 @@ class Pictures(Dataset):
         return [image], [box] * len(targets), [0] * len(targets)
 
     def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Bool[Tensor, "N"] | None:
-        """Patches of a view that hold any pixel of the objects `target`, or None when there is none.
+        """Patches of a view that the objects `target` cover from `min_coverage` on, or None for no object.
 
-        Half a covered pixel counts as any. An object that covers less than that of every patch (a tiny one)
-        keeps the patch that it covers most.
+        An object that covers less than that of every patch (a tiny one) keeps the patch that it covers most.
         """
         if objects is None or not target:
             return None
@@ -217,5 +206,5 @@ class Pictures(Dataset):
         coverage = resample(field, torch.tensor([[box]]), None, self.grid, kernel="area")[0, 0, 0]
         # A canvas cell on the edge of an object spreads it over the whole cell, perhaps into the next patch.
         coverage = torch.where(torch.from_numpy(near), coverage, 0.0)
-        most = coverage.amax().item()
-        return patch_mask(coverage, min(self.min_coverage, most)) if most > 0 else None
+        mask = covered_patches(coverage, self.min_coverage, keep_most=True)
+        return mask if mask.any() else None

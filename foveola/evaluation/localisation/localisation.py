@@ -13,7 +13,7 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
 from foveola.evaluation.classification.task import held_out
-from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.names import Need, need
 from foveola.evaluation.features.table import (
     check_finite,
@@ -24,6 +24,7 @@ from foveola.evaluation.features.table import (
     share,
     show,
 )
+from foveola.evaluation.images import SquashedConfig
 from foveola.evaluation.localisation.box_accuracy import (
     IOUS,
     SIDE,
@@ -50,7 +51,7 @@ CURVE = 20  # points of the curves over thresholds that a result keeps
 
 
 @dataclass(frozen=True)
-class LocalisationConfig:
+class LocalisationConfig(SquashedConfig):
     """Settings of `localisation`. Defaults: MaxBoxAccV2 as Selective Aggregation measures it (Table 8)."""
 
     maps: tuple[str, ...] | None = key(
@@ -68,16 +69,8 @@ class LocalisationConfig:
         above=0,
         below=1,
     )
-    image_size: int | None = key(
-        None, "pixels a side to which pictures are squashed; null = the encoder's crop", at_least=8
-    )
     epochs: int = key(90, "abmilp: passes over the training pictures", at_least=1)
     lr: tuple[float, ...] = key((0.1,), "abmilp: learning rates to try, of a batch of 256", above=0)
-    batch_size: int = key(64, "pictures encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=2)
-    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
-    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
     store: Literal["float32", "float16"] = key("float32", "abmilp: numbers in which patches are kept")
 
     def __post_init__(self) -> None:
@@ -90,11 +83,6 @@ class LocalisationConfig:
                 raise ValueError(f"maps: unknown {name!r}; known: {', '.join(MAPS)}, head0, head1, ...")
         if len({iou_name(iou) for iou in self.iou}) < len(self.iou):
             raise ValueError(f"iou: needs values that differ by 0.01 or more, got {list(self.iou)}")
-
-    def feeding(self) -> FeedConfig:
-        """The same as settings of the shared pass over training pictures."""
-        names = ("batch_size", "workers", "limit", "seed", "precision", "store")
-        return FeedConfig(**{name: getattr(self, name) for name in names})
 
 
 def iou_name(iou: float) -> str:
@@ -208,7 +196,7 @@ def run(
         learned = learn_weights(
             feed,
             train,
-            config.feeding(),
+            feeding(config),
             encoder.device,
             lr=config.lr,
             epochs=config.epochs,

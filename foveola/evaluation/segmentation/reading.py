@@ -15,31 +15,24 @@ from jaxtyping import Float, Float32, Int16, Int64, UInt8
 from torch import Tensor
 
 from foveola import distributed
-from foveola.config import UserError, key
+from foveola.config import UserError, again
 from foveola.data.identity import identity_of
 from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.features.table import choose_pictures, facts_of_bad, share
+from foveola.evaluation.images import SquashedConfig
 from foveola.models.encoder import Encoder
 
 ROWS = 16384  # patches whose labels are counted at a time
 
 
 @dataclass(frozen=True)
-class DenseConfig:
-    """How pictures become patches."""
+class DenseConfig(SquashedConfig):
+    """How images become patches."""
 
-    image_size: int | None = key(
-        None, "pixels a side to which pictures are squashed; null = the encoder's crop", at_least=8
-    )
-    batch_size: int = key(16, "pictures encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    limit: int | None = key(None, "use at most this many pictures of each set, drawn by seed", at_least=2)
-    seed: int = key(0, "seed of every random choice", at_least=0, at_most=2**64 - 1)
-    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder")
-    store: Literal["float32", "float16"] = key("float32", "numbers in which patch features are kept")
+    batch_size: int = again(SquashedConfig, "batch_size", 16)
 
 
 @dataclass(frozen=True, eq=False)

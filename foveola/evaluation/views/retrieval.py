@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from foveola import distributed
-from foveola.config import UserError, key
+from foveola.config import UserError, again, key
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
@@ -26,6 +26,7 @@ from foveola.evaluation.features.table import (
     show,
     why_bad,
 )
+from foveola.evaluation.images import ReadingConfig
 from foveola.evaluation.metrics import Outcome, interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
 from foveola.models.encoder import Encoder
@@ -38,8 +39,8 @@ PARCEL = 32  # objects whose views are drawn together; a constant, so that no se
 
 
 @dataclass(frozen=True)
-class OtherViewsConfig:
-    """Settings of two views of a picture or of an object in it, and of reading them."""
+class OtherViewsConfig(ReadingConfig):
+    """Settings of two views of an image or of an object in it, and of reading them."""
 
     recall: int = key(5, "rank up to which `recall` counts", at_least=1)
     scale: tuple[float, float] = key(
@@ -50,10 +51,11 @@ class OtherViewsConfig:
     )
     color: ColorConfig = key(ColorConfig(), "colours of the views; mean and std are the encoder's")
     batch_size: int = key(64, "views encoded at once", at_least=1)
-    workers: int = key(2, "processes that read pictures; 0 = none besides this one", at_least=0)
-    seed: int = key(0, "seed of the choice of pictures and objects, of crops and colours", at_least=0)
-    precision: Literal["fp32", "bf16"] = key(
-        "fp32", "arithmetic of the encoder; features are float32 in any case"
+    seed: int = key(
+        0,
+        "seed of the choice of images and objects, of crops and colours",
+        at_least=0,
+        at_most=2**64 - 1,
     )
     canvas: int = key(
         512,
@@ -64,6 +66,7 @@ class OtherViewsConfig:
         None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
     )
     mask_canvas: int = key(128, "pixels a side on which masks are drawn", at_least=1)
+    min_coverage: float = again(ObjectsConfig, "min_coverage", ObjectsConfig.min_coverage)
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
@@ -203,7 +206,8 @@ def two_views(
 
     `number` is the parcel's number among all of the evaluation: views are a pure function of (seed, number).
     """
-    views = replace(views_config(encoder, config), objects=ObjectsConfig(min_visible=config.min_visible))
+    objects = ObjectsConfig(min_visible=config.min_visible, min_coverage=config.min_coverage)
+    views = replace(views_config(encoder, config), objects=objects)
     batch = make_views(canvases.to(encoder.device), views, encoder.patch_size, Streams(config.seed, number))
     if batch.global_objects is None:
         raise RuntimeError("object-aware views came without objects")

@@ -25,6 +25,7 @@ from foveola.evaluation.features.table import choose_pictures, extract_tables
 from foveola.models.predictor import PredictorConfig
 
 CONFIG = FeedConfig(batch_size=5, workers=0, seed=3)
+CHANGES = {"limit": 7, "precision": "bf16", "store": "float16", "mask_canvas": 77, "min_coverage": 0.5}
 
 
 @pytest.fixture
@@ -143,7 +144,8 @@ def test_masks_are_drawn_for_those_who_read_them(encoder, pictures, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "change", ["encoder", "data", "limit", "precision", "store", "views", "mask_canvas", "transform"]
+    "change",
+    ["encoder", "data", "limit", "precision", "store", "views", "mask_canvas", "min_coverage", "transform"],
 )
 def test_nothing_stale_is_read(encoder, pictures, tmp_path: Path, change) -> None:
     """Every part of the key makes a folder of its own."""
@@ -160,7 +162,9 @@ def test_nothing_stale_is_read(encoder, pictures, tmp_path: Path, change) -> Non
     elif change == "views":
         views = 1
     else:
-        value = {"limit": 7, "precision": "bf16", "store": "float16", "mask_canvas": 77}[change]
+        value = {"limit": 7, "precision": "bf16", "store": "float16", "mask_canvas": 77, "min_coverage": 0.5}[
+            change
+        ]
         config = dataclasses.replace(config, **{change: value})
     with Feed(encoder, tmp_path, progress=False) as feed:
         second = feed.open(pictures, config, need("token"), views)

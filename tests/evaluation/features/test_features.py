@@ -71,6 +71,18 @@ def test_mask_and_picture_are_cut_alike(list_source, view) -> None:
     assert seen > 30
 
 
+@pytest.mark.parametrize(("least", "count"), [(None, 9), (0.1, 9), (0.2, 8), (0.3, 6), (0.51, 4)])
+def test_a_patch_is_read_from_the_share_that_the_object_covers(list_source, least, count) -> None:
+    """Of 2.5 x 2.25 patches four are covered whole, two by half, two by a quarter, one by an eighth."""
+    sample = square(32, 32, (0, 0, 20, 18))
+    whole = TransformConfig(resize=32, crop=32)
+    rows = pictures_of(list_source([sample]), whole, min_coverage=least, mask_canvas=32).read(sample, 0)
+    assert int(rows.masks.sum()) == count
+    tiny = square(32, 32, (9, 9, 10, 10))
+    rows = pictures_of(list_source([tiny]), whole, min_coverage=least, mask_canvas=32).read(tiny, 0)
+    assert rows.masks[0].nonzero().tolist() == [[5]]
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch) -> None:
     assert list(show(range(3), 3, "things", progress=True)) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # less than a minute

@@ -12,7 +12,7 @@ from foveola.config import ConfigError, UserError, build
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation.compare import compare
-from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.localisation import localisation
 from foveola.evaluation.localisation.box_accuracy import (
     STEPS,
@@ -491,7 +491,7 @@ def test_weights_of_a_trained_abmilp(encoder) -> None:
     without = evaluate(encoder, "localisation", train=train, test=test, maps=("centre",), **settings)
     assert any("train is not used" in note for note in without.notes)
     with Feed(encoder, progress=False) as feed:
-        config = LocalisationConfig(workers=0).feeding()
+        config = feeding(LocalisationConfig(workers=0))
         learned = learn_weights(
             feed, train, config, torch.device("cpu"), lr=(3.0,), epochs=3, progress=False
         ).weights
