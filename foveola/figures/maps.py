@@ -1,6 +1,6 @@
 """What a network looks at and what it finds alike, as arrays."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,72 +12,7 @@ from foveola.config import UserError
 from foveola.models.encoder import Encoder
 
 MASS = 0.6  # of a token's attention that its strongest patches hold together (DINO's and iBOT's pictures)
-ENTRIES = 2**25  # of attention matrices in memory at a time (128 MiB)
-
-
-class Rows(NamedTuple):
-    """Some rows of the attention matrices of a block, and what their columns are."""
-
-    weights: Float[Tensor, "B heads Q T"]  # softmax over all T tokens
-    special: int  # of the T tokens, the object tokens and registers that stand before the patches
-    grid: tuple[int, int]
-
-
-class _Sides(NamedTuple):
-    """What a block compares: queries and keys of all tokens, by head, and what the tokens are."""
-
-    query: Float[Tensor, "B heads T d"]
-    key: Float[Tensor, "B heads T d"]
-    tokens: Any
-
-
-def _sides(
-    encoder: Encoder, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None, block: int
-) -> _Sides:
-    network = encoder.backbone
-    if not -len(network.blocks) <= block < len(network.blocks):
-        raise UserError(f"block={block}: this encoder has {len(network.blocks)} blocks, counted from 0")
-    index = range(len(network.blocks))[block]
-    x, tokens = network.prepare(images, objects)
-    for earlier in network.blocks[:index]:
-        x = earlier(x, tokens.objects, tokens.readable, tokens.rotation)
-    last: Any = network.blocks[index]
-    query, key, _ = last.attn.heads_of(last.norm1(x), tokens.rotation)
-    return _Sides(query, key, tokens)
-
-
-def _softmax(
-    query: Float[Tensor, "B heads Q d"], key: Float[Tensor, "B heads T d"]
-) -> Float[Tensor, "B heads Q T"]:
-    return ((query @ key.mT).float() * query.shape[-1] ** -0.5).softmax(dim=-1)
-
-
-@torch.no_grad()
-def attention_rows(
-    encoder: Encoder,
-    images: Float[Tensor, "B 3 H W"],
-    patches: Int64[Tensor, "B Q"] | None = None,
-    objects: Bool[Tensor, "B M N"] | None = None,
-    block: int = -1,
-) -> Rows:
-    """What some tokens read in a block: patches (indices, row-major), or the object tokens where None.
-
-    Only these rows are computed: memory is that of B heads Q T weights. Raises UserError for a block that
-    there is not, and where object tokens are asked for and there is no class token.
-    """
-    if patches is None and not encoder.config.model.class_token:
-        raise UserError(
-            "this encoder has no class token whose attention could be shown; ask for that of a patch"
-        )
-    query, key, tokens = _sides(encoder, images, objects, block)
-    special = tokens.objects + tokens.registers
-    if patches is not None:
-        places = (patches + special)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        return Rows(_softmax(query.gather(2, places), key), special, tokens.grid)
-    logits = (query[:, :, : tokens.objects] @ key.mT).float() * query.shape[-1] ** -0.5
-    if tokens.readable is not None:
-        logits = logits.masked_fill(~tokens.readable, -torch.inf)
-    return Rows(logits.softmax(dim=-1), special, tokens.grid)
+ENTRIES = 2**25  # cosines in memory at a time (128 MiB)
 
 
 @torch.no_grad()
@@ -95,9 +30,15 @@ def token_attention(
         images: normalised, in whole patches.
         objects: patches that each token may read; None = one token that reads all, the class token.
         block: which block; negative numbers count from the last.
+
+    Raises UserError for a block that there is not, and where there is no class token.
     """
-    weights, special, grid = attention_rows(encoder, images, None, objects, block)
-    return weights[..., special:].transpose(1, 2).unflatten(-1, grid)
+    if not encoder.config.model.class_token:
+        raise UserError(
+            "this encoder has no class token whose attention could be shown; ask for that of a patch"
+        )
+    seen = encoder.attention(images, objects, block)
+    return seen.objects()[..., seen.special :].transpose(1, 2).unflatten(-1, seen.grid)
 
 
 @torch.no_grad()
@@ -127,9 +68,9 @@ def query_attention(
     grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
     places = [patch_under((x, y), grid) for x, y in points.tolist()]
     patches = torch.tensor([[row * grid[1] + column] for row, column in places], device=images.device)
-    weights, special, grid = attention_rows(encoder, images, patches, block=block)
-    weights = weights[:, :, 0, special:]
-    return (weights / weights.sum(dim=-1, keepdim=True)).unflatten(-1, grid)
+    seen = encoder.attention(images, block=block)
+    weights = seen.patches(patches)[:, :, 0, seen.special :]
+    return (weights / weights.sum(dim=-1, keepdim=True)).unflatten(-1, seen.grid)
 
 
 @torch.no_grad()
@@ -138,17 +79,10 @@ def received_attention(
 ) -> Float[Tensor, "B heads h w"]:
     """How much of the patches' attention to patches each patch receives, of each head; maps sum to one.
 
-    The mean of the rows of all patches: for encoders without a class token, what everybody looks at. Rows are
-    computed some at a time, so memory does not grow with the square of the patches.
+    The mean of the rows of all patches: for encoders without a class token, what everybody looks at.
     """
-    query, key, tokens = _sides(encoder, images, None, block)
-    special = tokens.objects + tokens.registers
-    few = max(ENTRIES // (query.shape[0] * query.shape[1] * query.shape[2]), 1)
-    total = torch.zeros(*query.shape[:2], query.shape[2] - special, device=images.device)
-    for part in query[:, :, special:].split(few, dim=2):
-        weights = _softmax(part, key)[..., special:]
-        total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
-    return (total / total.shape[-1]).unflatten(-1, tokens.grid)
+    seen = encoder.attention(images, block=block)
+    return seen.received().unflatten(-1, seen.grid)
 
 
 def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tensor, "*S h w"]:

@@ -1,13 +1,18 @@
-"""What a ViT says besides its last output: outputs of earlier blocks, and who reads what in each of them."""
+"""What a ViT says besides its last output: outputs of earlier blocks, and who reads what in each of them.
+
+The only reader of attention: protocols, analyses and figures ask here for the rows that they need.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn.functional import linear
 
+from foveola.config import UserError
 from foveola.models.attention import rotate, split_heads
 from foveola.models.blocks import Block
 from foveola.models.vit import Features, Tokens, VisionTransformer
@@ -16,13 +21,118 @@ ENTRIES = 2**25  # entries of attention matrices in memory at a time: 128 MiB
 CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over them again and again
 
 
+class BlockAttention:
+    """Who reads what in a block: rows of its attention matrix, softmax(q k^T / sqrt(d)), computed as asked.
+
+    Tokens T stand in the order [object tokens, registers, patches]. Queries and keys are those of the block,
+    rotary positions included; products and softmax are float32 also under autocast.
+    """
+
+    def __init__(self, block: Block, x: Float[Tensor, "B T D"], tokens: Tokens) -> None:
+        attn, width = block.attn, x.shape[-1]
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
+        both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
+        query, key = (rotate(part, tokens.rotation) for part in split_heads(both, 2, attn.heads))
+        self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
+        self.tokens = tokens
+
+    @property
+    def special(self) -> int:
+        """The number of object tokens and registers, which stand before the patches."""
+        return self.tokens.objects + self.tokens.registers
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.tokens.grid
+
+    def objects(self) -> Float32[Tensor, "B heads M T"]:
+        """What each object token reads; nothing outside its object."""
+        logits = self._logits(self.query[:, :, : self.tokens.objects], self.key)
+        if self.tokens.readable is not None:
+            logits.masked_fill_(~self.tokens.readable, -torch.inf)
+        return logits.softmax(dim=-1)
+
+    def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
+        """What some patches (indices, row-major) of each image read."""
+        at = (index + self.special)[:, None, :, None]
+        return self._rows(self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3])))
+
+    def centre(self) -> Float32[Tensor, "B heads T"]:
+        """What the central patch reads: of an even grid the upper left one of the four."""
+        rows, columns = self.grid
+        at = self.special + (rows - 1) // 2 * columns + (columns - 1) // 2
+        return self._rows(self.query[:, :, at : at + 1])[:, :, 0]
+
+    def received(self) -> Float32[Tensor, "B heads N"]:
+        """How much of the patches' attention to patches each patch receives: the mean of their rows.
+
+        Each row is divided by its sum over the patches first. Some rows are computed at a time.
+        """
+        batch, heads, count, _ = self.query.shape
+        few = max(ENTRIES // (batch * heads * count), 1)
+        total = self.query.new_zeros(batch, heads, count - self.special)
+        for part in self.query[:, :, self.special :].split(few, dim=2):
+            weights = self._rows(part)[..., self.special :]
+            total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
+        return total / total.shape[-1]
+
+    def matrices(
+        self, entries: int | None = None
+    ) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
+        """All logits, whose softmax is the attention, a few matrices at a time.
+
+        Yields (images, heads, logits): some images with all heads, or, where one image has more than
+        `entries` numbers, one with some of its heads. What an object token may not read is -inf. The receiver
+        may overwrite them.
+        """
+        batch, heads, count, _ = self.query.shape
+        if entries is None:
+            entries = CACHED if self.query.device.type == "cpu" else ENTRIES
+        together = max(1, entries // count**2)  # matrices at a time
+        few, some = max(1, together // heads), min(together, heads)
+        for start in range(0, batch, few):
+            for first in range(0, heads, some):
+                images, group = slice(start, start + few), slice(first, first + some)
+                logits = self._logits(self.query[images, group], self.key[images, group])
+                if self.tokens.readable is not None:
+                    readable = self.tokens.readable[images]
+                    logits[:, :, : self.tokens.objects].masked_fill_(~readable, -torch.inf)
+                yield images, group, logits
+
+    def _rows(self, query: Float32[Tensor, "B heads Q d"]) -> Float32[Tensor, "B heads Q T"]:
+        return self._logits(query, self.key).softmax(dim=-1)
+
+    @staticmethod
+    def _logits(query: Tensor, key: Tensor) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):  # which would round them to half precision
+            return query @ key.mT
+
+
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """Outputs of the last blocks, and rows of the attention of the last one (softmax over all T tokens)."""
+    """Outputs of the last blocks, and on request the attention of a block."""
 
     layers: tuple[Features, ...]  # each through the final norm; the last block's is the last
-    objects: Float[Tensor, "B heads M T"] | None  # what each object token reads
-    centre: Float[Tensor, "B heads T"] | None  # what the central patch reads
+    attention: BlockAttention | None
+
+    @property
+    def objects(self) -> Float32[Tensor, "B heads M T"] | None:
+        """What each object token reads."""
+        return None if self.attention is None else self.attention.objects()
+
+    @property
+    def centre(self) -> Float32[Tensor, "B heads T"] | None:
+        """What the central patch reads."""
+        return None if self.attention is None else self.attention.centre()
+
+
+def block_index(network: VisionTransformer, block: int) -> int:
+    """The index of a block: negative numbers count from the last. Raises UserError where there is none."""
+    depth = len(network.blocks)
+    if not -depth <= block < depth:
+        raise UserError(f"block={block}: this encoder has {depth} blocks, 0 to {depth - 1}")
+    return range(depth)[block]
 
 
 def capture(
@@ -31,25 +141,39 @@ def capture(
     n: int = 1,
     objects: Bool[Tensor, "B M N"] | None = None,
     attention: bool = False,
+    block: int = -1,
 ) -> Capture:
-    """Outputs of the last n blocks from one pass; with `attention` also rows of the last block's matrix.
+    """Outputs of the last n blocks from one pass; with `attention` also that of a block, by default the last.
 
-    `layers[-1]` is what `network(images, objects)` gives. Tokens T stand in the order [object tokens,
-    registers, patches]. The central patch of an even grid is the upper left one of the four: row (h - 1) // 2
-    (P004's code: row 6, column 6 of 14). Raises ValueError unless the network has n blocks.
+    `layers[-1]` is what `network(images, objects)` gives. Raises ValueError unless the network has n blocks,
+    UserError for a `block` that there is not.
     """
     if not 1 <= n <= len(network.blocks):
         raise ValueError(f"the last {n} blocks of a network of {len(network.blocks)}")
+    asked = block_index(network, block) if attention else None
     x, tokens = network.prepare(images, objects)
-    outputs, rows = [], None
-    for index, block in enumerate(network.blocks):
-        assert isinstance(block, Block)
-        if attention and index == len(network.blocks) - 1:
-            rows = _attention_rows(block, x, tokens)
-        x = block(x, tokens.objects, tokens.readable, tokens.rotation)
+    outputs, seen = [], None
+    for index, layer in enumerate(_blocks(network)):
+        if index == asked:
+            seen = BlockAttention(layer, x, tokens)
+        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
         if index >= len(network.blocks) - n:
             outputs.append(network.finish(x, tokens))
-    return Capture(tuple(outputs), *(rows or (None, None)))
+    return Capture(tuple(outputs), seen)
+
+
+def attention_of(
+    network: VisionTransformer,
+    images: Float[Tensor, "B 3 H W"],
+    objects: Bool[Tensor, "B M N"] | None = None,
+    block: int = -1,
+) -> BlockAttention:
+    """The attention of a block; what comes after it is not computed. Raises UserError as `block_index`."""
+    index = block_index(network, block)
+    x, tokens = network.prepare(images, objects)
+    for layer in _blocks(network)[:index]:
+        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
+    return BlockAttention(_blocks(network)[index], x, tokens)
 
 
 def visit(
@@ -60,56 +184,20 @@ def visit(
 ) -> Features:
     """One pass that hands out the attention of every block, a few matrices at a time.
 
-    Calls `attention(block, pictures, heads, logits)` for all blocks from 0, with `logits` as in
-    `attention_logits`, and then `output(block, x)` with what the block gives, [B, T, D], not yet normalised.
-    Returns what `network(images)` returns, bit for bit: the pass itself keeps the fused kernels, and the
-    logits are computed beside it.
+    Calls `attention(block, images, heads, logits)` for all blocks from 0, with `logits` as in
+    `BlockAttention.matrices`, and then `output(block, x)` with what the block gives, [B, T, D], not yet
+    normalised. Returns what `network(images)` returns, bit for bit: the pass itself keeps the fused kernels,
+    and the logits are computed beside it.
     """
     x, tokens = network.prepare(images)
-    for index, block in enumerate(network.blocks):
-        assert isinstance(block, Block)
-        for pictures, heads, logits in attention_logits(block, x, tokens):
-            attention(index, pictures, heads, logits)
-        x = block(x, tokens.objects, tokens.readable, tokens.rotation)
+    for index, layer in enumerate(_blocks(network)):
+        for part, heads, logits in BlockAttention(layer, x, tokens).matrices():
+            attention(index, part, heads, logits)
+        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
         if output is not None:
             output(index, x)
     return network.finish(x, tokens)
 
 
-def attention_logits(
-    block: Block, x: Float[Tensor, "B T D"], tokens: Tokens, entries: int | None = None
-) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
-    """q k^T / sqrt(d) of a block on its input x, in float32 also under autocast; softmax gives the attention.
-
-    Yields (pictures, heads, logits): some pictures with all heads, or, where one picture has more than
-    `entries` numbers, one with some of its heads. What an object token may not read is -inf. The receiver may
-    overwrite them. Queries and keys are those of the block, rotary positions included.
-    """
-    attn, width = block.attn, x.shape[-1]
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
-    both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
-    query, key = (rotate(part, tokens.rotation) for part in split_heads(both, 2, attn.heads))
-    query, key = query.float() * query.shape[-1] ** -0.5, key.float()
-    count = (CACHED if x.device.type == "cpu" else ENTRIES) if entries is None else entries
-    together = max(1, count // x.shape[1] ** 2)  # matrices at a time
-    few, some = max(1, together // attn.heads), min(together, attn.heads)
-    for start in range(0, len(x), few):
-        for first in range(0, attn.heads, some):
-            part, heads = slice(start, start + few), slice(first, first + some)
-            with torch.autocast(x.device.type, enabled=False):
-                logits = query[part, heads] @ key[part, heads].mT
-            if tokens.readable is not None:
-                logits[:, :, : tokens.objects].masked_fill_(~tokens.readable[part], -torch.inf)
-            yield part, heads, logits
-
-
-def _attention_rows(block: Block, x: Float[Tensor, "B T D"], tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The rows of the object tokens and of the central patch; whole matrices only of a few pictures."""
-    rows, columns = tokens.grid
-    centre = tokens.objects + tokens.registers + (rows - 1) // 2 * columns + (columns - 1) // 2
-    special = x.new_empty(len(x), block.attn.heads, tokens.objects, x.shape[1], dtype=torch.float32)
-    central = x.new_empty(len(x), block.attn.heads, x.shape[1], dtype=torch.float32)
-    for part, heads, logits in attention_logits(block, x, tokens, ENTRIES):
-        special[part, heads] = logits[:, :, : tokens.objects].softmax(dim=-1)
-        central[part, heads] = logits[:, :, centre].softmax(dim=-1)
-    return special, central
+def _blocks(network: VisionTransformer) -> list[Any]:
+    return list(network.blocks)

@@ -16,12 +16,20 @@ from foveola import files
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.data.decode import pixels_of
 from foveola.geometry import covered_patches
-from foveola.models.capture import Capture, capture, visit
+from foveola.models.capture import BlockAttention, Capture, attention_of, block_index, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, square
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
-__all__ = ["Capture", "Encoder", "EncoderConfig", "Features", "TransformConfig", "patch_mask"]
+__all__ = [
+    "BlockAttention",
+    "Capture",
+    "Encoder",
+    "EncoderConfig",
+    "Features",
+    "TransformConfig",
+    "patch_mask",
+]
 
 TOGETHER = 8  # objects that are encoded at once, or more where there are more pictures
 
@@ -162,11 +170,25 @@ class Encoder(nn.Module):
         n: int = 1,
         objects: Bool[Tensor, "B M N"] | None = None,
         attention: bool = False,
+        block: int = -1,
     ) -> Capture:
-        """`layers`, and on request who reads what in the last block, from one pass."""
+        """`layers`, and on request who reads what in a block, from one pass."""
         if objects is not None and objects.shape[1] != 1:
             raise ValueError(f"{objects.shape[1]} objects of each picture in a pass: expected one")
-        return capture(self.backbone, images, n, objects, attention)
+        return capture(self.backbone, images, n, objects, attention, block)
+
+    def attention(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        objects: Bool[Tensor, "B M N"] | None = None,
+        block: int = -1,
+    ) -> BlockAttention:
+        """Who reads what in a block; the pass ends there. Raises UserError for a block that there is not."""
+        return attention_of(self.backbone, images, objects, block)
+
+    def block_index(self, block: int) -> int:
+        """The index of a block, where negative numbers count from the last. UserError where there is none."""
+        return block_index(self.backbone, block)
 
     def visit(
         self,

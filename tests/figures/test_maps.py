@@ -191,7 +191,7 @@ def test_heads_of_the_class_token_and_blocks_before_the_last():
 
 @pytest.mark.parametrize("entries", [1, 2**25])
 def test_what_everybody_looks_at_is_the_mean_of_all_rows(entries, monkeypatch):
-    monkeypatch.setattr("foveola.figures.maps.ENTRIES", entries)  # one row at a time, all at once
+    monkeypatch.setattr("foveola.models.capture.ENTRIES", entries)  # one row at a time, all at once
     encoder, images = small_encoder(4), torch.randn(2, 3, 32, 48)
     rows = rows_by_hand(encoder, images, 1)[:, :, 5:, 5:]
     expected = (rows / rows.sum(dim=-1, keepdim=True)).mean(dim=2)

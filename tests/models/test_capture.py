@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveola.models.capture import attention_logits, capture, visit
+from foveola.config import UserError
+from foveola.models.capture import BlockAttention, attention_of, capture, visit
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
 
@@ -77,13 +78,28 @@ def test_an_object_token_reads_only_its_object() -> None:
     torch.testing.assert_close(found.sum(dim=3), torch.ones(3, 2, 1))
 
 
-def test_few_pictures_at_a_time_change_nothing(monkeypatch) -> None:
-    vit = network()
-    before = capture(vit, pictures(), 1, masks(), attention=True)
-    monkeypatch.setattr("foveola.models.capture.ENTRIES", 1)
-    after = capture(vit, pictures(), 1, masks(), attention=True)
-    torch.testing.assert_close(before.objects, after.objects)
-    torch.testing.assert_close(before.centre, after.centre)
+@pytest.mark.parametrize("entries", [1, 2**25])
+def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkeypatch) -> None:
+    """Of every block, from a pass that ends there and from one that goes on, against its own matrix."""
+    monkeypatch.setattr("foveola.models.capture.ENTRIES", entries)
+    vit, index = network(registers=2), torch.tensor([[0, 7], [15, 3], [5, 5]])
+    for block in range(3):
+        seen = attention_of(vit, pictures(), masks(), block - 3)
+        also = capture(vit, pictures(), 1, masks(), attention=True, block=block).attention
+        x, tokens = vit.prepare(pictures(), masks())
+        for layer in vit.blocks[:block]:
+            x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
+        whole = vit.blocks[block].attn.weights(vit.blocks[block].norm1(x), tokens.readable, tokens.rotation)
+        asked = torch.stack([whole[b][:, 3 + index[b]] for b in range(3)])
+        of_patches = whole[:, :, 3:, 3:] / whole[:, :, 3:, 3:].sum(dim=-1, keepdim=True)
+        for found in (seen, also):
+            torch.testing.assert_close(found.objects(), whole[:, :, :1])
+            torch.testing.assert_close(found.centre(), whole[:, :, 3 + 5])
+            torch.testing.assert_close(found.patches(index), asked)
+            torch.testing.assert_close(found.received(), of_patches.mean(dim=2))
+    for block in (-4, 3):
+        with pytest.raises(UserError, match=f"^block={block}: this encoder has 3 blocks, 0 to 2$"):
+            attention_of(vit, pictures(), None, block)
 
 
 def test_without_class_token_there_is_only_the_centre() -> None:
@@ -191,5 +207,5 @@ def test_logits_of_what_an_object_may_not_read() -> None:
     block = vit.blocks[0]
     expected = block.attn.weights(block.norm1(x), tokens.readable, tokens.rotation)
     for entries in (1, 2**20):
-        for part, heads, logits in attention_logits(block, x, tokens, entries):
+        for part, heads, logits in BlockAttention(block, x, tokens).matrices(entries):
             torch.testing.assert_close(logits.softmax(dim=-1), expected[part, heads])

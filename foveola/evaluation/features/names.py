@@ -127,12 +127,12 @@ class Reader:
             if "predictor" in kinds:
                 found["predictor"] = encoder.predictions(last).float().mean(dim=1)
             count = patches.shape[1]
-            if plain.objects is not None and plain.centre is not None:
-                if plain.objects.shape[2]:
-                    rows = plain.objects[:, :, 0, -count:].float()
+            if plain.attention is not None:
+                if kinds & set(ATTENTION[:2]):
+                    rows = plain.attention.objects()[:, :, 0, -count:]
                     found["attention"] = weigh(rows.mean(dim=1), patches)
                     found["lowest_entropy"] = weigh(lowest_entropy(rows), patches)
-                found["centre"] = weigh(plain.centre[:, :, -count:].float().mean(dim=1), patches)
+                found["centre"] = weigh(plain.attention.centre()[:, :, -count:].mean(dim=1), patches)
             for kind in (kind for kind in kinds if kind.startswith(EXTERNAL)):
                 found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
         return {kind: found[kind].float().cpu() for kind in kinds}
@@ -149,10 +149,9 @@ class Reader:
 
     def _foreign(self, kind: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
         other = self.other(kind).eval()
-        seen = other.capture(other.normalise(images), attention=True)
-        assert seen.objects is not None
-        rows, columns = seen.layers[-1].grid
-        maps = seen.objects[:, :, 0, -rows * columns :].float().mean(dim=1).view(-1, 1, rows, columns)
+        seen = other.attention(other.normalise(images))
+        rows, columns = seen.grid
+        maps = seen.objects()[:, :, 0, seen.special :].mean(dim=1).view(-1, 1, rows, columns)
         if (rows, columns) != grid:
             maps = interpolate(maps, grid, mode="bilinear", antialias=True).clamp_(min=0)
         return maps.flatten(1)

@@ -69,30 +69,21 @@ class MapReader:
     weights: Weights | None = None  # AbMILP's, to be set where `names` has it
 
     def __init__(self, encoder: Encoder, names: tuple[str, ...], block: int, precision: str) -> None:
-        depth = len(encoder.backbone.blocks)
-        if not -depth <= block < depth:
-            raise UserError(f"block={block}: this encoder has {depth}, 0 to {depth - 1}")
         self.encoder, self.names, self.precision = encoder.eval(), names, precision
-        self.attention = encoder.backbone.get_submodule(f"blocks.{range(depth)[block]}.attn")
+        self.block = encoder.block_index(block)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float32[Tensor, "b M h w"]:
         """Maps of uint8 pictures [b, 3, H, W] in whole patches, on the CPU, not normalised in any way."""
         encoder = self.encoder
-        rows: list[Tensor] = []
-
-        def look(module: Any, inputs: tuple) -> None:
-            rows.append(_attention(module, grid, *inputs))
-
-        grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
-        handle = self.attention.register_forward_pre_hook(look)
-        try:
-            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                features = encoder.layers(encoder.normalise(images.to(encoder.device)))[-1]
-        finally:
-            handle.remove()
-        patches = features.patches.float()
-        maps = [self._map(name, rows[0].float(), patches, grid).cpu() for name in self.names]
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            pixels = encoder.normalise(images.to(encoder.device))
+            seen = encoder.capture(pixels, attention=True, block=self.block)
+        assert seen.attention is not None
+        rows = torch.cat((seen.attention.objects(), seen.attention.centre()[:, :, None]), dim=2)
+        rows, grid = rows[..., seen.attention.special :], seen.attention.grid
+        patches = seen.layers[-1].patches.float()
+        maps = [self._map(name, rows, patches, grid).cpu() for name in self.names]
         return torch.stack(maps, dim=1).unflatten(2, grid)
 
     def _map(
@@ -114,28 +105,6 @@ class MapReader:
             assert self.weights is not None
             return self.weights(patches)
         return rows[:, int(name.removeprefix(HEAD)), 0]
-
-
-def _attention(
-    module: Any,
-    grid: tuple[int, int],
-    x: Tensor,
-    objects: int = 0,
-    readable: Any = None,
-    rotation: Any = None,
-) -> Float[Tensor, "b heads R N"]:
-    """What the object tokens and, last, the central patch read of the patches: softmax over all tokens.
-
-    The central patch of an even grid is the upper left one of the four (P004's code: row 6, column 6 of 14).
-    """
-    del readable  # there are no objects to read: a class token reads everything
-    query, key, _ = module.heads_of(x, rotation)
-    patches = grid[0] * grid[1]
-    centre = x.shape[1] - patches + (grid[0] - 1) // 2 * grid[1] + (grid[1] - 1) // 2
-    asked = torch.cat((query[:, :, :objects], query[:, :, centre : centre + 1]), dim=2).float()
-    with torch.autocast(x.device.type, enabled=False):  # which would round logits to half precision
-        logits = (asked @ key.float().mT) * query.shape[-1] ** -0.5
-    return logits.softmax(dim=-1)[..., -patches:]
 
 
 def first_component(patches: Float[Tensor, "b N D"], grid: tuple[int, int]) -> Float[Tensor, "b N"]:

@@ -341,7 +341,7 @@ def test_which_maps_an_encoder_has(encoder) -> None:
     ):
         with pytest.raises(UserError, match=message):
             choose_maps(some, names, False)
-    with pytest.raises(UserError, match="block=3: this encoder has 3, 0 to 2"):
+    with pytest.raises(UserError, match="block=3: this encoder has 3 blocks, 0 to 2"):
         MapReader(encoder, ("centre",), 3, "fp32")
 
 
