@@ -1,9 +1,12 @@
 """What every test shares. Shapes and types of foveola are checked at every call while testing."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +18,7 @@ from jaxtyping import install_import_hook
 install_import_hook("foveola", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 ROOT = Path(__file__).resolve().parents[1]
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # what is small here gets no faster by more, and sums keep their order
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,35 +49,48 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def host() -> Iterator[subprocess.Popen[str]]:
+    """The process of host.py, which forks others."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "host.py")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+def run_ranks(
+    host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
     """run_ranks(code, ranks=2): run code in that many processes, as torchrun would; what each printed."""
 
     def run(code: str, ranks: int = 2, timeout: float = 120) -> list[str]:
-        script = tmp_path / "ranks.py"
-        script.write_text(code)
+        assert host.stdin is not None
+        assert host.stdout is not None
+        folder = tmp_path_factory.mktemp("ranks")
+        (folder / "ranks.py").write_text(code)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        common = os.environ | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in shared.items()}
+        common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes = [
-            subprocess.Popen(
-                [sys.executable, str(script)],
-                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            [
+                common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+                f"{folder}/{rank}.out",
+                f"{folder}/{rank}.err",
+            ]
             for rank in range(ranks)
         ]
-        try:
-            outputs = [process.communicate(timeout=timeout) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, (_, errors) in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, errors
-        return [out for out, _ in outputs]
+        order = {"script": str(folder / "ranks.py"), "folder": str(Path.cwd()), "processes": processes}
+        print(json.dumps(order), file=host.stdin, flush=True)
+        started = json.loads(host.stdout.readline())
+        late = threading.Timer(timeout, lambda: [os.kill(process, signal.SIGKILL) for process in started])
+        late.start()
+        codes = json.loads(host.stdout.readline())
+        late.cancel()
+        for rank, code_ in enumerate(codes):
+            assert code_ == 0, (folder / f"{rank}.err").read_text()
+        return [(folder / f"{rank}.out").read_text() for rank in range(ranks)]
 
     return run

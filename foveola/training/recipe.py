@@ -3,7 +3,9 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +210,13 @@ def _shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
+@cache
+def _shipped_tree(name: str) -> dict[str, Any]:
+    """The file of a shipped recipe, read once: each is the base of others."""
+    with resources.as_file(resources.files("foveola") / "recipes" / f"{name}.yaml") as path:
+        return read_yaml(path)
+
+
 def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The tree of a recipe, laid over that of its `base:` if it names one, which it then changes."""
     if recipe in above:
@@ -215,8 +224,7 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if recipe.endswith((".yaml", ".yml")):
         tree, name = read_yaml(recipe), Path(recipe).stem
     elif recipe in _shipped():
-        with resources.as_file(resources.files("foveola") / "recipes" / f"{recipe}.yaml") as path:
-            tree, name = read_yaml(path), recipe
+        tree, name = deepcopy(_shipped_tree(recipe)), recipe
     else:
         raise ConfigError(_unknown_recipe(recipe))
     base = tree.pop("base", None)

@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 WRITE = os.environ.get("FOVEOLA_GOLDEN") == "write"
 FOLDER = Path(__file__).parent
 RELATIVE = 1e-5  # of float32 on another processor, where sums are taken in another order
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def compare(found: Any, kept: Any, where: str, relative: float) -> None:
