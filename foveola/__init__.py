@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from foveola.evaluation.attention.analysis import analyze_attention
     from foveola.evaluation.attention.result import AttentionAnalysis
     from foveola.evaluation.compare import Comparison, compare
-    from foveola.evaluation.protocol import Result, evaluate, evaluate_all
+    from foveola.evaluation.evaluate import evaluate, evaluate_all
+    from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
+    from foveola.evaluation.result import Result
     from foveola.figures.visualize import visualize
     from foveola.models.encoder import Encoder, Features
     from foveola.reports.report import report
@@ -27,7 +29,12 @@ __all__ = [
     "Comparison",
     "Encoder",
     "Features",
+    "Metric",
+    "Needs",
     "Objects",
+    "Outcome",
+    "Protocol",
+    "Reading",
     "Result",
     "Run",
     "Sample",
@@ -54,14 +61,19 @@ _HOMES = {
     "Source": "foveola.data.sources",
     "Sample": "foveola.data.sample",
     "Objects": "foveola.data.sample",
-    "evaluate": "foveola.evaluation.protocol",
-    "evaluate_all": "foveola.evaluation.protocol",
+    "evaluate": "foveola.evaluation.evaluate",
+    "evaluate_all": "foveola.evaluation.evaluate",
     "compare": "foveola.evaluation.compare",
     "Comparison": "foveola.evaluation.compare",
     "export": "foveola.zoo.export",
     "analyze_attention": "foveola.evaluation.attention.analysis",
     "AttentionAnalysis": "foveola.evaluation.attention.result",
-    "Result": "foveola.evaluation.protocol",
+    "Result": "foveola.evaluation.result",
+    "Protocol": "foveola.evaluation.protocol",
+    "Needs": "foveola.evaluation.protocol",
+    "Reading": "foveola.evaluation.protocol",
+    "Metric": "foveola.evaluation.protocol",
+    "Outcome": "foveola.evaluation.protocol",
     "report": "foveola.reports.report",
     "visualize": "foveola.figures.visualize",
     "load": "foveola.zoo.load",

@@ -182,21 +182,22 @@ def _pretrain(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
+    from foveola.evaluation.evaluate import configure, evaluate_all
+    from foveola.evaluation.protocol import PROTOCOLS, every, find
     from foveola.evaluation.result import Result
 
-    known = ", ".join(PROTOCOLS)
     usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
-        print_table([(f"  {name}", protocol.help) for name, protocol in PROTOCOLS.items()])
+        print_table([(f"  {protocol.name}", protocol.help) for protocol in every()])
         print("\nSeveral protocols share one pass over the pictures; PROTOCOL.key=value is for one of them.")
         return
-    chosen = [name.strip() for name in only(names, f"protocol ({known})", usage).split(",")]
+    known = f"protocol ({', '.join(PROTOCOLS)})"
+    chosen = [name.strip() for name in only(names, known, usage).split(",")]
     if "--help" in flags:
-        for name, config in configure(chosen, {}).items():
-            print(f"foveola evaluate {name} [key=value ...]: {PROTOCOLS[name].help}\n")
-            print_keys([*PLACES, *describe(config)])
+        for protocol in map(find, chosen):
+            print(f"foveola evaluate {protocol.name} [key=value ...]: {protocol.help}\n")
+            print_keys([*PLACES, *describe(protocol.Config())])
         return
     settings = parse_overrides(overrides)
     places = {info.path: settings.pop(info.path, None) for info in PLACES}

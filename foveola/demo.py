@@ -12,8 +12,8 @@ from foveola.data.sources import open_source
 from foveola.drawing.overlays import heat, outline
 from foveola.drawing.sheet import Picture, Row, panel, save
 from foveola.evaluation.classification.knn import KnnConfig
+from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
-from foveola.evaluation.protocol import evaluate
 from foveola.evaluation.views import retrieval
 from foveola.figures.maps import neighbours, object_attention
 from foveola.models.encoder import Encoder

@@ -73,34 +73,6 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
     assert error_of(capsys, *arguments.split()).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("evaluate knn model=runs/exmaple train=scenes: test=scenes:", "no model at runs/exmaple"),
-        ("evaluate knn model=untrained:rnus/example train=scenes: test=scenes:", "no model at rnus/example"),
-        ("report runs/exmaple", "runs/exmaple is no run folder: it does not exist"),
-        ("compare runs/exmaple runs/example", "no run, folder or result file runs/exmaple"),
-        ("pretrain runs/exmaple", "unknown recipe 'runs/exmaple'"),
-        ("export runs/exmaple out=x", "no model at runs/exmaple"),
-    ],
-)
-def test_a_misspelt_run_folder_is_told_the_nearest(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "example").mkdir(parents=True)
-    error = error_of(capsys, *arguments.split())
-    assert error.startswith(message)
-    assert error.rstrip("\n").endswith("; did you mean runs/example?")
-
-
-def test_a_misspelt_folder_above_a_file_is_told_with_the_file(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "example").mkdir(parents=True)
-    (tmp_path / "runs" / "example" / "config.yaml").touch()
-    error = error_of(capsys, "pretrain", "runs/exmaple/config.yaml")
-    assert error == ("no configuration file runs/exmaple/config.yaml; did you mean runs/example/config.yaml?")
-    assert error_of(capsys, "report", "elsewhere/altogether").endswith("it does not exist")
-
-
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("FOVEOLA_DEBUG", "1")
     with pytest.raises(UserError, match="unknown command"):
@@ -150,12 +122,12 @@ def test_help_of_a_protocol(capsys):
 
 
 def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
-    from foveola.evaluation import protocol
+    from foveola.evaluation import evaluate
     from foveola.training import run
 
     calls = []
 
-    class Table(protocol.Result):
+    class Table(evaluate.Result):
         protocol, written = "knn", "a file"
 
         def __init__(self) -> None:
@@ -169,7 +141,7 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
         show(Table())
         return dict.fromkeys(names, Table())
 
-    monkeypatch.setattr(protocol, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(evaluate, "evaluate_all", evaluate_all)
     monkeypatch.setattr(run, "pretrain", calls.append)
     words = "evaluate knn model=2024 train=scenes: test=folder:/a?split=test k=[1,3] temperature=0.1"
     assert cli.main(words.split()) == 0

@@ -166,13 +166,13 @@ def test_a_full_disk_while_training_is_one_line_and_goes_on_afterwards(here: Pat
 
 
 def test_what_is_measured_is_shown_though_it_cannot_be_written(here: Path, capsys, monkeypatch):
-    from foveola.evaluation import protocol
+    from foveola.evaluation import evaluate
     from foveola.evaluation.result import Result
 
     def full(result: Result, folder: Path) -> Result:
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr(protocol, "store", full)
+    monkeypatch.setattr(evaluate, "store", full)
     words = COMMANDS["evaluate"].format(run="run", data="scenes:?size=32&count=64").split()
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
@@ -183,16 +183,16 @@ def test_what_is_measured_is_shown_though_it_cannot_be_written(here: Path, capsy
 
 def test_finished_protocols_are_shown_and_written_when_a_later_one_refuses(here: Path, capsys, monkeypatch):
     from foveola.config import UserError
-    from foveola.evaluation import protocol
+    from foveola.evaluation import evaluate
 
-    measure = protocol._measure
+    measure = evaluate._measure
 
-    def refusing(encoder, name, *arguments):
-        if name == "label_free":
+    def refusing(job, at):
+        if job.protocol.name == "label_free":
             raise UserError("label_free: such data")
-        return measure(encoder, name, *arguments)
+        return measure(job, at)
 
-    monkeypatch.setattr(protocol, "_measure", refusing)
+    monkeypatch.setattr(evaluate, "_measure", refusing)
     (here / "run" / "results" / "knn.json").unlink()
     words = COMMANDS["evaluate"].replace("knn", "knn,label_free").replace("rows=objects view=object", "")
     assert cli.main(words.format(run="run", data="scenes:?size=32&count=64").split()) == 2
@@ -203,7 +203,7 @@ def test_finished_protocols_are_shown_and_written_when_a_later_one_refuses(here:
 
 
 def test_a_signal_ends_other_commands_as_if_they_had_been_interrupted(here: Path, capsys, monkeypatch):
-    from foveola.evaluation import protocol
+    from foveola.evaluation import evaluate
 
     closed: list[bool] = []
 
@@ -213,7 +213,7 @@ def test_a_signal_ends_other_commands_as_if_they_had_been_interrupted(here: Path
         finally:
             closed.append(True)  # what was opened is closed
 
-    monkeypatch.setattr(protocol, "_measure", killed)
+    monkeypatch.setattr(evaluate, "_measure", killed)
     before = signal.getsignal(signal.SIGTERM)
     words = COMMANDS["evaluate"].format(run="run", data="scenes:?size=32&count=64").split()
     assert cli.main(words) == 128 + signal.SIGTERM

@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from foveola.config import UserError, meant, nearest
+from foveola.config import UserError, nearest
 from foveola.evaluation.paired import difference
-from foveola.evaluation.result import ENDS, Result
+from foveola.evaluation.protocol import ENDS
+from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, home_of, results_of
-
-# Only shares that are better when higher are marked: not chosen settings, chances, entropies, ranks of
-# features (rankme_...), alignment or uniformity, of which one is bought with the other.
-BETTER_HIGH = ("top1", "top5", "rank1", "recall", "miou", "holdout", "maxboxacc", "boxacc")
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,10 @@ class Comparison:
         The best is marked `*` where its paired interval over every other encoder lies above 0; all intervals
         stand in brackets.
         """
+        every = {name for result in self.results for name in result.metrics}
+        ends = {name + end for name in every for end in ENDS}
         metrics = dict.fromkeys(name for result in self.results for name in result.metrics)
-        shown = [m for m in metrics if not (m.endswith(ENDS) and m.rpartition("_")[0] in metrics)]
+        shown = [name for name in metrics if name not in ends]
         two = len(self.results) == 2
         rows = [(f"{self.protocol}", *self.names, *(["second - first"] if two else []))]
         for metric in shown:
@@ -50,23 +49,27 @@ class Comparison:
         return "\n".join([*lines, *self._marks(lines), *self._versions(), *self.notes, *dict.fromkeys(notes)])
 
     def _best(self, metric: str) -> int | None:
-        """The encoder whose metric is the highest beyond doubt, if there is one."""
+        """The encoder that is the best beyond doubt, if there is one."""
         values = [result.metrics.get(metric) for result in self.results]
         known = [value for value in values if value is not None]
-        if not metric.startswith(BETTER_HIGH) or len(known) < 2:
+        about = self.results[0].metric(metric)
+        if not about.compared or len(known) < 2:
             return None
-        best = values.index(max(known))
+        best = values.index(max(known) if about.better == "higher" else min(known))
         over = [
             difference(result, self.results[best], metric)
             for i, result in enumerate(self.results)
             if i != best and values[i] is not None
         ]
-        return best if all(d is not None and d.low > 0 for d in over) else None
+        clear = (d is not None and (d.low > 0 if about.better == "higher" else d.high < 0) for d in over)
+        return best if all(clear) else None
 
     def _marks(self, lines: Sequence[str]) -> list[str]:
         """What the marks say, or why there are none."""
         if any("*" in line for line in lines[1:]):
-            return ["note: * is above each other one by the paired 95 % interval over the same test images"]
+            lower = any(r.metric(name).better == "lower" for r in self.results for name in r.names())
+            word = "better than" if lower else "above"
+            return [f"note: * is {word} each other one by the paired 95 % interval over the same test images"]
         if any(not result.scores for result in self.results):
             return [
                 "note: none is marked as the best: a result of an earlier version has no score of each "
@@ -84,13 +87,12 @@ def _cell(result: Result, metric: str, best: bool) -> str:
     value = result.metrics.get(metric)
     if value is None:
         return "-"
-    low, high = (result.metrics.get(metric + end) for end in ENDS)
-    interval = ""
-    if low is not None and high is not None:
+    interval, ends = "", result.interval(metric)
+    if ends is not None:
+        low, high = ends
         digits = 1 if high - low >= 0.5 or high == low else 2
         interval = f" [{low:.{digits}f}, {high:.{digits}f}]"
-    whole = metric.startswith("best_k")
-    return f"{value:.{0 if whole else 2}f}{'*' if best else ''}{interval}"
+    return f"{value:.{result.metric(metric).digits}f}{'*' if best else ''}{interval}"
 
 
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
@@ -129,9 +131,6 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
 def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
     """All results of a place, and what of it could not be read."""
     found, broken = results_of(place)
-    path = Path(str(place).removeprefix("untrained:"))
-    if not path.exists():
-        raise UserError(f"no run, folder or result file {path}{meant(path)}")
     if not found:
         why = f" ({broken[0]})" if broken else ""
         model, out = (f"model={place}", "") if home_of(place) else ("model=...", f" out={place}")

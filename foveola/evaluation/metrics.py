@@ -1,26 +1,12 @@
 """Pure functions on arrays: votes, hits, ranks, confidence intervals, effective rank."""
 
-from dataclasses import dataclass, field
 from math import sqrt
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a protocol measured: numbers, facts of the data behind them, and notes for the reader."""
-
-    metrics: dict[str, float]
-    data: dict[str, Any]
-    notes: tuple[str, ...] = field(default=())
-    chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from a grid
-    grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
-    scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
 
 
 def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:

@@ -26,7 +26,7 @@ Packed = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a metric of the second result is, in percent, with its paired 95 % interval."""
+    """How much higher a metric of the second result is, in its unit, with its paired 95 % interval."""
 
     value: float
     low: float
@@ -45,7 +45,9 @@ class Difference:
 
 
 def packed(values: Tensor, images: Int64[Tensor, "n"]) -> Packed:
-    """The score of each row (a hit, or a share in [0, 1]) and the image it is of, as JSON can hold it.
+    """The score of each row and the image it is of, as JSON can hold it.
+
+    A score is a hit, a share in [0, 1] of a metric in percent, or a number in the unit of its metric.
 
     A hit takes a bit before compression. Images are kept as a hash, which says whether two results have the
     same rows in the same order, and as numbers only where several rows are of one image.
@@ -108,7 +110,8 @@ def difference(a: Result, b: Result, metric: str) -> Difference | None:
     (x, groups), (y, _) = unpacked(first), unpacked(second)
     if first["kind"] == "areas":
         return Difference(*paired_iou(list(x), list(y), first["absent"]))
-    return Difference(*(100 * part for part in paired_interval(x, y, groups)))
+    size = 100 if a.metric(metric).unit == "%" else 1
+    return Difference(*(size * part for part in paired_interval(x, y, groups)))
 
 
 def _test_set(result: Result) -> Any:

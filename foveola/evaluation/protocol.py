@@ -1,367 +1,252 @@
-"""The list of protocols, `evaluate()`, and the `Result` that it writes."""
+"""The contract of protocols, what their numbers are, and the list of those that foveola has.
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
-from time import perf_counter
-from typing import Any
+A protocol measures a frozen encoder. It says what it reads of the training and test data (`needs`), and gives
+numbers (`measure`), each of which it declares (`Metric`). `evaluate` runs protocols and knows none by name.
+"""
 
-import torch
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, ClassVar, Literal
 
-from foveola import distributed, files
-from foveola.config import UserError, build, merge, nearest, to_dict
-from foveola.data.identity import looked_at_once, say
-from foveola.data.sources import Source, Split, as_source, notes_of
-from foveola.evaluation.classification import abmilp, attentive, knn, linear, logistic, probes
-from foveola.evaluation.features.cache import Feed, where_of
-from foveola.evaluation.features.names import Need
-from foveola.evaluation.features.overlap import POLICIES, separate
-from foveola.evaluation.features.table import identity_for
-from foveola.evaluation.localisation import localisation
-from foveola.evaluation.metrics import Outcome
-from foveola.evaluation.result import Result, versions
-from foveola.evaluation.segmentation import linear as linear_segmentation
-from foveola.evaluation.segmentation import patches, reading
-from foveola.evaluation.segmentation import retrieval as dense_retrieval
-from foveola.evaluation.stored import home_of, store
-from foveola.evaluation.views import label_free, retrieval
-from foveola.failures import told
+from foveola.config import UserError, nearest
+from foveola.data.sources import Source
+from foveola.evaluation.features.cache import Feed, Need, Store
 from foveola.models.encoder import Encoder
-from foveola.zoo.load import load
+from foveola.outside import announced, imported, is_importable
 
+GROUP = "foveola.protocols"  # the entry point group in which other packages announce protocols
 
-@dataclass(frozen=True)
-class Protocol:
-    """A way to measure an encoder: its settings, what runs it, whether it needs labelled training data."""
-
-    config: type
-    run: Callable[
-        ..., Outcome
-    ]  # of (encoder, train, test, config, progress), and `feed` where it `needs` one
-    needs_train: bool
-    help: str
-    # What it reads of a picture from the shared feature pass; None: it makes its own pass (with this config).
-    needs: Callable[[Any, Encoder], Need | None] | None = None
-    # What it reads of `train` from stored features where `train` is given; it can do without.
-    learns: Callable[[Any, Encoder], Need | None] | None = None
-    streams: bool = False  # whether it can do without stored features (feed=None), and does where it is alone
-
-
+# By importable name, in the order in which they count: where several were measured, the first one answers
+# whether training helped. Labels of people come before what needs none, what is not trained before what is.
 PROTOCOLS = {
-    "knn": Protocol(
-        knn.KnnConfig,
-        knn.run,
-        True,
-        "k-NN classification by weighted vote, with and without object masks",
-        knn.needs,
-        streams=True,
-    ),
-    "linear": Protocol(
-        linear.LinearConfig,
-        linear.run,
-        True,
-        "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)",
-        linear.needs,
-    ),
-    "logistic": Protocol(
-        logistic.LogisticConfig,
-        logistic.run,
-        True,
-        "linear classification by L-BFGS logistic regression, over a path of C",
-        logistic.needs,
-    ),
-    "attentive": Protocol(
-        attentive.AttentiveConfig,
-        attentive.run,
-        True,
-        "classification of what one learned query reads from the patches (CAPI, CAE)",
-        attentive.needs,
-    ),
-    "abmilp": Protocol(
-        abmilp.AbmilpConfig,
-        abmilp.run,
-        True,
-        "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)",
-        abmilp.needs,
-    ),
-    "probes": Protocol(
-        probes.ProbesConfig, probes.run, True, "all of these side by side on the same features", probes.needs
-    ),
-    "retrieval": Protocol(
-        retrieval.RetrievalConfig,
-        retrieval.run,
-        False,
-        "find the other crop of an object among those of others",
-    ),
-    "label_free": Protocol(
-        label_free.LabelFreeConfig,
-        label_free.run,
-        False,
-        "numbers without labels: rank, alignment, uniformity, other views found again",
-    ),
-    "localisation": Protocol(
-        localisation.LocalisationConfig,
-        localisation.run,
-        False,
-        "boxes around what attention (or another map) lights up, against annotated boxes",
-        learns=localisation.learns,
-    ),
-    "dense_retrieval": Protocol(
-        dense_retrieval.DenseRetrievalConfig,
-        dense_retrieval.run,
-        True,
-        "segmentation by attention to the nearest labelled patches",
-        reading.needs,
-        streams=True,
-    ),
-    "knn_segmentation": Protocol(
-        patches.KnnSegmentationConfig,
-        patches.run_knn,
-        True,
-        "segmentation by the labels of the nearest patches",
-        reading.needs,
-        streams=True,
-    ),
-    "logistic_segmentation": Protocol(
-        patches.LogisticSegmentationConfig,
-        patches.run_logistic,
-        True,
-        "segmentation by logistic regression on patches",
-        reading.needs,
-        streams=True,
-    ),
-    "linear_segmentation": Protocol(
-        linear_segmentation.LinearSegmentationConfig,
-        linear_segmentation.run,
-        True,
-        "segmentation by a linear layer on patches, trained by gradient",
-        reading.needs,
-        streams=True,
-    ),
+    "knn": "foveola.evaluation.classification.knn:Knn",
+    "logistic": "foveola.evaluation.classification.logistic:Logistic",
+    "linear": "foveola.evaluation.classification.linear:Linear",
+    "attentive": "foveola.evaluation.classification.attentive:Attentive",
+    "abmilp": "foveola.evaluation.classification.abmilp:Abmilp",
+    "probes": "foveola.evaluation.classification.probes:Probes",
+    "knn_segmentation": "foveola.evaluation.segmentation.patches:KnnSegmentation",
+    "logistic_segmentation": "foveola.evaluation.segmentation.patches:LogisticSegmentation",
+    "linear_segmentation": "foveola.evaluation.segmentation.linear:LinearSegmentation",
+    "dense_retrieval": "foveola.evaluation.segmentation.retrieval:DenseRetrieval",
+    "localisation": "foveola.evaluation.localisation.localisation:Localisation",
+    "retrieval": "foveola.evaluation.views.retrieval:Retrieval",
+    "label_free": "foveola.evaluation.views.label_free:LabelFree",
 }
 
 
-def evaluate(
-    model: Encoder | str | Path,
-    protocol: str,
-    *,
-    train: Source | str | None = None,
-    test: Source | str | None = None,
-    out: str | Path | None = None,
-    cache: str | Path | None = None,
-    device: str | torch.device | None = None,
-    overlap: str = "refuse",
-    progress: bool = True,
-    **settings: Any,
-) -> Result:
-    """Measure a frozen encoder by one of `PROTOCOLS`. All ranks call it; all get the result.
+# -- numbers -------------------------------------------------------------------------------------------------
 
-    Args:
-        model: an `Encoder`, or what `foveola.load` takes. Of a run folder the encoder is measured, and the
-            result is written to its `results/<protocol>.json`; that of `untrained:RUN` to
-            `RUN/untrained/results/`, and that of `RUN/encoders/step-N` to its own `results/`.
-        train, test: data strings (opened with the split of that name) or sources; `train` where the protocol
-            needs it.
-        out: folder for `results/<protocol>.json`; by default the model's own folder, where it has one. An
-            earlier result is replaced only if it was measured alike; others are kept beside it.
-        cache: folder that keeps the features of the pass; by default that of FOVEOLA_CACHE, if it is set, and
-            otherwise a temporary one.
-        device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
-            it is.
-        overlap: what to do with test images that train holds as well, byte for byte: "refuse" them, "drop"
-            them (measure the others), or "allow" them; the notes of the result say how many there are.
-        settings: keys of the protocol's configuration, such as `k=(20,)`, `rows="objects"`.
+WORDS = {"masks": "object masks", "plain": "whole picture"}  # how a token reads, in names of metrics
+ENDS = ("_low", "_high")  # of the interval of a metric, which are no metrics themselves
 
-    Raises UserError for unknown protocols and keys, bad values, data without what the protocol needs, and
-    encoders whose features are not finite.
+
+@dataclass(frozen=True)
+class Metric:
+    """What one number of a protocol is, or what all numbers are whose names fit a pattern.
+
+    Every result keeps the declarations of its protocol, so that tables, comparisons and reports need no
+    lists.
+
+    Attributes:
+        name: a name, or a pattern in which each `*` stands for any text: `top1_*`. Of several that fit, the
+            one with most letters of its own counts.
+        label: the number for people; each {} becomes what a `*` stands for, in words.
+        better: "higher" or "lower": encoders are compared by it. "neither": it describes features, without a
+            better direction. None: it is no measure of the encoder, such as a chosen setting.
+        unit: "%", "nats", ..., or "" for a plain number. Scores of rows, in [0, 1], are compared in percent.
+        chance: what guessing gives: the name of a metric, with {} as in `label`, or a number of guesses among
+            the classes of the test data.
+        main: whether the protocol stands for this number first of all.
+        digits: how many digits after the point are printed.
+        column: its heading in a table that has a row for what the last `*` stands for.
     """
-    places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
-    places["overlap"] = overlap
-    return evaluate_all(model, (protocol,), progress=progress, **places, **settings)[protocol]
+
+    name: str
+    label: str = ""
+    better: Literal["higher", "lower", "neither"] | None = None
+    unit: str = "%"
+    chance: str | int | None = None
+    main: bool = False
+    digits: int = 2
+    column: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether one encoder can be better than another by this number."""
+        return self.better in ("higher", "lower")
+
+    def stars(self, name: str) -> tuple[str, ...] | None:
+        """What each `*` stands for in this name; None for a name that does not fit."""
+        pattern = "(.+?)".join(map(re.escape, self.name.split("*")))
+        match = re.fullmatch(pattern, name)
+        return None if match is None else match.groups()
+
+    def title(self, name: str, masks: bool = True) -> str:
+        """The number of this name for people; without `masks` it goes without saying that none was used."""
+        words = []
+        for star in self.stars(name) or ():
+            parts = [WORDS.get(part, part) for part in star.split("_") if masks or part != "plain"]
+            words.append(" ".join(parts))
+        text = self.label.format(*words).replace(" ()", "").rstrip()
+        return text + f", {self.unit}" * (self.better == "neither" and bool(self.unit))
 
 
-@looked_at_once()
-def evaluate_all(
-    model: Encoder | str | Path,
-    protocols: Sequence[str],
-    *,
-    train: Source | str | None = None,
-    test: Source | str | None = None,
-    out: str | Path | None = None,
-    cache: str | Path | None = None,
-    device: str | torch.device | None = None,
-    overlap: str = "refuse",
-    progress: bool = True,
-    show: Callable[[Result], None] = lambda _: None,
-    **settings: Any,
-) -> dict[str, Result]:
-    """`evaluate` for several protocols, which share one pass of the encoder over the pictures where they can.
+def declared(metrics: Sequence[Metric], protocol: str, name: str) -> Metric:
+    """The declaration of a number; for one that a protocol does not declare, one that says nothing of it."""
+    fitting = [metric for metric in metrics if metric.stars(name) is not None]
+    label = f"{protocol.replace('_', ' ')}: {name.replace('_', ' ')}"
+    letters = max((len(metric.name.replace("*", "")) for metric in fitting), default=0)
+    best = [metric for metric in fitting if len(metric.name.replace("*", "")) == letters]
+    return best[0] if best else Metric(name, label.replace("{", "{{").replace("}", "}}"), unit="")
 
-    Each result is given to `show` as soon as it is there, also where it cannot be written or a later protocol
-    refuses. That results can be written is looked at before anything is computed.
-    A setting counts for every protocol that knows it; `linear={"epochs": 5}` for that one alone. Raises
-    UserError for a setting that none of them knows, and as `evaluate`.
+
+# -- the contract --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way in which a protocol reads images: which features, and of which views.
+
+    `views` counts the random crops of each training image that are stored beside its evaluation view. Who
+    reads everything `once`, from the first image to the last, can do without stored features: `At.feed` is
+    then None, unless somebody else reads the same, or the features are kept for later.
     """
-    configs = configure(protocols, settings)
-    needs_train = [name for name in configs if PROTOCOLS[name].needs_train]
-    for which, source, users in (("test", test, list(configs)), ("train", train, needs_train)):
-        if source is None and users:
-            raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
-    learning = [name for name in configs if PROTOCOLS[name].learns is not None]
-    say(progress and distributed.is_main())
-    bank = _open(train, "train") if needs_train or (learning and train is not None) else None
-    queries = _open(test, "test")
-    encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
-    if out is None and not isinstance(model, Encoder):
-        out = home_of(model)
-    if out is not None:
-        place = Path(out) / "results"
-        distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
-    cache = cache or os.environ.get("FOVEOLA_CACHE") or None
-    results = {}
-    learned = _learned(encoder, configs) if bank is not None and len(bank.classes or ()) > 1 else {}
-    trained = {name: config for name, config in configs.items() if name in {*needs_train, *learned}}
-    apart, said = _tests(trained, bank, queries, overlap)
-    tests: dict[str, Any] = dict.fromkeys(configs, queries) | apart
-    storing = _storing(encoder, configs, tests, cache)
-    feed = Feed(encoder, cache, progress=progress) if storing or learned else None
-    try:
-        if feed is not None:
-            _want(feed, encoder, {name: configs[name] for name in storing}, bank, tests)
-            _want_learned(feed, learned, configs, bank)
-        for name, config in configs.items():
-            sources = (bank if PROTOCOLS[name].needs_train or name in learning else None, tests[name])
-            reads = name in storing or name in learned
-            result = _measure(encoder, name, config, sources, progress, feed if reads else None)
-            results[name] = replace(result, notes=(*said.get(name, ()), *result.notes))
-            try:
-                if out is not None and distributed.is_main():
-                    with told(f"{name} is measured, but its result cannot be written to {out}"):
-                        results[name] = store(results[name], out)
-            finally:
-                show(results[name])
-    finally:
-        if feed is not None:
-            feed.close()
-    return results
+
+    need: Need
+    views: int = 0
+    once: bool = False
 
 
-def configure(protocols: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of each protocol. Raises UserError for unknown protocols and keys, and bad values."""
-    for name in protocols:
-        if name not in PROTOCOLS:
-            near = nearest(name, PROTOCOLS)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(PROTOCOLS)}"
-            raise UserError(f"unknown protocol {name!r}; {hint}")
-    if not protocols or len(set(protocols)) < len(protocols):
-        raise UserError(f"expected different protocols, got {', '.join(protocols) or 'none'}")
-    own = {name: settings[name] for name in protocols if isinstance(settings.get(name), dict)}
-    common = {name: value for name, value in settings.items() if name not in own}
-    fields = {name: set(PROTOCOLS[name].config.__dataclass_fields__) for name in protocols}
-    configs, known = {}, set().union(*fields.values())
-    for name in protocols:
-        mine = {key: v for key, v in common.items() if key in fields[name] or key not in known}
-        configs[name] = build(PROTOCOLS[name].config, merge(mine, own.get(name, {})))
-    return configs
+@dataclass(frozen=True)
+class Needs:
+    """What a protocol reads from the shared pass over the training and the test images.
 
-
-def _tests(
-    configs: dict[str, Any], train: Any, test: Source, overlap: str
-) -> tuple[dict[str, Source], dict[str, tuple[str, ...]]]:
-    """What each of these protocols, which learn from `train`, measures, and notes on images in both."""
-    if overlap not in POLICIES:
-        raise UserError(f"overlap={overlap!r}: valid are {', '.join(POLICIES)}")
-
-    def look() -> dict[str, tuple[Source, tuple[str, ...]]]:
-        return {name: separate(name, config, train, test, overlap) for name, config in configs.items()}
-
-    if distributed.world_size() > 1:  # one reads the files, the others find the hashes
-        distributed.on_main(lambda: bool(look()))
-    found = look()
-    for config in configs.values():
-        for source in (train, test):
-            seen = distributed.gather_objects(identity_for(source, config).digest)
-            if other := [rank for rank, digest in enumerate(seen) if digest != seen[0]]:
-                raise UserError(f"{source.name}: process {other[0]} sees other data than process 0")
-    return ({n: each for n, (each, _) in found.items()}, {n: notes for n, (_, notes) in found.items()})
-
-
-def _storing(
-    encoder: Encoder, configs: dict[str, Any], tests: dict[str, Any], cache: str | Path | None
-) -> dict[str, Need]:
-    """The protocols that read from stored features, with what they read.
-
-    Without a folder to keep them in, those that can stream store nothing that no other protocol reads.
+    Empty is what it reads in a way of its own, with the encoder.
     """
-    found = {
-        name: needs(config, encoder) for name, config in configs.items() if (needs := PROTOCOLS[name].needs)
-    }
-    wanted = {name: need for name, need in found.items() if need}
-    places = [where_of(tests[name], configs[name], need) for name, need in wanted.items()]
-    return {
-        name: need
-        for (name, need), place in zip(wanted.items(), places, strict=True)
-        if cache is not None or not PROTOCOLS[name].streams or places.count(place) > 1
-    }
+
+    train: tuple[Reading, ...] = ()
+    test: tuple[Reading, ...] = ()
 
 
-def _learned(encoder: Encoder, configs: dict[str, Any]) -> dict[str, Need]:
-    """What protocols that can do without training pictures read of them."""
-    found = {name: f(config, encoder) for name, config in configs.items() if (f := PROTOCOLS[name].learns)}
-    return {name: need for name, need in found.items() if need}
+@dataclass(frozen=True, eq=False)
+class At:
+    """The encoder, the data and the stored features with which a protocol measures."""
+
+    encoder: Encoder
+    train: Any  # a Source; None where there is none
+    test: Any  # a Source
+    feed: Feed | None = None
+    progress: bool = True
+
+    def open(self, source: Source, config: Any, need: Need, views: int = 0) -> Store:
+        """Stored features of a source, which `needs` announced; computed now where they are missing."""
+        if self.feed is None:
+            raise ValueError(
+                "stored features are opened that `needs` does not announce, or announces as once"
+            )
+        return self.feed.open(source, config, need, views)
 
 
-def _want_learned(feed: Feed, learned: dict[str, Need], configs: dict[str, Any], train: Any) -> None:
-    for name, need in learned.items():
-        feed.want(train, configs[name], need)
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol measured: numbers, facts of the data behind them, and notes for the reader."""
+
+    metrics: dict[str, float]
+    data: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from a grid
+    grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
+    scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
 
 
-def _want(
-    feed: Feed, encoder: Encoder, configs: dict[str, Any], train: Any, tests: dict[str, Source]
-) -> None:
-    """Tell the feed all that will be read before anything is."""
-    for name, config in configs.items():
-        wanted = probes.wants(config, encoder) if name == "probes" else []
-        needs = PROTOCOLS[name].needs
-        if name != "probes" and needs and (need := needs(config, encoder)):
-            wanted = [(getattr(config, "views", 0), need)]
-        for views, need in wanted:
-            try:
-                feed.want(train, config, need, views)
-                feed.want(tests[name], config, need)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
+class Protocol(ABC):
+    """A way to measure a frozen encoder. docs/extend.md shows one of about 40 lines.
+
+    Attributes:
+        name: how it is asked for; its results are `results/<name>.json`.
+        title: its name for people; `name` with spaces, unless it has another one.
+        help: one line on what it measures.
+        Config: a frozen dataclass of its keys (`foveola.config.key`), each with a default.
+        train: what becomes of training data: they are "needed", "optional" (where they are given and have
+            labels), or "unused".
+        metrics: what its numbers are.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    help: ClassVar[str]
+    Config: ClassVar[type]
+    train: ClassVar[Literal["needed", "optional", "unused"]] = "unused"
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls) and "title" not in vars(cls):
+            cls.title = cls.name.replace("_", " ")
+
+    def needs(self, config: Any, encoder: Encoder) -> Needs:
+        """What is read from the shared pass; nothing, unless a protocol says so.
+
+        Raises UserError for settings that this encoder cannot serve.
+        """
+        return Needs()
+
+    @abstractmethod
+    def measure(self, at: At, config: Any) -> Outcome:
+        """The numbers. All ranks call it, and the numbers of the first count.
+
+        Raises UserError for data that lack what it needs.
+        """
 
 
-def _measure(
-    encoder: Encoder,
-    name: str,
-    config: Any,
-    sources: tuple[Any, Source],
-    progress: bool,
-    feed: Feed | None,
-) -> Result:
-    """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
-    protocol, began = PROTOCOLS[name], perf_counter()
-    more = {"feed": feed} if protocol.needs is not None or protocol.learns is not None else {}
-    outcome = distributed.broadcast_object(protocol.run(encoder, *sources, config, progress, **more))
-    return Result(
-        protocol=name,
-        settings=to_dict(config),
-        metrics=outcome.metrics,
-        data=outcome.data,
-        encoder=encoder.fingerprint(),
-        versions=versions(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(perf_counter() - began, 2),
-        notes=tuple(dict.fromkeys([*outcome.notes, *(note for s in sources for note in notes_of(s))])),
-        chosen=outcome.chosen,
-        grid=outcome.grid,
-        scores=outcome.scores,
-    )
+# -- finding one ---------------------------------------------------------------------------------------------
 
 
-def _open(source: Source | str | None, split: Split) -> Any:
-    return None if source is None else as_source(source, split, split)
+def find(protocol: "str | Protocol | type[Protocol]") -> Protocol:
+    """A protocol by its name, by an importable name (`my_package.my_module:MyProtocol`), or as it is.
+
+    Names are those of `PROTOCOLS`, then those that packages announce in the group `foveola.protocols`. Raises
+    UserError for a name that nothing has, and for what is no protocol.
+    """
+    if not isinstance(protocol, str):
+        return _checked(protocol, getattr(protocol, "__name__", type(protocol).__name__))
+    if protocol in PROTOCOLS:
+        return _checked(imported(PROTOCOLS[protocol]), protocol)
+    if is_importable(protocol):
+        return _checked(imported(protocol), protocol)
+    others = announced(GROUP)
+    if protocol not in others:
+        known = [*PROTOCOLS, *others]
+        near = nearest(protocol, known)
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown protocol {protocol!r}; {hint}")
+    found = _checked(imported(others[protocol].value), protocol)
+    if found.name != protocol:
+        raise UserError(f"protocol {protocol!r} of an installed package calls itself {found.name!r}")
+    return found
+
+
+def every() -> Iterator[Protocol]:
+    """All protocols that can be asked for by name."""
+    for name in dict.fromkeys([*PROTOCOLS, *announced(GROUP)]):
+        yield find(name)
+
+
+def _checked(found: Any, asked: str) -> Protocol:
+    """An instance that keeps the contract. Raises UserError for anything else."""
+    found = found() if isinstance(found, type) and issubclass(found, Protocol) else found
+    if not isinstance(found, Protocol):
+        raise UserError(f"{asked} is no protocol: a class with the base foveola.Protocol is needed")
+    lacking = [name for name in ("name", "help", "Config") if not hasattr(found, name)]
+    if lacking or not is_dataclass(found.Config):
+        raise UserError(f"{asked}: a protocol needs {lacking[0] if lacking else 'a dataclass as Config'}")
+    if not re.fullmatch(r"[A-Za-z]\w*", found.name, re.ASCII):
+        raise UserError(
+            f"{asked}: the name {found.name!r} is needed in letters, digits and _, for its results"
+        )
+    own = PROTOCOLS.get(found.name)
+    if own is not None and own != f"{type(found).__module__}:{type(found).__name__}":
+        raise UserError(f"{asked}: {found.name!r} is a protocol of foveola; another one needs another name")
+    return found

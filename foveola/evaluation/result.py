@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,7 @@ import torch
 import foveola
 from foveola import files
 from foveola.config import UserError
-
-ENDS = ("_low", "_high")  # of an interval
-GROUPED = {"localisation": "maxboxacc_v2_"}  # printed with a line for each X of a metric of this name and X
+from foveola.evaluation.protocol import ENDS, PROTOCOLS, Metric, declared, find
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +42,7 @@ class Result:
     chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from the grid
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
+    described: tuple[Metric, ...] = field(default=())  # what the metrics are, as the protocol declares them
     written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
 
     def save(self, folder: str | Path) -> Path:
@@ -60,8 +60,13 @@ class Result:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             known = {each.name: tree[each.name] for each in fields(cls) if each.name in tree}
-            result = cls(**{**known, "notes": tuple(tree["notes"])})
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            own = {each.name for each in fields(Metric)}
+            described = tuple(
+                Metric(**{name: value for name, value in each.items() if name in own})
+                for each in known.get("described", ())
+            )
+            result = cls(**{**known, "notes": tuple(tree["notes"]), "described": described})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is no result of an evaluation: {error}") from error
         if odd := result._odd():
             raise UserError(f"{path} is no result of an evaluation: its {odd} is not what it should be")
@@ -79,90 +84,84 @@ class Result:
             found.append("metrics")
         return found[0] if found else ""
 
+    @property
+    def declarations(self) -> tuple[Metric, ...]:
+        """What the protocol declares; of a result of a version that did not keep it, what it declares now."""
+        known = self.protocol in PROTOCOLS and not self.described
+        return find(self.protocol).metrics if known else self.described
+
+    def metric(self, name: str) -> Metric:
+        """What the number of this name is."""
+        return declared(self.declarations, self.protocol, name)
+
+    def names(self) -> list[str]:
+        """The names of the numbers, without those that are the ends of intervals."""
+        ends = {name + end for name in self.metrics for end in ENDS}
+        return [name for name in self.metrics if name not in ends]
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval of a number, where it has one."""
+        low, high = (self.metrics.get(name + end) for end in ENDS)
+        return None if low is None or high is None else (low, high)
+
     def table(self) -> str:
         """Aligned plain text: a line for each probe or metric with its interval, then notes."""
-        grouped = self._probes()
-        inside = {name for group in grouped for name in self.metrics if _belongs(name, group)}
-        groups, columns = self._groups()
-        inside |= {f"{column}_{group}{end}" for column in columns for group in groups for end in ("", *ENDS)}
-        rest = {name: value for name, value in self.metrics.items() if name not in inside}
-        shown = [n for n in rest if not (n.endswith(ENDS) and n.rpartition("_")[0] in rest)]
-        wide = max(map(len, shown), default=0)
+        cells = self._cells()
+        inside = {name for row in cells.values() for name in row.values()}
+        rest = [name for name in self.names() if name not in inside]
+        wide = max(map(len, rest), default=0)
         lines = []
-        for name in shown:
-            interval = self._interval(name)
-            digits = 0 if name.startswith("best_k") else 2
-            lines.append(f"{name:<{wide}}  {rest[name]:8.{digits}f}" + (f"  {interval}" if interval else ""))
+        for name in rest:
+            digits, interval = self.metric(name).digits, self._interval(name)
+            lines.append(
+                f"{name:<{wide}}  {self.metrics[name]:8.{digits}f}" + (f"  {interval}" if interval else "")
+            )
         head = f"{self.protocol}: {self._data_line()}, {self.seconds:.1f} s"
         notes = [f"note: {note}" for note in self.notes]
-        tables = [*self._probe_lines(grouped), *self._group_lines(groups, columns)]
         written = [self.written] if self.written else []
-        return "\n".join([head, *tables, *lines, *self._pass_lines(), *notes, *written])
+        return "\n".join([head, *self._rows(cells), *lines, *self._pass_lines(), *notes, *written])
 
     def _interval(self, name: str) -> str:
-        low, high = (self.metrics.get(name + end) for end in ENDS)
-        return "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+        ends = self.interval(name)
+        return "" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
 
-    def _groups(self) -> tuple[list[str], list[str]]:
-        """What has a line of its own (the maps of localisation), and the metrics that each of them has."""
-        first = GROUPED.get(self.protocol, "")
-        whole = [name for name in self.metrics if not name.endswith(ENDS)] if first else []
-        groups = [name.removeprefix(first) for name in whole if name.startswith(first)]
-        end = f"_{groups[0]}" if groups else ""
-        columns = [name.removesuffix(end) for name in whole if groups and name.endswith(end)]
-        return groups, [c for c in columns if all(f"{c}_{group}" in self.metrics for group in groups)]
+    def _cells(self) -> dict[str, dict[str, str]]:
+        """The metrics of the table that has rows, by row and then by the heading of their column."""
+        cells: dict[str, dict[str, str]] = {}
+        for name in self.names():
+            metric = self.metric(name)
+            if metric.column:
+                *before, row = metric.stars(name) or ("",)
+                cells.setdefault(row, {})[metric.column.format(*before)] = name
+        return cells
 
-    def _group_lines(self, groups: list[str], columns: list[str]) -> list[str]:
-        rows = [(self.protocol, *columns)] if groups else []
-        for group in groups:
-            names = [f"{column}_{group}" for column in columns]
-            rows.append((group, *(f"{self.metrics[n]:.2f} {self._interval(n)}".rstrip() for n in names)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    def _rows(self, cells: dict[str, dict[str, str]]) -> list[str]:
+        """Lines of that table; where rows are trained probes, with what was chosen for each of them."""
+        trained = any("parameters" in self.chosen.get(row, {}) for row in cells)
+        order = {metric.name: place for place, metric in enumerate(self.declarations)}
+        there = {head: order[self.metric(name).name] for row in cells.values() for head, name in row.items()}
+        columns = sorted(there, key=lambda head: there[head])
+        if not trained:
+            lines = [(self.protocol, *columns)] if cells else []
+            for row, names in cells.items():
+                texts = [self._cell(names.get(head)) for head in columns]
+                own = [self._interval(names[head]) if head in names else "" for head in columns]
+                lines.append((row, *(f"{t} {i}".rstrip() for t, i in zip(texts, own, strict=True))))
+            return aligned(lines, set(range(1 + len(columns))))
+        first, *others = [metric.column for metric in self.declarations if metric.column]
+        lines = [("probe", first, "95 % interval", *others, "parameters", "chosen")]
+        for row, names in cells.items():
+            settings = dict(self.chosen.get(row, {}))
+            count = settings.pop("parameters", None)
+            about = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+            interval = self._interval(names[first]) if first in names else ""
+            texts = [self._cell(names.get(head)) for head in others]
+            parameters = "-" if count is None else f"{count:,}"
+            lines.append((row, self._cell(names.get(first)), interval, *texts, parameters, ", ".join(about)))
+        return aligned(lines, {0, len(lines[0]) - 1})
 
-    def _probes(self) -> list[str]:
-        """Names of the probes whose settings were chosen; and k-NN, where it stands among them."""
-        if not self.chosen:
-            return []
-        names = [name.removeprefix("top1_")[: -len("_low")] for name in self.metrics if name.endswith("_low")]
-        return [name for name in names if f"top1_{name}" in self.metrics]
-
-    def _probe_lines(self, probes: list[str]) -> list[str]:
-        rows = [
-            ("probe", "top1", "95 % interval", "top5", "hold-out", "best on test", "parameters", "chosen")
-        ]
-        for name in probes if probes else ():
-            cells = [
-                "-" if value is None else f"{value:.2f}"
-                for value in (
-                    self.metrics.get(metric)
-                    for metric in (
-                        f"top1_{name}",
-                        f"top5_{name}",
-                        f"holdout_{name}",
-                        f"top1_{name}_best_on_test",
-                    )
-                )
-            ]
-            settings = dict(self.chosen.get(name, {}))
-            parameters = settings.pop("parameters", None)
-            about = ", ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-                for key, value in settings.items()
-            )
-            count = "-" if parameters is None else f"{parameters:,}"
-            top1, top5, held, best = cells
-            rows.append((name, top1, self._interval(f"top1_{name}"), top5, held, best, count, about))
-        if len(rows) == 1:
-            return []
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [
-            "  ".join(
-                f"{cell:<{w}}" if i in (0, 7) else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+    def _cell(self, name: str | None) -> str:
+        return "-" if name is None else f"{self.metrics[name]:.2f}"
 
     def _pass_lines(self) -> list[str]:
         """Where the time of the feature passes went."""
@@ -184,14 +183,13 @@ class Result:
         )
 
 
-def _belongs(metric: str, probe: str) -> bool:
-    """Whether a metric stands in the line of a probe."""
-    own = f"top1_{probe}"
-    return metric in (
-        own,
-        f"{own}_low",
-        f"{own}_high",
-        f"{own}_best_on_test",
-        f"top5_{probe}",
-        f"holdout_{probe}",
-    )
+def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    """Cells in columns as wide as their widest one, on the left of these columns, on the right of others."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if place in left else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

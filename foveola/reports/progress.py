@@ -17,7 +17,8 @@ import foveola
 from foveola import distributed, files
 from foveola.config import UserError, merge, to_dict
 from foveola.data.sources import Source
-from foveola.evaluation.protocol import PROTOCOLS, configure, evaluate_all
+from foveola.evaluation.evaluate import configure, evaluate_all
+from foveola.evaluation.protocol import PROTOCOLS, find
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder
@@ -76,9 +77,10 @@ def plan(
     configure(names, changes)
     settings = {}
     for name in names:
-        known = set(PROTOCOLS[name].config.__dataclass_fields__)
+        protocol = find(name)
+        known = set(protocol.Config.__dataclass_fields__)
         mine = {k: v for k, v in changes.items() if k in known and k not in names}
-        own = changes.get(name) if isinstance(changes.get(name), dict) else {}
+        own = changes.get(protocol.name) if isinstance(changes.get(protocol.name), dict) else {}
         settings[name] = merge(_defaults(name, names, record, data, config), merge(mine, own or {}))
         if "exclude_self" in known and "exclude_self" not in settings[name]:
             read = settings[name].get("limit"), settings[name].get("seed", 0)
@@ -90,7 +92,7 @@ def _defaults(
     name: str, names: Sequence[str], record: Record, data: Data, config: ReportConfig
 ) -> dict[str, Any]:
     """Settings of one of the protocols where nobody asks for others."""
-    known = set(PROTOCOLS[name].config.__dataclass_fields__)
+    known = set(find(name).Config.__dataclass_fields__)
     settings: dict[str, Any] = {}
     if name == "knn":
         settings |= {k: v for k, v in (record.get("evaluate") or {}).items() if k in known}
@@ -173,14 +175,15 @@ def _results(
     results: dict[str, Result] = {}
     failed, missing = [], []
     for name, wanted in settings.items():
+        own = find(name).name
         try:
-            configure((name,), {name: wanted})
+            configure((name,), {own: wanted})
         except UserError as error:  # settings of another version's recipe
             failed.append(f"{name} was not measured: {error}")
             continue
         found = (_kept(folder, name, wanted, data) for folder in folders)
         if result := next(filter(None, found), None):
-            results[name] = result
+            results[own] = result
         else:
             missing.append(name)
     if not missing:
@@ -201,7 +204,7 @@ def _results(
 def _evaluate(
     encoder: Encoder, names: Sequence[str], data: Data, settings: dict[str, Any], out: Path
 ) -> dict[str, Result]:
-    changes: dict[str, Any] = {name: settings[name] for name in names}
+    changes: dict[str, Any] = {find(name).name: settings[name] for name in names}
     return evaluate_all(encoder, names, train=data.train, test=data.test, out=out, progress=False, **changes)
 
 
@@ -209,7 +212,8 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
     """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
     if data.test is None:
         return None
-    settings = json.loads(json.dumps(to_dict(configure((name,), {name: wanted})[name])))
+    name, config = next(iter(configure((name,), {find(name).name: wanted}).items()))
+    settings = json.loads(json.dumps(to_dict(config)))
     found = [stored.result for stored in results_of(folder)[0]]  # without those of another version
     same = (result for result in found if result.protocol == name and result.settings == settings)
     return next((result for result in same if result.versions.get("foveola") == foveola.__version__), None)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, UserError, meant, read_yaml
+from foveola.config import ConfigError, UserError, read_yaml
 from foveola.schedules import steps_of
 
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
@@ -137,7 +137,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Record]:
     paths = [Path(folder).expanduser() for folder in folders]
     for path in paths:
         if not (path / "config.yaml").is_file():
-            what = "lacks config.yaml" if path.is_dir() else f"does not exist{meant(path)}"
+            what = "lacks config.yaml" if path.is_dir() else "does not exist"
             raise UserError(f"{path} is no run folder: it {what}")
     return [
         Record(path, name, read_yaml(path / "config.yaml"), _lines(path / "metrics.jsonl"), _notes(path))

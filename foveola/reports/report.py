@@ -11,7 +11,7 @@ import foveola
 from foveola import files
 from foveola.config import UserError, build
 from foveola.drawing import html
-from foveola.evaluation.protocol import PROTOCOLS
+from foveola.evaluation.protocol import every, find
 from foveola.health import Facts, health
 from foveola.reports import sections
 from foveola.reports.findings import Findings
@@ -71,13 +71,17 @@ def report(
 def configure(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, Any]]:
     """The report's own settings, and those of protocols. Raises UserError for unknown keys and bad values."""
     own = set(ReportConfig.__dataclass_fields__)
-    inner = {key for protocol in PROTOCOLS.values() for key in protocol.config.__dataclass_fields__}
     others = {key: value for key, value in settings.items() if key not in own}
-    stray = {key: value for key, value in others.items() if key not in inner and key not in PROTOCOLS}
     mine = {key: value for key, value in settings.items() if key in own}
     if isinstance(mine.get("protocols"), str):
         mine["protocols"] = [name.strip() for name in mine["protocols"].split(",")]
-    return build(ReportConfig, mine | stray), others
+    config = build(ReportConfig, mine)
+    protocols = [*every(), *map(find, config.protocols or ())]
+    known = {protocol.name for protocol in protocols}
+    known |= {key for protocol in protocols for key in protocol.Config.__dataclass_fields__}
+    if stray := {key: value for key, value in others.items() if key not in known}:
+        build(ReportConfig, mine | stray)  # says what is wrong
+    return config, others
 
 
 def facts_of(record: Record, progress: Progress) -> Facts:

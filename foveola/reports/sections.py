@@ -159,7 +159,7 @@ def _amounts(progress: Progress) -> str:
         train = result.data.get("train")
         rows = train.get("rows", train.get("pictures")) if isinstance(train, dict) else None
         bank = "" if rows is None else f" with {rows:,} of the training data"
-        told.append(f"{verdicts.PROTOCOL.get(name, name)} on {verdicts.rows_of(result)}{bank}")
+        told.append(f"{verdicts.titled(name)} on {verdicts.rows_of(result)}{bank}")
     if not told:
         return ""
     return (
@@ -216,13 +216,16 @@ def _results(progress: Progress) -> str:
         for metric in verdicts.numbers(result)
     )
     labels = [html.escape(point.label) for point in points]
-    masks = verdicts.has_masks(progress)
+    masks, results = verdicts.has_masks(progress), verdicts.measured(progress)
 
     def lines(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
         rows = []
         for protocol, metric in pairs:
             cells = [verdicts.number(point, protocol, metric) for point in points]
-            rows.append([html.escape(verdicts.label(protocol, metric, masks)), *map(_cell, cells)])
+            label = verdicts.label(results[protocol, metric], metric, masks)
+            about = results[protocol, metric].metric(metric)
+            label += f", {about.unit or 'a plain number'}" * (about.compared and about.unit != "%")
+            rows.append([html.escape(label), *map(_cell, cells)])
         return rows
 
     about = verdicts.descriptions(progress)

@@ -6,56 +6,12 @@ from statistics import fmean, stdev
 from typing import Literal
 
 from foveola.drawing.plots import Chart, Line
-from foveola.evaluation.compare import BETTER_HIGH
 from foveola.evaluation.paired import Difference, difference
+from foveola.evaluation.protocol import PROTOCOLS, Metric, find
 from foveola.evaluation.result import Result
 from foveola.reports.progress import END, UNTRAINED, Point, Progress
 
 Outcome = Literal["better", "worse", "open"]
-# Protocols in the order in which they count: the first that was measured is the main one. Labels of people
-# come before what needs none, and what is not trained before what is.
-ORDER = (
-    "knn",
-    "logistic",
-    "linear",
-    "attentive",
-    "abmilp",
-    "probes",
-    "knn_segmentation",
-    "logistic_segmentation",
-    "linear_segmentation",
-    "dense_retrieval",
-    "localisation",
-    "retrieval",
-    "label_free",
-)
-PROTOCOL = {
-    "knn": "k-NN",
-    "retrieval": "same-object retrieval",
-    "label_free": "label-free",
-    "linear": "linear probe",
-    "logistic": "logistic regression",
-    "attentive": "attentive probe",
-    "knn_segmentation": "k-NN segmentation",
-}
-WORDS = {"top1": "top-1", "top5": "top-5", "rank1": "rank-1", "miou": "mIoU"}
-KINDS = {"masks": "object masks", "plain": "whole picture"}
-LABEL_FREE = {
-    "rank1_views": "picture found again in another crop and colours",
-    "rank1_objects_plain": "object found again in another crop (whole picture)",
-    "rank1_objects_masks": "object found again in another crop (object masks)",
-    "rankme_picture": "Effective rank of pictures (RankMe)",
-    "rankme_average": "Effective rank of mean patches (RankMe)",
-    "rankme_patches": "Effective rank of all patches (RankMe)",
-    "rankme_within": "Effective rank of the patches of one picture (RankMe)",
-    "first_component_picture": "Variance of pictures in one direction, %",
-    "first_component_patches": "Variance of patches in one direction, %",
-    "spread": "Spread of pictures: 0 one point, 1 all directions",
-    "mean_cosine": "Mean cosine of the encoder's features of two test images",
-    "duplicates": "Pictures that another one equals, %",
-    "alignment": "Distance of two views of a picture (alignment)",
-    "uniformity": "Uniformity: lower is more even",
-}
 
 
 @dataclass(frozen=True)
@@ -74,10 +30,11 @@ class Number:
 
 @dataclass(frozen=True)
 class Change:
-    """One metric before and after training."""
+    """One metric before and after training; `about` is what its protocol declares."""
 
     protocol: str
     metric: str
+    about: Metric
     before: Number
     after: Number
     name: str
@@ -88,14 +45,18 @@ class Change:
     @property
     def outcome(self) -> Outcome:
         """By the paired interval; without one, better or worse only where the intervals do not overlap."""
+        lower = self.about.better == "lower"
         if self.difference is None:
-            return compared(self.before, self.after)
-        return "open" if not self.difference.clear else "better" if self.difference.value > 0 else "worse"
+            return compared(self.before, self.after, lower)
+        if not self.difference.clear:
+            return "open"
+        return "better" if (self.difference.value < 0) == lower else "worse"
 
     def numbers(self) -> str:
         """As in: from 27.5 % untrained to 21.0 % after training (chance 10.0 %)."""
-        guess = "" if self.chance is None else f" (chance {shown(self.chance)} %)"
-        return f"from {self.before} % untrained to {self.after} % after training{guess}"
+        unit = f" {self.about.unit}" * bool(self.about.unit)
+        guess = "" if self.chance is None else f" (chance {shown(self.chance)}{unit})"
+        return f"from {self.before}{unit} untrained to {self.after}{unit} after training{guess}"
 
     def told(self) -> str:
         """How sure the change is, as a part of a sentence."""
@@ -106,22 +67,30 @@ class Change:
         value, low, high = (
             f"{x:+.1f}" for x in (self.difference.value, self.difference.low, self.difference.high)
         )
-        change = f"the change on the same {self.rows} is {value} points, 95 % interval {low} to {high}"
+        points = points_of(self.about)
+        change = f"the change on the same {self.rows} is {value}{points}, 95 % interval {low} to {high}"
         if self.outcome != "open":
             return change
         width = (self.difference.high - self.difference.low) / 2
-        return f"{change}: too few to tell changes below about {width:.1f} points"
+        return f"{change}: too few to tell changes below about {width:.1f}{points}"
 
     def sentence(self) -> str:
         ends = {"better": ": training helped", "worse": ": training made it worse", "open": ""}
         return f"{self.name} went {self.numbers()}; {self.told()}{ends[self.outcome]}."
 
 
-def compared(before: Number, after: Number) -> Outcome:
-    """Whether `after` is better (higher) or worse; open where the intervals overlap or there are none."""
+def points_of(metric: Metric) -> str:
+    """The unit of a difference, behind its number."""
+    return " points" if metric.unit == "%" else f" {metric.unit}" * bool(metric.unit)
+
+
+def compared(before: Number, after: Number, lower: bool = False) -> Outcome:
+    """Whether `after` is better (higher, or `lower`) or worse; open where intervals overlap or lack."""
     if before.low is None or before.high is None or after.low is None or after.high is None:
         return "open"
-    return "better" if after.low > before.high else "worse" if after.high < before.low else "open"
+    if lower:
+        before, after = after, before
+    return "better" if after.low > before.high else "worse" if after.high < before.low else "open"  # type: ignore[operator]
 
 
 def shown(value: float) -> str:
@@ -130,50 +99,56 @@ def shown(value: float) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def label(protocol: str, metric: str, masks: bool = True) -> str:
+def label(result: Result, metric: str, masks: bool = True) -> str:
     """A metric in words: "k-NN top-1 (object masks)"; without `masks` nobody asks whether masks were used."""
-    metric = metric if masks else metric.removesuffix("_plain").replace("_plain_", "_")
-    if protocol == "label_free" and metric in LABEL_FREE:
-        return LABEL_FREE[metric]
-    first, *rest = [KINDS.get(word, WORDS.get(word, word)) for word in metric.split("_")]
-    if first.startswith("recall") and first != "recall":
-        first = f"recall@{first.removeprefix('recall')}"
-    name = PROTOCOL.get(protocol, protocol.replace("_", " "))
-    if metric.startswith(BETTER_HIGH):
-        return f"{name} {first}" + (f" ({' '.join(rest)})" if rest else "")
-    return f"{name}: {' '.join([first, *rest])}"
+    return result.metric(metric).title(metric, masks)
+
+
+def titled(protocol: str) -> str:
+    """A protocol in words, where it is one of foveola's."""
+    return find(protocol).title if protocol in PROTOCOLS else protocol
 
 
 def numbers(result: Result) -> dict[str, Number]:
     """The metrics of a result with their intervals, in its order; the ends of intervals are no metrics."""
     found = {}
-    for name, value in result.metrics.items():
-        if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in result.metrics:
-            continue
-        ends = result.metrics.get(f"{name}_low"), result.metrics.get(f"{name}_high")
-        found[name] = Number(value, *ends, whole=name.startswith("best_k"))
+    for name in result.names():
+        ends = result.interval(name) or (None, None)
+        found[name] = Number(result.metrics[name], *ends, whole=result.metric(name).digits == 0)
     return found
 
 
-def main_metrics(progress: Progress) -> list[tuple[str, str]]:
-    """(protocol, metric) of what has an interval and is better when higher; the main one first.
-
-    By ORDER; of one protocol, object masks come first where its rows are objects.
-    """
-    pairs = [
-        (protocol, name)
+def measured(progress: Progress) -> dict[tuple[str, str], Result]:
+    """A result with each (protocol, metric) that any point has."""
+    return {
+        (protocol, name): result
         for point in progress.points
         for protocol, result in point.results.items()
-        for name, number in numbers(result).items()
-        if number.low is not None and name.startswith(BETTER_HIGH)
-    ]
+        for name in result.names()
+    }
 
-    def place(pair: tuple[str, str]) -> tuple[int, bool]:
+
+def main_metrics(progress: Progress) -> list[tuple[str, str]]:
+    """(protocol, metric) of what has an interval and a better direction; the main one first.
+
+    In the order of `PROTOCOLS`; of one protocol, what it declares as its main metrics comes first, and of
+    these object masks where its rows are objects.
+    """
+    pairs = {
+        (protocol, name): result.metric(name)
+        for point in progress.points
+        for protocol, result in point.results.items()
+        for name in result.names()
+        if result.interval(name) is not None and result.metric(name).compared
+    }
+    order = {name: place for place, name in enumerate(PROTOCOLS)}
+
+    def place(pair: tuple[str, str]) -> tuple[int, bool, bool]:
         protocol, metric = pair
         objects = progress.settings.get(protocol, {}).get("rows") == "objects"
-        return ORDER.index(protocol) if protocol in ORDER else len(ORDER), objects and "_masks" not in metric
+        return order.get(protocol, len(order)), not pairs[pair].main, objects and "_masks" not in metric
 
-    return sorted(dict.fromkeys(pairs), key=place)
+    return sorted(pairs, key=place)
 
 
 def has_masks(progress: Progress) -> bool:
@@ -182,31 +157,27 @@ def has_masks(progress: Progress) -> bool:
 
 
 def chance(result: Result, metric: str, classes: int | None) -> float | None:
-    """What guessing gives, in percent: noted by the protocol, or k of the classes for a top-k accuracy."""
-    word = metric.partition("_")[0]
-    for name in (f"chance_{metric}", f"chance_{word}"):
-        if name in result.metrics:
-            return result.metrics[name]
-    return min(100.0, 100.0 * int(word[3:]) / classes) if word in ("top1", "top5") and classes else None
+    """What guessing gives, in the metric's unit: noted by the protocol, or so many guesses of the classes."""
+    about = result.metric(metric)
+    if isinstance(about.chance, int):
+        return min(100.0, 100.0 * about.chance / classes) if classes else None
+    named = None if about.chance is None else about.chance.format(*(about.stars(metric) or ()))
+    return None if named is None else result.metrics.get(named)
 
 
 def rows_of(result: Result) -> str:
     """On what a result was measured: "200 test images", "412 test objects"."""
     facts = result.data.get("test")
     facts = facts if isinstance(facts, dict) else {}
-    objects = result.settings.get("rows") == "objects" or result.protocol == "retrieval"
+    objects = result.settings.get("rows") == "objects" or ("objects" in facts and "rows" not in facts)
     what = "test objects" if objects else "test images"
     counts = [facts[name] for name in ("rows", "objects", "pictures") if isinstance(facts.get(name), int)]
     return f"{counts[0]:,} {what}" if counts else what
 
 
 def descriptions(progress: Progress) -> list[tuple[str, str]]:
-    """(protocol, metric) of the label-free numbers of which neither direction is better as such."""
-    found = [name for point in progress.points if "label_free" in point.results
-             for name in numbers(point.results["label_free"])]  # fmt: skip
-    return [
-        ("label_free", n) for n in dict.fromkeys(found) if n in LABEL_FREE and not n.startswith(BETTER_HIGH)
-    ]
+    """(protocol, metric) of the numbers that describe features, of which neither direction is better."""
+    return [pair for pair, result in measured(progress).items() if result.metric(pair[1]).better == "neither"]
 
 
 def number(point: Point, protocol: str, metric: str) -> Number | None:
@@ -225,7 +196,8 @@ def changes(progress: Progress) -> list[Change]:
         if before is not None and after is not None:
             a, b = first.results[protocol], last.results[protocol]
             more = difference(a, b, metric), chance(b, metric, progress.classes), rows_of(b)
-            found.append(Change(protocol, metric, before, after, label(protocol, metric, masks), *more))
+            name = label(b, metric, masks)
+            found.append(Change(protocol, metric, b.metric(metric), before, after, name, *more))
     return found
 
 
@@ -263,6 +235,7 @@ class OverSeeds:
     """One metric over runs that differ in their seed alone: mean and standard deviation of each number."""
 
     name: str
+    about: Metric
     before: tuple[float, float]
     after: tuple[float, float]
     change: tuple[float, float]
@@ -273,10 +246,11 @@ class OverSeeds:
         before, after, change = (
             f"{mean:.1f} ± {sd:.1f}" for mean, sd in (self.before, self.after, self.change)
         )
-        guess = "" if self.chance is None else f" (chance {shown(self.chance)} %)"
+        unit = f" {self.about.unit}" * bool(self.about.unit)
+        guess = "" if self.chance is None else f" (chance {shown(self.chance)}{unit})"
         return (
-            f"Over {len(self.outcomes)} seeds {self.name} went from {before} % to {after} %{guess}, a change "
-            f"of {change} points: mean ± standard deviation over the seeds."
+            f"Over {len(self.outcomes)} seeds {self.name} went from {before}{unit} to {after}{unit}{guess}, "
+            f"a change of {change}{points_of(self.about)}: mean ± standard deviation over the seeds."
         )
 
     @property
@@ -305,6 +279,7 @@ def over_seeds(runs: Sequence[Sequence[Change]]) -> list[OverSeeds]:
         found.append(
             OverSeeds(
                 name=first.name,
+                about=first.about,
                 before=_spread(before),
                 after=_spread(after),
                 change=_spread(gains),
@@ -318,6 +293,7 @@ def over_seeds(runs: Sequence[Sequence[Change]]) -> list[OverSeeds]:
 def charts(names: Sequence[str], progresses: Sequence[Progress]) -> list[Chart]:
     """Each main metric over the steps of every run, with its interval; other encoders as levels."""
     drawn, masks = [], any(map(has_masks, progresses))
+    results = {pair: result for p in progresses for pair, result in measured(p).items()}
     for protocol, metric in dict.fromkeys(pair for p in progresses for pair in main_metrics(p)):
         lines, levels = [], {}
         for name, progress in zip(names, progresses, strict=True):
@@ -331,5 +307,7 @@ def charts(names: Sequence[str], progresses: Sequence[Progress]) -> list[Chart]:
             low = [n.value if n.low is None else n.low for _, n in known]
             high = [n.value if n.high is None else n.high for _, n in known]
             lines.append(Line(name, steps, values, low, high, marker="o"))
-        drawn.append(Chart(label(protocol, metric, masks), lines, "step", "%", levels))
+        result = results[protocol, metric]
+        unit = result.metric(metric).unit
+        drawn.append(Chart(label(result, metric, masks), lines, "step", unit, levels))
     return drawn

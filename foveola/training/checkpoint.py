@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from foveola.config import UserError, kind_of
+from foveola.config import UserError
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _TEMPORARY = ".writing-"
@@ -89,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise UserError(f"{path} is no checkpoint of a run: it holds {kind_of(state)}")
+        raise UserError(f"{path} is no checkpoint of a run: it holds a {type(state).__name__}")
     return state
 
 

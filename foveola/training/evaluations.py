@@ -6,7 +6,8 @@ from pathlib import Path
 from foveola import distributed
 from foveola.config import ConfigError, to_dict
 from foveola.data.sources import Source, as_source
-from foveola.evaluation.protocol import evaluate, separate
+from foveola.evaluation.evaluate import evaluate
+from foveola.evaluation.features.overlap import separate
 from foveola.models.encoder import Encoder
 from foveola.training.log import Log
 from foveola.training.recipe import RunConfig

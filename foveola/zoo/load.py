@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 
-from foveola.config import UserError, build, meant
+from foveola.config import UserError, build
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.zoo.files import load_file
 from foveola.zoo.libraries import load_library
@@ -45,8 +45,7 @@ def _load(name: str) -> Encoder:
     if path.is_file() or Path(name.partition("?")[0]).is_file():
         return load_file(name)
     if not path.exists():
-        wanted = "expected a run folder, an encoder folder, or a checkpoint file"
-        raise UserError(f"no model at {path}: {wanted}{meant(path)}")
+        raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
     folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from foveola.data.sample import BadImage, Objects, Sample
-from foveola.evaluation.compare import BETTER_HIGH
 from foveola.evaluation.paired import unpacked
+from foveola.evaluation.protocol import declared
 from foveola.evaluation.segmentation.iou import mean_iou
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
@@ -71,10 +71,14 @@ def list_source() -> type[ListSource]:
 
 @pytest.fixture
 def check_scores() -> Callable[..., None]:
-    """check_scores(result): every share with an interval has the score of each row, whose mean it is."""
+    """check_scores(result, metrics): every share with an interval has the score of each row, of which it is
+    the mean; `metrics` are what the protocol declares, which a `Result` knows itself."""
 
-    def check(result: Any) -> None:
-        shares = [n for n in result.metrics if n.startswith(BETTER_HIGH) and f"{n}_low" in result.metrics]
+    def check(result: Any, metrics: Any = None) -> None:
+        about = result.declarations if metrics is None else metrics
+        shares = [
+            n for n in result.metrics if declared(about, "", n).compared and f"{n}_low" in result.metrics
+        ]
         assert shares
         for name in shares:
             values, _ = unpacked(result.scores[name])

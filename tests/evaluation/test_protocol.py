@@ -6,7 +6,9 @@ import torch
 
 import foveola
 from foveola.config import UserError
-from foveola.evaluation.protocol import PROTOCOLS, Result, evaluate
+from foveola.evaluation.evaluate import evaluate
+from foveola.evaluation.protocol import PROTOCOLS, every
+from foveola.evaluation.result import Result
 
 QUIET = {"progress": False, "workers": 0}
 
@@ -99,7 +101,7 @@ def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample, 
     for protocol, kwargs, message in [
         ("kn", {"train": train, "test": test}, "unknown protocol 'kn'; did you mean 'knn'"),
         ("linar", {"train": train, "test": test}, "did you mean 'linear'"),
-        ("zzz", {"train": train, "test": test}, "known: knn, linear"),
+        ("zzz", {"train": train, "test": test}, "known: knn, logistic"),
         ("knn", {"train": train}, "knn: test is needed"),
         ("knn", {"test": test}, "knn: train is needed"),
         ("retrieval", {}, "retrieval: test is needed"),
@@ -155,16 +157,18 @@ def test_retrieval_through_evaluate(encoder, shades, tmp_path: Path) -> None:
 
 
 def test_every_protocol_says_what_it_is() -> None:
-    for protocol in PROTOCOLS.values():
+    assert [protocol.name for protocol in every()] == list(PROTOCOLS)
+    for protocol in every():
         assert protocol.help
-        protocol.config()  # every key has a default
+        protocol.Config()  # every key has a default
+        assert any(metric.main for metric in protocol.metrics)
 
 
 def test_ranks_find_what_one_process_finds(run_ranks) -> None:
     code = """
 import torch
 from foveola import distributed
-from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.evaluate import evaluate
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 torch.manual_seed(0)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from foveola.evaluation.attention.analysis import analyze_attention
-from foveola.evaluation.protocol import PROTOCOLS, evaluate
+from foveola.evaluation.evaluate import evaluate
+from foveola.evaluation.protocol import PROTOCOLS, find
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -79,10 +80,12 @@ def test_metrics(name: str, encoder: Encoder, camvid: str, golden: Callable):
     data = SCENES
     if name in PIXELS:
         data = camvid
-    elif "rows" in PROTOCOLS[name].config.__dataclass_fields__:
+    elif "rows" in find(name).Config.__dataclass_fields__:
         settings = OBJECTS | settings
-    train = data if PROTOCOLS[name].needs_train else None
+    train = data if find(name).train == "needed" else None
     found = evaluate(encoder, name, train=train, test=data, progress=False, workers=0, **settings)
+    for metric in found.names():
+        assert found.metric(metric) in find(name).metrics, f"{metric} is not declared"
     golden(f"protocol-{name}", {"metrics": found.metrics, "chosen": found.chosen})
 
 

@@ -200,13 +200,13 @@ def test_charts_run_over_steps_and_have_other_encoders_as_levels() -> None:
 
 
 def test_words() -> None:
-    assert label("knn", "top1_masks") == "k-NN top-1 (object masks)"
-    assert label("knn", "top1_plain_k20") == "k-NN top-1 (whole picture k20)"
-    assert label("knn", "top1_plain", masks=False) == "k-NN top-1"
-    assert label("knn", "best_k_plain", masks=False) == "k-NN: best k"
-    assert label("retrieval", "recall5_plain") == "same-object retrieval recall@5 (whole picture)"
-    assert label("label_free", "rank1_views").startswith("picture found again")
-    assert label("label_free", "chance_rank1_views") == "label-free: chance rank-1 views"
+    assert label(result("knn"), "top1_masks") == "k-NN top-1 (object masks)"
+    assert label(result("knn"), "top1_plain_k20") == "k-NN top-1 (whole picture k20)"
+    assert label(result("knn"), "top1_plain", masks=False) == "k-NN top-1"
+    assert label(result("knn"), "best_k_plain", masks=False) == "k-NN: best k"
+    assert label(result("retrieval"), "recall5_plain") == "same-object retrieval recall@5 (whole picture)"
+    assert label(result("label_free"), "rank1_views").startswith("picture found again")
+    assert label(result("label_free"), "chance_rank1_views") == "label-free: chance rank-1 views"
     assert [shown(v) for v in (12.345, 1.234, 0.0123, 0.0, -20.0)] == [
         "12.3",
         "1.23",

@@ -8,7 +8,7 @@ import torch
 
 import foveola
 from foveola.config import ConfigError, UserError, build, merge
-from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.evaluate import evaluate
 from foveola.training.dryrun import dry_run
 from foveola.training.recipe import RunConfig, nested
 from foveola.training.run import pretrain, untrained

@@ -12,8 +12,13 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
-from foveola.data.sources import Source
-from foveola.evaluation.classification.grids import Bank, choose_and_score, train_banks
+from foveola.evaluation.classification.grids import (
+    Bank,
+    choose_and_score,
+    probe_metrics,
+    probe_needs,
+    train_banks,
+)
 from foveola.evaluation.classification.linear import BatchNorm, LinearBank, need_of
 from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
 from foveola.evaluation.classification.task import (
@@ -24,9 +29,9 @@ from foveola.evaluation.classification.task import (
     note_training,
     open_task,
 )
-from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need
-from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
 Activation = Literal["relu", "gelu", "tanh"]
@@ -208,45 +213,60 @@ class AbmilpConfig(ProbeConfig):
         return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))
 
 
-def needs(config: AbmilpConfig, encoder: Encoder) -> Need:
+def wanted_of(config: AbmilpConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads."""
     vectors = config.vectors(encoder)
     return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
 
 
-def run(
-    encoder: Encoder, train: Source, test: Source, config: AbmilpConfig, progress: bool, feed: Feed
-) -> Outcome:
-    """Train AbMILP and, on the same batches, the same classifier on fixed averages of the patches.
+class Abmilp(Protocol):
+    """Classifies the patches' average by learned scores and, on the same batches, by fixed ones.
 
-    Metrics in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
+    Numbers in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
     ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights over the test pictures, in nats:
     exp of it is the number of patches that a picture's vector is made of.
     """
-    wanted = needs(config, encoder)
-    task = open_task(feed, train, test, config, wanted, encoder.device, len(config.lr))
-    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-    config = config.sized(len(task.fit))
-    length = length_of(len(task.fit), config.batch or 1, config.epochs, None)
-    batch, each, steps = length
-    note_training(task, length, config.views, None)
-    if config.attention:
-        task.notes.append(
-            "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); the "
-            "code of Selective Aggregation has it the other way round"
+
+    name = "abmilp"
+    help = "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)"
+    Config = AbmilpConfig
+    train = "needed"
+    metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
+
+    def needs(self, config: AbmilpConfig, encoder: Encoder) -> Needs:
+        """All patches of each image, and the fixed averages."""
+        return probe_needs(wanted_of(config, encoder), config.views)
+
+    def measure(self, at: At, config: AbmilpConfig) -> Outcome:
+        """Train AbMILP and, on the same batches, the same classifier on fixed averages of the patches."""
+        wanted = wanted_of(config, at.encoder)
+        task = open_task(at, config, wanted, len(config.lr))
+        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+        config = config.sized(len(task.fit))
+        length = length_of(len(task.fit), config.batch or 1, config.epochs, None)
+        batch, each, steps = length
+        note_training(task, length, config.views, None)
+        if config.attention:
+            task.notes.append(
+                "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); "
+                "the code of Selective Aggregation has it the other way round"
+            )
+        task.notes.append(f"{config.optimizer} with batches of {batch} pictures")
+        learned, fixed = _banks(
+            at.encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task
         )
-    task.notes.append(f"{config.optimizer} with batches of {batch} pictures")
-    learned, fixed = _banks(encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task)
-    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-    banks: list[Bank] = [*learned, *fixed]
-    train_banks(banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, progress)
-    outcome = choose_and_score(banks, task, wanted, config.seed)
-    entropies = {}
-    test_columns = Columns(task.test, task.score, need("patches"), task.device)
-    for bank in learned:
-        best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
-        entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
-    return replace(outcome, metrics=outcome.metrics | entropies)
+        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+        banks: list[Bank] = [*learned, *fixed]
+        train_banks(
+            banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, at.progress
+        )
+        outcome = choose_and_score(banks, task, wanted, config.seed)
+        entropies = {}
+        test_columns = Columns(task.test, task.score, need("patches"), task.device)
+        for bank in learned:
+            best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
+            entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
+        return replace(outcome, metrics=outcome.metrics | entropies)
 
 
 def _banks(

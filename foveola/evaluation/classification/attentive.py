@@ -10,10 +10,15 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.data.sources import Source
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import Bank, choose_and_score, train_banks
+from foveola.evaluation.classification.grids import (
+    Bank,
+    choose_and_score,
+    probe_metrics,
+    probe_needs,
+    train_banks,
+)
 from foveola.evaluation.classification.linear import PUBLISHED
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import (
@@ -25,9 +30,9 @@ from foveola.evaluation.classification.task import (
     note_training,
     open_task,
 )
-from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
-from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
 ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
@@ -193,38 +198,52 @@ class AttentiveConfig(ProbeConfig):
         return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
 
-def needs(config: AttentiveConfig, encoder: Encoder) -> Need:
+def wanted_of(config: AttentiveConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads: CAE's probe the class token, too."""
     token = config.style == "cae" and encoder.config.model.class_token
     return need("patches", *(["token"] if token else []))
 
 
-def run(
-    encoder: Encoder, train: Source, test: Source, config: AttentiveConfig, progress: bool, feed: Feed
-) -> Outcome:
-    """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`.
+class Attentive(Protocol):
+    """Classifies what one learned query reads from the patches.
 
-    Metrics in percent, of group `attentive` (`attentive_12` for heads=12), style=cae: `cae`: as of `linear`.
+    Numbers in percent, of group `attentive` (`attentive_12` for heads=12), style=cae: `cae`: as of `linear`.
     The chosen probe is scored as it was trained, on the rows that were not held out.
     """
-    wanted = needs(config, encoder)
-    first = config.resolved(1)
-    candidates = len(first.lr or ()) * len(first.weight_decay or ())
-    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
-    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-    config = config.resolved(len(task.fit))
-    published = PUBLISHED if config.style == "capi" and config.epochs is config.iterations is None else None
-    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
-    batch, _, steps = length
-    note_training(task, length, config.views, published)
-    if config.style == "cae" and batch < STYLES["cae"]["batch"]:
-        task.notes.append(f"cae: batches of {batch} pictures")
-    width = task.train.take("patches", slice(1)).shape[2]
-    banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
-    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-    schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
-    train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, progress)
-    return choose_and_score(banks, task, wanted, config.seed)
+
+    name = "attentive"
+    title = "attentive probe"
+    help = "classification of what one learned query reads from the patches (CAPI, CAE)"
+    Config = AttentiveConfig
+    train = "needed"
+    metrics = probe_metrics(title)
+
+    def needs(self, config: AttentiveConfig, encoder: Encoder) -> Needs:
+        """All patches of each image."""
+        return probe_needs(wanted_of(config, encoder), config.views)
+
+    def measure(self, at: At, config: AttentiveConfig) -> Outcome:
+        """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`."""
+        wanted = wanted_of(config, at.encoder)
+        first = config.resolved(1)
+        candidates = len(first.lr or ()) * len(first.weight_decay or ())
+        task = open_task(at, config, wanted, candidates)
+        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+        config = config.resolved(len(task.fit))
+        published = (
+            PUBLISHED if config.style == "capi" and config.epochs is config.iterations is None else None
+        )
+        length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+        batch, _, steps = length
+        note_training(task, length, config.views, published)
+        if config.style == "cae" and batch < STYLES["cae"]["batch"]:
+            task.notes.append(f"cae: batches of {batch} pictures")
+        width = task.train.take("patches", slice(1)).shape[2]
+        banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
+        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+        schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
+        train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, at.progress)
+        return choose_and_score(banks, task, wanted, config.seed)
 
 
 def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:

@@ -12,10 +12,27 @@ from foveola.evaluation.classification.task import Batch, Columns, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.features.table import show
-from foveola.evaluation.metrics import Outcome, interval, percent
+from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import Metric, Needs, Outcome, Reading
 
 SCORING = 256  # rows scored at once
+
+
+def probe_metrics(label: str) -> tuple[Metric, ...]:
+    """What `choose_and_score` and `scored` measure of each probe, under a name for people."""
+    return (
+        Metric("top1_*", f"{label} top-1 ({{}})", "higher", chance=1, main=True, column="top1"),
+        Metric("top5_*", f"{label} top-5 ({{}})", "higher", chance=5, column="top5"),
+        Metric("holdout_*", f"{label} holdout ({{}})", "higher", column="hold-out"),
+        Metric("top1_*_best_on_test", f"{label} top-1 ({{}} best on test)", "higher", chance=1,
+               column="best on test"),
+    )  # fmt: skip
+
+
+def probe_needs(need: Need, views: int = 0) -> Needs:
+    """Trained probes read features of training images in some views many times, and those of test images."""
+    return Needs((Reading(need, views),), (Reading(need),))
 
 
 @runtime_checkable

@@ -13,20 +13,14 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
 from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
-from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.overlap import content_groups
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import FeatureTable, extract_tables, identity_for, mask_kinds, share
-from foveola.evaluation.metrics import (
-    Outcome,
-    effective_rank,
-    interval,
-    percent,
-    ranking,
-    vote,
-)
+from foveola.evaluation.metrics import effective_rank, interval, percent, ranking, vote
 from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.evaluation.search import QUERY_BLOCK, nearest
 from foveola.models.encoder import Encoder
 
@@ -94,52 +88,66 @@ class KnnConfig(ExtractConfig):
             raise ValueError(f"k: needs different numbers of neighbours, got {list(self.k)}")
 
 
-def needs(config: KnnConfig, encoder: Encoder) -> Need | None:
+class Knn(Protocol):
+    """Classifies each test row by its neighbours in train.
+
+    Numbers, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
+    best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
+    for every k.
+    """
+
+    name = "knn"
+    title = "k-NN"
+    help = "k-NN classification by weighted vote, with and without object masks"
+    Config = KnnConfig
+    train = "needed"
+    metrics = (
+        Metric("top1_*", "k-NN top-1 ({})", "higher", chance=1, main=True),
+        Metric("top5_*", "k-NN top-5 ({})", "higher", chance=5),
+        Metric("best_k_*", "k-NN: best k {}", unit="", digits=0),
+        Metric("effective_rank_*", "k-NN: effective rank {}", unit=""),
+    )
+
+    def needs(self, config: KnnConfig, encoder: Encoder) -> Needs:
+        """One vector of each image, read once; of objects the shared pass has none."""
+        wanted = wanted_of(config, encoder)
+        read = () if wanted is None else (Reading(wanted, once=True),)
+        return Needs(read, read)
+
+    def measure(self, at: At, config: KnnConfig) -> Outcome:
+        """Extract the features of both sources, and let the neighbours vote."""
+        kinds, notes = mask_kinds(config.masks, at.train, at.test)
+        began = perf_counter()
+        wanted = wanted_of(config, at.encoder)
+
+        def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
+            if at.feed is None or wanted is None:
+                return extract_tables(at.encoder, source, kinds, config, progress=at.progress)
+            store = at.open(source, config, wanted)
+            plain = config.pool or at.encoder.config.pool
+            return [store.table("masked" if masked else plain) for masked in kinds], store.facts
+
+        banks, train_facts = tables(at.train)
+        same = identity_for(at.train, config).digest == identity_for(at.test, config).digest
+        queries, test_facts = (banks, train_facts) if same else tables(at.test)
+        seconds = {"extract_seconds": round(perf_counter() - began, 2)}
+        began, metrics, scores = perf_counter(), {}, {}
+        for masked, bank, query in zip(kinds, banks, queries, strict=True):
+            name = "masks" if masked else "plain"
+            found = _measure(name, bank, query, (at.train, at.test), config, at.encoder.device, notes)
+            metrics |= found[0]
+            scores |= found[1]
+        seconds["search_seconds"] = round(perf_counter() - began, 2)
+        data = {"train": train_facts, "test": test_facts, **seconds}
+        return Outcome(metrics, data, tuple(dict.fromkeys(notes)), scores=scores)
+
+
+def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
     """What of a picture the protocol reads; None where the shared pass does not have it."""
     pool = config.pool or encoder.config.pool
     if config.rows != "pictures" or (pool != "token" and config.masks is not False):
         return None
     return need(pool) if config.masks is False else need("token", "masked")
-
-
-def run(
-    encoder: Encoder,
-    train: Source,
-    test: Source,
-    config: KnnConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """Extract the features of both sources and classify each test row by its neighbours in train.
-
-    Metrics, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
-    best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
-    for every k.
-    """
-    kinds, notes = mask_kinds(config.masks, train, test)
-    began = perf_counter()
-    wanted = needs(config, encoder) if feed is not None else None
-
-    def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
-        if feed is None or wanted is None:
-            return extract_tables(encoder, source, kinds, config, progress=progress)
-        store = feed.open(source, config, wanted)
-        plain = config.pool or encoder.config.pool
-        return [store.table("masked" if masked else plain) for masked in kinds], store.facts
-
-    banks, train_facts = tables(train)
-    same = identity_for(train, config).digest == identity_for(test, config).digest
-    queries, test_facts = (banks, train_facts) if same else tables(test)
-    seconds = {"extract_seconds": round(perf_counter() - began, 2)}
-    began, metrics, scores = perf_counter(), {}, {}
-    for masked, bank, query in zip(kinds, banks, queries, strict=True):
-        name = "masks" if masked else "plain"
-        found = _measure(name, bank, query, (train, test), config, encoder.device, notes)
-        metrics |= found[0]
-        scores |= found[1]
-    seconds["search_seconds"] = round(perf_counter() - began, 2)
-    data = {"train": train_facts, "test": test_facts, **seconds}
-    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), scores=scores)
 
 
 def _measure(

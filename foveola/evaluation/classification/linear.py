@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.data.sources import Source
-from foveola.evaluation.classification.grids import choose_and_score, train_banks
+from foveola.evaluation.classification.grids import (
+    choose_and_score,
+    probe_metrics,
+    probe_needs,
+    train_banks,
+)
 from foveola.evaluation.classification.solvers import (
     OPTIMIZERS,
     Factor,
@@ -29,9 +33,9 @@ from foveola.evaluation.classification.task import (
     note_training,
     open_task,
 )
-from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import EXTERNAL, need
-from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
 # -- core ----------------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ class LinearConfig(ProbeConfig):
         return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
 
-def needs(config: LinearConfig, encoder: Encoder) -> Need:
+def wanted_of(config: LinearConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads."""
     chosen = config.resolved(encoder)
     # DINO and iBOT evaluate bicubic pictures, but train on torchvision's default crops, which are bilinear.
@@ -225,60 +229,74 @@ def needs(config: LinearConfig, encoder: Encoder) -> Need:
     return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
 
 
-def run(
-    encoder: Encoder, train: Source, test: Source, config: LinearConfig, progress: bool, feed: Feed
-) -> Outcome:
-    """Train the grid on the features of `train`, choose on the hold-out, score on `test`.
+class Linear(Protocol):
+    """Trains a grid of linear probes on the features of `train`, and chooses one on the hold-out.
 
-    Metrics in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
+    Numbers in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
     hold-out chose, `_low` and `_high` (95 % interval over pictures), `top5_*`, `holdout_*`, and
     `top1_*_best_on_test`, the best of the grid, which many papers report.
     """
-    config = config.resolved(encoder)
-    features, rates = config.features or (), config.lr or ()
-    wanted = needs(config, encoder)
-    mae = config.style == "mae"  # which reports each feature by itself
-    candidates = len(rates) * (1 if mae else len(features))
-    task = open_task(feed, train, test, config, wanted, encoder.device, candidates)
-    columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-    published = PUBLISHED if config.style == "dinov2" and config.epochs is config.iterations is None else None
-    length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
-    batch, each, steps = length
-    note_training(task, length, config.views, published)
-    if mae:
-        task.notes.append(
-            f"style=mae: BatchNorm over {min(batch, config.norm_batch)} pictures (MAE: 512), measured after "
-            "the last epoch (MAE: the best)"
+
+    name = "linear"
+    title = "linear probe"
+    help = "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)"
+    Config = LinearConfig
+    train = "needed"
+    metrics = probe_metrics(title)
+
+    def needs(self, config: LinearConfig, encoder: Encoder) -> Needs:
+        """Vectors of each image."""
+        return probe_needs(wanted_of(config, encoder), config.views)
+
+    def measure(self, at: At, config: LinearConfig) -> Outcome:
+        """Train the grid, choose on the hold-out, score on `test`."""
+        config = config.resolved(at.encoder)
+        features, rates = config.features or (), config.lr or ()
+        wanted = wanted_of(config, at.encoder)
+        mae = config.style == "mae"  # which reports each feature by itself
+        candidates = len(rates) * (1 if mae else len(features))
+        task = open_task(at, config, wanted, candidates)
+        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+        published = (
+            PUBLISHED if config.style == "dinov2" and config.epochs is config.iterations is None else None
         )
-    if batch < (config.batch or 1):
-        task.notes.append(
-            f"train: {batch} pictures are one batch, less than the {config.batch} of the setting"
-        )
-    one = columns.take(torch.arange(1), 1 if config.views else 0)
-    banks = [
-        LinearBank(
-            each_feature,
-            torch.tensor(rates) * (batch / 256),
-            assemble(one, each_feature, config.masks).shape[1],
-            task.classes,
-            group=each_feature if mae else "linear",
-            optimizer="lars" if mae else "sgd",
-            norm=mae,
-            norm_batch=config.norm_batch,
-            truncated=mae,
-            masks=config.masks,
-            seed=config.seed,
-            device=task.device,
-        )
-        for each_feature in features
-    ]
-    for bank in banks:
-        bank.settings = [{"features": bank.features, "lr": rate} for rate in rates]
-    factors: dict[str, Factor] = {
-        "dino": cosine_by_epoch(steps, each),
-        "dinov2": cosine(steps),
-        "mae": warm_cosine(steps, min(10 * each, steps // 2)),
-    }
-    drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-    train_banks(banks, drawn, factors[config.style], steps, progress)
-    return choose_and_score(banks, task, wanted, config.seed)
+        length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
+        batch, each, steps = length
+        note_training(task, length, config.views, published)
+        if mae:
+            task.notes.append(
+                f"style=mae: BatchNorm over {min(batch, config.norm_batch)} pictures (MAE: 512), measured "
+                "after the last epoch (MAE: the best)"
+            )
+        if batch < (config.batch or 1):
+            task.notes.append(
+                f"train: {batch} pictures are one batch, less than the {config.batch} of the setting"
+            )
+        one = columns.take(torch.arange(1), 1 if config.views else 0)
+        banks = [
+            LinearBank(
+                each_feature,
+                torch.tensor(rates) * (batch / 256),
+                assemble(one, each_feature, config.masks).shape[1],
+                task.classes,
+                group=each_feature if mae else "linear",
+                optimizer="lars" if mae else "sgd",
+                norm=mae,
+                norm_batch=config.norm_batch,
+                truncated=mae,
+                masks=config.masks,
+                seed=config.seed,
+                device=task.device,
+            )
+            for each_feature in features
+        ]
+        for bank in banks:
+            bank.settings = [{"features": bank.features, "lr": rate} for rate in rates]
+        factors: dict[str, Factor] = {
+            "dino": cosine_by_epoch(steps, each),
+            "dinov2": cosine(steps),
+            "mae": warm_cosine(steps, min(10 * each, steps // 2)),
+        }
+        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
+        train_banks(banks, drawn, factors[config.style], steps, at.progress)
+        return choose_and_score(banks, task, wanted, config.seed)

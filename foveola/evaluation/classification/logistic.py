@@ -13,14 +13,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import key
-from foveola.data.sources import Source
-from foveola.evaluation.classification.grids import Judged, judged, note_choice, scored
+from foveola.evaluation.classification.grids import (
+    Judged,
+    judged,
+    note_choice,
+    probe_metrics,
+    probe_needs,
+    scored,
+)
 from foveola.evaluation.classification.linear import assemble, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.truth import Answers
-from foveola.evaluation.features.cache import Feed, Need
+from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.table import show
-from foveola.evaluation.metrics import Outcome, percent
+from foveola.evaluation.metrics import percent
+from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
 CHUNK = 2**24  # logits in memory at a time: 128 MiB in float64
@@ -241,76 +248,88 @@ def features_of(config: LogisticConfig, encoder: Encoder) -> str:
     return config.features or ("token" if encoder.config.model.class_token else "average")
 
 
-def needs(config: LogisticConfig, encoder: Encoder) -> Need:
+def wanted_of(config: LogisticConfig, encoder: Encoder) -> Need:
     """What of a picture the protocol reads."""
     return need_of((features_of(config, encoder),), config.masks)
 
 
-def run(
-    encoder: Encoder, train: Source, test: Source, config: LogisticConfig, progress: bool, feed: Feed
-) -> Outcome:
-    """Fit a path over C on the rows that train, choose C on the hold-out, refit on both, score on `test`.
+class Logistic(Protocol):
+    """Fits a path of logistic regressions over C, and chooses C on the hold-out.
 
-    Metrics in percent of group `logistic`: as of `linear`; the grid's `test` is of models before the refit.
+    Numbers in percent of group `logistic`: as of `linear`; the grid's `test` is of models before the refit.
     """
-    wanted = needs(config, encoder)
-    values = config.grid
-    task = open_task(feed, train, test, config, wanted, encoder.device, len(values))
-    settings = {
-        "max_iterations": config.iterations,
-        "tolerance": config.tolerance,
-        "dtype": getattr(torch, config.arithmetic),
-        "device": task.device,
-    }
 
-    def rows(part: str) -> Float[Tensor, "n D"]:
-        store, index = {
-            "fit": (task.train, task.fit),
-            "hold": (task.train, task.hold),
-            "score": (task.test, task.score),
-            "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
-        }[part]
-        x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
-        return assemble(x, features_of(config, encoder), config.masks)
+    name = "logistic"
+    title = "logistic regression"
+    help = "linear classification by L-BFGS logistic regression, over a path of C"
+    Config = LogisticConfig
+    train = "needed"
+    metrics = probe_metrics(title)
 
-    x, test_x = rows("fit"), rows("score")
-    mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))
-    test_x = (test_x - mean) / scale
-    models = path(
-        (x - mean) / scale, task.labels[task.fit], task.classes, values, progress=progress, **settings
-    )
-    on_test = [_judged(model, test_x, task.answers).right[0] for model in models]
-    grid: list[dict[str, Any]] = [
-        {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}
-        for c, right, model in zip(values, on_test, models, strict=True)
-    ]
-    order = [(row["test"], 0.0) for row in grid]
-    if len(task.hold):
-        held = (rows("hold") - mean) / scale
-        order = [_judged(model, held, task.held).order()[0] for model in models]
-        for row, (share, _) in zip(grid, order, strict=True):
-            row["holdout"] = share
-    best = max(range(len(values)), key=order.__getitem__)
-    model, right = models[best], on_test[best]
-    if len(task.hold):
-        both = torch.cat((task.fit, task.hold)).sort().values
-        x = (rows("both") - mean) / scale
-        model = fit(x, task.labels[both], task.classes, values[best], start=model, **settings)
-        right = _judged(model, test_x, task.answers).right[0]
-    found = scored(
-        "logistic", right, task.answers, config.seed, task.answers.top5(model.logits(test_x).cpu())
-    )
-    metrics = found.metrics
-    if len(values) > 1:
-        metrics["top1_logistic_best_on_test"] = max(row["test"] for row in grid)
-    if len(task.hold):
-        metrics["holdout_logistic"] = grid[best]["holdout"]
-    note_choice(task, len(values))
-    _note_ends(grid, config, task)
-    chosen = {"c": values[best], "parameters": model.weight.numel() + model.bias.numel()}
-    return Outcome(
-        metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid}, found.scores
-    )
+    def needs(self, config: LogisticConfig, encoder: Encoder) -> Needs:
+        """Vectors of each image."""
+        return probe_needs(wanted_of(config, encoder))
+
+    def measure(self, at: At, config: LogisticConfig) -> Outcome:
+        """Fit a path over C, choose on the hold-out, refit on all rows that train, score on `test`."""
+        wanted = wanted_of(config, at.encoder)
+        values = config.grid
+        task = open_task(at, config, wanted, len(values))
+        settings = {
+            "max_iterations": config.iterations,
+            "tolerance": config.tolerance,
+            "dtype": getattr(torch, config.arithmetic),
+            "device": task.device,
+        }
+
+        def rows(part: str) -> Float[Tensor, "n D"]:
+            store, index = {
+                "fit": (task.train, task.fit),
+                "hold": (task.train, task.hold),
+                "score": (task.test, task.score),
+                "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
+            }[part]
+            x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
+            return assemble(x, features_of(config, at.encoder), config.masks)
+
+        x, test_x = rows("fit"), rows("score")
+        mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))
+        test_x = (test_x - mean) / scale
+        models = path(
+            (x - mean) / scale, task.labels[task.fit], task.classes, values, progress=at.progress, **settings
+        )
+        on_test = [_judged(model, test_x, task.answers).right[0] for model in models]
+        grid: list[dict[str, Any]] = [
+            {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}
+            for c, right, model in zip(values, on_test, models, strict=True)
+        ]
+        order = [(row["test"], 0.0) for row in grid]
+        if len(task.hold):
+            held = (rows("hold") - mean) / scale
+            order = [_judged(model, held, task.held).order()[0] for model in models]
+            for row, (share, _) in zip(grid, order, strict=True):
+                row["holdout"] = share
+        best = max(range(len(values)), key=order.__getitem__)
+        model, right = models[best], on_test[best]
+        if len(task.hold):
+            both = torch.cat((task.fit, task.hold)).sort().values
+            x = (rows("both") - mean) / scale
+            model = fit(x, task.labels[both], task.classes, values[best], start=model, **settings)
+            right = _judged(model, test_x, task.answers).right[0]
+        found = scored(
+            "logistic", right, task.answers, config.seed, task.answers.top5(model.logits(test_x).cpu())
+        )
+        metrics = found.metrics
+        if len(values) > 1:
+            metrics["top1_logistic_best_on_test"] = max(row["test"] for row in grid)
+        if len(task.hold):
+            metrics["holdout_logistic"] = grid[best]["holdout"]
+        note_choice(task, len(values))
+        _note_ends(grid, config, task)
+        chosen = {"c": values[best], "parameters": model.weight.numel() + model.bias.numel()}
+        return Outcome(
+            metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid}, found.scores
+        )
 
 
 def _judged(model: LogisticModel, x: Float[Tensor, "n D"], answers: Answers) -> Judged:

@@ -1,16 +1,18 @@
 """All probes side by side on the same features: the protocol `probes`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 from foveola.config import ConfigError, key
-from foveola.data.sources import Source
-from foveola.evaluation.classification import abmilp, attentive, knn, linear, logistic
+from foveola.evaluation.classification.abmilp import Abmilp, AbmilpConfig
+from foveola.evaluation.classification.attentive import Attentive, AttentiveConfig
+from foveola.evaluation.classification.grids import probe_metrics
+from foveola.evaluation.classification.knn import Knn, KnnConfig
+from foveola.evaluation.classification.linear import Linear, LinearConfig
+from foveola.evaluation.classification.logistic import Logistic, LogisticConfig
 from foveola.evaluation.classification.task import ProbeConfig
-from foveola.evaluation.features.cache import Feed, Need
-from foveola.evaluation.metrics import Outcome
+from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
 Name = Literal["knn", "logistic", "linear", "aggregations", "attentive", "cae"]
@@ -43,109 +45,93 @@ class ProbesConfig(ProbeConfig):
             raise ValueError("lr: needs a value")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One protocol within `probes`, with its configuration."""
-
-    config: Any
-    run: Callable[..., Outcome]
-    need: Need = field(default_factory=lambda: Need(frozenset()))
-
-
-def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, Part]:
+def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol, Any]]:
     """The protocols that `probes` runs, in order, all with the same share, split and seed of the pictures."""
     shared: dict[str, Any] = {name: getattr(config, name) for name in ProbeConfig.__dataclass_fields__}
     once: dict[str, Any] = {**shared, "views": 0}
     reading: dict[str, Any] = {name: v for name, v in once.items() if name not in ("holdout", "views")}
-    length: dict[str, Any] = {"epochs": config.epochs, "batch": config.batch}
-    parts: dict[str, Part] = {}
+    trained: dict[str, Any] = {**shared, "epochs": config.epochs, "batch": config.batch}
+    parts: dict[str, tuple[Protocol, Any]] = {}
     for name in config.run:
         if name == "knn":
-            settings = knn.KnnConfig(**reading, masks=False, k=config.k)
-            parts[name] = Part(settings, knn.run, knn.needs(settings, encoder) or Need(frozenset()))
+            parts[name] = Knn(), KnnConfig(**reading, masks=False, k=config.k)
         elif name == "logistic":
-            settings = logistic.LogisticConfig(**once, values=config.values)
-            parts[name] = Part(settings, logistic.run, logistic.needs(settings, encoder))
+            parts[name] = Logistic(), LogisticConfig(**once, values=config.values)
         elif name == "linear":
-            settings = linear.LinearConfig(**shared, **length)
-            parts[name] = Part(settings, linear.run, linear.needs(settings, encoder))
+            parts[name] = Linear(), LinearConfig(**trained)
         elif name == "attentive":
-            settings = attentive.AttentiveConfig(**shared, **length, heads=config.heads)
-            parts[name] = Part(settings, attentive.run, attentive.needs(settings, encoder))
+            parts[name] = Attentive(), AttentiveConfig(**trained, heads=config.heads)
         elif name == "cae":
-            settings = attentive.AttentiveConfig(
-                **shared, **length, style="cae", heads=config.heads, lr=config.lr
-            )
-            parts[name] = Part(settings, attentive.run, attentive.needs(settings, encoder))
+            settings = AttentiveConfig(**trained, style="cae", heads=config.heads, lr=config.lr)
+            parts[name] = Attentive(), settings
         else:
             fixed = ("token", "average", "attention", "lowest_entropy", "centre")
             predictor = ("predictor",) if encoder.predictor is not None else ()
-            settings = abmilp.AbmilpConfig(
-                **shared,
-                **length,
+            settings = AbmilpConfig(
+                **trained,
                 fixed=(*fixed, *predictor),
                 depth=config.depth,
                 lr=config.lr,
                 attention_of=config.attention_of,
                 warmup=min(10, config.epochs // 3),
             )
-            parts[name] = Part(settings, abmilp.run, abmilp.needs(settings, encoder))
+            parts[name] = Abmilp(), settings
     return parts
 
 
-def wants(config: ProbesConfig, encoder: Encoder) -> list[tuple[int, Need]]:
-    """(views of train, what is read) of each part, so that one pass gives all of it."""
-    return [(getattr(part.config, "views", 0), part.need) for part in parts_of(config, encoder).values()]
-
-
-def needs(config: ProbesConfig, encoder: Encoder) -> Need:
-    """All that the parts read."""
-    every = [need for _, need in wants(config, encoder)]
-    return Need(frozenset().union(*(n.kinds for n in every)), max(n.layers for n in every))
-
-
-def run(
-    encoder: Encoder, train: Source, test: Source, config: ProbesConfig, progress: bool, feed: Feed
-) -> Outcome:
-    """Every probe on the same features: the metrics of all of them, with their intervals.
+class Probes(Protocol):
+    """Every probe on the same features: the numbers of all of them, with their intervals.
 
     Names are those of the protocols: `top1_knn`, `top1_logistic`, `top1_linear`, `top1_attentive`, and of the
     same linear classifier on one vector of a picture `top1_abmilp`, `top1_token`, `top1_average`, ...;
     `top1_cae` is CAE's attentive probe.
     """
-    parts = parts_of(config, encoder)
-    metrics: dict[str, float] = {}
-    data: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
-    grid: dict[str, Any] = {}
-    scores: dict[str, Any] = {}
-    notes: list[str] = []
-    seconds: dict[str, float] = {}
-    for views, need in wants(config, encoder):
-        feed.want(train, config, need, views)
-        feed.want(test, config, need)
-    for name, part in parts.items():
-        began = perf_counter()
-        try:
-            outcome = part.run(encoder, train, test, part.config, progress, feed)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
-        seconds[name] = round(perf_counter() - began, 2)
-        found, kept = outcome.metrics, outcome.scores
-        if name == "knn":
-            found, kept = (
-                {
-                    metric.replace("_plain", "_knn"): value
-                    for metric, value in every.items()
-                    if metric.startswith("top") and "_k" not in metric
-                }
-                for every in (found, kept)
-            )
-        metrics |= found
-        scores |= kept
-        data = {**data, **outcome.data}
-        chosen |= outcome.chosen
-        grid |= outcome.grid
-        notes += outcome.notes
-    data["probe_seconds"] = seconds  # the first includes the pass over the pictures
-    return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)
+
+    name = "probes"
+    help = "all of these side by side on the same features"
+    Config = ProbesConfig
+    train = "needed"
+    metrics = (*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats"))
+
+    def needs(self, config: ProbesConfig, encoder: Encoder) -> Needs:
+        """All that the parts read."""
+        every = [protocol.needs(own, encoder) for protocol, own in parts_of(config, encoder).values()]
+        return Needs(
+            tuple(reading for each in every for reading in each.train),
+            tuple(reading for each in every for reading in each.test),
+        )
+
+    def measure(self, at: At, config: ProbesConfig) -> Outcome:
+        """The numbers of one part after the other."""
+        metrics: dict[str, float] = {}
+        data: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
+        grid: dict[str, Any] = {}
+        scores: dict[str, Any] = {}
+        notes: list[str] = []
+        seconds: dict[str, float] = {}
+        for name, (protocol, own) in parts_of(config, at.encoder).items():
+            began = perf_counter()
+            try:
+                outcome = protocol.measure(at, own)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
+            seconds[name] = round(perf_counter() - began, 2)
+            found, kept = outcome.metrics, outcome.scores
+            if name == "knn":
+                found, kept = (
+                    {
+                        metric.replace("_plain", "_knn"): value
+                        for metric, value in every.items()
+                        if metric.startswith("top") and "_k" not in metric
+                    }
+                    for every in (found, kept)
+                )
+            metrics |= found
+            scores |= kept
+            data = {**data, **outcome.data}
+            chosen |= outcome.chosen
+            grid |= outcome.grid
+            notes += outcome.notes
+        data["probe_seconds"] = seconds  # the first includes the pass over the pictures
+        return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)

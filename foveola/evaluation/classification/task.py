@@ -14,9 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
-from foveola.data.sources import Source
 from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
-from foveola.evaluation.features.cache import Feed, FeedConfig, Need, Store
+from foveola.evaluation.features.cache import FeedConfig, Need, Store
+from foveola.evaluation.protocol import At
 
 HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
 EPOCHS = 100  # passes over the training images after which a published number of steps ends at the latest
@@ -73,23 +73,14 @@ class Task:
         return Answers(self.labels[self.hold], self.train.pictures[self.hold])
 
 
-def open_task(
-    feed: Feed,
-    train: Source,
-    test: Source,
-    config: ProbeConfig,
-    need: Need,
-    device: torch.device,
-    candidates: int,
-) -> Task:
+def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     """Stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
     Raises UserError for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
     """
-    feed.want(train, config, need, config.views)
-    feed.want(test, config, need)
-    bank, queries = feed.open(train, config, need, config.views), feed.open(test, config, need)
+    train, test = at.train, at.test
+    bank, queries = at.open(train, config, need, config.views), at.open(test, config, need)
     notes: list[str] = []
     rows = _labelled(bank, "train", notes)
     score = _labelled(queries, "test", notes)
@@ -109,7 +100,7 @@ def open_task(
         )
     right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
     answers = answers_of(test, train, right, queries.pictures[score], classes)
-    return Task(bank, queries, labels, fit, hold, score, answers, classes, device, notes)
+    return Task(bank, queries, labels, fit, hold, score, answers, classes, at.encoder.device, notes)
 
 
 def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:

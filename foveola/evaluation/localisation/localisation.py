@@ -13,8 +13,8 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
 from foveola.evaluation.classification.task import held_out
-from foveola.evaluation.features.cache import Feed, feeding
-from foveola.evaluation.features.names import Need, need
+from foveola.evaluation.features.cache import feeding
+from foveola.evaluation.features.names import need
 from foveola.evaluation.features.table import (
     check_finite,
     choose_pictures,
@@ -41,11 +41,12 @@ from foveola.evaluation.localisation.box_accuracy import (
 from foveola.evaluation.localisation.boxed import BoxedPictures
 from foveola.evaluation.localisation.components import LEVELS
 from foveola.evaluation.localisation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
-from foveola.evaluation.metrics import Outcome, interval
+from foveola.evaluation.metrics import interval
 from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
-__all__ = ["BoxAccuracy", "LocalisationConfig", "learns", "locate", "max_box_acc", "run"]
+__all__ = ["BoxAccuracy", "Localisation", "LocalisationConfig", "locate", "max_box_acc"]
 
 CURVE = 20  # points of the curves over thresholds that a result keeps
 
@@ -160,64 +161,75 @@ def _packed_hits(
 # -- protocol ------------------------------------------------------------------------------------------------
 
 
-def learns(config: LocalisationConfig, encoder: Encoder) -> Need | None:
-    """What it reads of training pictures, from stored features: patches, for AbMILP."""
-    return need("patches") if config.maps is None or "abmilp" in config.maps else None
+class Localisation(Protocol):
+    """Draws boxes around what each map lights up, and holds them against annotated boxes of `test`.
 
-
-def run(
-    encoder: Encoder,
-    train: Source | None,
-    test: Source,
-    config: LocalisationConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """Boxes from each map, and from content-free squares (`full_picture`, `centred_box`), against `test`'s.
-
-    Metrics in percent, of each map m: `maxboxacc_v2_m`, thresholds chosen on the pictures that are measured
-    (as published), with a 95 % interval over pictures at these thresholds; `maxboxacc_30_m`, ... at
-    each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`, thresholds chosen on a hold-out, measured on the others.
+    So it does with content-free squares (`full_picture`, `centred_box`). Numbers in percent, of each map m:
+    `maxboxacc_v2_m`, thresholds chosen on the pictures that are measured (as published), with a 95 % interval
+    over pictures at these thresholds; `maxboxacc_30_m`, ... at each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`,
+    thresholds chosen on a hold-out, measured on the others.
     """
-    if not test.has_objects:
-        raise UserError(
-            f"{test.name} has no boxes, against which to localise; give it some (boxes=, annotations=)"
-        )
-    labelled = train is not None and len(train.classes or ()) > 1
-    names = choose_maps(encoder, config.maps, labelled)
-    side = config.image_size or encoder.config.transform.crop
-    if side % encoder.patch_size:
-        raise UserError(f"image_size={side} is not a multiple of the patch size {encoder.patch_size}")
-    reader = MapReader(encoder, names, config.block, config.precision)
-    data: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    if "abmilp" in names and train is not None and feed is not None:
-        learned = learn_weights(
-            feed,
-            train,
-            feeding(config),
-            encoder.device,
-            lr=config.lr,
-            epochs=config.epochs,
-            progress=progress,
-        )
-        reader.weights, data["train"] = learned.weights, learned.facts
-        metrics |= learned.metrics
-        chosen["abmilp"] = learned.chosen
-    found = find(encoder, test, reader, config, side, progress)
-    data["test"] = _facts(found, test, config)
-    measure = Measure(found, config)
-    for index, name in enumerate(names):
-        measure.add(name, found.hits(index)[:, :, measure.levels], measure.thresholds, "threshold")
-    squares = found.squares.numpy()
-    sides = [round(step / STEPS, 4) for step in range(1, STEPS + 1)]
-    measure.add("centred_box", squares, sides, "side")
-    measure.add("full_picture", squares[:, :, -1:], [1.0], "side")
-    for name, options in chosen.items():
-        measure.chosen[name] = options | measure.chosen[name]
-    notes = _notes(config, train, names)
-    return Outcome(measure.metrics | metrics, data, notes, measure.chosen, measure.grid, measure.scores)
+
+    name = "localisation"
+    help = "boxes around what attention (or another map) lights up, against annotated boxes"
+    Config = LocalisationConfig
+    train = "optional"
+    metrics = (
+        Metric(
+            "maxboxacc_v2_*", "localisation maxboxacc (v2 {})", "higher", main=True, column="maxboxacc_v2"
+        ),
+        Metric("maxboxacc_*_*", "localisation maxboxacc ({} {})", "higher", column="maxboxacc_{}"),
+        Metric("boxacc_v2_*", "localisation boxacc (v2 {})", "higher", column="boxacc_v2"),
+        Metric("holdout_*", "localisation holdout ({})", "higher"),
+    )
+
+    def needs(self, config: LocalisationConfig, encoder: Encoder) -> Needs:
+        """Patches of training images, for AbMILP; test images are squashed, in a pass of its own."""
+        learned = config.maps is None or "abmilp" in config.maps
+        return Needs(train=(Reading(need("patches")),) if learned else ())
+
+    def measure(self, at: At, config: LocalisationConfig) -> Outcome:
+        """Boxes from each map, and from content-free squares, against `test`'s."""
+        train, test = at.train, at.test
+        if not test.has_objects:
+            raise UserError(
+                f"{test.name} has no boxes, against which to localise; give it some (boxes=, annotations=)"
+            )
+        labelled = train is not None and len(train.classes or ()) > 1
+        names = choose_maps(at.encoder, config.maps, labelled)
+        side = config.image_size or at.encoder.config.transform.crop
+        if side % at.encoder.patch_size:
+            raise UserError(f"image_size={side} is not a multiple of the patch size {at.encoder.patch_size}")
+        reader = MapReader(at.encoder, names, config.block, config.precision)
+        data: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
+        metrics: dict[str, float] = {}
+        if "abmilp" in names and train is not None and at.feed is not None:
+            learned = learn_weights(
+                at.feed,
+                train,
+                feeding(config),
+                at.encoder.device,
+                lr=config.lr,
+                epochs=config.epochs,
+                progress=at.progress,
+            )
+            reader.weights, data["train"] = learned.weights, learned.facts
+            metrics |= learned.metrics
+            chosen["abmilp"] = learned.chosen
+        found = find(at.encoder, test, reader, config, side, at.progress)
+        data["test"] = _facts(found, test, config)
+        measure = Measure(found, config)
+        for index, name in enumerate(names):
+            measure.add(name, found.hits(index)[:, :, measure.levels], measure.thresholds, "threshold")
+        squares = found.squares.numpy()
+        sides = [round(step / STEPS, 4) for step in range(1, STEPS + 1)]
+        measure.add("centred_box", squares, sides, "side")
+        measure.add("full_picture", squares[:, :, -1:], [1.0], "side")
+        for name, options in chosen.items():
+            measure.chosen[name] = options | measure.chosen[name]
+        notes = _notes(config, train, names)
+        return Outcome(measure.metrics | metrics, data, notes, measure.chosen, measure.grid, measure.scores)
 
 
 class Measure:

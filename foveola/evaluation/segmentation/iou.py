@@ -11,6 +11,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.metrics import wilson
+from foveola.evaluation.protocol import Metric
 
 Absent = Literal["skip", "zero"]
 
@@ -130,6 +131,15 @@ def named_iou(areas: Int64[Tensor, "P 3 C1"], classes: Sequence[str]) -> dict[st
 def rounded(percent: float) -> float | None:
     """To three digits after the point; None for NaN, which JSON does not have."""
     return None if np.isnan(percent) else round(percent, 3)
+
+
+def summary_metrics(label: str) -> tuple[Metric, ...]:
+    """What `summary` measures, under a name for people."""
+    return (
+        Metric("miou", f"{label} mIoU", "higher", main=True),
+        Metric("miou_capi", f"{label} mIoU (capi)", "higher"),
+        Metric("pixel_accuracy", f"{label}: pixel accuracy", "higher"),
+    )
 
 
 def summary(areas: Int64[Tensor, "P 3 C1"], seed: int) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,16 +15,21 @@ from torch.nn.functional import cross_entropy, interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.table import show
-from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
+from foveola.evaluation.protocol import At, Outcome
 from foveola.evaluation.segmentation.choice import choose, hold_out
-from foveola.evaluation.segmentation.iou import mean_iou, named_iou, region_areas, rounded, summary
+from foveola.evaluation.segmentation.iou import (
+    mean_iou,
+    named_iou,
+    region_areas,
+    rounded,
+    summary,
+    summary_metrics,
+)
 from foveola.evaluation.segmentation.patches import Scaler
-from foveola.evaluation.segmentation.reading import DenseConfig, DensePass, pixel_sources
+from foveola.evaluation.segmentation.reading import DenseConfig, DensePass, DenseProtocol, pixel_sources
 from foveola.evaluation.segmentation.retrieval import label_pixels
-from foveola.models.encoder import Encoder
 
 POWER = 0.9  # of the polynomial schedule (Segmenter)
 
@@ -114,67 +120,78 @@ def _order(count: int, draws: int, seed: int) -> Int64[Tensor, "draws"]:
 # -- protocol ---------------------------------------------------------------------------------------------
 
 
-def run(
-    encoder: Encoder,
-    train: Any,
-    test: Any,
-    config: LinearSegmentationConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """Choose the learning rate on held-out pictures, train again on all, measure on test."""
-    train, test, classes = pixel_sources(train, test)
-    c = len(classes)
-    began = perf_counter()
-    passing = DensePass(encoder, train, config, progress=progress, feed=feed)
-    features, maps, pictures = _kept(passing)
-    facts = passing.facts()
-    held = hold_out(pictures, maps.flatten(1), c, config.holdout, config.seed)
-    if not (maps[~held] != IGNORE).any():
-        raise UserError(f"{train.name}: no pixel has a class")
-    scaler = Scaler.fit(features[~held].flatten(0, 1)) if config.standardise else None
-    if scaler is not None:
-        for into in features:  # in place: there is no second copy
-            into.copy_(scaler(into))
-    seconds = {"extract_seconds": round(perf_counter() - began, 2)}
-    began = perf_counter()
+class LinearSegmentation(DenseProtocol):
+    """Trains a linear layer on patches by gradient, with the learning rate that held-out pictures choose."""
 
-    def fit(x: Tensor, labels: Tensor, rates: Sequence[float]) -> list[nn.Linear]:
-        return train_heads(
-            x, labels, c, rates, steps=config.steps, batch=config.train_batch,
-            weight_decay=config.weight_decay, seed=config.seed, device=encoder.device, progress=progress,
-        )  # fmt: skip
-
-    rate, tried = config.rates[0], []
-    if len(config.rates) > 1:
-        heads = fit(features[~held], maps[~held], config.rates)
-        scores = [_held_out(head, features[held], maps[held], passing.grid, c) for head in heads]
-        if np.isnan(scores).all():
-            raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
-        rate = config.rates[choose(scores, lambda: _losses(heads, features[held], maps[held], passing.grid))]
-        tried = [{"rate": r, "miou": rounded(s)} for r, s in zip(config.rates, scores, strict=True)]
-    (head,) = fit(features, maps, [rate])
-    seconds["fit_seconds"] = round(perf_counter() - began, 2)
-    began = perf_counter()
-    areas, images = [torch.zeros(0, 3, c + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-    passing = DensePass(
-        encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
-    )
-    for batch in passing:
-        x = batch.features if scaler is None else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
-        areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))
-        images.append(batch.pictures)
-    total, shown = (distributed.gather_rows(torch.cat(parts)) for parts in (areas, images))
-    data = {
-        "train": facts,
-        "test": passing.facts(),
-        "class_iou": named_iou(total, classes),
-        **seconds,
-        "test_seconds": round(perf_counter() - began, 2),
-    }
     name = "linear_segmentation"
-    metrics, scores = summary(total, config.seed), {"miou": packed_areas([total], shown)}
-    return Outcome(metrics, data, (), {name: {"rate": rate}}, {name: tried}, scores)
+    help = "segmentation by a linear layer on patches, trained by gradient"
+    Config = LinearSegmentationConfig
+    metrics = summary_metrics("linear segmentation")
+
+    def measure(self, at: At, config: LinearSegmentationConfig) -> Outcome:
+        """Choose the learning rate on held-out pictures, train again on all, measure on test."""
+        train, test, classes = pixel_sources(at.train, at.test)
+        c = len(classes)
+        began = perf_counter()
+        passing = DensePass(at.encoder, train, config, progress=at.progress, feed=at.feed)
+        features, maps, pictures = _kept(passing)
+        facts = passing.facts()
+        held = hold_out(pictures, maps.flatten(1), c, config.holdout, config.seed)
+        if not (maps[~held] != IGNORE).any():
+            raise UserError(f"{train.name}: no pixel has a class")
+        scaler = Scaler.fit(features[~held].flatten(0, 1)) if config.standardise else None
+        if scaler is not None:
+            for into in features:  # in place: there is no second copy
+                into.copy_(scaler(into))
+        seconds = {"extract_seconds": round(perf_counter() - began, 2)}
+        began = perf_counter()
+
+        def fit(x: Tensor, labels: Tensor, rates: Sequence[float]) -> list[nn.Linear]:
+            return train_heads(
+                x, labels, c, rates, steps=config.steps, batch=config.train_batch,
+                weight_decay=config.weight_decay, seed=config.seed, device=at.encoder.device,
+                progress=at.progress,
+            )  # fmt: skip
+
+        rate, tried = config.rates[0], []
+        if len(config.rates) > 1:
+            heads = fit(features[~held], maps[~held], config.rates)
+            scores = [_held_out(head, features[held], maps[held], passing.grid, c) for head in heads]
+            if np.isnan(scores).all():
+                raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
+            losses = partial(_losses, heads, features[held], maps[held], passing.grid)
+            rate = config.rates[choose(scores, losses)]
+            tried = [{"rate": r, "miou": rounded(s)} for r, s in zip(config.rates, scores, strict=True)]
+        (head,) = fit(features, maps, [rate])
+        seconds["fit_seconds"] = round(perf_counter() - began, 2)
+        began = perf_counter()
+        areas, images = [torch.zeros(0, 3, c + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+        passing = DensePass(
+            at.encoder,
+            test,
+            config,
+            originals=config.evaluate_at == "picture",
+            progress=at.progress,
+            feed=at.feed,
+        )
+        for batch in passing:
+            x = (
+                batch.features
+                if scaler is None
+                else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
+            )
+            areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))
+            images.append(batch.pictures)
+        total, shown = (distributed.gather_rows(torch.cat(parts)) for parts in (areas, images))
+        data = {
+            "train": facts,
+            "test": passing.facts(),
+            "class_iou": named_iou(total, classes),
+            **seconds,
+            "test_seconds": round(perf_counter() - began, 2),
+        }
+        metrics, scores = summary(total, config.seed), {"miou": packed_areas([total], shown)}
+        return Outcome(metrics, data, (), {self.name: {"rate": rate}}, {self.name: tried}, scores)
 
 
 def _kept(passing: DensePass) -> tuple[Float[Tensor, "n N D"], UInt8[Tensor, "n S S"], Int64[Tensor, "n"]]:

@@ -1,5 +1,6 @@
 """Segmentation by frozen patch features, as in CAPI: k nearest patches, and logistic regression."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,15 +16,22 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.classification.logistic import LogisticModel, path, standardiser
-from foveola.evaluation.features.cache import Feed
-from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
+from foveola.evaluation.protocol import At, Outcome
 from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest
 from foveola.evaluation.segmentation.choice import choose, hold_out
-from foveola.evaluation.segmentation.iou import mean_iou, named_iou, region_areas, rounded, summary
+from foveola.evaluation.segmentation.iou import (
+    mean_iou,
+    named_iou,
+    region_areas,
+    rounded,
+    summary,
+    summary_metrics,
+)
 from foveola.evaluation.segmentation.reading import (
     DenseConfig,
     DensePass,
+    DenseProtocol,
     PatchTable,
     collect,
     label_counts,
@@ -31,7 +39,6 @@ from foveola.evaluation.segmentation.reading import (
     patch_pixels,
     pixel_sources,
 )
-from foveola.models.encoder import Encoder
 
 VOTES = 2**25  # votes in memory at a time: 64 MiB
 
@@ -129,6 +136,8 @@ class LogisticSegmentationConfig(PatchSegmentationConfig):
 
 # Labels the pixels of patches, for each of the settings that it was made for.
 Predict = Callable[[Float[Tensor, "m D"]], list[Tensor]]
+# Patches that teach, the most frequent label of each, and how many classes there are.
+Labelled = tuple[PatchTable, Int64[Tensor, "R"], int]
 
 
 class Learned(NamedTuple):
@@ -139,61 +148,126 @@ class Learned(NamedTuple):
     losses: Callable[[Float[Tensor, "m D"], Int64[Tensor, "m"]], list[float]]
 
 
-def run_knn(
-    encoder: Encoder,
-    train: Any,
-    test: Any,
-    config: KnnSegmentationConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """k-NN segmentation: every pixel gets the majority of its patch's nearest patches at the same place."""
-    grid = [(distance, k) for distance in config.distance for k in config.k]
+class PatchSegmentation(DenseProtocol):
+    """What both protocols share: settings are chosen on held-out pictures, then all patches teach."""
 
-    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Learned:
-        most = max(k for _, k in settings)
-        if most > len(bank.pictures):
-            raise UserError(f"k={most} is more than the {len(bank.pictures)} patches of train with a class")
+    @abstractmethod
+    def grid(self, config: Any) -> list[dict[str, Any]]:
+        """The settings to try."""
+
+    @abstractmethod
+    def learn(self, at: At, config: Any, bank: Labelled, settings: Sequence[dict[str, Any]]) -> Learned:
+        """What labels patches with each of these settings, learned from the patches of the bank."""
+
+    def measure(self, at: At, config: PatchSegmentationConfig) -> Outcome:
+        """Choose a setting on held-out pictures, learn from all, measure on test."""
+        train, test, classes = pixel_sources(at.train, at.test)
+        c = len(classes)
+        began = perf_counter()
+        passing = DensePass(at.encoder, train, config, progress=at.progress, feed=at.feed)
+        table = collect(passing, c, config.memory, "uniform", config.seed)
+        facts = passing.facts()
+        modes = patch_modes(label_counts(table.pixels, c))
+        usable = modes < c
+        held = hold_out(table.pictures, table.pixels, c, config.holdout, config.seed)
+        fitted = usable & ~held
+        if not fitted.any():
+            raise UserError(f"{train.name}: no patch whose most frequent label is a class")
+        scaler = Scaler.fit(table.features[fitted]) if config.standardise else None
+        if scaler is not None:
+            for into in table.features.split(65536):  # in place: there is no second copy of a large bank
+                into.copy_(scaler(into))
+        seconds = {"extract_seconds": round(perf_counter() - began, 2)}
+        began = perf_counter()
+        grid = self.grid(config)
+        chosen, tried = grid[0], []
+        if len(grid) > 1:
+            learned = self.learn(at, config, (table.select(fitted), modes[fitted], c), grid)
+            scores = _held_out(learned.predict, table.select(held), c, len(grid))
+            judges = held & usable
+            chosen = grid[choose(scores, lambda: learned.losses(table.features[judges], modes[judges]))]
+            tried = [s | {"miou": rounded(score)} for s, score in zip(grid, scores, strict=True)]
+        predict = self.learn(at, config, (table.select(usable), modes[usable], c), [chosen]).predict
+        seconds["fit_seconds"] = round(perf_counter() - began, 2)
+        began = perf_counter()
+        passing = DensePass(at.encoder, test, config, progress=at.progress, feed=at.feed)
+        areas, images = map(distributed.gather_rows, _measure(passing, predict, scaler, c))
+        test_facts = passing.facts()
+        seconds["test_seconds"] = round(perf_counter() - began, 2)
+        data = {
+            "train": facts | {"bank": int(usable.sum())},
+            "test": test_facts,
+            "class_iou": named_iou(areas, classes),
+            **seconds,
+        }
+        metrics, scores = summary(areas, config.seed), {"miou": packed_areas([areas], images)}
+        return Outcome(metrics, data, (), {self.name: chosen}, {self.name: tried}, scores)
+
+
+class KnnSegmentation(PatchSegmentation):
+    """Gives every pixel the majority of its patch's nearest patches at the same place."""
+
+    name = "knn_segmentation"
+    title = "k-NN segmentation"
+    help = "segmentation by the labels of the nearest patches"
+    Config = KnnSegmentationConfig
+    metrics = summary_metrics(title)
+
+    def grid(self, config: KnnSegmentationConfig) -> list[dict[str, Any]]:
+        """Each distance with each number of neighbours."""
+        return [{"distance": distance, "k": k} for distance in config.distance for k in config.k]
+
+    def learn(
+        self, at: At, config: KnnSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
+    ) -> Learned:
+        """Nothing is learned: patches are looked up. Raises UserError for more neighbours than patches."""
+        table, _, classes = bank
+        most = max(setting["k"] for setting in settings)
+        if most > len(table.pictures):
+            raise UserError(f"k={most} is more than the {len(table.pictures)} patches of train with a class")
 
         def predict(queries: Tensor) -> list[Tensor]:
             found = {
-                d: nearest(queries, bank.features, most, distance=d, device=encoder.device)[1]
-                for d in dict.fromkeys(d for d, _ in settings)
+                d: nearest(queries, table.features, most, distance=d, device=at.encoder.device)[1]
+                for d in dict.fromkeys(setting["distance"] for setting in settings)
             }
-            return [transplant(bank.pixels, found[d][:, :k], classes, config.void_votes) for d, k in settings]
+            return [
+                transplant(table.pixels, found[s["distance"]][:, : s["k"]], classes, config.void_votes)
+                for s in settings
+            ]
 
         return Learned(predict, lambda queries, labels: [0.0] * len(settings))  # votes have none
 
-    def words(setting: Any) -> dict[str, Any]:
-        return {"distance": setting[0], "k": setting[1]}
 
-    return _run("knn_segmentation", encoder, (train, test), config, progress, feed, grid, make, words)
+class LogisticSegmentation(PatchSegmentation):
+    """Gives every pixel the class of its patch, by logistic regression on the patches' main labels."""
 
+    name = "logistic_segmentation"
+    help = "segmentation by logistic regression on patches"
+    Config = LogisticSegmentationConfig
+    metrics = summary_metrics("logistic segmentation")
 
-def run_logistic(
-    encoder: Encoder,
-    train: Any,
-    test: Any,
-    config: LogisticSegmentationConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """Logistic regression of the most frequent label of each patch, given to all of its pixels."""
-    grid = sorted(config.c)
+    def grid(self, config: LogisticSegmentationConfig) -> list[dict[str, Any]]:
+        """Each C, ascending."""
+        return [{"c": c} for c in sorted(config.c)]
 
-    def make(bank: PatchTable, modes: Tensor, settings: Sequence[Any], classes: int) -> Learned:
+    def learn(
+        self, at: At, config: LogisticSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
+    ) -> Learned:
+        """A regression for each C, each started from the one before."""
+        table, modes, classes = bank
         models = path(
-            bank.features,
+            table.features,
             modes,
             classes,
-            settings,
+            [setting["c"] for setting in settings],
             max_iterations=config.max_iterations,
             tolerance=config.tolerance,
-            progress=progress,
-            device=encoder.device,
+            progress=at.progress,
+            device=at.encoder.device,
             dtype=getattr(torch, config.arithmetic),
         )
-        pixels = bank.pixels.shape[1]
+        pixels = table.pixels.shape[1]
 
         def predict(queries: Tensor) -> list[Tensor]:
             best = [model.predict(queries) for model in models]  # never a class that train lacks
@@ -204,63 +278,6 @@ def run_logistic(
             return [_cross_entropy(model, queries[known], labels[known]) for model in models]
 
         return Learned(predict, losses)
-
-    name = "logistic_segmentation"
-    return _run(name, encoder, (train, test), config, progress, feed, grid, make, lambda c: {"c": c})
-
-
-def _run(
-    name: str,
-    encoder: Encoder,
-    sources: tuple[Any, Any],
-    config: PatchSegmentationConfig,
-    progress: bool,
-    feed: Feed | None,
-    grid: Sequence[Any],
-    make: Callable[[PatchTable, Tensor, Sequence[Any], int], Learned],
-    words: Callable[[Any], dict[str, Any]],
-) -> Outcome:
-    """Choose a setting on held-out pictures, learn from all, measure on test."""
-    train, test, classes = pixel_sources(*sources)
-    c = len(classes)
-    began = perf_counter()
-    passing = DensePass(encoder, train, config, progress=progress, feed=feed)
-    table = collect(passing, c, config.memory, "uniform", config.seed)
-    facts = passing.facts()
-    modes = patch_modes(label_counts(table.pixels, c))
-    usable = modes < c
-    held = hold_out(table.pictures, table.pixels, c, config.holdout, config.seed)
-    fitted = usable & ~held
-    if not fitted.any():
-        raise UserError(f"{train.name}: no patch whose most frequent label is a class")
-    scaler = Scaler.fit(table.features[fitted]) if config.standardise else None
-    if scaler is not None:
-        for into in table.features.split(65536):  # in place: there is no second copy of a large bank
-            into.copy_(scaler(into))
-    seconds = {"extract_seconds": round(perf_counter() - began, 2)}
-    began = perf_counter()
-    chosen, tried = grid[0], []
-    if len(grid) > 1:
-        learned = make(table.select(fitted), modes[fitted], grid, c)
-        scores = _held_out(learned.predict, table.select(held), c, len(grid))
-        judges = held & usable
-        chosen = grid[choose(scores, lambda: learned.losses(table.features[judges], modes[judges]))]
-        tried = [words(s) | {"miou": rounded(score)} for s, score in zip(grid, scores, strict=True)]
-    predict = make(table.select(usable), modes[usable], [chosen], c).predict
-    seconds["fit_seconds"] = round(perf_counter() - began, 2)
-    began = perf_counter()
-    passing = DensePass(encoder, test, config, progress=progress, feed=feed)
-    areas, images = map(distributed.gather_rows, _measure(passing, predict, scaler, c))
-    test_facts = passing.facts()
-    seconds["test_seconds"] = round(perf_counter() - began, 2)
-    data = {
-        "train": facts | {"bank": int(usable.sum())},
-        "test": test_facts,
-        "class_iou": named_iou(areas, classes),
-        **seconds,
-    }
-    metrics, scores = summary(areas, config.seed), {"miou": packed_areas([areas], images)}
-    return Outcome(metrics, data, (), {name: words(chosen)}, {name: tried}, scores)
 
 
 def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) -> list[float]:

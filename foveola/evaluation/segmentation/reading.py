@@ -23,6 +23,7 @@ from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.features.table import choose_pictures, facts_of_bad, share
 from foveola.evaluation.images import SquashedConfig
+from foveola.evaluation.protocol import Needs, Protocol, Reading
 from foveola.models.encoder import Encoder
 
 ROWS = 16384  # patches whose labels are counted at a time
@@ -104,12 +105,23 @@ def choose_rows(
 # -- the pass ---------------------------------------------------------------------------------------------
 
 
-def needs(config: DenseConfig, encoder: Encoder) -> Need:
+def wanted_of(config: DenseConfig, encoder: Encoder) -> Need:
     """What of a picture the dense protocols read. Raises UserError for a size that is no whole patches."""
     side = config.image_size or encoder.config.transform.crop
     if side % encoder.patch_size:
         raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
     return Need(frozenset({"patches", "maps"}), side=side)
+
+
+class DenseProtocol(Protocol):
+    """What protocols of segmentation share: they learn from label maps, and read all patches once."""
+
+    train = "needed"
+
+    def needs(self, config: Any, encoder: Encoder) -> Needs:
+        """Patches and label maps of squashed images."""
+        read = (Reading(wanted_of(config, encoder), once=True),)
+        return Needs(read, read)
 
 
 class DensePass:
@@ -133,7 +145,7 @@ class DensePass:
         progress: bool = True,
         feed: Feed | None = None,
     ) -> None:
-        self.need = needs(config, encoder)
+        self.need = wanted_of(config, encoder)
         self.side = self.need.side or 0
         self.grid = self.side // encoder.patch_size
         self.encoder, self.source, self.config = encoder, source, config

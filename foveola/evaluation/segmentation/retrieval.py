@@ -1,7 +1,7 @@
 """Dense nearest-neighbour retrieval: segment pictures by looking up their patches among labelled ones."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -14,22 +14,21 @@ from torch.nn.functional import interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.table import choose_pictures
-from foveola.evaluation.metrics import Outcome
 from foveola.evaluation.paired import packed_areas
+from foveola.evaluation.protocol import At, Metric, Outcome
 from foveola.evaluation.search import nearest
 from foveola.evaluation.segmentation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
 from foveola.evaluation.segmentation.reading import (
     DenseBatch,
     DenseConfig,
     DensePass,
+    DenseProtocol,
     collect,
     label_counts,
     patch_pixels,
     pixel_sources,
 )
-from foveola.models.encoder import Encoder
 
 QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
 GATHERED = 2**24  # numbers of neighbours' labels in memory at a time: 64 MiB
@@ -118,79 +117,91 @@ class Bank:
     subsample: int
 
 
-def run(
-    encoder: Encoder,
-    train: Any,
-    test: Any,
-    config: DenseRetrievalConfig,
-    progress: bool = True,
-    feed: Feed | None = None,
-) -> Outcome:
-    """Label every pixel of `test` by its patch's neighbours in `train`, and compare.
+class DenseRetrieval(DenseProtocol):
+    """Labels every pixel of `test` by its patch's neighbours in `train`.
 
-    Metrics, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
+    Numbers, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
     `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
     perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
     """
-    train, test, classes = pixel_sources(train, test)
-    began = perf_counter()
-    banks, train_facts = _banks(encoder, train, config, classes, progress, feed)
-    bank_seconds = round(perf_counter() - began, 2)
-    smallest = min(len(bank.features) for bank in banks)
-    if max(config.k) > smallest:
-        raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
-    began = perf_counter()
-    passing = DensePass(
-        encoder, test, config, originals=config.evaluate_at == "picture", progress=progress, feed=feed
+
+    name = "dense_retrieval"
+    help = "segmentation by attention to the nearest labelled patches"
+    Config = DenseRetrievalConfig
+    metrics = (
+        Metric("miou", "dense retrieval mIoU", "higher", main=True),
+        Metric("miou_*", "dense retrieval mIoU ({})", "higher"),
+        Metric("miou_ceiling", "dense retrieval mIoU (ceiling)"),
+        Metric("miou_*_sd", "dense retrieval mIoU ({} sd)"),
+        Metric("best_k", "dense retrieval: best k", unit="", digits=0),
+        Metric("best_k_*", "dense retrieval: best k {}", unit="", digits=0),
     )
-    settings = [(b, k) for b in range(len(banks)) for k in config.k]
-    areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
-    images = [torch.zeros(0, dtype=torch.int64)]
-    pixels = encoder.patch_size**2
-    for batch in _blocks(passing, QUERIES):
-        truth = batch.originals or tuple(batch.maps)
-        images.append(batch.pictures)
-        own = label_counts(patch_pixels(batch.maps, encoder.patch_size).flatten(0, 1), len(classes))[:, :-1]
-        areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
-        for b, bank in enumerate(banks):
-            s, i = nearest(batch.features.flatten(0, 1), bank.features, max(config.k), device=encoder.device)
-            for k in config.k:
-                shares = attend(s, i, bank.counts, pixels, k, config.temperature)
-                areas[b, k] += _compare(shares, passing.grid, truth, len(classes))
-    test_facts = passing.facts()
-    stacked = {
-        setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
-    }
-    metrics, iou = _metrics(stacked, banks, config, classes)
-    scores = _scores(stacked, banks, config, distributed.gather_rows(torch.cat(images)), metrics)
-    data = {
-        "train": train_facts,
-        "test": test_facts,
-        "class_iou": iou,
-        "bank_seconds": bank_seconds,
-        "search_seconds": round(perf_counter() - began, 2),
-    }
-    return Outcome(metrics, data, scores=scores)
+
+    def measure(self, at: At, config: DenseRetrievalConfig) -> Outcome:
+        """Fill the banks from `train`, look up the patches of `test`, and compare."""
+        train, test, classes = pixel_sources(at.train, at.test)
+        began = perf_counter()
+        banks, train_facts = _banks(replace(at, train=train), config, len(classes))
+        bank_seconds = round(perf_counter() - began, 2)
+        smallest = min(len(bank.features) for bank in banks)
+        if max(config.k) > smallest:
+            raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
+        began = perf_counter()
+        passing = DensePass(
+            at.encoder,
+            test,
+            config,
+            originals=config.evaluate_at == "picture",
+            progress=at.progress,
+            feed=at.feed,
+        )
+        settings = [(b, k) for b in range(len(banks)) for k in config.k]
+        areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
+        images = [torch.zeros(0, dtype=torch.int64)]
+        pixels = at.encoder.patch_size**2
+        for batch in _blocks(passing, QUERIES):
+            truth = batch.originals or tuple(batch.maps)
+            images.append(batch.pictures)
+            own = label_counts(patch_pixels(batch.maps, at.encoder.patch_size).flatten(0, 1), len(classes))[
+                :, :-1
+            ]
+            areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
+            for b, bank in enumerate(banks):
+                s, i = nearest(
+                    batch.features.flatten(0, 1), bank.features, max(config.k), device=at.encoder.device
+                )
+                for k in config.k:
+                    shares = attend(s, i, bank.counts, pixels, k, config.temperature)
+                    areas[b, k] += _compare(shares, passing.grid, truth, len(classes))
+        test_facts = passing.facts()
+        stacked = {
+            setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
+        }
+        metrics, iou = _metrics(stacked, banks, config, classes)
+        scores = _scores(stacked, banks, config, distributed.gather_rows(torch.cat(images)), metrics)
+        data = {
+            "train": train_facts,
+            "test": test_facts,
+            "class_iou": iou,
+            "bank_seconds": bank_seconds,
+            "search_seconds": round(perf_counter() - began, 2),
+        }
+        return Outcome(metrics, data, scores=scores)
 
 
-def _banks(
-    encoder: Encoder,
-    train: Any,
-    config: DenseRetrievalConfig,
-    classes: Sequence[str],
-    progress: bool,
-    feed: Feed | None,
-) -> tuple[list[Bank], dict[str, Any]]:
+def _banks(at: At, config: DenseRetrievalConfig, classes: int) -> tuple[list[Bank], dict[str, Any]]:
     """A bank for each subsampling and repeat; without a feed each is encoded anew."""
-    every = choose_pictures(len(train), config.limit, config.seed)
+    every = choose_pictures(len(at.train), config.limit, config.seed)
     banks, facts = [], {}
     for divisor in config.subsample:
         for repeat in range(config.repeats if divisor > 1 else 1):
             some = choose_pictures(len(every), max(1, len(every) // divisor), config.seed + repeat)
             void = 0 if config.void == "first" else IGNORE
-            passing = DensePass(encoder, train, config, every[some], void=void, progress=progress, feed=feed)
-            table = collect(passing, len(classes), config.memory, config.sampling, config.seed + repeat)
-            counts = label_counts(table.pixels, len(classes))[:, :-1].contiguous()
+            passing = DensePass(
+                at.encoder, at.train, config, every[some], void=void, progress=at.progress, feed=at.feed
+            )
+            table = collect(passing, classes, config.memory, config.sampling, config.seed + repeat)
+            counts = label_counts(table.pixels, classes)[:, :-1].contiguous()
             banks.append(Bank(table.features, counts, divisor))
             known = passing.facts()
             if not facts or known["pictures"] > facts["pictures"]:

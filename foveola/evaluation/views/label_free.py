@@ -9,8 +9,9 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.sources import Source
 from foveola.evaluation.features.table import check_finite, facts_of_bad
-from foveola.evaluation.metrics import Outcome, bootstrap, interval, partner_ranks, percent, recall_at
+from foveola.evaluation.metrics import bootstrap, interval, partner_ranks, percent, recall_at
 from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.evaluation.views.feature_space import (
     Moments,
     alignments,
@@ -26,15 +27,13 @@ from foveola.evaluation.views.other_views import LabelFreeConfig, Seen, watch
 from foveola.evaluation.views.retrieval import choose_targets, pictures_of
 from foveola.models.encoder import Encoder
 
-__all__ = ["LabelFreeConfig", "run"]
+__all__ = ["LabelFree", "LabelFreeConfig"]
 
 COLLAPSED = 0.99  # mean cosine of features of different pictures from which the notes say so
 
 
-def run(
-    encoder: Encoder, train: Source | None, test: Source, config: LabelFreeConfig, progress: bool = True
-) -> Outcome:
-    """Measure how the features of `test` fill their space, and what stays the same in other views.
+class LabelFree(Protocol):
+    """Measures how the features of `test` fill their space, and what stays the same in other views.
 
     Of the evaluation view: `rankme_picture` (vector of a picture), `rankme_average` (mean of its patches),
     `rankme_patches` (all patches of all pictures), `rankme_within` (patches of one picture, mean); shares in
@@ -43,32 +42,66 @@ def run(
     each: `rank1_objects_plain`, `rank1_objects_masks`, ... in percent. `_low` and `_high` are 95 % bootstrap
     intervals over pictures, of what is a mean over pictures.
     """
-    encoder = encoder.pooled(config.pool)
-    targets = choose_targets(test, min(config.limit, len(test)), 0.0, config.seed)
-    began = perf_counter()
-    seen, patches, bad = watch(encoder, test, targets, config, progress)
-    facts = facts_of_bad(torch.tensor(bad, dtype=torch.int64), len(targets), test)
-    count = len(seen.pictures)
-    if count < 2:
-        raise UserError(f"{test.name}: {count} pictures, at least 2 are needed")
-    for columns in (seen.features, seen.views.flatten(1)):
-        check_finite(columns, seen.pictures, test)
-    check_finite(seen.objects.flatten(1), seen.owners, test)
-    metrics = {
-        **space_metrics(encoder, seen, patches, config),
-        **view_metrics(seen, config),
-        **object_metrics(seen, config),
-    }
-    scores = {}
-    for name, first, second, owners in _pairs(seen):
-        ranks = _ranks(first, second)
-        k = min(config.recall, len(first))
-        scores[f"rank1_{name}"] = packed(ranks == 0, owners.repeat(2))
-        scores[f"recall{k}_{name}"] = packed(ranks < k, owners.repeat(2))
-    facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
-    named = {"name": test.name, "fingerprint": pictures_of(test, targets).digest, "pictures": len(targets)}
-    data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
-    return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
+
+    name = "label_free"
+    title = "label-free"
+    help = "numbers without labels: rank, alignment, uniformity, other views found again"
+    Config = LabelFreeConfig
+    metrics = (
+        Metric("rank1_views", "picture found again in another crop and colours", "higher",
+               chance="chance_rank1_views", main=True),
+        Metric("rank1_objects_*", "object found again in another crop ({})", "higher",
+               chance="chance_rank1_objects"),
+        Metric("recall*_views", "label-free recall@{} (views)", "higher", chance="chance_recall{}_views"),
+        Metric("recall*_objects_*", "label-free recall@{} (objects {})", "higher",
+               chance="chance_recall{}_objects"),
+        Metric("rankme_picture", "Effective rank of pictures (RankMe)", "neither", ""),
+        Metric("rankme_average", "Effective rank of mean patches (RankMe)", "neither", ""),
+        Metric("rankme_patches", "Effective rank of all patches (RankMe)", "neither", ""),
+        Metric("rankme_within", "Effective rank of the patches of one picture (RankMe)", "neither", ""),
+        Metric("first_component_picture", "Variance of pictures in one direction", "neither"),
+        Metric("first_component_patches", "Variance of patches in one direction", "neither"),
+        Metric("spread", "Spread of pictures: 0 one point, 1 all directions", "neither", ""),
+        Metric("mean_cosine", "Mean cosine of the encoder's features of two test images", "neither", ""),
+        Metric("duplicates", "Pictures that another one equals", "neither"),
+        Metric("alignment", "Distance of two views of a picture (alignment)", "neither", ""),
+        Metric("uniformity", "Uniformity: lower is more even", "neither", ""),
+        Metric("chance_rank1_*", "label-free: chance rank-1 {}"),
+        Metric("chance_recall*_*", "label-free: chance recall{} {}"),
+    )  # fmt: skip
+
+    def measure(self, at: At, config: LabelFreeConfig) -> Outcome:
+        """Encode each picture as it is evaluated, and in two views."""
+        encoder, test = at.encoder.pooled(config.pool), at.test
+        targets = choose_targets(test, min(config.limit, len(test)), 0.0, config.seed)
+        began = perf_counter()
+        seen, patches, bad = watch(encoder, test, targets, config, at.progress)
+        facts = facts_of_bad(torch.tensor(bad, dtype=torch.int64), len(targets), test)
+        count = len(seen.pictures)
+        if count < 2:
+            raise UserError(f"{test.name}: {count} pictures, at least 2 are needed")
+        for columns in (seen.features, seen.views.flatten(1)):
+            check_finite(columns, seen.pictures, test)
+        check_finite(seen.objects.flatten(1), seen.owners, test)
+        metrics = {
+            **space_metrics(encoder, seen, patches, config),
+            **view_metrics(seen, config),
+            **object_metrics(seen, config),
+        }
+        scores = {}
+        for name, first, second, owners in _pairs(seen):
+            ranks = _ranks(first, second)
+            k = min(config.recall, len(first))
+            scores[f"rank1_{name}"] = packed(ranks == 0, owners.repeat(2))
+            scores[f"recall{k}_{name}"] = packed(ranks < k, owners.repeat(2))
+        facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
+        named = {
+            "name": test.name,
+            "fingerprint": pictures_of(test, targets).digest,
+            "pictures": len(targets),
+        }
+        data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
+        return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
 
 
 def space_metrics(

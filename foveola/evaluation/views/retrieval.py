@@ -27,8 +27,9 @@ from foveola.evaluation.features.table import (
     why_bad,
 )
 from foveola.evaluation.images import ReadingConfig
-from foveola.evaluation.metrics import Outcome, interval, partner_ranks, recall_at
+from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 from foveola.views.batch import Streams, ViewsConfig, make_views
@@ -214,58 +215,70 @@ def two_views(
     return batch.global_views, batch.global_objects[:, :, 0]
 
 
-def run(
-    encoder: Encoder, train: Source | None, test: Source, config: RetrievalConfig, progress: bool = True
-) -> Outcome:
-    """Rank the other crop of each object among one crop of every object, from both sides, and average.
+class Retrieval(Protocol):
+    """Ranks the other crop of each object among one crop of every object, from both sides.
 
-    Metrics, in percent, for `plain` (class token of the view) and `masks` (object token): `rank1_*` with its
+    Numbers, in percent, for `plain` (class token of the view) and `masks` (object token): `rank1_*` with its
     95 % bootstrap interval over pictures (`_low`, `_high`), `recall5_*`; `chance_rank1` and `chance_recall5`.
     """
-    encoder = encoder.pooled(config.pool)
-    kinds, notes = mask_kinds(config.masks, None, test)
-    targets = choose_targets(test, config.objects, config.min_area, config.seed)
-    if len(targets) < 2:
-        raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
-    began = perf_counter()
-    features, pictures, bad = _embed(encoder, test, targets, kinds, config, progress)
-    if len(bad) > 0.01 * len(targets):
-        raise UserError(
-            f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as "
-            + why_bad(test, bad[0])
-        )
-    count = len(pictures)
-    if count < config.objects:
-        notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
-    k = min(config.recall, count)
-    metrics, scores = {}, {}
-    for place, masked in enumerate(kinds):
-        name = "masks" if masked else "plain"
-        first, second = features[:, place, 0], features[:, place, 1]
-        check_finite(features[:, place].flatten(0, 1), pictures.repeat_interleave(2), test)
-        ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
-        owners = pictures.repeat(2)
-        low, high = interval(ranks == 0, owners, seed=config.seed)
-        scores |= {
-            f"rank1_{name}": packed(ranks == 0, owners),
-            f"recall{k}_{name}": packed(ranks < k, owners),
+
+    name = "retrieval"
+    title = "same-object retrieval"
+    help = "find the other crop of an object among those of others"
+    Config = RetrievalConfig
+    metrics = (
+        Metric("rank1_*", "same-object retrieval rank-1 ({})", "higher", chance="chance_rank1", main=True),
+        Metric("recall*_*", "same-object retrieval recall@{} ({})", "higher", chance="chance_recall{}"),
+        Metric("chance_rank1", "same-object retrieval: chance rank-1"),
+        Metric("chance_recall*", "same-object retrieval: chance recall{}"),
+    )
+
+    def measure(self, at: At, config: RetrievalConfig) -> Outcome:
+        """Encode two views of each object, and rank one among those of all."""
+        encoder, test = at.encoder.pooled(config.pool), at.test
+        kinds, notes = mask_kinds(config.masks, None, test)
+        targets = choose_targets(test, config.objects, config.min_area, config.seed)
+        if len(targets) < 2:
+            raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
+        began = perf_counter()
+        features, pictures, bad = _embed(encoder, test, targets, kinds, config, at.progress)
+        if len(bad) > 0.01 * len(targets):
+            raise UserError(
+                f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as "
+                + why_bad(test, bad[0])
+            )
+        count = len(pictures)
+        if count < config.objects:
+            notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
+        k = min(config.recall, count)
+        metrics, scores = {}, {}
+        for place, masked in enumerate(kinds):
+            name = "masks" if masked else "plain"
+            first, second = features[:, place, 0], features[:, place, 1]
+            check_finite(features[:, place].flatten(0, 1), pictures.repeat_interleave(2), test)
+            ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
+            owners = pictures.repeat(2)
+            low, high = interval(ranks == 0, owners, seed=config.seed)
+            scores |= {
+                f"rank1_{name}": packed(ranks == 0, owners),
+                f"recall{k}_{name}": packed(ranks < k, owners),
+            }
+            metrics |= {
+                f"rank1_{name}": recall_at(ranks, 1),
+                f"rank1_{name}_low": 100 * low,
+                f"rank1_{name}_high": 100 * high,
+                f"recall{k}_{name}": recall_at(ranks, k),
+            }
+        metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
+        facts: dict[str, Any] = {
+            "name": test.name,
+            "fingerprint": pictures_of(test, targets).digest,
+            "objects": count,
+            "pictures": len(pictures.unique()),
+            "unreadable": len(bad),
         }
-        metrics |= {
-            f"rank1_{name}": recall_at(ranks, 1),
-            f"rank1_{name}_low": 100 * low,
-            f"rank1_{name}_high": 100 * high,
-            f"recall{k}_{name}": recall_at(ranks, k),
-        }
-    metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
-    facts: dict[str, Any] = {
-        "name": test.name,
-        "fingerprint": pictures_of(test, targets).digest,
-        "objects": count,
-        "pictures": len(pictures.unique()),
-        "unreadable": len(bad),
-    }
-    data = {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}
-    return Outcome(metrics, data, tuple(notes), scores=scores)
+        data = {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}
+        return Outcome(metrics, data, tuple(notes), scores=scores)
 
 
 def _embed(

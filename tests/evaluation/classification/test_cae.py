@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from foveola.config import UserError
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.evaluate import evaluate
 
 WIDTH, CLASSES, PATCHES, ROWS = 12, 5, 7, 20
 

@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.classification.knn import KnnConfig, predict, shared_labels
-from foveola.evaluation.protocol import evaluate, evaluate_all
+from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.search import nearest
 
 

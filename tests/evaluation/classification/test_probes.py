@@ -21,9 +21,10 @@ from foveola.evaluation.classification.task import (
     open_task,
 )
 from foveola.evaluation.classification.truth import Answers
+from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.names import need
-from foveola.evaluation.protocol import evaluate, evaluate_all
+from foveola.evaluation.protocol import At
 from foveola.evaluation.result import Result
 
 QUIET = {"progress": False, "workers": 0}
@@ -327,7 +328,7 @@ def test_imagenet_variants_restrict_and_accept_several(encoder, shades) -> None:
     test.answers = lambda index: np.array([test.samples[index].label, 2])
     with Feed(encoder, None, progress=False) as feed:
         config = ProbeConfig(workers=0)
-        task = open_task(feed, train, test, config, need("average"), encoder.device, 2)
+        task = open_task(At(encoder, train, test, feed), config, need("average"), 2)
     assert task.answers.candidates.tolist() == [False, True, True]
     assert [some.tolist() for some in task.answers.others] == [[0, 2], [1, 2], [2, 2]] * 2
 

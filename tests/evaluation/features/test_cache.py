@@ -406,11 +406,11 @@ def test_crops_of_dino_are_bilinear_and_the_evaluated_picture_is_not(encoder, pi
     """torchvision's RandomResizedCrop, as DINO and iBOT call it; PIL says what bilinear is."""
     from PIL import Image
 
-    from foveola.evaluation.classification.linear import LinearConfig, needs
+    from foveola.evaluation.classification.linear import LinearConfig, wanted_of
 
-    wanted = needs(LinearConfig(style="dino"), encoder)
+    wanted = wanted_of(LinearConfig(style="dino"), encoder)
     assert wanted.crops == "bilinear"
-    assert {needs(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
+    assert {wanted_of(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
     chosen, side = np.arange(3), encoder.config.transform.crop
     settings = (encoder.config.transform, 8, CONFIG.reading(), 2, False)
     plain, crops = Crops(pictures, chosen, *settings)[0], Crops(pictures, chosen, *settings, "bilinear")[0]

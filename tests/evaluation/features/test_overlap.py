@@ -14,9 +14,9 @@ from foveola.cli import main
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.evaluation.classification.knn import KnnConfig
+from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.overlap import content_groups, overlap_of
 from foveola.evaluation.features.table import choose_pictures, extract_tables
-from foveola.evaluation.protocol import evaluate, evaluate_all
 
 QUIET = {"workers": 0, "progress": False}
 
@@ -218,7 +218,7 @@ def test_processes_that_see_other_data_are_named(run_ranks, tmp_path) -> None:
 import os
 from foveola import distributed
 from foveola.config import UserError
-from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.evaluate import evaluate
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 

@@ -12,6 +12,7 @@ from foveola.config import ConfigError, UserError, build
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation.compare import compare
+from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.localisation import localisation
 from foveola.evaluation.localisation.box_accuracy import (
@@ -23,10 +24,10 @@ from foveola.evaluation.localisation.box_accuracy import (
     square_hits,
 )
 from foveola.evaluation.localisation.components import components, holes
-from foveola.evaluation.localisation.localisation import LocalisationConfig, locate, max_box_acc
+from foveola.evaluation.localisation.localisation import Localisation, LocalisationConfig, locate, max_box_acc
 from foveola.evaluation.localisation.score_maps import MapReader, choose_maps, first_component, learn_weights
 from foveola.evaluation.paired import packed
-from foveola.evaluation.protocol import evaluate
+from foveola.evaluation.protocol import At
 from foveola.evaluation.result import Result
 from foveola.models.encoder import Encoder
 
@@ -381,7 +382,7 @@ def white_boxes(list_source):
 
 def run(encoder, source, **settings):
     config = LocalisationConfig(**{"workers": 0, "image_size": 32, **settings})
-    return localisation.run(encoder, None, source, config, progress=False)
+    return Localisation().measure(At(encoder, None, source, progress=False), config)
 
 
 def test_who_sees_the_box_finds_it(encoder, white_boxes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +403,7 @@ def test_who_sees_the_box_finds_it(encoder, white_boxes, monkeypatch: pytest.Mon
 
 def test_squares_and_hold_out_are_what_they_say(encoder, white_boxes, check_scores) -> None:
     outcome = run(encoder, white_boxes, holdout=0.25, iou=(0.3, 0.5))
-    check_scores(outcome)
+    check_scores(outcome, Localisation.metrics)
     metrics, chosen = outcome.metrics, outcome.chosen
     hits = np.stack([square_hits(s.objects.boxes, (0.3, 0.5), 224, True) for s in white_boxes.samples])
     assert metrics["maxboxacc_v2_centred_box"] == pytest.approx(100 * hits[:, :2].mean(0).max(1).mean())

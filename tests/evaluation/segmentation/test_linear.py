@@ -7,8 +7,14 @@ from torch.nn.functional import interpolate
 
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.protocol import At
 from foveola.evaluation.segmentation import linear
-from foveola.evaluation.segmentation.linear import LinearSegmentationConfig, pixel_loss, run, train_heads
+from foveola.evaluation.segmentation.linear import (
+    LinearSegmentation,
+    LinearSegmentationConfig,
+    pixel_loss,
+    train_heads,
+)
 
 COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
 FAST = {"workers": 0, "steps": 150, "train_batch": 4, "rates": [1e-4, 1e-2]}
@@ -82,6 +88,10 @@ def test_heads_trained_together_equal_heads_trained_alone():
         assert torch.equal(alone.weight, head.weight)
         assert torch.equal(alone.bias, head.bias)
     assert not torch.allclose(together[0].weight, together[1].weight)
+
+
+def run(encoder, train, test, config, progress=False):
+    return LinearSegmentation().measure(At(encoder, train, test, progress=progress), config)
 
 
 def test_rate_falls_to_zero_as_a_polynomial():

@@ -8,14 +8,15 @@ from sklearn.preprocessing import StandardScaler
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.classification.logistic import LogisticModel
+from foveola.evaluation.protocol import At
 from foveola.evaluation.segmentation import choice, patches
 from foveola.evaluation.segmentation.choice import choose, hold_out
 from foveola.evaluation.segmentation.patches import (
+    KnnSegmentation,
     KnnSegmentationConfig,
+    LogisticSegmentation,
     LogisticSegmentationConfig,
     Scaler,
-    run_knn,
-    run_logistic,
     transplant,
 )
 
@@ -164,6 +165,14 @@ def test_equal_settings_are_told_apart_by_their_loss(encoder, coloured, monkeypa
 
 
 # -- protocols --------------------------------------------------------------------------------------------
+
+
+def run_knn(encoder, train, test, config, progress=False):
+    return KnnSegmentation().measure(At(encoder, train, test, progress=progress), config)
+
+
+def run_logistic(encoder, train, test, config, progress=False):
+    return LogisticSegmentation().measure(At(encoder, train, test, progress=progress), config)
 
 
 def test_knn_finds_colour(encoder, coloured):

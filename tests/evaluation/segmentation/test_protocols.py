@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from foveola.config import UserError
+from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features import passes
 from foveola.evaluation.features.names import Reader
-from foveola.evaluation.protocol import PROTOCOLS, Result, evaluate, evaluate_all
+from foveola.evaluation.protocol import find
+from foveola.evaluation.result import Result
 
 COLOURS = np.zeros((12, 3), np.uint8)
 COLOURS[:3] = [[220, 30, 30], [30, 220, 30], [30, 30, 220]]
@@ -23,7 +25,7 @@ SETTINGS = {
 RANKS = """
 import json
 from foveola import distributed
-from foveola.evaluation.protocol import evaluate, evaluate_all
+from foveola.evaluation.evaluate import evaluate, evaluate_all
 with distributed.joined("cpu") as device:
     options = dict(train={data!r}, test={data!r}, device=device, progress=False, workers=0)
     own = {settings!r}
@@ -186,4 +188,4 @@ def test_data_without_pixel_labels(name, encoder, camvid, tmp_path):
         evaluate(encoder, name, train=folder, test=camvid)
     with pytest.raises(UserError, match="test is needed"):
         evaluate(encoder, name, train=camvid)
-    assert PROTOCOLS[name].needs_train
+    assert find(name).train == "needed"

@@ -7,14 +7,15 @@ from torch.nn.functional import interpolate
 
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
+from foveola.evaluation.protocol import At
 from foveola.evaluation.search import nearest
 from foveola.evaluation.segmentation.reading import label_counts, patch_pixels
 from foveola.evaluation.segmentation.retrieval import (
+    DenseRetrieval,
     DenseRetrievalConfig,
     attend,
     label_pixels,
     own_shares,
-    run,
 )
 from foveola.models.encoder import Encoder
 
@@ -90,6 +91,10 @@ def test_label_pixels_is_the_largest_of_enlarged_shares():
     field = shares.T.reshape(1, 4, 12, 12)
     expected = interpolate(field, (30, 17), mode="bilinear", align_corners=False)[0].argmax(dim=0)
     assert torch.equal(label_pixels(shares, 12, (30, 17)).long(), expected)
+
+
+def run(encoder, train, test, config, progress=False):
+    return DenseRetrieval().measure(At(encoder, train, test, progress=progress), config)
 
 
 def test_memory_that_holds_the_queries_gives_the_ceiling(encoder: Encoder, coloured):

@@ -12,10 +12,10 @@ from foveola.config import ConfigError, UserError, build
 from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation.compare import compare
+from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
-from foveola.evaluation.protocol import evaluate
-from foveola.evaluation.views import label_free
+from foveola.evaluation.protocol import At
 from foveola.evaluation.views.feature_space import (
     Moments,
     alignments,
@@ -28,10 +28,9 @@ from foveola.evaluation.views.feature_space import (
     spread,
     uniformity,
 )
-from foveola.evaluation.views.label_free import LabelFreeConfig
+from foveola.evaluation.views.label_free import LabelFree, LabelFreeConfig
 from foveola.evaluation.views.other_views import ViewCanvases, picture_views, watch
-from foveola.evaluation.views.retrieval import RetrievalConfig, choose_targets, two_views
-from foveola.evaluation.views.retrieval import run as retrieve
+from foveola.evaluation.views.retrieval import Retrieval, RetrievalConfig, choose_targets, two_views
 from foveola.models.encoder import Encoder, Features
 
 
@@ -163,7 +162,7 @@ def noise(list_source, make_sample):
 
 def run(encoder, source, **settings):
     config = LabelFreeConfig(**{"workers": 0, "limit": 40, **settings})
-    return label_free.run(encoder, None, source, config, progress=False)
+    return LabelFree().measure(At(encoder, None, source, progress=False), config)
 
 
 def test_one_pass_sees_what_others_see(encoder, noise) -> None:
@@ -196,7 +195,7 @@ def test_metrics_are_those_of_what_is_seen(encoder, noise, check_scores) -> None
     seen, patches, _ = watch(encoder, noise, choose_targets(noise, 40, 0.0, 0), config, progress=False)
     outcome = run(encoder, noise, recall=3, duplicate=0.9)
     metrics = outcome.metrics
-    check_scores(outcome)
+    check_scores(outcome, LabelFree.metrics)
     first, second = seen.views.unbind(dim=1)
     assert metrics["alignment"] == pytest.approx(alignments(first, second).mean().item())
     assert metrics["uniformity"] == pytest.approx((uniformity(first) + uniformity(second)) / 2)
@@ -224,7 +223,7 @@ def test_object_numbers_are_those_of_retrieval(encoder, list_source, make_sample
     source = list_source([make_sample(i, boxes) for i in range(33)], name="objects:")
     metrics = run(encoder, source).metrics
     config = RetrievalConfig(objects=33, workers=0)
-    expected = retrieve(encoder, None, source, config, progress=False).metrics
+    expected = Retrieval().measure(At(encoder, None, source, progress=False), config).metrics
     for kind in ("plain", "masks"):
         for name in ("rank1", "recall5"):
             assert metrics[f"{name}_objects_{kind}"] == pytest.approx(expected[f"{name}_{kind}"])
@@ -277,7 +276,7 @@ def test_who_knows_colours_finds_views_again(encoder, list_source) -> None:
         )
         samples.append(Sample(image, str(i)))
     source = list_source(samples, name="colours:")
-    still = label_free.LabelFreeConfig().color
+    still = LabelFreeConfig().color
     still = dataclasses.replace(still, jitter=0.0, grayscale=0.0, solarize=(0.0, 0.0, 0.0))
     pixels = Pixels(encoder.config)
     found = run(pixels, source, color=still).metrics

@@ -7,9 +7,11 @@ import torch
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
+from foveola.evaluation.protocol import At
 from foveola.evaluation.views import retrieval
 from foveola.evaluation.views.retrieval import (
     PARCEL,
+    Retrieval,
     RetrievalConfig,
     TargetCanvases,
     choose_targets,
@@ -113,7 +115,7 @@ def run(encoder, source, **settings):
     config = RetrievalConfig(
         **{"workers": 0, "objects": 30, "color": unchanged, "scale": (0.8, 1.0), **settings}
     )
-    return retrieval.run(encoder, None, source, config, progress=False)
+    return Retrieval().measure(At(encoder, None, source, progress=False), config)
 
 
 def test_who_knows_the_colour_finds_the_object(encoder, colours) -> None:
@@ -138,7 +140,7 @@ def test_both_directions_are_averaged(encoder, colours, monkeypatch: pytest.Monk
 def test_metrics_of_a_random_encoder(encoder, colours, check_scores) -> None:
     outcome = run(encoder, colours)
     metrics = outcome.metrics
-    check_scores(outcome)
+    check_scores(outcome, Retrieval.metrics)
     assert metrics["chance_rank1"] == pytest.approx(100 / 30)
     assert metrics["chance_recall5"] == pytest.approx(500 / 30)
     for name in ("plain", "masks"):
@@ -188,10 +190,10 @@ def test_pictures_keep_their_pixels_or_are_shrunk_as_the_encoder_has_it(
     monkeypatch.setattr(retrieval, "two_views", watched)
     transform = replace(encoder.config.transform, interpolation="bilinear")
     encoder.config = replace(encoder.config, transform=transform)
-    retrieval.run(encoder, None, source, RetrievalConfig(workers=0), progress=False)
+    Retrieval().measure(At(encoder, None, source, progress=False), RetrievalConfig(workers=0))
     for i, sample in enumerate(source.samples):
         assert torch.equal(seen[i].permute(1, 2, 0), torch.from_numpy(sample.image))
-    retrieval.run(encoder, None, source, RetrievalConfig(workers=0, canvas=40), progress=False)
+    Retrieval().measure(At(encoder, None, source, progress=False), RetrievalConfig(workers=0, canvas=40))
     for i, sample in enumerate(source.samples):
         assert torch.equal(seen[i], resize(sample.image, 40, 40, "bilinear"))
         assert not torch.equal(seen[i], resize(sample.image, 40, 40))

@@ -1,0 +1,268 @@
+"""Runs protocols: `evaluate()` and `evaluate_all()`, whose feature passes the protocols share."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from foveola import distributed, files
+from foveola.config import UserError, build, merge, to_dict
+from foveola.data.identity import looked_at_once, say
+from foveola.data.sources import Source, as_source, notes_of
+from foveola.evaluation.features.cache import Feed, where_of
+from foveola.evaluation.features.overlap import POLICIES, separate
+from foveola.evaluation.features.table import identity_for
+from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find
+from foveola.evaluation.result import Result, versions
+from foveola.evaluation.stored import home_of, store
+from foveola.failures import told
+from foveola.models.encoder import Encoder
+from foveola.zoo.load import load
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One protocol of an evaluation, with what it measures and what it reads of that."""
+
+    protocol: Protocol
+    config: Any
+    train: Any  # a Source, or None
+    test: Any
+    needs: Needs
+    notes: tuple[str, ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether it learns from the training data, so that test data must be others."""
+        optional = self.protocol.train == "optional" and len(getattr(self.train, "classes", None) or ()) > 1
+        return self.protocol.train == "needed" or (optional and bool(self.needs.train))
+
+    def readings(self) -> list[tuple[Source, Reading, int]]:
+        """What is read from the shared pass: sources, features, and random crops beside."""
+        train = self.needs.train if self.learns else ()
+        read = [(self.train, reading, reading.views) for reading in train]
+        return read + [(self.test, reading, 0) for reading in self.needs.test]
+
+
+def evaluate(
+    model: Encoder | str | Path,
+    protocol: str | Protocol | type,
+    *,
+    train: Source | str | None = None,
+    test: Source | str | None = None,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
+    overlap: str = "refuse",
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Measure a frozen encoder by one protocol. All ranks call it; all get the result.
+
+    Args:
+        model: an `Encoder`, or what `foveola.load` takes. Of a run folder the encoder is measured, and the
+            result is written to its `results/<protocol>.json`; that of `untrained:RUN` to
+            `RUN/untrained/results/`, and that of `RUN/encoders/step-N` to its own `results/`.
+        protocol: a name (`foveola evaluate --help` lists them), an importable name such as
+            `my_package.my_module:MyProtocol`, or a `foveola.Protocol` of your own.
+        train, test: data strings (opened with the split of that name) or sources; `train` where the protocol
+            needs it.
+        out: folder for `results/<protocol>.json`; by default the model's own folder, where it has one. An
+            earlier result is replaced only if it was measured alike; others are kept beside it.
+        cache: folder that keeps the features of the pass; by default that of FOVEOLA_CACHE, if it is set, and
+            otherwise a temporary one.
+        device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
+            it is.
+        overlap: what to do with test images that train holds as well, byte for byte: "refuse" them, "drop"
+            them (measure the others), or "allow" them; the notes of the result say how many there are.
+        settings: keys of the protocol's configuration, such as `k=(20,)`, `rows="objects"`.
+
+    Raises UserError for unknown protocols and keys, bad values, data without what the protocol needs, and
+    encoders whose features are not finite.
+    """
+    found = find(protocol)
+    places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
+    places["overlap"] = overlap
+    return evaluate_all(model, (found,), progress=progress, **places, **settings)[found.name]
+
+
+@looked_at_once()
+def evaluate_all(
+    model: Encoder | str | Path,
+    protocols: Sequence[str | Protocol | type],
+    *,
+    train: Source | str | None = None,
+    test: Source | str | None = None,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
+    overlap: str = "refuse",
+    progress: bool = True,
+    show: Callable[[Result], None] = lambda _: None,
+    **settings: Any,
+) -> dict[str, Result]:
+    """`evaluate` for several protocols, which share one pass of the encoder over the pictures where they can.
+
+    Results are given by the protocols' names, and each to `show` as soon as it is there, also where it cannot
+    be written or a later protocol refuses. That results can be written is looked at before anything is
+    computed. A setting counts for every protocol that knows it; `linear={"epochs": 5}` for that one alone.
+    Raises UserError for a setting that none of them knows, and as `evaluate`.
+    """
+    found = {protocol.name: protocol for protocol in map(find, protocols)}
+    configs = configure(protocols, settings)
+    bank, queries = _open(list(found.values()), train, test, progress)
+    encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
+    if out is None and not isinstance(model, Encoder):
+        out = home_of(model)
+    if out is not None:
+        place = Path(out) / "results"
+        distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
+    cache = cache or os.environ.get("FOVEOLA_CACHE") or None
+    jobs = []
+    for name, protocol in found.items():
+        used = None if protocol.train == "unused" else bank
+        needs = protocol.needs(configs[name], encoder)
+        jobs.append(Job(protocol, configs[name], used, queries, needs))
+    jobs = _separate(jobs, overlap)
+    storing = _storing(jobs, cache)
+    feed = Feed(encoder, cache, progress=progress) if storing else None
+    results = {}
+    try:
+        if feed is not None:
+            _want(feed, [job for job in jobs if job.protocol.name in storing])
+        for job in jobs:
+            name = job.protocol.name
+            at = At(encoder, job.train, job.test, feed if name in storing else None, progress)
+            results[name] = _measure(job, at)
+            try:
+                if out is not None and distributed.is_main():
+                    with told(f"{name} is measured, but its result cannot be written to {out}"):
+                        results[name] = store(results[name], out)
+            finally:
+                show(results[name])
+    finally:
+        if feed is not None:
+            feed.close()
+    return results
+
+
+def configure(protocols: Sequence[str | Protocol | type], settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of each protocol, by its name.
+
+    Raises UserError for unknown protocols and keys, and bad values.
+    """
+    found = [find(protocol) for protocol in protocols]
+    names = [protocol.name for protocol in found]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"expected different protocols, got {', '.join(names) or 'none'}")
+    own = {name: settings[name] for name in names if isinstance(settings.get(name), dict)}
+    common = {name: value for name, value in settings.items() if name not in own}
+    fields = {protocol.name: set(protocol.Config.__dataclass_fields__) for protocol in found}
+    configs, known = {}, set().union(*fields.values())
+    for protocol in found:
+        name = protocol.name
+        mine = {key: v for key, v in common.items() if key in fields[name] or key not in known}
+        configs[name] = build(protocol.Config, merge(mine, own.get(name, {})))
+    return configs
+
+
+def _open(
+    protocols: Sequence[Protocol], train: Source | str | None, test: Source | str | None, progress: bool
+) -> tuple[Any, Any]:
+    """The training data, where one of the protocols uses them, and the test data."""
+    asking = [protocol.name for protocol in protocols if protocol.train == "needed"]
+    for which, source, users in (("test", test, [p.name for p in protocols]), ("train", train, asking)):
+        if source is None and users:
+            raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
+    say(progress and distributed.is_main())
+    used = train is not None and any(protocol.train != "unused" for protocol in protocols)
+    return (as_source(train, "train", "train") if used else None), as_source(test, "test", "test")
+
+
+def _separate(jobs: Sequence[Job], overlap: str) -> list[Job]:
+    """The same jobs, with test data and notes as the policy for images in train and test has them."""
+    if overlap not in POLICIES:
+        raise UserError(f"overlap={overlap!r}: valid are {', '.join(POLICIES)}")
+    learning = [job for job in jobs if job.learns]
+
+    def look() -> dict[str, tuple[Source, tuple[str, ...]]]:
+        names = [(job.protocol.name, job) for job in learning]
+        return {name: separate(name, job.config, job.train, job.test, overlap) for name, job in names}
+
+    if distributed.world_size() > 1:  # one reads the files, the others find the hashes
+        distributed.on_main(lambda: bool(look()))
+    found = look()
+    for job in learning:
+        for source in (job.train, job.test):
+            seen = distributed.gather_objects(identity_for(source, job.config).digest)
+            if other := [rank for rank, digest in enumerate(seen) if digest != seen[0]]:
+                raise UserError(f"{source.name}: process {other[0]} sees other data than process 0")
+    separated = []
+    for job in jobs:
+        test, notes = found.get(job.protocol.name, (job.test, ()))
+        separated.append(replace(job, test=test, notes=notes))
+    return separated
+
+
+def _storing(jobs: Sequence[Job], cache: str | Path | None) -> set[str]:
+    """Names of the protocols that read stored features.
+
+    Without a folder to keep them in, nothing is stored for those that read all of it once, unless another
+    protocol reads the same.
+    """
+    places = {
+        job.protocol.name: {
+            where_of(source, job.config, reading.need, views) for source, reading, views in job.readings()
+        }
+        for job in jobs
+    }
+    users = Counter(place for each in places.values() for place in each)
+    return {
+        job.protocol.name
+        for job in jobs
+        if job.readings()
+        and (
+            cache is not None
+            or not all(reading.once for _, reading, _ in job.readings())
+            or any(users[place] > 1 for place in places[job.protocol.name])
+        )
+    }
+
+
+def _want(feed: Feed, jobs: Sequence[Job]) -> None:
+    """Tell the feed all that will be read before anything is."""
+    for job in jobs:
+        for source, reading, views in job.readings():
+            try:
+                feed.want(source, job.config, reading.need, views)
+            except UserError as error:
+                raise UserError(f"{job.protocol.name}: {error}") from error
+
+
+def _measure(job: Job, at: At) -> Result:
+    """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
+    began = perf_counter()
+    outcome = distributed.broadcast_object(job.protocol.measure(at, job.config))
+    sources = (job.train, job.test)
+    told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
+    return Result(
+        protocol=job.protocol.name,
+        settings=to_dict(job.config),
+        metrics=outcome.metrics,
+        data=outcome.data,
+        encoder=at.encoder.fingerprint(),
+        versions=versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(perf_counter() - began, 2),
+        notes=(*job.notes, *dict.fromkeys(told)),
+        chosen=outcome.chosen,
+        grid=outcome.grid,
+        scores=outcome.scores,
+        described=job.protocol.metrics,
+    )
