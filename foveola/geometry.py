@@ -177,17 +177,21 @@ def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) 
     rows, columns = field.shape[-2:]
     table = torch.zeros(*field.shape[:2], rows + 1, columns + 1, dtype=torch.float64, device=field.device)
     table[..., 1:, 1:] = field.double().cumsum(-1).cumsum(-2)
+    x0, y0, x1, y1 = boxes.to(field.device).unbind(-1)
+    lower = _read(table, x1, y1) - _read(table, x0, y1)
+    return (lower - _read(table, x1, y0) + _read(table, x0, y0)).to(field.dtype)
+
+
+def _read(
+    table: Float[Tensor, "B M S1 S3"], x: Float[Tensor, "B M T"], y: Float[Tensor, "B M T"]
+) -> Float[Tensor, "B M T"]:
+    """The table between its nodes at positions in [0, 1], linearly in each direction."""
+    rows, columns = table.shape[-2] - 1, table.shape[-1] - 1
     flat = table.flatten(2)
-    boxes = boxes.to(field.device)
-
-    def at(x: Tensor, y: Tensor) -> Tensor:
-        x, y = x.double().clamp(0, 1) * columns, y.double().clamp(0, 1) * rows
-        left, top = x.floor().clamp(max=columns - 1), y.floor().clamp(max=rows - 1)
-        fx, fy = x - left, y - top
-        corner = (top * (columns + 1) + left).long()
-        upper = flat.gather(2, corner) * (1 - fx) + flat.gather(2, corner + 1) * fx
-        lower = flat.gather(2, corner + columns + 1) * (1 - fx) + flat.gather(2, corner + columns + 2) * fx
-        return upper * (1 - fy) + lower * fy
-
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return (at(x1, y1) - at(x0, y1) - at(x1, y0) + at(x0, y0)).to(field.dtype)
+    x, y = x.double().clamp(0, 1) * columns, y.double().clamp(0, 1) * rows
+    left, top = x.floor().clamp(max=columns - 1), y.floor().clamp(max=rows - 1)
+    fx, fy = x - left, y - top
+    corner = (top * (columns + 1) + left).long()
+    upper = flat.gather(2, corner) * (1 - fx) + flat.gather(2, corner + 1) * fx
+    lower = flat.gather(2, corner + columns + 1) * (1 - fx) + flat.gather(2, corner + columns + 2) * fx
+    return upper * (1 - fy) + lower * fy

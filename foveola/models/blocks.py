@@ -136,10 +136,9 @@ class Block(Residual):
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        def attend(x: Tensor, readable: Tensor | None, rotation: Tensor | None) -> Tensor:
-            return self.ls1(self.attn(self.norm1(x), objects, readable, rotation))
-
-        x = self.residual(x, attend, readable, rotation)
+        x = self.residual(
+            x, lambda x, *others: self.ls1(self.attn(self.norm1(x), objects, *others)), readable, rotation
+        )
         return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -162,10 +161,13 @@ class CrossBlock(Residual):
         rotation: Float[Tensor, "#B 2 P d"] | None = None,
         context_rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B P D"]:
-        def attend(x: Tensor, *others: Tensor | None) -> Tensor:
-            return self.ls1(self.attn(self.norm1(x), *others))
-
-        x = self.residual(x, attend, context, rotation, context_rotation)
+        x = self.residual(
+            x,
+            lambda x, *others: self.ls1(self.attn(self.norm1(x), *others)),
+            context,
+            rotation,
+            context_rotation,
+        )
         return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
 

@@ -39,16 +39,18 @@ class BlocksConfig:
         self, grid: tuple[int, int], scale: float, aspect: float, context: float
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) of the blocks to predict and of the context's, from three numbers in [0, 1)."""
-        largest = tuple(n - self.published for n in grid)
-
-        def sides(share: tuple[float, float], at: float, ratio: float) -> tuple[int, int]:
-            area = int(grid[0] * grid[1] * (share[0] + (share[1] - share[0]) * at))
-            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            return min(height, largest[0]), min(width, largest[1])
-
         low, high = self.target_aspect
         ratio = low + (high - low) * aspect
-        return sides(self.target_scale, scale, ratio), sides(self.context_scale, context, 1.0)
+        return self._sides(grid, self.target_scale, scale, ratio), self._sides(
+            grid, self.context_scale, context, 1.0
+        )
+
+    def _sides(
+        self, grid: tuple[int, int], share: tuple[float, float], at: float, ratio: float
+    ) -> tuple[int, int]:
+        area = int(grid[0] * grid[1] * (share[0] + (share[1] - share[0]) * at))
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        return min(height, grid[0] - self.published), min(width, grid[1] - self.published)
 
     def check(self, grid: tuple[int, int]) -> None:
         """Raise ValueError where a view of this patch grid could end up without enough context."""

@@ -198,7 +198,7 @@ def judge(
     return outcome
 
 
-@pytest.mark.parametrize(("name", "tried"), keys().items(), ids=keys())
+@pytest.mark.parametrize(("name", "tried"), (KEYS := keys()).items(), ids=KEYS)
 def test_every_key_does_something(name, tried, monkeypatch):
     monkeypatch.setattr(module, "_check_memory", lambda config, device: None)  # builds everything once more
     assert not list(failures(name, tried))

@@ -57,25 +57,30 @@ def object_crop(
     """
     x0, y0, x1, y1 = box.astype(np.float64) * (width, height, width, height)
     side = max(1, round((1 + context) * max(x1 - x0, y1 - y0)))
-
-    def place(low: float, high: float, extent: int) -> tuple[int, int]:
-        length = min(side, extent)
-        start = min(max(round((low + high - length) / 2), 0), extent - length)
-        return start, start + length
-
-    (left, right), (upper, lower) = place(x0, x1, width), place(y0, y1, height)
+    (left, right), (upper, lower) = _within(x0 + x1, side, width), _within(y0 + y1, side, height)
     return left, upper, right, lower
+
+
+def _within(twice: float, side: int, extent: int) -> tuple[int, int]:
+    """Both ends of a side around twice / 2, moved or else cut to lie in 0 to extent."""
+    length = min(side, extent)
+    start = min(max(round((twice - length) / 2), 0), extent - length)
+    return start, start + length
 
 
 def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     """Which cells of a grid over the box `outer` the box `inner` overlaps."""
-
-    def along(low: float, high: float, start: float, end: float, cells: int) -> Bool[np.ndarray, "cells"]:
-        edges = start + (end - start) * np.arange(cells + 1) / cells
-        return np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]) > 1e-6  # touching is not overlapping
-
     x0, y0, x1, y1 = inner.tolist()
-    return np.outer(along(y0, y1, outer[1], outer[3], grid[0]), along(x0, x1, outer[0], outer[2], grid[1]))
+    rows = _overlapped((y0, y1), (outer[1], outer[3]), grid[0])
+    return np.outer(rows, _overlapped((x0, x1), (outer[0], outer[2]), grid[1]))
+
+
+def _overlapped(
+    inner: tuple[float, float], outer: tuple[float, float], cells: int
+) -> Bool[np.ndarray, "cells"]:
+    edges = outer[0] + (outer[1] - outer[0]) * np.arange(cells + 1) / cells
+    overlap = np.minimum(inner[1], edges[1:]) - np.maximum(inner[0], edges[:-1])
+    return overlap > 1e-6  # touching is not overlapping
 
 
 class Rows(NamedTuple):
