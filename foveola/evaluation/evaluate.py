@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -249,6 +250,9 @@ def _measure(job: Job, at: At) -> Result:
     """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
     began = perf_counter()
     outcome = distributed.broadcast_object(job.protocol.measure(at, job.config))
+    for metric, value in outcome.metrics.items():
+        if not isfinite(value):
+            raise UserError(f"{job.protocol.name}: {metric} is {value}, not a finite number")
     sources = (job.train, job.test)
     told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
     return Result(
