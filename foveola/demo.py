@@ -16,6 +16,7 @@ from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
 from foveola.evaluation.views import retrieval
 from foveola.figures.maps import neighbours, object_attention
+from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.reports.report import report
 from foveola.training.recipe import RunConfig, resolve
@@ -120,7 +121,7 @@ def _report(out: Path, seeds: int, config: RunConfig) -> Path:
     """The report of all runs, with measurements small enough for a minute or two."""
     limit = min(REPORTED, config.evaluate.limit or REPORTED)
     settings = {"knn": {"limit": limit, "masks": True}, "retrieval": _find(config, limit), "limit": limit}
-    return report([out / f"seed-{seed}" for seed in range(seeds)], out / "report.html", **settings)
+    return report([out / f"seed-{seed}" for seed in range(seeds)], RunFolder(out).report, **settings)
 
 
 def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Picture:

@@ -1,13 +1,18 @@
-"""Files that are whole or not there: written under another name beside their own, then renamed."""
+"""Files that are whole or not there, and the layout of run and encoder folders, which nobody else knows."""
 
+import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foveola.config import UserError
 
+STEP = re.compile(r"step-(\d+)", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 
 
@@ -58,6 +63,157 @@ def write_text(path: str | Path, text: str) -> Path:
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+@dataclass(frozen=True)
+class EncoderFolder:
+    """The two files of an encoder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Architecture, transform and pooling, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def is_whole(self) -> bool:
+        """Whether both files are there."""
+        return self.config.is_file() and self.weights.is_file()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run is, below `path`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe: all that is needed to repeat the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A line of JSON for each logged step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def data(self) -> Path:
+        """What the images of the run are; `inventory` beside it tells which."""
+        return self.path / "data.json"
+
+    @property
+    def inventory(self) -> Path:
+        return self.path / "data.npz"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def figures(self) -> Path:
+        """What the method draws, NAME-STEP.png."""
+        return self.path / "pictures"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> EncoderFolder:
+        """The encoder of the newest checkpoint."""
+        return EncoderFolder(self.path / "encoder")
+
+    @property
+    def results(self) -> Path:
+        return results_in(self.path)
+
+    @property
+    def untrained(self) -> Path:
+        """What has the results of the same network before training."""
+        return self.path / "untrained"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def measured(self) -> Path:
+        """What reports keep of what they measure and draw."""
+        return self.path / "report"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def kept_encoder(self, step: int) -> EncoderFolder:
+        """The encoder of an earlier step."""
+        return EncoderFolder(self.path / "encoders" / f"step-{step:08d}")
+
+    def kept_encoders(self) -> list[tuple[int, EncoderFolder]]:
+        """The encoders of earlier steps that are whole, by rising step."""
+        kept = (self.path / "encoders").glob("step-*")
+        found = [(STEP.fullmatch(path.name), EncoderFolder(path)) for path in kept]
+        whole = [(int(match[1]), folder) for match, folder in found if match and folder.is_whole()]
+        return sorted(whole, key=lambda pair: pair[0])
+
+    def is_run(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config.is_file()
+
+    def began_to_train(self) -> bool:
+        """Whether there are traces of a checkpoint."""
+        return any(self.checkpoints.glob("step-*")) or self.encoder.config.exists()
+
+    def read_metrics(self, odd: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
+        """The metrics by rising step; lines of one step (training and evaluation) are laid together.
+
+        The last line may be torn by an interruption and is left out then; so is any other that is not as
+        metrics are, whose number (from 1) is given to `odd`.
+        """
+        path, steps = self.metrics, dict[int, dict[str, Any]]()
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for number, text in enumerate(texts, start=1):
+            try:
+                line = json.loads(text)
+                step = int(line["step"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if number < len(texts):
+                    odd(number)
+                continue
+            steps[step] = steps.get(step, {}) | line
+        return [steps[step] for step in sorted(steps)]
+
+
+def results_in(folder: str | Path) -> Path:
+    """The folder of the results, one file for each protocol, beside an encoder or in a run folder."""
+    return Path(folder) / "results"
+
+
+def home_of(model: str | Path) -> Path | None:
+    """The folder whose `results/` are those of a model; None for a model that has no folder of its own.
+
+    That is a run folder itself, RUN/untrained for `untrained:RUN`, and RUN/encoders/step-N for an encoder
+    that was kept on the way.
+    """
+    head, colon, rest = str(model).partition(":")
+    if colon and head == "untrained":
+        run = home_of(rest)
+        return None if run is None else RunFolder(run).untrained
+    path = Path(model)
+    kept = path.parent.name == "encoders" and EncoderFolder(path).config.is_file()
+    return path if kept or RunFolder(path).encoder.config.is_file() else None
 
 
 def _remove_stale(path: Path) -> None:

@@ -9,7 +9,8 @@ from foveola.config import UserError, nearest
 from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import ENDS
 from foveola.evaluation.result import Result
-from foveola.evaluation.stored import Stored, differences, home_of, results_of
+from foveola.evaluation.stored import Stored, differences, results_of
+from foveola.files import home_of
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from foveola.evaluation.features.overlap import POLICIES, separate
 from foveola.evaluation.features.table import identity_for
 from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find
 from foveola.evaluation.result import Result, versions
-from foveola.evaluation.stored import home_of, store
+from foveola.evaluation.stored import store
 from foveola.failures import told
+from foveola.files import home_of
 from foveola.models.encoder import Encoder
 from foveola.zoo.load import load
 
@@ -122,7 +123,7 @@ def evaluate_all(
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
     if out is not None:
-        place = Path(out) / "results"
+        place = files.results_in(out)
         distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     jobs = []

@@ -47,7 +47,7 @@ class Result:
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/results/<protocol>.json`, replaced whole, and return its path."""
-        path = Path(folder) / "results" / f"{self.protocol}.json"
+        path = files.results_in(folder) / f"{self.protocol}.json"
         tree = {name: value for name, value in asdict(self).items() if name != "written"}
         return files.write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 

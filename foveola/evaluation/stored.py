@@ -17,10 +17,10 @@ from typing import NamedTuple
 from foveola.config import UserError
 from foveola.data.identity import PREFIX
 from foveola.evaluation.result import Result
+from foveola.files import home_of, results_in
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
 FACTS = ("fingerprint", "pictures", "rows", "objects", "unreadable")  # of data that were measured alike
-UNTRAINED = "untrained"
 
 
 class Stored(NamedTuple):
@@ -28,21 +28,6 @@ class Stored(NamedTuple):
 
     path: Path
     result: Result
-
-
-def home_of(model: str | Path) -> Path | None:
-    """The folder whose `results/` are those of a model; None for a model that has no folder of its own.
-
-    That is a run folder itself, RUN/untrained for `untrained:RUN`, and RUN/encoders/step-N for an encoder
-    that was kept on the way.
-    """
-    head, colon, rest = str(model).partition(":")
-    if colon and head == UNTRAINED:
-        run = home_of(rest)
-        return None if run is None else run / UNTRAINED
-    path = Path(model)
-    kept = path.parent.name == "encoders" and (path / "config.json").is_file()
-    return path if kept or (path / "encoder" / "config.json").is_file() else None
 
 
 def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
@@ -53,8 +38,8 @@ def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
     folder = home_of(place) or Path(place)
     if folder.is_file():
         return [Stored(folder, Result.read(folder))], []
-    if folder.name != "results":
-        folder = folder / "results"
+    if folder.name != results_in("").name:
+        folder = results_in(folder)
     found, broken = [], []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -69,7 +54,7 @@ def store(result: Result, folder: str | Path) -> Result:
 
     An earlier result is replaced only where it was measured alike; any other is kept under a name of its own.
     """
-    path = Path(folder) / "results" / f"{result.protocol}.json"
+    path = results_in(folder) / f"{result.protocol}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     told = f"written to {path}"
     with _alone(path.parent):

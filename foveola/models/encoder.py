@@ -286,10 +286,11 @@ class Encoder(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
+        where = files.EncoderFolder(folder)
         state = {k: v.detach().cpu().float().contiguous() for k, v in self.weights().items()}
-        with files.whole(folder / "model.safetensors") as part:
+        with files.whole(where.weights) as part:
             save_file(state, part)
-        files.write_text(folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+        files.write_text(where.config, json.dumps(to_dict(self.config), indent=2) + "\n")
         return folder
 
 

@@ -14,7 +14,7 @@ from foveola.data.sources import Source
 
 def home(run: Path) -> Path:
     """Where what is measured of a run is kept: in it, or in the user's cache."""
-    own = run / "report"
+    own = files.RunFolder(run).measured
     try:
         files.check_place(own, "")
     except UserError:

@@ -1,6 +1,5 @@
 """What a run folder holds, read without the training code: also of old, unfinished and resumed runs."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import ConfigError, UserError, read_yaml
+from foveola.files import STEP, RunFolder
 from foveola.schedules import steps_of
 
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
 IMAGES = re.compile(r": \d+ steps of \d+ pictures, out of (\d+)$")  # as a run notes it at its start
-CHECKPOINT = re.compile(r"step-(\d+)", re.ASCII)
-ENCODER = "config.json", "model.safetensors"  # its files
 TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
 
 
@@ -42,7 +40,7 @@ class Record:
     @cached_property
     def encoder_step(self) -> int:
         """Steps behind `encoder/`: those of the newest checkpoint; as far as logged where there is none."""
-        found = (CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("step-*"))
+        found = (STEP.fullmatch(path.name) for path in RunFolder(self.folder).checkpoints.glob("step-*"))
         return max((int(match[1]) for match in found if match), default=self.step)
 
     @cached_property
@@ -92,16 +90,16 @@ class Record:
 
     @property
     def has_encoder(self) -> bool:
-        return _is_encoder(self.folder / "encoder")
+        return RunFolder(self.folder).encoder.is_whole()
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the encoders that were kept on the way, by rising step."""
-        found = [(CHECKPOINT.fullmatch(p.name), p) for p in (self.folder / "encoders").glob("step-*")]
-        return sorted((int(match[1]), path) for match, path in found if match and _is_encoder(path))
+        return [(step, folder.path) for step, folder in RunFolder(self.folder).kept_encoders()]
 
     def pictures(self) -> dict[str, Path]:
         """The newest of the pictures that training drew, by name."""
-        found = [(PICTURE.fullmatch(path.name), path) for path in (self.folder / "pictures").glob("*-*.png")]
+        drawn = RunFolder(self.folder).figures.glob("*-*.png")
+        found = [(PICTURE.fullmatch(path.name), path) for path in drawn]
         numbered = [(match["name"], int(match["step"]), path) for match, path in found if match]
         return {name: path for name, _, path in sorted(numbered)}
 
@@ -115,10 +113,6 @@ class Record:
                 counts[term] = count
         clusters = self.get("method.clustering.prototypes")
         return counts | ({"clustering": clusters} if isinstance(clusters, int) else {})
-
-
-def _is_encoder(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ENCODER)
 
 
 def setting(tree: Any, path: str, default: Any = None) -> Any:
@@ -136,11 +130,11 @@ def read_runs(folders: Sequence[str | Path]) -> list[Record]:
         raise UserError("report needs a run folder, such as runs/demo/seed-0")
     paths = [Path(folder).expanduser() for folder in folders]
     for path in paths:
-        if not (path / "config.yaml").is_file():
+        if not RunFolder(path).is_run():
             what = "lacks config.yaml" if path.is_dir() else "does not exist"
             raise UserError(f"{path} is no run folder: it {what}")
     return [
-        Record(path, name, read_yaml(path / "config.yaml"), _lines(path / "metrics.jsonl"), _notes(path))
+        Record(path, name, read_yaml(RunFolder(path).config), _lines(path), _notes(path))
         for path, name in zip(paths, _names(paths), strict=True)
     ]
 
@@ -155,21 +149,17 @@ def _names(paths: list[Path]) -> list[str]:
     raise UserError(f"{next(p for p in paths if parts.count(p.resolve().parts) > 1)} is given twice")
 
 
-def _lines(path: Path) -> list[Line]:
-    """The metrics by step; lines of one step (training and evaluation) are laid together."""
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    steps: dict[int, Line] = {}
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number < len(texts):  # the last one may be torn by an interruption
-                print(f"report: {path}, line {number}: no metrics, left out", file=sys.stderr, flush=True)
-            continue
-        numbers = {name: value for name, value in line.items() if value is None or _is_number(value)}
-        steps[step] = steps.get(step, {}) | numbers
-    return [steps[step] for step in sorted(steps)]
+def _lines(folder: Path) -> list[Line]:
+    """The numbers among the metrics, by rising step."""
+    run = RunFolder(folder)
+
+    def say(number: int) -> None:
+        print(f"report: {run.metrics}, line {number}: no metrics, left out", file=sys.stderr, flush=True)
+
+    return [
+        {name: value for name, value in line.items() if value is None or _is_number(value)}
+        for line in run.read_metrics(say)
+    ]
 
 
 def _is_number(value: Any) -> bool:
@@ -177,5 +167,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _notes(folder: Path) -> list[str]:
-    path = folder / "log.txt"
+    path = RunFolder(folder).log
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

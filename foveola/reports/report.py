@@ -12,6 +12,7 @@ from foveola import files
 from foveola.config import UserError, build
 from foveola.drawing import html
 from foveola.evaluation.protocol import every, find
+from foveola.files import RunFolder
 from foveola.health import Facts, health
 from foveola.reports import sections
 from foveola.reports.findings import Findings
@@ -46,7 +47,7 @@ def report(
     """
     records = read_runs([runs] if isinstance(runs, str | Path) else list(runs))
     config, changes = configure(settings | ({} if out is None else {"out": str(out)}))
-    path = Path(config.out) if config.out else records[0].folder / "report.html"
+    path = Path(config.out) if config.out else RunFolder(records[0].folder).report
     if path.is_dir():
         raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
     files.check_place(path.parent, "give another out= for the report")
@@ -59,7 +60,7 @@ def report(
 
         say("reading")
         data = open_data(record, config)
-        others = [other.record.folder / "report" for other in found]
+        others = [RunFolder(other.record.folder).measured for other in found]
         measured = measure(record, data, config, changes, others, say)
         say("drawing")
         found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))

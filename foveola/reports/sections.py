@@ -6,6 +6,7 @@ from statistics import fmean
 
 from foveola.config import UserError
 from foveola.drawing import html
+from foveola.files import RunFolder
 from foveola.health import Verdict, values, worst
 from foveola.models.encoder import Encoder
 from foveola.reports import verdicts
@@ -325,9 +326,9 @@ def curve_charts(records: Sequence[Record]) -> str:
 def configuration(found: Sequence[Findings]) -> str:
     parts = [html.paragraph("The command repeats the run in a new folder; the file is everything it needs.")]
     for each in found:
-        place = shlex.quote(str(each.record.folder / "config.yaml"))
+        place = shlex.quote(str(RunFolder(each.record.folder).config))
         parts.append(html.code(f"foveola pretrain {place} out=NEW_FOLDER"))
-        text = (each.record.folder / "config.yaml").read_text(encoding="utf-8")
+        text = (RunFolder(each.record.folder).config).read_text(encoding="utf-8")
         parts.append(html.folded(f"{each.record.name}/config.yaml", html.code(text)))
     return "".join(parts)
 

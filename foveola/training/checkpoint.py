@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from foveola.config import UserError
+from foveola.files import RunFolder
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _TEMPORARY = ".writing-"
@@ -31,11 +32,11 @@ def save(
     `state` holds tensors, numbers, text, and lists, tuples and dicts of these: only that can be read back
     safely, anything else raises TypeError. Call it on one process. Returns the checkpoint's folder.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = RunFolder(folder).checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     for stale in checkpoints.glob(f"{_TEMPORARY}*"):
         _remove(stale)
-    path = checkpoints / f"step-{step:08d}"
+    path = RunFolder(folder).checkpoint(step)
     temporary = checkpoints / f"{_TEMPORARY}{path.name}"
     temporary.mkdir()
     torch.save(state, temporary / "state.pt")
@@ -54,7 +55,7 @@ def save(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run folder, or None. Half-written and damaged ones are passed over."""
-    return next((path for path in _found(folder / "checkpoints") if is_whole(path)), None)
+    return next((path for path in _found(RunFolder(folder).checkpoints) if is_whole(path)), None)
 
 
 def look(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -64,14 +65,15 @@ def look(folder: Path) -> tuple[Path | None, list[Path]]:
     left of it.
     """
     damaged: list[Path] = []
-    for path in _found(folder / "checkpoints"):
+    for path in _found(RunFolder(folder).checkpoints):
         if is_whole(path):
             return path, damaged
         damaged.append(path)
-    left = [folder / "encoder"] if (folder / "encoder" / "config.json").exists() else []
+    run = RunFolder(folder)
+    left = [run.encoder.path] if run.encoder.config.exists() else []
     if damaged or left:
         which = f"damaged: {', '.join(path.name for path in damaged)}" if damaged else "none is there"
-        remove = " and ".join(map(str, [*left, *([folder / "checkpoints"] if damaged else [])]))
+        remove = " and ".join(map(str, [*left, *([run.checkpoints] if damaged else [])]))
         raise UserError(
             f"{folder} holds a run without a whole checkpoint ({which}): put its checkpoints back, choose "
             f"another out=, or, to train from the beginning, remove {remove}"

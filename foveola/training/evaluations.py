@@ -1,6 +1,5 @@
 """k-NN evaluations of a run while it trains."""
 
-import json
 from pathlib import Path
 
 from foveola import distributed
@@ -8,6 +7,7 @@ from foveola.config import ConfigError, to_dict
 from foveola.data.sources import Source, as_source
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.overlap import separate
+from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training.log import Log
 from foveola.training.recipe import RunConfig
@@ -46,18 +46,9 @@ class Evaluations:
 
 
 def _has(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl holds an evaluation of this step; a torn line is none."""
-    path = folder / "metrics.jsonl"
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        if '"knn/' not in text:
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and line.get("step") == step:
-            return True
-    return False
+    """Whether the metrics of a run hold an evaluation of this step."""
+    lines = RunFolder(folder).read_metrics()
+    return any(line["step"] == step and any(name.startswith("knn/") for name in line) for line in lines)
 
 
 def _labelled(config: RunConfig, own: dict[str, Source]) -> tuple[Source, Source]:

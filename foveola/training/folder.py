@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from foveola import distributed, files
 from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
+from foveola.files import RunFolder
 from foveola.training import checkpoint, same_data
 from foveola.training.recipe import RunConfig, plan
 
@@ -53,7 +54,7 @@ def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Cho
         folder = Path(config.out).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"out={folder} is a file, not a folder")
-        if (folder / "config.yaml").exists():
+        if RunFolder(folder).config.exists():
             if different := difference(folder, config, images):
                 raise ConfigError(
                     f"{folder} holds another run ({different}): choose another out=, or repeat its settings"
@@ -78,7 +79,7 @@ def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Cho
 
 def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
     """The first setting in which the run in `folder` differs from `config`, or None."""
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     try:
         theirs = build(RunConfig, read_yaml(path))  # keys that it lacks have their defaults
     except ConfigError as error:
@@ -97,10 +98,10 @@ def begin(folder: Path, config: RunConfig, images: same_data.Images) -> str | No
 
     What is to be said where the run goes on with other images than before, if that is allowed.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        files.write_text(path, dump_yaml(to_dict(config) | {"out": None}))
-    if any((folder / "checkpoints").glob("step-*")) or (folder / "encoder" / "config.json").exists():
+    run = RunFolder(folder)
+    if not run.config.exists():
+        files.write_text(run.config, dump_yaml(to_dict(config) | {"out": None}))
+    if run.began_to_train():
         return same_data.change(folder, images, config.data_changed == "allow")
     same_data.keep(folder, images)
     return None
@@ -114,7 +115,7 @@ def lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = RunFolder(folder).lock.open("a")
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     with file:
@@ -126,7 +127,7 @@ def lock(folder: Path) -> Iterator[None]:
 def _is_of(folder: Path, config: RunConfig, images: same_data.Images) -> bool:
     """Whether a folder holds a run of these settings."""
     try:
-        return (folder / "config.yaml").exists() and not difference(folder, config, images)
+        return RunFolder(folder).config.exists() and not difference(folder, config, images)
     except ConfigError:  # of another version, or not a run: not this run, in any case
         return False
 
@@ -147,7 +148,7 @@ def _is_finished(folder: Path, config: RunConfig, total_steps: int, changed: str
 def _is_free(folder: Path) -> bool:
     """Whether nobody is working on a run."""
     try:
-        with (folder / ".lock").open("a") as file:
+        with RunFolder(folder).lock.open("a") as file:
             return not _is_held(file)
     except OSError:  # somebody else's
         return False

@@ -46,12 +46,13 @@ class Log:
             return
         self._total, self._batch_size = total_steps, batch_size
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        self._pictures = folder / "pictures"
+        run = files.RunFolder(folder)
+        self._path = run.metrics
+        self._pictures = run.figures
         kept, odd = _truncate(self._path, start_step)
         self.kept = kept
         self._lines = self._path.open("a", encoding="utf-8")
-        self._board = _open_board(folder / "tensorboard", start_step)
+        self._board = _open_board(run.tensorboard, start_step)
         self._seconds_before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
         self._started = self._last_time = time.perf_counter()
         self._last_step, self._last_line = start_step, -math.inf
@@ -148,7 +149,7 @@ class Log:
             self._board.flush()
 
     def _write(self, text: str) -> None:
-        with (self._folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with files.RunFolder(self._folder).log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def close(self) -> None:

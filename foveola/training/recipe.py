@@ -23,6 +23,7 @@ from foveola.config import (
 )
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.classification.knn import KnnConfig
+from foveola.files import RunFolder
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.methods.ijepa import IJepaConfig
@@ -236,7 +237,7 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _unknown_recipe(recipe: str) -> str:
-    if (Path(recipe) / "config.yaml").is_file():
+    if RunFolder(Path(recipe)).is_run():
         return (
             f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
         )

@@ -1,7 +1,6 @@
 """A pretraining run: assemble, train, checkpoint, evaluate, resume, stop on signals."""
 
 import dataclasses
-import json
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
+from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
@@ -58,13 +58,7 @@ class Run:
 
         What was logged of one step in several lines, by training and by an evaluation, is laid together.
         """
-        path = self.folder / "metrics.jsonl"
-        lines: dict[int, dict[str, float | None]] = {}
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with suppress(ValueError):  # torn by an interruption
-                line = json.loads(text)
-                lines.setdefault(int(line["step"]), {}).update(line)
-        return [lines[step] for step in sorted(lines)]
+        return RunFolder(self.folder).read_metrics()
 
 
 def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
@@ -182,8 +176,9 @@ class _Session:
             self.changes.append(
                 f"{distributed.world_size()} processes instead of {processes}: other views from here on"
             )
-        if distributed.is_main() and not (self.folder / "encoder" / "config.json").exists():
-            self._encoder().save(self.folder / "encoder")  # killed after the first checkpoint
+        own = RunFolder(self.folder).encoder
+        if distributed.is_main() and not own.config.exists():
+            self._encoder().save(own.path)  # killed after the first checkpoint
         return start
 
     def _greet(self, log: Log, start: int) -> None:
@@ -344,11 +339,12 @@ class _Session:
 
         But the first one only after its checkpoint: an encoder tells that there was one.
         """
-        encoder, first = self._encoder(), not (self.folder / "encoder" / "config.json").exists()
+        encoder, run = self._encoder(), RunFolder(self.folder)
+        first = not run.encoder.config.exists()
         if not first:
-            encoder.save(self.folder / "encoder")
+            encoder.save(run.encoder.path)
         if self.keep_every is not None and step % self.keep_every == 0:
-            encoder.save(self.folder / "encoders" / f"step-{step:08d}")
+            encoder.save(run.kept_encoder(step).path)
         state = {
             "step": step,
             "trainer": self.trainer.state_dict(),
@@ -356,7 +352,7 @@ class _Session:
         }
         checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         if first:
-            encoder.save(self.folder / "encoder")
+            encoder.save(run.encoder.path)
 
     def _encoder(self) -> Encoder:
         method = self.trainer.method

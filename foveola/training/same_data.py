@@ -16,6 +16,7 @@ from foveola.data.identity import identity_of
 from foveola.data.inventory import Difference, Inventory, difference, inventory_of, load, named
 from foveola.data.sources import Source
 from foveola.failures import explain
+from foveola.files import RunFolder
 
 READ = 10_000  # images whose contents are read; of more images so many, spread evenly
 
@@ -87,8 +88,8 @@ def agreed(source: Source) -> Images:
 def kept(folder: Path) -> Images | None:
     """What a run began with; None where that was not noted."""
     try:
-        tree = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        return Images(**tree, inventory=load(folder / "data.npz"))
+        tree = json.loads(RunFolder(folder).data.read_text(encoding="utf-8"))
+        return Images(**tree, inventory=load(RunFolder(folder).inventory))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -102,9 +103,9 @@ def are_of(folder: Path, images: Images) -> bool:
 def keep(folder: Path, images: Images) -> None:
     """Note what a run is on from here on."""
     tree = {"count": images.count, "contents": images.contents, "sizes": images.sizes}
-    files.write_text(folder / "data.json", json.dumps(tree, indent=2) + "\n")
+    files.write_text(RunFolder(folder).data, json.dumps(tree, indent=2) + "\n")
     if images.inventory is not None:
-        images.inventory.save(folder / "data.npz")
+        images.inventory.save(RunFolder(folder).inventory)
 
 
 @dataclass(frozen=True)

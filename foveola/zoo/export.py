@@ -174,8 +174,8 @@ def _write_timm(encoder: Encoder, out: Path) -> None:
             "classifier": "head",
         },
     }
-    files.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    with files.whole(out / "model.safetensors") as part:
+    files.write_text(files.EncoderFolder(out).config, json.dumps(config, indent=2) + "\n")
+    with files.whole(files.EncoderFolder(out).weights) as part:
         save_file({name: value.contiguous() for name, value in state.items()}, part)
 
 

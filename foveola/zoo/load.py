@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 
 from foveola.config import UserError, build
+from foveola.files import EncoderFolder, RunFolder
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.zoo.files import load_file
 from foveola.zoo.libraries import load_library
@@ -46,8 +47,9 @@ def _load(name: str) -> Encoder:
         return load_file(name)
     if not path.exists():
         raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
-    folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    own = RunFolder(path).encoder
+    folder = own if own.config.is_file() else EncoderFolder(path)
+    if not folder.is_whole():
         raise UserError(
             f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
         )
@@ -61,17 +63,17 @@ def _untrained(path: str) -> Encoder:
         return Encoder(dataclasses.replace(config, origin="untrained"))
 
 
-def _load_folder(folder: Path) -> Encoder:
-    settings = read_config(folder / "config.json")
+def _load_folder(folder: EncoderFolder) -> Encoder:
+    settings = read_config(folder.config)
     try:
-        state = read_tensors(folder / "model.safetensors")
+        state = read_tensors(folder.weights)
     except SafetensorError as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+        raise UserError(f"{folder.path} is damaged: {error}") from error
     except OSError as error:
-        raise UserError(
-            f"{folder / 'model.safetensors'} cannot be read: {error.strerror or error}"
-        ) from error
+        raise UserError(f"{folder.weights} cannot be read: {error.strerror or error}") from error
     for name, library in (("model_type", "hf"), ("architecture", "timm")):
         if name in settings:
-            raise UserError(f"{folder} is a folder of another library; load it as {library}:{folder}")
-    return filled(build(EncoderConfig, settings, where=str(folder / "config.json")), state, folder)
+            raise UserError(
+                f"{folder.path} is a folder of another library; load it as {library}:{folder.path}"
+            )
+    return filled(build(EncoderConfig, settings, where=str(folder.config)), state, folder.path)

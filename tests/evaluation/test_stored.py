@@ -11,7 +11,8 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.evaluation.compare import compare
 from foveola.evaluation.result import Result
-from foveola.evaluation.stored import home_of, results_of, store
+from foveola.evaluation.stored import results_of, store
+from foveola.files import home_of
 
 DATA = {
     which: {"name": f"{which}:", "fingerprint": which, "pictures": 9, "rows": 9, "unreadable": 0}
