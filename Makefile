@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -q -n auto
+# worksteal keeps the tests of a file together, which share what they set up.
+PYTEST_FLAGS ?= -q -n auto --dist worksteal
 
 BIN := .venv/bin
 # A new pyproject.toml asks for a new installation; the stamps carry its checksum.

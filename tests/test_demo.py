@@ -43,6 +43,7 @@ def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture
     assert "k-NN top-1 (object masks)" in page
     lines = (tmp_path / "seed-1" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "seed-1" / "results" / "knn.json").read_text())["protocol"] == "knn"
+    monkeypatch.setattr(module, "_report", lambda *_: tmp_path)  # which is drawn anew each time
     again = demo(tmp_path, seeds=2, overrides=SHORT)
     assert again == comparison
     assert (tmp_path / "seed-1" / "metrics.jsonl").read_text() == lines
