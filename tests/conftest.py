@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,22 @@ def data_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_recipe() -> str:
+    """A recipe that trains in less than a second, for commands that need a run."""
+    return """
+base: demo
+data: "scenes:?size=32&count=64"
+duration: 4 steps
+batch_size: 16
+device: cpu
+model: {width: 32, depth: 2, heads: 2, patch_size: 8, image_size: 16}
+views: {global_size: 16}
+loader: {canvas: 32, mask_canvas: 32, workers: 0, objects_per_image: 1}
+transform: {resize: 16, crop: 16}
+"""
+
+
+@pytest.fixture(scope="session")
 def host() -> Iterator[subprocess.Popen[str]]:
     """The process of host.py, which forks others."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -63,9 +79,12 @@ def host() -> Iterator[subprocess.Popen[str]]:
 def run_ranks(
     host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[str]]:
-    """run_ranks(code, ranks=2): run code in that many processes, as torchrun would; what each printed."""
+    """run_ranks(code, ranks=2, words=[]): run code in as many processes as torchrun would; what each printed.
 
-    def run(code: str, ranks: int = 2, timeout: float = 120) -> list[str]:
+    Nothing is checked there at calls. One rank is a process of its own.
+    """
+
+    def run(code: str, ranks: int = 2, words: Sequence[str] = (), timeout: float = 120) -> list[str]:
         assert host.stdin is not None
         assert host.stdout is not None
         folder = tmp_path_factory.mktemp("ranks")
@@ -82,7 +101,8 @@ def run_ranks(
             ]
             for rank in range(ranks)
         ]
-        order = {"script": str(folder / "ranks.py"), "folder": str(Path.cwd()), "processes": processes}
+        script = str(folder / "ranks.py")
+        order = {"words": [script, *words], "folder": str(Path.cwd()), "processes": processes}
         print(json.dumps(order), file=host.stdin, flush=True)
         started = json.loads(host.stdout.readline())
         late = threading.Timer(timeout, lambda: [os.kill(process, signal.SIGKILL) for process in started])

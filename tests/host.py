@@ -1,8 +1,9 @@
 """A process that has imported torch and foveola, and forks those that tests ask for without another start.
 
-An order is a line of JSON on the standard input: {"script": path, "folder": path, "processes": [[environment,
-file for what it prints, file for its errors], ...]}. The answers are two lines of JSON: the numbers of the
-processes at once, their exit codes when all have ended. `run_ranks` in conftest.py gives the orders.
+An order is a line of JSON on the standard input: {"words": [script, argument, ...], "folder": path,
+"processes": [[environment, file for what it prints, file for its errors], ...]}. The answers are two lines
+of JSON: the numbers of the processes at once, their exit codes when all have ended. `run_ranks` in
+conftest.py gives the orders.
 """
 
 import atexit
@@ -16,7 +17,7 @@ import traceback
 SLOW = ("torch._dynamo", "torch.utils.tensorboard", "foveola.training.run", "foveola.evaluation.protocol")
 
 
-def become(script: str, folder: str, environment: dict[str, str], out: str, errors: str) -> None:
+def become(words: list[str], folder: str, environment: dict[str, str], out: str, errors: str) -> None:
     """In the forked process: what an interpreter that is started with this script would be."""
     os.setsid()  # a signal to its group reaches its workers, and nobody else
     os.chdir(folder)
@@ -26,9 +27,9 @@ def become(script: str, folder: str, environment: dict[str, str], out: str, erro
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
-    sys.argv = [script]
+    sys.argv = words
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(words[0], run_name="__main__")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except BaseException:
@@ -50,7 +51,7 @@ def main() -> None:
         children = []
         for process in order["processes"]:
             if (child := os.fork()) == 0:
-                become(order["script"], order["folder"], *process)
+                become(order["words"], order["folder"], *process)
             children.append(child)
         print(json.dumps(children), flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -192,24 +192,13 @@ def test_words_reach_the_demo(monkeypatch):
 
 # -- the whole way -------------------------------------------------------------------------------------------
 
-TINY = """
-base: demo
-data: "scenes:?size=32&count=64"
-duration: 4 steps
-batch_size: 16
-device: cpu
-model: {width: 32, depth: 2, heads: 2, patch_size: 8, image_size: 16}
-views: {global_size: 16}
-loader: {canvas: 32, mask_canvas: 32, workers: 0, objects_per_image: 1}
-transform: {resize: 16, crop: 16}
-"""
 RESULT = "device=cpu rows=objects view=object workers=0 limit=24 k=[5]"
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch) -> Path:
+def tiny(tmp_path, monkeypatch, tiny_recipe) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(tiny_recipe)
     return tmp_path
 
 

@@ -12,17 +12,6 @@ import pytest
 
 from foveola import cli
 
-TINY = """
-base: demo
-data: "scenes:?size=32&count=64"
-duration: 4 steps
-batch_size: 16
-device: cpu
-model: {width: 32, depth: 2, heads: 2, patch_size: 8, image_size: 16}
-views: {global_size: 16}
-loader: {canvas: 32, mask_canvas: 32, workers: 0, objects_per_image: 1}
-transform: {resize: 16, crop: 16}
-"""
 KNN = "rows=objects view=object workers=0 limit=24 k=[5]"
 COMMANDS = {
     "pretrain": "pretrain tiny.yaml out={run} duration='5 steps'",
@@ -37,10 +26,10 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, tiny_recipe) -> Path:
     """A finished run with a result; copied for each case."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(tiny_recipe)
     before = Path.cwd()
     os.chdir(folder)
     try:

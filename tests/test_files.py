@@ -1,11 +1,8 @@
 """Files that are whole or not there, with the permissions of any other file."""
 
 import os
-import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +38,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
-def test_permissions_are_those_of_any_new_file(tmp_path, mask):
+def test_permissions_are_those_of_any_new_file(tmp_path, monkeypatch, run_ranks, mask):
     """safetensors writes files that only their owner can read, whatever the umask says."""
     code = f"""
         import os, torch
@@ -54,13 +51,8 @@ def test_permissions_are_those_of_any_new_file(tmp_path, mask):
         files.write_text("notes.txt", "text")
         Path("other").touch()
     """
-    root = str(Path(files.__file__).parents[1])
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path,
-        check=True,
-        env=os.environ | {"PYTHONPATH": root},
-    )
+    monkeypatch.chdir(tmp_path)
+    run_ranks(textwrap.dedent(code), ranks=1)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == dict.fromkeys(("model.safetensors", "notes.txt", "other"), 0o666 & ~mask)
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -299,7 +297,7 @@ def test_evaluations_keep_no_graph_of_an_encoder_that_may_learn():
     assert not tokens.requires_grad
 
 
-def test_it_can_be_traced_and_compiled():
+def test_it_can_be_traced_and_compiled(run_ranks):
     """In a process of its own: the checks of shapes that tests switch on cannot be compiled."""
     code = """
         import torch
@@ -328,7 +326,7 @@ def test_it_can_be_traced_and_compiled():
         torch.testing.assert_close(compiled(images).patches, plain[1])
         torch.testing.assert_close(compiled(images, objects).objects, encoder(images, objects).objects)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[2])
+    run_ranks(textwrap.dedent(code), ranks=1)
 
 
 def test_what_does_not_fit_together_is_refused():

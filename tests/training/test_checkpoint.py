@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import signal
 import subprocess
@@ -152,18 +151,10 @@ print(json.dumps(outcomes))
 """
 
 
-def test_kill_9_at_every_system_call_of_a_save(tmp_path):
+def test_kill_9_at_every_system_call_of_a_save(tmp_path, run_ranks):
     """Killed before its first, second, ... call that touches the disk, a save loses nothing from before."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EACH_CALL, str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
+    (printed,) = run_ranks(KILLED_AT_EACH_CALL, ranks=1, words=[str(tmp_path)])
+    outcomes = json.loads(printed)
     for replace in (False, True):
         mine = [outcome for outcome in outcomes if outcome[0] == replace]
         assert len(mine) > 8  # so many places to die at

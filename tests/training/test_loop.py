@@ -4,10 +4,7 @@ import dataclasses
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +22,6 @@ from foveola.training.loop import Diverged, Trainer
 from foveola.training.recipe import RunConfig, plan
 from foveola.views.batch import Streams, make_views
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -252,7 +248,7 @@ for compiled in (False, True):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_compiled_network_gives_the_same_losses(tiny, tmp_path, backend):
+def test_a_compiled_network_gives_the_same_losses(tiny, tmp_path, run_ranks, backend):
     """In a process without the checks of shapes, which the compiler cannot read."""
     if backend == "inductor":
         if "FOVEOLA_SLOW" not in os.environ:
@@ -261,10 +257,9 @@ def test_a_compiled_network_gives_the_same_losses(tiny, tmp_path, backend):
             pytest.skip("no C++ compiler")
     config = tiny(**{"model.drop_path": 0.0})  # compiled code draws other random numbers
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    words = [sys.executable, "-c", COMPILE, str(tmp_path / "config.yaml"), backend]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    *plain, third, fourth = map(float, done.stdout.split())
+    words = [str(tmp_path / "config.yaml"), backend]
+    (printed,) = run_ranks(COMPILE, ranks=1, words=words, timeout=280)
+    *plain, third, fourth = map(float, printed.split())
     assert [third, fourth] == pytest.approx(plain, rel=1e-4)
 
 
