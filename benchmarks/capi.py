@@ -41,10 +41,10 @@ class Bench:
         self.method = Capi(self.config.method, self.config.model, self.config.views).to(device).train()
         patch = self.config.model.patch_size
         self.batch = make_views(canvases(batch, device), self.config.views, patch, Streams(0, 0))
-        assert self.batch.keep is not None
-        assert self.batch.predict is not None
-        self.images = self.batch.global_views[:, 0]
-        self.keep, self.predict = self.batch.keep[:, 0], self.batch.predict[:, 0]
+        selection = self.batch.large.selection
+        assert selection is not None
+        self.images = self.batch.large.pixels[:, 0]
+        self.keep, self.predict = selection.kept[:, 0], selection.predicted[:, 0]
 
     def full(self) -> None:
         self.method.student.backbone(self.images).patches.square().mean().backward()

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,9 +104,9 @@ class Bench:
 
     def train(self, batch: Batch) -> None:
         if self.all_tokens:
-            batch = Batch(
-                **{**vars(batch), "masked_indices": torch.arange(batch.masked.numel(), device=self.device)}
-            )
+            hidden = batch.large.hidden_contents
+            every = replace(hidden, indices=torch.arange(hidden.mask.numel(), device=self.device))
+            batch = replace(batch, large=replace(batch.large, hidden_contents=every))
         with self.cast():
             output = self.method(batch, self.progress)
             loss = torch.stack(list(output.losses.values())).sum()

@@ -164,12 +164,12 @@ def _row(
     size = config.loader.canvas
     canvases, _ = retrieval.TargetCanvases(test, [target], size, size)[0]
     assert canvases is not None
-    views = make_views(canvases, config.views, encoder.patch_size, Streams(1, row))
-    assert views.global_objects is not None
-    patches = views.global_objects[0, :, 0]
-    crops = [_pixels(encoder, view) for view in views.global_views[0]]
+    views = make_views(canvases, config.views, encoder.patch_size, Streams(1, row)).large
+    assert views.objects is not None
+    patches = views.objects[0, :, 0]
+    crops = [_pixels(encoder, view) for view in views.pixels[0]]
     masks = [mask.view(encoder.grid).numpy() for mask in patches]
-    attention = object_attention(encoder, views.global_views[:, 0], views.global_objects[:, 0])[0, 0].numpy()
+    attention = object_attention(encoder, views.pixels[:, 0], views.objects[:, 0])[0, 0].numpy()
     tiles = [outline(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
     tiles.append(heat(crops[0], attention))
     label = int(queries.labels[row])

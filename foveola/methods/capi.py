@@ -243,9 +243,10 @@ class Capi(Method):
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        assert batch.keep is not None
-        assert batch.predict is not None
-        images, keep, predict = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        selection = batch.large.selection
+        assert selection is not None
+        chosen = batch.large.pixels, selection.kept, selection.predicted
+        images, keep, predict = (t.flatten(0, 1) for t in chosen)
         with torch.no_grad():
             teacher = self.teacher.backbone(images).patches
         self.seen = teacher.mean(dim=1)

@@ -35,7 +35,7 @@ from foveola.methods.terms import (
 from foveola.models.heads import HeadConfig, ProjectionHead
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Views, ViewsConfig
 
 LOOKED_AT = 16  # global views of a step whose patches are kept to be looked at
 
@@ -224,20 +224,20 @@ class Distillation(Method):
                 heads = self.student.head(term.config.head), self.teacher.head(term.config.head)
                 outputs[name] = term(student, teacher, *heads, self.image_token, progress)
         if self.patch is not None:
-            assert batch.masked is not None
-            assert batch.masked_indices is not None
-            weights = mask_weights(batch.masked.flatten(0, 1), batch.masked_indices)
+            hidden = batch.large.hidden_contents
+            assert hidden is not None
+            weights = mask_weights(hidden.mask.flatten(0, 1), hidden.indices)
             heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
             outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
         if self.position is not None:
-            assert batch.unplaced is not None
-            assert batch.unplaced_indices is not None
-            weights = mask_weights(batch.unplaced.flatten(0, 1), batch.unplaced_indices)
+            hidden = batch.large.hidden_positions
+            assert hidden is not None
+            weights = mask_weights(hidden.mask.flatten(0, 1), hidden.indices)
             heads = self.student.head(self.position.config.head), self.teacher.head(self.position.config.head)
             outputs["position"] = self.position(student, teacher, *heads, weights, progress)
             assert student.looked_at is not None
             assert teacher.looked_at is not None
-            images, unplaced = (t.flatten(0, 1)[:LOOKED_AT] for t in (batch.global_views, batch.unplaced))
+            images, unplaced = (t.flatten(0, 1)[:LOOKED_AT] for t in (batch.large.pixels, hidden.mask))
             self.shown = student.looked_at, teacher.looked_at, images.clone(), unplaced
         if self.spread is not None:
             outputs["spread"] = self.spread(student, self.image_token)
@@ -248,9 +248,10 @@ class Distillation(Method):
 
     def _teach(self, batch: Batch) -> Tokens:
         """The teacher's tokens of the unmasked global views."""
-        views = batch.global_views
-        where = self._where(batch.global_places, batch.global_boxes, batch.global_flips)
-        features = self.teacher.backbone(views.flatten(0, 1), _rows(batch.global_objects), **where)
+        views = batch.large.pixels
+        features = self.teacher.backbone(
+            views.flatten(0, 1), _rows(batch.large.objects), **self._where(batch.large)
+        )
         everything = self.patch is not None and self.patch.config.center == "all"
         return Tokens(
             objects=features.objects.unflatten(0, views.shape[:2]),
@@ -263,51 +264,45 @@ class Distillation(Method):
 
     def _study(self, batch: Batch) -> Tokens:
         """The student's tokens of all views; those of global views come from masked input."""
-        views, local = batch.global_views, batch.local_views
-        features = self.student.backbone(
-            views.flatten(0, 1),
-            _rows(batch.global_objects),
-            _rows(batch.masked),
-            unplaced=_rows(batch.unplaced),
-            **self._where(batch.global_places, batch.global_boxes, batch.global_flips),
-        )
+        features = self._see(batch.large)
         local_objects = None
-        if local is not None:
-            small = self.student.backbone(
-                local.flatten(0, 1),
-                _rows(batch.local_objects),
-                _rows(batch.local_masked),
-                **self._where(batch.local_places, batch.local_boxes, batch.local_flips),
-            )
-            local_objects = small.objects.unflatten(0, local.shape[:2])
+        if batch.small is not None:
+            local_objects = self._see(batch.small).objects.unflatten(0, batch.small.pixels.shape[:2])
         return Tokens(
-            objects=features.objects.unflatten(0, views.shape[:2]),
+            objects=features.objects.unflatten(0, batch.large.pixels.shape[:2]),
             local_objects=local_objects,
             masked_patches=self._masked(features, batch),
             unplaced_patches=self._unplaced(features, batch),
             looked_at=self._looked_at(features),
         )
 
-    def _where(
-        self, places: Tensor | None, boxes: Tensor | None, flips: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        """Where views read their positions, for a network that has a field: their boxes unless moved."""
-        if not self.has_field:
-            return {}
-        return {"places": _rows(boxes if places is None else places), "flips": _rows(flips)}
+    def _see(self, views: Views) -> Features:
+        """What the student makes of views, without what is hidden from it."""
+        hidden, unplaced = views.hidden_contents, views.hidden_positions
+        return self.student.backbone(
+            views.pixels.flatten(0, 1),
+            _rows(views.objects),
+            None if hidden is None else _rows(hidden.mask),
+            unplaced=None if unplaced is None else _rows(unplaced.mask),
+            **self._where(views),
+        )
+
+    def _where(self, views: Views) -> dict[str, Tensor | None]:
+        """Where views read their positions, for a network that has a field."""
+        return {"places": _rows(views.positions), "flips": _rows(views.flips)} if self.has_field else {}
 
     def _unplaced(self, features: Features, batch: Batch) -> Float[Tensor, "U D"] | None:
-        if self.position is None or batch.unplaced_indices is None:
+        if self.position is None or batch.large.hidden_positions is None:
             return None
-        return features.patches.flatten(0, 1).index_select(0, batch.unplaced_indices)
+        return features.patches.flatten(0, 1).index_select(0, batch.large.hidden_positions.indices)
 
     def _looked_at(self, features: Features) -> Float[Tensor, "S N D"] | None:
         return None if self.position is None else features.patches[:LOOKED_AT].detach().clone()
 
     def _masked(self, features: Features, batch: Batch) -> Float[Tensor, "P D"] | None:
-        if self.patch is None or batch.masked_indices is None:
+        if self.patch is None or batch.large.hidden_contents is None:
             return None
-        return features.patches.flatten(0, 1).index_select(0, batch.masked_indices)
+        return features.patches.flatten(0, 1).index_select(0, batch.large.hidden_contents.indices)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:

@@ -111,9 +111,10 @@ class IJepa(Method):
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        assert batch.keep is not None
-        assert batch.predict is not None
-        images, keep, wanted = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        selection = batch.large.selection
+        assert selection is not None
+        chosen = batch.large.pixels, selection.kept, selection.predicted
+        images, keep, wanted = (t.flatten(0, 1) for t in chosen)
         with torch.no_grad():
             patches = self.teacher(images).patches.float()
             targets = take_rows(layer_norm(patches, patches.shape[-1:]), wanted)

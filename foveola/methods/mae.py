@@ -110,9 +110,10 @@ class Mae(Method):
         self.shown: tuple[Tensor, ...] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        assert batch.keep is not None
-        assert batch.predict is not None
-        images, keep, wanted = (t.flatten(0, 1) for t in (batch.global_views, batch.keep, batch.predict))
+        selection = batch.large.selection
+        assert selection is not None
+        chosen = batch.large.pixels, selection.kept, selection.predicted
+        images, keep, wanted = (t.flatten(0, 1) for t in chosen)
         predictions, patches = self.student(images, keep, wanted)
         targets = pixel_targets(take_rows(patchify(images, self.patch_size), wanted), self.config.normalise)
         self.seen = patches.detach().mean(dim=1)

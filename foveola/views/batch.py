@@ -112,216 +112,243 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """Views of B pictures on the training device. M object tokens; without objects masks are None, M is 1."""
+class Hidden:
+    """Patches of views that the student gets without their contents, or without their position."""
 
-    global_views: Float[Tensor, "B V 3 H W"]
-    global_boxes: Float[Tensor, "B V 4"]
-    global_flips: Bool[Tensor, "B V"]
-    global_objects: Bool[Tensor, "B V M N"] | None
-    local_views: Float[Tensor, "B L 3 h w"] | None
-    local_boxes: Float[Tensor, "B L 4"] | None
-    local_flips: Bool[Tensor, "B L"] | None
-    local_objects: Bool[Tensor, "B L M n"] | None
-    masked: Bool[Tensor, "B V N"] | None
-    masked_indices: Int64[Tensor, "P"] | None  # of the masked patches in [B * V * N], ascending
-    local_masked: Bool[Tensor, "B L n"] | None
-    keep: Int64[Tensor, "B V K"] | None  # patches of global views that the student gets
-    predict: Int64[Tensor, "B V Q"] | None  # and those of the others that it predicts
+    mask: Bool[Tensor, "B V N"]
+    indices: Int64[Tensor, "P"]  # of the hidden patches in [B * V * N], ascending
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "B V N"], device: torch.device) -> "Hidden":
+        """A mask that was drawn on the CPU, and its indices, on the training device."""
+        # Found on the CPU, where the mask was drawn: counting on a GPU would make every step wait for it.
+        indices = mask.flatten().nonzero()[:, 0]
+        return cls(mask.to(device, non_blocking=True), indices.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Patches of views by index: those that the student gets, and those of the others that it predicts."""
+
+    kept: Int64[Tensor, "B V K"]
+    predicted: Int64[Tensor, "B V Q"]
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """V views of each of B images, all of one size, on the training device; N patches and M object tokens."""
+
+    pixels: Float[Tensor, "B V 3 H W"]
+    boxes: Float[Tensor, "B V 4"]  # where they were cut from their images
+    flips: Bool[Tensor, "B V"]
+    positions: Float[Tensor, "B V 4"]  # where they stand in the position field: their boxes unless moved
+    objects: Bool[Tensor, "B V M N"] | None = None  # patches that each token may read; None: one reads all
+    hidden_contents: Hidden | None = None
+    hidden_positions: Hidden | None = None
+    selection: Selection | None = None  # None: the student gets all patches
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Views of B images on the training device: the large (global) ones, and small (local) ones if any."""
+
+    large: Views
+    small: Views | None
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
-    facts: dict[str, Tensor]
-    # Where views stand in the position field, and patches whose position the student does not get.
-    global_places: Float[Tensor, "B V 4"] | None = None  # None: at their boxes
-    local_places: Float[Tensor, "B L 4"] | None = None
-    unplaced: Bool[Tensor, "B V N"] | None = None
-    unplaced_indices: Int64[Tensor, "U"] | None = None  # as masked_indices
+    facts: dict[str, Tensor]  # scalars worth logging
 
 
 def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
-    """Draw and cut all views of a batch on the device of `canvases`.
-
-    A picture whose object left no patch in some global view is treated as one whose object is the whole
-    picture, in all of its views: an object token never has nothing to read, and teacher and student agree on
-    what it stands for.
-    """
-    objects = config.objects
-    # Rows before channels, as `sample` multiplies them: this copy is the only one.
-    pixels = canvases.images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = pixels.div_(255).transpose(1, 2)
-    masks = canvases.object_masks.to(torch.float32).div_(255) if objects else None
-    facts: dict[str, Tensor] = {}
-
-    global_boxes = _boxes(canvases, masks, config, False, streams, facts)
-    local_boxes = _boxes(canvases, masks, config, True, streams, facts) if config.local_count else None
-    global_flips = _flips(global_boxes, config, streams("flips"))
-    local_flips = None if local_boxes is None else _flips(local_boxes, config, streams("local flips"))
-
-    global_places = local_places = None
-    if config.placement is not None:
-        boxes = global_boxes if local_boxes is None else torch.cat((global_boxes, local_boxes), dim=1)
-        places = place_views(config.placement, boxes, streams("placement"))
-        global_places = places[:, : config.global_count]
-        local_places = None if local_boxes is None else places[:, config.global_count :]
-
-    def grid(size: int) -> tuple[int, int]:
-        return size // patch_size, size // patch_size
-
-    global_objects = local_objects = None
-    if objects and masks is not None and (objects.attention or objects.image_token):
-        readable = masks if objects.attention else torch.ones_like(masks)
-        global_objects = object_patches(
-            readable, global_boxes, global_flips, grid(config.global_size), objects.min_coverage
+    """Draw and cut all views of a batch on the device of `canvases`."""
+    kinds = [_Kind.large(config, patch_size)]
+    if config.local_count:
+        kinds.append(_Kind.small(config, patch_size))
+    cutter = _Cutter(canvases, config, streams)
+    boxes = [cutter.boxes(kind) for kind in kinds]
+    flips = [cutter.flips(kind) for kind in kinds]
+    positions = cutter.positions(boxes)
+    objects = cutter.objects(kinds, boxes, flips)
+    contents, unplaced = cutter.hidden(kinds)
+    selection = cutter.selection(kinds[0])
+    views = [
+        Views(
+            pixels=cutter.cut(kind, boxes[i], flips[i]),
+            boxes=boxes[i],
+            flips=flips[i],
+            positions=positions[i],
+            objects=objects[i],
+            hidden_contents=contents[i],
+            hidden_positions=None if kind.local else unplaced,
+            selection=None if kind.local else selection,
         )
-        lost = ~global_objects.any(-1).all(dim=1)  # [B, M]: absent from a view
-        facts["objects/lost"] = lost.float().mean()
-        global_objects |= lost[:, None, :, None]
-        facts["objects/patches"] = global_objects.float().mean()
-        if objects.image_token:
-            everything = torch.ones_like(global_objects[:, :, :1])
-            global_objects = torch.cat((global_objects, everything), dim=2)
-        if objects.attention_local and local_boxes is not None and local_flips is not None:
-            local_objects = object_patches(
-                masks, local_boxes, local_flips, grid(config.local_size), objects.min_coverage
-            )
-            # A local view without its object has no pair to agree with: it is read as a whole.
-            local_objects |= ~local_objects.any(-1, keepdim=True) | lost[:, None, :, None]
-            if objects.image_token:
-                everything = torch.ones_like(local_objects[:, :, :1])
-                local_objects = torch.cat((local_objects, everything), dim=2)
-
-    kinds = torch.full(global_boxes.shape[:2], 1)
-    kinds[:, 0] = 0
-    global_views = _pixels(
-        pixels,
-        canvases.extents,
-        global_boxes,
-        global_flips,
-        config.global_size,
-        kinds,
-        config,
-        streams("color"),
-    )
-    local_views = None
-    if local_boxes is not None:
-        kinds = torch.full(local_boxes.shape[:2], 2)
-        local_views = _pixels(
-            pixels,
-            canvases.extents,
-            local_boxes,
-            local_flips,
-            config.local_size,
-            kinds,
-            config,
-            streams("local color"),
-        )
-
-    masked = masked_indices = local_masked = unplaced = unplaced_indices = shown = None
-    batch, views = global_boxes.shape[:2]
-    if config.position_masking is not None:
-        masked, unplaced = draw_both(
-            config.position_masking, config.masking, batch, views, grid(config.global_size), streams
-        )
-        shown = ~unplaced.any(dim=2).any(dim=1)  # pictures whose contents may be masked, in local views too
-        unplaced_indices = unplaced.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
-        unplaced = unplaced.to(pixels.device, non_blocking=True)
-    elif config.masking is not None:
-        masked = draw_masks(config.masking, batch, views, grid(config.global_size), streams("masks"))
-    if config.masking is not None and masked is not None:
-        if config.masking.local and config.local_count:
-            local_masked = draw_masks(
-                config.masking, batch, config.local_count, grid(config.local_size), streams("local masks")
-            )
-            if shown is not None:
-                local_masked &= shown[:, None, None]
-            local_masked = local_masked.to(pixels.device, non_blocking=True)
-        # Found on the CPU, where the masks were drawn: counting on a GPU would make every step wait for it.
-        masked_indices = masked.flatten().nonzero()[:, 0].to(pixels.device, non_blocking=True)
-        masked = masked.to(pixels.device, non_blocking=True)
-    keep = predict = drops = None
-    if config.dropping is not None:
-        drops = draw_drops(config.dropping, batch * views, grid(config.global_size), streams("drops"))
-    elif config.blocks is not None:
-        drops = draw_blocks(config.blocks, batch * views, grid(config.global_size), streams("blocks"))
-        facts["blocks/context"] = torch.tensor(float(drops[0].shape[1]))
-        facts["blocks/target"] = torch.tensor(drops[1].shape[1] / config.blocks.targets)
-    if drops is not None:
-        keep, predict = (
-            indices.view(batch, views, -1).to(pixels.device, non_blocking=True) for indices in drops
-        )
+        for i, kind in enumerate(kinds)
+    ]
     return Batch(
-        global_views=global_views,
-        global_boxes=global_boxes,
-        global_flips=global_flips,
-        global_objects=global_objects,
-        local_views=local_views,
-        local_boxes=local_boxes,
-        local_flips=local_flips,
-        local_objects=local_objects,
-        masked=masked,
-        masked_indices=masked_indices,
-        local_masked=local_masked,
-        keep=keep,
-        predict=predict,
+        large=views[0],
+        small=views[1] if config.local_count else None,
         labels=canvases.labels,
         indices=canvases.indices,
-        facts=facts,
-        global_places=global_places,
-        local_places=local_places,
-        unplaced=unplaced,
-        unplaced_indices=unplaced_indices,
+        facts=cutter.facts,
     )
 
 
-def _boxes(
-    canvases: Canvases,
-    masks: Tensor | None,
-    config: ViewsConfig,
-    local: bool,
-    streams: Streams,
-    facts: dict[str, Tensor],
-) -> Float[Tensor, "B V 4"]:
-    count = config.local_count if local else config.global_count
-    scale = config.local_scale if local else config.global_scale
-    name = "local boxes" if local else "boxes"
-    aspects, objects = canvases.aspects.cpu(), config.objects
-    if objects and masks is not None and (objects.aware_local if local else objects.aware):
+@dataclass(frozen=True)
+class _Kind:
+    """What tells large and small views apart."""
+
+    local: bool
+    count: int
+    size: int
+    scale: tuple[float, float]
+    grid: tuple[int, int]
+    aware: bool  # they must hold the object
+    tokens: bool  # they have object tokens (or the image's) that read some patches only
+
+    @classmethod
+    def large(cls, config: ViewsConfig, patch_size: int) -> "_Kind":
+        objects, side = config.objects, config.global_size // patch_size
+        aware = objects is not None and objects.aware
+        tokens = objects is not None and (objects.attention or objects.image_token)
+        scale = config.global_scale
+        return cls(False, config.global_count, config.global_size, scale, (side, side), aware, tokens)
+
+    @classmethod
+    def small(cls, config: ViewsConfig, patch_size: int) -> "_Kind":
+        objects, side = config.objects, config.local_size // patch_size
+        aware = objects is not None and objects.aware_local
+        tokens = objects is not None and objects.attention_local
+        return cls(
+            True, config.local_count, config.local_size, config.local_scale, (side, side), aware, tokens
+        )
+
+    def stream(self, name: str) -> str:
+        """The name of the random stream of this kind's draws."""
+        return f"local {name}" if self.local else name
+
+    @property
+    def looks(self) -> Int64[Tensor, "V"]:
+        """Which colour augmentation each view gets: of the first large one, of others, of small ones."""
+        return torch.tensor([2] * self.count if self.local else [0] + [1] * (self.count - 1))
+
+
+class _Cutter:
+    """Draws and cuts the views of one batch of canvases, kind by kind."""
+
+    def __init__(self, canvases: Canvases, config: ViewsConfig, streams: Streams) -> None:
+        self.canvases, self.config, self.streams = canvases, config, streams
+        self.device = canvases.images.device
+        # Rows before channels, as `sample` multiplies them: this copy is the only one.
+        pixels = canvases.images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        self.pixels = pixels.div_(255).transpose(1, 2)
+        self.masks = canvases.object_masks.to(torch.float32).div_(255) if config.objects else None
+        self.facts: dict[str, Tensor] = {}
+
+    def boxes(self, kind: _Kind) -> Float[Tensor, "B V 4"]:
+        """Boxes at random, or such that hold the objects."""
+        config, canvases = self.config, self.canvases
+        aspects, first = canvases.aspects.cpu(), self.streams(kind.stream("boxes"))
+        if not kind.aware or self.masks is None or config.objects is None:
+            boxes = random_boxes(aspects, kind.count, kind.scale, config.ratio, first)
+            return boxes.to(self.device, non_blocking=True)
         boxes, tries = object_boxes(
             aspects,
-            masks,
+            self.masks,
             canvases.whole,
-            count,
-            scale,
+            kind.count,
+            kind.scale,
             config.ratio,
-            objects,
-            streams(name),
-            streams(f"{name} again"),
+            config.objects,
+            (first, self.streams(kind.stream("boxes again"))),
         )
-        if not local:
-            facts["objects/first_try"] = (tries == 1).float().mean()
-            facts["objects/missed"] = (tries == 0).float().mean()
-            facts["objects/whole"] = canvases.whole.float().mean()
-    else:
-        boxes = random_boxes(aspects, count, scale, config.ratio, streams(name))
-    return boxes.to(canvases.images.device, non_blocking=True)
+        if not kind.local:
+            self.facts["objects/first_try"] = (tries == 1).float().mean()
+            self.facts["objects/missed"] = (tries == 0).float().mean()
+            self.facts["objects/whole"] = canvases.whole.float().mean()
+        return boxes.to(self.device, non_blocking=True)
 
+    def flips(self, kind: _Kind) -> Bool[Tensor, "B V"]:
+        generator = self.streams(kind.stream("flips"))
+        flips = torch.rand((len(self.pixels), kind.count), generator=generator) < self.config.flip
+        return flips.to(self.device, non_blocking=True)
 
-def _flips(boxes: Tensor, config: ViewsConfig, generator: torch.Generator) -> Bool[Tensor, "B V"]:
-    flips = torch.rand(boxes.shape[:2], generator=generator) < config.flip
-    return flips.to(boxes.device, non_blocking=True)
+    def positions(self, boxes: list[Tensor]) -> list[Tensor]:
+        """Where the views stand in the position field: those of an image move together."""
+        if self.config.placement is None:
+            return boxes
+        moved = place_views(self.config.placement, torch.cat(boxes, dim=1), self.streams("placement"))
+        return list(moved.split([each.shape[1] for each in boxes], dim=1))
 
+    def objects(self, kinds: list[_Kind], boxes: list[Tensor], flips: list[Tensor]) -> list[Tensor | None]:
+        """The patches that each token of each view may read, [B, V, M, N]; None where one token reads all.
 
-def _pixels(
-    pixels: Float[Tensor, "B 3 R C"],
-    extents: Int64[Tensor, "B 2"],
-    boxes: Float[Tensor, "B V 4"],
-    flips: Bool[Tensor, "B V"] | None,
-    size: int,
-    kinds: Int64[Tensor, "B V"],
-    config: ViewsConfig,
-    generator: torch.Generator,
-) -> Float[Tensor, "B V 3 H W"]:
-    drawn = color.draw(config.color, kinds.flatten(), generator)
-    blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
-    views = sample(pixels, boxes, flips, size, "bicubic", blur, extents)
-    return color.apply(views.flatten(0, 1), drawn, config.color).unflatten(0, boxes.shape[:2])
+        An image whose object left no patch in some large view is treated as one whose object is the whole
+        image, in all of its views: an object token never has nothing to read, and teacher and student agree
+        on what it stands for.
+        """
+        found: list[Tensor | None] = []
+        lost: Tensor | None = None
+        for kind, box, flip in zip(kinds, boxes, flips, strict=True):
+            objects = self.config.objects
+            if not kind.tokens or self.masks is None or objects is None:
+                found.append(None)
+                continue
+            readable = self.masks if objects.attention else torch.ones_like(self.masks)
+            patches = object_patches(readable, box, flip, kind.grid, objects.min_coverage)
+            empty = ~patches.any(dim=-1)  # [B, V, M]
+            if lost is None:
+                lost = empty.any(dim=1)
+                self.facts["objects/lost"] = lost.float().mean()
+            # A small view without its object has no pair to agree with: it is read as a whole.
+            patches |= (empty | lost[:, None])[..., None]
+            if not kind.local:
+                self.facts["objects/patches"] = patches.float().mean()
+            if objects.image_token:
+                patches = torch.cat((patches, torch.ones_like(patches[:, :, :1])), dim=2)
+            found.append(patches)
+        return found
+
+    def hidden(self, kinds: list[_Kind]) -> tuple[list[Hidden | None], Hidden | None]:
+        """Patches of each kind of views without contents, and of the large ones without position."""
+        config, batch, large = self.config, len(self.pixels), kinds[0]
+        masked: list[Tensor | None] = [None] * len(kinds)
+        unplaced = None
+        if config.position_masking is not None:
+            masked[0], unplaced = draw_both(
+                config.position_masking, config.masking, batch, large.count, large.grid, self.streams
+            )
+        for i, kind in enumerate(kinds):
+            if config.masking is None or masked[i] is not None or (kind.local and not config.masking.local):
+                continue
+            drawn = draw_masks(
+                config.masking, batch, kind.count, kind.grid, self.streams(kind.stream("masks"))
+            )
+            if unplaced is not None:  # images without some positions keep their contents, in small views too
+                drawn &= ~unplaced.flatten(1).any(dim=1)[:, None, None]
+            masked[i] = drawn
+        contents = [None if mask is None else Hidden.of(mask, self.device) for mask in masked]
+        return contents, None if unplaced is None else Hidden.of(unplaced, self.device)
+
+    def selection(self, kind: _Kind) -> Selection | None:
+        """Patches that the student gets, and those that it predicts, if it does not get all."""
+        config, views = self.config, len(self.pixels) * kind.count
+        if config.dropping is not None:
+            drawn = draw_drops(config.dropping, views, kind.grid, self.streams("drops"))
+        elif config.blocks is not None:
+            drawn = draw_blocks(config.blocks, views, kind.grid, self.streams("blocks"))
+            self.facts["blocks/context"] = torch.tensor(float(drawn[0].shape[1]))
+            self.facts["blocks/target"] = torch.tensor(drawn[1].shape[1] / config.blocks.targets)
+        else:
+            return None
+        shape = len(self.pixels), kind.count, -1
+        return Selection(*(indices.view(shape).to(self.device, non_blocking=True) for indices in drawn))
+
+    def cut(
+        self, kind: _Kind, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"]
+    ) -> Float[Tensor, "B V 3 H W"]:
+        """The pixels of the views, in their colours."""
+        looks = kind.looks.expand(boxes.shape[:2])
+        drawn = color.draw(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
+        blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
+        views = sample(self.pixels, boxes, flips, kind.size, "bicubic", blur, self.canvases.extents)
+        return color.apply(views.flatten(0, 1), drawn, self.config.color).unflatten(0, boxes.shape[:2])

@@ -52,16 +52,16 @@ def object_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     config: ObjectsConfig,
-    first: torch.Generator,
-    retries: torch.Generator,
+    generators: tuple[torch.Generator, torch.Generator],
 ) -> tuple[Float[Tensor, "B V 4"], Float[Tensor, "B V"]]:
     """Boxes that hold every target object of their picture, and how many draws each took (0 = none held it).
 
     All candidates are drawn at once; a view takes its first one in which each object shows more than
     `min_visible` of its area. If there is none it takes the one that shows most of the object shown least.
     Objects that are the whole picture accept the first draw, so that such pictures are cropped as without
-    objects: `first` is the generator that plain cropping would use, `retries` serves the further candidates.
+    objects: the first of the `generators` is that of plain cropping, the other serves further candidates.
     """
+    first, retries = generators
     # Drawn on the CPU, judged where the masks are: no step waits for the device.
     batch = aspects.shape[0]
     boxes = random_boxes(aspects, count, scale, ratio, first)[:, :, None]

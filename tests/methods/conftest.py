@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Hidden, Views, ViewsConfig
 from foveola.views.objects import ObjectsConfig
 from foveola.views.tokens import MaskingConfig
 
@@ -37,25 +39,36 @@ def make_batch(
     masked[0, 0] = False
     if isinstance(objects, int):
         objects = torch.rand(pictures, global_count, objects, 16, generator=generator) < 0.5
-    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    return Batch(
-        global_views=views,
-        global_boxes=boxes.expand(pictures, global_count, 4),
-        global_flips=torch.zeros(pictures, global_count, dtype=torch.bool),
-        global_objects=objects,
-        local_views=local if local_count else None,
-        local_boxes=boxes.expand(pictures, local_count, 4) if local_count else None,
-        local_flips=torch.zeros(pictures, local_count, dtype=torch.bool) if local_count else None,
-        local_objects=local_objects,
-        masked=masked if masking else None,
-        masked_indices=masked.flatten().nonzero()[:, 0] if masking else None,
-        local_masked=None,
-        keep=None,
-        predict=None,
-        labels=torch.full((pictures,), -1),
-        indices=torch.arange(pictures),
-        facts={},
-    )
+    hidden = Hidden.of(masked, masked.device) if masking else None
+    large = whole_views(views, objects=objects, hidden_contents=hidden)
+    return whole_batch(large, whole_views(local, objects=local_objects) if local_count else None)
+
+
+def whole_views(pixels: Tensor, **others: Any) -> Views:
+    """Views of whole images, none of them flipped."""
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(*pixels.shape[:2], 4)
+    flips = torch.zeros(pixels.shape[:2], dtype=torch.bool)
+    return Views(pixels, boxes, flips, boxes, **others)
+
+
+def whole_batch(large: Views, small: Views | None = None, facts: dict[str, Tensor] | None = None) -> Batch:
+    count = len(large.pixels)
+    return Batch(large, small, torch.full((count,), -1), torch.arange(count), facts or {})
+
+
+def part_of(batch: Batch, images: slice) -> Batch:
+    """Some images of a batch, as another process has them."""
+
+    def cut(group: Any) -> Any:
+        if isinstance(group, Hidden):
+            return Hidden.of(group.mask[images], group.mask.device)
+        if isinstance(group, Tensor):
+            return group[images]
+        if is_dataclass(group):
+            return type(group)(**{name: cut(value) for name, value in vars(group).items()})
+        return group
+
+    return cut(batch)
 
 
 def make_method(
@@ -125,6 +138,12 @@ def plain_pixels(image: Tensor, patch: int, side: int) -> Tensor:
 def plain() -> SimpleNamespace:
     """Parts of a ViT written out in plain loops, for one picture at a time."""
     return SimpleNamespace(norm=plain_norm, network=plain_network, sines=plain_sines, pixels=plain_pixels)
+
+
+@pytest.fixture
+def views() -> SimpleNamespace:
+    """Batches by hand: `whole` views, a `batch` of such, some images of it."""
+    return SimpleNamespace(whole=whole_views, batch=whole_batch, part=part_of)
 
 
 @pytest.fixture

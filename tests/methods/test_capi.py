@@ -14,7 +14,7 @@ from foveola.losses import sinkhorn
 from foveola.methods.capi import Capi, CapiConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Selection, Views, ViewsConfig
 from foveola.views.tokens import DroppingConfig, draw_drops
 
 MODEL = ViTConfig(
@@ -47,21 +47,15 @@ def capi(seed: int = 0, model: ViTConfig = MODEL, **settings: Any) -> Capi:
 def batch(pictures: int = 6, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     keep, predict = draw_drops(VIEWS.dropping or DroppingConfig(), pictures, (4, 4), generator)
-    none: dict[str, Any] = dict.fromkeys(
-        ("global_objects", "local_views", "local_boxes", "local_flips", "local_objects", "masked")
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(pictures, 1, 4)
+    large = Views(
+        pixels=torch.randn(pictures, 1, 3, 16, 16, generator=generator),
+        boxes=whole,
+        flips=torch.zeros(pictures, 1, dtype=torch.bool),
+        positions=whole,
+        selection=Selection(keep[:, None], predict[:, None]),
     )
-    none |= dict.fromkeys(("masked_indices", "local_masked"))
-    return Batch(
-        global_views=torch.randn(pictures, 1, 3, 16, 16, generator=generator),
-        global_boxes=torch.tensor([0.0, 0, 1, 1]).expand(pictures, 1, 4),
-        global_flips=torch.zeros(pictures, 1, dtype=torch.bool),
-        keep=keep[:, None],
-        predict=predict[:, None],
-        labels=torch.full((pictures,), -1),
-        indices=torch.arange(pictures),
-        facts={},
-        **none,
-    )
+    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), {})
 
 
 def grads(method: Capi, prefix: str) -> float:
@@ -78,17 +72,19 @@ def test_the_losses_are_the_loop():
     output = method(drawn, PROGRESS)
     assert method.clustering is not None
     with torch.no_grad():
-        patches = normalize(method.teacher.backbone(drawn.global_views[:, 0]).patches, dim=-1)
+        patches = normalize(method.teacher.backbone(drawn.large.pixels[:, 0]).patches, dim=-1)
         logits = linear(patches, method.clustering.weight, method.clustering.bias)
-        context = method.student.backbone(drawn.global_views[:, 0], keep=drawn.keep[:, 0])
-        asked = method.student.predictor(context, drawn.predict[:, 0], drawn.keep[:, 0])
+        context = method.student.backbone(drawn.large.pixels[:, 0], keep=drawn.large.selection.kept[:, 0])
+        asked = method.student.predictor(
+            context, drawn.large.selection.predicted[:, 0], drawn.large.selection.kept[:, 0]
+        )
         weight = normalize(method.student.head.v, dim=1)
     rows, everything = [], []
     for position in range(16):
         assigned = sinkhorn(logits[:, position], 0.06)
         everything += list(-(assigned * (logits[:, position] / 0.12).log_softmax(1)).sum(1))
         for picture in range(6):
-            for slot in (drawn.predict[picture, 0] == position).nonzero()[:, 0].tolist():
+            for slot in (drawn.large.selection.predicted[picture, 0] == position).nonzero()[:, 0].tolist():
                 scores = weight @ normalize(asked[picture, slot], dim=0)
                 rows.append(-(assigned[picture] * (scores / 0.12).log_softmax(0)).sum())
     assert output.losses["clustering"].item() == pytest.approx(
@@ -126,10 +122,12 @@ def test_the_teacher_sees_everything_and_the_student_what_is_kept():
     (teacher, nothing), (student, keep) = seen
     assert teacher.shape[1] == 16
     assert nothing is None
-    assert student.shape[1] == drawn.keep.shape[2] == 7
-    assert torch.equal(keep, drawn.keep[:, 0])
+    assert student.shape[1] == drawn.large.selection.kept.shape[2] == 7
+    assert torch.equal(keep, drawn.large.selection.kept[:, 0])
     for picture in range(6):
-        assert not set(drawn.keep[picture, 0].tolist()) & set(drawn.predict[picture, 0].tolist())
+        assert not set(drawn.large.selection.kept[picture, 0].tolist()) & set(
+            drawn.large.selection.predicted[picture, 0].tolist()
+        )
 
 
 def test_the_teacher_follows_one_minus_the_learning_rate():
@@ -181,12 +179,14 @@ def test_the_variants_of_the_ablations_learn(settings):
 def test_regression_is_huber_on_normalised_patches():
     method, drawn = capi(targets="features"), batch()
     with torch.no_grad():
-        patches = method.teacher.backbone(drawn.global_views[:, 0]).patches
-        context = method.student.backbone(drawn.global_views[:, 0], keep=drawn.keep[:, 0])
-        asked = method.student.predictor(context, drawn.predict[:, 0], drawn.keep[:, 0])
+        patches = method.teacher.backbone(drawn.large.pixels[:, 0]).patches
+        context = method.student.backbone(drawn.large.pixels[:, 0], keep=drawn.large.selection.kept[:, 0])
+        asked = method.student.predictor(
+            context, drawn.large.selection.predicted[:, 0], drawn.large.selection.kept[:, 0]
+        )
     total = []
     for picture in range(6):
-        for slot, position in enumerate(drawn.predict[picture, 0].tolist()):
+        for slot, position in enumerate(drawn.large.selection.predicted[picture, 0].tolist()):
             gap = (asked[picture, slot] - layer_norm(patches[picture, position], (24,))).double().abs()
             total.append(torch.where(gap < 1, gap**2 / 2, gap - 0.5))
     loss = method(drawn, PROGRESS).losses["prediction"].item()
@@ -196,13 +196,17 @@ def test_regression_is_huber_on_normalised_patches():
 def test_the_fused_variant_hides_what_is_not_kept():
     method, drawn = capi(predictor=None), batch()
     before = method(drawn, PROGRESS).losses["prediction"].item()
-    views = drawn.global_views.clone()
+    views = drawn.large.pixels.clone()
     for picture in range(6):
-        for patch in set(range(16)) - set(drawn.keep[picture, 0].tolist()):
+        for patch in set(range(16)) - set(drawn.large.selection.kept[picture, 0].tolist()):
             views[picture, 0, :, 4 * (patch // 4) :, 4 * (patch % 4) :][:, :4, :4] += 5
     with torch.no_grad():
-        hidden = method._predict(views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0])
-        shown = method._predict(drawn.global_views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0])
+        hidden = method._predict(
+            views[:, 0], drawn.large.selection.kept[:, 0], drawn.large.selection.predicted[:, 0]
+        )
+        shown = method._predict(
+            drawn.large.pixels[:, 0], drawn.large.selection.kept[:, 0], drawn.large.selection.predicted[:, 0]
+        )
     assert torch.equal(hidden, shown)
     assert math.isfinite(before)
     assert method.predictor is None
@@ -238,7 +242,7 @@ def test_the_queue_holds_the_newest_pictures_and_survives_saving():
     expected = torch.zeros(16, 0, 24)
     for each in drawn:
         with torch.no_grad():
-            patches = normalize(method.teacher.backbone(each.global_views[:, 0]).patches, dim=-1)
+            patches = normalize(method.teacher.backbone(each.large.pixels[:, 0]).patches, dim=-1)
         expected = torch.cat((patches.transpose(0, 1), expected), dim=1)[:, :8]
         method(each, PROGRESS)
     assert method.clustering.filled == 8

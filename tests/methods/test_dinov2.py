@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from foveola.methods.terms import (
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress, Schedule
-from foveola.views.batch import Batch
+from foveola.views.batch import Batch, Hidden
 
 MakeBatch = Callable[..., Batch]
 MakeMethod = Callable[..., Distillation]
@@ -109,20 +110,20 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     assert config.token is not None
     assert config.patch is not None
     assert config.spread is not None
-    assert batch.local_views is not None
-    assert batch.masked is not None
-    pictures, views = batch.global_views.shape[:2]
-    locals_ = batch.local_views.shape[1]
+    assert batch.small.pixels is not None
+    assert batch.large.hidden_contents.mask is not None
+    pictures, views = batch.large.pixels.shape[:2]
+    locals_ = batch.small.pixels.shape[1]
     crops = [(b, v) for b in range(pictures) for v in range(views)]
     mine, small, theirs = {}, {}, {}
     for b, v in crops:
-        picture = batch.global_views[b, v][None].double()
-        mine[b, v] = student.backbone(picture, masked=batch.masked[b, v][None])
+        picture = batch.large.pixels[b, v][None].double()
+        mine[b, v] = student.backbone(picture, masked=batch.large.hidden_contents.mask[b, v][None])
         with torch.no_grad():
             theirs[b, v] = teacher.backbone(picture)
     for b in range(pictures):
         for v in range(locals_):
-            small[b, v] = student.backbone(batch.local_views[b, v][None].double()).objects[0, 0]
+            small[b, v] = student.backbone(batch.small.pixels[b, v][None].double()).objects[0, 0]
 
     def center(term) -> Tensor | None:
         return None if term.targets.centering is None else term.targets.centering.center
@@ -148,13 +149,15 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     losses["token"] = config.token.weight * (local / terms + swapped / terms)
     # Patches: masked positions of all crops together, each weighing one over the masked ones of its crop.
     name = config.patch.head
-    places = [(crop, n) for crop in crops for n in batch.masked[crop].nonzero()[:, 0].tolist()]
+    places = [
+        (crop, n) for crop in crops for n in batch.large.hidden_contents.mask[crop].nonzero()[:, 0].tolist()
+    ]
     logits = [naive_head(teacher, name, theirs[crop].patches[0, n]) for crop, n in places]
     rows = naive_targets(logits, config.patch.target, TEMPERATURES["patch"], center(method.patch))
     total = torch.zeros((), dtype=torch.float64)
     for (crop, n), row in zip(places, rows, strict=True):
         guess = naive_head(student, name, mine[crop].patches[0, n])
-        total = total + naive_entropy(row, guess) / batch.masked[crop].sum()
+        total = total + naive_entropy(row, guess) / batch.large.hidden_contents.mask[crop].sum()
     losses["patch"] = config.patch.weight * total / len(crops)
     # KoLeo: the student's class tokens after the norm, before the head, view by view.
     spread = sum(naive_koleo([mine[b, v].objects[0, 0] for b in range(pictures)]) for v in range(views))
@@ -209,13 +212,15 @@ def test_the_whole_loss_and_its_gradient_are_those_of_the_loop(
     assert all(p.grad is None for p in made.teacher.parameters())
 
 
-def test_of_18_pairs_16_are_local(method: MakeMethod, batch: MakeBatch, progress: Progress):
+def test_of_18_pairs_16_are_local(
+    method: MakeMethod, batch: MakeBatch, views: SimpleNamespace, progress: Progress
+):
     """All pairs weigh the same, so each local view adds its two pairs to the two between global views."""
     made, drawn = with_centers(method(model=MODEL, **dinov2("centering", SHARED))), batch(local_count=8)
 
     def token(*locals_: int) -> float:
-        rows = {n: getattr(drawn, n)[:, list(locals_)] for n in ("local_views", "local_boxes", "local_flips")}
-        chosen = replace(drawn, **(rows if locals_ else dict.fromkeys(rows)))
+        small = views.whole(drawn.small.pixels[:, list(locals_)]) if locals_ else None
+        chosen = replace(drawn, small=small)
         return made(chosen, progress).losses["token"].item()
 
     swapped = 2 * token()
@@ -276,7 +281,7 @@ def test_the_teachers_input_is_never_masked(
     output = made(drawn, progress)
     assert seen["teacher"] == [((8, 3, 16, 16), None)] * 2
     assert [shape for shape, _ in seen["student"]] == [(8, 3, 16, 16), (12, 3, 8, 8)]
-    assert torch.equal(seen["student"][0][1], drawn.masked.flatten(0, 1))
+    assert torch.equal(seen["student"][0][1], drawn.large.hidden_contents.mask.flatten(0, 1))
     assert seen["student"][1][1] is None  # nor are local views
     # A token that would spoil whatever reads it.
     with torch.no_grad():
@@ -287,9 +292,9 @@ def test_the_teachers_input_is_never_masked(
     for name, value in output.logs.items():
         assert torch.equal(again.logs[name], value), name
     # Masks choose which patches are targets, not what they are.
-    whole = made.teacher.backbone(drawn.global_views.flatten(0, 1))
+    whole = made.teacher.backbone(drawn.large.pixels.flatten(0, 1))
     assert torch.equal(first.objects.flatten(0, 2), whole.objects[:, 0])
-    assert torch.equal(first.masked_patches, whole.patches[drawn.masked.flatten(0, 1)])
+    assert torch.equal(first.masked_patches, whole.patches[drawn.large.hidden_contents.mask.flatten(0, 1)])
     with torch.no_grad():
         made.student.backbone.mask_token.fill_(torch.nan)
     assert made(drawn, progress).losses["patch"].isnan()
@@ -325,14 +330,17 @@ def test_one_picture_or_equal_pictures_do_no_harm(
 ):
     made = method(model=MODEL, **dinov2("sinkhorn", OWN))
     one = batch(pictures=1)
-    one = replace(one, masked=torch.ones(1, 2, 16).bool(), masked_indices=torch.arange(32))
-    four = batch(pictures=4)
-    same = replace(
-        four,
-        global_views=four.global_views[:1].expand(4, -1, -1, -1, -1),
-        masked=four.masked[1:2].expand(4, -1, -1),
-        masked_indices=four.masked[1:2].expand(4, -1, -1).flatten().nonzero()[:, 0],
+    one = replace(
+        one, large=replace(one.large, hidden_contents=Hidden(torch.ones(1, 2, 16).bool(), torch.arange(32)))
     )
+    four = batch(pictures=4)
+    mask = four.large.hidden_contents.mask[1:2].expand(4, -1, -1)
+    large = replace(
+        four.large,
+        pixels=four.large.pixels[:1].expand(4, -1, -1, -1, -1),
+        hidden_contents=Hidden.of(mask, mask.device),
+    )
+    same = replace(four, large=large)
     for drawn, zero in ((one, True), (same, False)):
         made.zero_grad()
         with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
@@ -364,7 +372,8 @@ rank = distributed.rank()
 for kind in ("centering", "sinkhorn"):
     for split in (3, 5):
         method = shared.make_method(model=mine.MODEL, **mine.dinov2(kind, mine.OWN))
-        batch = mine.part(shared.make_batch(pictures=6), *((0, split) if rank == 0 else (split, 6)))
+        mine_of_them = slice(0, split) if rank == 0 else slice(split, 6)
+        batch = shared.part_of(shared.make_batch(pictures=6), mine_of_them)
         losses = method(batch, Progress(0, 100, 10, 6)).losses
         torch.stack(list(losses.values())).sum().backward()
         mean = {n: distributed.all_reduce_mean(p.grad) for n, p in method.student.named_parameters()}
@@ -373,18 +382,12 @@ distributed.stop()
 """
 
 
-def part(batch: Batch, start: int, end: int) -> Batch:
-    """Some pictures of a batch, as another process has them."""
-    rows = {name: value[start:end] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    rows["masked_indices"] = rows["masked"].flatten().nonzero()[:, 0]
-    return replace(batch, **rows)
-
-
 def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
     run_ranks: Callable[..., list[str]],
     tmp_path: Path,
     method: MakeMethod,
     batch: MakeBatch,
+    views: SimpleNamespace,
     progress: Progress,
 ):
     """Sinkhorn takes the tokens of all processes; KoLeo looks for neighbours among a process's own."""
@@ -396,8 +399,8 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
         whole = made(drawn, progress).losses
         for split in (3, 5):
             results = [torch.load(tmp_path / f"{kind}-{split}-{rank}.pt") for rank in (0, 1)]
-            bounds = ((0, split), (split, 6))
-            halves = [made(part(drawn, *b), progress).losses["spread"] for b in bounds]
+            bounds = slice(0, split), slice(split, 6)
+            halves = [made(views.part(drawn, b), progress).losses["spread"] for b in bounds]
             for (found, _), half in zip(results, halves, strict=True):
                 assert found["spread"] == pytest.approx(half.item(), rel=1e-4)
             if split == 5:  # one process has a single picture: no neighbour, no push

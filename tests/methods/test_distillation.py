@@ -17,7 +17,7 @@ from foveola.methods.terms import PatchTermConfig, SpreadTermConfig, TokenTermCo
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress, Schedule
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Hidden, ViewsConfig
 from foveola.views.objects import ObjectsConfig
 from foveola.views.tokens import MaskingConfig
 
@@ -49,9 +49,10 @@ def naive_targets(logits: Tensor, kind: str, temperature: float) -> Tensor:
 def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict[str, float]:
     """One view of one picture at a time, each token through its head on its own."""
     config, student, teacher = method.config, method.student, method.teacher
-    pictures, views = batch.global_views.shape[:2]
-    masks = batch.global_objects
+    pictures, views = batch.large.pixels.shape[:2]
+    masks = batch.large.objects
     objects = 1 if masks is None else masks.shape[2]
+    masked = None if batch.large.hidden_contents is None else batch.large.hidden_contents.mask
 
     def encode(network, view: Tensor, mask: Tensor | None, hidden: Tensor | None = None):
         return network.backbone(
@@ -71,14 +72,14 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         theirs, mine = {}, {}
         for b in range(pictures):
             for v in range(views):
-                view = batch.global_views[b, v]
+                view = batch.large.pixels[b, v]
                 seen = encode(teacher, view, one(masks, b, v)).objects[0]
-                hidden = encode(student, view, one(masks, b, v), one(batch.masked, b, v)).objects[0]
+                hidden = encode(student, view, one(masks, b, v), one(masked, b, v)).objects[0]
                 for m in slots:
                     theirs[b, v, m] = teacher.head(term.head)(seen[m : m + 1])[0]
                     mine[b, v, m] = student.head(term.head)(hidden[m : m + 1])[0]
-            for v in range(0 if batch.local_views is None else batch.local_views.shape[1]):
-                local = encode(student, batch.local_views[b, v], one(batch.local_objects, b, v)).objects[0]
+            for v in range(0 if batch.small is None else batch.small.pixels.shape[1]):
+                local = encode(student, batch.small.pixels[b, v], one(batch.small.objects, b, v)).objects[0]
                 for m in slots:
                     own = m if len(local) > 1 else 0
                     mine[b, views + v, m] = student.head(term.head)(local[own : own + 1])[0]
@@ -96,7 +97,7 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         total, logits, predictions, owners = 0.0, [], [], []
         for b in range(pictures):
             for v in range(views):
-                view, hidden = batch.global_views[b, v], batch.masked[b, v]
+                view, hidden = batch.large.pixels[b, v], masked[b, v]
                 seen = encode(teacher, view, one(masks, b, v)).patches[0]
                 guess = encode(student, view, one(masks, b, v), hidden).patches[0]
                 for n in hidden.nonzero()[:, 0].tolist():
@@ -112,7 +113,12 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         for v in range(views):
             rows = []
             for b in range(pictures):
-                hidden = encode(student, batch.global_views[b, v], one(masks, b, v), one(batch.masked, b, v))
+                hidden = encode(
+                    student,
+                    batch.large.pixels[b, v],
+                    one(masks, b, v),
+                    one(masked, b, v),
+                )
                 rows += list(hidden.objects[0][: objects - method.image_token])
             x = torch.nn.functional.normalize(torch.stack(rows).double(), dim=1)
             distances = torch.cdist(x, x) + 10 * torch.eye(len(x))
@@ -189,7 +195,7 @@ def gradients(
 
 def test_odis_of_whole_pictures_is_ibot_bit_for_bit(method: MakeMethod, batch: MakeBatch, progress: Progress):
     plain = batch()
-    whole = replace(plain, global_objects=torch.ones(3, 2, 1, 16, dtype=torch.bool))
+    whole = replace(plain, large=replace(plain.large, objects=torch.ones(3, 2, 1, 16, dtype=torch.bool)))
     ibot, odis = method(), method()
     one, one_gradients = gradients(ibot, plain, progress)
     other, other_gradients = gradients(odis, whole, progress)
@@ -266,7 +272,7 @@ def test_the_teacher_starts_as_the_student_and_gets_no_gradient(batch: MakeBatch
     for name, parameter in made.teacher.named_parameters():
         assert torch.equal(parameter, made.student.get_parameter(name))
         assert not parameter.requires_grad
-    images = batch().global_views.flatten(0, 1)
+    images = batch().large.pixels.flatten(0, 1)
     made.eval()
     assert torch.equal(made.teacher.backbone(images).objects, made.student.backbone(images).objects)
     made.train()
@@ -292,11 +298,9 @@ def test_every_trained_parameter_gets_a_gradient(method: MakeMethod, batch: Make
 def test_batches_without_a_masked_patch(method: MakeMethod, batch: MakeBatch, progress: Progress):
     for target in (TargetConfig(), SINKHORN):
         made = method(patch=PatchTermConfig(target=target))
-        drawn = replace(
-            batch(),
-            masked=torch.zeros(3, 2, 16, dtype=torch.bool),
-            masked_indices=torch.zeros(0, dtype=torch.int64),
-        )
+        drawn, nothing = batch(), torch.zeros(3, 2, 16, dtype=torch.bool)
+        nothing = Hidden.of(nothing, nothing.device)
+        drawn = replace(drawn, large=replace(drawn.large, hidden_contents=nothing))
         losses, found = gradients(made, drawn, progress)
         assert losses["patch"].item() == 0
         assert all(gradient.isfinite().all() for gradient in found.values())
@@ -311,9 +315,11 @@ def test_the_centre_moves_after_the_step_and_is_never_averaged(
     assert torch.equal(made(drawn, progress).losses["token"], first["token"])
     assert (made.token.targets.centering.center == 0).all()
     with torch.no_grad():
-        seen = made.teacher.backbone(drawn.global_views.flatten(0, 1))
+        seen = made.teacher.backbone(drawn.large.pixels.flatten(0, 1))
         logits = made.teacher.head("main")(seen.objects[:, 0]).double()
-        patches = made.teacher.head("main")(seen.patches.flatten(0, 1)[drawn.masked_indices]).double()
+        patches = made.teacher.head("main")(
+            seen.patches.flatten(0, 1)[drawn.large.hidden_contents.indices]
+        ).double()
     made.after_step(progress, 1e-3)
     # Two batches before a step count as one, of their mean.
     assert torch.allclose(made.token.targets.centering.center.double(), 0.1 * logits.mean(0), atol=1e-6)
@@ -330,7 +336,7 @@ def test_a_centre_of_all_patches_is_the_mean_of_the_head_on_all_patches(
         made(drawn, progress).losses["patch"], plain["patch"]
     )  # the first step has no centre yet
     with torch.no_grad():
-        seen = made.teacher.backbone(drawn.global_views.flatten(0, 1), drawn.global_objects.flatten(0, 1))
+        seen = made.teacher.backbone(drawn.large.pixels.flatten(0, 1), drawn.large.objects.flatten(0, 1))
         logits = made.teacher.head("main")(seen.patches.flatten(0, 1)).double()
     assert logits.shape[0] == 3 * 2 * 16
     made.after_step(progress, 1e-3)
@@ -366,7 +372,7 @@ def test_signals_of_collapse(method: MakeMethod, batch: MakeBatch, progress: Pro
     made, drawn = method(), batch()
     logs = made(drawn, progress).logs
     with torch.no_grad():
-        seen = made.teacher.backbone(drawn.global_views.flatten(0, 1)).objects[:, 0]
+        seen = made.teacher.backbone(drawn.large.pixels.flatten(0, 1)).objects[:, 0]
         targets = (made.teacher.head("main")(seen).double() / 0.04).softmax(dim=-1)
     own = -(targets * targets.clamp(min=1e-300).log()).sum(dim=1).mean().item()
     assert logs["token/target_entropy"].item() == pytest.approx(own, rel=1e-4)
@@ -436,9 +442,7 @@ for kind in ("centering", "sinkhorn"):
     batch = shared.make_batch(pictures=4, objects=2)
     if distributed.world_size() > 1:
         half = slice(2 * distributed.rank(), 2 * distributed.rank() + 2)
-        rows = {name: value[half] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-        rows["masked_indices"] = rows["masked"].flatten().nonzero()[:, 0]
-        batch = type(batch)(**{**vars(batch), **rows})
+        batch = shared.part_of(batch, half)
     for step in range(3):
         progress = Progress(step, 100, 10, 4)
         method.zero_grad()

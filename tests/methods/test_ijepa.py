@@ -14,10 +14,11 @@ from foveola.losses import huber_loss
 from foveola.methods.ijepa import IJepa, IJepaConfig
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Selection, Views, ViewsConfig
 from foveola.views.blocks import BlocksConfig, draw_blocks
 from foveola.views.tokens import DroppingConfig, draw_drops
 
+WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 SIDE, GRID = 4, 6  # pixels of a patch, patches of a side
 MODEL = ViTConfig(
     width=24,
@@ -48,27 +49,32 @@ def ijepa(seed: int = 0, model: ViTConfig = MODEL, views: ViewsConfig = VIEWS, *
 def batch(pictures: int = 4, seed: int = 0, drops: tuple[Tensor, Tensor] | None = None) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     keep, wanted = drops or draw_blocks(BLOCKS, pictures, (GRID, GRID), generator)
-    none = {field.name: None for field in dataclasses.fields(Batch)}
-    return Batch(
-        **none
-        | {
-            "global_views": torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator),
-            "global_boxes": torch.tensor([0.0, 0, 1, 1]).expand(pictures, 1, 4),
-            "global_flips": torch.zeros(pictures, 1, dtype=torch.bool),
-            "keep": keep[:, None],
-            "predict": wanted[:, None],
-            "labels": torch.full((pictures,), -1),
-            "indices": torch.arange(pictures),
-            "facts": {"blocks/context": torch.tensor(float(keep.shape[1]))},
-        }
+    pixels = torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
+    large = Views(
+        pixels=pixels,
+        boxes=WHOLE.expand(pictures, 1, 4),
+        flips=torch.zeros(pictures, 1, dtype=torch.bool),
+        positions=WHOLE.expand(pictures, 1, 4),
+        selection=Selection(keep[:, None], wanted[:, None]),
     )
+    facts = {"blocks/context": torch.tensor(float(keep.shape[1]))}
+    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), facts)
+
+
+def predicting(drawn: Batch, patches: Tensor) -> Batch:
+    """The batch with other patches to predict."""
+    selection = dataclasses.replace(drawn.large.selection, predicted=patches)
+    return dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, selection=selection))
 
 
 @torch.no_grad()
 def predictions(method: IJepa, drawn: Batch, groups: int | None = None) -> Tensor:
-    assert drawn.keep is not None
-    assert drawn.predict is not None
-    images, keep, wanted = drawn.global_views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0]
+    assert drawn.large.selection is not None
+    images, keep, wanted = (
+        drawn.large.pixels[:, 0],
+        drawn.large.selection.kept[:, 0],
+        drawn.large.selection.predicted[:, 0],
+    )
     return method.student(images, keep, wanted, groups or method.groups)
 
 
@@ -80,8 +86,7 @@ def naive(method: IJepa, drawn: Batch, plain: SimpleNamespace) -> Tensor:
     student, teacher = copy.deepcopy(method.student).double(), copy.deepcopy(method.teacher).double()
     predictor = student.predictor
     outside, inside = plain.sines(GRID, GRID, 24), plain.sines(GRID, GRID, 16)
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
 
     def encode(network: torch.nn.Module, image: Tensor, patches: list[int]) -> Tensor:
         tokens = []
@@ -91,12 +96,12 @@ def naive(method: IJepa, drawn: Batch, plain: SimpleNamespace) -> Tensor:
         return plain.network(torch.stack(tokens), network)
 
     errors = []
-    for picture in range(len(drawn.keep)):
-        image, keep = drawn.global_views[picture, 0].double(), drawn.keep[picture, 0].tolist()
+    for picture in range(len(drawn.large.selection.kept)):
+        image, keep = drawn.large.pixels[picture, 0].double(), drawn.large.selection.kept[picture, 0].tolist()
         code = encode(student.backbone, image, keep) @ predictor.embed.weight.T + predictor.embed.bias
         context = torch.stack([code[row] + inside[patch] for row, patch in enumerate(keep)])
         whole = encode(teacher, image, list(range(GRID**2)))
-        for block in drawn.predict[picture, 0].view(BLOCKS.targets, -1).tolist():
+        for block in drawn.large.selection.predicted[picture, 0].view(BLOCKS.targets, -1).tolist():
             asked = torch.stack([predictor.mask_token[0, 0] + inside[patch] for patch in block])
             found = plain.network(torch.cat((context, asked)), predictor)[len(keep) :]
             found = found @ student.head.weight.T + student.head.bias
@@ -122,14 +127,14 @@ def test_the_patch_embedding_starts_as_linear_layers_do():
 
 def test_the_loss_is_that_of_a_network_written_out(plain: SimpleNamespace):
     drawn = batch()
-    assert drawn.predict is not None
+    assert drawn.large.selection.predicted is not None
     for loss in ("huber", "squared"):
         method = ijepa(loss=loss)
         with torch.no_grad():
             errors = naive(method, drawn, plain).abs()
         output = method(drawn, PROGRESS)
         assert output.losses.keys() == {"prediction"}
-        assert len(errors) == drawn.predict.numel()
+        assert len(errors) == drawn.large.selection.predicted.numel()
         small, large = 0.5 * errors**2, errors - 0.5
         expected = torch.where(errors < 1, small, large) if loss == "huber" else errors**2
         assert (errors < 1).any()
@@ -167,25 +172,24 @@ def test_the_teacher_sees_everything_and_the_student_the_context():
         )
     method(drawn, PROGRESS)
     (teacher, nothing), (student, keep) = seen
-    assert drawn.keep is not None
+    assert drawn.large.selection.kept is not None
     assert teacher.shape[1] == GRID**2
     assert nothing is None
-    assert student.shape[1] == drawn.keep.shape[2]
-    assert torch.equal(keep, drawn.keep[:, 0])
+    assert student.shape[1] == drawn.large.selection.kept.shape[2]
+    assert torch.equal(keep, drawn.large.selection.kept[:, 0])
 
 
 def test_predictions_come_from_the_context_alone():
     method, drawn = ijepa(), batch()
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
     before, loss = predictions(method, drawn), method(drawn, PROGRESS).losses["prediction"]
-    views = drawn.global_views.clone()
+    views = drawn.large.pixels.clone()
     for picture in range(4):
-        context = drawn.keep[picture, 0].tolist()
+        context = drawn.large.selection.kept[picture, 0].tolist()
         for patch in set(range(GRID**2)) - set(context):
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
             views[picture, 0, :, y : y + SIDE, x : x + SIDE] += torch.randn(3, SIDE, SIDE)
-    hidden = dataclasses.replace(drawn, global_views=views)
+    hidden = dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
     assert torch.equal(predictions(method, hidden), before)
     assert not torch.equal(method(hidden, PROGRESS).losses["prediction"], loss)  # the targets are others
 
@@ -193,11 +197,11 @@ def test_predictions_come_from_the_context_alone():
 def test_blocks_are_predicted_apart_from_each_other():
     """Moving one block changes no prediction of the others; in one sequence it would."""
     method, drawn = ijepa(), batch()
-    assert drawn.predict is not None
-    size = drawn.predict.shape[2] // BLOCKS.targets
-    moved = drawn.predict.clone()
+    assert drawn.large.selection.predicted is not None
+    size = drawn.large.selection.predicted.shape[2] // BLOCKS.targets
+    moved = drawn.large.selection.predicted.clone()
     moved[..., :size] = moved[..., size : 2 * size].flip(2)
-    other = dataclasses.replace(drawn, predict=moved)
+    other = predicting(drawn, moved)
     before, after = predictions(method, drawn), predictions(method, other)
     assert torch.equal(before[:, size:], after[:, size:])
     assert (before[:, :size] - after[:, :size]).abs().amax(dim=2).max() > 1e-3
@@ -206,18 +210,19 @@ def test_blocks_are_predicted_apart_from_each_other():
     together = predictions(method, drawn, groups=1), predictions(method, other, groups=1)
     assert (together[0][:, size:] - together[1][:, size:]).abs().max() > 1e-4
     # Within a block they do see each other.
-    swapped = drawn.predict.clone()
+    swapped = drawn.large.selection.predicted.clone()
     swapped[..., 0] = swapped[..., size]
-    after = predictions(method, dataclasses.replace(drawn, predict=swapped))
+    after = predictions(method, predicting(drawn, swapped))
     assert (after[:, 1:size] - before[:, 1:size]).abs().max() > 1e-5
 
 
 def test_each_picture_is_predicted_from_itself():
     method, drawn = ijepa(), batch()
-    views = drawn.global_views.clone()
+    views = drawn.large.pixels.clone()
     views[2] += torch.randn_like(views[2])
     before, after = (
-        predictions(method, dataclasses.replace(drawn, global_views=v)) for v in (drawn.global_views, views)
+        predictions(method, dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=v)))
+        for v in (drawn.large.pixels, views)
     )
     changed = (before - after).abs().amax(dim=(1, 2)) > 0
     assert changed.tolist() == [False, False, True, False]
@@ -226,13 +231,16 @@ def test_each_picture_is_predicted_from_itself():
 def test_context_and_targets_are_disjoint_and_as_many_in_every_picture():
     for seed in range(20):
         drawn = batch(pictures=8, seed=seed)
-        assert drawn.keep is not None
-        assert drawn.predict is not None
+        assert drawn.large.selection.kept is not None
+        assert drawn.large.selection.predicted is not None
         for picture in range(8):
-            context, targets = (set(t[picture, 0].tolist()) for t in (drawn.keep, drawn.predict))
+            context, targets = (
+                set(t[picture, 0].tolist())
+                for t in (drawn.large.selection.kept, drawn.large.selection.predicted)
+            )
             assert not context & targets
-            assert len(context) == drawn.keep.shape[2] > BLOCKS.min_context
-        assert drawn.predict.shape[2] % BLOCKS.targets == 0
+            assert len(context) == drawn.large.selection.kept.shape[2] > BLOCKS.min_context
+        assert drawn.large.selection.predicted.shape[2] % BLOCKS.targets == 0
 
 
 # -- who learns ----------------------------------------------------------------------------------------------
@@ -291,9 +299,9 @@ def test_spread_is_taken_before_the_targets_are_normalised():
     """Constant features, and features that tell the place alone, look healthy only after the LayerNorm."""
     method, drawn = ijepa(), batch()
     with torch.no_grad():
-        patches = method.teacher(drawn.global_views[:, 0]).patches.double()
+        patches = method.teacher(drawn.large.pixels[:, 0]).patches.double()
     logs = method(drawn, PROGRESS).logs
-    assert logs["blocks/context"] == drawn.keep.shape[2]
+    assert logs["blocks/context"] == drawn.large.selection.kept.shape[2]
     rows = patches.reshape(-1, 24)
     overall = (rows - rows.mean(0)).square().mean().sqrt()
     content = (patches - patches.mean(0)).square().mean().sqrt()
@@ -350,11 +358,11 @@ def test_dropped_patches_are_one_block():
 def test_blocks_stay_apart_in_other_networks(model, predictor):
     method = ijepa(model=dataclasses.replace(MODEL, **model), predictor=PREDICTOR | predictor)
     drawn = batch()
-    assert drawn.predict is not None
-    size = drawn.predict.shape[2] // BLOCKS.targets
+    assert drawn.large.selection.predicted is not None
+    size = drawn.large.selection.predicted.shape[2] // BLOCKS.targets
     alone = [
-        predictions(method, dataclasses.replace(drawn, predict=block), groups=1)
-        for block in drawn.predict.split(size, dim=2)
+        predictions(method, predicting(drawn, block), groups=1)
+        for block in drawn.large.selection.predicted.split(size, dim=2)
     ]
     assert (predictions(method, drawn) - torch.cat(alone, dim=1)).abs().max() < 1e-5
     method(drawn, PROGRESS).losses["prediction"].backward()

@@ -15,9 +15,10 @@ from foveola.methods.mae import Mae, MaeConfig
 from foveola.models.positions import fixed_positions
 from foveola.models.vit import ViTConfig, patchify, unpatchify
 from foveola.schedules import Progress
-from foveola.views.batch import Batch, ViewsConfig
+from foveola.views.batch import Batch, Selection, Views, ViewsConfig
 from foveola.views.tokens import DroppingConfig, draw_drops
 
+WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 SIDE, GRID = 4, 5  # pixels of a patch, patches of a side
 MODEL = ViTConfig(
     width=24,
@@ -53,39 +54,42 @@ def batch(pictures: int = 3, seed: int = 0, ratio: float = 0.75, predict: float 
     generator = torch.Generator().manual_seed(seed)
     drops = DroppingConfig(shape="random", ratio=ratio, predict=predict)
     keep, wanted = draw_drops(drops, pictures, (GRID, GRID), generator)
-    none = {field.name: None for field in dataclasses.fields(Batch)}
-    return Batch(
-        **none
-        | {
-            "global_views": torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator),
-            "global_boxes": torch.tensor([0.0, 0, 1, 1]).expand(pictures, 1, 4),
-            "global_flips": torch.zeros(pictures, 1, dtype=torch.bool),
-            "keep": keep[:, None],
-            "predict": wanted[:, None],
-            "labels": torch.full((pictures,), -1),
-            "indices": torch.arange(pictures),
-            "facts": {},
-        }
+    pixels = torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
+    large = Views(
+        pixels=pixels,
+        boxes=WHOLE.expand(pictures, 1, 4),
+        flips=torch.zeros(pictures, 1, dtype=torch.bool),
+        positions=WHOLE.expand(pictures, 1, 4),
+        selection=Selection(keep[:, None], wanted[:, None]),
     )
+    facts = {}
+    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), facts)
+
+
+def predicting(drawn: Batch, patches: Tensor) -> Batch:
+    """The batch with other patches to predict."""
+    selection = dataclasses.replace(drawn.large.selection, predicted=patches)
+    return dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, selection=selection))
 
 
 def repainted(drawn: Batch, patches: Tensor, add: float = 5.0) -> Batch:
     """The batch with some patches [B, n] of each view painted over with noise."""
-    views = drawn.global_views.clone()
+    views = drawn.large.pixels.clone()
     generator = torch.Generator().manual_seed(99)
     for picture, row in enumerate(patches.tolist()):
         for patch in row:
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
             noise = torch.randn(3, SIDE, SIDE, generator=generator)
             views[picture, 0, :, y : y + SIDE, x : x + SIDE] += add * noise
-    return dataclasses.replace(drawn, global_views=views)
+    return dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
 
 
 def predictions(method: Mae, drawn: Batch) -> Tensor:
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
     with torch.no_grad():
-        return method.student(drawn.global_views[:, 0], drawn.keep[:, 0], drawn.predict[:, 0])[0]
+        return method.student(
+            drawn.large.pixels[:, 0], drawn.large.selection.kept[:, 0], drawn.large.selection.predicted[:, 0]
+        )[0]
 
 
 # -- pixels -------------------------------------------------------------------------------------------------
@@ -159,10 +163,10 @@ def naive(method: Mae, drawn: Batch, plain: SimpleNamespace, normalise: bool) ->
     student = method.student.double()
     encoder, decoder = student.backbone, student.decoder
     outside, inside = plain.sines(GRID, GRID, 24), plain.sines(GRID, GRID, 16)
-    assert drawn.keep is not None
+    assert drawn.large.selection.kept is not None
     total, count = 0.0, 0
-    for picture in range(len(drawn.keep)):
-        image, keep = drawn.global_views[picture, 0].double(), drawn.keep[picture, 0].tolist()
+    for picture in range(len(drawn.large.selection.kept)):
+        image, keep = drawn.large.pixels[picture, 0].double(), drawn.large.selection.kept[picture, 0].tolist()
         tokens = [encoder.cls_token[0, 0]]
         for patch in keep:
             kernels = (encoder.patch_embed.proj.weight * plain.pixels(image, patch, SIDE)).sum(dim=(1, 2, 3))
@@ -179,7 +183,7 @@ def naive(method: Mae, drawn: Batch, plain: SimpleNamespace, normalise: bool) ->
                 target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
             total += (pixels[patch] - target).square().mean().item()
             count += 1
-    assert count == len(drawn.keep) * 18
+    assert count == len(drawn.large.selection.kept) * 18
     return total / count
 
 
@@ -195,10 +199,9 @@ def test_the_loss_is_that_of_a_network_written_out(plain: SimpleNamespace, norma
 
 def test_kept_and_predicted_patches_are_a_partition():
     drawn = batch(pictures=50)
-    assert drawn.keep is not None
-    assert drawn.predict is not None
-    assert drawn.keep.shape[2] == 25 - int(0.75 * 25)
-    both = torch.cat((drawn.keep, drawn.predict), dim=2)[:, 0]
+    assert drawn.large.selection is not None
+    assert drawn.large.selection.kept.shape[2] == 25 - int(0.75 * 25)
+    both = torch.cat((drawn.large.selection.kept, drawn.large.selection.predicted), dim=2)[:, 0]
     assert torch.equal(both.sort(dim=1).values, torch.arange(25).expand(50, -1))
     keep, predict = DroppingConfig(shape="random", ratio=0.75, predict=1.0).counts(196)
     assert (keep, predict) == (49, 147)  # ViT-B/16 at 224
@@ -207,7 +210,7 @@ def test_kept_and_predicted_patches_are_a_partition():
 def test_every_patch_is_kept_equally_often():
     from scipy.stats import chisquare
 
-    keep = batch(pictures=4000).keep
+    keep = batch(pictures=4000).large.selection.kept
     assert keep is not None
     counts = np.bincount(keep.flatten().numpy(), minlength=25)
     assert chisquare(counts).pvalue > 1e-3
@@ -215,20 +218,19 @@ def test_every_patch_is_kept_equally_often():
 
 def test_predictions_come_from_kept_pixels_and_targets_from_the_others():
     method, drawn = mae(), batch()
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
     before, loss = predictions(method, drawn), method(drawn, PROGRESS).losses["reconstruction"]
     # Pixels of removed patches reach no prediction; they are the target.
-    hidden = repainted(drawn, drawn.predict[:, 0])
+    hidden = repainted(drawn, drawn.large.selection.predicted[:, 0])
     assert torch.equal(predictions(method, hidden), before)
     assert not torch.equal(method(hidden, PROGRESS).losses["reconstruction"], loss)
     # Kept ones reach every prediction of their picture, and no target.
-    seen = repainted(drawn, drawn.keep[:, 0, :1])
+    seen = repainted(drawn, drawn.large.selection.kept[:, 0, :1])
     assert (predictions(method, seen) - before).abs().amax(dim=2).min() > 0
-    wanted = drawn.predict[:, 0, :, None]
+    wanted = drawn.large.selection.predicted[:, 0, :, None]
     for normalise in (True, False):
         targets = [
-            pixel_targets(patchify(b.global_views[:, 0], SIDE), normalise).gather(
+            pixel_targets(patchify(b.large.pixels[:, 0], SIDE), normalise).gather(
                 1, wanted.expand(-1, -1, 48)
             )
             for b in (drawn, seen)
@@ -239,31 +241,34 @@ def test_predictions_come_from_kept_pixels_and_targets_from_the_others():
 def test_with_predictions_that_cannot_move_the_loss_is_deaf_to_kept_pixels():
     """A head of zeros: what is left is the mean square of targets, (n - 1) / n of normalised patches."""
     method, drawn = mae(), batch()
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
     torch.nn.init.zeros_(method.student.head.weight)
     torch.nn.init.zeros_(method.student.head.bias)
     loss = method(drawn, PROGRESS).losses["reconstruction"]
-    assert torch.equal(method(repainted(drawn, drawn.keep[:, 0]), PROGRESS).losses["reconstruction"], loss)
+    assert torch.equal(
+        method(repainted(drawn, drawn.large.selection.kept[:, 0]), PROGRESS).losses["reconstruction"], loss
+    )
     assert loss.item() == pytest.approx(47 / 48, rel=1e-4)
     # Normalised per patch: brightness and contrast of a removed patch are no target either.
-    views = drawn.global_views.clone()
-    for picture, patch in enumerate(drawn.predict[:, 0, 0].tolist()):
+    views = drawn.large.pixels.clone()
+    for picture, patch in enumerate(drawn.large.selection.predicted[:, 0, 0].tolist()):
         y, x = patch // GRID * SIDE, patch % GRID * SIDE
         views[picture, 0, :, y : y + SIDE, x : x + SIDE] *= 3
         views[picture, 0, :, y : y + SIDE, x : x + SIDE] += 7
-    brighter = method(dataclasses.replace(drawn, global_views=views), PROGRESS).losses["reconstruction"]
+    brighter = method(
+        dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views)), PROGRESS
+    ).losses["reconstruction"]
     assert brighter.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_each_place_gets_its_own_prediction():
     """Asked in another order, or for some places of all, the decoder answers in that order."""
     method, drawn = mae(), batch()
-    assert drawn.predict is not None
+    assert drawn.large.selection.predicted is not None
     found = predictions(method, drawn)
     assert (found[:, 1:] - found[:, :-1]).abs().amax(dim=2).min() > 1e-3
     order = torch.randperm(18, generator=torch.Generator().manual_seed(1))
-    again = predictions(method, dataclasses.replace(drawn, predict=drawn.predict[:, :, order]))
+    again = predictions(method, predicting(drawn, drawn.large.selection.predicted[:, :, order]))
     assert (again - found[:, order]).abs().max() < 1e-5
 
 
@@ -272,7 +277,7 @@ def test_identifiable_patches_are_put_back_in_their_places():
     method, drawn = mae(normalise=False, decoder=DECODER | {"width": 32}), batch(pictures=4)
     colors = torch.linspace(-1, 1, 25)[:, None].expand(25, 48)
     views = unpatchify(colors.expand(4, 25, 48).contiguous(), SIDE, (GRID, GRID))[:, None]
-    drawn = dataclasses.replace(drawn, global_views=views)
+    drawn = dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
     decoder, head = method.student.decoder, method.student.head
     with torch.no_grad():
         for block in decoder.blocks:
@@ -284,9 +289,9 @@ def test_identifiable_patches_are_put_back_in_their_places():
         places = (decoder.mask_token + fixed_positions((GRID, GRID), 32))[0].double()
         head.weight.copy_((torch.linalg.pinv(places, rtol=1e-5) @ colors.double()).T)
         head.bias.zero_()
-    assert drawn.predict is not None
+    assert drawn.large.selection.predicted is not None
     found = ((predictions(method, drawn).mean(dim=2) + 1) / 2 * 24).round().long()
-    assert torch.equal(found, drawn.predict[:, 0])
+    assert torch.equal(found, drawn.large.selection.predicted[:, 0])
     assert method(drawn, PROGRESS).losses["reconstruction"] < 1e-4
     sheet = method.pictures()["reconstruction"]
     third = len(sheet) // 3
@@ -334,13 +339,16 @@ def simmim() -> Mae:
 
 def test_simmim_is_mask_tokens_in_the_encoder_and_absolute_errors(plain: SimpleNamespace):
     method, drawn = simmim(), batch(ratio=0.6)
-    assert drawn.keep is not None
+    assert drawn.large.selection.kept is not None
     loss = method(drawn, PROGRESS).losses["reconstruction"].item()
     student = method.student.double()
     encoder, table = student.backbone, plain.sines(GRID, GRID, 24)
     errors = []
     for picture in range(3):
-        image, keep = drawn.global_views[picture, 0].double(), set(drawn.keep[picture, 0].tolist())
+        image, keep = (
+            drawn.large.pixels[picture, 0].double(),
+            set(drawn.large.selection.kept[picture, 0].tolist()),
+        )
         tokens = [encoder.cls_token[0, 0]]
         for patch in range(25):
             kernels = (encoder.patch_embed.proj.weight * plain.pixels(image, patch, SIDE)).sum(dim=(1, 2, 3))
@@ -355,8 +363,11 @@ def test_simmim_is_mask_tokens_in_the_encoder_and_absolute_errors(plain: SimpleN
 
 def test_simmim_hides_what_is_masked():
     method, drawn = simmim(), batch()
-    assert drawn.predict is not None
-    assert torch.equal(predictions(method, repainted(drawn, drawn.predict[:, 0])), predictions(method, drawn))
+    assert drawn.large.selection.predicted is not None
+    assert torch.equal(
+        predictions(method, repainted(drawn, drawn.large.selection.predicted[:, 0])),
+        predictions(method, drawn),
+    )
 
 
 # -- what one sees of it ------------------------------------------------------------------------------------
@@ -370,8 +381,7 @@ def test_pictures_show_the_view_what_was_kept_and_what_came_back(normalise):
     sheet = method.pictures()["reconstruction"]
     tile = SIDE * GRID + 2
     assert sheet.shape == (3 * tile, 8 * tile, 3)  # eight of the ten
-    assert drawn.keep is not None
-    assert drawn.predict is not None
+    assert drawn.large.selection is not None
     found = predictions(method, drawn)
     mean, std = (np.array(c) for c in (VIEWS.color.mean, VIEWS.color.std))
     for picture in (0, 5):
@@ -380,17 +390,17 @@ def test_pictures_show_the_view_what_was_kept_and_what_came_back(normalise):
             assert (row[0] == 255).all()
             assert (row[:, -1] == 255).all()
         whole, kept, filled = (row[1:-1, 1:-1] for row in rows)
-        image = drawn.global_views[picture, 0].permute(1, 2, 0).numpy()
+        image = drawn.large.pixels[picture, 0].permute(1, 2, 0).numpy()
         assert np.abs(whole - np.clip((image * std + mean) * 255, 0, 255)).max() <= 0.51
         for patch in range(25):
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
             cut = slice(y, y + SIDE), slice(x, x + SIDE)
-            if patch in drawn.keep[picture, 0].tolist():
+            if patch in drawn.large.selection.kept[picture, 0].tolist():
                 assert (kept[cut] == whole[cut]).all()
                 assert (filled[cut] == whole[cut]).all()
                 continue
             assert np.abs(kept[cut] - mean * 255).max() <= 0.51
-            asked = drawn.predict[picture, 0].tolist().index(patch)
+            asked = drawn.large.selection.predicted[picture, 0].tolist().index(patch)
             pixels = found[picture, asked].view(3, SIDE, SIDE).permute(1, 2, 0).numpy()
             if normalise:
                 true = image[cut]

@@ -121,11 +121,15 @@ def test_the_loss_is_a_loop_over_single_views(kind: str, progress: Progress):
     rows, logits, weights = [], [], []
     for b in range(6):
         for v in range(2):
-            view, place = batch.global_views[b, v][None], batch.global_places[b, v][None]
-            flip, unplaced = batch.global_flips[b, v][None], batch.unplaced[b, v][None]
+            view, place = batch.large.pixels[b, v][None], batch.large.positions[b, v][None]
+            flip, unplaced = batch.large.flips[b, v][None], batch.large.hidden_positions.mask[b, v][None]
             theirs = teacher.backbone(view, places=place, flips=flip).patches[0]
             mine = student.backbone(
-                view, masked=batch.masked[b, v][None], places=place, flips=flip, unplaced=unplaced
+                view,
+                masked=batch.large.hidden_contents.mask[b, v][None],
+                places=place,
+                flips=flip,
+                unplaced=unplaced,
             ).patches[0]
             for n in unplaced[0].nonzero()[:, 0].tolist():
                 rows.append(teacher.head("positions")(theirs[n][None])[0].double().detach())
@@ -167,16 +171,16 @@ def test_only_the_student_loses_positions_and_only_in_global_views(
     assert theirs[2:] == ()
     assert there.get("masked") is None
     assert there.get("unplaced") is None
-    assert torch.equal(here["unplaced"], batch.unplaced.flatten(0, 1))
-    assert torch.equal(mine[2], batch.masked.flatten(0, 1))
+    assert torch.equal(here["unplaced"], batch.large.hidden_positions.mask.flatten(0, 1))
+    assert torch.equal(mine[2], batch.large.hidden_contents.mask.flatten(0, 1))
     assert local.get("unplaced") is None
     assert small[2] is None
     # Teacher and student read the same places.
     for call in (there, here):
-        assert torch.equal(call["places"], batch.global_places.flatten(0, 1))
-        assert torch.equal(call["flips"], batch.global_flips.flatten(0, 1))
-    assert torch.equal(local["places"], batch.local_places.flatten(0, 1))
-    assert torch.equal(local["flips"], batch.local_flips.flatten(0, 1))
+        assert torch.equal(call["places"], batch.large.positions.flatten(0, 1))
+        assert torch.equal(call["flips"], batch.large.flips.flatten(0, 1))
+    assert torch.equal(local["places"], batch.small.positions.flatten(0, 1))
+    assert torch.equal(local["flips"], batch.small.flips.flatten(0, 1))
 
 
 def test_the_teacher_never_learns_what_a_position_mask_is():
@@ -256,7 +260,11 @@ def test_without_a_field_places_change_nothing():
     plain = replace(VIEWS, placement=None, position_masking=None)
     without = {name: value for name, value in TERMS.items() if name != "position"}
     batch = batch_of(plain)
-    placed = replace(batch, global_places=batch.global_boxes / 2, local_places=batch.local_boxes / 2)
+    placed = replace(
+        batch,
+        large=replace(batch.large, positions=batch.large.boxes / 2),
+        small=replace(batch.small, positions=batch.small.boxes / 2),
+    )
     losses = [build(plain, table, without)(b, Progress(0, 1000, 10, 6)).losses for b in (batch, placed)]
     for name in losses[0]:
         assert torch.equal(losses[0][name], losses[1][name]), name
@@ -343,7 +351,7 @@ def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress)
     method, batch = build(), batch_of()
     method(batch, progress)
     student, teacher, images, unplaced = method.shown
-    assert torch.equal(images, batch.global_views.flatten(0, 1))
+    assert torch.equal(images, batch.large.pixels.flatten(0, 1))
     heads = method.student.head("positions"), method.teacher.head("positions")
     guesses = method.position.guesses(student, teacher, *heads)
     for s in range(12):

@@ -58,16 +58,16 @@ def test_a_view_is_pils_crop_of_the_original():
     """Within rounding where the picture fits on the canvas; of a larger one PIL takes the same two steps."""
     canvases = batch(Photos())
     views = make_views(canvases, VIEWS, 4, Streams(0, 0))
-    assert views.local_boxes is not None
-    assert views.local_views is not None
-    assert views.local_flips is not None
+    assert views.small.boxes is not None
+    assert views.small.pixels is not None
+    assert views.small.flips is not None
     for row, index in enumerate(canvases.indices.tolist()):
         height, width = (min(side, 128) for side in SHAPES[index])
         picture = Image.fromarray(Photos()[index].image).resize((width, height), Image.Resampling.BICUBIC)
         cut = zip(
-            (*views.global_boxes[row].double().tolist(), *views.local_boxes[row].double().tolist()),
-            (*views.global_flips[row], *views.local_flips[row]),
-            (*views.global_views[row], *views.local_views[row]),
+            (*views.large.boxes[row].double().tolist(), *views.small.boxes[row].double().tolist()),
+            (*views.large.flips[row], *views.small.flips[row]),
+            (*views.large.pixels[row], *views.small.pixels[row]),
             strict=True,
         )
         for (x0, y0, x1, y1), flip, view in cut:
@@ -85,10 +85,10 @@ def test_masks_lie_over_their_pixels_in_pictures_of_any_shape():
     for least in thresholds:
         config = replace(VIEWS, objects=ObjectsConfig(min_coverage=least), local_count=0, global_count=6)
         views = make_views(canvases, config, 4, Streams(0, 1))
-        assert views.global_objects is not None
-        white = (views.global_views.amin(dim=2) > 0.8).float().unflatten(2, (7, 4)).unflatten(4, (7, 4))
+        assert views.large.objects is not None
+        white = (views.large.pixels.amin(dim=2) > 0.8).float().unflatten(2, (7, 4)).unflatten(4, (7, 4))
         share = white.mean(dim=(3, 5)).flatten(2)
-        seen = views.global_objects[:, :, 0]
+        seen = views.large.objects[:, :, 0]
         clear = (share - least).abs() > 0.2
         clear &= ~seen.all(dim=2).any(dim=1)[:, None, None]  # lost from a view: read as the whole picture
         assert clear.float().mean() > 0.5

@@ -163,7 +163,7 @@ def test_parts_of_a_step_have_views_of_their_own(tiny):
     forward = trainer.method.forward
 
     def watched(batch, now):
-        seen.append(batch.global_boxes)
+        seen.append(batch.large.boxes)
         return forward(batch, now)
 
     trainer.method.forward = watched  # type: ignore[method-assign]
@@ -171,7 +171,7 @@ def test_parts_of_a_step_have_views_of_their_own(tiny):
         trainer.step(dataclasses.replace(progress, step=step), lambda: canvases)
     assert len(seen) == 6
     for number, boxes in enumerate(seen):
-        expected = make_views(canvases, config.views, 8, Streams(config.seed, number)).global_boxes
+        expected = make_views(canvases, config.views, 8, Streams(config.seed, number)).large.boxes
         assert torch.equal(boxes, expected)
         assert all(not torch.equal(boxes, other) for other in seen[:number])
 

@@ -38,7 +38,7 @@ class Siam(Method):
         self.guess = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width))
 
     def forward(self, batch, progress) -> Output:
-        found = self.net(batch.global_views.flatten(0, 1)).objects[:, 0]
+        found = self.net(batch.large.pixels.flatten(0, 1)).objects[:, 0]
         first, second = found.unflatten(0, (-1, 2)).unbind(1)
         pairs = [(self.guess(first), second.detach()), (self.guess(second), first.detach())]
         return Output({"alike": -torch.stack([cosine_similarity(*pair).mean() for pair in pairs]).mean()})

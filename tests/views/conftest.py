@@ -1,9 +1,12 @@
 """Batches of canvases whose objects are rectangles."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from foveola.data.sample import Canvases
 
@@ -48,3 +51,20 @@ def rectangles(
 @pytest.fixture
 def canvases() -> Callable[..., Canvases]:
     return rectangles
+
+
+def flat(group: Any, where: str = "") -> dict[str, Tensor]:
+    """All tensors of a batch, as "large.boxes"."""
+    found = {}
+    for name, value in vars(group).items():
+        if isinstance(value, Tensor):
+            found[where + name] = value
+        elif is_dataclass(value):
+            found |= flat(value, f"{where}{name}.")
+    return found
+
+
+@pytest.fixture
+def tensors() -> Callable[[Any], dict[str, Tensor]]:
+    """tensors(batch): all of them, by names such as "large.boxes"."""
+    return flat

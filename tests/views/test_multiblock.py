@@ -216,16 +216,18 @@ def test_a_batch_holds_context_and_targets(canvases):
     views = ViewsConfig(global_size=64, global_count=2, local_count=0, blocks=BlocksConfig(min_context=6))
     views.check(8)
     batch, again, later = (make_views(pictures, views, 8, Streams(0, step)) for step in (3, 3, 4))
-    assert batch.keep is not None
-    assert batch.predict is not None
-    assert batch.keep.shape[:2] == batch.predict.shape[:2] == (6, 2)
-    assert batch.facts["blocks/context"].item() == batch.keep.shape[2]
-    assert batch.facts["blocks/target"].item() == batch.predict.shape[2] / 4
-    assert torch.equal(batch.keep, again.keep)
-    assert torch.equal(batch.predict, again.predict)
-    assert batch.predict.shape != later.predict.shape or not torch.equal(batch.predict, later.predict)
+    assert batch.large.selection.kept is not None
+    assert batch.large.selection.predicted is not None
+    assert batch.large.selection.kept.shape[:2] == batch.large.selection.predicted.shape[:2] == (6, 2)
+    assert batch.facts["blocks/context"].item() == batch.large.selection.kept.shape[2]
+    assert batch.facts["blocks/target"].item() == batch.large.selection.predicted.shape[2] / 4
+    assert torch.equal(batch.large.selection.kept, again.large.selection.kept)
+    assert torch.equal(batch.large.selection.predicted, again.large.selection.predicted)
+    assert batch.large.selection.predicted.shape != later.large.selection.predicted.shape or not torch.equal(
+        batch.large.selection.predicted, later.large.selection.predicted
+    )
     plain = make_views(pictures, ViewsConfig(global_size=64, global_count=2, local_count=0), 8, Streams(0, 3))
-    assert torch.equal(plain.global_views, batch.global_views)  # streams of their own
+    assert torch.equal(plain.large.pixels, batch.large.pixels)  # streams of their own
 
 
 @pytest.mark.parametrize(

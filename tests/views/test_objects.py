@@ -34,7 +34,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     whole = torch.zeros(masks.shape[:2], dtype=torch.bool) if whole is None else whole
     aspects = torch.ones(len(masks)) if aspects is None else aspects
-    return object_boxes(aspects, masks, whole, VIEWS, SCALE, RATIO, config, *generators(seed))
+    return object_boxes(aspects, masks, whole, VIEWS, SCALE, RATIO, config, generators(seed))
 
 
 def visible(mask: np.ndarray, box: list[float]) -> float:

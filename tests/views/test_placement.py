@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from foveola.data.sample import Canvases
-from foveola.views.batch import Streams, ViewsConfig, make_views
+from foveola.views.batch import Batch, Streams, ViewsConfig, make_views
 from foveola.views.color import ColorConfig
 from foveola.views.placement import PlacementConfig, draw_areas, place_views
 
 Make = Callable[..., Canvases]
+Flat = Callable[[Batch], dict[str, Tensor]]
 VIEWS = ViewsConfig(global_size=32, local_size=16, local_count=3, color=ColorConfig())
 
 
@@ -113,10 +114,10 @@ def test_impossible_settings_are_refused(wrong: dict, message: str):
 
 def test_local_views_move_with_the_global_ones(canvases: Make):
     batch = make_views(canvases([[None]] * 6), replace(VIEWS, placement=PlacementConfig()), 4, Streams(0, 0))
-    assert batch.global_places.shape == (6, 2, 4)
-    assert batch.local_places.shape == (6, 3, 4)
-    boxes = torch.cat((batch.global_boxes, batch.local_boxes), dim=1)
-    places = torch.cat((batch.global_places, batch.local_places), dim=1)
+    assert batch.large.positions.shape == (6, 2, 4)
+    assert batch.small.positions.shape == (6, 3, 4)
+    boxes = torch.cat((batch.large.boxes, batch.small.boxes), dim=1)
+    places = torch.cat((batch.large.positions, batch.small.positions), dim=1)
     for n in range(6):
         factor = (places[n, :, 2] - places[n, :, 0]) / (boxes[n, :, 2] - boxes[n, :, 0])
         torch.testing.assert_close(factor, factor[:1].expand(5), rtol=1e-4, atol=1e-5)
@@ -124,23 +125,24 @@ def test_local_views_move_with_the_global_ones(canvases: Make):
         torch.testing.assert_close(shift, shift[:1].expand(5, 2), rtol=0, atol=1e-4)
 
 
-def test_moving_views_changes_nothing_but_their_places(canvases: Make):
+def test_moving_views_changes_nothing_but_their_places(canvases: Make, tensors: Flat):
     made = canvases([[None]] * 4)
     before = make_views(made, VIEWS, 4, Streams(0, 0))
     after = make_views(made, replace(VIEWS, placement=PlacementConfig()), 4, Streams(0, 0))
-    assert before.global_places is None
-    assert before.local_places is None
-    for name, value in vars(before).items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, getattr(after, name)), name
-    assert not torch.equal(after.global_places, after.global_boxes)
+    assert before.large.positions is before.large.boxes
+    assert before.small.positions is before.small.boxes
+    assert len(tensors(before)) >= 10
+    for name, value in tensors(before).items():
+        if not name.endswith("positions"):
+            assert torch.equal(value, tensors(after)[name]), name
+    assert not torch.equal(after.large.positions, after.large.boxes)
     none = make_views(made, replace(VIEWS, local_count=0, placement=PlacementConfig()), 4, Streams(0, 0))
-    assert none.local_places is None
-    assert none.global_places.shape == (4, 2, 4)
+    assert none.small is None
+    assert none.large.positions.shape == (4, 2, 4)
 
 
 def test_a_step_is_a_function_of_its_number(canvases: Make):
     made, config = canvases([[None]] * 4), replace(VIEWS, placement=PlacementConfig())
     one, same, other = (make_views(made, config, 4, Streams(0, step)) for step in (3, 3, 4))
-    assert torch.equal(one.global_places, same.global_places)
-    assert not torch.equal(one.global_places, other.global_places)
+    assert torch.equal(one.large.positions, same.large.positions)
+    assert not torch.equal(one.large.positions, other.large.positions)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from foveola.data.sample import Canvases
-from foveola.views.batch import Streams, ViewsConfig, make_views
+from foveola.views.batch import Batch, Streams, ViewsConfig, make_views
 from foveola.views.color import ColorConfig
 from foveola.views.position_masks import PositionMaskingConfig, choose, cross_masks, draw_both, position_masks
 from foveola.views.tokens import MaskingConfig, draw_masks
 
 Make = Callable[..., Canvases]
+Flat = Callable[[Batch], dict[str, Tensor]]
 GRID = (14, 14)
 FULL = MaskingConfig(probability=1.0, stratified=True, smallest_block=4, largest_block=0.5)
 
@@ -128,39 +129,40 @@ VIEWS = ViewsConfig(
 def test_batches_have_masks_and_their_indices(canvases: Make):
     made = canvases([[None]] * 8)
     batch = make_views(made, replace(VIEWS, position_masking=PositionMaskingConfig()), 4, Streams(0, 0))
-    assert batch.unplaced.shape == batch.masked.shape == (8, 2, 64)
+    assert batch.large.hidden_positions.mask.shape == batch.large.hidden_contents.mask.shape == (8, 2, 64)
     for mask, indices in (
-        (batch.masked, batch.masked_indices),
-        (batch.unplaced, batch.unplaced_indices),
+        (batch.large.hidden_contents.mask, batch.large.hidden_contents.indices),
+        (batch.large.hidden_positions.mask, batch.large.hidden_positions.indices),
     ):
         assert torch.equal(indices, mask.flatten().nonzero()[:, 0])
-    positions, contents = (m.any(dim=2).any(dim=1) for m in (batch.unplaced, batch.masked))
+    positions, contents = (
+        m.any(dim=2).any(dim=1) for m in (batch.large.hidden_positions.mask, batch.large.hidden_contents.mask)
+    )
     assert int(positions.sum()) == int(contents.sum()) == 4
     assert not (positions & contents).any()
     # Local views of a picture whose positions are masked keep their contents.
-    assert torch.equal(batch.local_masked.any(dim=2).any(dim=1), contents)
+    assert torch.equal(batch.small.hidden_contents.mask.any(dim=2).any(dim=1), contents)
 
 
-def test_masks_change_nothing_else(canvases: Make):
+def test_masks_change_nothing_else(canvases: Make, tensors: Flat):
     made = canvases([[None]] * 8)
     before = make_views(made, VIEWS, 4, Streams(0, 0))
     after = make_views(made, replace(VIEWS, position_masking=PositionMaskingConfig()), 4, Streams(0, 0))
     nobody = make_views(
         made, replace(VIEWS, position_masking=PositionMaskingConfig(share=0.0)), 4, Streams(0, 0)
     )
-    assert before.unplaced is None
-    assert not nobody.unplaced.any()
-    for name, value in vars(before).items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, getattr(nobody, name)), name
-            if "masked" not in name:
-                assert torch.equal(value, getattr(after, name)), name
+    assert before.large.hidden_positions is None
+    assert not nobody.large.hidden_positions.mask.any()
+    assert len(tensors(before)) > 10
+    for name, value in tensors(before).items():
+        assert torch.equal(value, tensors(nobody)[name]), name
+        if "hidden" not in name:
+            assert torch.equal(value, tensors(after)[name]), name
 
 
 def test_positions_alone_may_be_masked(canvases: Make):
     made = canvases([[None]] * 4)
     config = replace(VIEWS, masking=None, position_masking=PositionMaskingConfig(share=1.0))
     batch = make_views(made, config, 4, Streams(0, 0))
-    assert batch.masked is None
-    assert batch.masked_indices is None
-    assert batch.unplaced.any(dim=2).all()
+    assert batch.large.hidden_contents is None
+    assert batch.large.hidden_positions.mask.any(dim=2).all()

@@ -86,7 +86,7 @@ def picture_views(
     """
     views = views_config(encoder, config)
     moved = canvases.to(encoder.device)
-    return make_views(moved, views, encoder.patch_size, Streams(config.seed, number)).global_views
+    return make_views(moved, views, encoder.patch_size, Streams(config.seed, number)).large.pixels
 
 
 class Seen(NamedTuple):

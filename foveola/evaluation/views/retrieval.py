@@ -209,10 +209,11 @@ def two_views(
     """
     objects = ObjectsConfig(min_visible=config.min_visible, min_coverage=config.min_coverage)
     views = replace(views_config(encoder, config), objects=objects)
-    batch = make_views(canvases.to(encoder.device), views, encoder.patch_size, Streams(config.seed, number))
-    if batch.global_objects is None:
+    streams = Streams(config.seed, number)
+    made = make_views(canvases.to(encoder.device), views, encoder.patch_size, streams).large
+    if made.objects is None:
         raise RuntimeError("object-aware views came without objects")
-    return batch.global_views, batch.global_objects[:, :, 0]
+    return made.pixels, made.objects[:, :, 0]
 
 
 class Retrieval(Protocol):
