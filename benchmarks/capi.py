@@ -22,6 +22,7 @@ from benchmarks.step import canvases, flops, seconds
 from foveola.clustering import cluster
 from foveola.losses import assignment_loss
 from foveola.methods.capi import Capi
+from foveola.models.vit import Inputs
 from foveola.schedules import Progress
 from foveola.training.recipe import resolve
 from foveola.views.batch import Streams, make_views
@@ -50,12 +51,12 @@ class Bench:
         self.method.student.backbone(self.images).patches.square().mean().backward()
 
     def kept(self) -> None:
-        self.method.student.backbone(self.images, keep=self.keep).patches.square().mean().backward()
+        self.method.student.backbone(self.images, Inputs(kept=self.keep)).patches.square().mean().backward()
 
     def asked(self) -> None:
         student = self.method.student
         student.predictor(
-            student.backbone(self.images, keep=self.keep), self.predict, self.keep
+            student.backbone(self.images, Inputs(kept=self.keep)), self.predict, self.keep
         ).square().mean().backward()
 
     def teacher(self) -> Tensor:

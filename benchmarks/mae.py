@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.step import canvases, flops, seconds
 from foveola.methods import METHODS
-from foveola.models.vit import VisionTransformer
+from foveola.models.vit import Inputs, VisionTransformer
 from foveola.schedules import Progress
 from foveola.training.recipe import resolve
 from foveola.views.batch import Streams, make_views
@@ -68,7 +68,7 @@ def encoder_table(arguments: argparse.Namespace, device: torch.device) -> None:
 
         def run() -> None:
             with torch.set_grad_enabled(backward), autocast(device, arguments.precision):
-                found = network(images, keep=None if share == 1 else keep).patches.square().mean()
+                found = network(images, Inputs(kept=None if share == 1 else keep)).patches.square().mean()
             if backward:
                 found.backward()
 

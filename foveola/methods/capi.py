@@ -32,7 +32,7 @@ from foveola.methods.method import (
 )
 from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
 from foveola.models.predictor import Predictor, PredictorConfig
-from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
 
@@ -271,11 +271,11 @@ class Capi(Method):
         """What the student thinks stands at the predicted patches."""
         student = self.student
         if self.config.predictor is not None:
-            return student.predictor(student.backbone(images, keep=keep), predict, keep)
+            return student.predictor(student.backbone(images, Inputs(kept=keep)), predict, keep)
         patches = self.teacher.backbone.config
         count = (images.shape[-1] // patches.patch_size) ** 2
         masked = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-        found = student.backbone(images, masked=masked).patches
+        found = student.backbone(images, Inputs(masked=masked)).patches
         return found.gather(1, predict[..., None].expand(-1, -1, found.shape[2]))
 
     @torch.no_grad()

@@ -5,56 +5,57 @@ What they must agree on is a list of terms. The methods differ only in their rec
 object masks, which terms.
 """
 
-import math
+import dataclasses
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from foveola.config import key
-from foveola.losses import mask_weights
-from foveola.methods.method import Method, Output, ema_update, freeze, spread_and_rank
-from foveola.methods.terms import (
-    PatchTerm,
-    PatchTermConfig,
-    PositionTerm,
-    PositionTermConfig,
-    SpreadTerm,
-    SpreadTermConfig,
-    Tokens,
-    TokenTerm,
-    TokenTermConfig,
-    errors_of_places,
-    sheet_of_places,
-)
+from foveola.methods.method import Method, Output, ema_update, freeze, learns, spread_and_rank
+from foveola.methods.terms import TERMS
+from foveola.methods.terms.term import Heads, Seen, Setting, Term, Tokens
 from foveola.models.heads import HeadConfig, ProjectionHead
-from foveola.models.vit import Features, VisionTransformer, ViTConfig
+from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, Views, ViewsConfig
 
-LOOKED_AT = 16  # global views of a step whose patches are kept to be looked at
-
 
 @dataclass(frozen=True)
-class DistillationConfig:
-    """Terms and teacher; a term that is null costs nothing. Defaults: iBOT."""
-
+class _First:
     name: Literal["distillation"] = key("distillation", "which method this is")
     heads: dict[str, HeadConfig] = key(
         factory=lambda: {"main": HeadConfig()}, help="projection heads by name"
     )
-    token: TokenTermConfig | None = key(factory=TokenTermConfig, help="object or class tokens across views")
-    image: TokenTermConfig | None = key(
-        None, "a second token term, for views.objects.image_token (ODIS Table 5)"
+
+
+def _term_key(term: type[Term]) -> Any:
+    return key(factory=term.Config, help=term.help) if term.usual else key(None, term.help)
+
+
+if TYPE_CHECKING:
+    _Terms = _First
+else:  # a key for each term, in their order
+    _Terms = make_dataclass(
+        "_Terms",
+        [(name, term.Config | None, _term_key(term)) for name, term in TERMS.items()],
+        bases=(_First,),
+        frozen=True,
     )
-    patch: PatchTermConfig | None = key(factory=PatchTermConfig, help="masked patches of the same view")
-    position: PositionTermConfig | None = key(None, "masked positions of the same view")
-    spread: SpreadTermConfig | None = key(None, "KoLeo")
+
+
+@dataclass(frozen=True)
+class DistillationConfig(_Terms):
+    """Terms and teacher; a term that is null costs nothing. Defaults: iBOT.
+
+    Keys: `name`, `heads`, one of each term in `TERMS`, `momentum`.
+    """
+
     momentum: Schedule = key(
         factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"),
         help="EMA of the teacher",
@@ -63,20 +64,19 @@ class DistillationConfig:
     )
 
     def __post_init__(self) -> None:
-        if not (self.terms() or self.spread):
+        if not self.terms():
             raise ValueError("all terms are null: nothing to learn")
         for name, term in self.terms().items():
-            if term.head not in self.heads:
-                raise ValueError(f"{name}.head={term.head!r} is not among heads: {', '.join(self.heads)}")
+            for head in TERMS[name].heads(term):
+                if head not in self.heads:
+                    raise ValueError(f"{name}.head={head!r} is not among heads: {', '.join(self.heads)}")
         for name, head in self.heads.items():
             self._check_shared(name, head)
-        if self.image is not None and self.image.token != "image":
-            raise ValueError("image.token must be 'image': the object tokens have the term 'token'")
 
     def _check_shared(self, name: str, head: HeadConfig) -> None:
         if head.mlp_of is None:
             return
-        used = {term.head for term in self.terms().values()}
+        used = self.used_heads()
         own = [other for other, config in self.heads.items() if config.mlp_of is None and other in used]
         if head.mlp_of not in own:
             raise ValueError(
@@ -90,14 +90,18 @@ class DistillationConfig:
                     f"heads.{name}.{shape} is that of heads.{head.mlp_of}, whose MLP it uses: {theirs}"
                 )
 
-    def terms(self) -> dict[str, TokenTermConfig | PatchTermConfig | PositionTermConfig]:
-        """The terms with a head and targets, by name, as far as there are any."""
-        named = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
-        return {name: term for name, term in named.items() if term is not None}
+    def terms(self) -> dict[str, Any]:
+        """The configurations of the terms that are not null, by name, in the order of `TERMS`."""
+        found = {name: getattr(self, name, None) for name in TERMS}
+        return {name: term for name, term in found.items() if term is not None}
+
+    def used_heads(self) -> set[str]:
+        """Names of the heads that some term projects with."""
+        return {head for name, term in self.terms().items() for head in TERMS[name].heads(term)}
 
     def unread(self) -> dict[str, str]:
         """Keys that nothing reads with these settings, and why."""
-        used = {term.head for term in self.terms().values()}
+        used = self.used_heads()
         return {f"heads.{name}": "no term names this head" for name in self.heads if name not in used}
 
     @property
@@ -110,20 +114,15 @@ class DistillationConfig:
         """There is none."""
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
-        """Raise ValueError where the views cannot serve the terms."""
+        """Raise ValueError where the views or the network cannot serve the terms."""
         if views.dropping is not None or views.blocks is not None:
             raise ValueError(
                 "method.name=distillation drops no patches: views.dropping=null, views.blocks=null"
             )
         if not model.class_token:
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
-        if self.patch is not None and views.masking is None:
-            raise ValueError("method.patch needs masked patches: set views.masking, or method.patch=null")
-        self._check_masks(views, (views.global_size // model.patch_size) ** 2)
-        if self.position is not None and views.position_masking is None:
-            raise ValueError(
-                "method.position needs masked positions: set views.position_masking, or method.position=null"
-            )
+        for name, term in self.terms().items():
+            TERMS[name].check(term, Setting(name, self.heads, views, model))
         if views.position_masking is not None and model.positions == "rope":
             raise ValueError(
                 "views.position_masking hides what is added to patches: model.positions=field, or learned"
@@ -133,31 +132,9 @@ class DistillationConfig:
                 "views.placement moves views in a position field: set model.positions=field, "
                 "or views.placement=null"
             )
-        reads_image = any(t is not None and t.token == "image" for t in (self.token, self.image))
-        if reads_image != (views.objects is not None and views.objects.image_token):
+        read = any(TERMS[name].reads_image_token(term) for name, term in self.terms().items())
+        if read != (views.objects is not None and views.objects.image_token):
             raise ValueError("a term with token=image and views.objects.image_token=true go together")
-        if views.global_count + views.local_count < 2 and (self.token or self.image):
-            raise ValueError(
-                "token terms compare different views: views.global_count + views.local_count must be >= 2"
-            )
-
-    def _check_masks(self, views: ViewsConfig, patches: int) -> None:
-        """Raise ValueError for a term that would never see what it is about."""
-        hidden = {"patch": views.masking, "position": views.position_masking}
-        for name, masks in hidden.items():
-            if getattr(self, name) is None or masks is None:
-                continue
-            why = None
-            if masks.ratio[1] * patches < 1:
-                why = f"a ratio of at most {masks.ratio[1]} of {patches} patches is less than one"
-            elif name == "patch" and not masks.probability:
-                why = "views.masking.probability=0.0"
-            elif name == "position" and not masks.share:
-                why = "views.position_masking.share=0.0"
-            elif name == "patch" and views.position_masking is not None and views.position_masking.share == 1:
-                why = "views.position_masking.share=1.0 leaves no image for views.masking"
-            if why is not None:
-                raise ValueError(f"method.{name} never sees a masked patch: {why}; or method.{name}=null")
 
 
 class Branch(nn.Module):
@@ -182,32 +159,24 @@ class Branch(nn.Module):
 
 
 class Distillation(Method):
-    """Student, teacher and terms."""
+    """Student, teacher and terms. Each term is the submodule of its name."""
 
     def __init__(self, config: DistillationConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
         self.config = config
-        self.views = views
-        self.image_token = views.objects is not None and views.objects.image_token
-        used = {term.head for term in config.terms().values()}
-        heads = {name: head for name, head in config.heads.items() if name in used}
-        self.student = Branch(model, heads)
+        used = config.used_heads()
+        self.student = Branch(model, {name: head for name, head in config.heads.items() if name in used})
         self.teacher = freeze(deepcopy(self.student))
         if views.masking is None:  # never used: data-parallel training would wait for its gradient
             self.student.backbone.mask_token.requires_grad_(False)
         if views.position_masking is not None:
             self.student.backbone.learn_position_mask()
-        self.token = TokenTerm(config.token, heads[config.token.head].prototypes) if config.token else None
-        self.image = TokenTerm(config.image, heads[config.image.head].prototypes) if config.image else None
-        self.patch = PatchTerm(config.patch, heads[config.patch.head].prototypes) if config.patch else None
-        self.position = (
-            PositionTerm(config.position, heads[config.position.head].prototypes) if config.position else None
-        )
-        self.spread = SpreadTerm(config.spread) if config.spread else None
+        self.terms: dict[str, Term] = {}
+        for name, term in config.terms().items():
+            self.terms[name] = TERMS[name](term, Setting(name, config.heads, views, model))
+            self.register_module(name, self.terms[name])
         self.has_field = model.positions == "field"
-        self.colors = views.color.mean, views.color.std
         self.seen: Tensor | None = None
-        self.shown: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -217,197 +186,80 @@ class Distillation(Method):
     def forward(self, batch: Batch, progress: Progress) -> Output:
         with torch.no_grad():
             teacher = self._teach(batch)
-        student = self._study(batch)
-        outputs: dict[str, Output] = {}
-        for name, term in (("token", self.token), ("image", self.image)):
-            if term is not None:
-                heads = self.student.head(term.config.head), self.teacher.head(term.config.head)
-                outputs[name] = term(student, teacher, *heads, self.image_token, progress)
-        if self.patch is not None:
-            hidden = batch.large.hidden_contents
-            assert hidden is not None
-            weights = mask_weights(hidden.mask.flatten(0, 1), hidden.indices)
-            heads = self.student.head(self.patch.config.head), self.teacher.head(self.patch.config.head)
-            outputs["patch"] = self.patch(student, teacher, *heads, weights, progress)
-        if self.position is not None:
-            hidden = batch.large.hidden_positions
-            assert hidden is not None
-            weights = mask_weights(hidden.mask.flatten(0, 1), hidden.indices)
-            heads = self.student.head(self.position.config.head), self.teacher.head(self.position.config.head)
-            outputs["position"] = self.position(student, teacher, *heads, weights, progress)
-            assert student.looked_at is not None
-            assert teacher.looked_at is not None
-            images, unplaced = (t.flatten(0, 1)[:LOOKED_AT] for t in (batch.large.pixels, hidden.mask))
-            self.shown = student.looked_at, teacher.looked_at, images.clone(), unplaced
-        if self.spread is not None:
-            outputs["spread"] = self.spread(student, self.image_token)
-        self.seen = teacher.objects.detach().flatten(0, 2)
-        losses = {name: loss for name, out in outputs.items() for loss in out.losses.values()}
-        logs = {f"{name}/{what}": value for name, out in outputs.items() for what, value in out.logs.items()}
+        seen = Seen(batch, self._study(batch), teacher, self._heads(), progress, self.backbone)
+        losses: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            output = term(seen)
+            for what, loss in output.losses.items():
+                losses[name if what == "loss" else f"{name}_{what}"] = loss
+            logs |= {f"{name}/{what}": value for what, value in output.logs.items()}
+        self.seen = teacher.large.objects.detach().flatten(0, 1)
         return Output(losses, logs | batch.facts)
 
     def _teach(self, batch: Batch) -> Tokens:
-        """The teacher's tokens of the unmasked global views."""
-        views = batch.large.pixels
-        features = self.teacher.backbone(
-            views.flatten(0, 1), _rows(batch.large.objects), **self._where(batch.large)
-        )
-        everything = self.patch is not None and self.patch.config.center == "all"
-        return Tokens(
-            objects=features.objects.unflatten(0, views.shape[:2]),
-            local_objects=None,
-            masked_patches=self._masked(features, batch),
-            patches=features.patches.flatten(0, 1) if everything else None,
-            unplaced_patches=self._unplaced(features, batch),
-            looked_at=self._looked_at(features),
-        )
+        """The teacher's tokens of the large views, of which nothing is hidden."""
+        return Tokens(self.teacher.backbone(batch.large.pixels.flatten(0, 1), self._inputs(batch.large)))
 
     def _study(self, batch: Batch) -> Tokens:
-        """The student's tokens of all views; those of global views come from masked input."""
-        features = self._see(batch.large)
-        local_objects = None
-        if batch.small is not None:
-            local_objects = self._see(batch.small).objects.unflatten(0, batch.small.pixels.shape[:2])
-        return Tokens(
-            objects=features.objects.unflatten(0, batch.large.pixels.shape[:2]),
-            local_objects=local_objects,
-            masked_patches=self._masked(features, batch),
-            unplaced_patches=self._unplaced(features, batch),
-            looked_at=self._looked_at(features),
-        )
+        """The student's tokens of all views, without what is hidden from it."""
+        return Tokens(self._see(batch.large), None if batch.small is None else self._see(batch.small))
 
     def _see(self, views: Views) -> Features:
-        """What the student makes of views, without what is hidden from it."""
         hidden, unplaced = views.hidden_contents, views.hidden_positions
-        return self.student.backbone(
-            views.pixels.flatten(0, 1),
-            _rows(views.objects),
-            None if hidden is None else _rows(hidden.mask),
-            unplaced=None if unplaced is None else _rows(unplaced.mask),
-            **self._where(views),
+        inputs = dataclasses.replace(
+            self._inputs(views),
+            masked=None if hidden is None else hidden.mask.flatten(0, 1),
+            unplaced=None if unplaced is None else unplaced.mask.flatten(0, 1),
+        )
+        return self.student.backbone(views.pixels.flatten(0, 1), inputs)
+
+    def _inputs(self, views: Views) -> Inputs:
+        """What student and teacher are told of views: objects, and where they stand, if there is a field."""
+        return Inputs(
+            objects=None if views.objects is None else views.objects.flatten(0, 1),
+            positions=views.positions.flatten(0, 1) if self.has_field else None,
+            flips=views.flips.flatten(0, 1) if self.has_field else None,
         )
 
-    def _where(self, views: Views) -> dict[str, Tensor | None]:
-        """Where views read their positions, for a network that has a field."""
-        return {"places": _rows(views.positions), "flips": _rows(views.flips)} if self.has_field else {}
-
-    def _unplaced(self, features: Features, batch: Batch) -> Float[Tensor, "U D"] | None:
-        if self.position is None or batch.large.hidden_positions is None:
-            return None
-        return features.patches.flatten(0, 1).index_select(0, batch.large.hidden_positions.indices)
-
-    def _looked_at(self, features: Features) -> Float[Tensor, "S N D"] | None:
-        return None if self.position is None else features.patches[:LOOKED_AT].detach().clone()
-
-    def _masked(self, features: Features, batch: Batch) -> Float[Tensor, "P D"] | None:
-        if self.patch is None or batch.large.hidden_contents is None:
-            return None
-        return features.patches.flatten(0, 1).index_select(0, batch.large.hidden_contents.indices)
+    def _heads(self) -> dict[str, Heads]:
+        return {name: Heads(self.student.head(name), self.teacher.head(name)) for name in self.student.heads}
 
     @torch.no_grad()
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         momentum = self.config.momentum.at(progress)
         ema_update(self.teacher, self.student, momentum)
-        for term in (self.token, self.image, self.patch, self.position):
-            if term is not None:
-                term.targets.step()
+        for term in self.terms.values():
+            term.step()
         return {"momentum": momentum}
 
     def diagnose(self) -> dict[str, float]:
-        terms = {"token": self.token, "image": self.image, "patch": self.patch, "position": self.position}
         logs = {
-            f"{name}/prototypes_used": t.targets.prototypes_used()
-            for name, t in terms.items()
-            if t is not None
+            f"{name}/{what}": value
+            for name, term in self.terms.items()
+            for what, value in term.diagnose().items()
         }
         if self.seen is not None:
             logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
-        guessed = self._guesses()
-        if guessed is not None:
-            guesses, unplaced, _, grid = guessed
-            logs["position/found"], logs["position/distance"] = errors_of_places(guesses, unplaced, grid[1])
         return logs
 
-    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """The teacher's position field, and where patches without position are and were taken to be."""
-        sheets: dict[str, UInt8[np.ndarray, "H W 3"]] = {}
-        if self.backbone.pos_field is not None:
-            sheets["position_field"] = self.backbone.pos_field.picture()
-        guessed = self._guesses()
-        if guessed is not None:
-            guesses, unplaced, images, grid = guessed
-            mean, std = (torch.tensor(c, device=images.device)[:, None, None] for c in self.colors)
-            sheets["positions"] = sheet_of_places(images * std + mean, guesses, unplaced, grid)
-        return sheets
-
-    def _guesses(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None:
-        """Guessed places, unplaced patches and pictures of those of the kept views that have such patches."""
-        if self.position is None or self.shown is None:
-            return None
-        student, teacher, images, unplaced = self.shown
-        some = unplaced.any(dim=1)
-        if not some.any():
-            return None
-        heads = self.student.head(self.position.config.head), self.teacher.head(self.position.config.head)
-        guesses = self.position.guesses(student, teacher, *heads)
-        side = self.backbone.config.patch_size
-        grid = images.shape[2] // side, images.shape[3] // side
-        return guesses[some], unplaced[some], images[some], grid
-
-    def targets(self) -> dict[str, int]:
-        return {
-            name: self.student.head(term.head).last_layer.v.shape[0]
-            for name, term in self.config.terms().items()
-        }
-
-    def check_batch(self, images: int, objects: int) -> None:
-        if self.spread is not None and images * objects < 2:
-            raise ValueError(
-                "method.spread (KoLeo) compares the images that a process takes at once, which is one here: "
-                "a larger batch_size, a smaller accumulate, or method.spread=null"
-            )
-        masking, count = self.views.masking, images * self.views.global_count
-        none = masking is not None and masking.stratified and not int(masking.probability * count)
-        if self.patch is not None and none:
-            raise ValueError(
-                f"method.patch never sees a masked patch with {images} images at once: a larger batch_size, "
-                "a larger views.masking.probability and ratio, or method.patch=null"
-            )
-
-    def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
-        found = []
-        for name, term in self.config.terms().items():
-            count, where = self.targets()[name], f"method.heads.{term.head}.prototypes"
-            rows = round(batch_size * self.rows(name, objects))
-            if term.target.kind == "sinkhorn" and 0 < rows < count:
-                least, most = math.log(count / rows), math.log(count)
-                found.append(
-                    f"targets of {name} stay flat: Sinkhorn-Knopp shares out {count:,} prototypes among "
-                    f"about {rows:,} rows at once, so the entropy cannot fall below about {least:.2f} of "
-                    f"{most:.2f} nats; use a larger batch or {where}={2 ** (rows.bit_length() - 1)} or less"
-                )
-            elif images is not None and count > images:
-                fewer = max(2 ** (max(images // 10, 1).bit_length() - 1), 2)
-                found.append(
-                    f"targets of {name} may stay flat: {count:,} prototypes are more than the {images:,} "
-                    f"images (published recipes have at least 6 images for each); for example {where}={fewer}"
-                )
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """The teacher's position field, if there is one, and the figures of the terms."""
+        field = self.backbone.pos_field
+        found = {} if field is None else {"position_field": field.picture()}
+        for term in self.terms.values():
+            found |= term.figures()
         return found
 
-    def rows(self, name: str, objects: int) -> float:
-        """Rows of targets that an image gives to a term, on average."""
-        views = self.views
-        if name in ("token", "image"):
-            return views.global_count * (objects if name == "token" else 1)
-        patches = views.global_count * (views.global_size // self.backbone.config.patch_size) ** 2
-        positions = views.position_masking
-        share = 0.0 if positions is None else positions.share
-        if name == "position" and positions is not None:
-            return patches * share * sum(positions.ratio) / 2
-        masking = views.masking
-        return (
-            0.0 if masking is None else patches * (1 - share) * masking.probability * sum(masking.ratio) / 2
-        )
+    def targets(self) -> dict[str, int]:
+        return {name: count for name, term in self.terms.items() if (count := term.prototypes())}
+
+    def check_batch(self, images: int, objects: int) -> None:
+        for term in self.terms.values():
+            term.check_batch(images, objects)
+
+    def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
+        return [text for term in self.terms.values() for text in term.advice(batch_size, images, objects)]
 
     @property
     def backbone(self) -> VisionTransformer:
@@ -419,12 +271,8 @@ class Distillation(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         heads = {f"heads.{name}": head for name, head in self.student.heads.items()}
-        return {"encoder": self.student.backbone, **heads}
+        learn = {name: term for name, term in self.terms.items() if learns(term)}
+        return {"encoder": self.student.backbone, **heads, **learn}
 
     def prototypes(self) -> list[nn.Parameter]:
         return [p for name in self.student.heads for p in self.student.head(name).last_layer.parameters()]
-
-
-def _rows(views: Tensor | None) -> Tensor | None:
-    """[B, V, ...] to [B * V, ...]."""
-    return None if views is None else views.flatten(0, 1)

@@ -29,7 +29,7 @@ from foveola.methods.method import (
 from foveola.models.blocks import initialise
 from foveola.models.positions import take_rows
 from foveola.models.predictor import Predictor, PredictorConfig
-from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
 
@@ -91,7 +91,7 @@ class Student(nn.Module):
         groups: int,
     ) -> Float[Tensor, "B Q D"]:
         """Features of the wanted patches, which are `groups` blocks of equal size."""
-        return self.head(self.predictor(self.backbone(images, keep=keep), wanted, keep, groups))
+        return self.head(self.predictor(self.backbone(images, Inputs(kept=keep)), wanted, keep, groups))
 
 
 class IJepa(Method):

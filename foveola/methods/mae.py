@@ -20,9 +20,10 @@ from foveola.losses import pixel_loss, pixel_targets
 from foveola.methods.method import Method, Output, check_single_view, spread_and_rank
 from foveola.models.attention import PackedLinear
 from foveola.models.blocks import initialise
+from foveola.models.embedding import patchify, unpatchify
 from foveola.models.positions import take_rows
 from foveola.models.predictor import Predictor, PredictorConfig
-from foveola.models.vit import Features, VisionTransformer, ViTConfig, patchify, unpatchify
+from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
 
@@ -84,12 +85,12 @@ class Autoencoder(nn.Module):
     ) -> tuple[Float[Tensor, "B Q CPP"], Float[Tensor, "B K D"]]:
         """Pixels of the wanted patches, in the order of `patchify`, and the encoder's kept patches."""
         if not self.fused:
-            features: Features = self.backbone(images, keep=keep)
+            features: Features = self.backbone(images, Inputs(kept=keep))
             return self.head(self.decoder(features, wanted, keep)), features.patches
         side = self.backbone.config.patch_size
         count = (images.shape[2] // side) * (images.shape[3] // side)
         masked = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-        patches = self.backbone(images, masked=masked).patches
+        patches = self.backbone(images, Inputs(masked=masked)).patches
         return self.head(take_rows(patches, wanted)), take_rows(patches, keep)
 
 
@@ -128,7 +129,7 @@ class Mae(Method):
         return {"feature_spread": spread, "effective_rank": rank}
 
     @torch.no_grad()
-    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Some views of the last step in columns: as they are, as the encoder got them, and reconstructed.
 
         Where targets are normalised, a reconstructed patch has the true mean and deviation, which the method

@@ -49,8 +49,8 @@ class Method(nn.Module, ABC):
         """Signals of collapse since the last call; called when a step is logged."""
         return {}
 
-    def pictures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Pictures of the last step that are worth a look, by name; called with each checkpoint."""
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Images of the last step that are worth a look, by name; called with each checkpoint."""
         return {}
 
     @property
@@ -92,11 +92,11 @@ class Method(nn.Module, ABC):
 
         A name may have a part after a dot ("heads.main"), which `--dry-run` sums up.
         """
-        return {name: child for name, child in self.named_children() if _learns(child)}
+        return {name: child for name, child in self.named_children() if learns(child)}
 
     def layers(self) -> list[list[nn.Parameter]]:
         """Parameters of the encoder that learns by depth, what embeds first; for `optimizer.layer_decay`."""
-        found = [network.layers() for network in self.trained() if _learns(network)]
+        found = [network.layers() for network in self.trained() if learns(network)]
         return [[p for layer in same for p in layer] for same in zip(*found, strict=True)]
 
     def prototypes(self) -> list[nn.Parameter]:
@@ -104,7 +104,8 @@ class Method(nn.Module, ABC):
         return []
 
 
-def _learns(module: nn.Module) -> bool:
+def learns(module: nn.Module) -> bool:
+    """Whether any parameter of it trains."""
     return any(p.requires_grad for p in module.parameters())
 
 

@@ -11,13 +11,14 @@ from torch.nn.init import normal_, trunc_normal_
 
 from foveola.config import key
 from foveola.models.blocks import Block, CrossBlock, initialise, make_norm
+from foveola.models.embedding import token_rotation
 from foveola.models.positions import (
     Rope,
     fixed_positions,
     resize_positions,
     take_rows,
 )
-from foveola.models.vit import Features, ViTConfig, token_rotation
+from foveola.models.vit import Features, ViTConfig
 
 
 @dataclass(frozen=True)

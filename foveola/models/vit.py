@@ -12,17 +12,16 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.nn.init import normal_, trunc_normal_, xavier_uniform_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
 from foveola.models.attention import readable_tokens
 from foveola.models.blocks import Block, BlockShape, initialise, make_norm
+from foveola.models.embedding import PatchEmbed, token_rotation
 from foveola.models.positions import (
     PositionField,
     Rope,
-    border_coordinates,
     fixed_positions,
     resize_positions,
     sincos_positions,
@@ -198,6 +197,23 @@ class Features:
     grid: tuple[int, int]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Inputs:
+    """What a network is told of B images of N patches besides their pixels; what is None is as usual."""
+
+    # Patches that each object token may read; None: one token, the class token, reads all. An object without
+    # patches reads everything.
+    objects: Bool[Tensor, "B M N"] | None = None
+    masked: Bool[Tensor, "B N"] | None = None  # replaced by the mask token before positions are added
+    kept: Int64[Tensor, "B K"] | None = None  # by index; the others are dropped and cost nothing
+    positions: Float[Tensor, "B 4"] | None = None  # (x0, y0, x1, y1) in the position field; None: all of it
+    flips: Bool[Tensor, "B"] | None = None  # views that are mirrored, so read the field from right to left
+    unplaced: Bool[Tensor, "B N"] | None = None  # have a learned token for position: `learn_position_mask`
+
+
+NOTHING = Inputs()
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """What the blocks need to know about their tokens: [object tokens, registers, patches]."""
@@ -207,42 +223,6 @@ class Tokens:
     grid: tuple[int, int]
     readable: Bool[Tensor, "B 1 M T"] | None
     rotation: Float[Tensor, "#B 2 T d"] | None
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map, kept as a convolution for its parameter names."""
-
-    def __init__(self, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(
-        self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"] | None = None
-    ) -> Float[Tensor, "B N2 D"]:
-        """All patches, or the kept ones without any work on the others."""
-        if keep is None:
-            return self.proj(images).flatten(2).mT
-        return linear(
-            take_rows(patchify(images, self.patch_size), keep), self.proj.weight.flatten(1), self.proj.bias
-        )
-
-
-def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N CPP"]:
-    """The pixels of each patch, channel by channel as a convolution kernel has them; patches row-major."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = images.view(batch, channels, rows, patch_size, columns, patch_size)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
-
-
-def unpatchify(
-    patches: Float[Tensor, "B N CPP"], patch_size: int, grid: tuple[int, int]
-) -> Float[Tensor, "B C H W"]:
-    """Pictures from the pixels of all their patches, row-major over (rows, columns): undoes `patchify`."""
-    rows, columns = grid
-    x = patches.view(len(patches), rows, columns, -1, patch_size, patch_size)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, rows * patch_size, columns * patch_size)
 
 
 class VisionTransformer(nn.Module):
@@ -326,30 +306,15 @@ class VisionTransformer(nn.Module):
         )
 
     def forward(
-        self,
-        images: Float[Tensor, "B 3 H W"],
-        objects: Bool[Tensor, "B M N"] | None = None,
-        masked: Bool[Tensor, "B N"] | None = None,
-        keep: Int64[Tensor, "B K"] | None = None,
-        places: Float[Tensor, "B 4"] | None = None,
-        flips: Bool[Tensor, "B"] | None = None,
-        unplaced: Bool[Tensor, "B N"] | None = None,
+        self, images: Float[Tensor, "B 3 H W"], inputs: "Inputs | Bool[Tensor, 'B M N'] | None" = None
     ) -> Features:
-        """Encode pictures whose sides are multiples of the patch size.
+        """Encode images whose sides are multiples of the patch size.
 
-        Args:
-            objects: patches that each object token may read; None = one token that reads all (the class
-                token). An object without patches reads everything.
-            masked: patches replaced by the mask token before positions are added.
-            keep: indices of the patches to process; the others are dropped and cost nothing.
-            places: (x0, y0, x1, y1) of each view in the position field; None = all of it.
-            flips: which views are mirrored, so that they read the field from right to left.
-            unplaced: patches whose position is replaced by a learned token (see `learn_position_mask`).
-
-        Raises ValueError for sides that are no multiples, for objects where there is no class token, places
-        where there is no field, and unplaced patches where there is no such token.
+        `inputs` is what else there is to know of them; a tensor alone is `Inputs(objects=...)`. Raises
+        ValueError for sides that are no multiples, for objects where there is no class token, positions where
+        there is no field, and unplaced patches where there is no such token.
         """
-        x, tokens = self.prepare(images, objects, masked, keep, places, flips, unplaced)
+        x, tokens = self.prepare(images, inputs)
         for block in self.blocks:
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x = checkpoint(
@@ -360,21 +325,16 @@ class VisionTransformer(nn.Module):
         return self.finish(x, tokens)
 
     def prepare(
-        self,
-        images: Float[Tensor, "B 3 H W"],
-        objects: Bool[Tensor, "B M N"] | None = None,
-        masked: Bool[Tensor, "B N"] | None = None,
-        keep: Int64[Tensor, "B K"] | None = None,
-        places: Float[Tensor, "B 4"] | None = None,
-        flips: Bool[Tensor, "B"] | None = None,
-        unplaced: Bool[Tensor, "B N"] | None = None,
+        self, images: Float[Tensor, "B 3 H W"], inputs: "Inputs | Bool[Tensor, 'B M N'] | None" = None
     ) -> tuple[Float[Tensor, "B T D"], "Tokens"]:
         """What enters the first block, and what every block needs to know about it; as `forward`."""
+        inputs = inputs if isinstance(inputs, Inputs) else Inputs(objects=inputs)
+        objects, kept = inputs.objects, inputs.kept
         if objects is not None and self.cls_token is None:
             raise ValueError("this network has no class token, so no object tokens")
-        x, grid = self.embed(images, masked, keep, places, flips, unplaced)
-        if keep is not None and objects is not None:
-            objects = objects.gather(2, keep[:, None].expand(-1, objects.shape[1], -1))
+        x, grid = self.embed(images, inputs)
+        if kept is not None and objects is not None:
+            objects = objects.gather(2, kept[:, None].expand(-1, objects.shape[1], -1))
         count = int(self.config.class_token) if objects is None else objects.shape[1]
         registers = self.config.registers
         special = []
@@ -386,7 +346,7 @@ class VisionTransformer(nn.Module):
             special.append(self.reg_token.expand(x.shape[0], -1, -1))
         x = torch.cat((*(s.to(x.dtype) for s in special), x), dim=1)
         readable = None if objects is None else readable_tokens(objects, registers)
-        rotation = None if self.rope is None else token_rotation(self.rope, grid, keep, count, registers)
+        rotation = None if self.rope is None else token_rotation(self.rope, grid, kept, count, registers)
         return x, Tokens(count, registers, grid, readable, rotation)
 
     def finish(self, x: Float[Tensor, "B T D"], tokens: "Tokens") -> Features:
@@ -397,13 +357,7 @@ class VisionTransformer(nn.Module):
         return Features(objects, registers, patches, tokens.grid)
 
     def embed(
-        self,
-        images: Float[Tensor, "B 3 H W"],
-        masked: Bool[Tensor, "B N"] | None = None,
-        keep: Int64[Tensor, "B K"] | None = None,
-        places: Float[Tensor, "B 4"] | None = None,
-        flips: Bool[Tensor, "B"] | None = None,
-        unplaced: Bool[Tensor, "B N"] | None = None,
+        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs = NOTHING
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
         """Tokens of the kept patches, with positions if those are added, and the (rows, columns) of all."""
         patch = self.config.patch_size
@@ -413,27 +367,23 @@ class VisionTransformer(nn.Module):
                 f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches"
             )
         grid = (height // patch, width // patch)
-        x = self.patch_embed(images, keep)
+        masked, kept = inputs.masked, inputs.kept
+        x = self.patch_embed(images, kept)
         if masked is not None:
-            masked = masked if keep is None else masked.gather(1, keep)
+            masked = masked if kept is None else masked.gather(1, kept)
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        positions = self.positions(grid, places, flips, unplaced)
+        positions = self.positions(grid, inputs)
         if positions is not None:
-            x = x + (positions if keep is None else take_rows(positions, keep)).to(x.dtype)
+            x = x + (positions if kept is None else take_rows(positions, kept)).to(x.dtype)
         return x, grid
 
-    def positions(
-        self,
-        grid: tuple[int, int],
-        places: Float[Tensor, "B 4"] | None = None,
-        flips: Bool[Tensor, "B"] | None = None,
-        unplaced: Bool[Tensor, "B N"] | None = None,
-    ) -> Float[Tensor, "#B N D"] | None:
-        """What is added to the patches of views; None with rotary positions. Arguments as in `forward`."""
+    def positions(self, grid: tuple[int, int], inputs: Inputs = NOTHING) -> Float[Tensor, "#B N D"] | None:
+        """What is added to the patches of views; None with rotary positions."""
+        unplaced = inputs.unplaced
         positions = None
         if self.pos_field is not None:
-            positions = self.pos_field(grid, places, flips)
-        elif places is not None or flips is not None:
+            positions = self.pos_field(grid, inputs.positions, inputs.flips)
+        elif inputs.positions is not None or inputs.flips is not None:
             raise ValueError("this network has no position field in which views could be placed")
         elif self.pos_embed is not None:
             table, fixed = self.pos_embed[:, self.config.class_token :], self.config.positions == "sincos"
@@ -445,26 +395,3 @@ class VisionTransformer(nn.Module):
         if self.pos_mask_token is None or positions is None:
             raise ValueError("this network has no token for patches without position")
         return torch.where(unplaced[..., None], self.pos_mask_token, positions)
-
-
-def token_rotation(
-    rope: Rope, grid: tuple[int, int], keep: Int64[Tensor, "B K"] | None, objects: int, registers: int
-) -> Float[Tensor, "B 2 T d"]:
-    """Rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay put.
-
-    One row serves all pictures unless each keeps its own patches, which then also place its registers.
-    """
-    places = rope.places(grid)
-    if keep is not None:
-        places = take_rows(places, keep)
-    still_ones = objects
-    if rope.kind == "dinov3":
-        still_ones += registers
-    else:
-        places = torch.cat((border_coordinates(registers, places), places), dim=1)
-    rotation = rope(places)
-    if not still_ones:
-        return rotation
-    still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, still_ones, -1).clone()
-    still[:, 0] = 1  # cosines
-    return torch.cat((still, rotation), dim=2)

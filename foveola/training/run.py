@@ -324,8 +324,8 @@ class _Session:
 
     def _draw(self, step: int, log: Log) -> None:
         if distributed.is_main():
-            for name, picture in self.trainer.method.pictures().items():
-                log.images(step, name, picture, keep=self.config.keep, keep_every=self.keep_every)
+            for name, figure in self.trainer.method.figures().items():
+                log.images(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int) -> None:
         self.tried = step

@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, linear, normalize
 from foveola.config import build
 from foveola.losses import sinkhorn
 from foveola.methods.capi import Capi, CapiConfig
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import Inputs, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, Selection, Views, ViewsConfig
 from foveola.views.tokens import DroppingConfig, draw_drops
@@ -74,7 +74,9 @@ def test_the_losses_are_the_loop():
     with torch.no_grad():
         patches = normalize(method.teacher.backbone(drawn.large.pixels[:, 0]).patches, dim=-1)
         logits = linear(patches, method.clustering.weight, method.clustering.bias)
-        context = method.student.backbone(drawn.large.pixels[:, 0], keep=drawn.large.selection.kept[:, 0])
+        context = method.student.backbone(
+            drawn.large.pixels[:, 0], Inputs(kept=drawn.large.selection.kept[:, 0])
+        )
         asked = method.student.predictor(
             context, drawn.large.selection.predicted[:, 0], drawn.large.selection.kept[:, 0]
         )
@@ -116,7 +118,7 @@ def test_the_teacher_sees_everything_and_the_student_what_is_kept():
     seen: list[tuple[Tensor, Any]] = []
     for network in (method.teacher.backbone, method.student.backbone):
         network.register_forward_hook(
-            lambda module, args, kwargs, out: seen.append((out.patches, kwargs.get("keep"))), with_kwargs=True
+            lambda module, args, out: seen.append((out.patches, args[1].kept if args[1:] else None))
         )
     method(drawn, PROGRESS)
     (teacher, nothing), (student, keep) = seen
@@ -180,7 +182,9 @@ def test_regression_is_huber_on_normalised_patches():
     method, drawn = capi(targets="features"), batch()
     with torch.no_grad():
         patches = method.teacher.backbone(drawn.large.pixels[:, 0]).patches
-        context = method.student.backbone(drawn.large.pixels[:, 0], keep=drawn.large.selection.kept[:, 0])
+        context = method.student.backbone(
+            drawn.large.pixels[:, 0], Inputs(kept=drawn.large.selection.kept[:, 0])
+        )
         asked = method.student.predictor(
             context, drawn.large.selection.predicted[:, 0], drawn.large.selection.kept[:, 0]
         )

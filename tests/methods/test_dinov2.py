@@ -18,17 +18,14 @@ import foveola
 from foveola.data.sources import open_source
 from foveola.methods.distillation import Branch, Distillation
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms import (
-    PatchTermConfig,
-    SpreadTerm,
-    SpreadTermConfig,
-    Tokens,
-    TokenTermConfig,
-)
+from foveola.methods.terms.patch import PatchTermConfig
+from foveola.methods.terms.spread import SpreadTerm, SpreadTermConfig
+from foveola.methods.terms.term import Seen, Setting, Tokens
+from foveola.methods.terms.token import TokenTermConfig
 from foveola.models.heads import HeadConfig
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
-from foveola.views.batch import Batch, Hidden
+from foveola.views.batch import Batch, Hidden, Views, ViewsConfig
 
 MakeBatch = Callable[..., Batch]
 MakeMethod = Callable[..., Distillation]
@@ -118,7 +115,7 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     mine, small, theirs = {}, {}, {}
     for b, v in crops:
         picture = batch.large.pixels[b, v][None].double()
-        mine[b, v] = student.backbone(picture, masked=batch.large.hidden_contents.mask[b, v][None])
+        mine[b, v] = student.backbone(picture, Inputs(masked=batch.large.hidden_contents.mask[b, v][None]))
         with torch.no_grad():
             theirs[b, v] = teacher.backbone(picture)
     for b in range(pictures):
@@ -270,9 +267,9 @@ def test_the_teachers_input_is_never_masked(
         backbone = getattr(made, name).backbone
         embed = backbone.embed
 
-        def record(images, masked=None, *rest, name=name, embed=embed):
-            seen[name].append((tuple(images.shape), masked))
-            return embed(images, masked, *rest)
+        def record(images, inputs, name=name, embed=embed):
+            seen[name].append((tuple(images.shape), inputs.masked))
+            return embed(images, inputs)
 
         monkeypatch.setattr(backbone, "embed", record)
     made.eval()
@@ -293,8 +290,8 @@ def test_the_teachers_input_is_never_masked(
         assert torch.equal(again.logs[name], value), name
     # Masks choose which patches are targets, not what they are.
     whole = made.teacher.backbone(drawn.large.pixels.flatten(0, 1))
-    assert torch.equal(first.objects.flatten(0, 2), whole.objects[:, 0])
-    assert torch.equal(first.masked_patches, whole.patches[drawn.large.hidden_contents.mask.flatten(0, 1)])
+    assert torch.equal(first.large.objects, whole.objects)
+    assert torch.equal(first.large.patches, whole.patches)
     with torch.no_grad():
         made.student.backbone.mask_token.fill_(torch.nan)
     assert made(drawn, progress).losses["patch"].isnan()
@@ -303,22 +300,30 @@ def test_the_teachers_input_is_never_masked(
 # -- KoLeo ---------------------------------------------------------------------------------------------------
 
 
-def tokens(objects: Tensor) -> Tokens:
-    return Tokens(objects, None, None)
+def koleo(objects: Tensor) -> Tensor:
+    """The weighted KoLeo term of tokens [B, V, M, D] of large views."""
+    count, views = objects.shape[:2]
+    none = objects.new_zeros(count * views, 0, objects.shape[-1])
+    student = Tokens(Features(objects.flatten(0, 1), none, none, (0, 0)))
+    boxes, flips = torch.zeros(count, views, 4), torch.zeros(count, views, dtype=torch.bool)
+    large = Views(torch.zeros(count, views, 3, 16, 16), boxes, flips, boxes)
+    batch = Batch(large, None, torch.zeros(count).long(), torch.arange(count), {})
+    progress = Progress(0, total_steps=10, steps_per_epoch=10, batch_size=count)
+    term = SpreadTerm(SpreadTermConfig(weight=0.1), Setting("spread", {}, ViewsConfig(), MODEL))
+    return term(Seen(batch, student, student, {}, progress, VisionTransformer(MODEL))).losses["loss"]
 
 
 def test_koleo_of_a_view_knows_no_other_view():
     generator = torch.Generator().manual_seed(0)
     objects = torch.randn(6, 2, 1, 5, generator=generator).requires_grad_()
-    term = SpreadTerm(SpreadTermConfig(weight=0.1))
-    loss = term(tokens(objects), False).losses["loss"]
+    loss = koleo(objects)
     rows = objects.detach().double()[:, :, 0]
     expected = 0.1 * sum(naive_koleo(list(rows[:, v])) for v in range(2))
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     (before,) = torch.autograd.grad(loss, objects)
     # The second view of a picture becomes equal to its first: the nearest of all, were views mixed.
     changed = torch.cat((objects[:, :1], objects[:, :1]), dim=1).detach().requires_grad_()
-    other = term(tokens(changed), False).losses["loss"]
+    other = koleo(changed)
     assert other.item() == pytest.approx(0.2 * float(naive_koleo(list(rows[:, 0]))), rel=1e-5)
     (after,) = torch.autograd.grad(other, changed)
     assert torch.equal(before[:, 0], after[:, 0])

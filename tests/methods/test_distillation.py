@@ -13,9 +13,11 @@ from torch import Tensor
 from foveola.methods.distillation import Distillation, DistillationConfig, spread_and_rank
 from foveola.methods.method import ema_update
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms import PatchTermConfig, SpreadTermConfig, TokenTermConfig
+from foveola.methods.terms.patch import PatchTermConfig
+from foveola.methods.terms.spread import SpreadTermConfig
+from foveola.methods.terms.token import TokenTermConfig
 from foveola.models.heads import HeadConfig
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import Inputs, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, Hidden, ViewsConfig
 from foveola.views.objects import ObjectsConfig
@@ -55,9 +57,10 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
     masked = None if batch.large.hidden_contents is None else batch.large.hidden_contents.mask
 
     def encode(network, view: Tensor, mask: Tensor | None, hidden: Tensor | None = None):
-        return network.backbone(
-            view[None], None if mask is None else mask[None], None if hidden is None else hidden[None]
+        inputs = Inputs(
+            objects=None if mask is None else mask[None], masked=None if hidden is None else hidden[None]
         )
+        return network.backbone(view[None], inputs)
 
     def one(values: Tensor | None, *index: int) -> Tensor | None:
         return None if values is None else values[index]
@@ -67,7 +70,7 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         if term is None:
             continue
         slots = range(objects)
-        if method.image_token:
+        if method.terms[name].setting.image_token:
             slots = [objects - 1] if term.token == "image" else range(objects - 1)
         theirs, mine = {}, {}
         for b in range(pictures):
@@ -119,7 +122,7 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
                     one(masks, b, v),
                     one(masked, b, v),
                 )
-                rows += list(hidden.objects[0][: objects - method.image_token])
+                rows += list(hidden.objects[0][: objects - method.terms["token"].setting.image_token])
             x = torch.nn.functional.normalize(torch.stack(rows).double(), dim=1)
             distances = torch.cdist(x, x) + 10 * torch.eye(len(x))
             total -= distances.min(dim=1).values.log().mean().item()
@@ -429,7 +432,8 @@ import importlib.util
 import torch
 from foveola import distributed
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms import PatchTermConfig, TokenTermConfig
+from foveola.methods.terms.patch import PatchTermConfig
+from foveola.methods.terms.token import TokenTermConfig
 from foveola.schedules import Progress, Schedule
 
 spec = importlib.util.spec_from_file_location("shared", "CONFTEST")
@@ -481,7 +485,6 @@ def test_two_processes_of_half_the_batch_are_one(run_ranks: Callable[..., list[s
         ({"token": None, "patch": None}, "all terms are null"),
         ({"token": TokenTermConfig(head="other")}, r"token\.head='other' is not among heads: main"),
         ({"patch": PatchTermConfig(head="other")}, r"patch\.head='other' is not among heads: main"),
-        ({"image": TokenTermConfig()}, r"image\.token must be 'image'"),
         (
             {"heads": TWO_HEADS | {"patches": HeadConfig(mlp_of="mian")}, **OWN},
             "MLP of its own; those are: main",
@@ -508,6 +511,7 @@ def test_impossible_settings_are_refused(wrong: dict, message: str):
     [
         ({}, {}, r"method\.patch needs masked patches"),
         ({"patch": None}, {"global_count": 1, "local_count": 0}, "token terms compare different views"),
+        ({"patch": None, "image": TokenTermConfig()}, {}, r"method\.image\.token must be 'image'"),
         ({"patch": None, "image": TokenTermConfig(token="image")}, {}, "go together"),
         ({"patch": None}, {"objects": ObjectsConfig(image_token=True)}, "go together"),
     ],

@@ -168,7 +168,7 @@ def test_the_teacher_sees_everything_and_the_student_the_context():
     seen: list[tuple[Tensor, Any]] = []
     for network in (method.teacher, method.student.backbone):
         network.register_forward_hook(
-            lambda module, args, kwargs, out: seen.append((out.patches, kwargs.get("keep"))), with_kwargs=True
+            lambda module, args, out: seen.append((out.patches, args[1].kept if args[1:] else None))
         )
     method(drawn, PROGRESS)
     (teacher, nothing), (student, keep) = seen
@@ -325,7 +325,7 @@ def test_diagnosis():
     told = method.diagnose()
     assert told["feature_spread"] > 0
     assert 1 < told["effective_rank"] <= 4
-    assert method.pictures() == {}
+    assert method.figures() == {}
 
 
 # -- other views and predictors ------------------------------------------------------------------------------

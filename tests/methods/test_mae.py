@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from foveola.config import build
 from foveola.losses import pixel_loss, pixel_targets
 from foveola.methods.mae import Mae, MaeConfig
+from foveola.models.embedding import patchify, unpatchify
 from foveola.models.positions import fixed_positions
-from foveola.models.vit import ViTConfig, patchify, unpatchify
+from foveola.models.vit import Inputs, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, Selection, Views, ViewsConfig
 from foveola.views.tokens import DroppingConfig, draw_drops
@@ -293,7 +294,7 @@ def test_identifiable_patches_are_put_back_in_their_places():
     found = ((predictions(method, drawn).mean(dim=2) + 1) / 2 * 24).round().long()
     assert torch.equal(found, drawn.large.selection.predicted[:, 0])
     assert method(drawn, PROGRESS).losses["reconstruction"] < 1e-4
-    sheet = method.pictures()["reconstruction"]
+    sheet = method.figures()["reconstruction"]
     third = len(sheet) // 3
     assert np.abs(sheet[2 * third :].astype(int) - sheet[:third]).max() <= 2  # filled as it was
 
@@ -317,7 +318,7 @@ def test_the_work_of_the_encoder_falls_with_the_share_that_is_kept():
     for kept in (100, 50, 25):
         keep = torch.arange(kept).expand(2, -1)
         with FlopCounterMode(display=False) as counter:
-            encoder(images, keep=keep)
+            encoder(images, Inputs(kept=keep))
         work[kept] = counter.get_total_flops()
     assert work[50] < 0.51 * work[100]
     assert work[25] < 0.26 * work[100]  # attention falls faster, the class token stays
@@ -376,9 +377,9 @@ def test_simmim_hides_what_is_masked():
 @pytest.mark.parametrize("normalise", [True, False])
 def test_pictures_show_the_view_what_was_kept_and_what_came_back(normalise):
     method, drawn = mae(normalise=normalise), batch(pictures=10)
-    assert method.pictures() == {}
+    assert method.figures() == {}
     method(drawn, PROGRESS)
-    sheet = method.pictures()["reconstruction"]
+    sheet = method.figures()["reconstruction"]
     tile = SIDE * GRID + 2
     assert sheet.shape == (3 * tile, 8 * tile, 3)  # eight of the ten
     assert drawn.large.selection is not None

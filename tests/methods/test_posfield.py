@@ -18,16 +18,13 @@ from foveola.data.sample import Canvases
 from foveola.data.sources import open_source
 from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms import (
-    PatchTermConfig,
-    PositionTermConfig,
-    SpreadTermConfig,
-    errors_of_places,
-    sheet_of_places,
-)
+from foveola.methods.terms.patch import PatchTermConfig
+from foveola.methods.terms.position import PositionTermConfig, errors_of_places, sheet_of_places
+from foveola.methods.terms.spread import SpreadTermConfig
+from foveola.methods.terms.term import Heads
 from foveola.models.heads import HeadConfig
 from foveola.models.plain import as_plain
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import Inputs, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.training.recipe import resolve
 from foveola.views.batch import Batch, Streams, ViewsConfig, make_views
@@ -123,13 +120,15 @@ def test_the_loss_is_a_loop_over_single_views(kind: str, progress: Progress):
         for v in range(2):
             view, place = batch.large.pixels[b, v][None], batch.large.positions[b, v][None]
             flip, unplaced = batch.large.flips[b, v][None], batch.large.hidden_positions.mask[b, v][None]
-            theirs = teacher.backbone(view, places=place, flips=flip).patches[0]
+            theirs = teacher.backbone(view, Inputs(positions=place, flips=flip)).patches[0]
             mine = student.backbone(
                 view,
-                masked=batch.large.hidden_contents.mask[b, v][None],
-                places=place,
-                flips=flip,
-                unplaced=unplaced,
+                Inputs(
+                    masked=batch.large.hidden_contents.mask[b, v][None],
+                    positions=place,
+                    flips=flip,
+                    unplaced=unplaced,
+                ),
             ).patches[0]
             for n in unplaced[0].nonzero()[:, 0].tolist():
                 rows.append(teacher.head("positions")(theirs[n][None])[0].double().detach())
@@ -155,32 +154,31 @@ def test_only_the_student_loses_positions_and_only_in_global_views(
     monkeypatch: pytest.MonkeyPatch, progress: Progress
 ):
     method, batch = build(), batch_of()
-    seen: list[tuple[str, tuple, dict]] = []
+    seen: list[tuple[str, Inputs]] = []
     for name in ("student", "teacher"):
         network = getattr(method, name).backbone
         plain = network.forward
 
-        def spy(*args, name=name, plain=plain, **kwargs):
-            seen.append((name, args, kwargs))
-            return plain(*args, **kwargs)
+        def spy(images, inputs, name=name, plain=plain):
+            seen.append((name, inputs))
+            return plain(images, inputs)
 
         monkeypatch.setattr(network, "forward", spy)
     method(batch, progress)
-    (_, theirs, there), (_, mine, here), (_, small, local) = seen
-    assert [name for name, *_ in seen] == ["teacher", "student", "student"]
-    assert theirs[2:] == ()
-    assert there.get("masked") is None
-    assert there.get("unplaced") is None
-    assert torch.equal(here["unplaced"], batch.large.hidden_positions.mask.flatten(0, 1))
-    assert torch.equal(mine[2], batch.large.hidden_contents.mask.flatten(0, 1))
-    assert local.get("unplaced") is None
-    assert small[2] is None
+    (_, there), (_, here), (_, local) = seen
+    assert [name for name, _ in seen] == ["teacher", "student", "student"]
+    assert there.masked is None
+    assert there.unplaced is None
+    assert torch.equal(here.unplaced, batch.large.hidden_positions.mask.flatten(0, 1))
+    assert torch.equal(here.masked, batch.large.hidden_contents.mask.flatten(0, 1))
+    assert local.unplaced is None
+    assert local.masked is None
     # Teacher and student read the same places.
     for call in (there, here):
-        assert torch.equal(call["places"], batch.large.positions.flatten(0, 1))
-        assert torch.equal(call["flips"], batch.large.flips.flatten(0, 1))
-    assert torch.equal(local["places"], batch.small.positions.flatten(0, 1))
-    assert torch.equal(local["flips"], batch.small.flips.flatten(0, 1))
+        assert torch.equal(call.positions, batch.large.positions.flatten(0, 1))
+        assert torch.equal(call.flips, batch.large.flips.flatten(0, 1))
+    assert torch.equal(local.positions, batch.small.positions.flatten(0, 1))
+    assert torch.equal(local.flips, batch.small.flips.flatten(0, 1))
 
 
 def test_the_teacher_never_learns_what_a_position_mask_is():
@@ -216,7 +214,7 @@ def test_views_without_position_masks_leave_a_zero_loss(progress: Progress):
     assert losses["position"].item() == 0
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None for p in method.student.parameters() if p.requires_grad)
-    assert method.pictures().keys() == {"position_field"}
+    assert method.figures().keys() == {"position_field"}
     assert "position/found" not in method.diagnose()
 
 
@@ -350,10 +348,10 @@ def test_other_methods_know_no_field(recipe: str, change: str):
 def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress):
     method, batch = build(), batch_of()
     method(batch, progress)
-    student, teacher, images, unplaced = method.shown
+    student, teacher, images, unplaced, heads = method.position.shown
     assert torch.equal(images, batch.large.pixels.flatten(0, 1))
-    heads = method.student.head("positions"), method.teacher.head("positions")
-    guesses = method.position.guesses(student, teacher, *heads)
+    assert heads == (method.student.head("positions"), method.teacher.head("positions"))
+    guesses = method.position.guesses(student, teacher, heads)
     for s in range(12):
         mine, theirs = heads[0].project(student[s]).detach(), heads[1].project(teacher[s])
         for n in range(16):
@@ -361,7 +359,7 @@ def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress)
             assert similar[int(guesses[s, n])] == pytest.approx(max(similar), abs=1e-6)
     # A student that is the teacher and sees everything finds each patch where it is.
     assert torch.equal(
-        method.position.guesses(teacher, teacher, heads[1], heads[1]), torch.arange(16).expand(12, 16)
+        method.position.guesses(teacher, teacher, Heads(heads[1], heads[1])), torch.arange(16).expand(12, 16)
     )
     found, distance = errors_of_places(guesses, unplaced, 4)
     logs = method.diagnose()

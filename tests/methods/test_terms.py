@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,17 +13,15 @@ from torch import Tensor
 from foveola.losses import entropy, koleo_loss, sinkhorn
 from foveola.methods import targets as module
 from foveola.methods.targets import SAMPLE, TargetConfig, Targets
-from foveola.methods.terms import (
-    PatchTerm,
-    PatchTermConfig,
-    SpreadTerm,
-    SpreadTermConfig,
-    Tokens,
-    TokenTerm,
-    TokenTermConfig,
-)
+from foveola.methods.terms.patch import PatchTerm, PatchTermConfig
+from foveola.methods.terms.spread import SpreadTerm, SpreadTermConfig
+from foveola.methods.terms.term import Heads, Seen, Setting, Tokens
+from foveola.methods.terms.token import TokenTerm, TokenTermConfig
 from foveola.models.heads import HeadConfig, ProjectionHead
+from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
+from foveola.views.batch import Batch, Hidden, Views, ViewsConfig
+from foveola.views.objects import ObjectsConfig
 
 WIDTH, PROTOTYPES = 6, 5
 CONSTANT = TargetConfig(temperature=Schedule(value=0.05))
@@ -38,13 +37,61 @@ def head(seed: int = 0) -> ProjectionHead:
     return made
 
 
-def tokens(objects: int = 1, views: int = 2, local: tuple[int, int] | None = (3, 1), seed: int = 0) -> Tokens:
+@dataclass(frozen=True)
+class Given:
+    """Tokens of four images: of two large views each, and perhaps of small ones."""
+
+    objects: Tensor  # [4, 2, M, D]
+    local_objects: Tensor | None  # [4, L, M2, D]
+    patches: Tensor  # [4, 2, 5, D]
+
+    def tokens(self) -> Tokens:
+        large = features(self.objects, self.patches)
+        if self.local_objects is None:
+            return Tokens(large)
+        return Tokens(
+            large, features(self.local_objects, torch.zeros(*self.local_objects.shape[:2], 5, WIDTH))
+        )
+
+
+def features(objects: Tensor, patches: Tensor) -> Features:
+    none = torch.zeros(len(objects) * objects.shape[1], 0, WIDTH)
+    return Features(objects.flatten(0, 1), none, patches.flatten(0, 1), (1, 5))
+
+
+def tokens(objects: int = 1, views: int = 2, local: tuple[int, int] | None = (3, 1), seed: int = 0) -> Given:
     generator = torch.Generator().manual_seed(seed)
-    return Tokens(
+    return Given(
         objects=torch.randn(4, views, objects, WIDTH, generator=generator),
         local_objects=None if local is None else torch.randn(4, *local, WIDTH, generator=generator),
-        masked_patches=torch.randn(9, WIDTH, generator=generator),
+        patches=torch.randn(4, views, 5, WIDTH, generator=generator),
     )
+
+
+NETWORK = ViTConfig(width=WIDTH, depth=1, heads=1, patch_size=4, image_size=4)
+
+
+def seen(
+    student: Given, teacher: Given, mask: Tensor | None = None, theirs: ProjectionHead | None = None
+) -> Seen:
+    """A step of these tokens, with the heads of seeds 1 and 2."""
+
+    def views(count: int, hidden: Hidden | None = None) -> Views:
+        boxes, flips = torch.zeros(4, count, 4), torch.zeros(4, count, dtype=torch.bool)
+        return Views(torch.zeros(4, count, 3, 4, 4), boxes, flips, boxes, hidden_contents=hidden)
+
+    hidden = None if mask is None else Hidden.of(mask, mask.device)
+    large = views(student.objects.shape[1], hidden)
+    small = None if student.local_objects is None else views(student.local_objects.shape[1])
+    batch = Batch(large, small, torch.zeros(4).long(), torch.arange(4), {})
+    heads = {"main": Heads(head(1), theirs or head(2))}
+    return Seen(batch, student.tokens(), teacher.tokens(), heads, at(), VisionTransformer(NETWORK))
+
+
+def setting(image_token: bool = False) -> Setting:
+    views = ViewsConfig(objects=ObjectsConfig(image_token=True) if image_token else None)
+    heads = {"main": HeadConfig(prototypes=PROTOTYPES, hidden=8, bottleneck=4)}
+    return Setting("some", heads, views, NETWORK)
 
 
 def at(step: int = 0) -> Progress:
@@ -52,19 +99,19 @@ def at(step: int = 0) -> Progress:
 
 
 def token_loss(
-    student: Tokens, teacher: Tokens, image_token: bool = False, config: TokenTermConfig | None = None
+    student: Given, teacher: Given, image_token: bool = False, config: TokenTermConfig | None = None
 ) -> Tensor:
-    term = TokenTerm(config or TokenTermConfig(target=CONSTANT), PROTOTYPES)
-    return term(student, teacher, head(1), head(2), image_token, at()).losses["loss"]
+    term = TokenTerm(config or TokenTermConfig(target=CONSTANT), setting(image_token))
+    return term(seen(student, teacher)).losses["loss"]
 
 
-def part(given: Tokens, objects: slice, local: slice | None = None) -> Tokens:
+def part(given: Given, objects: slice, local: slice | None = None) -> Given:
     own = (
         given.local_objects
         if local is None or given.local_objects is None
         else given.local_objects[:, :, local]
     )
-    return Tokens(given.objects[:, :, objects], own, given.masked_patches)
+    return Given(given.objects[:, :, objects], own, given.patches)
 
 
 def targets_of(
@@ -111,10 +158,11 @@ def test_weights_scale_their_terms():
     one = token_loss(student, teacher)
     half = token_loss(student, teacher, config=TokenTermConfig(weight=0.5, target=CONSTANT))
     assert half.item() == pytest.approx(one.item() / 2)
-    spread = SpreadTerm(SpreadTermConfig(weight=1.0))(student, False).losses["loss"]
-    assert SpreadTerm(SpreadTermConfig(weight=0.25))(student, False).losses["loss"].item() == pytest.approx(
-        spread.item() / 4
+    whole, quarter = (
+        SpreadTerm(SpreadTermConfig(weight=weight), setting())(seen(student, teacher)).losses["loss"].item()
+        for weight in (1.0, 0.25)
     )
+    assert quarter == pytest.approx(whole / 4)
 
 
 def test_the_temperature_of_students_and_teachers():
@@ -282,30 +330,39 @@ def test_the_entropy_logged_is_of_rows_evenly_spread(count: int):
 
 @pytest.mark.parametrize("center", ["masked", "all"])
 def test_masked_patches_are_predicted_in_their_place(center: str):
+    """The mean over views of the mean over their masked patches; views without any count as zero."""
     student, teacher = tokens(), tokens(seed=1)
-    everything = torch.randn(40, WIDTH)
-    teacher = Tokens(teacher.objects, None, teacher.masked_patches, everything if center == "all" else None)
-    term = PatchTerm(PatchTermConfig(weight=2.0, center=center, target=CONSTANT), PROTOTYPES)
-    weights = torch.rand(9)
-    output = term(student, teacher, head(1), head(2), weights, at())
+    mask = torch.rand(4, 2, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[0, 0] = False
+    term = PatchTerm(PatchTermConfig(weight=2.0, center=center, target=CONSTANT), setting())
+    output = term(seen(student, teacher, mask))
+    loss, rows = 0.0, []
     with torch.no_grad():
-        targets = (head(2)(teacher.masked_patches).double() / 0.05).softmax(-1)
-        logs = (head(1)(student.masked_patches).double() / 0.1).log_softmax(-1)
-        rows = head(2)(everything if center == "all" else teacher.masked_patches)
-    expected = 2 * -((targets * logs).sum(-1) * weights).sum().item()
-    assert output.losses["loss"].item() == pytest.approx(expected, rel=1e-5)
-    term.targets.step()
+        for b in range(4):
+            for v in range(2):
+                rows += [
+                    head(2)(teacher.patches[b, v, n][None])
+                    for n in range(5)
+                    if center == "all" or mask[b, v, n]
+                ]
+                for n in mask[b, v].nonzero()[:, 0].tolist():
+                    target = (head(2)(teacher.patches[b, v, n][None]).double() / 0.05).softmax(-1)
+                    guess = (head(1)(student.patches[b, v, n][None]).double() / 0.1).log_softmax(-1)
+                    loss -= (target * guess).sum().item() / int(mask[b, v].sum()) / 8
+    assert output.losses["loss"].item() == pytest.approx(2 * loss, rel=1e-5)
+    term.step()
     assert term.targets.centering is not None
-    assert torch.allclose(term.targets.centering.center, 0.1 * rows.mean(dim=0), atol=1e-6)
+    assert torch.allclose(term.targets.centering.center, 0.1 * torch.cat(rows).mean(dim=0), atol=1e-6)
 
 
 def test_nothing_flows_into_the_teacher():
     student, teacher = tokens(), tokens(seed=1)
     teacher.objects.requires_grad_()
     theirs = head(2)
-    term = TokenTerm(TokenTermConfig(target=CONSTANT), PROTOTYPES)
-    loss = term(student, teacher, head(1), theirs, False, at()).losses["loss"]
-    loss.backward()
+    term = TokenTerm(TokenTermConfig(target=CONSTANT), setting())
+    student.objects.requires_grad_()
+    term(seen(student, teacher, theirs=theirs)).losses["loss"].backward()
+    assert student.objects.grad is not None
     assert teacher.objects.grad is None
     assert all(parameter.grad is None for parameter in theirs.parameters())
 
@@ -315,5 +372,6 @@ def test_spread_is_koleo_of_each_global_view_without_the_image_token():
     for image_token, count in ((False, 3), (True, 2)):
         rows = [student.objects[:, v, :count].reshape(-1, WIDTH) for v in range(2)]
         expected = 0.1 * sum(koleo_loss(r).item() for r in rows)
-        loss = SpreadTerm(SpreadTermConfig())(student, image_token).losses["loss"]
+        term = SpreadTerm(SpreadTermConfig(), setting(image_token))
+        loss = term(seen(student, student)).losses["loss"]
         assert loss.item() == pytest.approx(expected, rel=1e-5)

@@ -13,7 +13,7 @@ from foveola.geometry import sample
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.plain import as_plain
 from foveola.models.positions import PositionField
-from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.zoo.load import load
 
 KINDS = list(itertools.product(["linear", "bicubic"], ["cells", "corners"]))
@@ -235,7 +235,7 @@ def test_tokens_are_patches_and_what_the_field_holds_at_their_centres():
     boxes, flips = some_boxes(3), torch.tensor([False, True, False])
     unplaced = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.4
     masked = ~unplaced & (torch.arange(16) % 3 == 0)
-    found, grid = made.embed(images, masked, None, boxes, flips, unplaced)
+    found, grid = made.embed(images, Inputs(masked=masked, positions=boxes, flips=flips, unplaced=unplaced))
     assert grid == (4, 4)
     content = made.patch_embed(images)
     for n in range(3):
@@ -252,8 +252,8 @@ def test_an_unplaced_patch_has_lost_where_it_was():
     here, there = torch.tensor([[0.0, 0, 0.5, 0.5]]), torch.tensor([[0.5, 0.4, 1, 1]])
     unplaced = torch.zeros(1, 16, dtype=torch.bool)
     unplaced[0, 5] = True
-    a, _ = made.embed(images, places=here, unplaced=unplaced)
-    b, _ = made.embed(images, places=there, unplaced=unplaced)
+    a, _ = made.embed(images, Inputs(positions=here, unplaced=unplaced))
+    b, _ = made.embed(images, Inputs(positions=there, unplaced=unplaced))
     same = (a == b).all(dim=2)
     assert torch.equal(same, unplaced)
 
@@ -262,15 +262,15 @@ def test_kept_patches_keep_their_positions():
     made, images = network(), torch.randn(2, 3, 16, 16)
     keep = torch.tensor([[3, 7, 9], [0, 15, 4]])
     boxes = some_boxes(2)
-    all_of_them, _ = made.embed(images, places=boxes)
-    some, _ = made.embed(images, keep=keep, places=boxes)
+    all_of_them, _ = made.embed(images, Inputs(positions=boxes))
+    some, _ = made.embed(images, Inputs(kept=keep, positions=boxes))
     torch.testing.assert_close(some, torch.stack([all_of_them[n, keep[n]] for n in range(2)]))
 
 
 def test_gradients_reach_the_field_and_the_position_mask():
     made = network()
     unplaced = torch.arange(16)[None] < 4
-    made(torch.randn(1, 3, 16, 16), unplaced=unplaced).patches.square().sum().backward()
+    made(torch.randn(1, 3, 16, 16), Inputs(unplaced=unplaced)).patches.square().sum().backward()
     assert made.pos_field.values.grad.abs().sum() > 0
     assert made.pos_mask_token.grad.abs().sum() > 0
 
@@ -279,20 +279,20 @@ def test_what_a_network_lacks_is_said():
     plain = VisionTransformer(replace(MODEL, positions="learned"))
     images = torch.randn(1, 3, 16, 16)
     with pytest.raises(ValueError, match="no position field"):
-        plain(images, places=torch.tensor([[0.0, 0, 1, 1]]))
+        plain(images, Inputs(positions=torch.tensor([[0.0, 0, 1, 1]])))
     with pytest.raises(ValueError, match="no token for patches without position"):
-        plain(images, unplaced=torch.ones(1, 16, dtype=torch.bool))
+        plain(images, Inputs(unplaced=torch.ones(1, 16, dtype=torch.bool)))
     rotary = VisionTransformer(replace(MODEL, positions="rope", width=48))
     rotary.learn_position_mask()
     with pytest.raises(ValueError, match="no token for patches without position"):
-        rotary(images, unplaced=torch.ones(1, 16, dtype=torch.bool))
+        rotary(images, Inputs(unplaced=torch.ones(1, 16, dtype=torch.bool)))
 
 
 def test_position_masks_work_on_learned_tables_too():
     made = network(replace(MODEL, positions="learned"))
     images = torch.randn(1, 3, 16, 16)
     unplaced = torch.arange(16)[None] == 2
-    found, _ = made.embed(images, unplaced=unplaced)
+    found, _ = made.embed(images, Inputs(unplaced=unplaced))
     expected = made.patch_embed(images) + made.pos_embed[:, 1:]
     expected[0, 2] = made.patch_embed(images)[0, 2] + made.pos_mask_token[0, 0]
     torch.testing.assert_close(found, expected)

@@ -11,7 +11,7 @@ from foveola.methods.capi import UnitPrototypes
 from foveola.models.attention import rotate
 from foveola.models.positions import border_coordinates, grid_coordinates
 from foveola.models.predictor import Predictor, PredictorConfig
-from foveola.models.vit import Features, VisionTransformer, ViTConfig
+from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 
 CAPI = ViTConfig(
     width=24,
@@ -61,7 +61,7 @@ def predict(
     networks: tuple[VisionTransformer, Predictor], images: Tensor, keep: Tensor, targets: Tensor | None
 ) -> Tensor:
     backbone, predictor = networks
-    return predictor(backbone(images, keep=keep), targets, keep)
+    return predictor(backbone(images, Inputs(kept=keep)), targets, keep)
 
 
 # -- the encoder on kept patches ----------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_kept_patches_equal_a_full_network_that_cannot_see_the_others():
     backbone, _ = make()
     backbone.double()
     images, keep = pictures().double(), kept()
-    found = backbone(images, keep=keep)
+    found = backbone(images, Inputs(kept=keep))
     seen = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, keep, True)
     places = grid_coordinates((4, 4)).double().expand(2, -1, -1)
     border = border_coordinates(4, places.gather(1, keep[..., None].expand(-1, -1, 2)))
@@ -155,7 +155,7 @@ def test_the_predictor_is_the_loop():
     backbone.double()
     predictor.double()
     images, keep, targets = pictures().double(), kept(), torch.tensor([[3, 9], [0, 15]])
-    context = backbone(images, keep=keep)
+    context = backbone(images, Inputs(kept=keep))
     found = predictor(context, targets, keep)
     tokens = torch.cat((context.registers, context.patches), dim=1)
     places = grid_coordinates((4, 4)).double()[0]
@@ -234,7 +234,7 @@ def test_the_linear_head_of_capi_starts_as_its_code():
 def test_features_are_kept_in_their_places():
     backbone, predictor = make()
     with torch.no_grad():
-        features = backbone(pictures(), keep=kept())
+        features = backbone(pictures(), Inputs(kept=kept()))
     assert isinstance(features, Features)
     assert features.objects.shape == (2, 0, 24)
     assert features.registers.shape == (2, 4, 24)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveola.models.positions import resize_positions, sincos_positions
-from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 
 TINY = ViTConfig(width=24, depth=3, heads=3, patch_size=4, image_size=16, drop_path=0.0)
 
@@ -105,7 +105,7 @@ def test_against_a_naive_network_with_a_dense_mask(count: int, extras: dict):
     objects = some_objects(2, count) if count else None
     masked = torch.rand(2, 16, generator=torch.Generator().manual_seed(2)) < 0.3
     for hidden in (None, masked):
-        ours = tokens(model, images, objects, hidden)
+        ours = tokens(model, images, Inputs(objects=objects, masked=hidden))
         assert (ours - naive(model, images, objects, hidden)).abs().max() < 2e-5
 
 
@@ -224,15 +224,17 @@ def test_masked_patches_do_not_leak_their_pixels():
     after = before.clone()
     after[..., 0:4, 12:16] += 5  # patch 3
     after[..., 4:8, 12:16] -= 5  # patch 7
-    assert torch.equal(tokens(model, before, None, masked), tokens(model, after, None, masked))
+    assert torch.equal(
+        tokens(model, before, Inputs(masked=masked)), tokens(model, after, Inputs(masked=masked))
+    )
     assert not torch.equal(tokens(model, before), tokens(model, after))
     # Positions are added to the mask token: two masked patches differ.
-    x = tokens(model, before, None, masked)[0, 1:]
+    x = tokens(model, before, Inputs(masked=masked))[0, 1:]
     assert not torch.allclose(x[3], x[7])
     # And the mask token learns as soon as there is a mask.
     for hidden, learns in ((masked, True), (torch.zeros_like(masked), False)):
         model.zero_grad()
-        model(before, None, hidden).objects.sum().backward()
+        model(before, Inputs(masked=hidden)).objects.sum().backward()
         assert model.mask_token.grad is not None
         assert (model.mask_token.grad != 0).any() == learns
 
@@ -244,14 +246,14 @@ def test_kept_patches_alone_are_processed():
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(b)) for b in range(2)])
     with torch.no_grad():
         full = model(images, objects)
-        shuffled = model(images, objects, keep=order)
-        part = model(images, objects, keep=order[:, :6])
+        shuffled = model(images, Inputs(objects=objects, kept=order))
+        part = model(images, Inputs(objects=objects, kept=order[:, :6]))
     assert torch.allclose(shuffled.objects, full.objects, atol=1e-5)
     rows = order[..., None].expand(-1, -1, 24)
     assert torch.allclose(shuffled.patches, full.patches.gather(1, rows), atol=1e-5)
     assert part.patches.shape == (2, 6, 24)
     # Patches dropped one by one, by hand: through the blocks without them.
-    x, _ = model.embed(images, None)
+    x, _ = model.embed(images)
     kept = torch.stack([x[b, order[b, :6]] for b in range(2)])
     chosen = torch.stack([objects[b][:, order[b, :6]] for b in range(2)])
     from foveola.models.attention import readable_tokens

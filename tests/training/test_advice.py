@@ -61,8 +61,8 @@ def test_rows_of_a_term_are_those_that_views_have(tiny):
     for step in range(12):
         batch = make_views(next(batches), config.views, 8, Streams(0, step))
         found.append(len(batch.large.hidden_contents.indices) / 16)
-    assert method.rows("patch", 1) == pytest.approx(np.mean(found), rel=0.1)
-    assert method.rows("token", 3) == 2 * 3
+    assert method.terms["patch"].rows(1) == pytest.approx(np.mean(found), rel=0.1)
+    assert method.terms["token"].rows(3) == 2 * 3
 
 
 def test_more_prototypes_than_images(tiny):

@@ -7,7 +7,7 @@ from PIL import Image
 
 import foveola
 from foveola.config import UserError
-from foveola.models.vit import patchify
+from foveola.models.embedding import patchify
 
 
 def test_features_are_the_pixels_of_the_patches():
