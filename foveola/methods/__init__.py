@@ -1,4 +1,7 @@
-"""Ways of pretraining, by name."""
+"""Ways of pretraining, by name: each a module that turns a batch into named losses.
+
+Nothing here calls backward, opens a file or knows another process.
+"""
 
 from foveola.methods.capi import Capi
 from foveola.methods.distillation import Distillation
