@@ -2,6 +2,7 @@
 #   make demo     install, pretrain on the built-in pictures, evaluate, draw demo.png, write report.html
 #   make test     install with the developer tools, run the tests
 #   make check    lint, formatting and types
+#   make docs     build the documentation site into site/; warnings are errors
 # PIP_FLAGS goes to pip: to choose a smaller CPU build of torch, say.
 
 PYTHON ?= python3
@@ -15,7 +16,9 @@ HASH := $(shell cksum < pyproject.toml | tr ' ' '-')
 RUNTIME := .venv/.foveola-$(HASH)
 DEV := .venv/.foveola-dev-$(HASH)
 
-.PHONY: demo test check
+DOCS := .venv/.foveola-docs-$(HASH)
+
+.PHONY: demo test check docs
 
 demo: $(RUNTIME)
 	$(BIN)/foveola demo out=runs/demo
@@ -27,6 +30,9 @@ check: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("foveola needs Python >= 3.11, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -40,3 +46,7 @@ $(RUNTIME): | $(BIN)/python
 $(DEV): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
 	touch $(RUNTIME) $@
+
+$(DOCS): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[docs]'
+	touch $@

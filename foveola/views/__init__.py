@@ -1,4 +1,4 @@
-"""From canvases to the views of a step: boxes, colours, object masks, and which patches are hidden or dropped.
+"""From canvases to the views of a step: boxes, colours, object masks, which patches are hidden or dropped.
 
 Nothing here reads a file or knows a network.
 """
