@@ -1,4 +1,4 @@
-"""KoLeo (DINOv2)."""
+"""KoLeo: features of different images are kept apart (DINOv2)."""
 
 from dataclasses import dataclass
 
