@@ -52,7 +52,16 @@ ALLOWED = {
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
-    "figures": {"drawing", "evaluation", "zoo", "models.encoder", "models.transform", "data", "distributed"},
+    "figures": {
+        "drawing",
+        "evaluation",
+        "zoo",
+        "models.encoder",
+        "models.vit",
+        "models.transform",
+        "data",
+        "distributed",
+    },
     "drawing": set(),
     "zoo": {"models.encoder", "models.vit"},
     "evaluation": {"models.encoder", "models.transform", "zoo", "data", "geometry", "distributed", "views"},

@@ -8,6 +8,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
+from foveola.models.vit import Inputs
 
 WHOLE = 4096  # patches of a picture that is encoded at once when nobody says how; more are cut into tiles
 OVERLAP = 0.5  # of a tile's side that it shares with the next
@@ -94,8 +95,8 @@ def _tiled(
     for start in range(0, len(corners), few):
         some = corners[start : start + few]
         cuts = [pixels[:, patch * y : patch * (y + high), patch * x : patch * (x + wide)] for y, x in some]
-        places = [(x / columns, y / rows, (x + wide) / columns, (y + high) / rows) for y, x in some]
-        for (y, x), features in zip(some, _encode(encoder, torch.stack(cuts), places), strict=True):
+        positions = [(x / columns, y / rows, (x + wide) / columns, (y + high) / rows) for y, x in some]
+        for (y, x), features in zip(some, _encode(encoder, torch.stack(cuts), positions), strict=True):
             if not total.shape[2]:
                 total = np.zeros((rows, columns, features.shape[2]), np.float32)
             total[y : y + high, x : x + wide] += weights * features
@@ -112,10 +113,10 @@ def _ramp(length: int) -> Float32[np.ndarray, "{length}"]:
 
 @torch.inference_mode()
 def _encode(
-    encoder: Encoder, pixels: UInt8[Tensor, "B 3 H W"], places: list[tuple[float, float, float, float]]
+    encoder: Encoder, pixels: UInt8[Tensor, "B 3 H W"], positions: list[tuple[float, float, float, float]]
 ) -> Float32[np.ndarray, "B h w D"]:
     images = encoder.normalise(pixels.to(encoder.device))
     network = encoder.backbone
-    where = None if network.pos_field is None else torch.tensor(places, device=encoder.device)
-    features = network(images, places=where)
+    where = None if network.pos_field is None else torch.tensor(positions, device=encoder.device)
+    features = network(images, Inputs(positions=where))
     return features.patches.unflatten(1, features.grid).float().cpu().numpy()

@@ -9,7 +9,7 @@ from foveola.config import UserError
 from foveola.figures import dense
 from foveola.figures.dense import fit, fitted_size, patch_map, starts
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
-from foveola.models.vit import ViTConfig
+from foveola.models.vit import Inputs, ViTConfig
 from foveola.zoo.load import load
 
 
@@ -78,7 +78,9 @@ def test_a_field_is_read_where_the_tile_lies():
     encoder, pixels = encoder_of("field"), picture(16, 32)
     images = encoder.normalise(fit(pixels, encoder, 32)[None])
     halves = [
-        encoder.backbone(images[..., x : x + 16], places=torch.tensor([[x / 32, 0, x / 32 + 0.5, 1]])).patches
+        encoder.backbone(
+            images[..., x : x + 16], Inputs(positions=torch.tensor([[x / 32, 0, x / 32 + 0.5, 1]]))
+        ).patches
         for x in (0, 16)
     ]
     expected = torch.cat([half[0].view(4, 4, 16) for half in halves], dim=1).detach().numpy()

@@ -44,7 +44,7 @@ def small_encoder(registers: int = 0) -> Encoder:
 def attention_by_hand(encoder: Encoder, images: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
     """The last block's object row in float64, from the weights themselves; one object, no registers."""
     net = encoder.backbone.double()
-    x, _ = net.embed(images.double(), None)
+    x, _ = net.embed(images.double())
     x = torch.cat(((net.cls_token + net.pos_embed[:, :1]).expand(len(x), -1, -1), x), dim=1)
     allowed = torch.ones(len(x), 17, 17, dtype=torch.bool)
     allowed[:, 0, 1:] = objects[:, 0]

@@ -13,6 +13,7 @@ from foveola.losses import entropy, sinkhorn
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble
+from foveola.training.recipe import resolve
 from foveola.training.run import pretrain
 from foveola.training.watch import EARLIEST, Watch
 
@@ -151,3 +152,15 @@ def test_a_run_of_some_steps_is_not_advised_to_have_no_teacher(tiny):
     found = told(tiny(), Progress(0, 8, 4, 16))
     (line,) = [line for line in found if "the teacher is slow for 8 steps" in line]
     assert line.endswith("; a longer duration, or a lower method.momentum.value")
+
+
+def test_masked_models_advise_of_what_makes_their_task_too_easy():
+    data, no_warmup = "scenes:?size=32&count=64", {"duration": "2000 steps", "batch_size": 16}
+    easy = resolve("mae-tiny-tinyimagenet", {"data": data, **no_warmup, "views.dropping.ratio": 0.3})
+    assert any("views.dropping.ratio=0.3 hides less than 50%" in line for line in told(easy))
+    usual = resolve("mae-tiny-tinyimagenet", {"data": data, **no_warmup})
+    assert not any("views.dropping" in line for line in told(usual))
+    fast = resolve("ijepa-tiny-tinyimagenet", {"data": data, **no_warmup, "method.momentum.value": 0.5})
+    assert any("momentum.value=0.5: nothing but a slow teacher" in line for line in told(fast))
+    usual = resolve("ijepa-tiny-tinyimagenet", {"data": data, **no_warmup})
+    assert not any("collapsing" in line for line in told(usual))
