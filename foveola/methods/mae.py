@@ -160,7 +160,7 @@ class Mae(Method):
             return []
         return [
             f"views.dropping.ratio={self.hidden} hides less than {EASY:.0%} of the patches, and what is "
-            "hidden can be told from its neighbours; MAE hides 75 %, up to which its linear probe rises (Figure 5)"
+            "hidden can be told from its neighbours; MAE hides 75 %, and its linear probe falls below that"
         ]
 
     @property
