@@ -1,6 +1,8 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import unquote
@@ -28,10 +30,12 @@ from foveola.data.segmentation import (
     open_masks,
     open_voc,
 )
+from foveola.outside import announced, imported, is_importable
 
 __all__ = ["BadImage", "DataError", "PixelSource", "Source", "decode", "open_source"]
 
 Split = Literal["train", "test"]
+GROUP = "foveola.sources"  # of entry points
 OBJECT = "python"  # kind of the names under which configurations mention a caller's own source
 NEEDED = ("name", "classes", "has_objects", "__len__", "__getitem__")  # by a source
 
@@ -79,9 +83,11 @@ def open_source(spec: str, split: Split = "train") -> Source:
     missing or wrong.
     """
     kind, colon, rest = spec.partition(":")
+    place, _, query = rest.partition("?")
+    if kind not in KINDS and (found := _from_outside(kind, place)) is not None:
+        return _open_own(spec, *found, query, split)
     if not colon or kind not in KINDS:
         raise DataError(_unknown_kind(spec, kind))
-    place, _, query = rest.partition("?")
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _some, "seed": _whole})
     allowed |= {} if kind == "scenes" else {"range": Reading.values, "pages": _first}
@@ -116,6 +122,37 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if limit is not None:
         source.limit(limit, seed)
     return source
+
+
+def _from_outside(kind: str, place: str) -> tuple[Any, dict[str, str]] | None:
+    """What opens a data string that is none of ours, and the options that it has before the question mark.
+
+    An entry point of the group `foveola.sources` is a kind of its own, and gets what follows the colon as
+    `path`; `my_package.my_module:open` is the function itself.
+    """
+    if kind in (own := announced(GROUP)):
+        return imported(own[kind].value), {"path": unquote(place)} if place else {}
+    name = f"{kind}:{place}"
+    if kind == OBJECT or not is_importable(name) or ("." not in kind and not find_spec(kind)):
+        return None
+    return imported(name), {}
+
+
+def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split: Split) -> Source:
+    """A source of somebody else's function, which gets each option as text, and `split` if it has that."""
+    if not callable(opener):
+        raise DataError(f"{spec}: expected a function that returns a source, got a {type(opener).__name__}")
+    known = signature(opener).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    names = [*known] if not takes_all else [part.partition("=")[0] for part in query.split("&")]
+    options |= _parse_options(spec.partition("?")[0], query, dict.fromkeys(names, str))
+    if "split" in known:
+        options.setdefault("split", split)
+    lacking = [name for name, each in known.items() if each.default is each.empty and name not in options]
+    lacking = [n for n in lacking if known[n].kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+    if lacking:
+        raise DataError(f"{spec} needs the option {lacking[0]}=")
+    return as_source(opener(**options), split, spec)
 
 
 def as_source(data: Any, split: Split, what: str) -> Source:
