@@ -29,6 +29,30 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return spellings[found[0]] if found else None
 
 
+def meant(path: str | Path) -> str:
+    """The end of a message on a path that does not exist: the nearest one that does, if one comes close."""
+    path = Path(path)
+    try:
+        missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
+        near = missing and nearest(missing.name, [other.name for other in missing.parent.iterdir()])
+    except (OSError, ValueError):  # what cannot be listed gives no hint
+        return ""
+    if missing is None or near is None:
+        return ""
+    whole = missing.with_name(near) / path.relative_to(missing)
+    return f"; did you mean {whole if whole.exists() else missing.with_name(near)}?"
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value with its article, for messages."""
+    name = type(value).__name__
+    return (
+        "None"
+        if value is None
+        else f"{'an' if name[0].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
+    )
+
+
 def shown(value: Any) -> str:
     """A value in a message, as it would be written, shortened."""
     try:
@@ -96,10 +120,7 @@ def read_yaml(path: str | Path) -> dict:
     """Read a YAML file that holds `key: value` pairs. Raises ConfigError with file, line and column."""
     path = Path(path)
     if not path.is_file():
-        near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")])
-        raise ConfigError(
-            f"no configuration file {path}" + (f"; did you mean {path.with_name(near)}?" if near else "")
-        )
+        raise ConfigError(f"no configuration file {path}{meant(path)}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:

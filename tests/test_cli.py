@@ -73,6 +73,34 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, message):
     assert error_of(capsys, *arguments.split()).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate knn model=runs/exmaple train=scenes: test=scenes:", "no model at runs/exmaple"),
+        ("evaluate knn model=untrained:rnus/example train=scenes: test=scenes:", "no model at rnus/example"),
+        ("report runs/exmaple", "runs/exmaple is no run folder: it does not exist"),
+        ("compare runs/exmaple runs/example", "no run, folder or result file runs/exmaple"),
+        ("pretrain runs/exmaple", "unknown recipe 'runs/exmaple'"),
+        ("export runs/exmaple out=x", "no model at runs/exmaple"),
+    ],
+)
+def test_a_misspelt_run_folder_is_told_the_nearest(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "example").mkdir(parents=True)
+    error = error_of(capsys, *arguments.split())
+    assert error.startswith(message)
+    assert error.rstrip("\n").endswith("; did you mean runs/example?")
+
+
+def test_a_misspelt_folder_above_a_file_is_told_with_the_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "example").mkdir(parents=True)
+    (tmp_path / "runs" / "example" / "config.yaml").touch()
+    error = error_of(capsys, "pretrain", "runs/exmaple/config.yaml")
+    assert error == ("no configuration file runs/exmaple/config.yaml; did you mean runs/example/config.yaml?")
+    assert error_of(capsys, "report", "elsewhere/altogether").endswith("it does not exist")
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("FOVEOLA_DEBUG", "1")
     with pytest.raises(UserError, match="unknown command"):

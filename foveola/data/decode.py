@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from foveola.config import kind_of
 from foveola.data.depth import CONTAINER, is_dark, is_deep, states_range, to_bytes, values_of
 from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
 from foveola.data.sample import BadImage, DataError, ImageFile, Reading
@@ -137,7 +138,7 @@ def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3
     `range=` of a data string, for images of more than 8 bits. Without one, those that use half of 16 bits at
     most are taken with a warning. Raises DataError, with the reason, for what is none.
     """
-    name = str(image) if isinstance(image, str | Path) else f"a {type(image).__name__}"
+    name = str(image) if isinstance(image, str | Path) else kind_of(image)
     if isinstance(image, ImageFile) and values is not None:
         raise DataError(f"range={values}: the data string of this image says how it is read")
     try:

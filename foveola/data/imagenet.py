@@ -17,7 +17,7 @@ from foveola.data.annotations import read_json
 from foveola.data.decode import decode
 from foveola.data.identity import Identity
 from foveola.data.layouts import Pictures, open_imagenet
-from foveola.data.listing import check_inside, check_listed, find_pictures
+from foveola.data.listing import check_inside, check_listed, find_pictures, misfit, printable
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import read_names
 
@@ -79,7 +79,7 @@ def open_imagenet_v2(name: str, root: Path) -> Variant:
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if not folder.isdecimal() or int(folder) > 999]
     if wrong:
-        raise DataError(f"imagenetv2: {root} has {wrong[0]} where folders 0 to 999 are expected")
+        raise misfit("imagenetv2", f"{root} has {printable(wrong[0])}")
     source = Variant(name, root, files, [[int(folder)] for folder in folders], wnids())
     source.notes = notes
     return source
@@ -92,9 +92,7 @@ def open_imagenet_a(name: str, root: Path) -> Variant:
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if folder not in index]
     if wrong:
-        raise DataError(
-            f"imagenet-a: {root} has {wrong[0]} where folders named by ImageNet's wnids are expected"
-        )
+        raise misfit("imagenet-a", f"{root} has {printable(wrong[0])}")
     source = Variant(name, root, files, [[index[folder]] for folder in folders], classes)
     source.candidates, source.notes = tuple(sorted({index[folder] for folder in folders})), notes
     return source
@@ -130,7 +128,7 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     """ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
     places = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
     if not places:
-        raise DataError(f"objectnet: no folder mappings in {root}; give the folder objectnet-1.0")
+        raise misfit("objectnet", f"no folder mappings in {root}")
     base, tables = places[0], places[0] / "mappings"
     label_of = _table(tables / "folder_to_objectnet_label.json")
     known = _table(tables / "objectnet_to_imagenet_1k.json")

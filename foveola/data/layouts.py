@@ -23,7 +23,7 @@ from foveola.data.annotations import (
 from foveola.data.coco import check_size
 from foveola.data.halves import held_out
 from foveola.data.identity import Identity, hash_files
-from foveola.data.listing import check_inside, check_listed, find_pictures, printable
+from foveola.data.listing import check_inside, check_listed, find_pictures, misfit, printable
 from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.tables import read_boxes
 
@@ -190,20 +190,19 @@ def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
     """Tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
-    words = _read_table(root / "words.txt", 2) if (root / "words.txt").is_file() else []
-    wnids = sorted(row[0] for row in _read_table(root / "wnids.txt", 1))
+    words = _read_table(root, "words.txt", 2) if (root / "words.txt").is_file() else []
+    wnids = sorted(row[0] for row in _read_table(root, "wnids.txt", 1))
     index = {wnid: number for number, wnid in enumerate(wnids)}
     if split == "train":
-        tables = [(wnid, root / "train" / wnid / f"{wnid}_boxes.txt") for wnid in wnids]
+        tables = [(wnid, f"train/{wnid}/{wnid}_boxes.txt") for wnid in wnids]
         listed = [
             (f"train/{wnid}/images/{row[0]}", wnid, *row[1:5])
             for wnid, t in tables
-            for row in _read_table(t, 5)
+            for row in _read_table(root, t, 5)
         ]
     else:
         listed = [
-            (f"val/images/{row[0]}", *row[1:6])
-            for row in _read_table(root / "val" / "val_annotations.txt", 6)
+            (f"val/images/{row[0]}", *row[1:6]) for row in _read_table(root, "val/val_annotations.txt", 6)
         ]
     folders = sorted({row[0].rsplit("/", 1)[0] for row in listed})
     present = {f"{folder}/{name}" for folder in folders for name in find_pictures(root / folder).files}
@@ -231,9 +230,7 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
     places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
     base = next((place for place in places if place.is_dir()), None)
     if base is None:
-        raise DataError(
-            f"imagenet: no folder {half} in {root} (use folder: for class folders without train and val)"
-        )
+        raise misfit("imagenet", f"no folder {half} in {root}")
     files, notes = find_pictures(base)
     nested = "/" in files[0]
     wnids = [file.split("/", 1)[0] for file in files] if nested else _flat_labels(root, base, files)
@@ -338,10 +335,11 @@ def _match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dic
     return rows
 
 
-def _read_table(path: Path, columns: int) -> list[list[str]]:
-    """Lines of tab-separated fields."""
+def _read_table(root: Path, file: str, columns: int) -> list[list[str]]:
+    """Lines of tab-separated fields of a file of Tiny ImageNet."""
+    path = root / file
     if not path.is_file():
-        raise DataError(f"no file {path}")
+        raise misfit("tinyimagenet", f"no file {path}")
     rows = [
         line.rstrip("\r").split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
     ]

@@ -10,6 +10,19 @@ from typing import NamedTuple
 from foveola.data.sample import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# How the data sets of each kind lie in their folder, and what reads images that do not.
+OWN, OWN_MAPS = "folder: reads images in any folders", "masks: reads images and label maps in any two folders"
+LAYOUTS = {
+    "tinyimagenet": ("wnids.txt, train/<wnid>/images, val/images and their lists of boxes", OWN),
+    "imagenet": ("train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", OWN),
+    "imagenetv2": ("folders 0 to 999", OWN),
+    "imagenet-a": ("folders named by ImageNet's wnids", OWN),
+    "objectnet": ("the folders images and mappings of objectnet-1.0", OWN),
+    "voc": ("JPEGImages, SegmentationClass and ImageSets/Segmentation, the folder VOC2012", OWN_MAPS),
+    "ade20k": ("images/training, annotations/training, ..., the folder ADEChallengeData2016", OWN_MAPS),
+    "cityscapes": ("leftImg8bit/<split>/<city> and gtFine/<split>/<city>", OWN_MAPS),
+    "camvid": ("<split>/images and <split>/labels, or <split> and <split>annot", OWN_MAPS),
+}
 NAMED = 6  # suffixes of other files that a note names
 
 
@@ -58,6 +71,12 @@ def find_pictures(root: Path, without: Path | None = None) -> Found:
         known = " ".join(sorted(SUFFIXES))
         raise DataError(f"folder {root} holds no images ({known}), but {_named(others)}")
     return Found(sorted(found), _left_out(root, others, repeated))
+
+
+def misfit(kind: str, what: str) -> DataError:
+    """The error for a folder that is not as data of this kind lie: `what` is wrong, and what was expected."""
+    layout, otherwise = LAYOUTS[kind]
+    return DataError(f"{kind}: {what}; expected {layout} ({otherwise})")
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

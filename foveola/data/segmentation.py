@@ -16,7 +16,7 @@ from jaxtyping import Integer, UInt8
 from foveola.data.annotations import Packed, read_values, size_of
 from foveola.data.fit import upright_map
 from foveola.data.layouts import Pictures
-from foveola.data.listing import check_listed, find_pictures, printable
+from foveola.data.listing import check_listed, find_pictures, misfit, printable
 from foveola.data.sample import DataError, Sample
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
@@ -226,7 +226,7 @@ def open_voc(name: str, root: Path, split: str) -> LabelledPictures:
     base = next((folder for folder in (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
                  if (folder / "SegmentationClass").is_dir()), None)  # fmt: skip
     if base is None:
-        raise DataError(f"voc: no folder SegmentationClass in {root}; give the folder VOC2012")
+        raise misfit("voc", f"no folder SegmentationClass in {root}")
     stems = _voc_set(base, which)
     if which == "trainaug" and (leaked := sorted(set(stems) & set(_voc_set(base, "val")))):
         raise DataError(f"voc: {len(leaked)} pictures of trainaug belong to val, such as {leaked[0]}")
@@ -250,7 +250,7 @@ def _voc_set(base: Path, which: str) -> list[str]:
     places = [base / "ImageSets/Segmentation" / f"{which}.txt", base / "sets" / f"{which}.txt"]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise DataError(f"voc: no list {places[0]}")
+        raise misfit("voc", f"no list {places[0]}")
     stems = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
     if not stems:
         raise DataError(f"{path}: names no picture")
@@ -262,7 +262,7 @@ def open_ade20k(name: str, root: Path, split: str) -> LabelledPictures:
     half = "training" if split == "train" else "validation"
     base = root if (root / "images").is_dir() else root / "ADEChallengeData2016"
     if not (base / "images" / half).is_dir():
-        raise DataError(f"ade20k: no folder images/{half} in {root}; give the folder ADEChallengeData2016")
+        raise misfit("ade20k", f"no folder images/{half} in {root}")
     info = base / "objectInfo150.txt"  # Idx, Ratio, Train, Val, Name
     names = [f"class {number}" for number in range(1, 151)]
     if info.is_file():
@@ -289,7 +289,7 @@ def open_cityscapes(name: str, root: Path, split: str) -> LabelledPictures:
     half = "train" if split == "train" else "val"
     folder = root / "leftImg8bit" / half
     if not folder.is_dir():
-        raise DataError(f"cityscapes: no folder leftImg8bit/{half} in {root}")
+        raise misfit("cityscapes", f"no folder leftImg8bit/{half} in {root}")
     found = [file for file in find_pictures(folder).files if file.endswith("_leftImg8bit.png")]
     if not found:
         raise DataError(f"cityscapes: no pictures *_leftImg8bit.png in {folder}")
@@ -340,9 +340,7 @@ def open_camvid(name: str, root: Path, split: str) -> LabelledPictures:
     if not (root / images).is_dir():
         images, labels = split, f"{split}annot"
     if not (root / images).is_dir() or not (root / labels).is_dir():
-        raise DataError(
-            f"camvid: {root} has neither {split}/images and {split}/labels nor {split} and {split}annot"
-        )
+        raise misfit("camvid", f"no {split}/images with {split}/labels in {root}")
     files = [f"{images}/{file}" for file in find_pictures(root / images).files]
     pairs = _pairs(root, files, lambda file: f"{labels}{file[len(images) :].rsplit('.', 1)[0]}.png")
     official = {"train": 367, "val": 101, "test": 233}[split]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import unquote
 
-from foveola.config import nearest
+from foveola.config import kind_of, meant, nearest
 from foveola.data.decode import decode
 from foveola.data.hub import open_hub
 from foveola.data.imagenet import (
@@ -141,7 +141,7 @@ def _from_outside(kind: str, place: str) -> tuple[Any, dict[str, str]] | None:
 def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split: Split) -> Source:
     """A source of somebody else's function, which gets each option as text, and `split` if it has that."""
     if not callable(opener):
-        raise DataError(f"{spec}: expected a function that returns a source, got a {type(opener).__name__}")
+        raise DataError(f"{spec}: expected a function that returns a source, got {kind_of(opener)}")
     known = signature(opener).parameters
     takes_all = any(each.kind is each.VAR_KEYWORD for each in known.values())
     names = [*known] if not takes_all else [part.partition("=")[0] for part in query.split("&")]
@@ -164,7 +164,7 @@ def as_source(data: Any, split: Split, what: str) -> Source:
         return open_source(data, split)
     if lacks := [name for name in NEEDED if not hasattr(data, name)]:
         raise DataError(
-            f"{what}: expected a data string or a source, got a {type(data).__name__}, which has no "
+            f"{what}: expected a data string or a source, got {kind_of(data)}, which has no "
             f"{', '.join(lacks)}; docs/data.md shows a source of your own"
         )
     if not len(data):
@@ -174,15 +174,14 @@ def as_source(data: Any, split: Split, what: str) -> Source:
     except BadImage:
         return data
     if not isinstance(first, Sample):
-        raise DataError(f"{what}: {data.name}[0] is a {type(first).__name__}, expected a foveola.Sample")
+        raise DataError(f"{what}: {data.name}[0] is {kind_of(first)}, expected a foveola.Sample")
     return data
 
 
 def _no_folder(root: Path) -> str:
     if root.exists():
         return f"{root} is a file, but a folder is needed"
-    near = nearest(root.name, [path.name for path in root.parent.glob("*/")] if root.parent.is_dir() else [])
-    return f"no folder {root}" + (f"; did you mean {root.with_name(near)}?" if near else "")
+    return f"no folder {root}{meant(root)}"
 
 
 def _unknown_kind(spec: str, kind: str) -> str:

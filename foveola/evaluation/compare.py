@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from foveola.config import UserError, nearest
+from foveola.config import UserError, meant, nearest
 from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import ENDS
 from foveola.evaluation.result import Result
@@ -132,6 +132,9 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
 def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
     """All results of a place, and what of it could not be read."""
     found, broken = results_of(place)
+    path = Path(str(place).removeprefix("untrained:"))
+    if not path.exists():
+        raise UserError(f"no run, folder or result file {path}{meant(path)}")
     if not found:
         why = f" ({broken[0]})" if broken else ""
         model, out = (f"model={place}", "") if home_of(place) else ("model=...", f" out={place}")

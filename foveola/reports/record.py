@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, UserError, read_yaml
+from foveola.config import ConfigError, UserError, meant, read_yaml
 from foveola.files import STEP, RunFolder
 from foveola.schedules import steps_of
 
@@ -131,7 +131,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Record]:
     paths = [Path(folder).expanduser() for folder in folders]
     for path in paths:
         if not RunFolder(path).is_run():
-            what = "lacks config.yaml" if path.is_dir() else "does not exist"
+            what = "lacks config.yaml" if path.is_dir() else f"does not exist{meant(path)}"
             raise UserError(f"{path} is no run folder: it {what}")
     return [
         Record(path, name, read_yaml(RunFolder(path).config), _lines(path), _notes(path))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from foveola.config import UserError
+from foveola.config import UserError, kind_of
 from foveola.files import RunFolder
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
@@ -91,7 +91,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise UserError(f"{path} is no checkpoint of a run: it holds a {type(state).__name__}")
+        raise UserError(f"{path} is no checkpoint of a run: it holds {kind_of(state)}")
     return state
 
 

@@ -15,6 +15,7 @@ from foveola.config import (
     build,
     dump_yaml,
     key,
+    meant,
     merge,
     nearest,
     parse_overrides,
@@ -242,6 +243,8 @@ def _unknown_recipe(recipe: str) -> str:
             f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
         )
     near = nearest(recipe, _shipped())
+    if near is None and (path := meant(recipe)):
+        return f"unknown recipe {recipe!r}{path}"
     hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
     return f"unknown recipe {recipe!r}; {hint}"
 

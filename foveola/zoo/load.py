@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 
-from foveola.config import UserError, build
+from foveola.config import UserError, build, meant
 from foveola.files import EncoderFolder, RunFolder
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.zoo.files import load_file
@@ -46,7 +46,8 @@ def _load(name: str) -> Encoder:
     if path.is_file() or Path(name.partition("?")[0]).is_file():
         return load_file(name)
     if not path.exists():
-        raise UserError(f"no model at {path}: expected a run folder, an encoder folder, or a checkpoint file")
+        wanted = "expected a run folder, an encoder folder, or a checkpoint file"
+        raise UserError(f"no model at {path}: {wanted}{meant(path)}")
     own = RunFolder(path).encoder
     folder = own if own.config.is_file() else EncoderFolder(path)
     if not folder.is_whole():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveola.config import UserError
+from foveola.config import UserError, kind_of
 
 CONFIG_BYTES = 2**20
 SETTINGS = "foveola"  # beside the tensors of an exported encoder: its configuration as JSON
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no readable checkpoint: {first[:200]}") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
+        raise UserError(f"{path} holds {kind_of(state)}, not a state dict")
     return _tensors(state, path, {})
 
 
@@ -60,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path.parent} is damaged: {path.name} holds a {type(settings).__name__}")
+        raise UserError(f"{path.parent} is damaged: {path.name} holds {kind_of(settings)}")
     return settings
 
 

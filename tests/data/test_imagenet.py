@@ -39,7 +39,7 @@ def test_v2_folders_are_numbers_not_text(tmp_path: Path):
     assert labels_of(f"imagenetv2:{tmp_path}") == {f"{n}/a.jpeg": n for n in (0, 1, 10, 100, 2, 999)}
     assert open_source(f"imagenetv2:{tmp_path}").classes == tuple(wnids())
     picture(tmp_path / "1000" / "a.jpeg")
-    with pytest.raises(DataError, match="has 1000 where folders 0 to 999 are expected"):
+    with pytest.raises(DataError, match="has 1000; expected folders 0 to 999"):
         open_source(f"imagenetv2:{tmp_path}")
 
 

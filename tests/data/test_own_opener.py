@@ -56,8 +56,8 @@ def test_a_package_announces_a_kind_of_its_own(frames, monkeypatch):
         ("frames_of_docs:open_frames?path=x&lst=3", r"no option 'lst'; did you mean last\?"),
         ("frames_of_docs:open_frame?path=x", r"no 'open_frame'; did you mean 'open_frames'\?"),
         ("frames_of_doks.deep:open", r"no module 'frames_of_doks'"),
-        ("no_source_of_docs:open", r"expected a data string or a source, got a int, which has no name"),
-        ("no_source_of_docs:number", r"expected a function that returns a source, got a int"),
+        ("no_source_of_docs:open", r"expected a data string or a source, got an int, which has no name"),
+        ("no_source_of_docs:number", r"expected a function that returns a source, got an int"),
         ("foldr:pictures", r"did you mean folder:\?"),
     ],
 )

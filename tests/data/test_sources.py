@@ -373,8 +373,30 @@ def test_imagenet_as_kaggle_packs_it(imagenet: Path):
         open_source(f"imagenet:{root}", "test")
 
 
+@pytest.mark.parametrize(
+    ("kind", "lacks", "expected", "otherwise"),
+    [
+        ("tinyimagenet", "no file .*wnids.txt", "wnids.txt, train/<wnid>/images", "folder:"),
+        ("imagenet", "no folder train", "train/<wnid>", "folder:"),
+        ("imagenetv2", "has a.png", "folders 0 to 999", "folder:"),
+        ("imagenet-a", "has a.png", "folders named by ImageNet's wnids", "folder:"),
+        ("objectnet", "no folder mappings", "the folders images and mappings", "folder:"),
+        ("voc", "no folder SegmentationClass", "JPEGImages, SegmentationClass", "masks:"),
+        ("ade20k", "no folder images/training", "images/training, annotations/training", "masks:"),
+        ("cityscapes", "no folder leftImg8bit/train", "leftImg8bit/<split>/<city>", "masks:"),
+        ("camvid", "no train/images with train/labels", "<split>/images and <split>/labels", "masks:"),
+    ],
+)
+def test_a_plain_folder_is_told_what_was_expected_and_what_reads_it(
+    tmp_path: Path, kind: str, lacks: str, expected: str, otherwise: str
+):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=rf"^{kind}: .*{lacks}.*; expected {expected}.* \({otherwise} reads"):
+        open_source(f"{kind}:{tmp_path}")
+
+
 def test_imagenet_mistakes(imagenet: Path):
-    with pytest.raises(DataError, match="no folder train in"):
+    with pytest.raises(DataError, match=r"no folder train in .*; expected train/<wnid>.*folder: reads"):
         open_source(f"imagenet:{imagenet / 'in1k' / 'train'}")
     with pytest.raises(DataError, match="no annotation there belongs to any"):
         open_source(f"imagenet:{imagenet / 'in1k'}?boxes={imagenet / 'boxes'}", "test")

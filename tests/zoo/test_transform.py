@@ -120,11 +120,11 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
     [
         ("missing.jpg", r"missing\.jpg: No such file"),
         (b"", "a bytes: the file is empty"),
-        (np.zeros((20, 20, 3), np.float32), "a ndarray is no image: expected a path, bytes, PIL or uint8"),
-        (np.zeros((20, 20), np.float32), "a ndarray: floating-point .* have no known range"),
-        (np.zeros((4, 20, 3), np.uint8), "a ndarray: 20x4 pixels is less than 8"),
+        (np.zeros((20, 20, 3), np.float32), "an ndarray is no image: expected a path, bytes, PIL or uint8"),
+        (np.zeros((20, 20), np.float32), "an ndarray: floating-point .* have no known range"),
+        (np.zeros((4, 20, 3), np.uint8), "an ndarray: 20x4 pixels is less than 8"),
         (torch.zeros(3, 20, 20), "a Tensor is no image"),
-        (None, "a NoneType is no image"),
+        (None, "None is no image"),
     ],
 )
 def test_what_is_no_image_is_said(image, message: str):

@@ -31,6 +31,7 @@ from foveola.evaluation.attention.result import AttentionAnalysis, Moments
 from foveola.evaluation.features.reading import PARCEL
 from foveola.evaluation.features.table import choose_pictures, facts_of_bad, read_ahead, share, show
 from foveola.evaluation.result import versions
+from foveola.failures import told
 from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, square
 from foveola.zoo.load import UNTRAINED, load
@@ -122,10 +123,8 @@ def _run(
 
 def _folder(path: Path) -> Path:
     """The folder, made where it is missing, before anything is computed."""
-    try:
+    with told(f"out={path}: no folder can be made there"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={path}: no folder can be made there ({error.strerror})") from error
     return path
 
 
