@@ -51,7 +51,7 @@ def test_a_restricts_the_candidates(tmp_path: Path):
     assert source.candidates == (6, 11, 987)
     assert [source[i].label for i in range(3)] == [6, 11, 987]
     picture(tmp_path / "cats" / "a.jpg")
-    with pytest.raises(DataError, match="has cats where folders named by ImageNet's wnids"):
+    with pytest.raises(DataError, match="has cats; expected folders named by ImageNet's wnids"):
         open_source(f"imagenet-a:{tmp_path}")
 
 
