@@ -21,7 +21,7 @@ def line(step: int, **values: float | str | None) -> str:
     return json.dumps({"step": step, **values})
 
 
-def test_lines_of_one_step_are_one_and_a_torn_end_is_dropped(tmp_path: Path) -> None:
+def test_lines_of_one_step_are_one_and_a_torn_end_is_dropped(tmp_path: Path, capsys) -> None:
     run = folder(
         tmp_path / "run", "{}", line(10, loss=2.0), line(20, loss=None, lr=0.1), line(20, **{"knn/top1": 3.0})
     )
@@ -30,6 +30,7 @@ def test_lines_of_one_step_are_one_and_a_torn_end_is_dropped(tmp_path: Path) -> 
     (record,) = read_runs([run])
     assert record.lines == [{"step": 10, "loss": 2.0}, {"step": 20, "loss": None, "lr": 0.1, "knn/top1": 3.0}]
     assert record.step == 20
+    assert not capsys.readouterr().err  # an interruption is nothing to warn of
 
 
 def test_words_among_numbers_are_left_out(tmp_path: Path) -> None:
