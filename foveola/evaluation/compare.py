@@ -56,6 +56,8 @@ class Comparison:
         about = self.results[0].metric(metric)
         if not about.compared or len(known) < 2:
             return None
+        if any(result.metric(metric).better != about.better for result in self.results):
+            return None
         best = values.index(max(known) if about.better == "higher" else min(known))
         over = [
             difference(result, self.results[best], metric)
@@ -74,7 +76,7 @@ class Comparison:
         if any(not result.scores for result in self.results):
             return [
                 "note: none is marked as the best: a result of an earlier version has no score of each "
-                "image, without which the difference has no interval; evaluate it again"
+                "image, nor has one of a protocol that gives none; without it no difference has an interval"
             ]
         return []
 

@@ -247,11 +247,22 @@ def _want(feed: Feed, jobs: Sequence[Job]) -> None:
                 raise UserError(f"{job.protocol.name}: {error}") from error
 
 
+def _facts(job: Job, told: dict[str, Any]) -> dict[str, Any]:
+    """What tells the data of a measurement from others, where a protocol itself has not `told` it."""
+    used = {"train": job.train if job.learns else None, "test": job.test}
+    return {
+        which: {"name": source.name, "fingerprint": identity_for(source, job.config).digest}
+        for which, source in used.items()
+        if source is not None and which not in told
+    }
+
+
 def _measure(job: Job, at: At) -> Result:
     """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
     began = perf_counter()
     outcome = distributed.broadcast_object(job.protocol.measure(at, job.config))
-    for metric, value in outcome.metrics.items():
+    metrics = {metric: float(value) for metric, value in outcome.metrics.items()}
+    for metric, value in metrics.items():
         if not isfinite(value):
             raise UserError(f"{job.protocol.name}: {metric} is {value}, not a finite number")
     sources = (job.train, job.test)
@@ -259,8 +270,8 @@ def _measure(job: Job, at: At) -> Result:
     return Result(
         protocol=job.protocol.name,
         settings=to_dict(job.config),
-        metrics=outcome.metrics,
-        data=outcome.data,
+        metrics=metrics,
+        data=_facts(job, outcome.data) | outcome.data,
         encoder=at.encoder.fingerprint(),
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -99,7 +99,8 @@ def difference(a: Result, b: Result, metric: str) -> Difference | None:
     """How much higher `metric` is in `b` than in `a`, which measured the same rows of the same test set.
 
     None where that cannot be said: one of them kept no score of each row (results of earlier versions, other
-    metrics), or their test sets or rows differ, or are not known to be the same.
+    metrics), or their test sets or rows differ, or are not known to be the same, or the two declare
+    the metric in different units or directions.
     """
     first, second, test = a.scores.get(metric), b.scores.get(metric), _test_set(a)
     if first is None or second is None or test is None or test != _test_set(b):
@@ -110,7 +111,10 @@ def difference(a: Result, b: Result, metric: str) -> Difference | None:
     (x, groups), (y, _) = unpacked(first), unpacked(second)
     if first["kind"] == "areas":
         return Difference(*paired_iou(list(x), list(y), first["absent"]))
-    size = 100 if a.metric(metric).unit == "%" else 1
+    mine, theirs = a.metric(metric), b.metric(metric)
+    if (mine.unit, mine.better) != (theirs.unit, theirs.better):
+        return None
+    size = 100 if first["kind"] == "bool" or mine.unit == "%" else 1  # what is right or wrong is in percent
     return Difference(*(size * part for part in paired_interval(x, y, groups)))
 
 

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from foveola.config import UserError, nearest
 from foveola.data.sources import Source
@@ -43,6 +43,9 @@ WORDS = {"masks": "object masks", "plain": "whole picture"}  # how a token reads
 ENDS = ("_low", "_high")  # of the interval of a metric, which are no metrics themselves
 
 
+Better = Literal["higher", "lower", "neither"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """What one number of a protocol is, or what all numbers are whose names fit a pattern.
@@ -66,7 +69,7 @@ class Metric:
 
     name: str
     label: str = ""
-    better: Literal["higher", "lower", "neither"] | None = None
+    better: Better | None = None
     unit: str = "%"
     chance: str | int | None = None
     main: bool = False
@@ -246,6 +249,13 @@ def _checked(found: Any, asked: str) -> Protocol:
         raise UserError(
             f"{asked}: the name {found.name!r} is needed in letters, digits and _, for its results"
         )
+    metrics = found.metrics
+    if not (isinstance(metrics, tuple | list) and all(isinstance(each, Metric) for each in metrics)):
+        raise UserError(f"{asked}: metrics needs a tuple of foveola.Metric, such as (Metric('top1', ...),)")
+    wrong = next((each for each in metrics if each.better not in (*get_args(Better), None)), None)
+    if wrong is not None:
+        valid = ", ".join(get_args(Better))
+        raise UserError(f"{asked}: better={wrong.better!r} of {wrong.name}: valid are {valid}, or None")
     own = PROTOCOLS.get(found.name)
     if own is not None and own != f"{type(found).__module__}:{type(found).__name__}":
         raise UserError(f"{asked}: {found.name!r} is a protocol of foveola; another one needs another name")

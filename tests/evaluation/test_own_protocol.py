@@ -2,25 +2,29 @@
 
 import importlib
 import re
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import foveola
-from foveola import outside
+from foveola import Outcome, outside
 from foveola.cli import main
 from foveola.config import UserError
 from foveola.data.sources import open_source
+from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
-from foveola.evaluation.paired import packed
+from foveola.evaluation.paired import difference, packed
 from foveola.evaluation.protocol import Metric, declared, find
 from foveola.evaluation.result import Result
+from foveola.evaluation.stored import differences
 from foveola.reports.progress import Point, Progress
 from foveola.reports.verdicts import changes
 
@@ -159,3 +163,47 @@ def test_patterns() -> None:
     assert metrics[2].title("recall5_objects_plain") == "recall@5 (objects whole picture)"
     assert metrics[0].title("top1_plain", masks=False) == "A"
     assert declared(metrics, "my_own", "odd_{}").title("odd_{}") == "my own: odd {}"
+
+
+def test_what_a_protocol_leaves_out_is_made_up_for(encoder) -> None:
+    """Data get a name, numbers of other libraries are numbers, declarations are checked."""
+
+    class Mean(foveola.Protocol):
+        name, help, Config = "meanp", "a number", KnnConfig
+        train = "unused"
+        metrics = (Metric("v", "value", "lower", unit=""),)
+
+        def measure(self, at, config):
+            scores = {"v": packed(torch.arange(float(len(at.test))), torch.arange(len(at.test)))}
+            outcome = Outcome({"v": 0.0}, {}, scores=scores)
+            outcome.metrics["v"] = np.float32(len(at.test))
+            return outcome
+
+    few, many = (evaluate(encoder, Mean(), test=f"scenes:?count={count}", progress=False) for count in (4, 6))
+    assert few.metrics == {"v": 4.0}
+    assert type(few.metrics["v"]) is float
+    assert few.data["test"]["fingerprint"] != many.data["test"]["fingerprint"]
+    assert differences(few, many)
+    assert difference(few, many, "v") is None  # other test sets
+    assert difference(few, few, "v") is not None
+    other = replace(few, described=(Metric("v", "value", "higher", unit=""),))
+    assert difference(few, other, "v") is None  # of which direction?
+    single, typo = Metric("v"), Metric("v", better="lower")
+    object.__setattr__(typo, "better", "Lower")
+    for metrics, message in ((single, "tuple of foveola.Metric"), ((typo,), "Lower")):
+        odd = type("Odd", (Mean,), {"metrics": metrics})
+        with pytest.raises(UserError, match=message):
+            find(odd())
+
+
+def test_right_and_wrong_are_in_percent_also_undeclared(encoder) -> None:
+    right = torch.tensor([True] * 30 + [False] * 10)
+    data = {"test": {"name": "some", "fingerprint": "abc"}}
+    result = evaluate(encoder, "label_free", test="scenes:?count=8", workers=0, progress=False)
+    one, other = (
+        replace(result, protocol="own", described=(), data=data, scores={"t": packed(x, torch.arange(40))})
+        for x in (right, ~right)
+    )
+    found = difference(one, other, "t")
+    assert found is not None
+    assert found.value == pytest.approx(-50)
