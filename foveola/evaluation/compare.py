@@ -38,7 +38,8 @@ class Comparison:
             best = self._best(metric)
             cells = [_cell(result, metric, i == best) for i, result in enumerate(self.results)]
             change = difference(self.results[0], self.results[1], metric) if two else None
-            rows.append((metric, *cells, *([] if change is None else [str(change)])))
+            digits = self.results[0].metric(metric).digits
+            rows.append((metric, *cells, *([] if change is None else [change.text(digits)])))
         rows.append(("seconds", *(f"{result.seconds:.1f}" for result in self.results)))
         widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
         lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
@@ -90,12 +91,12 @@ def _cell(result: Result, metric: str, best: bool) -> str:
     value = result.metrics.get(metric)
     if value is None:
         return "-"
-    interval, ends = "", result.interval(metric)
+    interval, ends, digits = "", result.interval(metric), result.metric(metric).digits
     if ends is not None:
         low, high = ends
-        digits = 1 if high - low >= 0.5 or high == low else 2
-        interval = f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.{result.metric(metric).digits}f}{'*' if best else ''}{interval}"
+        wide = digits == 2 and (high - low >= 0.5 or high == low)  # more digits would say nothing
+        interval = f" [{low:.{1 if wide else digits}f}, {high:.{1 if wide else digits}f}]"
+    return f"{value:.{digits}f}{'*' if best else ''}{interval}"
 
 
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:

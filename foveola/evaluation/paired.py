@@ -40,8 +40,10 @@ class Difference:
     def __neg__(self) -> "Difference":
         return Difference(-self.value, -self.high, -self.low)
 
-    def __str__(self) -> str:
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+    def text(self, digits: int = 2) -> str:
+        """As in: +1.50 [+0.20, +2.80]."""
+        value, low, high = (f"{x:+.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 def packed(values: Tensor, images: Int64[Tensor, "n"]) -> Packed:

@@ -123,7 +123,8 @@ class Result:
 
     def _interval(self, name: str) -> str:
         ends = self.interval(name)
-        return "" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+        digits = self.metric(name).digits
+        return "" if ends is None else f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
     def _cells(self) -> dict[str, dict[str, str]]:
         """The metrics of the table that has rows, by row and then by the heading of their column."""
@@ -161,7 +162,7 @@ class Result:
         return aligned(lines, {0, len(lines[0]) - 1})
 
     def _cell(self, name: str | None) -> str:
-        return "-" if name is None else f"{self.metrics[name]:.2f}"
+        return "-" if name is None else f"{self.metrics[name]:.{self.metric(name).digits}f}"
 
     def _pass_lines(self) -> list[str]:
         """Where the time of the feature passes went."""

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from foveola.config import UserError
 from foveola.drawing import html
+from foveola.evaluation.protocol import Metric
 from foveola.files import RunFolder
 from foveola.health import Verdict, values, worst
 from foveola.models.encoder import Encoder
@@ -176,18 +177,24 @@ def _seeds(group: Sequence[Findings]) -> str:
     if not found:
         return ""
 
-    def cell(pair: tuple[float, float]) -> str:
-        return f"{pair[0]:.1f} ± {pair[1]:.1f}"
-
     rows = [
-        [html.escape(row.name), cell(row.before), cell(row.after), cell(row.change), _guess(row.chance)]
+        [
+            html.escape(row.name + _unit(row.about)),
+            *(row.text(pair) for pair in (row.before, row.after, row.change)),
+            _guess(row.chance),
+        ]
         for row in found
     ]
-    head = [f"{len(group)} seeds, in %", "untrained", "trained", "change", "chance"]
+    head = [f"{len(group)} seeds", "untrained", "trained", "change", "chance"]
     told = html.paragraph(
         "Mean ± standard deviation over the seeds. All are compared with one untrained network.", "note"
     )
     return html.table(head, rows) + told
+
+
+def _unit(metric: Metric) -> str:
+    """The unit of a metric behind its name in a table; numbers that cannot be compared say what they are."""
+    return f", {metric.unit or 'a plain number'}" * metric.compared
 
 
 def _guess(chance: float | None) -> str:
@@ -224,8 +231,7 @@ def _results(progress: Progress) -> str:
         for protocol, metric in pairs:
             cells = [verdicts.number(point, protocol, metric) for point in points]
             label = verdicts.label(results[protocol, metric], metric, masks)
-            about = results[protocol, metric].metric(metric)
-            label += f", {about.unit or 'a plain number'}" * (about.compared and about.unit != "%")
+            label += _unit(results[protocol, metric].metric(metric))
             rows.append([html.escape(label), *map(_cell, cells)])
         return rows
 
@@ -235,7 +241,7 @@ def _results(progress: Progress) -> str:
         f"{name}: {note}" for p in points for name, r in p.results.items() for note in r.notes
     )
     told = [row + more for row, more in zip(lines(main), _more(progress, main), strict=True)]
-    head = ["in % [95 % interval]", *labels, f"change {UNTRAINED} to {END}", "chance"]
+    head = ["[95 % interval]", *labels, f"change {UNTRAINED} to {END}", "chance"]
     shown = html.table(head, told) if main else ""
     if about:
         shown += html.tag("h3", "How features fill their space")
@@ -253,12 +259,14 @@ def _more(progress: Progress, pairs: Sequence[tuple[str, str]]) -> list[list[str
     rows = []
     for pair in pairs:
         change = known.get(pair)
-        paired = None if change is None else change.difference
-        cell = "-"
+        cell, paired = "-", None if change is None else change.difference
         if change is not None:
-            cell = f"{change.after.value - change.before.value:+.1f}"
-        if paired is not None:
-            cell += html.tag("small", f"[{paired.low:+.1f}, {paired.high:+.1f}]")
+            moved = change.after.value - change.before.value
+            ends = () if paired is None else (paired.low, paired.high)
+            digits = verdicts.digits_of(change.about, moved, *ends)
+            cell = f"{moved:+.{digits}f}"
+            if ends:
+                cell += html.tag("small", f"[{', '.join(f'{end:+.{digits}f}' for end in ends)}]")
         rows.append([cell, _guess(None if change is None else change.chance)])
     return rows
 

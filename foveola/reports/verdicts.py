@@ -1,5 +1,6 @@
 """From results to answers: what changed by training, whether the intervals say so, and charts over steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -52,6 +53,11 @@ class Change:
             return "open"
         return "better" if (self.difference.value < 0) == lower else "worse"
 
+    @property
+    def unmoved(self) -> bool:
+        """Whether training changed the score of no row."""
+        return self.difference is not None and self.difference.low == self.difference.high == 0
+
     def numbers(self) -> str:
         """As in: from 27.5 % untrained to 21.0 % after training (chance 10.0 %)."""
         unit = f" {self.about.unit}" * bool(self.about.unit)
@@ -64,15 +70,16 @@ class Change:
             if self.outcome == "open":
                 return "the intervals overlap, and these results hold no scores of images to tell more"
             return "the intervals do not overlap"
-        value, low, high = (
-            f"{x:+.1f}" for x in (self.difference.value, self.difference.low, self.difference.high)
-        )
-        points = points_of(self.about)
+        if self.unmoved:
+            return f"not one of the same {self.rows} is scored differently"
+        numbers = self.difference.value, self.difference.low, self.difference.high
+        digits, points = digits_of(self.about, *numbers), points_of(self.about)
+        value, low, high = (f"{x:+.{digits}f}" for x in numbers)
         change = f"the change on the same {self.rows} is {value}{points}, 95 % interval {low} to {high}"
         if self.outcome != "open":
             return change
         width = (self.difference.high - self.difference.low) / 2
-        return f"{change}: too few to tell changes below about {width:.1f}{points}"
+        return f"{change}: too few to tell changes below about {width:.{digits}f}{points}"
 
     def sentence(self) -> str:
         ends = {"better": ": training helped", "worse": ": training made it worse", "open": ""}
@@ -82,6 +89,17 @@ class Change:
 def points_of(metric: Metric) -> str:
     """The unit of a difference, behind its number."""
     return " points" if metric.unit == "%" else f" {metric.unit}" * bool(metric.unit)
+
+
+def digits_of(metric: Metric, *numbers: float) -> int:
+    """How many digits after the point differences and deviations of a metric have, those of one line alike.
+
+    One in percent; of other units so many that the largest of the `numbers` has two digits of its own.
+    """
+    largest = max(map(abs, numbers), default=0.0)
+    if metric.unit == "%" or not largest:
+        return 1
+    return min(max(1, 1 - math.floor(math.log10(largest))), 9)
 
 
 def compared(before: Number, after: Number, lower: bool = False) -> Outcome:
@@ -214,6 +232,8 @@ def summary(found: Sequence[Change]) -> tuple[str, str]:
     state, start = starts[main.outcome]
     if main.difference is None and main.outcome == "open":
         start = "It cannot be told whether training helped"
+    if main.unmoved:
+        start = "Training changed nothing here"
     return state, f"{start}: {main.name} went {main.numbers()}; {main.told()}.{_others(rest)}"
 
 
@@ -242,10 +262,13 @@ class OverSeeds:
     chance: float | None
     outcomes: tuple[Outcome, ...]  # of each run
 
+    def text(self, pair: tuple[float, float]) -> str:
+        """A mean and its standard deviation."""
+        digits = digits_of(self.about, *pair)
+        return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+
     def sentence(self) -> str:
-        before, after, change = (
-            f"{mean:.1f} ± {sd:.1f}" for mean, sd in (self.before, self.after, self.change)
-        )
+        before, after, change = (self.text(pair) for pair in (self.before, self.after, self.change))
         unit = f" {self.about.unit}" * bool(self.about.unit)
         guess = "" if self.chance is None else f" (chance {shown(self.chance)}{unit})"
         return (

@@ -124,7 +124,7 @@ def changed(before: Images, now: Images) -> Change:
     if before.inventory is not None and now.inventory is not None:
         found = difference(before.inventory, now.inventory, READ)
     which = str(found or "")
-    if before.agrees(now) and not which:
+    if before.agrees(now) and not (found and (found.replaced or found.unreadable)):  # names do not count
         return Change(perhaps=_perhaps(found, now.count))
     if before.count != now.count:
         what = f"its data had {before.count:,} images, and have {now.count:,} now"
@@ -166,12 +166,13 @@ def change(folder: Path, images: Images, allowed: bool) -> str | None:
 
 
 def _perhaps(found: Difference | None, count: int) -> str:
-    if found is None or not found.untold:
+    untold = [] if found is None else [*found.untold, *found.added]
+    if not untold:
         return ""
     return (
-        f"{len(found.untold):,} of {count:,} images have other times than when the run began, and the same "
-        "sizes; their contents were not noted, so whether they were replaced is not known "
-        f"({named(found.untold)})"
+        f"{len(untold):,} of {count:,} images have other times or names than when the run began, and the "
+        "same sizes; their contents were not noted, so whether they were replaced is not known "
+        f"({named(untold)})"
     )
 
 

@@ -85,7 +85,8 @@ def test_nothing_is_compared_that_is_not_the_same_rows() -> None:
     broken = dataclasses.replace(PLAIN, scores={"m": {**packed(hit, images), "data": "AAAA"}})
     with pytest.raises(UserError, match="the scores of a result are damaged"):
         difference(broken, broken, "m")
-    assert str(Difference(1.5, -0.25, 3.0)) == "+1.50 [-0.25, +3.00]"
+    assert Difference(1.5, -0.25, 3.0).text() == "+1.50 [-0.25, +3.00]"
+    assert Difference(-0.03, -0.0312, 0.001).text(4) == "-0.0300 [-0.0312, +0.0010]"
 
 
 def test_paired_mean_iou_is_a_naive_loop() -> None:

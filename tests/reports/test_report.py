@@ -254,7 +254,7 @@ def test_runs_of_other_seeds_are_summed_up(
     assert "odis, again" in text
     (told,) = re.findall(r"Over 2 seeds [^<]*", text)
     assert re.match(r"Over 2 seeds k-NN top-1 \(object masks\) went from [\d.]+ ± 0.0 % to", told), told
-    assert text.count("2 seeds, in %") == 1
+    assert text.count('<th scope="col">2 seeds</th>') == 1
     records = read_runs([runs / "odis", *names])
     found = [Findings(record, Data(), Progress(), []) for record in records]
     assert [[each.record.name for each in group] for group in by_seed(found)] == [["odis", "again"]]

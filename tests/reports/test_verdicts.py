@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from foveola.evaluation.compare import Comparison
 from foveola.evaluation.metrics import tango
-from foveola.evaluation.paired import packed
+from foveola.evaluation.paired import Difference, packed
+from foveola.evaluation.protocol import Metric
 from foveola.evaluation.result import Result
 from foveola.reports.progress import Point, Progress
 from foveola.reports.verdicts import (
@@ -98,6 +100,48 @@ def test_the_change_on_the_same_images_decides_and_not_two_intervals() -> None:
     assert change.told().endswith(f"too few to tell changes below about {(high - low) / 2:.1f} points")
     state, text = summary([change])
     assert (state, text.partition(":")[0]) == ("OPEN", "Too few images to tell whether training helped")
+
+
+def test_a_number_that_is_no_share_has_digits_of_its_own() -> None:
+    """0.30 to 0.27 nats, of which lower is better: -0.0 would say nothing, and nothing sure."""
+    of = torch.linspace(0.2, 0.4, 400)
+    described = (Metric("entropy", "entropy", "lower", unit="nats", main=True, digits=4),)
+    points = tuple(
+        Point(
+            name,
+            step,
+            {
+                "own": dataclasses.replace(
+                    result("own", **with_interval("entropy", float(of.mean()) - less, 0.01)),
+                    described=described,
+                    data={"test": {"fingerprint": "t", "rows": 400}},
+                    scores={"entropy": packed(of - less, torch.arange(400))},
+                )
+            },
+        )
+        for name, step, less in (("untrained", 0, 0.0), ("end", 10, 0.03))
+    )
+    (change,) = changes(Progress(points))
+    assert change.sentence() == (
+        "entropy went from 0.30 nats untrained to 0.27 nats after training; the change on the same 400 test "
+        "images is -0.030 nats, 95 % interval -0.030 to -0.030: training helped."
+    )
+    (over,) = over_seeds([[change], [change]])
+    assert "from 0.30 ± 0.00 nats to 0.27 ± 0.00 nats, a change of -0.030 ± 0.000 nats" in over.sentence()
+    first, second = (point.results["own"] for point in points)
+    table = Comparison("own", ("a", "b"), (first, second)).table()
+    assert "0.3000" in table
+    assert "0.2700*" in table
+    assert "-0.0300 [-0.0300, -0.0300]" in table
+
+
+def test_training_that_moves_no_score_is_not_a_lack_of_images() -> None:
+    (change,) = changes(of_scores(scored(55, 200), scored(55, 200)))
+    same = dataclasses.replace(change, difference=Difference(0.0, 0.0, 0.0))
+    state, text = summary([same])
+    assert state == "OPEN"
+    assert text.startswith("Training changed nothing here: k-NN top-1 went from 27.5 % untrained to 27.5 %")
+    assert text.endswith("; not one of the same 200 test images is scored differently.")
 
 
 def test_results_without_scores_are_judged_by_their_intervals() -> None:

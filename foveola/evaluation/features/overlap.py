@@ -65,13 +65,21 @@ def separate(
         return test, (f"overlap=allow: {overlap}: numbers are higher than on images never seen",)
     if policy == "refuse":
         own = "exclude_self=true leaves an image's own rows out of the vote, " if excluding is False else ""
-        halves = ", holdout=0.2 in both data strings splits one" * test.name.startswith(tuple(SPLIT))
-        usual = f"{own}overlap=drop measures without them{halves}"
+        usual = f"{own}overlap=drop measures without them{_halves(train.name, test.name)}"
         raise UserError(f"{name}: {overlap}: {otherwise or usual}")
     if overlap.count == len(overlap.found):
         raise UserError(f"{name}: {overlap}: overlap=drop leaves nothing to measure")
     note = f"overlap=drop: {overlap}; they are left out"
     return _part(test, overlap.chosen[~overlap.found]), (note,)
+
+
+def _halves(train: str, test: str) -> str:
+    """What `holdout=` can do against an overlap of two data strings: only halves of one folder are apart."""
+    if not test.startswith(tuple(SPLIT)) or train.partition("?")[0] != test.partition("?")[0]:
+        return ""
+    if "holdout=" in train and "holdout=" in test:
+        return ", the same holdout= and seed= in both data strings keeps the halves apart"
+    return ", holdout=0.2 in both data strings splits one"
 
 
 def _part(source: Any, indices: Int64[np.ndarray, "n"]) -> Source:

@@ -76,6 +76,15 @@ def test_the_remedy_that_the_error_names_works(encoder, train) -> None:
     assert (result.data["train"]["rows"], result.data["test"]["rows"]) == (19, 5)
 
 
+def test_halves_are_advised_where_they_can_help(encoder, train, mixed) -> None:
+    shares = {"train": f"folder:{train}?holdout=0.2", "test": f"folder:{train}?holdout=0.5"}
+    with pytest.raises(UserError, match="the same holdout= and seed= in both data strings"):
+        evaluate(encoder, "knn", **shares, **QUIET)
+    with pytest.raises(UserError, match="overlap=drop") as error:  # of two folders there are no halves
+        evaluate(encoder, "knn", train=f"folder:{train}", test=f"folder:{mixed}", **QUIET)
+    assert "holdout" not in str(error.value)
+
+
 def test_a_copy_with_one_file_deleted(encoder, train, tmp_path) -> None:
     shutil.copytree(train, tmp_path / "copy")
     (tmp_path / "copy" / "odd" / "01.bmp").unlink()
