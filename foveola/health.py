@@ -339,7 +339,11 @@ def loader(lines: Sequence[Line]) -> Verdict:
     name, found = "Does data come fast enough?", values(lines, "data_wait")
     if not found:
         return Verdict(name, "NOT KNOWN", "The time spent waiting for data was not logged.")
-    share = fmean(found[1:] or found)  # the first line has the start of the workers in it
+    if len(found) < 2:  # the first line has the start of the workers in it
+        return Verdict(
+            name, "NOT KNOWN", "Too few steps were logged to tell it from the start of the workers."
+        )
+    share = fmean(found[1:])
     state = "BAD" if share >= WAIT[1] else "LOOK" if share >= WAIT[0] else "OK"
     text = f"{percent(share, 1)} of the time was spent waiting for data"
     text += f". LOOK from {percent(WAIT[0])}, BAD from {percent(WAIT[1])}."

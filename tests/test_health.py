@@ -250,6 +250,7 @@ def test_waiting_for_data(share: float, state: str) -> None:
     check(h.loader(lines), state, f"{100 * share:.1f} %", "10 %", "30 %")
     assert ("loader.workers" in h.loader(lines).text) == (state != "OK")
     check(h.loader([]), "NOT KNOWN")
+    check(h.loader(series("data_wait", 0.9)), "NOT KNOWN", "the start of the workers")
 
 
 def test_unreadable_pictures() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import unquote
 
-from foveola.config import kind_of, meant, nearest
+from foveola.config import UserError, kind_of, meant, nearest
 from foveola.data.decode import decode
 from foveola.data.hub import open_hub
 from foveola.data.imagenet import (
@@ -152,7 +152,13 @@ def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split
     lacking = [n for n in lacking if known[n].kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
     if lacking:
         raise DataError(f"{spec} needs the option {lacking[0]}=")
-    return as_source(opener(**options), split, spec)
+    try:
+        opened = opener(**options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the function does
+        raise DataError(f"{spec} cannot be opened: {type(error).__name__}: {error}") from error
+    return as_source(opened, split, spec)
 
 
 def as_source(data: Any, split: Split, what: str) -> Source:
@@ -190,6 +196,8 @@ def _unknown_kind(spec: str, kind: str) -> str:
     valid = ", ".join(f"{name}:" for name in KINDS)
     if spec and Path(spec.partition("?")[0]).expanduser().is_dir():
         return f"data {spec!r} needs a kind in front; did you mean folder:{spec}?"
+    if is_importable(f"{kind}:x") and Path(*kind.split(".")).with_suffix(".py").is_file():
+        return f"unknown data {spec!r}; PYTHONPATH=. lets Python find the module {kind} of this folder"
     near = nearest(kind, KINDS)
     return f"unknown data {spec!r}" + (f"; did you mean {near}:?" if near else f"; valid kinds: {valid}")
 

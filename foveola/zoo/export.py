@@ -49,6 +49,8 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
         raise UserError(f"format={format}: expected {', '.join(FORMATS)}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} exists; export writes to a new place")
+    if format == "torch" and out.suffix == ".safetensors":  # as which every reader would take it
+        raise UserError(f"format=torch writes a file of torch: out={out.with_suffix('.pth')}")
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     if format == "torch":
         state = {name: value.detach().float().cpu().contiguous() for name, value in encoder.weights().items()}

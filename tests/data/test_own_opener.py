@@ -36,6 +36,13 @@ def test_the_example_of_the_page_opens_both_halves(frames):
     assert identity_of(train).digest != identity_of(test).digest
 
 
+def test_a_module_of_this_folder_that_python_does_not_find(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def open(): ...\n")
+    with pytest.raises(UserError, match=r"PYTHONPATH=\. lets Python find the module mine of this folder"):
+        open_source("mine:open?path=x")
+
+
 def test_a_package_announces_a_kind_of_its_own(frames, monkeypatch):
     spec, pixels = frames
     entry = EntryPoint("frames", "frames_of_docs:open_frames", sources.GROUP)
@@ -58,6 +65,7 @@ def test_a_package_announces_a_kind_of_its_own(frames, monkeypatch):
         ("frames_of_doks.deep:open", r"no module 'frames_of_doks'"),
         ("no_source_of_docs:open", r"expected a data string or a source, got an int, which has no name"),
         ("no_source_of_docs:number", r"expected a function that returns a source, got an int"),
+        ("frames_of_docs:open_frames?path=x&last=many", r"cannot be opened: ValueError: invalid literal"),
         ("foldr:pictures", r"did you mean folder:\?"),
     ],
 )

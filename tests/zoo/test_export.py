@@ -161,6 +161,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert str(out) in capsys.readouterr().out
     for arguments, message in (
         ([str(folder), f"out={out}", "format=torch"], "exists"),
+        ([str(folder), f"out={tmp_path}/w.safetensors", "format=torch"], f"out={tmp_path}/w.pth"),
         ([str(folder)], "needs out="),
         ([str(folder), "out=x", "fromat=hf"], "unknown key 'fromat'"),
         ([str(folder), f"out={tmp_path}/new", "format=onnx"], "expected timm, hf, torch"),
