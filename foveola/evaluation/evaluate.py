@@ -248,13 +248,13 @@ def _want(feed: Feed, jobs: Sequence[Job]) -> None:
 
 
 def _facts(job: Job, told: dict[str, Any]) -> dict[str, Any]:
-    """What tells the data of a measurement from others, where a protocol itself has not `told` it."""
-    used = {"train": job.train if job.learns else None, "test": job.test}
-    return {
-        which: {"name": source.name, "fingerprint": identity_for(source, job.config).digest}
-        for which, source in used.items()
-        if source is not None and which not in told
-    }
+    """What a protocol told of its data, and what tells them from others where it has not said that itself."""
+    facts = dict(told)
+    for which, source in (("train", job.train if job.learns else None), ("test", job.test)):
+        own = told.get(which, {})
+        if source is not None and isinstance(own, dict) and "fingerprint" not in own:
+            facts[which] = {"name": source.name, "fingerprint": identity_for(source, job.config).digest} | own
+    return facts
 
 
 def _measure(job: Job, at: At) -> Result:
@@ -271,7 +271,7 @@ def _measure(job: Job, at: At) -> Result:
         protocol=job.protocol.name,
         settings=to_dict(job.config),
         metrics=metrics,
-        data=_facts(job, outcome.data) | outcome.data,
+        data=_facts(job, outcome.data),
         encoder=at.encoder.fingerprint(),
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -175,13 +175,14 @@ def test_what_a_protocol_leaves_out_is_made_up_for(encoder) -> None:
 
         def measure(self, at, config):
             scores = {"v": packed(torch.arange(float(len(at.test))), torch.arange(len(at.test)))}
-            outcome = Outcome({"v": 0.0}, {}, scores=scores)
+            outcome = Outcome({"v": 0.0}, {"test": {"rows": len(at.test)}}, scores=scores)
             outcome.metrics["v"] = np.float32(len(at.test))
             return outcome
 
     few, many = (evaluate(encoder, Mean(), test=f"scenes:?count={count}", progress=False) for count in (4, 6))
     assert few.metrics == {"v": 4.0}
     assert type(few.metrics["v"]) is float
+    assert few.data["test"]["rows"] == 4
     assert few.data["test"]["fingerprint"] != many.data["test"]["fingerprint"]
     assert differences(few, many)
     assert difference(few, many, "v") is None  # other test sets

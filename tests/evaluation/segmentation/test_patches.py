@@ -20,25 +20,6 @@ from foveola.evaluation.segmentation.patches import (
     transplant,
 )
 
-COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
-
-
-@pytest.fixture
-def coloured(pixel_source):
-    """coloured(seed, count): 8 x 8 areas of flat colour, which is the class; some void."""
-
-    def make(seed: int, count: int = 6):
-        rng, pictures, maps = np.random.default_rng(seed), [], []
-        for _ in range(count):
-            labels = np.repeat(np.repeat(rng.integers(0, 3, (4, 4)), 8, 0), 8, 1).astype(np.uint8)
-            noise = rng.integers(-8, 9, (32, 32, 3))
-            pictures.append((COLOURS[labels] + noise).clip(0, 255).astype(np.uint8))
-            labels[:, 30:] = IGNORE
-            maps.append(labels)
-        return pixel_source(pictures, maps, name=f"coloured-{seed}:")
-
-    return make
-
 
 def rows(count: int, seed: int, offset: float = 0.0):
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) + offset

@@ -19,25 +19,6 @@ from foveola.evaluation.segmentation.retrieval import (
 )
 from foveola.models.encoder import Encoder
 
-COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
-
-
-@pytest.fixture
-def coloured(pixel_source):
-    """coloured(seed, count): three areas of flat colour and a strip of void; the colour is the class."""
-
-    def make(seed: int, count: int = 6):
-        rng, pictures, maps = np.random.default_rng(seed), [], []
-        for _ in range(count):
-            labels = np.repeat(np.repeat(rng.integers(0, 3, (4, 4)), 8, 0), 8, 1).astype(np.uint8)
-            noise = rng.integers(-8, 9, (32, 32, 3))
-            pictures.append((COLOURS[labels] + noise).clip(0, 255).astype(np.uint8))
-            labels[:, 28:] = IGNORE
-            maps.append(labels)
-        return pixel_source(pictures, maps, name=f"coloured-{seed}:")
-
-    return make
-
 
 def random_rows(seed: int = 0):
     rng = torch.Generator().manual_seed(seed)
