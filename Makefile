@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself; nothing else is needed than Python >= 3.11.
-#   make demo     install, pretrain on the built-in pictures, evaluate, draw demo.png, write report.html
+#   make demo     install, pretrain on the built-in images, evaluate, draw demo.png, write report.html
 #   make test     install with the developer tools, run the tests
 #   make check    lint, formatting and types
 #   make docs     build the documentation site into site/; warnings are errors

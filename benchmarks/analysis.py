@@ -1,11 +1,11 @@
-"""What the analysis of attention costs beside a plain pass, and that memory does not grow with pictures.
+"""What the analysis of attention costs beside a plain pass, and that memory does not grow with images.
 
-    python -m benchmarks.analysis [--pictures 32] [--batch 16] [--threads 1] [--device cpu] [--memory 50 500]
+    python -m benchmarks.analysis [--images 32] [--batch 16] [--threads 1] [--device cpu] [--memory 50 500]
 
 The first table takes ViT-S/16 at 224 with fresh weights of a spread that makes attention uneven: seconds of
 the forward pass alone, of the pass that also hands out every block's attention, and with all statistics, the
 median of several rounds that take turns. The second is the most memory that a process held which analysed so
-many pictures, reading included.
+many images, reading included.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def encoder(device: torch.device, **changes: object) -> Encoder:
     return made.to(device)
 
 
-def cost_table(pictures: int, batch: int, rounds: int, device: torch.device) -> None:
+def cost_table(count: int, batch: int, rounds: int, device: torch.device) -> None:
     vit = encoder(device)
-    images = torch.randint(0, 256, (pictures, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
     reader = AttentionReader("ViT-S/16", vit, AnalysisConfig())
 
     def plain() -> None:
@@ -55,23 +55,23 @@ def cost_table(pictures: int, batch: int, rounds: int, device: torch.device) -> 
         work()
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(seconds(work, device) / pictures)
+            times[name].append(seconds(work, device) / count)
     first = statistics.median(times["forward alone"])
-    print(f"\nViT-S/16 at 224, {pictures} pictures in batches of {batch}, median of {rounds} rounds")
+    print(f"\nViT-S/16 at 224, {count} images in batches of {batch}, median of {rounds} rounds")
     for name, found in times.items():
         middle = statistics.median(found)
-        print(f"{name:<30}{1e3 * middle:>9.2f} ms/picture{middle / first:>7.2f} of forward alone")
+        print(f"{name:<30}{1e3 * middle:>9.2f} ms/image{middle / first:>7.2f} of forward alone")
 
 
-def held(pictures: int) -> float:
+def held(count: int) -> float:
     torch.set_num_threads(1)
     vit = encoder(torch.device("cpu"), size="tiny", depth=4, image_size=224)
-    analyze_attention(vit, f"scenes:?count={pictures}", limit=None, workers=0, progress=False)
+    analyze_attention(vit, f"scenes:?count={count}", limit=None, workers=0, progress=False)
     return peak_mib()
 
 
 def memory_table(counts: list[int]) -> None:
-    print("\nmost memory of a process that analyses so many pictures (ViT-Ti/16 of 4 blocks at 224)")
+    print("\nmost memory of a process that analyses so many images (ViT-Ti/16 of 4 blocks at 224)")
     for count in counts:
         print(f"{count:<30}{in_a_process(held, count):>9.0f} MiB")
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs="*", default=[50, 500])
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     print(f"{device}, {arguments.threads} thread(s), torch {torch.__version__}")
-    cost_table(arguments.pictures, arguments.batch, arguments.rounds, device)
+    cost_table(arguments.images, arguments.batch, arguments.rounds, device)
     if Path("/proc/self/status").exists():
         memory_table(arguments.memory)
 

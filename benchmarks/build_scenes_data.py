@@ -18,7 +18,7 @@ from scipy import ndimage
 
 OUT = Path(__file__).parents[1] / "foveola" / "data" / "fashion"
 PER_CLASS = {"train": 1000, "test": 250}
-THRESHOLD = 5  # the official pictures carry compression noise of 1..3 grey levels around the product
+THRESHOLD = 5  # the official images carry compression noise of 1..3 grey levels around the product
 SMALL_HOLE = (
     6  # pixels: a larger dark hole shows the background (the handle of a bag), a smaller one is a print
 )
@@ -32,14 +32,14 @@ def read_idx(path: Path, header: int) -> np.ndarray:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
-def silhouette(picture: UInt8[np.ndarray, "28 28"]) -> Bool[np.ndarray, "28 28"]:
+def silhouette(image: UInt8[np.ndarray, "28 28"]) -> Bool[np.ndarray, "28 28"]:
     """Which pixels are product.
 
     Products stand on pure black, so dark prints, stripes and seams must be told from the background. A
     vertical closing bridges black stripes, which run across, but not the gaps beside arms and legs, which run
     down; then enclosed holes are filled when small or when they hold more than the background's noise.
     """
-    padded = np.pad(picture, 2)
+    padded = np.pad(image, 2)
     mask = ndimage.binary_closing(padded >= THRESHOLD, np.ones((3, 1), bool))
     holes, count = ndimage.label(~mask)
     for hole in range(1, count + 1):
@@ -55,15 +55,15 @@ def silhouette(picture: UInt8[np.ndarray, "28 28"]) -> Bool[np.ndarray, "28 28"]
 def build(folder: Path, split: str) -> None:
     """Write `<split>.npz`: images uint8 [N, 28, 28] (0 outside, 1..255 inside), labels, official rows."""
     prefix = "train" if split == "train" else "t10k"
-    pictures = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    originals = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
     images, rows = [], []
     for label in range(10):
         left = PER_CLASS[split]
         for row in np.flatnonzero(labels == label):
-            mask = silhouette(pictures[row])
+            mask = silhouette(originals[row])
             if left and MIN_AREA <= mask.sum() <= 28 * 28 * 0.98:
-                images.append(np.where(mask, np.maximum(pictures[row], 1), 0).astype(np.uint8))
+                images.append(np.where(mask, np.maximum(originals[row], 1), 0).astype(np.uint8))
                 rows.append(row)
                 left -= 1
         if left:

@@ -76,7 +76,7 @@ def encoder_table(recipe: str, batch: int, steps: int, device: torch.device) -> 
     print(
         f"\n{bench.config.about.model}: {kept} of {patches} patches kept, {bench.predict.shape[1]} predicted"
     )
-    print(f"{'forward and backward':<30}{'GFLOP/picture':>15}{'of full':>9}{'s/picture':>11}{'of full':>9}")
+    print(f"{'forward and backward':<30}{'GFLOP/image':>15}{'of full':>9}{'s/image':>11}{'of full':>9}")
     rows = {"encoder, all patches": bench.full, "encoder, kept patches": bench.kept}
     rows |= {"encoder + predictor": bench.asked}
     reference: tuple[float, float] | None = None
@@ -106,16 +106,16 @@ def step_table(batch: int, steps: int, device: torch.device) -> None:
         "encoder + predictor": median_seconds(bench.asked, device, steps),
         "clustering and losses": median_seconds(losses, device, steps),
     }
-    print(f"\nViT-S/16, {clustering.config.prototypes} prototypes: {whole / batch:.3f} s/picture a step")
+    print(f"\nViT-S/16, {clustering.config.prototypes} prototypes: {whole / batch:.3f} s/image a step")
     for name, time in parts.items():
-        print(f"{name:<30}{time / batch:>9.3f} s/picture{time / whole:>8.1%} of the step")
+        print(f"{name:<30}{time / batch:>9.3f} s/image{time / whole:>8.1%} of the step")
     # Logits, and the gradient of the centroids: matrix products as those of any linear layer.
     unit = normalize(teacher, dim=-1).flatten(0, 1)
     logits = unit @ clustering.weight.T
     products = median_seconds(lambda: (unit @ clustering.weight.T, logits.T @ unit), device, steps)
     rest = parts["clustering and losses"] - products
-    print(f"{'  its two matrix products':<30}{products / batch:>9.3f} s/picture{products / whole:>8.1%}")
-    print(f"{'  Sinkhorn and losses':<30}{rest / batch:>9.3f} s/picture{rest / whole:>8.1%}")
+    print(f"{'  its two matrix products':<30}{products / batch:>9.3f} s/image{products / whole:>8.1%}")
+    print(f"{'  Sinkhorn and losses':<30}{rest / batch:>9.3f} s/image{rest / whole:>8.1%}")
 
 
 def grown(batch: int, pieces: bool) -> float:

@@ -82,8 +82,8 @@ def multi_crop(files: list[bytes]) -> Callable[[], int]:
     """The usual way, as `canvases`: iBOT's augmentation, crop scales (0.25, 1) and (0.05, 0.25)."""
     from torchvision import transforms as t
 
-    def blur(picture: Image.Image) -> Image.Image:
-        return picture.filter(ImageFilter.GaussianBlur(float(np.random.default_rng().uniform(0.1, 2))))
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(float(np.random.default_rng().uniform(0.1, 2))))
 
     def pipeline(size: int, scale: tuple[float, float], blurred: float, solarised: float) -> t.Compose:
         return t.Compose(
@@ -103,14 +103,14 @@ def multi_crop(files: list[bytes]) -> Callable[[], int]:
     local = pipeline(96, (0.05, 0.25), 0.5, 0.0)
 
     def crops(data: bytes) -> list[torch.Tensor]:
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
-        return [first(picture), second(picture), *(local(picture) for _ in range(10))]
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return [first(image), second(image), *(local(image) for _ in range(10))]
 
     return lambda: len([crops(data) for data in files])
 
 
 def seconds(work: Callable[[], int]) -> float:
-    """Core-seconds a picture, in which other programs' turns do not count."""
+    """Core-seconds an image, in which other programs' turns do not count."""
     began = time.process_time()
     count = work()
     return (time.process_time() - began) / count
@@ -128,7 +128,7 @@ def compare(files: list[bytes], sizes: list[int], rounds: int) -> None:
         for name, work in ways.items():
             times[name].append(seconds(work))
     best = {name: min(values) for name, values in times.items()}
-    print(f"{len(files)} pictures, one core, best of {rounds} rounds\n")
+    print(f"{len(files)} images, one core, best of {rounds} rounds\n")
     print(f"{'in the worker':<32}{'ms/image':>10}{'images/s':>10}{'ratio':>8}")
     for name, value in best.items():
         print(f"{name:<32}{value * 1e3:>10.2f}{1 / value:>10.0f}{best[usual] / value:>8.1f}")
@@ -137,7 +137,7 @@ def compare(files: list[bytes], sizes: list[int], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="times that each way goes over all files")
-    parser.add_argument("--count", type=int, default=64, help="pictures")
+    parser.add_argument("--count", type=int, default=64, help="images")
     parser.add_argument("--canvas", type=int, default=512, help="pixels a side")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ TRIAL = 5, 45  # steps of two runs, of which the difference counts
 
 
 def speed(config: RunConfig) -> float:
-    """Pictures a second."""
+    """Images a second."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     taken = []
     for steps in (TRIAL[0], *TRIAL):  # once to warm up
@@ -53,7 +53,7 @@ def main() -> None:
         if not (folder / "config.yaml").exists():
             config = resolve(recipe, overrides | {"data": arguments.data})
             rate = speed(config)
-            print(f"{recipe}: {rate:.1f} pictures/s", flush=True)
+            print(f"{recipe}: {rate:.1f} images/s", flush=True)
             steps = max(int(arguments.seconds * rate / config.batch_size), 1)
             config = resolve(recipe, overrides | {"data": arguments.data, "duration": f"{steps} steps"})
         else:

@@ -79,7 +79,7 @@ def encoder_table(arguments: argparse.Namespace, device: torch.device) -> None:
     times = fastest(both | ahead, device, arguments.steps)
     works = {name: flops(run) for name, run in both.items()}
     print(f"\nencoder alone, ViT-{arguments.size}/16, {patches} patches and a class token")
-    print(f"{'patches kept':<14}{'GFLOP/picture':>15}{'of full':>9}{'forward':>10}{'of full':>9}", end="")
+    print(f"{'patches kept':<14}{'GFLOP/image':>15}{'of full':>9}{'forward':>10}{'of full':>9}", end="")
     print(f"{'and backward':>14}{'of full':>9}")
     for share in RATIOS:
         name = f"{share}"
@@ -100,14 +100,14 @@ class Step:
         torch.manual_seed(0)
         method = METHODS[self.config.method.name](self.config.method, self.config.model, self.config.views)
         self.method = method.to(device).train()
-        self.pictures = canvases(arguments.batch, device)
+        self.images = canvases(arguments.batch, device)
         self.progress = Progress(0, 1000, 100, arguments.batch)
         self.device, self.precision, self.number = device, arguments.precision, 0
 
     def __call__(self) -> None:
         self.number += 1
         patch = self.config.model.patch_size
-        batch = make_views(self.pictures, self.config.views, patch, Streams(0, self.number))
+        batch = make_views(self.images, self.config.views, patch, Streams(0, self.number))
         with autocast(self.device, self.precision):
             losses = self.method(batch, self.progress).losses
         torch.stack(list(losses.values())).sum().backward()
@@ -123,7 +123,7 @@ def step_table(arguments: argparse.Namespace, device: torch.device) -> None:
     works = {name: flops(step) for name, step in steps.items()}
     reference = next(iter(steps))
     print(f"\nwhole steps, ViT-{arguments.size}/16, one 224 view each but for iBOT")
-    print(f"{'method':<36}{'GFLOP/picture':>15}{'of iBOT':>9}{'s/picture':>11}{'of iBOT':>9}")
+    print(f"{'method':<36}{'GFLOP/image':>15}{'of iBOT':>9}{'s/image':>11}{'of iBOT':>9}")
     for name, time in times.items():
         print(f"{name:<36}{works[name] / arguments.batch / 1e9:>15.1f}", end="")
         print(f"{works[name] / works[reference]:>9.2f}{time / arguments.batch:>11.4f}", end="")

@@ -3,7 +3,7 @@
     python -m benchmarks.posfield [--batch 8] [--steps 8] [--device cpu] [--recipe posfield-vits16-in1k]
 
 Both have the settings of one recipe: heads of their own for class tokens and patches, masks in half of the
-views. DINOv2 masks half of the pictures and leaves half whole; the method masks the contents of one half and
+views. DINOv2 masks half of the images and leaves half whole; the method masks the contents of one half and
 the positions of the other. Rounds alternate because machines are shared; the ratio is the median of the
 rounds' ratios, seconds are those of the fastest round. Exits with 1 if the ratio is above the limit. What is
 added is a head on as many patches again, whatever the network: with 65,536 prototypes much for ViT-S, little
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.step import Bench, flops
 
-DINOV2 = {  # the recipe without its pieces; half of the pictures stay whole
+DINOV2 = {  # the recipe without its pieces; half of the images stay whole
     "model.positions": "learned",
     "views.placement": None,
     "views.position_masking": None,
@@ -35,7 +35,7 @@ PIECES = {
     "masked positions": {"model.positions": "learned", "views.placement": None},
     "posfield": {},
 }
-COLUMNS = ("step", "s/picture", "of dinov2", "GFLOP/picture", "of dinov2", "views")
+COLUMNS = ("step", "s/image", "of dinov2", "GFLOP/image", "of dinov2", "views")
 
 
 def main() -> int:

@@ -5,8 +5,8 @@
 Grid: seconds of a training step of one attentive probe, written as CAPI describes it (`torch.nn`, AdamW), of
 one folded probe, of 30 folded ones at once, and of CAE's probe; the same batch, the median of several steps;
 ratios to the first and to the second. Pass: features
-of generated JPEG pictures by a ViT-S/16 and by a network so small that reading is the work, printed as shares
-of the time: waiting for pictures, encoding and writing.
+of generated JPEG images by a ViT-S/16 and by a network so small that reading is the work, printed as shares
+of the time: waiting for images, encoding and writing.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def grid(device: str, small: bool, repeats: int = 5) -> None:
 
 
 class Jpegs:
-    """Generated pictures of 500 x 375 pixels, some of them over and over."""
+    """Generated images of 500 x 375 pixels, some of them over and over."""
 
     name, classes, has_objects = "jpegs:", None, False
 
@@ -132,7 +132,7 @@ def passing(device: str, small: bool, width: int, depth: int) -> None:
     seconds = facts["pass_seconds"]
     total = sum(seconds.values())
     name = f"a ViT of {depth} blocks, width {width}"
-    print(f"\n{count} pictures to tokens and patches, {name}: {count / whole:.1f} pictures a second")
+    print(f"\n{count} images to tokens and patches, {name}: {count / whole:.1f} images a second")
     for name, value in seconds.items():
         print(f"{name:<12}{value:>8.2f} s{100 * value / total:>7.1f} %")
 

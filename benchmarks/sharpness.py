@@ -1,4 +1,4 @@
-"""How much detail views have beside Pillow's crop and resize of the original picture, and what they cost.
+"""How much detail views have beside Pillow's crop and resize of the original image, and what they cost.
 
     FOVEOLA_DATA=/data python -m benchmarks.sharpness [--count 143] [--canvas 256 512] [--rounds 3]
 
@@ -52,7 +52,7 @@ def measure(data: bytes, canvas: int, views: int, sums: dict, generator: torch.G
     """Add one photo's views of each method to `sums`."""
     pixels = decode(data)
     height, width = pixels.shape[:2]
-    picture = Image.fromarray(pixels)
+    original = Image.fromarray(pixels)
     image = to_canvas(pixels, canvas)[None].float()
     for method, (scale, size) in METHODS.items():
         drawn = random_boxes(torch.tensor([width / height]), views, scale, RATIO, generator)[0].double()
@@ -60,7 +60,7 @@ def measure(data: bytes, canvas: int, views: int, sums: dict, generator: torch.G
         boxes = (corners / torch.tensor([width, height] * 2))[None].float()
         ours = sample(image, boxes, None, size)[0].clamp(0, 255).round().double().permute(0, 2, 3, 1).numpy()
         for box, view in zip(corners.int().tolist(), ours, strict=True):
-            official = picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+            official = original.crop(box).resize((size, size), Image.Resampling.BICUBIC)
             official = np.asarray(official).astype(np.float64)
             error = max(float(((view - official) ** 2).mean()), 1e-3)
             energies = np.array([fine_energy(view), fine_energy(official)])

@@ -4,7 +4,7 @@
 
 Everything is measured in one process, alternating, because machines are shared; ratios are what counts.
 `heads on all tokens` runs the same iBOT step with the heads on every patch, as the official code does;
-`dinov2, all branches` is DINOv2's step without stochastic depth, which skips 30 % of the pictures.
+`dinov2, all branches` is DINOv2's step without stochastic depth, which skips 30 % of the images.
 Its recipe has 8 local views where iBOT's has 10, and 65,536 prototypes where that has 8,192.
 """
 
@@ -27,7 +27,7 @@ from foveola.views.batch import Batch, Streams, make_views
 
 
 def canvases(batch: int, device: torch.device) -> Canvases:
-    """Random pictures of 500x375 with one object of a third of the picture each."""
+    """Random images of 500x375 with one object of a third of the image each."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(batch, 1, 128, 128, dtype=torch.uint8)
     masks[:, :, 30:100, 30:110] = 255
@@ -91,7 +91,7 @@ class Bench:
             for network in self.method.trained():
                 network.compile()
         self.progress = Progress(0, 1000, 100, arguments.batch)
-        self.pictures = canvases(arguments.batch, device)
+        self.images = canvases(arguments.batch, device)
         half = arguments.precision == "bf16"
         self.cast = lambda: torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
         self.times: dict[str, list[float]] = {"views": [], "step": []}
@@ -99,7 +99,7 @@ class Bench:
 
     def views(self) -> Batch:
         return make_views(
-            self.pictures, self.config.views, self.config.model.patch_size, Streams(0, self.number)
+            self.images, self.config.views, self.config.model.patch_size, Streams(0, self.number)
         )
 
     def train(self, batch: Batch) -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     where = f"{device}, {arguments.threads} thread(s), {arguments.precision}"
     print(f"{where}, batch {arguments.batch}, torch {torch.__version__}")
     print(f"matmul peak {peak / 1e9:.1f} GFLOP/s\n")
-    head = ("method", "s/picture", "of iBOT", "GFLOP/picture", "of peak", "views", "views/step")
+    head = ("method", "s/image", "of iBOT", "GFLOP/image", "of peak", "views", "views/step")
     print("{:<26}{:>10}{:>9}{:>15}{:>9}{:>9}{:>12}".format(*head))
     reference = 0.0
     for name, bench in benches.items():

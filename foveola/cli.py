@@ -21,8 +21,8 @@ usage: foveola COMMAND ...
   analyze attention model=A[,B ...] data=... out=... [key=value ...]
                                       what each block and head of encoders reads: numbers and charts
       --help                          every key of the analysis
-  visualize KIND model=A[,B ...] data=... [out=pictures] [key=value ...]
-                                      what encoders make of pictures: colours, attention, neighbours ...
+  visualize KIND model=A[,B ...] data=... [out=figures] [key=value ...]
+                                      what encoders make of images: colours, attention, neighbours ...
       --help                          every kind; after a kind, every key of it
   report RUN [RUN ...] [data=...] [out=FILE] [key=value ...]
                                       what runs learned and whether it helped, on one page: RUN/report.html
@@ -30,12 +30,12 @@ usage: foveola COMMAND ...
   compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
   export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf) or as a file (torch)
   demo [out=runs/demo] [seeds=3] [key=value ...]
-                                      pretrain on built-in pictures, measure, draw; keys of the recipe `demo`
+                                      pretrain on built-in images, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
   --version
 
 RECIPE is a name from `foveola recipes` or the path of a YAML file. Values are YAML:
-batch_size=256  views.local_scale='[0.05, 0.3]'  compile=true  data='folder:/my/pictures'
+batch_size=256  views.local_scale='[0.05, 0.3]'  compile=true  data='folder:/my/images'
 On several GPUs: torchrun --nproc-per-node=8 --no-python foveola pretrain RECIPE ...
 FOVEOLA_DEBUG=1 shows the traceback behind an error message.
 """
@@ -71,14 +71,14 @@ PLACES = [
 ]
 ANALYZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
-    KeyInfo("data", "text", "(needed)", "pictures, as a data string; labels and objects are not used"),
+    KeyInfo("data", "text", "(needed)", "images, as a data string; labels and objects are not used"),
     KeyInfo("out", "text", "(needed)", "folder for attention.json, attention.csv and charts"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
 VISUALIZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas: columns"),
-    KeyInfo("data", "text", "(needed)", "pictures, as a data string; not for positions"),
-    KeyInfo("out", "text", "pictures", "folder for KIND.png, or a file that ends in .png"),
+    KeyInfo("data", "text", "(needed)", "images, as a data string; not for positions"),
+    KeyInfo("out", "text", "figures", "folder for KIND.png, or a file that ends in .png"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
 TRAIN = KeyInfo("train", "text or null", None, "where neighbours are looked for; null = data's split train")
@@ -190,7 +190,7 @@ def _evaluate(arguments: list[str]) -> None:
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
         print_table([(f"  {protocol.name}", protocol.help) for protocol in every()])
-        print("\nSeveral protocols share one pass over the pictures; PROTOCOL.key=value is for one of them.")
+        print("\nSeveral protocols share one pass over the images; PROTOCOL.key=value is for one of them.")
         return
     known = f"protocol ({', '.join(PROTOCOLS)})"
     chosen = [name.strip() for name in only(names, known, usage).split(",")]
@@ -230,7 +230,7 @@ def _analyze(arguments: list[str]) -> None:
     if "--help" in flags:
         print(
             f"usage: {usage}\n\n"
-            "What each block and head reads, averaged over pictures: numbers and charts (docs/analysis.md).\n"
+            "What each block and head reads, averaged over images: numbers and charts (docs/analysis.md).\n"
         )
         print_keys([*ANALYZE, *describe(AnalysisConfig())])
         return
@@ -260,7 +260,7 @@ def _visualize(arguments: list[str]) -> None:
     from foveola.figures.visualize import KINDS, configure, visualize
 
     known = ", ".join(KINDS)
-    usage = "foveola visualize KIND model=A[,B ...] data=... [out=pictures] [key=value ...]"
+    usage = "foveola visualize KIND model=A[,B ...] data=... [out=figures] [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola visualize KIND --help` lists the keys of a kind:")
         print_table([(f"  {name}", kind.help) for name, kind in KINDS.items()])
@@ -293,7 +293,7 @@ def _report(arguments: list[str]) -> None:
         print(
             f"usage: {usage}\n\n"
             "Writes one web page that opens anywhere: whether training helped, whether the run is healthy,\n"
-            "curves, pictures and the exact configuration (docs/report.md). Further keys are settings of\n"
+            "curves, images and the exact configuration (docs/report.md). Further keys are settings of\n"
             "the protocols: objects=200, knn.k=[20].\n"
         )
         print_keys(describe(ReportConfig()))
@@ -368,7 +368,7 @@ def _demo(arguments: list[str]) -> None:
 
         print(
             f"usage: {usage}\n\n"
-            "Pretrains the recipe `demo` on built-in pictures from several seeds, compares the encoders\n"
+            "Pretrains the recipe `demo` on built-in images from several seeds, compares the encoders\n"
             "with untrained ones on objects never seen in training, and draws what they learned to\n"
             "out/demo.png and out/report.html.\n"
             "Interrupted, the same command goes on.\n"

@@ -36,7 +36,7 @@ def cluster(
 ) -> Clusters:
     """Assign patches to clusters in equal shares, and the loss that moves the centroids (CAPI, Section 3.1).
 
-    Logits l = patches weight^T + bias; assignments a' = sinkhorn(l / temperature) over the B pictures of all
+    Logits l = patches weight^T + bias; assignments a' = sinkhorn(l / temperature) over the B images of all
     ranks, at each of the N positions on its own, or over all of them (`by_position=False`, CAPI Table 1i);
     loss = mean over patches of the cross-entropy -sum_k a'_k log softmax(l / student_temperature)_k. Gradient
     goes to weight and bias only.
@@ -48,8 +48,8 @@ def cluster(
 
     Args:
         patches: unit vectors, without gradient, position first.
-        wanted: positions whose assignments are returned, Q for each picture.
-        past: patches of earlier pictures that take part in Sinkhorn-Knopp and in nothing else.
+        wanted: positions whose assignments are returned, Q for each image.
+        past: patches of earlier images that take part in Sinkhorn-Knopp and in nothing else.
     """
     trained = torch.is_grad_enabled() and weight.requires_grad
     if chunk is None:
@@ -90,7 +90,7 @@ class _Cluster(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if trained else None
         grad_bias = torch.zeros_like(bias) if trained and bias is not None else None
         asked = wanted.flatten()  # [Q * B]
-        picture = torch.arange(batch, device=wanted.device).repeat(wanted.shape[0])
+        image = torch.arange(batch, device=wanted.device).repeat(wanted.shape[0])
         for start in range(0, positions, step):
             part = patches[start : start + step]
             everyone = part if past is None else torch.cat((part, past[start : start + step]), dim=1)
@@ -104,7 +104,7 @@ class _Cluster(torch.autograd.Function):
             here = (asked >= start) & (asked < start + step)
             slots = torch.where(here, asked - start, 0)
             # Without asking the device how many there are: every slot is read, those elsewhere are kept.
-            targets = torch.where(here[:, None], assigned[slots, picture], targets)
+            targets = torch.where(here[:, None], assigned[slots, image], targets)
             usage[start : start + step] = assigned.mean(dim=1)
             first[assigned.argmax(dim=-1).flatten()] = True
             scores = (logits / student_temperature).log_softmax(dim=-1)
@@ -146,7 +146,7 @@ def position_information(
 
     The mean over the assignments `usage` of a batch of log p(k | position) / p(k), where p comes from `seen`,
     the mean assignments at each position in *earlier* batches. A lower bound of the mutual information: as it
-    is estimated on other pictures than it is evaluated on, it does not mistake small samples for information.
+    is estimated on other images than it is evaluated on, it does not mistake small samples for information.
     p(k | position) is mixed with a share `floor` of p(k), which bounds what is lost where it is badly known.
     """
     overall = seen.mean(dim=0, keepdim=True)

@@ -7,7 +7,8 @@ How trees are read and written (YAML, `key=value`) is in `trees`.
 
 import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -25,6 +26,7 @@ from foveola.trees import (
     nearest,
     parse_overrides,
     read_yaml,
+    renewed,
     shown,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "parse_overrides",
     "read_yaml",
     "refuse_unread",
+    "renewed",
     "to_dict",
 ]
 
@@ -92,6 +95,10 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
     wrong types, values out of range, and ValueErrors of `__post_init__` raise ConfigError.
     """
     known, hints, values = {f.name: f for f in fields(cls) if f.init}, get_type_hints(cls), {}  # type: ignore[arg-type]
+    tree = {
+        name if name in known else _renewed(name, known, _join(where, name)): value
+        for name, value in tree.items()
+    }
     for name in tree:
         if name not in known:
             raise ConfigError(_unknown_key(cls, str(name), where, list(known)))
@@ -109,6 +116,15 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
         return cls(**values)
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _renewed(word: Any, known: Container[Any], where: str) -> Any:
+    """What a key or a choice of an earlier version is called today, or the word itself."""
+    today = renewed(word)
+    if today == word or today not in known:
+        return word
+    warnings.warn(f"{where}: {word!r} is now called {today!r}", FutureWarning, stacklevel=2)
+    return today
 
 
 def _over_default(default: Any, value: Any) -> Any:
@@ -199,6 +215,8 @@ def _convert_literal(choices: tuple, value: Any, path: str) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
+    if (today := _renewed(value, choices, path)) != value:
+        return today
     near = nearest(str(value), map(str, choices))
     hint = f"; did you mean {near!r}?" if near else ""
     raise ConfigError(f"{path}: expected one of {', '.join(map(str, choices))}; got {shown(value)}{hint}")

@@ -132,9 +132,9 @@ class _CrossEntropy(torch.autograd.Function):
         temperature: float,
         trained: bool,
     ) -> Tensor:
-        pictures, students, width = predictions.shape
+        images, students, width = predictions.shape
         count, device = width if v is None else len(v), predictions.device
-        teachers = len(targets) // max(pictures, 1)
+        teachers = len(targets) // max(images, 1)
         few = many = rows_in_cache(device, count)
         if v is not None and device.type == "cpu":
             many *= 128  # products want more rows than fit the caches
@@ -151,9 +151,9 @@ class _CrossEntropy(torch.autograd.Function):
         of_predictions = torch.empty_like(predictions, dtype=kept) if needs[0] else None
         of_v: Tensor | None = None
         loss = predictions.new_zeros((), dtype=torch.float32)
-        room = room_for("logits", min(many, pictures) * students, count, device).unflatten(0, (-1, students))
+        room = room_for("logits", min(many, images) * students, count, device).unflatten(0, (-1, students))
         scratch = loss.new_empty(2, min(few, len(room)), count)
-        for rows in _slices(pictures, many):
+        for rows in _slices(images, many):
             seen = predictions[rows].flatten(0, 1)
             logits = room[: rows.stop - rows.start]
             if rounded is None:

@@ -1,4 +1,4 @@
-"""`foveola demo`: pretrain on the built-in pictures, ask whether it helped, and draw what was learned."""
+"""`foveola demo`: pretrain on the built-in images, ask whether it helped, and draw what was learned."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from foveola.config import to_dict
 from foveola.data.sources import open_source
 from foveola.drawing.overlays import heat, outline
-from foveola.drawing.sheet import Picture, Row, panel, save
+from foveola.drawing.sheet import Pixels, Row, panel, save
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
@@ -25,7 +25,7 @@ from foveola.views.batch import Streams, make_views
 from foveola.zoo.load import load
 
 OBJECTS = 1000  # to find among each other
-REPORTED = 200  # objects and pictures of the measurements that the report makes at each kept step
+REPORTED = 200  # objects and images of the measurements that the report makes at each kept step
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
     "object k-NN with masks": ("knn", "top1_masks"),
@@ -81,9 +81,9 @@ def demo(
             for name, value in measure(encoder, run.config).items():
                 table[name].append(value)
     comparison = Comparison(before, after)
-    picture = save(picture_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
+    image = save(figure_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
     page = _report(Path(out), seeds, config)
-    print(f"\n{comparison.table()}\n\npicture: {picture}\nreport:  {page}")
+    print(f"\n{comparison.table()}\n\nimage: {image}\nreport:  {page}")
     print(f"encoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
     return comparison
 
@@ -124,7 +124,7 @@ def _report(out: Path, seeds: int, config: RunConfig) -> Path:
     return report([out / f"seed-{seed}" for seed in range(seeds)], RunFolder(out).report, **settings)
 
 
-def picture_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Picture:
+def figure_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Pixels:
     """Crops of both views with the object's mask, attention, and nearest neighbours of held-out objects."""
     encoder = load(folder)
     test, train = (
@@ -160,7 +160,7 @@ def _row(
     near: list[int],
 ) -> Row:
     names = test.classes
-    target = retrieval.Target(int(queries.pictures[row]), int(queries.objects[row]))
+    target = retrieval.Target(int(queries.image_indices[row]), int(queries.objects[row]))
     size = config.loader.canvas
     canvases, _ = retrieval.TargetCanvases(test, [target], size, size)[0]
     assert canvases is not None
@@ -176,22 +176,22 @@ def _row(
     captions = ["", "", ""]
     right: list[bool | None] = [None, None, None]
     for other in near:
-        tiles.append(_cut(train, int(bank.pictures[other]), int(bank.objects[other])))
+        tiles.append(_cut(train, int(bank.image_indices[other]), int(bank.objects[other])))
         captions.append(names[int(bank.labels[other])])
         right.append(int(bank.labels[other]) == label)
     return Row(names[label], tiles, captions, right)
 
 
-def _pixels(encoder: Encoder, view: torch.Tensor) -> Picture:
+def _pixels(encoder: Encoder, view: torch.Tensor) -> Pixels:
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (encoder.config.transform.mean, encoder.config.transform.std)
     )
     return (255 * (view * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _cut(source: Any, picture: int, number: int) -> Picture:
-    """A square around an object, cut out of its picture."""
-    sample = source[picture]
+def _cut(source: Any, image: int, number: int) -> Pixels:
+    """A square around an object, cut out of its image."""
+    sample = source[image]
     x0, y0, x1, y1 = sample.objects.boxes[number] * len(sample.image)
     half = max(x1 - x0, y1 - y0) * 0.6
     x, y = (x0 + x1) / 2, (y0 + y1) / 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveola.config import UserError
+from foveola.config import UserError, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
@@ -124,8 +124,9 @@ class RunFolder:
 
     @property
     def figures(self) -> Path:
-        """What the method draws, NAME-STEP.png."""
-        return self.path / "pictures"
+        """What the method draws, NAME-STEP.png; runs of earlier versions have a folder `pictures` for it."""
+        earlier = self.path / "pictures"
+        return earlier if earlier.is_dir() else self.path / "figures"
 
     @property
     def checkpoints(self) -> Path:
@@ -186,7 +187,7 @@ class RunFolder:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         for number, text in enumerate(texts, start=1):
             try:
-                line = json.loads(text)
+                line = renewed(json.loads(text))
                 step = int(line["step"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 if number < len(texts):

@@ -1,4 +1,4 @@
-"""Crop geometry: a view is a box in the unit square of its picture, a flip and an output size.
+"""Crop geometry: a view is a box in the unit square of its image, a flip and an output size.
 
 Resampling is separable, so a view is two small matrices (rows `Wy [h, S]`, columns `Wx [w, S]`), and `sample`
 applies them to any square field: pixels, object masks, position fields. Boxes are (x0, y0, x1, y1) in [0, 1].
@@ -22,14 +22,14 @@ def random_boxes(
     generator: torch.Generator,
     attempts: int = 10,
 ) -> Float[Tensor, "B V 4"]:
-    """Draw `count` random-resized boxes for each picture; CPU tensors, float32.
+    """Draw `count` random-resized boxes for each image; CPU tensors, float32.
 
-    The share of the picture's area is uniform in `scale`, the width/height ratio *in true pixels* is
+    The share of the image's area is uniform in `scale`, the width/height ratio *in true pixels* is
     log-uniform in `ratio`. The first of `attempts` draws that fits is kept; if none fits, the largest centred
     box with the nearest allowed ratio is used (the rule of the usual random resized crop).
 
     Args:
-        aspects: width / height of each true picture; the unit square is that picture squashed.
+        aspects: width / height of each true image; the unit square is that image squashed.
     """
     batch = aspects.shape[0]
     aspects = aspects.detach().to("cpu", torch.float32)[:, None, None]
@@ -146,7 +146,7 @@ def sample(
     )
     wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur, high)
     wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur, wide)
-    # One matrix product for the rows of all views of a picture, then one for the columns of each view.
+    # One matrix product for the rows of all views of an image, then one for the columns of each view.
     lines = field.permute(0, 2, 1, 3).reshape(batch, rows, channels * columns)
     lines = wy.reshape(batch, views * height, rows) @ lines
     lines = lines.reshape(batch * views, height * channels, columns)

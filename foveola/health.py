@@ -14,17 +14,17 @@ FLAT = 0.90, 0.98  # entropy of targets, as a share of log K
 SHARP = 0.01  # the same, from below
 ALIVE = 4.0, 2.0  # prototypes that the targets of a batch amount to: exp(entropy of their mean)
 USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an epoch
-SPREAD = 0.10, 0.03  # of features: cosines between pictures are then about 0.99, 0.999
+SPREAD = 0.10, 0.03  # of features: cosines between images are then about 0.99, 0.999
 RANK = 0.05, 0.01  # effective rank, as a share of the most possible
 RANK_LOST = 0.5  # share of its own highest value
 PLACE = 0.5, 0.9  # share of the variance of patches that their place explains, beyond the untrained one
-PLACE_FROM = 32  # pictures on which that can be measured
+PLACE_FROM = 32  # images on which that can be measured
 INFORMATION = 0.1, 0.5  # of place and cluster, as a share of the most possible
 WAIT = 0.10, 0.30  # share of the time spent waiting for data
 FALL = 0.01  # of the loss, as a share of where it began
 NOT_FINITE = 0.01  # share of logged steps, and more than one
 OVERFLOW = 0.10  # the same of gradients with precision=fp16, where some are ordinary
-ONE = 1.5  # effective rank below which one direction tells all pictures apart
+ONE = 1.5  # effective rank below which one direction tells all images apart
 
 SHORT = 500  # steps below which a run tells nothing of its method
 FEW = 1000  # images, likewise
@@ -55,7 +55,7 @@ class Facts:
     notes: Sequence[str] = ()  # log.txt
     # Share of the variance of patches that their place explains: trained, and untrained (measured apart).
     place_share: tuple[float, float | None] | None = None
-    place_pictures: int | None = None  # on which they were measured
+    place_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data
     processes: int | None = None  # over which `features` are those of one; None: not noted
 
@@ -212,11 +212,11 @@ def _usage(lines: Sequence[Line], kind: str, count: int) -> Verdict:
 
 
 def spread(lines: Sequence[Line]) -> Verdict:
-    name, value = "Do pictures have different features?", recent(lines, "feature_spread")
+    name, value = "Do images have different features?", recent(lines, "feature_spread")
     if value is None:
         return Verdict(name, "NOT KNOWN", "The spread of features was not logged.")
     cosine = max(0.0, 1 - value**2)
-    text = f"Feature spread {value:.3f}: two pictures have a cosine of about {cosine:.3f}"
+    text = f"Feature spread {value:.3f}: two images have a cosine of about {cosine:.3f}"
     limits = f"1 is in all directions, 0 is one point. LOOK below {SPREAD[0]}, BAD below {SPREAD[1]}."
     state = "BAD" if value < SPREAD[1] else "LOOK" if value < SPREAD[0] else "OK"
     return Verdict(name, state, f"{text}. {limits}")
@@ -236,7 +236,7 @@ def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
     limits = f"LOOK below {percent(RANK[0])} of that or {percent(RANK_LOST)} of its own peak"
     limits += f", BAD below {percent(RANK[1])}"
     if value < max(RANK[1] * most, ONE):
-        few = "one direction tells all pictures apart" if value < ONE else "hardly any directions"
+        few = "one direction tells all images apart" if value < ONE else "hardly any directions"
         return Verdict(name, "BAD", f"{text}: {few}. {limits} (or {ONE}).")
     if value < RANK[0] * most:
         return Verdict(name, "LOOK", f"{text}: few directions. {limits}.")
@@ -263,17 +263,17 @@ def place(lines: Sequence[Line], facts: Facts) -> Verdict:
         text = f"Place explains {percent(share, 1)} of the variance of the teacher's patches"
         return _share_verdict(name, text, share, *PLACE)
     if facts.place_share is not None:
-        return _measured_place(name, *facts.place_share, facts.place_pictures)
+        return _measured_place(name, *facts.place_share, facts.place_images)
     return Verdict(
-        name, "NOT KNOWN", "The method does not log it, and no pictures or no encoder to measure it on."
+        name, "NOT KNOWN", "The method does not log it, and no images or no encoder to measure it on."
     )
 
 
-def _measured_place(name: str, trained: float, fresh: float | None, pictures: int | None) -> Verdict:
-    """Aligned pictures, such as faces, let place explain much without any collapse, also when untrained."""
+def _measured_place(name: str, trained: float, fresh: float | None, images: int | None) -> Verdict:
+    """Aligned images, such as faces, let place explain much without any collapse, also when untrained."""
     text = f"Place explains {percent(trained, 1)} of the variance of the encoder's patches"
-    text += "" if pictures is None else f" of {pictures} pictures"
-    if pictures is not None and pictures < PLACE_FROM:
+    text += "" if images is None else f" of {images} images"
+    if images is not None and images < PLACE_FROM:
         return Verdict(name, "NOT KNOWN", f"{text}: too few, {PLACE_FROM} are needed.")
     if fresh is None:
         return _share_verdict(name, text, trained, *PLACE)
@@ -352,9 +352,9 @@ def loader(lines: Sequence[Line]) -> Verdict:
 
 
 def readable(lines: Sequence[Line]) -> Verdict:
-    name, found = "Could all pictures be read?", values(lines, "bad_pictures")
+    name, found = "Could all images be read?", values(lines, "bad_images")
     if not found:
-        return Verdict(name, "NOT KNOWN", "Unreadable pictures were not counted.")
+        return Verdict(name, "NOT KNOWN", "Unreadable images were not counted.")
     bad = int(max(found))
     if bad:
         return Verdict(

@@ -1,6 +1,6 @@
 """Targets and losses of self-distillation, in float32 whatever the precision of the network.
 
-Shapes: n rows, K prototypes, B pictures, T teacher views, S student views (the first T of which are the same
+Shapes: n rows, K prototypes, B images, T teacher views, S student views (the first T of which are the same
 views).
 """
 
@@ -105,26 +105,26 @@ def cross_view_loss(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
 
-    Naively: mean over pairs (t, s), s != t, and pictures of -sum_k targets[t] log softmax(logits[s] /
+    Naively: mean over pairs (t, s), s != t, and images of -sum_k targets[t] log softmax(logits[s] /
     temperature). The targets of a student view's partners are summed first, so the cost grows with views, not
     with pairs.
 
     Args:
-        targets: distributions; as `Rows`, those of the T views of a picture stand together.
+        targets: distributions; as `Rows`, those of the T views of an image stand together.
         predictions: logits (D = K), or features whose logits with `prototypes` are meant.
         prototypes: (v, g), logit_k = g_k <v_k / |v_k|, prediction>. With them, no more than some rows of
             logits are in memory at a time.
     """
     rows = targets.flatten(0, 1) if isinstance(targets, Tensor) else targets
-    pictures, students = predictions.shape[:2]
-    views = len(rows) // pictures
-    if views * pictures != len(rows):
-        raise ValueError(f"cross_view_loss: {len(rows)} targets for {pictures} pictures")
+    images, students = predictions.shape[:2]
+    views = len(rows) // images
+    if views * images != len(rows):
+        raise ValueError(f"cross_view_loss: {len(rows)} targets for {images} images")
     own = min(views, students)
     pairs = views * students - own
     if not pairs:
         raise ValueError("cross_view_loss: a single view has no other one to predict")
-    weights = predictions.new_full((pictures,), 1 / (pairs * pictures), dtype=torch.float32)
+    weights = predictions.new_full((images,), 1 / (pairs * images), dtype=torch.float32)
     return cross_entropy(predictions, prototypes, rows, own, weights, temperature)
 
 
@@ -199,7 +199,7 @@ def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Ten
 
     Distances below `floor` count as `floor` and push nothing: equal rows have no direction to part in, and
     the gradient of a row is at most 1 / floor for each neighbour. It is just above float32's rounding of
-    unit vectors, as with LayerScale the tokens of different pictures start 1e-5 apart. Neighbours are
+    unit vectors, as with LayerScale the tokens of different images start 1e-5 apart. Neighbours are
     therefore found by differences: dot products cannot tell distances below 3e-4.
     """
     if features.shape[0] < 2:

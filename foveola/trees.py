@@ -53,6 +53,17 @@ def kind_of(value: Any) -> str:
     )
 
 
+def renewed(tree: Any) -> Any:
+    """A tree of an earlier version with the names of today: its keys and choices said "picture" for image."""
+    if isinstance(tree, dict):
+        return {renewed(name): renewed(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [renewed(value) for value in tree]
+    # Keys and choices are single words; sentences and paths, which have spaces and slashes, stay as they are.
+    word = isinstance(tree, str) and re.fullmatch(r"\w*picture\w*", tree)
+    return tree.replace("picture", "image") if word else tree
+
+
 def shown(value: Any) -> str:
     """A value in a message, as it would be written, shortened."""
     try:

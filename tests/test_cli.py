@@ -64,7 +64,7 @@ def test_version_and_usage(capsys):
         ("demo durations=3", "unknown key 'durations'; did you mean 'duration'?"),
         ("demo --seeds=2", "keys take no dashes: write seeds=2"),
         ("pretrain demo --dry-run data=folder:/nowhere", "folder: no folder /nowhere"),
-        ("pretrain demo data=scenes:?count=9", "scenes:?count=9 has 9 pictures, fewer than batch_size=64"),
+        ("pretrain demo data=scenes:?count=9", "scenes:?count=9 has 9 images, fewer than batch_size=64"),
         ("pretrain demo device=tpu9", "no such device: 'tpu9'"),
         ("evaluate knn model=untrained:nowhere train=scenes: test=scenes:", "no model at nowhere"),
     ],
@@ -238,7 +238,7 @@ def test_from_a_recipe_to_a_result(tiny, capsys, run_ranks):
     assert cli.main(["pretrain", "tiny.yaml", "out=run"]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert "training in run: 4 steps of 16 pictures" in err
+    assert "training in run: 4 steps of 16 images" in err
     assert "finished; encoder: run/encoder" in err
     files = {path: path.stat().st_mtime_ns for path in tiny.rglob("*") if path.is_file()}
     assert cli.main(["pretrain", "tiny.yaml", "out=run"]) == 0
@@ -257,7 +257,7 @@ def test_from_a_recipe_to_a_result(tiny, capsys, run_ranks):
     assert cli.main([*words, "model=untrained:run"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] != table.splitlines()[1:]
 
-    # Two processes share the pictures, and one of them speaks.
+    # Two processes share the images, and one of them speaks.
     code = f"import sys\nfrom foveola import cli\nsys.exit(cli.main({[*words, f'model={tiny}/run']!r}))"
     first, second = run_ranks(code)
     assert second == ""

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, normalize
 from foveola.clustering import cluster, position_information
 from foveola.losses import assignment_loss, entropy, sinkhorn
 
-POSITIONS, PICTURES, WIDTH, CLUSTERS = 6, 10, 8, 5
+POSITIONS, IMAGES, WIDTH, CLUSTERS = 6, 10, 8, 5
 TEMPERATURES = {"temperature": 0.06, "student_temperature": 0.12}
 
 
@@ -28,10 +28,10 @@ def naive_sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    patches = normalize(normal(POSITIONS, PICTURES, WIDTH, seed=seed), dim=-1)
+    patches = normalize(normal(POSITIONS, IMAGES, WIDTH, seed=seed), dim=-1)
     weight, bias = normal(CLUSTERS, WIDTH, seed=seed + 1), 0.1 * normal(CLUSTERS, seed=seed + 2)
     generator = torch.Generator().manual_seed(seed)
-    wanted = torch.stack([torch.randperm(POSITIONS, generator=generator)[:2] for _ in range(PICTURES)], dim=1)
+    wanted = torch.stack([torch.randperm(POSITIONS, generator=generator)[:2] for _ in range(IMAGES)], dim=1)
     return patches, weight, bias, wanted
 
 
@@ -82,7 +82,7 @@ def test_columns_after_the_published_iterations():
 
 
 @pytest.mark.parametrize("by_position", [True, False])
-@pytest.mark.parametrize("chunk", [1, 2 * PICTURES * CLUSTERS, 2**20])
+@pytest.mark.parametrize("chunk", [1, 2 * IMAGES * CLUSTERS, 2**20])
 def test_clusters_are_the_loop(by_position, chunk):
     patches, weight, bias, wanted = problem()
     weight.requires_grad_()
@@ -95,9 +95,9 @@ def test_clusters_are_the_loop(by_position, chunk):
     assert (weight.grad - slopes[0]).abs().max() < 1e-4
     assert (bias.grad - slopes[1]).abs().max() < 1e-4
     for slot in range(len(wanted)):
-        for picture in range(PICTURES):
-            row = assigned[wanted[slot, picture], picture]
-            assert (found.targets[slot, picture] - row).abs().max() < 1e-4
+        for image in range(IMAGES):
+            row = assigned[wanted[slot, image], image]
+            assert (found.targets[slot, image] - row).abs().max() < 1e-4
     assert (found.usage - assigned.mean(dim=1)).abs().max() < 1e-4
     firsts = set(assigned.argmax(dim=-1).flatten().tolist())
     assert set(found.first.nonzero()[:, 0].tolist()) == firsts
@@ -138,15 +138,15 @@ def test_the_past_takes_part_in_balancing_only():
     past = normalize(normal(POSITIONS, 30, WIDTH, seed=9), dim=-1)
     found = cluster(patches, weight, bias, wanted, **TEMPERATURES, past=past, chunk=1)
     logits = linear(torch.cat((patches, past), dim=1).double(), weight.double(), bias.double())
-    assigned = torch.stack([naive_sinkhorn(part, 0.06) for part in logits])[:, :PICTURES]
+    assigned = torch.stack([naive_sinkhorn(part, 0.06) for part in logits])[:, :IMAGES]
     assert (found.usage - assigned.mean(dim=1)).abs().max() < 1e-4
     mine = linear(patches.double(), weight.double(), bias.double()) / 0.12
     expected = -(assigned * mine.log_softmax(dim=-1)).sum(dim=-1).mean()
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_few_pictures_stay_flat_and_a_past_sharpens_them():
-    """B pictures cannot share K clusters with less than ln(K / B) nats."""
+def test_few_images_stay_flat_and_a_past_sharpens_them():
+    """B images cannot share K clusters with less than ln(K / B) nats."""
     weight = 3 * normal(64, WIDTH)
     patches = normalize(normal(4, 8, WIDTH), dim=-1)
     wanted = torch.zeros(1, 8, dtype=torch.int64)

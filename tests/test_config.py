@@ -17,6 +17,7 @@ from foveola.config import (
     nearest,
     parse_overrides,
     read_yaml,
+    renewed,
     to_dict,
 )
 
@@ -55,7 +56,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Outer:
-    data: str = key(help="where the pictures are")
+    data: str = key(help="where the images are")
     shape: Circle | Box = key(Circle(radius=3.0), "what to draw")
     inner: Inner = key(Inner(momentum=0.5), "how to learn")
     spread: Inner | None = key(None, "may be left out")
@@ -197,7 +198,7 @@ def test_what_is_wrong_is_said_in_one_line(override, message):
 
 
 def test_missing_values_and_names():
-    with pytest.raises(ConfigError, match=r"^run\.data: a value is needed \(where the pictures are\)$"):
+    with pytest.raises(ConfigError, match=r"^run\.data: a value is needed \(where the images are\)$"):
         build(Outer, {}, "run")
     required = dataclass(frozen=True)(type("Pick", (), {"__annotations__": {"shape": Circle | Box}}))
     with pytest.raises(ConfigError, match=r"^shape\.name: a value is needed, one of circle, box, square$"):
@@ -306,7 +307,7 @@ def test_missing_files(tmp_path):
 def test_describe_lists_every_key_once():
     lines = describe(outer("named.a.radius=2", "spread=null"))
     assert lines[:4] == [
-        KeyInfo("data", "text", "x", "where the pictures are"),
+        KeyInfo("data", "text", "x", "where the images are"),
         KeyInfo("shape.name", "circle", "circle", ""),
         KeyInfo("shape.radius", "float > 0", 3.0, "in pixels"),
         KeyInfo("inner.rate", "float > 0", 1e-4, "learning rate"),
@@ -325,3 +326,25 @@ def test_nearest():
     assert nearest("ODIS", ["dino", "odis", "ibot"]) == "odis"
     assert nearest("xyz", ["dino", "odis"]) is None
     assert nearest("a", []) is None
+
+
+def test_keys_and_choices_that_said_picture_are_understood():
+    """They were typed in earlier versions; what they are called today is said."""
+
+    @dataclass(frozen=True)
+    class Rows:
+        per_image: bool = key(True)
+        rows: Literal["images", "objects"] = key("objects")
+
+    with pytest.warns(FutureWarning) as said:
+        assert build(Rows, {"per_picture": False, "rows": "pictures"}) == Rows(False, "images")
+    told = [str(warning.message) for warning in said]
+    assert told == [
+        "per_picture: 'per_picture' is now called 'per_image'",
+        "rows: 'pictures' is now called 'images'",
+    ]
+    with pytest.raises(ConfigError, match="per_pictures"):
+        build(Rows, {"per_pictures": False})
+    tree = {"pictures": [1, {"rows": "pictures"}], "note": "two pictures", "data": "folder:/pictures"}
+    new = {"images": [1, {"rows": "images"}], "note": "two pictures", "data": "folder:/pictures"}
+    assert renewed(tree) == new

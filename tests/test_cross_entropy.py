@@ -144,7 +144,7 @@ def test_other_numbers_of_targets_are_refused(rows: int):
     with pytest.raises(ValueError, match=f"{rows} targets for 5 predictions"):
         masked_patch_loss(Asked(targets), normal(5, WIDTH), torch.full((5,), 0.2), TEMPERATURE, (v, g))
     if rows % 5:
-        with pytest.raises(ValueError, match=f"{rows} targets for 5 pictures"):
+        with pytest.raises(ValueError, match=f"{rows} targets for 5 images"):
             cross_view_loss(Asked(targets), normal(5, 3, WIDTH), TEMPERATURE, (v, g))
 
 

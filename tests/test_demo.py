@@ -31,9 +31,9 @@ def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture
     assert all(
         len(values) == 2 and all(0 <= v <= 100 for v in values) for values in comparison.after.values()
     )
-    picture = np.asarray(Image.open(tmp_path / "demo.png"))
-    assert picture.ndim == 3
-    assert picture.std() > 20
+    image = np.asarray(Image.open(tmp_path / "demo.png"))
+    assert image.ndim == 3
+    assert image.std() > 20
     printed = capsys.readouterr().out
     assert comparison.table() in printed
     assert str(tmp_path / "demo.png") in printed

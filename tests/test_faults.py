@@ -95,11 +95,8 @@ CASES: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("report", file_instead, "taken", "out=taken/report.html"),
     ("pretrain", file_instead, "taken", "out=taken"),
     ("pretrain", file_instead, "taken", "out=taken/below"),
-    *(
-        (name, file_instead, "pictures", "data=folder:nowhere")
-        for name in ("pretrain", "visualize", "analyze")
-    ),
-    ("evaluate", file_instead, "pictures", "test=folder:pictures"),
+    *((name, file_instead, "images", "data=folder:nowhere") for name in ("pretrain", "visualize", "analyze")),
+    ("evaluate", file_instead, "images", "test=folder:images"),
 ]
 
 

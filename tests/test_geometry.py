@@ -33,15 +33,15 @@ def test_boxes_obey_scale_and_ratio_in_true_pixels(scale: tuple[float, float], r
     assert (boxes >= 0).all()
     assert (boxes <= 1).all()
     for aspect, drawn in zip(ASPECTS, boxes, strict=True):
-        # A picture of this aspect with an area of one, in pixels of any size.
-        picture = np.array([math.sqrt(aspect), 1 / math.sqrt(aspect)])
+        # An image of this aspect with an area of one, in pixels of any size.
+        image = np.array([math.sqrt(aspect), 1 / math.sqrt(aspect)])
         for x0, y0, x1, y1 in drawn:
-            width, height = (np.array([x1 - x0, y1 - y0]) * picture).tolist()
+            width, height = (np.array([x1 - x0, y1 - y0]) * image).tolist()
             assert ratio[0] * (1 - 1e-4) <= width / height <= ratio[1] * (1 + 1e-4)
             if not scale[0] - 1e-5 <= width * height <= scale[1] + 1e-5:
                 # The fallback: the largest box of the nearest allowed ratio, in the centre.
                 nearest = min(max(aspect, ratio[0]), ratio[1])
-                largest = min(picture[0], picture[1] * nearest)
+                largest = min(image[0], image[1] * nearest)
                 assert width == pytest.approx(largest, rel=1e-4)
                 assert height == pytest.approx(largest / nearest, rel=1e-4)
                 assert (x0 + x1) / 2 == pytest.approx(0.5, abs=1e-5)
@@ -63,8 +63,8 @@ def test_boxes_are_distributed_as_torchvision_draws_them(aspect: float):
     height, width, count = 4000, round(4000 * aspect), 1500
     scale, ratio = (0.1, 0.8), (3 / 4, 4 / 3)
     torch.manual_seed(0)
-    picture = torch.zeros(1, 1, 1).expand(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(count)])
+    image = torch.zeros(1, 1, 1).expand(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)])
     y0, x0, h, w = (theirs / [height, width, height, width]).T
     boxes = random_boxes(torch.full((count,), aspect), 1, scale, ratio, seeded(1))[:, 0].numpy()
     for ours, other in (
@@ -117,7 +117,7 @@ def test_weights_of_an_output_sum_to_one(kernel: str):
     assert torch.allclose(weights.sum(-1), torch.ones(50, 6), atol=1e-5)
 
 
-def test_a_constant_picture_stays_constant():
+def test_a_constant_image_stays_constant():
     field = torch.full((1, 3, 20, 20), 0.37)
     boxes = some_boxes(30)
     views = sample(field, boxes, torch.rand(1, 30) < 0.5, 11, blur=torch.rand(1, 30) * 3)
@@ -145,14 +145,14 @@ def test_blur_is_a_gaussian_in_output_pixels():
     blurred = sample(field, boxes, None, 15, blur=sigma)[0, :, 0].double().numpy()
     assert np.abs(sharp[0] - blurred[0]).max() < 1e-6
     for before, after, s in zip(sharp[1:], blurred[1:], sigma[0, 1:].tolist(), strict=True):
-        # Weights that leave the picture are shared among the others.
+        # Weights that leave the image are shared among the others.
         options = {"mode": "constant", "truncate": 20.0}
         expected = gaussian_filter(before, s, **options) / gaussian_filter(np.ones((15, 15)), s, **options)
         assert np.abs(after - expected).max() < 1e-5
 
 
 def test_a_field_of_coordinates_returns_where_the_view_looks():
-    """Linear values come back exactly, inside of the picture and when not shrunk."""
+    """Linear values come back exactly, inside of the image and when not shrunk."""
     at = (torch.arange(32) + 0.5) / 32
     field = torch.stack((at.expand(32, 32), at[:, None].expand(32, 32)))[None]
     corners = torch.rand(40, 2, generator=seeded()) * 0.5 + 0.2

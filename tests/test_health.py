@@ -180,11 +180,11 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
 )
 def test_place_by_what_there_is(share: float, state: str) -> None:
     trained = 0.087 + share * (1 - 0.087)  # of what the untrained one leaves
-    measured = h.place([], Facts(place_share=(trained, 0.087), place_pictures=64))
-    check(measured, state, f"{100 * trained:.1f} %", "64 pictures", "8.7 % untrained", "50 %", "90 %")
+    measured = h.place([], Facts(place_share=(trained, 0.087), place_images=64))
+    check(measured, state, f"{100 * trained:.1f} %", "64 images", "8.7 % untrained", "50 %", "90 %")
     check(h.place([], Facts(place_share=(share, None))), state, f"{100 * share:.1f} %")
-    check(h.place([], Facts(place_share=(share, 0.087), place_pictures=31)), "NOT KNOWN", "31 pictures", "32")
-    check(h.place([], Facts(place_share=(0.95, 0.95), place_pictures=64)), "OK", "0.0 %")
+    check(h.place([], Facts(place_share=(share, 0.087), place_images=31)), "NOT KNOWN", "31 images", "32")
+    check(h.place([], Facts(place_share=(0.95, 0.95), place_images=64)), "OK", "0.0 %")
     logged = series("targets/std", 2.0, **{"targets/content_std": 2 * math.sqrt(1 - share)})
     check(h.place(logged, Facts(place_share=(0.0, 0.0))), state, f"{100 * share:.1f} %")
 
@@ -253,9 +253,9 @@ def test_waiting_for_data(share: float, state: str) -> None:
     check(h.loader(series("data_wait", 0.9)), "NOT KNOWN", "the start of the workers")
 
 
-def test_unreadable_pictures() -> None:
-    check(h.readable(series("bad_pictures", 0.0, 0.0)), "OK")
-    check(h.readable(series("bad_pictures", 0.0, 1.0)), "LOOK", "1 could not")
+def test_unreadable_images() -> None:
+    check(h.readable(series("bad_images", 0.0, 0.0)), "OK")
+    check(h.readable(series("bad_images", 0.0, 1.0)), "LOOK", "1 could not")
     check(h.readable(series("loss", 0.0)), "NOT KNOWN")
 
 
@@ -290,7 +290,7 @@ def test_a_good_run_has_no_complaint() -> None:
         "feature_spread": 0.9,
         "effective_rank": 30.0,
         "data_wait": 0.01,
-        "bad_pictures": 0.0,
+        "bad_images": 0.0,
     }
     lines = [{"step": 1000 * i, "epoch": i / 10, **line, "loss": 5.0 - i} for i in (1.0, 2.0, 3.0, 4.0)]
     facts = Facts("distillation", "fp32", 4000, {"token": 64}, 128, 96, 64, (), (0.2, 0.1))

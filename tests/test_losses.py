@@ -399,7 +399,7 @@ def test_koleo_is_the_loop(rows: int, width: int):
 
 @pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-5])
 def test_koleo_finds_neighbours_that_dot_products_cannot_tell(apart: float):
-    """Tokens of different pictures before training, with LayerScale: all distances alike, and tiny."""
+    """Tokens of different images before training, with LayerScale: all distances alike, and tiny."""
     features = normal(1, 32) + apart * normal(12, 32, seed=1)
     rounding = 1e-6 / apart  # of float32 features of length 1, relative to their distances
     assert koleo_loss(features).item() == pytest.approx(naive_koleo(features).item(), abs=rounding)

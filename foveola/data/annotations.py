@@ -1,6 +1,6 @@
 """Readers of object annotations: own boxes, PNG label maps, ImageNet's XML files, COCO's JSON.
 
-A reader is called as `reader(row, file, path, label)` for picture `row` of a source, `file` below its folder
+A reader is called as `reader(row, file, path, label)` for image `row` of a source, `file` below its folder
 and `path` on disk, and returns what to decode and the objects in it. Everything is kept in a few arrays
 rather than in many Python objects: forked workers share arrays, but copy the memory of every object that they
 look at.
@@ -57,7 +57,7 @@ class Packed:
 
 
 class BoxTable:
-    """Boxes (x0, y0, x1, y1) of many pictures in pixels, each with a label or -1."""
+    """Boxes (x0, y0, x1, y1) of many images in pixels, each with a label or -1."""
 
     def __init__(self, boxes: Sequence[Sequence[tuple[float, float, float, float, int]]]) -> None:
         self.ends = np.cumsum([len(some) for some in boxes], dtype=np.int64)
@@ -66,7 +66,7 @@ class BoxTable:
         self.labels = np.array([box[4] for box in flat], np.int64)
 
     def of(self, row: int) -> tuple[Float32[np.ndarray, "K 4"], Int64[np.ndarray, "K"]]:
-        """The boxes and labels of one picture."""
+        """The boxes and labels of one image."""
         part = slice(self.ends[row - 1] if row else 0, self.ends[row])
         return self.boxes[part], self.labels[part]
 
@@ -77,7 +77,7 @@ class BoxTable:
 
 
 class PixelBoxes:
-    """Reader of boxes in pixels. `size` is the (width, height) of all pictures; None: each has its own."""
+    """Reader of boxes in pixels. `size` is the (width, height) of all images; None: each has its own."""
 
     def __init__(self, table: BoxTable, size: tuple[int, int] | None = None) -> None:
         self.table, self.size = table, size
@@ -108,7 +108,7 @@ class PixelBoxes:
 
 
 class LabelMaps:
-    """Reader of PNG label maps, named like the pictures: a value per object, 0 and `ignore` for none."""
+    """Reader of PNG label maps, named like the images: a value per object, 0 and `ignore` for none."""
 
     raw = False  # whether maps are of pixels as stored, where their size does not tell
 
@@ -120,7 +120,7 @@ class LabelMaps:
         return f"ignore {self.ignore}"
 
     def path(self, file: str) -> Path:
-        """Where the label map of a picture would be."""
+        """Where the label map of an image would be."""
         return self.folder / Path(file).with_suffix(".png")
 
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
@@ -142,8 +142,8 @@ class LabelMaps:
 class XmlBoxes:
     """Reader of ILSVRC2012 XML files: `<folder>/<class>/<name>.xml` or `<folder>/<name>.xml`.
 
-    XML boxes are in pixels of the size that the XML states, which is not always the picture's. Class names in
-    the files are not to be trusted: objects get the picture's label.
+    XML boxes are in pixels of the size that the XML states, which is not always the image's. Class names in
+    the files are not to be trusted: objects get the image's label.
     """
 
     raw = False  # whether boxes are of pixels as stored, where the size does not tell
@@ -156,7 +156,7 @@ class XmlBoxes:
         return "xml"
 
     def path(self, file: str) -> Path | None:
-        """The XML file of a picture, if there is one."""
+        """The XML file of an image, if there is one."""
         name = Path(file).with_suffix(".xml")
         return next((p for p in (self.folder / name, self.folder / name.name) if p.is_file()), None)
 
@@ -275,24 +275,24 @@ def read_xml(path: Path) -> tuple[tuple[int, int], Float[np.ndarray, "K 4"]]:
 
 
 def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
-    """The values of a PNG label map (grey of 8 or 16 bits, or palette: its indices). `file` is its picture.
+    """The values of a PNG label map (grey of 8 or 16 bits, or palette: its indices). `file` is its image.
 
     Raises BadImage for a map that is missing or damaged, DataError for one with several channels.
     """
     place = where if isinstance(where, Path) else "in the data set"
     try:
         data = where.read_bytes() if isinstance(where, Path) else where
-        picture = open_image(data)
+        image = open_image(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata and size
-            values = np.asarray(picture)
+            values = np.asarray(image)
     except (BadImage, *DAMAGED) as error:
         raise BadImage(f"{file}: its label map {place} cannot be read ({error})") from error
-    values = turn(values, orientation_of(picture))
+    values = turn(values, orientation_of(image))
     if values.dtype.kind == "b":  # a PNG of one bit
         values = values.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "iu":
-        raise DataError(f"{place}: a label map has one channel (grey or palette), this one is {picture.mode}")
+        raise DataError(f"{place}: a label map has one channel (grey or palette), this one is {image.mode}")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Any picture file to RGB pixels the right way up, and pixels to the canvas.
+"""Any image file to RGB pixels the right way up, and pixels to the canvas.
 
 Ordinary JPEGs go through simplejpeg (libjpeg-turbo, strict: a damaged file is an error, not a grey area), the
 rest through PIL; the file's header decides which, so that nothing is tried twice.
@@ -21,7 +21,7 @@ from foveola.data.depth import CONTAINER, is_dark, is_deep, states_range, to_byt
 from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
 from foveola.data.sample import BadImage, DataError, ImageFile, Reading
 
-MIN_SIDE = 8  # pixels; smaller pictures are tracking pixels, icons and broken exports
+MIN_SIDE = 8  # pixels; smaller images are tracking pixels, icons and broken exports
 MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 FEW = 16  # stray bytes before the end of a JPEG that are no sign of damage
@@ -44,7 +44,7 @@ class Scratch:
 def decode(
     image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"], scratch: Scratch | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of a picture: a path, the bytes of a file, or pixels (returned as they are).
+    """RGB pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
 
     EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8, from the range
     of an `ImageFile` or from all of them; transparent parts are laid on white; of an animation the first
@@ -83,11 +83,11 @@ def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3
     """
     if not pixels.flags.writeable:  # torch warns about memory that it could write to by mistake
         pixels = pixels.copy()
-    picture = torch.from_numpy(pixels).permute(2, 0, 1)
-    height, width = (min(side, size) for side in picture.shape[1:])
-    if picture.shape[1:] == (height, width):
-        return picture
-    return torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    height, width = (min(side, size) for side in image.shape[1:])
+    if image.shape[1:] == (height, width):
+        return image
+    return torch.nn.functional.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def _decode_jpeg(
@@ -117,16 +117,16 @@ def _is_padded(data: bytes, complaint: str) -> bool:
 
 
 def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
-    picture = open_image(data)
+    image = open_image(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
-            check_pages(picture, reading.first_page)
-            if is_deep(picture) and (reading.low is not None or picture.mode == "F"):
+            check_pages(image, reading.first_page)
+            if is_deep(image) and (reading.low is not None or image.mode == "F"):
                 values = values_of(data)
-                picture.load()
-                return turn(_scaled(values, reading), orientation_of(picture))
-            return _upright(picture, reading)
+                image.load()
+                return turn(_scaled(values, reading), orientation_of(image))
+            return _upright(image, reading)
     except DAMAGED as error:
         raise BadImage(reason(data, error)) from error
 
@@ -193,10 +193,10 @@ def _warn_of_dark() -> None:
     )
 
 
-def _upright(picture: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _upright(image: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of an image that PIL has opened. Raises as PIL does."""
-    picture.load()
-    return turn(_to_rgb(picture, reading), orientation_of(picture))
+    image.load()
+    return turn(_to_rgb(image, reading), orientation_of(image))
 
 
 def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
@@ -210,11 +210,11 @@ def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H
     return pixels
 
 
-def _to_rgb(picture: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
-    if picture.mode.startswith("I") or picture.mode == "F":  # PIL would clip to 255 rather than scale
-        return np.repeat(to_bytes(np.asarray(picture), reading)[:, :, None], 3, axis=2)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return np.array(Image.alpha_composite(white, picture).convert("RGB"))
-    return np.array(picture.convert("RGB"))
+def _to_rgb(image: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip to 255 rather than scale
+        return np.repeat(to_bytes(np.asarray(image), reading)[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    return np.array(image.convert("RGB"))

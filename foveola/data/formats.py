@@ -60,7 +60,7 @@ def reason(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        return _unknown_tiff(data) or "not a picture of a known kind"
+        return _unknown_tiff(data) or "not an image of a known kind"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

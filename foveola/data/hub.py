@@ -16,8 +16,8 @@ from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
 
 
-class HubPictures:
-    """Rows of a split: a column of pictures, perhaps one of classes. Rows are read when asked for."""
+class HubImages:
+    """Rows of a split: a column of images, perhaps one of classes. Rows are read when asked for."""
 
     def __init__(self, name: str, dataset: Any, image: str, label: str | None) -> None:
         from datasets import Image
@@ -64,7 +64,7 @@ class HubPictures:
     def _file(self, row: int, column: str) -> Path | bytes:
         cell = self.dataset[row][column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise BadImage(f"row {row}: no picture in column {column}")
+            raise BadImage(f"row {row}: no image in column {column}")
         return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
     def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
@@ -90,7 +90,7 @@ class HubPictures:
         return found
 
 
-class HubPixels(HubPictures):
+class HubPixels(HubImages):
     """Rows with a column of label maps."""
 
     def __init__(
@@ -105,7 +105,7 @@ class HubPixels(HubPictures):
         self.values = values
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of a picture. Raises BadImage and DataError."""
+        """Classes of the pixels of an image. Raises BadImage and DataError."""
         row = int(self.rows[index])
         where = f"{self.name}, row {row}"
         labels = to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
@@ -138,7 +138,7 @@ def open_hub(
     ignore: int | None = None,
     values: tuple[int, ...] | None = None,
     absent: bool = False,
-) -> HubPictures:
+) -> HubImages:
     """A split of a data set. Columns are found by their kind where only one fits; `label=` none: `label=-`.
 
     `pixels` is a column of label maps with `classes`, `ignore`, `values` and `absent` as of `masks:`.
@@ -156,12 +156,12 @@ def open_hub(
             check_present(name, source.label_map, len(source), source.classes or ())
         return source
     if label == "-" or (label is None and "ClassLabel" not in kinds.values()):
-        return HubPictures(name, dataset, image, None)
+        return HubImages(name, dataset, image, None)
     if label is None:
         label = _column(place, kinds, None, "ClassLabel", "label")
     elif label not in kinds:
         raise DataError(_no_column(place, label, kinds))
-    return HubPictures(name, dataset, image, label)
+    return HubImages(name, dataset, image, label)
 
 
 def _load(place: str, split: str, config: str | None) -> Any:

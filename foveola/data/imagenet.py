@@ -1,4 +1,4 @@
-"""Test sets for classifiers of ImageNet-1k (v2, A, ReaL, ObjectNet), and pictures that a list names.
+"""Test sets for classifiers of ImageNet-1k (v2, A, ReaL, ObjectNet), and images that a list names.
 
 The `classes` of the test sets are ImageNet's 1000 wnids, so that labels match those of `imagenet:` by name.
 What a plain label cannot say is in two more attributes: `answers(index)`, all labels that count as right, and
@@ -16,19 +16,19 @@ from jaxtyping import Int64
 from foveola.data.annotations import read_json
 from foveola.data.decode import decode
 from foveola.data.identity import Identity
-from foveola.data.layouts import Pictures, open_imagenet
-from foveola.data.listing import check_inside, check_listed, find_pictures, misfit, printable
+from foveola.data.layouts import ImageFiles, open_imagenet
+from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import read_names
 
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
 
 
-class Variant(Pictures):
-    """Pictures with one or more right answers among ImageNet's classes."""
+class Variant(ImageFiles):
+    """Images with one or more right answers among ImageNet's classes."""
 
     candidates: tuple[int, ...] | None = None  # classes that may be predicted; None: all
-    border = 0  # pixels of frame around a picture, cut off
+    border = 0  # pixels of frame around an image, cut off
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Variant(Pictures):
         return Identity.of(plain.contents, plain.digest, right, self.candidates, self.border)
 
     def answers(self, index: int) -> Int64[np.ndarray, "a"]:
-        """All labels that count as right for a picture; the first is the sample's label."""
+        """All labels that count as right for an image; the first is the sample's label."""
         row = int(self.rows[index])
         return self.flat[self.ends[row - 1] if row else 0 : self.ends[row]]
 
@@ -75,7 +75,7 @@ def wnids() -> list[str]:
 
 def open_imagenet_v2(name: str, root: Path) -> Variant:
     """ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10, 100)."""
-    files, notes = find_pictures(root)
+    files, notes = find_images(root)
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if not folder.isdecimal() or int(folder) > 999]
     if wrong:
@@ -87,7 +87,7 @@ def open_imagenet_v2(name: str, root: Path) -> Variant:
 
 def open_imagenet_a(name: str, root: Path) -> Variant:
     """ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are candidates."""
-    (files, notes), classes = find_pictures(root), wnids()
+    (files, notes), classes = find_images(root), wnids()
     index = {wnid: number for number, wnid in enumerate(classes)}
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if folder not in index]
@@ -99,18 +99,18 @@ def open_imagenet_a(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Variant:
-    """ImageNet's validation pictures with ReaL's label lists; pictures with an empty list are left out."""
+    """ImageNet's validation images with ReaL's label lists; images with an empty list are left out."""
     if labels is None:
         raise DataError("imagenet-real: needs labels=, as in imagenet-real:/imagenet?labels=/real.json")
     lists = read_json(labels)
     if not isinstance(lists, list) or not all(isinstance(some, list) for some in lists):
         raise DataError(
-            f"{labels}: must be a list of lists of class numbers, in order of the validation pictures"
+            f"{labels}: must be a list of lists of class numbers, in order of the validation images"
         )
-    pictures = open_imagenet(name, root, "test")
+    images = open_imagenet(name, root, "test")
     files, answers = [], []
-    for row in range(len(pictures)):
-        file = pictures[row].name
+    for row in range(len(images)):
+        file = images[row].name
         number = Path(file).stem.rsplit("_", 1)[-1]  # ILSVRC2012_val_00000001
         if not number.isdecimal() or not 0 < int(number) <= len(lists):
             raise DataError(f"{labels}: {len(lists)} lists, and none for {file} (its number is its place)")
@@ -119,8 +119,8 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
             answers.append([int(label) for label in some])
     if not files or not all(0 <= label < 1000 for some in answers for label in some):
         raise DataError(f"{labels}: needs class numbers from 0 to 999")
-    source = Variant(name, pictures.root, files, answers, wnids())
-    source.notes = pictures.notes
+    source = Variant(name, images.root, files, answers, wnids())
+    source.notes = images.notes
     return source
 
 
@@ -134,7 +134,7 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     known = _table(tables / "objectnet_to_imagenet_1k.json")
     answers_of = {label: _numbers(tables, words) for label, words in known.items()}
     files, answers = [], []
-    found = find_pictures(base / "images")
+    found = find_images(base / "images")
     for file in found.files:
         folder = file.split("/", 1)[0]
         if folder not in label_of:
@@ -176,11 +176,11 @@ def _numbers(tables: Path, words: str) -> list[int]:
 # -- lists --------------------------------------------------------------------------------------------------
 
 
-def open_listed(name: str, root: Path, files: Path | None = None, classes: str | None = None) -> Pictures:
-    """Pictures that a list names, a line each: `path label` (Places205), or `path` in class folders (SUN397).
+def open_listed(name: str, root: Path, files: Path | None = None, classes: str | None = None) -> ImageFiles:
+    """Images that a list names, a line each: `path label` (Places205), or `path` in class folders (SUN397).
 
     Fields are apart by a comma, a tab, or the last space. Labels are numbers from 0, or names. Without
-    labels the class is the folder of the picture, however deep. `classes` is a file of class names, in order.
+    labels the class is the folder of the image, however deep. `classes` is a file of class names, in order.
     """
     if files is None:
         raise DataError("listed: needs files=, as in listed:/images?files=/train.csv")
@@ -189,7 +189,7 @@ def open_listed(name: str, root: Path, files: Path | None = None, classes: str |
         raise DataError(f"{files}: every line is `path label`, or every line is `path`; and there is a line")
     paths = [row[0].lstrip("/") for row in rows]
     check_inside(files, paths)
-    check_listed(root, paths, "listed pictures")
+    check_listed(root, paths, "listed images")
     words = [row[1] for row in rows] if len(rows[0]) > 1 else [path.rpartition("/")[0] for path in paths]
     names = None if classes is None else read_names(Path(classes).expanduser())
     if all(word.isdecimal() for word in words):
@@ -204,7 +204,7 @@ def open_listed(name: str, root: Path, files: Path | None = None, classes: str |
         if unknown:
             raise DataError(f"{files}: class {unknown[0]!r} is not in {classes}")
         labels = [index[word.strip("/")] for word in words]
-    return Pictures(name, root, paths, labels, names)
+    return ImageFiles(name, root, paths, labels, names)
 
 
 def _fields(line: str) -> list[str]:

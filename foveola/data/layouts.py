@@ -1,4 +1,4 @@
-"""How data sets lie on disk: class folders, Tiny ImageNet, ImageNet, COCO. An opener returns `Pictures`."""
+"""How data sets lie on disk: class folders, Tiny ImageNet, ImageNet, COCO. An opener returns `Images`."""
 
 import csv
 import os
@@ -23,15 +23,15 @@ from foveola.data.annotations import (
 from foveola.data.coco import check_size
 from foveola.data.halves import held_out
 from foveola.data.identity import Identity, hash_files
-from foveola.data.listing import check_inside, check_listed, find_pictures, misfit, printable
+from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
 from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
 from foveola.data.tables import read_boxes
 
-PROBES = 500  # pictures looked at to see whether a folder of annotations belongs to them
+PROBES = 500  # images looked at to see whether a folder of annotations belongs to them
 
 
-class Pictures:
-    """Picture files below a folder. `labels` are -1 where unknown; `reader` finds a picture's objects."""
+class ImageFiles:
+    """Image files below a folder. `labels` are -1 where unknown; `reader` finds an image's objects."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Pictures:
         return None
 
     def with_objects(self) -> int | None:
-        """How many pictures have an annotated object; None where the file of each would have to be read."""
+        """How many images have an annotated object; None where the file of each would have to be read."""
         table = getattr(self.reader, "table", None)
         if table is None:
             return None
@@ -149,15 +149,15 @@ class Pictures:
         self.keep(np.flatnonzero(held if half == "test" else ~held))
 
     def limit(self, count: int, seed: int) -> None:
-        """Keep `count` pictures, drawn evenly from all, in their order."""
+        """Keep `count` images, drawn evenly from all, in their order."""
         self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
 
 def open_folder(
     name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
-) -> Pictures:
-    """Pictures below a folder: class subfolders make labels; own boxes or label maps make objects."""
-    files, notes = find_pictures(root, without=masks)
+) -> ImageFiles:
+    """Images below a folder: class subfolders make labels; own boxes or label maps make objects."""
+    files, notes = find_images(root, without=masks)
     tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     folders = {top for top in tops if top is not None}
     if boxes is not None and masks is not None:
@@ -176,7 +176,7 @@ def open_folder(
         reader = maps = LabelMaps(masks, ignore)
         _probe(files, masks, lambda file: maps.path(file).is_file())
     labels = [-1 if top is None else index[top] for top in tops]
-    source = Pictures(name, root, files, labels, classes or None, reader)
+    source = ImageFiles(name, root, files, labels, classes or None, reader)
     source.notes = notes
     return source
 
@@ -188,7 +188,7 @@ def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
     return (f"{where}: objects in {annotated:,} of {images:,} images; each of the others counts as one",)
 
 
-def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
+def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
     """Tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
     words = _read_table(root, "words.txt", 2) if (root / "words.txt").is_file() else []
     wnids = sorted(row[0] for row in _read_table(root, "wnids.txt", 1))
@@ -205,11 +205,11 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
             (f"val/images/{row[0]}", *row[1:6]) for row in _read_table(root, "val/val_annotations.txt", 6)
         ]
     folders = sorted({row[0].rsplit("/", 1)[0] for row in listed})
-    present = {f"{folder}/{name}" for folder in folders for name in find_pictures(root / folder).files}
+    present = {f"{folder}/{name}" for folder in folders for name in find_images(root / folder).files}
     listed = sorted(row for row in listed if row[0] in present)  # subsets often keep the full lists
     if len(listed) < len(present):
         nameless = min(present - {row[0] for row in listed})
-        raise DataError(f"{root}: {len(present) - len(listed)} pictures are not listed, such as {nameless}")
+        raise DataError(f"{root}: {len(present) - len(listed)} images are not listed, such as {nameless}")
     files, labels, boxes = [], [], []
     for file, wnid, *corners in listed:
         if wnid not in index or not all(corner.isdecimal() for corner in corners):
@@ -221,17 +221,17 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> Pictures:
         boxes.append([(x0, y0, x1 + 1, y1 + 1, index[wnid])] if x1 > x0 and y1 > y0 else [])
     names = {row[0]: row[1].split(",")[0] for row in words}
     classes = [f"{wnid} {names[wnid]}" if wnid in names else wnid for wnid in wnids]
-    return Pictures(name, root, files, labels, classes, PixelBoxes(BoxTable(boxes), (64, 64)))
+    return ImageFiles(name, root, files, labels, classes, PixelBoxes(BoxTable(boxes), (64, 64)))
 
 
-def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> Pictures:
+def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> ImageFiles:
     """ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
     half = "train" if split == "train" else "val"
     places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
     base = next((place for place in places if place.is_dir()), None)
     if base is None:
         raise misfit("imagenet", f"no folder {half} in {root}")
-    files, notes = find_pictures(base)
+    files, notes = find_images(base)
     nested = "/" in files[0]
     wnids = [file.split("/", 1)[0] for file in files] if nested else _flat_labels(root, base, files)
     classes = sorted(set(wnids))
@@ -241,13 +241,13 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
         inner = [boxes / half, boxes / "Annotations" / "CLS-LOC" / half]
         reader = xml = XmlBoxes(next((place for place in inner if place.is_dir()), boxes))
         _probe(files, xml.folder, lambda file: xml.path(file) is not None)
-    source = Pictures(name, base, files, [index[wnid] for wnid in wnids], classes, reader)
+    source = ImageFiles(name, base, files, [index[wnid] for wnid in wnids], classes, reader)
     source.notes = notes
     return source
 
 
 def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
-    """Classes of pictures without class folders, from Kaggle's LOC_val_solution.csv (ImageId, classes)."""
+    """Classes of images without class folders, from Kaggle's LOC_val_solution.csv (ImageId, classes)."""
     places = [folder / "LOC_val_solution.csv" for folder in (root, base.parent)]
     table = next((place for place in places if place.is_file()), None)
     if table is None:
@@ -258,13 +258,11 @@ def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
         classes = {row[0]: row[1].split(" ", 1)[0] for row in csv.reader(file) if len(row) > 1}
     unknown = [file for file in files if Path(file).stem not in classes]
     if unknown:
-        raise DataError(
-            f"{table}: says nothing about {len(unknown)} pictures of {base}, such as {unknown[0]}"
-        )
+        raise DataError(f"{table}: says nothing about {len(unknown)} images of {base}, such as {unknown[0]}")
     return [classes[Path(file).stem] for file in files]
 
 
-def open_coco(name: str, root: Path, annotations: Path | None = None) -> Pictures:
+def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFiles:
     """COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
@@ -273,21 +271,21 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
         if not isinstance(tree, dict) or not isinstance(tree.get(part), list):
             raise DataError(f"{annotations}: has no list {part!r}; is it an instances file of COCO?")
     if not tree["images"]:
-        raise DataError(f"{annotations}: lists no pictures")
+        raise DataError(f"{annotations}: lists no images")
     try:
         images = sorted(tree["images"], key=lambda image: image["id"])
         row_of = {image["id"]: row for row, image in enumerate(images)}
         categories = sorted(tree["categories"], key=lambda category: category["id"])
         label_of = {category["id"]: label for label, category in enumerate(categories)}
-        per_picture: list[list[dict]] = [[] for _ in images]
+        per_image: list[list[dict]] = [[] for _ in images]
         for annotation in tree["annotations"]:
             if not annotation.get("iscrowd"):  # crowds are areas, not objects
-                per_picture[row_of[annotation["image_id"]]].append(annotation)
+                per_image[row_of[annotation["image_id"]]].append(annotation)
         for image in images:
             check_size(image)
         sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
         files = [image["file_name"] for image in images]
-        reader = CocoObjects(sizes, per_picture, label_of)
+        reader = CocoObjects(sizes, per_image, label_of)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
@@ -297,8 +295,8 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
     check_inside(annotations, files)
     check_listed(root, files)
     classes = [category["name"] for category in categories]
-    source = Pictures(name, root, files, None, classes, reader)
-    source.notes = _few_objects(annotations, sum(map(bool, per_picture)), len(files))
+    source = ImageFiles(name, root, files, None, classes, reader)
+    source.notes = _few_objects(annotations, sum(map(bool, per_image)), len(files))
     return source
 
 
@@ -307,13 +305,13 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> Picture
 
 def _probe(files: list[str], folder: Path, has: Callable[[str], bool]) -> None:
     if not any(has(file) for file in files[:: max(len(files) // PROBES, 1)]):
-        raise DataError(f"{folder}: no annotation there belongs to any of the pictures, such as {files[0]}")
+        raise DataError(f"{folder}: no annotation there belongs to any of the images, such as {files[0]}")
 
 
 def _match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
-    """Which of the picture `files` each name in an annotation file means: by path, or by unique file name.
+    """Which of the image `files` each name in an annotation file means: by path, or by unique file name.
 
-    Raises DataError for names that no picture has.
+    Raises DataError for names that no image has.
     """
     by_path = {file: row for row, file in enumerate(files)}
     by_name: dict[str, int] = {}
@@ -329,7 +327,7 @@ def _match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dic
     if missing:
         near = nearest(missing[0], [*by_path, *by_name][:100000])
         raise DataError(
-            f"{where}: {len(missing)} of {len(rows)} pictures that it names are missing, such as {missing[0]}"
+            f"{where}: {len(missing)} of {len(rows)} images that it names are missing, such as {missing[0]}"
             + (f"; did you mean {near}?" if near else "")
         )
     return rows

@@ -33,7 +33,7 @@ class Found(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_pictures(root: Path, without: Path | None = None) -> Found:
+def find_images(root: Path, without: Path | None = None) -> Found:
     """All image files below a folder, by extension; hidden ones and the folder `without` are left out.
 
     Links are followed. Each folder is read once, by its own path rather than by that of a link, so that a
@@ -103,7 +103,7 @@ def _named(others: Counter[str]) -> str:
     return ", ".join(named) + (f" and {len(others) - NAMED} more kinds" if len(others) > NAMED else "")
 
 
-def check_listed(root: Path, files: Sequence[str], what: str = "annotated pictures") -> None:
+def check_listed(root: Path, files: Sequence[str], what: str = "annotated images") -> None:
     """Every listed file is there. One look into each folder: a million separate questions take minutes."""
     present: dict[str, set[str]] = {}
     missing = []
@@ -124,7 +124,7 @@ def check_inside(where: Path, files: Sequence[str]) -> None:
     for file in files:
         path = posixpath.normpath(file.replace("\\", "/"))
         if path.startswith(("/", "../")) or path in (".", "..") or "\0" in path:
-            raise DataError(f"{where}: names {printable(file)!r}, which is not below the folder of pictures")
+            raise DataError(f"{where}: names {printable(file)!r}, which is not below the folder of images")
 
 
 def printable(text: str) -> str:

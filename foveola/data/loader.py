@@ -32,7 +32,7 @@ from foveola.data.sources import Source
 from foveola.failures import explain
 
 ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart
-STAND_INS = 20  # pictures tried in place of a bad one
+STAND_INS = 20  # images tried in place of a bad one
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before reading again, where nothing at all could be read
 BEYOND_DOUBT = 4.0  # standard deviations: a run asks thousands of times whether too many are bad
 
@@ -41,23 +41,23 @@ Read = tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]  # index in the source, wh
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How pictures become batches of canvases."""
+    """How images become batches of canvases."""
 
     canvas: int = key(
         512,
-        "pixels a side of the square that holds a picture; a longer side is shrunk to it",
+        "pixels a side of the square that holds an image; a longer side is shrunk to it",
         at_least=8,
         at_most=2**13,
     )
     mask_canvas: int = key(
         128, "pixels a side of the square that object masks are drawn on", at_least=8, at_most=2**13
     )
-    objects_per_image: int = key(1, "objects drawn from each picture", at_least=1, at_most=1000)
+    objects_per_image: int = key(1, "objects drawn from each image", at_least=1, at_most=1000)
     choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
     workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(
-        0.01, "share of unreadable pictures above which, beyond doubt, to stop", at_least=0, at_most=1
+        0.01, "share of unreadable images above which, beyond doubt, to stop", at_least=0, at_most=1
     )
     start: Literal["auto", "fork", "forkserver", "spawn"] = key(
         "auto",
@@ -78,7 +78,7 @@ class Loader:
     """Endless batches of a source, from `start_step` on. `batch_size` is that of one rank.
 
     An epoch is `steps_per_epoch` batches of all ranks, in whole groups of `accumulate`, which train together;
-    what does not fill the last group is left out (others each epoch). A bad picture is replaced by another,
+    what does not fill the last group is left out (others each epoch). A bad image is replaced by another,
     counted in `bad_count` of `seen`, and named in `bad_names` (reason included); `judge` says whether there
     are too many. `wait_seconds` is how long the last batch kept the caller waiting. What happens to the
     reading is said through `asker`; iteration ends when it says stop while batches are waited for.
@@ -104,9 +104,9 @@ class Loader:
         if not self.steps_per_epoch:
             whole = accumulate * batch_size * world_size
             raise DataError(
-                f"{source.name}: {len(source)} pictures do not fill one batch of {whole}"
+                f"{source.name}: {len(source)} images do not fill one batch of {whole}"
                 + (f" ({world_size} processes x {batch_size})" if world_size > 1 else "")
-                + "; use a smaller batch size or more pictures"
+                + "; use a smaller batch size or more images"
             )
         self.source, self.config, self.device = source, config, torch.device(device)
         self.asker = asker or Asker()
@@ -137,9 +137,9 @@ class Loader:
             batches.close()
 
     def judge(self, bad: int, seen: int, different: int = 0) -> str:
-        """Why to stop, given `bad` of `seen` pictures of all ranks and `different` ones among them; or "".
+        """Why to stop, given `bad` of `seen` images of all ranks and `different` ones among them; or "".
 
-        The share among all is above `max_bad` when more different pictures are bad than it allows, which is
+        The share among all is above `max_bad` when more different images are bad than it allows, which is
         certain, or when the lower end of Wilson's interval of the share in those seen is above it.
         """
         limit = self.config.max_bad
@@ -151,7 +151,7 @@ class Loader:
             return ""
         example = f"; such as {min(self.bad_names)}" if self.bad_names else ""
         return (
-            f"{self.source.name}: {what} pictures cannot be read, "
+            f"{self.source.name}: {what} images cannot be read, "
             f"more than loader.max_bad={limit:g} allows{example}"
         )
 
@@ -210,7 +210,7 @@ class _Steps(Sampler[int]):
 
 
 class _Batches(Dataset):
-    """Step -> the batch of this rank, and the names of its bad pictures. Picklable, stateless.
+    """Step -> the batch of this rank, and the names of its bad images. Picklable, stateless.
 
     An error of the data or the machine is returned: raised in a worker, its message would be buried in a
     traceback.
@@ -294,7 +294,7 @@ class _Batches(Dataset):
         return batch, bad
 
     def _read(self, epoch: int, index: int, scratch: Scratch, bad: list[str]) -> Read:
-        """A picture, or its stand-in: drawn from (seed, epoch, index), so always the same.
+        """An image, or its stand-in: drawn from (seed, epoch, index), so always the same.
 
         Where nothing can be read because the system says so (a disk or network that is away), all of it is
         tried again after a pause, so that what was away for a moment changes nothing.
@@ -312,7 +312,7 @@ class _Batches(Dataset):
             if pause is None or not of_system:
                 break
             time.sleep(pause)
-        raise DataError(f"{self.source.name}: {STAND_INS} pictures cannot be read, such as {[*failed][-1]}")
+        raise DataError(f"{self.source.name}: {STAND_INS} images cannot be read, such as {[*failed][-1]}")
 
     def _first_of(self, epoch: int, index: int, scratch: Scratch, failed: dict[str, bool]) -> Read | None:
         if (found := self._try(index, scratch, failed)) is not None:
@@ -325,7 +325,7 @@ class _Batches(Dataset):
         return None
 
     def _try(self, index: int, scratch: Scratch, failed: dict[str, bool]) -> Read | None:
-        name = f"picture {index}"
+        name = f"image {index}"
         try:
             sample = self.source[index]
             name = sample.name
@@ -351,7 +351,7 @@ def _draw_objects(
 
 
 def _trim(images: UInt8[Tensor, "B 3 S S"], extents: Int64[Tensor, "B 2"]) -> UInt8[Tensor, "B 3 R C"]:
-    """Without the rows and columns that no picture of the batch reaches."""
+    """Without the rows and columns that no image of the batch reaches."""
     rows, columns = extents.amax(dim=0).tolist()
     return images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""Sample, Objects and Canvases: a picture as read, its objects, and a batch as the loader gives it."""
+"""Sample, Objects and Canvases: an image as read, its objects, and a batch as the loader gives it."""
 
 import re
 import warnings
@@ -25,15 +25,15 @@ class DataError(UserError):
 
 
 class BadImage(DataError):  # noqa: N818 (the word for it in the design)
-    """A picture that cannot be read; the message is the reason alone, as whoever asked knows the name."""
+    """An image that cannot be read; the message is the reason alone, as whoever asked knows the name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """The K >= 1 annotated objects of one picture. Where none is left, `Sample.objects` is None.
+    """The K >= 1 annotated objects of one image. Where none is left, `Sample.objects` is None.
 
     `boxes` are (x0, y0, x1, y1) in the unit square, clipped, of positive area. `areas` are shares of the
-    picture: of the mask, or of the box where there is none. `labels` are class indices. `masks` holds per
+    image: of the mask, or of the box where there is none. `labels` are class indices. `masks` holds per
     object None (the box is the mask), a bool array [H, W], a COCO RLE ({"size": [h, w], "counts": ...}) or
     polygons ({"size": [h, w], "polygons": [[x, y, x, y, ...], ...]} in pixels); None stands for boxes alone.
     """
@@ -54,9 +54,9 @@ class Objects:
         masks: Sequence[Any] | None = None,
         areas: Float[np.ndarray, "K"] | None = None,
     ) -> "Objects | None":
-        """Objects from boxes in units of the picture, corners in any order. Clips; drops what has no area.
+        """Objects from boxes in units of the image, corners in any order. Clips; drops what has no area.
 
-        Returns None when nothing is left. `areas` (shares of the picture) defaults to the boxes' areas.
+        Returns None when nothing is left. `areas` (shares of the image) defaults to the boxes' areas.
         """
         corners = boxes.reshape(-1, 2, 2)
         corners = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, 1).astype(np.float32)
@@ -94,7 +94,7 @@ class Objects:
     def choose(self, rng: np.random.Generator, count: int, by: Choice) -> Int64[np.ndarray, "count"]:
         """Draw `count` objects, none twice before all were drawn once.
 
-        "area": with a probability proportional to the area in the whole picture (ODIS, section 3: large
+        "area": with a probability proportional to the area in the whole image (ODIS, section 3: large
         objects are seen more often); "uniform"; "largest": always the largest first.
         """
         if by == "largest":
@@ -143,7 +143,7 @@ class ImageFile:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture as a source knows it: where its pixels are, its objects (None: not annotated), class."""
+    """An image as a source knows it: where its pixels are, its objects (None: not annotated), class."""
 
     image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"]
     name: str
@@ -153,13 +153,13 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Canvases:
-    """A batch as the loader gives it. M objects per picture; unknown labels are -1.
+    """A batch as the loader gives it. M objects per image; unknown labels are -1.
 
     `images` are RGB, each in the upper left of a canvas of R x C pixels; `extents` are the rows and columns
-    that it fills, which stand for the unit square, and `aspects` is width / height of the true pictures.
+    that it fills, which stand for the unit square, and `aspects` is width / height of the true images.
     `object_masks` are coverage times 255 on a square that the unit square fills. Where `whole` is true the
-    object is the whole picture (no annotation) and its mask is all 255. `indices` are positions in the
-    source. `skipped` counts bad pictures that were replaced.
+    object is the whole image (no annotation) and its mask is all 255. `indices` are positions in the
+    source. `skipped` counts bad images that were replaced.
     """
 
     images: UInt8[Tensor, "B 3 R C"]
@@ -189,7 +189,7 @@ class Canvases:
 
 
 def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
-    """Any kind of mask that `Objects.masks` may hold, as pixels of the picture it was drawn on."""
+    """Any kind of mask that `Objects.masks` may hold, as pixels of the image it was drawn on."""
     if isinstance(mask, np.ndarray):
         return mask
     from pycocotools import mask as coco

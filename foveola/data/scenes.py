@@ -1,7 +1,7 @@
 """The built-in dataset: cluttered scenes of real product photos, with exact masks, classes and identities.
 
 A scene is a textured background with a few products of Fashion-MNIST on it: tinted, scaled, mirrored,
-overlapping and partly outside the picture. It is a function of (seed, split, index) alone. Colours, places,
+overlapping and partly outside the image. It is a function of (seed, split, index) alone. Colours, places,
 sizes and backgrounds are drawn without a look at the class, so that only the shape and texture of a product
 tell what it is. Products of the test split never appear in the training split.
 """
@@ -32,8 +32,8 @@ CLASSES = (
 )
 VERSION = 1  # of the drawing: raise it with any change that changes a pixel
 STOCK = 28  # pixels a side of a product photo
-SCALES = (0.35, 0.8)  # side of a product's frame in the picture's; products fill 10 % to 95 % of their frame
-OUTSIDE = 0.2  # at most this share of a product's width and height lies outside the picture
+SCALES = (0.35, 0.8)  # side of a product's frame in the image's; products fill 10 % to 95 % of their frame
+OUTSIDE = 0.2  # at most this share of a product's width and height lies outside the image
 MIN_VISIBLE = 0.25  # an object of which less is seen is not placed; share of its whole silhouette
 MIN_PIXELS = 8
 MOST = 100_000_000  # scenes: an epoch draws an order of all
@@ -58,7 +58,7 @@ class Stock:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A product at (top, left), perhaps partly outside the picture; grey is multiplied by opacity."""
+    """A product at (top, left), perhaps partly outside the image; grey is multiplied by opacity."""
 
     item: int
     top: int
@@ -239,7 +239,7 @@ def _start(size: int, extent: int, at: float) -> int:
 def _window(
     size: int, top: int, left: int, shape: tuple[int, ...]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The part of the picture that a product's window covers, and the same part within the window."""
+    """The part of the image that a product's window covers, and the same part within the window."""
     rows = slice(max(top, 0), min(top + shape[0], size))
     columns = slice(max(left, 0), min(left + shape[1], size))
     inside = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
@@ -283,7 +283,7 @@ def _colours(
 
 
 def background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "3 S S"]:
-    """A texture between two colours: clouds of two sizes, and on most pictures stripes or checks."""
+    """A texture between two colours: clouds of two sizes, and on most images stripes or checks."""
     pattern = rng.uniform(0.1, 0.5) * _clouds(rng, size, 2, 6) + rng.uniform(0, 0.3) * _clouds(
         rng, size, 6, 20
     )
@@ -305,7 +305,7 @@ def _clouds(rng: np.random.Generator, size: int, low: int, high: int) -> Plane:
 
 
 def _stripes(rng: np.random.Generator, size: int) -> Plane:
-    """Waves from -1 to 1 in any direction, 2 to 12 across the picture, from soft to hard-edged."""
+    """Waves from -1 to 1 in any direction, 2 to 12 across the image, from soft to hard-edged."""
     angle, waves, phase = rng.uniform(0, np.pi), rng.uniform(2, 12), rng.uniform(0, 2 * np.pi)
     at = np.linspace(0, 2 * np.pi * waves, size)
     turn = np.sin(at[:, None] * np.sin(angle) + at * np.cos(angle) + phase)

@@ -1,4 +1,4 @@
-"""Pictures with a class for every pixel: VOC, ADE20K, Cityscapes, COCO-Stuff, CamVid, and own label maps.
+"""Images with a class for every pixel: VOC, ADE20K, Cityscapes, COCO-Stuff, CamVid, and own label maps.
 
 A label map is read when it is asked for (`source.label_map(index)`): uint8 [H, W] of class indices from 0, as
 in `source.classes`, and IGNORE where a pixel has no class. What a data set means by its values is settled
@@ -15,8 +15,8 @@ from jaxtyping import Integer, UInt8
 
 from foveola.data.annotations import Packed, read_values, size_of
 from foveola.data.fit import upright_map
-from foveola.data.layouts import Pictures
-from foveola.data.listing import check_listed, find_pictures, misfit, printable
+from foveola.data.layouts import ImageFiles
+from foveola.data.listing import check_listed, find_images, misfit, printable
 from foveola.data.sample import DataError, Sample
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
@@ -48,12 +48,12 @@ class PixelSource(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
     def label_map(self, index: int, /) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of a picture; IGNORE for none. Raises BadImage and DataError."""
+        """Classes of the pixels of an image; IGNORE for none. Raises BadImage and DataError."""
         ...
 
 
-class LabelledPictures(Pictures):
-    """Picture files with a label map each. `values[v]` is the class of the value v of the maps on disk."""
+class LabelledImages(ImageFiles):
+    """Image files with a label map each. `values[v]` is the class of the value v of the maps on disk."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class LabelledPictures(Pictures):
         self.maps = Packed(os.fsencode(file) for _, file in pairs)
         self.values = values
         if official is not None and len(pairs) != official:
-            self.notes = (f"{name} has {len(pairs)} pictures, the official set {official}",)
+            self.notes = (f"{name} has {len(pairs)} images, the official set {official}",)
         self.annotations = f"pixels {values.tobytes().hex()}"
 
     def beside(self, row: int) -> str:
@@ -79,7 +79,7 @@ class LabelledPictures(Pictures):
         return os.fsdecode(self.maps[row])
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of a picture. Raises BadImage (damaged), DataError (values of no class)."""
+        """Classes of the pixels of an image. Raises BadImage (damaged), DataError (values of no class)."""
         row = int(self.rows[index])
         where = self.root / os.fsdecode(self.maps[row])
         file = printable(os.fsdecode(self.files[row]))
@@ -128,8 +128,8 @@ def open_masks(
     ignore: int | None = None,
     values: tuple[int, ...] | None = None,
     absent: bool = False,
-) -> LabelledPictures:
-    """A folder of pictures, and one of PNG label maps with the same names.
+) -> LabelledImages:
+    """A folder of images, and one of PNG label maps with the same names.
 
     `classes` is the number of classes, or a file that names one a line. `values` are their values on disk, in
     order; 0, 1, ... without. A class that no map looked at holds is an error unless `absent` allows it.
@@ -140,9 +140,9 @@ def open_masks(
             "masks:/images?labels=/labels&classes=21"
         )
     names, table = declared("masks", classes, ignore, values)
-    files, notes = find_pictures(root, without=labels)
+    files, notes = find_images(root, without=labels)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
-    source = LabelledPictures(name, root, pairs, table, names)
+    source = LabelledImages(name, root, pairs, table, names)
     source.notes = notes
     if not absent:
         check_present(name, source.label_map, len(pairs), source.classes)
@@ -205,7 +205,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def _pairs(root: Path, files: Sequence[str], label_of: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Each picture with its label map, all there."""
+    """Each image with its label map, all there."""
     pairs = [(file, label_of(file)) for file in files]
     check_listed(root, [label for _, label in pairs], "label maps")
     return pairs
@@ -220,7 +220,7 @@ VOC_WORDS = """
 VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
 
 
-def open_voc(name: str, root: Path, split: str) -> LabelledPictures:
+def open_voc(name: str, root: Path, split: str) -> LabelledImages:
     """PASCAL VOC 2012: train, trainaug (with SBD's label maps), val (also as `test`: that has no labels)."""
     which = "val" if split == "test" else split
     base = next((folder for folder in (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
@@ -229,13 +229,13 @@ def open_voc(name: str, root: Path, split: str) -> LabelledPictures:
         raise misfit("voc", f"no folder SegmentationClass in {root}")
     stems = _voc_set(base, which)
     if which == "trainaug" and (leaked := sorted(set(stems) & set(_voc_set(base, "val")))):
-        raise DataError(f"voc: {len(leaked)} pictures of trainaug belong to val, such as {leaked[0]}")
+        raise DataError(f"voc: {len(leaked)} images of trainaug belong to val, such as {leaked[0]}")
     images = "JPEGImages" if (base / "JPEGImages").is_dir() else "images"
     labels = "SegmentationClassAug" if which == "trainaug" else "SegmentationClass"
     files = [f"{images}/{stem}.jpg" for stem in stems]
     check_listed(base, files)
     pairs = _pairs(base, files, lambda file: f"{labels}/{Path(file).stem}.png")
-    return LabelledPictures(
+    return LabelledImages(
         name,
         base,
         pairs,
@@ -253,11 +253,11 @@ def _voc_set(base: Path, which: str) -> list[str]:
         raise misfit("voc", f"no list {places[0]}")
     stems = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
     if not stems:
-        raise DataError(f"{path}: names no picture")
+        raise DataError(f"{path}: names no image")
     return sorted(set(stems))
 
 
-def open_ade20k(name: str, root: Path, split: str) -> LabelledPictures:
+def open_ade20k(name: str, root: Path, split: str) -> LabelledImages:
     """ADE20K of the scene parsing challenge (2016): 150 classes; 0 (other, unlabelled) is ignored."""
     half = "training" if split == "train" else "validation"
     base = root if (root / "images").is_dir() else root / "ADEChallengeData2016"
@@ -271,10 +271,10 @@ def open_ade20k(name: str, root: Path, split: str) -> LabelledPictures:
         names = [f"{number} {word}" for number, word in enumerate(names, start=1)]  # two classes are "screen"
     if len(names) != 150:
         raise DataError(f"{info}: names {len(names)} classes, not 150")
-    files = [f"images/{half}/{file}" for file in find_pictures(base / "images" / half).files]
+    files = [f"images/{half}/{file}" for file in find_images(base / "images" / half).files]
     pairs = _pairs(base, files, lambda file: f"annotations{file[len('images') :].rsplit('.', 1)[0]}.png")
     values = value_table({i: i - 1 for i in range(1, 151)}, [0, IGNORE])
-    return LabelledPictures(name, base, pairs, values, names, 20210 if split == "train" else 2000)
+    return LabelledImages(name, base, pairs, values, names, 20210 if split == "train" else 2000)
 
 
 CITYSCAPES = {
@@ -284,15 +284,15 @@ CITYSCAPES = {
 }  # fmt: skip
 
 
-def open_cityscapes(name: str, root: Path, split: str) -> LabelledPictures:
+def open_cityscapes(name: str, root: Path, split: str) -> LabelledImages:
     """Cityscapes, fine annotations, the 19 classes of the benchmark; from labelIds or labelTrainIds."""
     half = "train" if split == "train" else "val"
     folder = root / "leftImg8bit" / half
     if not folder.is_dir():
         raise misfit("cityscapes", f"no folder leftImg8bit/{half} in {root}")
-    found = [file for file in find_pictures(folder).files if file.endswith("_leftImg8bit.png")]
+    found = [file for file in find_images(folder).files if file.endswith("_leftImg8bit.png")]
     if not found:
-        raise DataError(f"cityscapes: no pictures *_leftImg8bit.png in {folder}")
+        raise DataError(f"cityscapes: no images *_leftImg8bit.png in {folder}")
 
     def label_of(file: str, kind: str) -> str:
         return f"gtFine/{half}/{file.removesuffix('_leftImg8bit.png')}_gtFine_{kind}.png"
@@ -305,7 +305,7 @@ def open_cityscapes(name: str, root: Path, split: str) -> LabelledPictures:
     else:
         values = value_table({i: i for i in range(19)}, [IGNORE])
     official = 2975 if half == "train" else 500
-    return LabelledPictures(name, root, pairs, values, list(CITYSCAPES.values()), official)
+    return LabelledImages(name, root, pairs, values, list(CITYSCAPES.values()), official)
 
 
 COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # things that COCO 2017 does not annotate
@@ -313,8 +313,8 @@ COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # things that COCO 2
 
 def open_coco_stuff(
     name: str, root: Path, labels: Path | None = None, classes: str | None = None
-) -> LabelledPictures:
-    """COCO-Stuff: pictures of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of id."""
+) -> LabelledImages:
+    """COCO-Stuff: images of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of id."""
     if labels is None:
         raise DataError(
             "cocostuff: needs labels=, as in cocostuff:/train2017?labels=/stuffthingmaps/train2017"
@@ -323,10 +323,10 @@ def open_coco_stuff(
     names = [f"class {value + 1}" for value in used] if classes is None else read_names(Path(classes))
     if len(names) != len(used):
         raise DataError(f"cocostuff: {classes} names {len(names)} classes, not {len(used)}")
-    files, notes = find_pictures(root)
+    files, notes = find_images(root)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
     values = value_table({value: i for i, value in enumerate(used)}, [IGNORE])
-    source = LabelledPictures(name, root, pairs, values, names)
+    source = LabelledImages(name, root, pairs, values, names)
     source.notes = notes
     return source
 
@@ -334,17 +334,17 @@ def open_coco_stuff(
 CAMVID_WORDS = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 
 
-def open_camvid(name: str, root: Path, split: str) -> LabelledPictures:
+def open_camvid(name: str, root: Path, split: str) -> LabelledImages:
     """CamVid in 11 classes (11 = void): train/images with train/labels, or SegNet's train with trainannot."""
     images, labels = f"{split}/images", f"{split}/labels"
     if not (root / images).is_dir():
         images, labels = split, f"{split}annot"
     if not (root / images).is_dir() or not (root / labels).is_dir():
         raise misfit("camvid", f"no {split}/images with {split}/labels in {root}")
-    files = [f"{images}/{file}" for file in find_pictures(root / images).files]
+    files = [f"{images}/{file}" for file in find_images(root / images).files]
     pairs = _pairs(root, files, lambda file: f"{labels}{file[len(images) :].rsplit('.', 1)[0]}.png")
     official = {"train": 367, "val": 101, "test": 233}[split]
-    return LabelledPictures(
+    return LabelledImages(
         name,
         root,
         pairs,

@@ -55,7 +55,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the labels of pictures and objects, if there are any."""
+        """Names of the labels of images and objects, if there are any."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample:
-        """A sample, its picture not yet decoded. BadImage (with the name) when not even that can be had."""
+        """A sample, its image not yet decoded. BadImage (with the name) when not even that can be had."""
         ...
 
 

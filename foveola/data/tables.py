@@ -58,7 +58,7 @@ def _check(box: tuple[float, float, float, float], where: str, sized: bool) -> N
             "name,x,y,w,h"
         )
     if not (max(x0, 0) < x1 < float("inf") and max(y0, 0) < y1 < float("inf")):
-        raise DataError(f"{told} has no area inside the picture")
+        raise DataError(f"{told} has no area inside the image")
 
 
 def _csv_boxes(path: Path) -> Iterator[tuple[str, str, Sequence[Any], bool]]:
@@ -120,7 +120,7 @@ def _understand(header: list[str], where: str) -> tuple[list[int], bool]:
 def _json_boxes(path: Path) -> Iterable[tuple[str, str, Sequence[Any], bool]]:
     tree = read_json(path)
     if not isinstance(tree, dict) or not all(isinstance(boxes, list) for boxes in tree.values()):
-        raise DataError(f'{path}: must be {{"picture name": [[x0, y0, x1, y1], ...], ...}}')
+        raise DataError(f'{path}: must be {{"image name": [[x0, y0, x1, y1], ...], ...}}')
     for name, boxes in tree.items():
         for box in boxes:
             yield f"{path}, {name}", name, box if isinstance(box, list) else [box], False

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained web page: text is escaped, pictures and charts are inside it."""
+"""Pieces of a self-contained web page: text is escaped, images and charts are inside it."""
 
 import base64
 import io
@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from foveola.drawing.plots import Chart, draw, stroke, to_svg
-from foveola.drawing.sheet import Bar, Picture, Sheet
+from foveola.drawing.sheet import Bar, Pixels, Sheet
 
 CHART = 3.5, 2.1  # inches; with TEXT its letters are 12 pixels high on a phone
 TEXT = 1.22
 DASHES = {"-": "", "--": "6 4", ":": "2 3", "-.": "7 3 2 3"}
 LEVELS = "2 3", "6 4", "7 3 2 3"  # dashes of the levels of a chart, as `plots` draws them
-PNG_UP_TO = 30_000  # bytes; a larger picture becomes a JPEG
+PNG_UP_TO = 30_000  # bytes; a larger image becomes a JPEG
 ON_A_PHONE = 4  # columns that do not fit the width of a phone
 TILE = 256  # pixels that a side of a tile has at most: twice what is shown, for sharp screens
 
@@ -112,32 +112,32 @@ def section(name: str, title: str, *parts: str) -> str:
     return tag("section", tag("h2", escape(title)) + "\n".join(filter(None, parts)), id=name)
 
 
-def image(picture: Picture, alt: str, width: int | None = None) -> str:
-    """A picture as a data URI, PNG or, where that is large, JPEG."""
-    size = {"width": str(width or picture.shape[1]), "height": str(_height(picture, width))}
+def image(pixels: Pixels, alt: str, width: int | None = None) -> str:
+    """An image as a data URI, PNG or, where that is large, JPEG."""
+    size = {"width": str(width or pixels.shape[1]), "height": str(_height(pixels, width))}
     words = "".join(f' {key}="{value}"' for key, value in size.items())
-    return f'<img src="{data_uri(picture)}" alt="{escape(alt)}"{words}>'
+    return f'<img src="{data_uri(pixels)}" alt="{escape(alt)}"{words}>'
 
 
-def data_uri(picture: Picture) -> str:
+def data_uri(pixels: Pixels) -> str:
     """`data:image/...;base64,...` of pixels."""
     kinds = (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0}))
     written: bytes = b""
     for kind, options in kinds:
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, kind, **options)
+        Image.fromarray(pixels).save(file, kind, **options)
         written = file.getvalue()
         if kind == "jpeg" or len(written) <= PNG_UP_TO:
             return f"data:image/{kind};base64,{base64.b64encode(written).decode('ascii')}"
     raise AssertionError("the last kind is always taken")
 
 
-def _height(picture: Picture, width: int | None) -> int:
-    return picture.shape[0] if width is None else round(picture.shape[0] * width / picture.shape[1])
+def _height(pixels: Pixels, width: int | None) -> int:
+    return pixels.shape[0] if width is None else round(pixels.shape[0] * width / pixels.shape[1])
 
 
 def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
-    """Tiles of a sheet as a table of pictures; `names` of its rows go into the alternative texts."""
+    """Tiles of a sheet as a table of images; `names` of its rows go into the alternative texts."""
     head = tag("tr", "".join(tag("th", escape(column), scope="col") for column in drawn.columns))
     lines = []
     for number, row in enumerate(drawn.rows):
@@ -180,7 +180,7 @@ def bar(drawn: Bar) -> str:
     return tag("div", strip + tag("div", marks, "marks"), "bar")
 
 
-def _shrunk(tile: Picture) -> Picture:
+def _shrunk(tile: Pixels) -> Pixels:
     scale = TILE / max(tile.shape[:2])
     if scale >= 1:
         return tile

@@ -1,30 +1,28 @@
-"""Maps and masks laid over pictures."""
+"""Maps and masks laid over images."""
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from foveola.drawing.sheet import Bar
 
-BORDER = 160  # a border has one pixel for so many of a picture
+BORDER = 160  # a border has one pixel for so many of an image
 DARK, BRIGHT = 0.25, 16.0  # multiples of uniform attention at both ends of the scale of `heat`
 HEADS = ((230, 75, 60), (70, 140, 235), (60, 180, 90), (250, 190, 40), (170, 90, 210), (60, 200, 210))
 
 
-def heat(
-    picture: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture in gray with `weights` as warm light over it, on a scale that is the same for all pictures.
+def heat(pixels: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """An image in gray with `weights` as warm light over it, on a scale that is the same for all images.
 
     See `brightness`: equal weights give an even, weak light.
     """
     from PIL import Image
 
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     strength = brightness(weights)
     plane = Image.fromarray(strength.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST)
     share = np.asarray(plane)[:, :, None]
     warm = np.stack([np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3], axis=2)[..., 0]
-    gray = picture.mean(axis=2, keepdims=True) / 255 * 0.55
+    gray = pixels.mean(axis=2, keepdims=True) / 255 * 0.55
     return np.rint(255 * (gray * (1 - 0.8 * share) + 0.8 * share * warm)).clip(0, 255).astype(np.uint8)
 
 
@@ -57,24 +55,24 @@ def cosine_bar() -> Bar:
 
 
 def outline(
-    picture: UInt8[np.ndarray, "H W 3"],
+    pixels: UInt8[np.ndarray, "H W 3"],
     mask: Bool[np.ndarray, "h w"],
     color: tuple[int, int, int] = (255, 220, 0),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture with everything outside `mask` darkened and the border of the mask drawn, inside it."""
-    height, width = picture.shape[:2]
+    """An image with everything outside `mask` darkened and the border of the mask drawn, inside it."""
+    height, width = pixels.shape[:2]
     rows, columns = np.arange(height) * mask.shape[0] // height, np.arange(width) * mask.shape[1] // width
     full = mask[rows][:, columns]
-    out = np.where(full[:, :, None], picture, picture * 0.45).astype(np.uint8)
+    out = np.where(full[:, :, None], pixels, pixels * 0.45).astype(np.uint8)
     inner = full
-    for _ in range(max(max(picture.shape) // BORDER, 1)):
+    for _ in range(max(max(pixels.shape) // BORDER, 1)):
         inner = _eroded(inner)
     out[full & ~inner] = color
     return out
 
 
 def _eroded(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """A mask without the pixels that touch, by a side, one outside it or the border of the picture."""
+    """A mask without the pixels that touch, by a side, one outside it or the border of the image."""
     wide = np.pad(mask, 1)
     return mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
 
@@ -88,24 +86,24 @@ def magnify(
 
 
 def paint_heads(
-    picture: UInt8[np.ndarray, "H W 3"],
+    pixels: UInt8[np.ndarray, "H W 3"],
     weights: Float[np.ndarray, "heads h w"],
     kept: Bool[np.ndarray, "heads h w"],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture in gray with a colour for each head over the patches that this head keeps (iBOT's figures).
+    """An image in gray with a colour for each head over the patches that this head keeps (iBOT's figures).
 
     A patch kept by several heads has the colour of the one with the largest share of its own attention there.
     Six colours go round.
     """
     shares = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
     winner = np.where(kept, shares, -1.0).argmax(axis=0)
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     palette = np.array(HEADS, dtype=np.uint8)[winner % len(HEADS)]
     color = magnify(palette, height, width)
     any_head = magnify(np.asarray(kept.any(axis=0), dtype=np.uint8), height, width)[:, :, None]
-    gray = picture.mean(axis=2, keepdims=True)
+    gray = pixels.mean(axis=2, keepdims=True)
     mixed = np.where(any_head, 0.35 * gray + 0.65 * color * (0.4 + 0.6 * gray / 255), 0.4 * gray)
-    return np.rint(np.broadcast_to(mixed, picture.shape)).clip(0, 255).astype(np.uint8)
+    return np.rint(np.broadcast_to(mixed, pixels.shape)).clip(0, 255).astype(np.uint8)
 
 
 def cool_to_warm(
@@ -119,16 +117,16 @@ def cool_to_warm(
 
 
 def mark(
-    picture: UInt8[np.ndarray, "H W 3"],
+    pixels: UInt8[np.ndarray, "H W 3"],
     point: tuple[float, float],
     color: tuple[int, int, int] = (255, 30, 30),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture with a dot at (x, y) of the unit square, with a white rim."""
+    """An image with a dot at (x, y) of the unit square, with a white rim."""
     from PIL import Image, ImageDraw
 
-    image = Image.fromarray(picture)
-    radius = max(max(picture.shape[:2]) / 45, 2)
-    x, y = point[0] * picture.shape[1], point[1] * picture.shape[0]
+    image = Image.fromarray(pixels)
+    radius = max(max(pixels.shape[:2]) / 45, 2)
+    x, y = point[0] * pixels.shape[1], point[1] * pixels.shape[0]
     pen = ImageDraw.Draw(image)
     for extra, fill in ((radius * 0.4, (255, 255, 255)), (0.0, color)):
         r = radius + extra
@@ -142,7 +140,7 @@ def link(
     starts: Float[np.ndarray, "n 2"],
     ends: Float[np.ndarray, "n 2"],
 ) -> UInt8[np.ndarray, "H3 W3 3"]:
-    """Two pictures side by side with a line from each start, (x, y) of the left unit square, to its end."""
+    """Two images side by side with a line from each start, (x, y) of the left unit square, to its end."""
     import matplotlib
     from PIL import Image, ImageDraw
 

@@ -1,4 +1,4 @@
-"""Sheets of pictures: rows of tiles under column heads, with titles, captions, and frames."""
+"""Sheets of images: rows of tiles under column heads, with titles, captions, and frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from foveola import files
 BAR = 40  # pixels of the height of a bar with its marks
 GAP, LEFT, TILE = 8, 150, 112  # pixels: between tiles, widest row title, side of a tile
 RIGHT, WRONG = "#1a9641", "#d7191c"
-Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size each
+Pixels = UInt8[np.ndarray, "_ _ 3"]  # of any size each
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Row:
     """One line: a title, its tiles, and for each tile a caption and whether it is right (None: no frame)."""
 
     title: str
-    tiles: Sequence[Picture]
+    tiles: Sequence[Pixels]
     captions: Sequence[str] = ()
     right: Sequence[bool | None] = ()
 
@@ -30,7 +30,7 @@ class Row:
 class Bar:
     """What colours mean: a strip [1, n, 3], and (share of the way along it, text) of its marks, rising."""
 
-    colors: Picture
+    colors: Pixels
     marks: Sequence[tuple[float, str]]
 
 
@@ -44,7 +44,7 @@ class Sheet:
     note: str = ""
     bar: Bar | None = None  # where colours are numbers
 
-    def draw(self, tile: int = TILE) -> Picture:
+    def draw(self, tile: int = TILE) -> Pixels:
         """The sheet as pixels; tiles are scaled to fit squares of `tile` pixels, their shape kept."""
         return panel(self.title, self.columns, self.rows, tile, self.note, self.bar)
 
@@ -56,7 +56,7 @@ def panel(
     tile: int = TILE,
     note: str = "",
     bar: Bar | None = None,
-) -> Picture:
+) -> Pixels:
     """Tiles in rows under column heads; green frames are right, red ones wrong."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     titles = [_wrap(row.title, small, LEFT - 2 * GAP) for row in rows]
@@ -67,9 +67,9 @@ def panel(
     heads = [_wrap(head, small, tile) for head in columns]
     top_lines, notes = _wrap(title, large, width - 2 * GAP), _wrap(note, small, width - 2 * GAP)
     top = GAP + 20 * len(top_lines) + GAP + 15 * max(map(len, heads), default=0) + 4
-    tiles = [[_scaled(picture, tile) for picture in row.tiles] for row in rows]
+    tiles = [[_scaled(pixels, tile) for pixels in row.tiles] for row in rows]
     heights = [
-        max((picture.height for picture in line), default=0) + (22 if any(row.captions) else GAP)
+        max((pixels.height for pixels in line), default=0) + (22 if any(row.captions) else GAP)
         for row, line in zip(rows, tiles, strict=True)
     ]
     below = top + sum(heights) + GAP
@@ -81,7 +81,7 @@ def panel(
         place = (left + number * (tile + GAP), top - 4 - 15 * len(head))
         pen.multiline_text(place, "\n".join(head), fill="#444", font=small, spacing=3)
     for row, line, lines, height in zip(rows, tiles, titles, heights, strict=True):
-        middle = top + (max((picture.height for picture in line), default=0) - 15 * len(lines)) // 2
+        middle = top + (max((pixels.height for pixels in line), default=0) - 15 * len(lines)) // 2
         pen.multiline_text((GAP, max(middle, top)), "\n".join(lines), fill="black", font=small, spacing=3)
         _draw_tiles(image, pen, row, line, (left, top, tile))
         top += height
@@ -109,22 +109,22 @@ def _draw_tiles(
 ) -> None:
     left, top, tile = place
     small = ImageFont.load_default(12)
-    for number, picture in enumerate(tiles):
+    for number, pixels in enumerate(tiles):
         x = left + number * (tile + GAP)
-        image.paste(picture, (x, top))
+        image.paste(pixels, (x, top))
         right = row.right[number] if row.right else None
         if right is not None:
-            frame = (x - 2, top - 2, x + picture.width + 1, top + picture.height + 1)
+            frame = (x - 2, top - 2, x + pixels.width + 1, top + pixels.height + 1)
             pen.rectangle(frame, outline=RIGHT if right else WRONG, width=3)
         caption = row.captions[number] if row.captions else ""
         if caption:
-            pen.text((x, top + picture.height + 3), _cut(caption, small, tile), fill="#444", font=small)
+            pen.text((x, top + pixels.height + 3), _cut(caption, small, tile), fill="#444", font=small)
 
 
-def _scaled(picture: Picture, tile: int) -> Image.Image:
-    scale = tile / max(picture.shape[:2])
-    size = tuple(max(round(side * scale), 1) for side in (picture.shape[1], picture.shape[0]))
-    return Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+def _scaled(pixels: Pixels, tile: int) -> Image.Image:
+    scale = tile / max(pixels.shape[:2])
+    size = tuple(max(round(side * scale), 1) for side in (pixels.shape[1], pixels.shape[0]))
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
 def _length(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
@@ -165,8 +165,8 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return text + "..."
 
 
-def save(picture: Picture, path: Path) -> Path:
+def save(pixels: Pixels, path: Path) -> Path:
     """Write a PNG."""
     with files.whole(path) as part:
-        Image.fromarray(picture).save(part, "PNG")
+        Image.fromarray(pixels).save(part, "PNG")
     return path

@@ -109,7 +109,7 @@ def evaluate_all(
     show: Callable[[Result], None] = lambda _: None,
     **settings: Any,
 ) -> dict[str, Result]:
-    """`evaluate` for several protocols, which share one pass of the encoder over the pictures where they can.
+    """`evaluate` for several protocols, which share one pass of the encoder over the images where they can.
 
     Results are given by the protocols' names, and each to `show` as soon as it is there, also where it cannot
     be written or a later protocol refuses. That results can be written is looked at before anything is
@@ -181,7 +181,7 @@ def _open(
     asking = [protocol.name for protocol in protocols if protocol.train == "needed"]
     for which, source, users in (("test", test, [p.name for p in protocols]), ("train", train, asking)):
         if source is None and users:
-            raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/pictures")
+            raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/images")
     say(progress and distributed.is_main())
     used = train is not None and any(protocol.train != "unused" for protocol in protocols)
     return (as_source(train, "train", "train") if used else None), as_source(test, "test", "test")

@@ -83,7 +83,7 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n]: what it might be on other rows of the kind.
 
-    `groups` names what is drawn with replacement: rows of one group (objects of one picture) come and go
+    `groups` names what is drawn with replacement: rows of one group (objects of one image) come and go
     together, because they are not independent. Without it, rows are drawn. Deterministic in `seed`.
     """
     x = values.detach().cpu().double().numpy()

@@ -39,7 +39,7 @@ PROTOCOLS = {
 
 # -- numbers -------------------------------------------------------------------------------------------------
 
-WORDS = {"masks": "object masks", "plain": "whole picture"}  # how a token reads, in names of metrics
+WORDS = {"masks": "object masks", "plain": "whole image"}  # how a token reads, in names of metrics
 ENDS = ("_low", "_high")  # of the interval of a metric, which are no metrics themselves
 
 

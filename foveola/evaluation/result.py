@@ -12,7 +12,7 @@ import torch
 
 import foveola
 from foveola import files
-from foveola.config import UserError
+from foveola.config import UserError, renewed
 from foveola.evaluation.protocol import ENDS, PROTOCOLS, Metric, declared, find
 
 
@@ -58,7 +58,7 @@ class Result:
         Raises UserError for a file that holds none.
         """
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = renewed(json.loads(Path(path).read_text(encoding="utf-8")))
             known = {each.name: tree[each.name] for each in fields(cls) if each.name in tree}
             own = {each.name for each in fields(Metric)}
             described = tuple(
@@ -171,7 +171,7 @@ class Result:
             seconds = facts.get("pass_seconds") if isinstance(facts, dict) else None
             if seconds and (total := sum(seconds.values())):
                 parts = ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in seconds.items())
-                lines.append(f"pass over {which}: {facts['computed']} pictures in {total:.1f} s: {parts}")
+                lines.append(f"pass over {which}: {facts['computed']} images in {total:.1f} s: {parts}")
         return lines
 
     def _data_line(self) -> str:

@@ -44,7 +44,7 @@ def nearest(
     common offset would cost the digits that tell neighbours apart. These are its similarities.
 
     Args:
-        query_groups, bank_groups: a bank row of a query's own group is no neighbour of it (a picture is not
+        query_groups, bank_groups: a bank row of a query's own group is no neighbour of it (an image is not
             its own neighbour). Where fewer than k rows are left, similarities end with -inf.
         bank_chunk, tile: memory against speed; they change nothing in the result, but for ties.
     """

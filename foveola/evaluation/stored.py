@@ -20,7 +20,7 @@ from foveola.evaluation.result import Result
 from foveola.files import home_of, results_in
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
-FACTS = ("fingerprint", "pictures", "rows", "objects", "unreadable")  # of data that were measured alike
+FACTS = ("fingerprint", "images", "rows", "objects", "unreadable")  # of data that were measured alike
 
 
 class Stored(NamedTuple):

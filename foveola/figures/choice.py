@@ -1,4 +1,4 @@
-"""Which pictures and which points of them are shown, from what a user typed."""
+"""Which images and which points of them are shown, from what a user typed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,26 +7,26 @@ from foveola.config import UserError
 from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import Source
 
-SEARCHED = 2000  # pictures after another in which one of its class is looked for
+SEARCHED = 2000  # images after another in which one of its class is looked for
 
 
-def choose(source: Source, count: int, pictures: tuple[int, ...] | int | str | None = None) -> list[int]:
-    """Places of pictures in a source: those named, or `count` of them evenly from the first on."""
+def choose(source: Source, count: int, images: tuple[int, ...] | int | str | None = None) -> list[int]:
+    """Places of images in a source: those named, or `count` of them evenly from the first on."""
     total = len(source)
-    if pictures is None:
+    if images is None:
         count = min(count, total)
         return [i * total // count for i in range(count)]
-    words = pictures.split(",") if isinstance(pictures, str) else pictures
+    words = images.split(",") if isinstance(images, str) else images
     words = [words] if isinstance(words, int) else words
     try:
         chosen = [int(word) for word in words]
     except ValueError:
-        raise UserError(f"pictures={pictures!r}: expected places such as '0,5,9'") from None
+        raise UserError(f"images={images!r}: expected places such as '0,5,9'") from None
     for index in chosen:
         if not 0 <= index < total:
-            raise UserError(f"pictures: there is no {index}, the last of {source.name} is {total - 1}")
+            raise UserError(f"images: there is no {index}, the last of {source.name} is {total - 1}")
     if not chosen:
-        raise UserError("pictures: expected at least one place, such as 0")
+        raise UserError("images: expected at least one place, such as 0")
     return chosen
 
 
@@ -55,18 +55,18 @@ def samples_of(source: Source, chosen: Sequence[int]) -> list[Sample]:
         try:
             samples.append(source[index])
         except BadImage as error:
-            raise UserError(f"{source.name}, picture {index}: {error}") from error
+            raise UserError(f"{source.name}, image {index}: {error}") from error
     return samples
 
 
 def pairs_of(
-    source: Source, count: int, pictures: tuple[int, ...] | int | str | None = None
+    source: Source, count: int, images: tuple[int, ...] | int | str | None = None
 ) -> list[tuple[Sample, Sample]]:
-    """Pictures named two by two; or evenly spaced ones, each with the next one of its class (or the next)."""
-    if pictures is not None:
-        chosen = choose(source, 0, pictures)
+    """Images named two by two; or evenly spaced ones, each with the next one of its class (or the next)."""
+    if images is not None:
+        chosen = choose(source, 0, images)
         if len(chosen) % 2:
-            raise UserError(f"pictures: correspondences are of pairs, but {len(chosen)} are named")
+            raise UserError(f"images: correspondences are of pairs, but {len(chosen)} are named")
         samples = samples_of(source, chosen)
         return list(zip(samples[::2], samples[1::2], strict=True))
     pairs = []
@@ -74,7 +74,7 @@ def pairs_of(
         (first,) = samples_of(source, [start])
         after = [(start + step) % len(source) for step in range(1, min(len(source), SEARCHED + 1))]
         if not after:
-            raise UserError(f"correspondences need two pictures; {source.name} has one")
+            raise UserError(f"correspondences need two images; {source.name} has one")
         same = (i for i in after if first.label is not None and source[i].label == first.label)
         pairs.append((first, *samples_of(source, [next(same, after[0])])))
     return pairs

@@ -1,4 +1,4 @@
-"""Features of every patch of a picture, at any resolution: whole, or in overlapping tiles where it is big."""
+"""Features of every patch of an image, at any resolution: whole, or in overlapping tiles where it is big."""
 
 import numpy as np
 import torch
@@ -10,58 +10,58 @@ from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 from foveola.models.vit import Inputs
 
-WHOLE = 4096  # patches of a picture that is encoded at once when nobody says how; more are cut into tiles
+WHOLE = 4096  # patches of an image that is encoded at once when nobody says how; more are cut into tiles
 OVERLAP = 0.5  # of a tile's side that it shares with the next
 
 
-def fitted_size(picture: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
+def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
     """(height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a patch."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     longer = max(round(size / patch), 1)
     rows, columns = (max(round(longer * side / max(height, width)), 1) for side in (height, width))
     return rows * patch, columns * patch
 
 
 def fit(
-    picture: UInt8[np.ndarray, "H W 3"], encoder: Encoder, size: int | None = None
+    image: UInt8[np.ndarray, "H W 3"], encoder: Encoder, size: int | None = None
 ) -> UInt8[Tensor, "3 h w"]:
-    """A picture resized, antialiased, to whole patches of the encoder with the longer side `size`.
+    """An image resized, antialiased, to whole patches of the encoder with the longer side `size`.
 
     `size` is in pixels, None that of the encoder's transform; it is rounded to whole patches.
     """
     size = encoder.config.transform.crop if size is None else size
-    height, width = fitted_size(picture, encoder.patch_size, size)
-    return resize(picture, height, width, encoder.config.transform.interpolation)
+    height, width = fitted_size(image, encoder.patch_size, size)
+    return resize(image, height, width, encoder.config.transform.interpolation)
 
 
 def patch_map(
     encoder: Encoder,
-    picture: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "H W 3"],
     size: int | None = None,
     tile: int | None = None,
     overlap: float = OVERLAP,
 ) -> Float32[np.ndarray, "h w D"]:
-    """Features of the h x w patches of a picture, after the final norm.
+    """Features of the h x w patches of an image, after the final norm.
 
-    The picture is resized so that its longer side has `size` pixels, in whole patches, its aspect ratio kept.
+    The image is resized so that its longer side has `size` pixels, in whole patches, its aspect ratio kept.
     Positions are interpolated, computed anew or rotary, as the encoder has them.
 
     Args:
         size: pixels of the longer side; None = that of the encoder's transform.
-        tile: pixels a side of the squares in which a larger picture is encoded; 0 = always at once; None = at
+        tile: pixels a side of the squares in which a larger image is encoded; 0 = always at once; None = at
             once up to 4096 patches, above in tiles of the transform's size.
         overlap: share of a tile's side that it has in common with the next. Where tiles overlap, features are
             averaged with weights that fall towards a tile's border, so that no seams show.
 
-    A tile is encoded as a picture of its own: it knows nothing of what lies outside, and its positions are
-    those of a whole picture, except with a position field, which is read where the tile lies. Memory is that
+    A tile is encoded as an image of its own: it knows nothing of what lies outside, and its positions are
+    those of a whole image, except with a position field, which is read where the tile lies. Memory is that
     of the result and of 4096 patches (or one tile) in the network. Raises UserError for sizes below a patch.
     """
     if size is not None and size < encoder.patch_size:
         raise UserError(f"size={size}: a patch of this encoder has {encoder.patch_size} pixels a side")
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap}: expected a share of a tile, at least 0 and below 1")
-    pixels = fit(picture, encoder, size)
+    pixels = fit(image, encoder, size)
     grid = tuple(side // encoder.patch_size for side in pixels.shape[1:])
     if tile is None:
         tile = 0 if grid[0] * grid[1] <= WHOLE else encoder.config.transform.crop

@@ -1,4 +1,4 @@
-"""Dictionaries of patch features: a few directions of which each patch is a sparse sum (CAPI's pictures)."""
+"""Dictionaries of patch features: a few directions of which each patch is a sparse sum (CAPI's images)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Finished sheets of what encoders make of pictures: `*_sheet` to draw later, `*_panel` as pixels.
+"""Finished sheets of what encoders make of images: `*_sheet` to draw later, `*_panel` as pixels.
 
 Every function takes one encoder or several by name; several become columns side by side.
 """
@@ -12,7 +12,7 @@ import torch
 from foveola.config import UserError
 from foveola.data.sample import Sample
 from foveola.drawing.overlays import heat_bar, magnify, outline, paint_heads
-from foveola.drawing.sheet import Picture, Row, Sheet
+from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.dense import patch_map
 from foveola.figures.dictionary import Dictionary, dictionary_rgb
 from foveola.figures.maps import (
@@ -22,7 +22,7 @@ from foveola.figures.maps import (
     token_attention,
 )
 from foveola.figures.nearest import neighbour_panel, neighbour_sheet
-from foveola.figures.pca import Basis, pca_pictures
+from foveola.figures.pca import Basis, pca_images
 from foveola.figures.points import correspondence_sheet, query_sheet, similarity_panel, similarity_sheet
 from foveola.figures.positions import position_panel, position_sheet
 from foveola.figures.tiles import (
@@ -34,10 +34,10 @@ from foveola.figures.tiles import (
     encoded,
     grid_of,
     head_of,
+    images_of,
     light,
     named,
     object_patches,
-    pictures_of,
     row_of,
     shown,
     size_of,
@@ -77,24 +77,24 @@ def pca_sheet(
     basis: Basis | None = None,
     tile: int | None = None,
 ) -> Sheet:
-    """Pictures, and the first three principal components of their patches as red, green and blue.
+    """Images, and the first three principal components of their patches as red, green and blue.
 
     `size` is in pixels of the longer side; None = twice that of each encoder's transform. The others are
-    those of `pca_pictures`.
+    those of `pca_images`.
     """
-    pictures, names = pictures_of(samples), named(encoders)
-    columns = [[shown(next(iter(names.values())), picture, size) for picture in pictures]]
+    images, names = images_of(samples), named(encoders)
+    columns = [[shown(next(iter(names.values())), image, size) for image in images]]
     for encoder in names.values():
-        drawn = pca_pictures(encoder, pictures, joint, size_of(encoder, size), foreground, basis, tile)
-        sizes = [shown(encoder, picture, size).shape[:2] for picture in pictures]
+        drawn = pca_images(encoder, images, joint, size_of(encoder, size), foreground, basis, tile)
+        sizes = [shown(encoder, image, size).shape[:2] for image in images]
         columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
     rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
-    how = "one basis for all pictures" if joint or basis is not None else "a basis for each picture"
+    how = "one basis for all images" if joint or basis is not None else "a basis for each image"
     note = f"Red, green, blue: the first three principal components of the patch features, {how}."
-    return Sheet("Patch features as colours", ["picture", *(n or "features" for n in names)], rows, note)
+    return Sheet("Patch features as colours", ["image", *(n or "features" for n in names)], rows, note)
 
 
-def pca_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+def pca_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
     """`pca_sheet`, drawn."""
     return pca_sheet(encoders, samples, **settings).draw(TILE)
 
@@ -108,27 +108,27 @@ def dictionary_sheet(
     joint: bool = False,
     tile: int | None = None,
 ) -> Sheet:
-    """Pictures, and a colour for each atom of a dictionary of their patch features, where it is used."""
-    pictures, names = pictures_of(samples), named(encoders)
-    columns = [[shown(next(iter(names.values())), picture, size) for picture in pictures]]
+    """Images, and a colour for each atom of a dictionary of their patch features, where it is used."""
+    images, names = images_of(samples), named(encoders)
+    columns = [[shown(next(iter(names.values())), image, size) for image in images]]
     for encoder in names.values():
-        maps = [patch_map(encoder, picture, size_of(encoder, size), tile) for picture in pictures]
+        maps = [patch_map(encoder, image, size_of(encoder, size), tile) for image in images]
         groups = [maps] if joint else [[features] for features in maps]
         drawn = [plane for group in groups for plane in _dictionary_planes(group, components, alpha)]
-        sizes = [shown(encoder, picture, size).shape[:2] for picture in pictures]
+        sizes = [shown(encoder, image, size).shape[:2] for image in images]
         columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
     rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
-    how = "one dictionary for all pictures" if joint else "a dictionary for each picture"
+    how = "one dictionary for all images" if joint else "a dictionary for each image"
     note = f"Each colour is one of {components} directions of the patch features, {how}; black: none."
-    return Sheet("Dictionary of patch features", ["picture", *(n or "atoms" for n in names)], rows, note)
+    return Sheet("Dictionary of patch features", ["image", *(n or "atoms" for n in names)], rows, note)
 
 
-def dictionary_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+def dictionary_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
     """`dictionary_sheet`, drawn."""
     return dictionary_sheet(encoders, samples, **settings).draw(TILE)
 
 
-def _dictionary_planes(maps: Sequence[np.ndarray], components: int, alpha: float) -> list[Picture]:
+def _dictionary_planes(maps: Sequence[np.ndarray], components: int, alpha: float) -> list[Pixels]:
     """The colours of maps that share a dictionary, fitted to evenly spaced patches where there are many."""
     rows = np.concatenate([features.reshape(-1, features.shape[-1]) for features in maps])
     dictionary = Dictionary.fit(rows[:: -(-len(rows) // FITTED)], components, alpha)
@@ -153,11 +153,11 @@ def attention_sheet(
 
     Of an encoder without class token: what all patches read on average. `heads`: a column for each head.
     """
-    pictures, names = pictures_of(samples), named(encoders)
+    images, names = images_of(samples), named(encoders)
     masks = any(sample.objects is not None for sample in samples)
     first = next(iter(names.values()))
-    columns: list[str] = ["picture"]
-    rows: list[list[Tile]] = [[(shown(first, picture, size), "")] for picture in pictures]
+    columns: list[str] = ["image"]
+    rows: list[list[Tile]] = [[(shown(first, image, size), "")] for image in images]
     for name, encoder in names.items():
         token = encoder.config.model.class_token
         columns.append(head_of(name, "class token" if token else "read by all patches"))
@@ -166,13 +166,13 @@ def attention_sheet(
         columns.append(head_of(name, f"heads, {round(100 * mass)} %"))
         if heads:
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
-        for row, sample, picture in zip(rows, samples, pictures, strict=True):
+        for row, sample, image in zip(rows, samples, images, strict=True):
             inside = min_coverage if masks and token else None
-            row += _attention_tiles(encoder, sample, picture, inside, (size, block, mass, heads))
+            row += _attention_tiles(encoder, sample, image, inside, (size, block, mass, heads))
     return Sheet("Attention", columns, [row_of(tiles) for tiles in rows], LIGHT, heat_bar())
 
 
-def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
     """`attention_sheet`, drawn."""
     return attention_sheet(encoders, samples, **settings).draw(TILE)
 
@@ -180,20 +180,20 @@ def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: A
 def _attention_tiles(
     encoder: Encoder,
     sample: Sample,
-    picture: Picture,
+    image: Pixels,
     min_coverage: float | None,
     how: tuple[int | None, int, float, bool],
 ) -> list[Tile]:
     """Tiles of one image; with `min_coverage` also of the token that reads its largest object alone."""
     size, block, mass, heads = how
-    images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
+    images, base = encoded(encoder, image, size), shown(encoder, image, size)
     if encoder.config.model.class_token:
         weights = token_attention(encoder, images, None, block)[0, 0]
     else:
         weights = received_attention(encoder, images, block)[0]
     tiles = [light(base, weights.mean(dim=0))]
     if min_coverage is not None:
-        grid = grid_of(encoder, picture, size)
+        grid = grid_of(encoder, image, size)
         patches = torch.ones(grid[0] * grid[1], dtype=torch.bool)
         if sample.objects is not None:
             patches = object_patches(sample, int(sample.objects.areas.argmax()), grid, min_coverage)
@@ -214,27 +214,27 @@ def objects_sheet(
     each: int = 3,
     min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
-    """The largest objects of each picture, and what each head of the object token reads inside the mask."""
-    pictures, names = pictures_of(samples), named(encoders)
+    """The largest objects of each image, and what each head of the object token reads inside the mask."""
+    images, names = images_of(samples), named(encoders)
     if not any(sample.objects is not None for sample in samples):
-        raise UserError("objects: these pictures have neither boxes nor masks; see kind attention")
+        raise UserError("objects: these images have neither boxes nor masks; see kind attention")
     first = next(iter(names.values()))
     columns, rows = ["object"], []
     for name, encoder in names.items():
         columns += [head_of(name, "all heads")]
         columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
-    for sample, picture in zip(samples, pictures, strict=True):
+    for sample, image in zip(samples, images, strict=True):
         if sample.objects is None:
             continue
         for index in np.argsort(-sample.objects.areas, kind="stable")[:each].tolist():
-            grid = grid_of(first, picture, size)
+            grid = grid_of(first, image, size)
             own = object_patches(sample, index, grid, min_coverage).view(grid).numpy()
-            tiles: list[Tile] = [(outline(shown(first, picture, size), own), "")]
+            tiles: list[Tile] = [(outline(shown(first, image, size), own), "")]
             for encoder in names.values():
-                grid = grid_of(encoder, picture, size)
+                grid = grid_of(encoder, image, size)
                 patches = object_patches(sample, index, grid, min_coverage)
-                images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
-                weights = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
+                inputs, base = encoded(encoder, image, size), shown(encoder, image, size)
+                weights = token_attention(encoder, inputs, patches[None, None].to(inputs.device), block)[0, 0]
                 tiles += [light(base, one) for one in (weights.mean(dim=0), *weights)]
             rows.append(row_of(tiles))
     return Sheet("Object tokens: attention inside the mask", columns, rows, LIGHT, heat_bar())

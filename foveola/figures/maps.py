@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 
-MASS = 0.6  # of a token's attention that its strongest patches hold together (DINO's and iBOT's pictures)
+MASS = 0.6  # of a token's attention that its strongest patches hold together (DINO's and iBOT's images)
 ENTRIES = 2**25  # cosines in memory at a time (128 MiB)
 
 
@@ -131,7 +131,7 @@ def similarity(
 
 
 class Pairs(NamedTuple):
-    """Patches of two pictures that match, best first: (row, column) of each, and their cosine."""
+    """Patches of two images that match, best first: (row, column) of each, and their cosine."""
 
     first: Int64[np.ndarray, "n 2"]
     second: Int64[np.ndarray, "n 2"]
@@ -141,7 +141,7 @@ class Pairs(NamedTuple):
 def correspondences(
     first: Float[np.ndarray, "h w D"], second: Float[np.ndarray, "h2 w2 D"], count: int = 12
 ) -> Pairs:
-    """The best pairs of patches of two pictures that are each other's nearest neighbours, by cosine.
+    """The best pairs of patches of two images that are each other's nearest neighbours, by cosine.
 
     At most `count` of them (iBOT shows 12): there can be fewer that agree. Of equals, the upper left first.
     """

@@ -15,11 +15,11 @@ from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
-from foveola.drawing.sheet import Picture, Row, Sheet
-from foveola.evaluation.features.reading import ExtractConfig, Pictures
+from foveola.drawing.sheet import Pixels, Row, Sheet
+from foveola.evaluation.features.reading import ExtractConfig, Images
 from foveola.evaluation.features.table import (
     FeatureTable,
-    choose_pictures,
+    choose_images,
     extract_tables,
     identity_for,
     mask_kinds,
@@ -29,12 +29,12 @@ from foveola.figures.tiles import FULL, TILE, Encoders, head_of, named
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 
-LIMIT = 2000  # pictures of the bank, where nobody says how many
+LIMIT = 2000  # images of the bank, where nobody says how many
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Query:
-    """One row of features: the picture as it is encoded, and what its object token reads."""
+    """One row of features: the image as it is encoded, and what its object token reads."""
 
     pixels: Tensor
     mask: Bool[Tensor, "N"]
@@ -54,31 +54,31 @@ def neighbour_sheet(
     config: ExtractConfig | None = None,
     progress: bool = False,
 ) -> Sheet:
-    """Pictures of `queries` and the `found` rows of `bank` whose features have the highest cosine with them.
+    """Images of `queries` and the `found` rows of `bank` whose features have the highest cosine with them.
 
     Args:
-        chosen: indices of query pictures; of rows="objects" the largest object of each is the query.
-        masks: class tokens of whole pictures (False), object tokens that read the objects (True), or both,
+        chosen: indices of query images; of rows="objects" the largest object of each is the query.
+        masks: class tokens of whole images (False), object tokens that read the objects (True), or both,
             one row each; without annotated objects only the former.
-        config: which rows and how they are encoded; by default 2,000 pictures of the bank, one row each.
+        config: which rows and how they are encoded; by default 2,000 images of the bank, one row each.
 
     Green frames have the query's label (or another right answer of it), red ones another. The query's own
-    picture is never found. Tiles are what the network saw. Raises UserError as
+    image is never found. Tiles are what the network saw. Raises UserError as
     `evaluation.features.table.extract`.
     """
     config = config or ExtractConfig(limit=LIMIT)
     kinds, notes = mask_kinds(masks, bank, queries)
     contents = identity_for(bank, config).contents
-    chosen_of = choose_pictures(len(bank), config.limit, config.seed)
+    chosen_of = choose_images(len(bank), config.limit, config.seed)
     rows = []
     names = named(encoders)
     tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
-    for picture in chosen:
+    for image in chosen:
         for name, encoder in names.items():
             encoder = encoder.pooled(config.pool)
-            query = _query(encoder, queries, int(picture), config)
+            query = _query(encoder, queries, int(image), config)
             for kind, table in zip(kinds, tables[name], strict=True):
-                own = contents[np.searchsorted(chosen_of, table.pictures.numpy())] == query.content
+                own = contents[np.searchsorted(chosen_of, table.image_indices.numpy())] == query.content
                 near = _nearest(encoder, query, kind, table, found, torch.from_numpy(own), config)
                 what = ("with mask" if kind else "without mask") if len(kinds) > 1 else ""
                 rows.append(
@@ -90,33 +90,33 @@ def neighbour_sheet(
 
 def neighbour_panel(
     encoders: Encoders, bank: Source, queries: Source, chosen: Sequence[int], **settings: Any
-) -> Picture:
+) -> Pixels:
     """`neighbour_sheet`, drawn."""
     return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE)
 
 
-def _reader(encoder: Encoder, source: Source, config: ExtractConfig) -> Pictures:
-    return Pictures(source, np.zeros(0, np.int64), encoder.config.transform, encoder.patch_size, config)
+def _reader(encoder: Encoder, source: Source, config: ExtractConfig) -> Images:
+    return Images(source, np.zeros(0, np.int64), encoder.config.transform, encoder.patch_size, config)
 
 
-def _query(encoder: Encoder, source: Source, picture: int, config: ExtractConfig) -> _Query:
+def _query(encoder: Encoder, source: Source, image: int, config: ExtractConfig) -> _Query:
     try:
-        sample = source[picture]
-        rows = _reader(encoder, source, config).read(sample, picture)
+        sample = source[image]
+        rows = _reader(encoder, source, config).read(sample, image)
     except BadImage as error:
-        raise UserError(f"{source.name}, picture {picture}: {error}") from error
+        raise UserError(f"{source.name}, image {image}: {error}") from error
     row = int(rows.masks.sum(dim=1).argmax())
     if sample.objects is not None and rows.objects[0] >= 0:
         row = int(np.argmax(sample.objects.areas))
     label = int(rows.labels[row])
-    answers = getattr(source, "answers", None) if config.rows == "pictures" else None
+    answers = getattr(source, "answers", None) if config.rows == "images" else None
     return _Query(
         rows.images[rows.image_of[row]],
         rows.masks[row],
         bool(rows.has_mask[row]),
         label,
-        frozenset([label] if answers is None else map(int, answers(picture))),
-        bytes(identity_of(source, np.array([picture])).contents[0]),
+        frozenset([label] if answers is None else map(int, answers(image))),
+        bytes(identity_of(source, np.array([image])).contents[0]),
     )
 
 
@@ -154,8 +154,8 @@ def _row(
     captions = [_name(queries, query.label)]
     right: list[bool | None] = [None]
     for row in near:
-        picture, number = int(table.pictures[row]), int(table.objects[row])
-        rows = read.read(bank[picture], picture)
+        image, number = int(table.image_indices[row]), int(table.objects[row])
+        rows = read.read(bank[image], image)
         own = int((rows.objects == number).nonzero()[0])
         with_mask = masked and bool(rows.has_mask[own])
         tiles.append(_tile(rows.images[rows.image_of[own]], rows.masks[own], with_mask, encoder.grid))
@@ -166,11 +166,11 @@ def _row(
     return Row(title, tiles, captions, right)
 
 
-def _tile(pixels: Tensor, mask: Bool[Tensor, "N"], masked: bool, grid: tuple[int, int]) -> Picture:
-    picture = pixels.permute(1, 2, 0).contiguous().numpy()
-    times = max(-(-FULL // len(picture)), 1)
-    picture = resize(picture, times * len(picture), times * picture.shape[1]).permute(1, 2, 0).numpy()
-    return outline(picture, mask.view(grid).numpy()) if masked else picture
+def _tile(pixels: Tensor, mask: Bool[Tensor, "N"], masked: bool, grid: tuple[int, int]) -> Pixels:
+    image = pixels.permute(1, 2, 0).contiguous().numpy()
+    times = max(-(-FULL // len(image)), 1)
+    image = resize(image, times * len(image), times * image.shape[1]).permute(1, 2, 0).numpy()
+    return outline(image, mask.view(grid).numpy()) if masked else image
 
 
 def _name(source: Source, label: int) -> str:

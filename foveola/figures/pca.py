@@ -10,14 +10,14 @@ from jaxtyping import Bool, Float, Float32, Float64, UInt8
 
 from foveola import files
 from foveola.config import UserError
-from foveola.drawing.sheet import Picture
+from foveola.drawing.sheet import Pixels
 from foveola.figures.dense import OVERLAP, patch_map
 from foveola.models.encoder import Encoder
 
 RANGE = 2.3  # standard deviations that span a colour (CAPI's code)
 FLAT = 1e-12  # of the mean square of features: a variance below it is rounding
 TIE = 1e-6  # a skewness below it is none
-HELD = 2**28  # numbers of features that are held in memory (1 GiB); of more, pictures are encoded again
+HELD = 2**28  # numbers of features that are held in memory (1 GiB); of more, images are encoded again
 
 Chunks = Callable[[], Iterable[Float[np.ndarray, "_ D"]]]
 
@@ -157,7 +157,7 @@ def fit_basis(
 
     Foreground as in DINOv2 (Figure 1): the patches on one side of zero of the first component of all; the
     components are then those of these patches. Which side: the one to which fewer of the patches along the
-    borders of the pictures belong, in relation to the patches that do not lie there; of equals the smaller
+    borders of the images belong, in relation to the patches that do not lie there; of equals the smaller
     side. Where the first component does not divide the patches, all are foreground.
     """
 
@@ -185,28 +185,28 @@ def fit_basis(
     return replace(kept, divider=divider, threshold=marked.threshold)
 
 
-def pca_pictures(
+def pca_images(
     encoder: Encoder,
-    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     joint: bool = False,
     size: int | None = None,
     foreground: bool = False,
     basis: Basis | None = None,
     tile: int | None = None,
     overlap: float = OVERLAP,
-) -> list[Picture]:
-    """Each picture as the colours of its patches, one pixel a patch.
+) -> list[Pixels]:
+    """Each image as the colours of its patches, one pixel a patch.
 
     Args:
-        joint: one basis for all pictures, so that a colour means the same in each of them; otherwise each
+        joint: one basis for all images, so that a colour means the same in each of them; otherwise each
             has its own (CAPI, Figure 12).
         size, tile, overlap: of `patch_map`.
         foreground: find components of foreground patches alone, and leave the rest black (see `fit_basis`).
         basis: of an earlier call (`fit_basis`, `Basis.load`) instead of a new one.
 
-    With `joint` the features of all pictures are held up to 1 GiB; of more, pictures are encoded again.
+    With `joint` the features of all images are held up to 1 GiB; of more, images are encoded again.
     """
-    maps = Maps(encoder, pictures, size, tile, overlap)
+    maps = Maps(encoder, images, size, tile, overlap)
     if basis is None and joint:
         basis = fit_basis(maps, foreground)
     drawn = []
@@ -217,26 +217,26 @@ def pca_pictures(
 
 
 class Maps:
-    """The patch maps of some pictures, as often as they are asked for; held where they are few enough."""
+    """The patch maps of some images, as often as they are asked for; held where they are few enough."""
 
     def __init__(
         self,
         encoder: Encoder,
-        pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
         size: int | None = None,
         tile: int | None = None,
         overlap: float = OVERLAP,
     ) -> None:
-        self.encoder, self.pictures = encoder, pictures
+        self.encoder, self.images = encoder, images
         self.settings = (size, tile, overlap)
         self.held: dict[int, Float32[np.ndarray, "_ _ D"]] = {}
         self.numbers = 0
 
     def __call__(self) -> Iterable[Float32[np.ndarray, "_ _ D"]]:
-        for index, picture in enumerate(self.pictures):
+        for index, image in enumerate(self.images):
             features = self.held.get(index)
             if features is None:
-                features = patch_map(self.encoder, picture, *self.settings)
+                features = patch_map(self.encoder, image, *self.settings)
                 if self.numbers + features.size <= HELD:
                     self.held[index] = features
                     self.numbers += features.size

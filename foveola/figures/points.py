@@ -7,7 +7,7 @@ import torch
 
 from foveola.data.sample import Sample
 from foveola.drawing.overlays import cool_to_warm, cosine_bar, heat_bar, link, magnify, mark
-from foveola.drawing.sheet import Picture, Row, Sheet
+from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.dense import patch_map
 from foveola.figures.maps import centre_of, correspondences, query_attention, similarity
 from foveola.figures.tiles import (
@@ -18,9 +18,9 @@ from foveola.figures.tiles import (
     encoded,
     grid_of,
     head_of,
+    images_of,
     light,
     named,
-    pictures_of,
     row_of,
     shown,
     size_of,
@@ -40,14 +40,14 @@ def query_sheet(
     heads: bool = False,
 ) -> Sheet:
     """What the patch under a red dot reads, averaged over heads; with `heads` also of each head."""
-    columns, names = ["picture"], named(encoders)
+    columns, names = ["image"], named(encoders)
     for name, encoder in names.items():
         columns.append(head_of(name, "all heads"))
         if heads:
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
 
-    def tiles(encoder: Encoder, picture: Picture, point: Point) -> list[Tile]:
-        images, base = encoded(encoder, picture, size), shown(encoder, picture, size)
+    def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
+        images, base = encoded(encoder, image, size), shown(encoder, image, size)
         weights = query_attention(encoder, images, torch.tensor([point]), block)[0]
         maps = (weights.mean(dim=0), *(weights if heads else ()))
         lit = [light(base, one) for one in maps]
@@ -67,9 +67,9 @@ def similarity_sheet(
     """Cosine of the features of all patches with those of the patch under a red dot."""
     names = named(encoders)
 
-    def tiles(encoder: Encoder, picture: Picture, point: Point) -> list[Tile]:
-        features = patch_map(encoder, picture, size_of(encoder, size), tile)
-        height, width = shown(encoder, picture, size).shape[:2]
+    def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
+        features = patch_map(encoder, image, size_of(encoder, size), tile)
+        height, width = shown(encoder, image, size).shape[:2]
         cosines = similarity(features, point)
         low = float(cosines.min())
         colors = magnify(cool_to_warm(cosines, low, 1.0), height, width)
@@ -77,11 +77,11 @@ def similarity_sheet(
 
     rows = _rows_of_points(names, samples, points, size, tiles)
     note = "Cosine similarity of patch features, from the lowest of the tile (blue) to 1 (red)."
-    columns = ["picture", *(n or "cosine" for n in names)]
+    columns = ["image", *(n or "cosine" for n in names)]
     return Sheet("Like the patch under the dot", columns, rows, note, cosine_bar())
 
 
-def similarity_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Picture:
+def similarity_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
     """`similarity_sheet`, drawn."""
     return similarity_sheet(encoders, samples, **settings).draw(TILE)
 
@@ -91,16 +91,16 @@ def _rows_of_points(
     samples: Sequence[Sample],
     points: Sequence[Point],
     size: int | None,
-    tiles: Callable[[Encoder, Picture, Point], list[Tile]],
+    tiles: Callable[[Encoder, Pixels, Point], list[Tile]],
 ) -> list[Row]:
-    """A row for each point of each picture, which starts with the picture and its dot."""
+    """A row for each point of each image, which starts with the image and its dot."""
     first, rows = next(iter(names.values())), []
-    for picture in pictures_of(samples):
+    for image in images_of(samples):
         for point in points:
-            dot = centre_of(point, grid_of(first, picture, size))
-            row: list[Tile] = [(mark(shown(first, picture, size), dot), "")]
+            dot = centre_of(point, grid_of(first, image, size))
+            row: list[Tile] = [(mark(shown(first, image, size), dot), "")]
             for encoder in names.values():
-                row += tiles(encoder, picture, point)
+                row += tiles(encoder, image, point)
             rows.append(row_of(row))
     return rows
 
@@ -112,14 +112,14 @@ def correspondence_sheet(
     count: int = 12,
     tile: int | None = None,
 ) -> Sheet:
-    """Pairs of pictures with lines between the patches that are each other's nearest, the best `count`."""
+    """Pairs of images with lines between the patches that are each other's nearest, the best `count`."""
     names, rows = named(encoders), []
     for pair in pairs:
-        pictures, tiles = pictures_of(pair), []
+        images, tiles = images_of(pair), []
         for encoder in names.values():
-            maps = [patch_map(encoder, picture, size_of(encoder, size), tile) for picture in pictures]
+            maps = [patch_map(encoder, image, size_of(encoder, size), tile) for image in images]
             found = correspondences(maps[0], maps[1], count)
-            bases = [shown(encoder, picture, size) for picture in pictures]
+            bases = [shown(encoder, image, size) for image in images]
             centres = [
                 (places[:, ::-1] + 0.5) / (features.shape[1], features.shape[0])
                 for places, features in zip(found[:2], maps, strict=True)

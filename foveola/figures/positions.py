@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32
 
 from foveola.drawing.overlays import cool_to_warm, cosine_bar, magnify
-from foveola.drawing.sheet import Picture, Row, Sheet
+from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.pca import Basis, pca_rgb
 from foveola.figures.tiles import TILE, Encoders, named
 from foveola.models.encoder import Encoder
@@ -22,7 +22,7 @@ KINDS = {
 
 @torch.no_grad()
 def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float32[np.ndarray, "h w D"]:
-    """The position of each patch of a whole picture of (rows, columns) patches, the transform's by default.
+    """The position of each patch of a whole image of (rows, columns) patches, the transform's by default.
 
     What is added to the patches; with rotary positions, where nothing is, the cosines and sines of the angles
     by which queries and keys are turned: their dot product depends on the difference of two places alone
@@ -61,10 +61,10 @@ def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
     return Sheet("Positions", columns, rows, note, cosine_bar())
 
 
-def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Picture, float]:
+def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, float]:
     """Maps of cosines of some x some evenly spaced positions with all, each where that position is.
 
-    Returns them in one picture, and the lowest cosine of two positions, where the colours begin.
+    Returns them in one image, and the lowest cosine of two positions, where the colours begin.
     """
     unit = table / np.maximum(np.linalg.norm(table, axis=2, keepdims=True), 1e-12)
     flat = unit.reshape(-1, unit.shape[2])
@@ -82,6 +82,6 @@ def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Picture, 
     return np.concatenate(lines, axis=0), low
 
 
-def position_panel(encoders: Encoders, **settings: Any) -> Picture:
+def position_panel(encoders: Encoders, **settings: Any) -> Pixels:
     """`position_sheet`, drawn."""
     return position_sheet(encoders, **settings).draw(TILE * 3 // 2)

@@ -1,4 +1,4 @@
-"""What can be asked of each kind of picture: the keys of `foveola visualize KIND`."""
+"""What can be asked of each kind of image: the keys of `foveola visualize KIND`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,18 @@ class SheetConfig:
 
 
 @dataclass(frozen=True)
-class PicturesConfig(SheetConfig):
-    """Which pictures, and how large."""
+class ImagesConfig(SheetConfig):
+    """Which images, and how large."""
 
-    count: int = key(8, "pictures to show, evenly over the data", at_least=1)
-    pictures: tuple[int, ...] | int | str | None = key(
-        None, "their places in the data instead, as in '0,5,9'"
-    )
+    count: int = key(8, "images to show, evenly over the data", at_least=1)
+    images: tuple[int, ...] | int | str | None = key(None, "their places in the data instead, as in '0,5,9'")
     size: int | None = key(
         None, "pixels of the longer side as encoded; null = twice that of the encoder's transform", at_least=8
     )
 
 
 @dataclass(frozen=True)
-class DenseConfig(PicturesConfig):
+class DenseConfig(ImagesConfig):
     tile: int | None = key(
         None,
         "pixels a side of overlapping tiles; 0 = encode at once; null = tiles above 4096 patches",
@@ -43,14 +41,14 @@ class DenseConfig(PicturesConfig):
 
 @dataclass(frozen=True)
 class PcaConfig(DenseConfig):
-    joint: bool = key(False, "one basis for all pictures, so that a colour means the same in all of them")
+    joint: bool = key(False, "one basis for all images, so that a colour means the same in all of them")
     foreground: bool = key(False, "components of foreground patches alone; the others are black (DINOv2)")
     basis: Path | None = key(None, "file of an earlier save_basis=, to repeat its colours exactly")
     save_basis: Path | None = key(None, "file to write the basis to; needs joint=true")
 
     def __post_init__(self) -> None:
         if self.save_basis is not None and not self.joint:
-            raise ValueError("save_basis needs joint=true: there is one basis for each picture otherwise")
+            raise ValueError("save_basis needs joint=true: there is one basis for each image otherwise")
         if self.basis is not None and (self.joint or self.foreground or self.save_basis is not None):
             raise ValueError("basis= has its components already; leave out joint, foreground and save_basis")
 
@@ -59,11 +57,11 @@ class PcaConfig(DenseConfig):
 class DictionaryConfig(DenseConfig):
     components: int = key(6, "directions, each with a colour", at_least=1, at_most=10)
     alpha: float = key(1.0, "weight of the sum of absolute codes; more makes them sparser", at_least=0)
-    joint: bool = key(False, "one dictionary for all pictures")
+    joint: bool = key(False, "one dictionary for all images")
 
 
 @dataclass(frozen=True)
-class AttentionConfig(PicturesConfig):
+class AttentionConfig(ImagesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
     mass: float = key(MASS, "share of a head's attention that its coloured patches hold", above=0, at_most=1)
     heads: bool = key(False, "also a column for each head")
@@ -76,9 +74,9 @@ class AttentionConfig(PicturesConfig):
 
 
 @dataclass(frozen=True)
-class ObjectsConfig(PicturesConfig):
+class ObjectsConfig(ImagesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
-    objects: int = key(3, "at most so many objects of each picture, the largest", at_least=1)
+    objects: int = key(3, "at most so many objects of each image, the largest", at_least=1)
     min_coverage: float = key(
         MIN_COVERAGE,
         "share of a patch that makes it the object's: its token may read it",
@@ -88,7 +86,7 @@ class ObjectsConfig(PicturesConfig):
 
 
 @dataclass(frozen=True)
-class QueryConfig(PicturesConfig):
+class QueryConfig(ImagesConfig):
     points: Any = key("0.5,0.5", "x,y in the unit square; several: '0.2,0.3;0.5,0.5'")
     block: int = key(-1, "whose attention; negative numbers count from the last block")
     heads: bool = key(False, "also a column for each head")
@@ -101,7 +99,7 @@ class SimilarityConfig(DenseConfig):
 
 @dataclass(frozen=True)
 class CorrespondenceConfig(DenseConfig):
-    """Pictures are taken in pairs; those not named are paired with the next one of their class."""
+    """Images are taken in pairs; those not named are paired with the next one of their class."""
 
     cell: int = key(360, "pixels a side of a tile in the sheet", at_least=32)
     count: int = key(4, "pairs to show, evenly over the data", at_least=1)
@@ -116,12 +114,10 @@ class PositionsConfig(SheetConfig):
 
 @dataclass(frozen=True)
 class NeighboursConfig(ExtractConfig):
-    count: int = key(8, "query pictures, evenly over the data", at_least=1)
-    pictures: tuple[int, ...] | int | str | None = key(
-        None, "their places in the data instead, as in '0,5,9'"
-    )
+    count: int = key(8, "query images, evenly over the data", at_least=1)
+    images: tuple[int, ...] | int | str | None = key(None, "their places in the data instead, as in '0,5,9'")
     found: int = key(5, "neighbours of each", at_least=1)
     masks: Literal["both"] | bool = key("both", "object tokens that read the objects, class tokens, or both")
-    limit: int | None = key(LIMIT, "at most so many pictures of train=, drawn by seed", at_least=1)
+    limit: int | None = key(LIMIT, "at most so many images of train=, drawn by seed", at_least=1)
     cell: int = key(TILE, "pixels a side of a tile in the sheet", at_least=32)
     each: bool = key(False, "also write every tile as a file of its own, at full size")

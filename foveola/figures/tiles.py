@@ -1,4 +1,4 @@
-"""What all sheets of `gallery` share: encoders by name, pictures as they are encoded, patches of objects."""
+"""What all sheets of `gallery` share: encoders by name, images as they are encoded, patches of objects."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +11,13 @@ from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
 from foveola.drawing.overlays import heat
-from foveola.drawing.sheet import Picture, Row
+from foveola.drawing.sheet import Pixels, Row
 from foveola.figures.dense import fit, fitted_size
 from foveola.models.encoder import Encoder, patch_mask
 from foveola.models.transform import resize
 
 Encoders = Encoder | Mapping[str, Encoder]
-Tile = tuple[Picture, str]  # with its caption
+Tile = tuple[Pixels, str]  # with its caption
 LIGHT = (
     "Light: attention as a multiple of uniform attention, on one scale for all tiles. Below a tile: its "
     "peak. An even, weak light is uniform attention, as an untrained network has it."
@@ -38,17 +38,17 @@ def head_of(name: str, what: str) -> str:
     return f"{name}: {what}" if name and what else name or what
 
 
-def pictures_of(samples: Sequence[Sample]) -> list[Picture]:
+def images_of(samples: Sequence[Sample]) -> list[Pixels]:
     """The pixels of samples. Raises UserError where one cannot be read, and where there is none."""
     if not samples:
-        raise UserError("no pictures to show")
-    pictures = []
+        raise UserError("no images to show")
+    images = []
     for sample in samples:
         try:
-            pictures.append(decode(sample.image))
+            images.append(decode(sample.image))
         except BadImage as error:
             raise UserError(f"{sample.name}: {error}") from error
-    return pictures
+    return images
 
 
 def size_of(encoder: Encoder, size: int | None) -> int:
@@ -56,26 +56,26 @@ def size_of(encoder: Encoder, size: int | None) -> int:
     return 2 * encoder.config.transform.crop if size is None else size
 
 
-def encoded(encoder: Encoder, picture: Picture, size: int | None) -> Float[Tensor, "1 3 H W"]:
-    """A picture as the network gets it: whole patches, the aspect ratio kept, normalised."""
-    pixels = fit(picture, encoder, size_of(encoder, size))
+def encoded(encoder: Encoder, image: Pixels, size: int | None) -> Float[Tensor, "1 3 H W"]:
+    """An image as the network gets it: whole patches, the aspect ratio kept, normalised."""
+    pixels = fit(image, encoder, size_of(encoder, size))
     return encoder.normalise(pixels[None].to(encoder.device))
 
 
-def grid_of(encoder: Encoder, picture: Picture, size: int | None) -> tuple[int, int]:
+def grid_of(encoder: Encoder, image: Pixels, size: int | None) -> tuple[int, int]:
     """(rows, columns) of patches of `encoded`."""
-    height, width = fitted_size(picture, encoder.patch_size, size_of(encoder, size))
+    height, width = fitted_size(image, encoder.patch_size, size_of(encoder, size))
     return height // encoder.patch_size, width // encoder.patch_size
 
 
-def shown(encoder: Encoder, picture: Picture, size: int | None) -> Picture:
-    """A picture as it is encoded, or a whole number of times as large, so that patches are whole squares."""
-    rows, columns = grid_of(encoder, picture, size)
+def shown(encoder: Encoder, image: Pixels, size: int | None) -> Pixels:
+    """An image as it is encoded, or a whole number of times as large, so that patches are whole squares."""
+    rows, columns = grid_of(encoder, image, size)
     times = max(-(-FULL // (max(rows, columns) * encoder.patch_size)), 1) * encoder.patch_size
-    return resize(picture, rows * times, columns * times).permute(1, 2, 0).numpy()
+    return resize(image, rows * times, columns * times).permute(1, 2, 0).numpy()
 
 
-def light(base: Picture, weights: Float[Tensor, "h w"]) -> Tile:
+def light(base: Pixels, weights: Float[Tensor, "h w"]) -> Tile:
     """`heat`, and the brightest patch as a multiple of uniform attention, the mean of what is read at all."""
     values = weights.float().cpu().numpy()
     read = values[values > 0]

@@ -1,4 +1,4 @@
-"""`foveola visualize`: what encoders make of pictures, drawn to PNG files."""
+"""`foveola visualize`: what encoders make of images, drawn to PNG files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ from foveola.figures.settings import (
     QueryConfig,
     SimilarityConfig,
 )
-from foveola.figures.tiles import named, pictures_of, size_of
+from foveola.figures.tiles import images_of, named, size_of
 from foveola.models.encoder import Encoder
 from foveola.zoo.load import load
 
-# Other files of pictures, which are not written; a folder's name may have another dot.
+# Other files of images, which are not written; a folder's name may have another dot.
 OTHERS = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps")
 
 
@@ -47,7 +47,7 @@ def visualize(
     model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
     data: Source | str | None = None,
     *,
-    out: str | Path = "pictures",
+    out: str | Path = "figures",
     train: Source | str | None = None,
     device: str | torch.device | None = None,
     **settings: Any,
@@ -74,9 +74,9 @@ def visualize(
     written = [save(sheet.draw(config.cell), path)]
     if config.each:
         for number, row in enumerate(sheet.rows):
-            for column, (head, picture) in enumerate(zip(sheet.columns, row.tiles, strict=False)):
+            for column, (head, image) in enumerate(zip(sheet.columns, row.tiles, strict=False)):
                 name = f"{path.stem}-{number:03d}-{column}-{_slug(head)}.png"
-                written.append(save(picture, path.parent / name))
+                written.append(save(image, path.parent / name))
     return written
 
 
@@ -92,7 +92,7 @@ def draw(
     """The sheet that `visualize` writes: its tiles are arrays, at full size."""
     config = configure(kind, settings)
     if data is None and kind != "positions":
-        raise UserError(f"visualize {kind} needs data=, such as data=folder:/pictures or data=scenes:")
+        raise UserError(f"visualize {kind} needs data=, such as data=folder:/images or data=scenes:")
     source = open_source(data, "test") if isinstance(data, str) else data
     bank = train
     if kind == "neighbours" and (train is not None or isinstance(data, str)):
@@ -156,7 +156,7 @@ def _slug(text: str) -> str:
 
 
 def _pca(encoders: dict[str, Encoder], source: Source, config: PcaConfig) -> Sheet:
-    samples = samples_of(source, choose(source, config.count, config.pictures))
+    samples = samples_of(source, choose(source, config.count, config.images))
     basis = None
     if (config.basis or config.save_basis) and len(encoders) > 1:
         raise UserError("a basis belongs to one encoder: give one model= with basis and save_basis")
@@ -164,7 +164,7 @@ def _pca(encoders: dict[str, Encoder], source: Source, config: PcaConfig) -> She
         basis = Basis.load(config.basis)
     if config.save_basis is not None:
         encoder = next(iter(encoders.values()))
-        maps = Maps(encoder, pictures_of(samples), size_of(encoder, config.size), config.tile)
+        maps = Maps(encoder, images_of(samples), size_of(encoder, config.size), config.tile)
         basis = fit_basis(maps, config.foreground)
         basis.save(config.save_basis)
     return gallery.pca_sheet(
@@ -179,25 +179,25 @@ def _of_samples(sheet: Callable[..., Sheet], *names: str) -> Callable[..., Sheet
         values = {name: getattr(config, name) for name in names}
         if "points" in values:
             values["points"] = points_of(values["points"])
-        return sheet(encoders, samples_of(source, choose(source, config.count, config.pictures)), **values)
+        return sheet(encoders, samples_of(source, choose(source, config.count, config.images)), **values)
 
     return run
 
 
 def _correspondences(encoders: dict[str, Encoder], source: Source, config: CorrespondenceConfig) -> Sheet:
-    pairs = pairs_of(source, config.count, config.pictures)
+    pairs = pairs_of(source, config.count, config.images)
     return gallery.correspondence_sheet(encoders, pairs, config.size, config.pairs, config.tile)
 
 
 def _neighbours(
     encoders: dict[str, Encoder], source: Source, config: NeighboursConfig, bank: Source
 ) -> Sheet:
-    chosen = choose(source, config.count, config.pictures)
+    chosen = choose(source, config.count, config.images)
     return gallery.neighbour_sheet(encoders, bank, source, chosen, config.found, config.masks, config, True)
 
 
 def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsConfig) -> Sheet:
-    samples = samples_of(source, choose(source, config.count, config.pictures))
+    samples = samples_of(source, choose(source, config.count, config.images))
     how = config.size, config.block, config.objects, config.min_coverage
     return gallery.objects_sheet(encoders, samples, *how)
 
@@ -225,9 +225,9 @@ KINDS = {
         "cosine of all patches with the one under a point",
     ),
     "correspondences": Kind(
-        CorrespondenceConfig, _correspondences, "patches of two pictures that are each other's nearest"
+        CorrespondenceConfig, _correspondences, "patches of two images that are each other's nearest"
     ),
-    "neighbours": Kind(NeighboursConfig, _neighbours, "nearest pictures or objects, with and without masks"),
+    "neighbours": Kind(NeighboursConfig, _neighbours, "nearest images or objects, with and without masks"),
     "dictionary": Kind(
         DictionaryConfig,
         _of_samples(gallery.dictionary_sheet, "size", "components", "alpha", "joint", "tile"),

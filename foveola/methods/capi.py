@@ -1,7 +1,7 @@
 """CAPI: predict the teacher's cluster assignments of patches that the student never got.
 
-The student encodes a part of the picture; a predictor asks it for some of the other patches. The teacher, its
-moving average, encodes the whole picture, and an online clustering of its patches gives the targets. There is
+The student encodes a part of the image; a predictor asks it for some of the other patches. The teacher, its
+moving average, encodes the whole image, and an online clustering of its patches gives the targets. There is
 one view and no class token.
 """
 
@@ -50,7 +50,7 @@ class ClusteringConfig:
     iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
     queue: int = key(
         0,
-        "past pictures whose patches are balanced along, over all processes: for small batches",
+        "past images whose patches are balanced along, over all processes: for small batches",
         at_least=0,
         at_most=2**24,
     )
@@ -97,12 +97,12 @@ class CapiConfig:
         if self.head == "linear":
             idle = {"mlp": "head=linear"}
         if self.targets == "teacher_head":
-            idle["clustering.queue"] = "targets=teacher_head keeps no past pictures"
+            idle["clustering.queue"] = "targets=teacher_head keeps no past images"
         return idle
 
     @property
     def pool(self) -> Literal["average", "predictor"]:
-        """What best stands for a picture (CAPI, Table 5)."""
+        """What best stands for an image (CAPI, Table 5)."""
         return "average" if self.predictor is None else "predictor"
 
 

@@ -106,7 +106,7 @@ class DistillationConfig(_Terms):
 
     @property
     def pool(self) -> Literal["token"]:
-        """What stands for a picture."""
+        """What stands for an image."""
         return "token"
 
     @property
@@ -246,7 +246,7 @@ class Distillation(Method):
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """The teacher's position field, if there is one, and the figures of the terms."""
         field = self.backbone.pos_field
-        found = {} if field is None else {"position_field": field.picture()}
+        found = {} if field is None else {"position_field": field.image()}
         for term in self.terms.values():
             found |= term.figures()
         return found

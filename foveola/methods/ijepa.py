@@ -1,7 +1,7 @@
-"""I-JEPA: predict what the teacher makes of blocks of the picture from a context that lies around them.
+"""I-JEPA: predict what the teacher makes of blocks of the image from a context that lies around them.
 
 The student encodes the context; a narrow predictor tells the features of each block apart from the others.
-The teacher, the student's moving average, encodes the whole picture. There are no augmented views, no class
+The teacher, the student's moving average, encodes the whole image. There are no augmented views, no class
 token and no clusters: nothing but the teacher's slowness keeps features from collapsing.
 """
 
@@ -132,7 +132,7 @@ class IJepa(Method):
     def _spread(self, patches: Float[Tensor, "B N D"]) -> dict[str, Tensor]:
         """Deviations of the teacher's patches before the LayerNorm that makes targets of them.
 
-        Over all patches, and over pictures at the same place: features that tell the place alone have the
+        Over all patches, and over images at the same place: features that tell the place alone have the
         former but not the latter. Both are roots of mean variances over channels.
         """
         overall = patches.flatten(0, 1).var(dim=0, correction=0).mean().sqrt()

@@ -27,7 +27,7 @@ from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
 
-SHOWN = 8  # pictures of a step that are kept to be looked at
+SHOWN = 8  # images of a step that are kept to be looked at
 EASY = 0.5  # share of hidden patches below which their neighbours tell most of them
 
 
@@ -100,7 +100,7 @@ def _with_rows(x: Tensor, indices: Int64[Tensor, "B K"], rows: Tensor) -> Float[
 
 
 class Mae(Method):
-    """One autoencoder; the target is the picture itself."""
+    """One autoencoder; the target is the image itself."""
 
     def __init__(self, config: MaeConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Mae(Method):
         grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         rows = torch.stack([unpatchify(x, self.patch_size, grid) for x in (patches, hidden, filled)])
         mean, std = (torch.tensor(c, device=rows.device)[:, None, None] for c in self.colors)
-        tiles = ((rows * std + mean) * 255).round().clamp(0, 255).byte()  # [3, pictures, 3, H, W]
+        tiles = ((rows * std + mean) * 255).round().clamp(0, 255).byte()  # [3, images, 3, H, W]
         sheet = pad(tiles, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return {"reconstruction": sheet.cpu().numpy()}
 

@@ -85,7 +85,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def trained(self) -> Iterable[VisionTransformer]:
-        """The networks that see pictures in training, a teacher included; they compile and checkpoint."""
+        """The networks that see images in training, a teacher included; they compile and checkpoint."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.

@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
         The restriction concerns a few rows of the attention matrix, so they make a second, small call and the
         patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a
-        mask as well (1 % of the attention's time): an object that is the whole picture gives the plain class
+        mask as well (1 % of the attention's time): an object that is the whole image gives the plain class
         token, bit for bit. `rotation` turns queries and keys (see `positions.Rope`).
         """
         query, key, value = self.heads_of(x, rotation)
@@ -103,7 +103,7 @@ def rotate(
     """Rotary positions: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a head.
 
     Channel j and channel j + d/2 thus make a pair; whether it turns by one angle is up to `rotation`, which
-    holds cosines and sines (of one row where they are the same for all pictures). None leaves x as it is.
+    holds cosines and sines (of one row where they are the same for all images). None leaves x as it is.
     """
     if rotation is None:
         return x

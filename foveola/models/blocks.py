@@ -95,8 +95,8 @@ class Residual(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Add `branch(x, *others)`; `others` are tensors of B (or of one) rows, or None.
 
-        Stochastic depth drops a picture's branch with probability p and scales the others by 1 / (1 - p).
-        With `drop_subset` exactly max(int(B (1 - p)), 1) pictures, drawn anew, go through the branch, which
+        Stochastic depth drops an image's branch with probability p and scales the others by 1 / (1 - p).
+        With `drop_subset` exactly max(int(B (1 - p)), 1) images, drawn anew, go through the branch, which
         saves the work for the others; they are scaled by B over their number (DINOv2, CAPI).
         """
         if not self.training or self.drop_path == 0:

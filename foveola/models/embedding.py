@@ -38,7 +38,7 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
 def unpatchify(
     patches: Float[Tensor, "B N CPP"], patch_size: int, grid: tuple[int, int]
 ) -> Float[Tensor, "B C H W"]:
-    """Pictures from the pixels of all their patches, row-major over (rows, columns): undoes `patchify`."""
+    """Images from the pixels of all their patches, row-major over (rows, columns): undoes `patchify`."""
     rows, columns = grid
     x = patches.view(len(patches), rows, columns, -1, patch_size, patch_size)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, rows * patch_size, columns * patch_size)
@@ -49,7 +49,7 @@ def token_rotation(
 ) -> Float[Tensor, "B 2 T d"]:
     """Rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay put.
 
-    One row serves all pictures unless each keeps its own patches, which then also place its registers.
+    One row serves all images unless each keeps its own patches, which then also place its registers.
     """
     places = rope.places(grid)
     if kept is not None:

@@ -31,16 +31,16 @@ __all__ = [
     "patch_mask",
 ]
 
-TOGETHER = 8  # objects that are encoded at once, or more where there are more pictures
+TOGETHER = 8  # objects that are encoded at once, or more where there are more images
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     model: ViTConfig = key(factory=ViTConfig, help="shape of the network")
-    transform: TransformConfig = key(factory=TransformConfig, help="what is done to pictures")
+    transform: TransformConfig = key(factory=TransformConfig, help="what is done to images")
     origin: str = key("", "where the weights come from")
     pool: Literal["token", "average", "predictor"] = key(
-        "token", "what stands for a picture or object: its token, the mean of its patches, or of predictions"
+        "token", "what stands for an image or object: its token, the mean of its patches, or of predictions"
     )
     predictor: PredictorConfig | None = key(None, "the predictor whose first block pools (CAPI)")
 
@@ -52,13 +52,13 @@ class EncoderConfig:
 
     @property
     def pools(self) -> tuple[str, ...]:
-        """What can stand for a picture."""
+        """What can stand for an image."""
         has = {"token": self.model.class_token, "average": True, "predictor": self.predictor is not None}
         return tuple(name for name, there in has.items() if there)
 
 
 class Encoder(nn.Module):
-    """A ViT, frozen unless asked to learn, with its transform: pictures (and object masks) to `Features`."""
+    """A ViT, frozen unless asked to learn, with its transform: images (and object masks) to `Features`."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers that stand for a picture or an object."""
+        """Numbers that stand for an image or an object."""
         if self.config.pool == "predictor" and self.predictor is not None:
             return self.predictor.width
         return self.config.model.shape[0]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a transformed picture."""
+        """(rows, columns) of patches of a transformed image."""
         side = self.config.transform.crop // self.patch_size
         return side, side
 
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         objects: Bool[Tensor, "B M N"] | None = None,
         independent: bool = True,
     ) -> Features:
-        """Encode normalised pictures of any size in whole patches.
+        """Encode normalised images of any size in whole patches.
 
         Args:
             objects: for each of M objects the patches that its token may read, row-major (from `patch_mask`);
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         Returns features whose `objects` are what `config.pool` says: object tokens; or the mean over the
         object's (without `objects`, all) patches, of the patches themselves or of what the predictor's first
         block expects there (CAPI, Table 5). With `independent`, registers and patches are those of the
-        picture without regard to objects.
+        image without regard to objects.
 
         The encoder is frozen, so results carry no gradient, but heads can learn on them; after
         `requires_grad_(True)`, or from `load(..., trainable=True)`, gradients reach the weights.
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
     def tokens(
         self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
     ) -> Float[Tensor, "B M C"]:
-        """What stands for each object (without `objects`, each picture) alone: `forward(...).objects`.
+        """What stands for each object (without `objects`, each image) alone: `forward(...).objects`.
 
         All protocols that read objects ask here. A subclass need only have its own `forward`.
         """
@@ -148,12 +148,12 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "B M C"]:
         """Object tokens, each from a pass of its own, as the patches of a pass read its token.
 
-        Passes are made of as many pictures as were given, 8 at least, which bounds the memory.
+        Passes are made of as many images as were given, 8 at least, which bounds the memory.
         """
-        picture_of = torch.arange(objects.shape[0], device=images.device).repeat_interleave(objects.shape[1])
+        image_of = torch.arange(objects.shape[0], device=images.device).repeat_interleave(objects.shape[1])
         alone = objects.flatten(0, 1)[:, None]
         few = torch.arange(len(alone), device=images.device).split(max(len(images), TOGETHER))
-        parts = [self.backbone(images[picture_of[rows]], alone[rows]).objects for rows in few]
+        parts = [self.backbone(images[image_of[rows]], alone[rows]).objects for rows in few]
         return torch.cat(parts).view(*objects.shape[:2], self.width)
 
     def _means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
     ) -> Capture:
         """`layers`, and on request who reads what in a block, from one pass."""
         if objects is not None and objects.shape[1] != 1:
-            raise ValueError(f"{objects.shape[1]} objects of each picture in a pass: expected one")
+            raise ValueError(f"{objects.shape[1]} objects of each image in a pass: expected one")
         return capture(self.backbone, images, n, objects, attention, block)
 
     def attention(
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
     ) -> tuple[Features, ...]:
         """The outputs of the last n blocks, the last one last, each through the final norm (DINO, iBOT).
 
-        One object for each picture, since patches read its token: repeat the pictures for more. `objects` of
+        One object for each image, since patches read its token: repeat the images for more. `objects` of
         each are object tokens, whatever `config.pool` says: M = 0 without class token. Raises ValueError
         unless the network has n blocks and there is one object.
         """

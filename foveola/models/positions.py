@@ -11,7 +11,7 @@ from torch.nn.init import trunc_normal_
 
 from foveola.geometry import bicubic
 
-ROPE_FREQUENCIES = (7.0, 7e-4)  # turns over a picture's side of the fastest and the slowest channel (CAPI)
+ROPE_FREQUENCIES = (7.0, 7e-4)  # turns over an image's side of the fastest and the slowest channel (CAPI)
 
 
 def resize_positions(
@@ -88,15 +88,15 @@ def _waves(
 
 
 class PositionField(nn.Module):
-    """A learned vector for each place of a picture, read where the patches of a view lie in it.
+    """A learned vector for each place of an image, read where the patches of a view lie in it.
 
     `values` [rows, columns, D] stand at the nodes of a lattice. `cells`: nodes are the centres of as many
-    equal cells of the picture, as the pixels of a picture are, so that rows x columns patches of the whole
-    picture read the values themselves. `corners`: the outermost nodes are the borders of the picture. In
+    equal cells of the image, as the pixels of an image are, so that rows x columns patches of the whole
+    image read the values themselves. `corners`: the outermost nodes are the borders of the image. In
     between values are interpolated, `linear` in each axis or `bicubic` (a = -0.5), from the nodes that there
     are: half a cell at the border has no node beyond it. A patch reads its own centre, at x0 + (x1 - x0) (j +
     1/2) / n of the unit square for the view (x0, y0, x1, y1); a flipped view reads from right to left.
-    (Position field paper, Section 3.2.1: the corners of field and picture meet; kernel, nodes and flips are
+    (Position field paper, Section 3.2.1: the corners of field and image meet; kernel, nodes and flips are
     left open.)
     """
 
@@ -135,7 +135,7 @@ class PositionField(nn.Module):
         """Positions of (rows, columns) patches of B views, row-major; one row for all without `boxes`.
 
         Args:
-            boxes: (x0, y0, x1, y1) of the views in the unit square; None = the whole picture.
+            boxes: (x0, y0, x1, y1) of the views in the unit square; None = the whole image.
             flips: which of these views are mirrored left-right.
 
         In the precision of `values`, float32 also under autocast: errors here reach every patch.
@@ -184,7 +184,7 @@ class PositionField(nn.Module):
         return near.clamp(0, nodes - 1).long(), weights / weights.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
-    def picture(self, height: int = 200) -> UInt8[np.ndarray, "H W 3"]:
+    def image(self, height: int = 200) -> UInt8[np.ndarray, "H W 3"]:
         """Three principal components of the field as red, green and blue, about `height` pixels high.
 
         Each from its 1st to its 99th percentile. Neighbours of like colour: the field is smooth.
@@ -214,7 +214,7 @@ def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) 
 
 
 def centre_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:
-    """(row, column) of the centre of each patch, row-major, in a picture from -1 to 1 (DINOv3)."""
+    """(row, column) of the centre of each patch, row-major, in an image from -1 to 1 (DINOv3)."""
     axes = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in grid)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 2)
 
@@ -243,7 +243,7 @@ class Rope(nn.Module):
     CAPI's released code, in which channel j takes an angle of the row and j + d/2 one of the column: no
     rotation, but what its published weights were trained with.
 
-    Frequencies fall geometrically from 7 to 0.0007 turns per picture, over d/4 values (CAPI, Table 6).
+    Frequencies fall geometrically from 7 to 0.0007 turns per image, over d/4 values (CAPI, Table 6).
     `dinov3`: pairs as `axial`, of (row, column) in [-1, 1], with frequencies 100^(-4 k / d) turns per unit.
     """
 
@@ -278,5 +278,5 @@ class Rope(nn.Module):
 
 
 def take_rows(x: Float[Tensor, "#B N D"], indices: Int64[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """Rows of each picture by index; x may have one row of N for all pictures."""
+    """Rows of each image by index; x may have one row of N for all images."""
     return x.expand(len(indices), -1, -1).gather(1, indices[..., None].expand(-1, -1, x.shape[2]))

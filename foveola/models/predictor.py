@@ -140,7 +140,7 @@ class Predictor(nn.Module):
         self, tokens: Tensor, x: Tensor, rotation: Tensor | None, groups: int
     ) -> Float[Tensor, "B P D"]:
         """Blocks over tokens and the mask tokens of one group at a time, as sequences of their own."""
-        pictures, length = len(tokens), tokens.shape[1]
+        images, length = len(tokens), tokens.shape[1]
         parts = x.unflatten(1, (groups, -1))
         count = parts.shape[2]
         x = torch.cat((tokens.to(x.dtype)[:, None].expand(-1, groups, -1, -1), parts), dim=2).flatten(0, 1)
@@ -150,4 +150,4 @@ class Predictor(nn.Module):
             rotation = torch.cat((shared[:, None].expand(-1, groups, -1, -1, -1), own), dim=3).flatten(0, 1)
         for block in self.blocks:
             x = block(x, 0, None, rotation)
-        return self.norm(x[:, -count:]).unflatten(0, (pictures, groups)).flatten(1, 2)
+        return self.norm(x[:, -count:]).unflatten(0, (images, groups)).flatten(1, 2)

@@ -14,31 +14,31 @@ from foveola.config import key
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What happens to a picture before it is encoded. Defaults: the usual ImageNet evaluation."""
+    """What happens to an image before it is encoded. Defaults: the usual ImageNet evaluation."""
 
     resize: int = key(256, "pixels of the shorter side", at_least=1, at_most=2**14)
     crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1, at_most=2**13)
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
     std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
-    interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how pictures are resized, antialiased")
-    squash: bool = key(False, "resize both sides to `resize`, whatever the picture's shape")
+    interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how images are resized, antialiased")
+    squash: bool = key(False, "resize both sides to `resize`, whatever the image's shape")
 
     def __post_init__(self) -> None:
         if self.crop > self.resize:
             raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
 
 
-def square(picture: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> UInt8[Tensor, "3 crop crop"]:
-    """The pixels of a picture that are encoded, before they are normalised."""
-    (height, width), (top, left) = picture_crop(picture.shape[0], picture.shape[1], transform)
-    whole, side = resize(picture, height, width, transform.interpolation), transform.crop
+def square(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> UInt8[Tensor, "3 crop crop"]:
+    """The pixels of an image that are encoded, before they are normalised."""
+    (height, width), (top, left) = image_crop(image.shape[0], image.shape[1], transform)
+    whole, side = resize(image, height, width, transform.interpolation), transform.crop
     return whole[:, top : top + side, left : left + side]
 
 
-def picture_crop(
+def image_crop(
     height: int, width: int, transform: TransformConfig
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size (height, width) to which a picture is resized, and (top, left) of its centre crop in that size.
+    """Size (height, width) to which an image is resized, and (top, left) of its centre crop in that size.
 
     As torchvision's `Resize` and `CenterCrop`, with which published evaluations are made: the longer side is
     rounded down, and an offset of half a pixel to the nearest even number.
@@ -52,14 +52,14 @@ def picture_crop(
 
 
 def resize(
-    picture: UInt8[np.ndarray, "H W 3"],
+    image: UInt8[np.ndarray, "H W 3"],
     height: int,
     width: int,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[Tensor, "3 {height} {width}"]:
     """Antialiased, the rounding to uint8 included, as PIL does it within one level."""
     # torch warns about memory that it could write to by mistake, and reads none from right to left.
-    if not picture.flags.writeable or min(picture.strides) < 0:
-        picture = picture.copy()
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    if not image.flags.writeable or min(image.strides) < 0:
+        image = image.copy()
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0].contiguous()

@@ -1,4 +1,4 @@
-"""The Vision Transformer: pictures in, `Features` out. Parameter names are timm's.
+"""The Vision Transformer: images in, `Features` out. Parameter names are timm's.
 
 Tokens stand in the order [object tokens, registers, patches]. An object token is the class token; given
 object masks there is one for each object, all from the same parameter, each reading only its object's
@@ -51,7 +51,7 @@ class ViTConfig:
     heads: int | None = key(None, "attention heads instead of the size's", at_least=1, at_most=2**12)
     patch_size: int = key(16, "pixels a side of a patch", at_least=1, at_most=2**10)
     image_size: int = key(
-        224, "picture side that fits the position table without resizing", at_least=1, at_most=2**13
+        224, "image side that fits the position table without resizing", at_least=1, at_most=2**13
     )
     mlp: Literal["gelu", "swiglu"] = key("gelu", "plain MLP, or the gated one of large DINOv2 models")
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0, at_most=64)
@@ -68,7 +68,7 @@ class ViTConfig:
         "linear", "rising from 0 over the blocks, or the same in all"
     )
     drop_path_subset: bool = key(
-        False, "drop a fixed share of pictures and skip their work (DINOv2, CAPI), not each by chance"
+        False, "drop a fixed share of images and skip their work (DINOv2, CAPI), not each by chance"
     )
     positions: Literal["learned", "sincos", "rope", "field"] = key(
         "learned",
@@ -79,7 +79,7 @@ class ViTConfig:
     )
     field_interpolation: Literal["linear", "bicubic"] = key("linear", "between the nodes of the field")
     field_alignment: Literal["cells", "corners"] = key(
-        "cells", "nodes of the field are centres of cells, as pixels are, or reach the picture's borders"
+        "cells", "nodes of the field are centres of cells, as pixels are, or reach the image's borders"
     )
     position_antialias: bool = key(
         False, "antialias when resizing positions: timm does, DINO and iBOT do not"
@@ -146,7 +146,7 @@ class ViTConfig:
         if self.positions not in ("learned", "sincos"):
             idle["position_antialias"] = f"{where} has no table that is resized"
             if self.positions == "rope" or self.position_init == "random":
-                idle["image_size"] = f"{where} fits pictures of any size"
+                idle["image_size"] = f"{where} fits images of any size"
         return idle
 
     @property
@@ -189,7 +189,7 @@ class ViTConfig:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a ViT says about B pictures, after the final norm."""
+    """What a ViT says about B images, after the final norm."""
 
     objects: Float[Tensor, "B M D"]  # M = 0 without class token
     registers: Float[Tensor, "B R D"]
@@ -364,7 +364,7 @@ class VisionTransformer(nn.Module):
         height, width = map(int, images.shape[-2:])  # traced sizes are tensors
         if height % patch or width % patch or not height or not width:
             raise ValueError(
-                f"pictures of {height} x {width} pixels are not made of whole {patch} x {patch} patches"
+                f"images of {height} x {width} pixels are not made of whole {patch} x {patch} patches"
             )
         grid = (height // patch, width // patch)
         masked, kept = inputs.masked, inputs.kept

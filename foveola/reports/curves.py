@@ -20,9 +20,9 @@ TITLES = {
     "effective_rank": "Effective rank",
     "clustering/position_information": "What place tells of clusters (nats)",
     "grad_norm": "Gradient norm",
-    "images_per_second": "Pictures a second",
+    "images_per_second": "Images a second",
     "data_wait": "Time spent waiting for data",
-    "bad_pictures": "Unreadable pictures",
+    "bad_images": "Unreadable images",
     "objects/first_try": "Object-aware crops found at once",
     "position/found": "Positions found again",
     "position/distance": "Distance to the true position",
@@ -126,7 +126,7 @@ def _thin(name: str, points: list[tuple[float, float]], scale: float) -> Line:
 
 
 def _axis(records: Sequence[Record]) -> str:
-    return "step" if _same_batch(records) else "pictures seen"
+    return "step" if _same_batch(records) else "images seen"
 
 
 def _same_batch(records: Sequence[Record]) -> bool:

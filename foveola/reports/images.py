@@ -1,4 +1,4 @@
-"""The pictures of a report: what the trained encoder makes of the user's own, and what training drew."""
+"""The images of a report: what the trained encoder makes of the user's own, and what training drew."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from foveola.reports.record import Record
 from foveola.reports.request import Data, ReportConfig, choose_samples
 from foveola.zoo.load import load
 
-FOUND = 5  # neighbours of a picture
+FOUND = 5  # neighbours of an image
 ABOUT = {  # what to make of a sheet
     "pca": (
         "Patches of one colour are alike to the network: borders that follow things rather than the grid are "
@@ -39,34 +39,34 @@ LEARNED = ("learned", "field")  # kinds of positions that training changes
 
 
 def sheets(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
-    """HTML of the pictures of one run; those of its encoder are kept beside its results and used again."""
+    """HTML of the images of one run; those of its encoder are kept beside its results and used again."""
     return _encoder(record, data, progress, config) + _drawn(record)
 
 
 def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
-    if not config.pictures:
-        return html.paragraph("No pictures were asked for (pictures=0).", "note")
+    if not config.images:
+        return html.paragraph("No images were asked for (images=0).", "note")
     if data.test is None or data.train is None:
-        return html.paragraph("There are no pictures to draw; data= says where some are.", "note")
+        return html.paragraph("There are no images to draw; data= says where some are.", "note")
     if not record.has_encoder:
         return html.paragraph("The run has no encoder yet.", "note")
     device = distributed.find_device(config.device)
     try:
         trained = load(record.folder, device)
     except UserError as error:
-        return html.paragraph(f"No pictures of the encoder: {error}", "note")
+        return html.paragraph(f"No images of the encoder: {error}", "note")
     rows = _rows(progress, config)
     about = {
         "foveola": foveola.__version__,
         "data": [kept.identity(data.train), kept.identity(data.test)],
-        "pictures": config.pictures,
+        "images": config.images,
         "rows": rows,
     }
-    path = kept.home(record.folder) / trained.fingerprint() / f"pictures-{kept.key_of(about)}.html"
+    path = kept.home(record.folder) / trained.fingerprint() / f"images-{kept.key_of(about)}.html"
     text = kept.read(path)
     if text is None:
         both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}", device), "trained": trained}
-        drawn = list(_each(both, data, rows, config.pictures))
+        drawn = list(_each(both, data, rows, config.images))
         text = "".join(html for html, _ in drawn)
         if all(whole for _, whole in drawn):
             files.write_text(path, text)
@@ -74,7 +74,7 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
 
 
 def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
-    """Which rows k-NN reads, and so the neighbours: pictures or objects."""
+    """Which rows k-NN reads, and so the neighbours: images or objects."""
     known = ExtractConfig.__dataclass_fields__
     settings = {k: v for k, v in progress.settings.get("knn", {}).items() if k in known}
     return {"limit": config.limit or LIMIT} | settings
@@ -89,7 +89,7 @@ def _each(
     chosen = choose_samples(data.test, count)
     samples, names = [sample for _, sample in chosen], [sample.name for _, sample in chosen]
     if not samples:
-        yield html.paragraph(f"None of the pictures of {data.test.name} can be read.", "note"), False
+        yield html.paragraph(f"None of the images of {data.test.name} can be read.", "note"), False
         return
     trained, indices = both["trained"], [index for index, _ in chosen]
     settings = ExtractConfig(**rows)
@@ -118,20 +118,18 @@ def _with_note(sheet: Sheet, about: str) -> Sheet:
 
 
 def _drawn(record: Record) -> str:
-    """The newest picture of each kind that training drew."""
+    """The newest image of each kind that training drew."""
     figures, notes = [], []
-    for name, path in record.pictures().items():
+    for name, path in record.figures().items():
         told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
         try:
             pixels = decode(path.read_bytes())
         except (OSError, BadImage) as error:
             notes.append(f"{path.name} cannot be read: {error}")
             continue
-        picture = html.image(pixels, f"{told}, drawn in training")
+        image = html.image(pixels, f"{told}, drawn in training")
         figures.append(
-            html.tag(
-                "figure", html.tag("figcaption", html.escape(told)) + html.scroll(picture, told), "drawn"
-            )
+            html.tag("figure", html.tag("figcaption", html.escape(told)) + html.scroll(image, told), "drawn")
         )
     if not figures and not notes:
         return ""

@@ -1,4 +1,4 @@
-"""What reports keep beside a run: files named by the pictures that they are of."""
+"""What reports keep beside a run: files named by the images that they are of."""
 
 import hashlib
 import json

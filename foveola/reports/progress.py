@@ -27,7 +27,7 @@ from foveola.reports.record import Record
 from foveola.reports.request import LIMIT, Data, ReportConfig, each_sample
 from foveola.zoo.load import load
 
-PLACES_OF = 128  # pictures on which the share of places is measured
+PLACES_OF = 128  # images on which the share of places is measured
 OBJECTS = 500  # that are to be found among each other
 UNTRAINED, END = "untrained", "end"
 NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
@@ -41,7 +41,7 @@ class Point:
     step: int | None
     results: dict[str, Result]
     place_share: float | None = None  # of the variance of patches that their place explains
-    place_pictures: int | None = None  # on so many pictures
+    place_images: int | None = None  # on so many images
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,8 @@ def _defaults(
         settings |= {k: v for k, v in (record.get("evaluate") or {}).items() if k in known}
         if data.labels == "objects" and settings.get("rows") != "objects":
             settings |= {"rows": "objects", "view": "object"}
-        elif data.labels == "pictures" and settings.get("rows") == "objects":
-            settings |= {"rows": "pictures", "view": "picture"}
+        elif data.labels == "images" and settings.get("rows") == "objects":
+            settings |= {"rows": "images", "view": "image"}
     if "limit" in known:
         settings["limit"] = config.limit or settings.get("limit") or LIMIT
     if "workers" in known and isinstance(record.get("evaluate.workers"), int):
@@ -188,7 +188,7 @@ def _results(
             missing.append(name)
     if not missing:
         return results, failed
-    try:  # together they share a pass over the pictures
+    try:  # together they share a pass over the images
         return results | _evaluate(encoder, missing, data, settings, folders[0]), failed
     except UserError as error:
         if len(missing) == 1:
@@ -209,7 +209,7 @@ def _evaluate(
 
 
 def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
-    """An earlier result of the encoder and pictures whose folder this is, if all else is the same as well."""
+    """An earlier result of the encoder and images whose folder this is, if all else is the same as well."""
     if data.test is None:
         return None
     name, config = next(iter(configure((name,), {find(name).name: wanted}).items()))
@@ -223,11 +223,11 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
 
 
 def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
-    """Share of the variance of patches that their place explains, in [0, 1], and of how many pictures.
+    """Share of the variance of patches that their place explains, in [0, 1], and of how many images.
 
-    Components of variance of a one-way analysis with the N places as groups of all pictures, at least 2: the
-    variance of the places' means, less what it would have by chance (within / pictures), over its sum with
-    that within places; 0 for constant features and for a single picture. Batches are read one by one.
+    Components of variance of a one-way analysis with the N places as groups of all images, at least 2: the
+    variance of the places' means, less what it would have by chance (within / images), over its sum with
+    that within places; 0 for constant features and for a single image. Batches are read one by one.
     """
     mean, squares, count = torch.zeros(()), torch.zeros(()), 0
     for batch in batches:
@@ -248,8 +248,8 @@ def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
 def _place_share(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
-    """Of the encoder's patches on some pictures, kept like results; None where too few can be read."""
-    about = {"pictures": PLACES_OF, "data": identity(source), "foveola": foveola.__version__}
+    """Of the encoder's patches on some images, kept like results; None where too few can be read."""
+    about = {"images": PLACES_OF, "data": identity(source), "foveola": foveola.__version__}
     for folder in folders:
         tree = read_tree(folder / "place.json")
         if tree.get("about") == about and isinstance(tree.get("share"), float):

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, UserError, meant, read_yaml
+from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
 from foveola.files import STEP, RunFolder
 from foveola.schedules import steps_of
 
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
-PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
-IMAGES = re.compile(r": \d+ steps of \d+ pictures, out of (\d+)$")  # as a run notes it at its start
+FIGURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
+IMAGES = re.compile(r": \d+ steps of \d+ images, out of (\d+)$")  # as a run notes it at its start
 TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
 
 
@@ -96,10 +96,10 @@ class Record:
         """(step, folder) of the encoders that were kept on the way, by rising step."""
         return [(step, folder.path) for step, folder in RunFolder(self.folder).kept_encoders()]
 
-    def pictures(self) -> dict[str, Path]:
-        """The newest of the pictures that training drew, by name."""
+    def figures(self) -> dict[str, Path]:
+        """The newest of the figures that training drew, by name."""
         drawn = RunFolder(self.folder).figures.glob("*-*.png")
-        found = [(PICTURE.fullmatch(path.name), path) for path in drawn]
+        found = [(FIGURE.fullmatch(path.name), path) for path in drawn]
         numbered = [(match["name"], int(match["step"]), path) for match, path in found if match]
         return {name: path for name, _, path in sorted(numbered)}
 
@@ -134,7 +134,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Record]:
             what = "lacks config.yaml" if path.is_dir() else f"does not exist{meant(path)}"
             raise UserError(f"{path} is no run folder: it {what}")
     return [
-        Record(path, name, read_yaml(RunFolder(path).config), _lines(path), _notes(path))
+        Record(path, name, renewed(read_yaml(RunFolder(path).config)), _lines(path), _notes(path))
         for path, name in zip(paths, _names(paths), strict=True)
     ]
 

@@ -21,7 +21,7 @@ from foveola.reports.record import Record, read_runs
 from foveola.reports.request import ReportConfig, open_data
 from foveola.zoo.load import load
 
-GLOBAL_VIEWS = 2  # of a picture, where a configuration does not say
+GLOBAL_VIEWS = 2  # of an image, where a configuration does not say
 
 
 def report(
@@ -37,7 +37,7 @@ def report(
         runs: run folders, finished or not.
         out: file to write; by default `report.html` in the folder of the first run.
         progress: tell on stderr what is being measured.
-        settings: keys of `ReportConfig` (`data`, `train`, `test`, `protocols`, `reference`, `pictures`, ...);
+        settings: keys of `ReportConfig` (`data`, `train`, `test`, `protocols`, `reference`, `images`, ...);
             others are settings of the protocols (`limit=500`, `knn={"k": (20,)}`).
 
     Results are kept in RUN/report/<fingerprint of the encoder>/ and used again while encoder, settings, data
@@ -102,7 +102,7 @@ def facts_of(record: Record, progress: Progress) -> Facts:
         places=(size // patch) ** 2 if size and patch else None,
         notes=record.notes,
         place_share=None if share is None else (share, None if first is None else first.place_share),
-        place_pictures=None if last is None else last.place_pictures,
+        place_images=None if last is None else last.place_images,
         processes=processes,
         images=record.image_count,
     )
@@ -138,7 +138,7 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
         ("setup", "What was trained on what", sections.setup(found)),
         ("helped", "Did it help?", sections.helped(found)),
         ("health", "Is the run healthy?", sections.health(found)),
-        ("pictures", "What it sees", sections.pictures(found, config)),
+        ("images", "What it sees", sections.images(found, config)),
         ("curves", "Curves", sections.curve_charts([each.record for each in found])),
         ("config", "Exact configuration", sections.configuration(found)),
         ("next", "What to do next", sections.advice(found, config)),
@@ -146,7 +146,7 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
     ]
     links = "".join(html.tag("a", heading, href=f"#{name}") for name, heading, _ in parts[1:])
     methods = dict.fromkeys(each.record.method for each in found)
-    data = dict.fromkeys(str(each.record.get("data") or "unknown pictures") for each in found)
+    data = dict.fromkeys(str(each.record.get("data") or "unknown images") for each in found)
     top = (
         html.paragraph("foveola report", "brand")
         + html.tag("h1", html.escape(title))

@@ -1,4 +1,4 @@
-"""What a report was asked for, and the pictures it measures and draws."""
+"""What a report was asked for, and the images it measures and draws."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from foveola.data.sources import Source, decode, open_source
 from foveola.evaluation.features.overlap import overlap_of
 from foveola.reports.record import Record
 
-LOOKED_AT = 32  # pictures of which labels are looked for
-LIMIT = 1000  # pictures of each set to use, where nobody says how many
+LOOKED_AT = 32  # images of which labels are looked for
+LIMIT = 1000  # images of each set to use, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class ReportConfig:
     """Settings of a report, besides those of its protocols."""
 
     out: str | None = key(None, "file to write; null = report.html in the folder of the first run")
-    data: str | None = key(None, "pictures to measure and draw, as a data string; null = those of the run")
-    train: str | None = key(None, "labelled pictures to learn from; null = data")
-    test: str | None = key(None, "pictures to measure on; null = the test split of data")
+    data: str | None = key(None, "images to measure and draw, as a data string; null = those of the run")
+    train: str | None = key(None, "labelled images to learn from; null = data")
+    test: str | None = key(None, "images to measure on; null = the test split of data")
     protocols: tuple[str, ...] | None = key(
         None,
         "what to measure; null = label_free, knn where there are labels, retrieval where there are objects",
@@ -31,20 +31,20 @@ class ReportConfig:
         None, "another encoder to measure: timm:NAME, hf:NAME, a run, a file of weights"
     )
     checkpoints: int = key(4, "kept encoders to measure at most, besides the last one", at_least=0)
-    pictures: int = key(6, "pictures to draw in each panel; 0 = none", at_least=0)
+    images: int = key(6, "images to draw in each panel; 0 = none", at_least=0)
     limit: int | None = key(
-        None, "pictures of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1
+        None, "images of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1
     )
     device: str | None = key(None, "auto, cpu, cuda, cuda:1; null = auto: a GPU if there is one")
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Pictures to measure on; what is missing is None, and `notes` say why."""
+    """Images to measure on; what is missing is None, and `notes` say why."""
 
     train: Source | None = None
     test: Source | None = None
-    labels: str | None = None  # what carries labels in both: "pictures" or "objects"
+    labels: str | None = None  # what carries labels in both: "images" or "objects"
     notes: tuple[str, ...] = ()
 
     def shares(self, limit: int | None = LIMIT, seed: int = 0) -> bool:
@@ -55,33 +55,31 @@ class Data:
 
 
 def open_data(record: Record, config: ReportConfig) -> Data:
-    """The pictures of a run, or those asked for. UserError for these; the run's own may be gone."""
+    """The images of a run, or those asked for. UserError for these; the run's own may be gone."""
     asked = config.train or config.data, config.test or config.data or config.train
     own = record.get("evaluate_train") or record.get("data")
     train, test = asked[0] or own, asked[1] or record.get("evaluate_test") or own
     if train is None or test is None:
-        return Data(notes=("The run names no pictures; give data=, or train= and test=.",))
+        return Data(notes=("The run names no images; give data=, or train= and test=.",))
     try:
         sources = open_source(str(train), "train"), open_source(str(test), "test")
     except UserError as error:
         if any(asked):
             raise
-        return Data(
-            notes=(f"The pictures of the run cannot be opened ({error}); say where they are: data=.",)
-        )
+        return Data(notes=(f"The images of the run cannot be opened ({error}); say where they are: data=.",))
     kinds = _labelled(sources[0]) & _labelled(sources[1])
-    rows = record.get("evaluate.rows", "pictures")
+    rows = record.get("evaluate.rows", "images")
     return Data(*sources, labels=rows if rows in kinds else min(kinds, default=None))
 
 
 def _labelled(source: Source) -> set[str]:
-    """What carries labels in the first pictures of a source: pictures, objects, both or nothing."""
+    """What carries labels in the first images of a source: images, objects, both or nothing."""
     found: set[str] = set()
     if source.classes is None:
         return found
     for sample in _samples(source, range(min(LOOKED_AT, len(source)))):
         if sample.label is not None and sample.label >= 0:
-            found.add("pictures")
+            found.add("images")
         if sample.objects is not None and sample.objects.labels is not None:
             found.add("objects")
     return found
@@ -99,12 +97,12 @@ def _samples(source: Source, indices: Sequence[int]) -> list[Sample]:
 
 
 def choose_samples(source: Source, count: int, seed: int = 0) -> list[tuple[int, Sample]]:
-    """`count` pictures of a source drawn by seed: index and sample with pixels; fewer where some are bad."""
+    """`count` images of a source drawn by seed: index and sample with pixels; fewer where some are bad."""
     return list(each_sample(source, count, seed))
 
 
 def each_sample(source: Source, count: int, seed: int = 0) -> Iterator[tuple[int, Sample]]:
-    """What `choose_samples` chooses, one by one: no more than one picture is in memory."""
+    """What `choose_samples` chooses, one by one: no more than one image is in memory."""
     left = count
     for index in np.random.default_rng(seed).permutation(len(source)).tolist():
         if not left:

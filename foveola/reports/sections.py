@@ -159,7 +159,7 @@ def _amounts(progress: Progress) -> str:
     told = []
     for name, result in ({} if last is None else last.results).items():
         train = result.data.get("train")
-        rows = train.get("rows", train.get("pictures")) if isinstance(train, dict) else None
+        rows = train.get("rows", train.get("images")) if isinstance(train, dict) else None
         bank = "" if rows is None else f" with {rows:,} of the training data"
         told.append(f"{verdicts.titled(name)} on {verdicts.rows_of(result)}{bank}")
     if not told:
@@ -303,7 +303,7 @@ def health(found: Sequence[Findings]) -> str:
     return "".join(parts)
 
 
-def pictures(found: Sequence[Findings], config: ReportConfig) -> str:
+def images(found: Sequence[Findings], config: ReportConfig) -> str:
     """Of several runs all but the first are folded."""
     parts = []
     for number, each in enumerate(found):
@@ -359,8 +359,8 @@ def usage(each: Findings) -> str:
         "import foveola",
         "from PIL import Image",
         f"encoder = foveola.load({folder!r})",
-        'features = encoder(encoder.transform(Image.open("picture.jpg"))[None])',
-        "print(features.objects.shape, features.patches.shape)  # one token and all patches of the picture",
+        'features = encoder(encoder.transform(Image.open("image.jpg"))[None])',
+        "print(features.objects.shape, features.patches.shape)  # one token and all patches of the image",
     ]
     run = shlex.quote(folder)
     commands = [_evaluation(each, run)]
@@ -380,10 +380,10 @@ def usage(each: Findings) -> str:
 
 
 def _evaluation(each: Findings, run: str) -> str:
-    """A command that measures the run on its pictures: what can be measured without labels, or k-NN."""
+    """A command that measures the run on its images: what can be measured without labels, or k-NN."""
     train, test = each.data.train, each.data.test
     if train is None or test is None or each.data.labels is None:
-        place = test.name if test else str(each.record.get("data") or "folder:/my/pictures")
+        place = test.name if test else str(each.record.get("data") or "folder:/my/images")
         return f"foveola evaluate label_free model={run} test={shlex.quote(place)}"
     words = f"foveola evaluate knn model={run} train={shlex.quote(train.name)} test={shlex.quote(test.name)}"
     words += " rows=objects view=object" if each.data.labels == "objects" else ""

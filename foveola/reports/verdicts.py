@@ -189,7 +189,7 @@ def rows_of(result: Result) -> str:
     facts = facts if isinstance(facts, dict) else {}
     objects = result.settings.get("rows") == "objects" or ("objects" in facts and "rows" not in facts)
     what = "test objects" if objects else "test images"
-    counts = [facts[name] for name in ("rows", "objects", "pictures") if isinstance(facts.get(name), int)]
+    counts = [facts[name] for name in ("rows", "objects", "images") if isinstance(facts.get(name), int)]
     return f"{counts[0]:,} {what}" if counts else what
 
 

@@ -66,7 +66,7 @@ def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
 def objects_line(source: Source) -> str:
     """How many images have objects, as far as that can be told without reading every file."""
     if not source.has_objects:
-        return f"none: {source.name} has no objects, so each picture counts as one object"
+        return f"none: {source.name} has no objects, so each image counts as one object"
     count = getattr(source, "with_objects", lambda: None)()
     if count is None:
         return f"annotated in {source.name}"

@@ -20,7 +20,7 @@ from foveola.training.recipe import RunConfig
 
 
 def share(config: RunConfig) -> int:
-    """Pictures that a process takes at once: its share of the batch, in `accumulate` parts."""
+    """Images that a process takes at once: its share of the batch, in `accumulate` parts."""
     world = distributed.world_size()
     part, rest = divmod(config.batch_size, world * config.accumulate)
     if rest:

@@ -19,7 +19,7 @@ from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig, plan
 from foveola.views.blocks import draw_blocks
 
-CPU_BATCH = 8  # pictures of a trial step on a CPU: enough to see the speed, few enough to wait for
+CPU_BATCH = 8  # images of a trial step on a CPU: enough to see the speed, few enough to wait for
 
 
 def dry_run(config: RunConfig) -> str:
@@ -44,16 +44,16 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
     rows = {
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
-        "data": f"{source.name}: {len(source):,} pictures"
+        "data": f"{source.name}: {len(source):,} images"
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
         "parameters": _parameters(trainer.method),
-        "tokens per picture": _tokens(config, part, trainer.method),
-        "batch": f"{config.batch_size} pictures: {distributed.world_size()} process(es) x "
+        "tokens per image": _tokens(config, part, trainer.method),
+        "batch": f"{config.batch_size} images: {distributed.world_size()} process(es) x "
         f"{config.accumulate} part(s) x {part}",
         "steps": _steps(config, progress),
         "learning rate": f"{config.optimizer.peak(config.batch_size):.4g} after {config.optimizer.lr.warmup}",
-        "trial": f"two steps of {batch} pictures on {device} in {config.precision}; losses {losses}",
+        "trial": f"two steps of {batch} images on {device} in {config.precision}; losses {losses}",
         "speed": _speed(config, progress, batch / seconds),
         "memory": memory,
     }
@@ -100,7 +100,7 @@ def _parameters(method: Method) -> str:
 
 
 def _tokens(config: RunConfig, part: int, method: Method) -> str:
-    """Tokens that the networks go through for each of `part` pictures that are taken at once."""
+    """Tokens that the networks go through for each of `part` images that are taken at once."""
     views, model = config.views, config.model
     extra = model.class_token + model.registers
     patches = (views.global_size // model.patch_size) ** 2
@@ -134,7 +134,7 @@ def _steps(config: RunConfig, progress: Progress) -> str:
 
 
 def _speed(config: RunConfig, progress: Progress, rate: float) -> str:
-    speed = f"{rate:.3g} pictures/s on one such device"
+    speed = f"{rate:.3g} images/s on one such device"
     if config.data is None:
         return speed
     return f"{speed}, so {_duration(progress.total_steps * config.batch_size / rate)} in all"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foveola import distributed, files
-from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, to_dict
+from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, renewed, to_dict
 from foveola.files import RunFolder
 from foveola.training import checkpoint, same_data
 from foveola.training.recipe import RunConfig, plan
@@ -81,7 +81,7 @@ def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str
     """The first setting in which the run in `folder` differs from `config`, or None."""
     path = RunFolder(folder).config
     try:
-        theirs = build(RunConfig, read_yaml(path))  # keys that it lacks have their defaults
+        theirs = build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
     old, new = _flat(to_dict(theirs)), _flat(to_dict(config))

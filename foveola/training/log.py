@@ -48,7 +48,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         run = files.RunFolder(folder)
         self._path = run.metrics
-        self._pictures = run.figures
+        self._figures = run.figures
         kept, odd = _truncate(self._path, start_step)
         self.kept = kept
         self._lines = self._path.open("a", encoding="utf-8")
@@ -92,7 +92,7 @@ class Log:
             self._last_step, self._last_time = step, now
         self._show(step, metrics, now)
 
-    def images(
+    def figure(
         self,
         step: int,
         name: str,
@@ -100,7 +100,7 @@ class Log:
         keep: int = 2,
         keep_every: int | None = None,
     ) -> None:
-        """Put a picture into tensorboard, and into the run folder as `pictures/<name>-<step>.png`.
+        """Put a figure into tensorboard, and into the run folder as `figures/<name>-<step>.png`.
 
         As with checkpoints, the newest `keep` files of a name stay, and those of each `keep_every` steps.
         """
@@ -109,12 +109,12 @@ class Log:
         from PIL import Image
 
         self._board.add_image(name, array, step, dataformats="HWC")
-        with files.whole(self._pictures / f"{name}-{step:08d}.png") as part:
+        with files.whole(self._figures / f"{name}-{step:08d}.png") as part:
             Image.fromarray(array).save(part, "PNG")
         numbered = re.compile(re.escape(name) + r"-(\d{8,})\.png", re.ASCII)
         found = [
             (int(match[1]), path)
-            for path in self._pictures.iterdir()
+            for path in self._figures.iterdir()
             if (match := numbered.fullmatch(path.name))
         ]
         for at, path in sorted(found)[:-keep]:

@@ -21,6 +21,7 @@ from foveola.config import (
     parse_overrides,
     read_yaml,
     refuse_unread,
+    renewed,
 )
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.classification.knn import KnnConfig
@@ -77,7 +78,7 @@ class RunConfig:
     recipe: str = key("", "name of the recipe")
     about: About = key(factory=About, help="what the recipe is for")
     data: str | None = key(
-        None, "pictures to train on, as a data string: folder:/path, coco:/images?annotations=/f.json"
+        None, "images to train on, as a data string: folder:/path, coco:/images?annotations=/f.json"
     )
     data_changed: Literal["refuse", "allow"] = key(
         "refuse", "whether a run goes on where its images are not those that it began with"
@@ -87,7 +88,7 @@ class RunConfig:
     )
     seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
-    batch_size: int = key(1024, "pictures a step, over all processes", at_least=1, at_most=2**24)
+    batch_size: int = key(1024, "images a step, over all processes", at_least=1, at_most=2**24)
     accumulate: int = key(
         1, "parts in which each process goes through its share of a step", at_least=1, at_most=2**24
     )
@@ -99,11 +100,11 @@ class RunConfig:
     method: DistillationConfig | CapiConfig | MaeConfig | IJepaConfig = key(
         factory=DistillationConfig, help="what is learned"
     )
-    views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each picture")
-    loader: LoaderConfig = key(factory=LoaderConfig, help="how pictures are read")
+    views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each image")
+    loader: LoaderConfig = key(factory=LoaderConfig, help="how images are read")
     optimizer: OptimizerConfig = key(factory=OptimizerConfig, help="how weights move")
     transform: TransformConfig | None = key(
-        None, "pictures at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
+        None, "images at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
     )
     log_every: int = key(50, "steps between lines in metrics.jsonl", at_least=1)
     checkpoint_every: str = key("1 epochs", "time between checkpoints")
@@ -215,7 +216,7 @@ def _shipped() -> list[str]:
 def _shipped_tree(name: str) -> dict[str, Any]:
     """The file of a shipped recipe, read once: each is the base of others."""
     with resources.as_file(resources.files("foveola") / "recipes" / f"{name}.yaml") as path:
-        return read_yaml(path)
+        return renewed(read_yaml(path))
 
 
 def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if recipe in above:
         raise ConfigError(f"{above[0]}: its base leads back to {recipe}")
     if recipe.endswith((".yaml", ".yml")):
-        tree, name = read_yaml(recipe), Path(recipe).stem
+        tree, name = renewed(read_yaml(recipe)), Path(recipe).stem
     elif recipe in _shipped():
         tree, name = deepcopy(_shipped_tree(recipe)), recipe
     else:
@@ -252,8 +253,8 @@ def _unknown_recipe(recipe: str) -> str:
 # -- durations -----------------------------------------------------------------------------------------------
 
 
-def plan(config: RunConfig, pictures: int, processes: int = 1) -> Progress:
-    """The start of a run on this many pictures.
+def plan(config: RunConfig, images: int, processes: int = 1) -> Progress:
+    """The start of a run on this many images.
 
     Raises ConfigError for what does not fit the data, all of it in one message with what to write instead.
     """
@@ -262,20 +263,20 @@ def plan(config: RunConfig, pictures: int, processes: int = 1) -> Progress:
     if config.batch_size % whole:
         shared = f"{processes} process{'es' * (processes > 1)} x accumulate={config.accumulate}"
         wrong.append(f"batch_size={config.batch_size} cannot be shared by {shared}")
-    if pictures < config.batch_size:
-        wrong.append(f"{config.data} has {pictures} pictures, fewer than batch_size={config.batch_size}")
-        fitting = 2 ** max(pictures.bit_length() - 2, 0)  # two steps an epoch at least
+    if images < config.batch_size:
+        wrong.append(f"{config.data} has {images} images, fewer than batch_size={config.batch_size}")
+        fitting = 2 ** max(images.bit_length() - 2, 0)  # two steps an epoch at least
         if fitting >= whole:
             write.append(f"batch_size={fitting // whole * whole}")
     elif wrong and config.batch_size > whole:
         write.append(f"batch_size={config.batch_size // whole * whole}")
-    batch = min(config.batch_size, max(pictures, 1))
-    progress = Progress(0, 0, max(pictures // batch, 1), batch)
+    batch = min(config.batch_size, max(images, 1))
+    progress = Progress(0, 0, max(images // batch, 1), batch)
     total = 0
     try:
         total = _steps(config.duration, "duration", progress)
         if not total:
-            wrong.append(f"duration: {config.duration!r} is less than a step of {batch} pictures")
+            wrong.append(f"duration: {config.duration!r} is less than a step of {batch} images")
     except ConfigError as error:
         wrong.append(str(error))
     if total:
@@ -310,7 +311,7 @@ def period(config: RunConfig, name: str, progress: Progress) -> int | None:
         return None
     steps = _steps(duration, name, progress)
     if not steps:
-        raise ConfigError(f"{name}: {duration!r} is less than a step of {progress.batch_size} pictures")
+        raise ConfigError(f"{name}: {duration!r} is less than a step of {progress.batch_size} images")
     return steps
 
 

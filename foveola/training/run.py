@@ -92,7 +92,7 @@ class _Session:
     def __init__(self, config: RunConfig, device: torch.device, sources: dict[str, Source]) -> None:
         self.config, self.device = config, device
         if config.data is None:
-            hint = config.about.data or "folder:/my/pictures"
+            hint = config.about.data or "folder:/my/images"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         self.source = as_source(sources.get("data", config.data), "train", "data")
         self.progress = plan(config, len(self.source), distributed.world_size())
@@ -183,7 +183,7 @@ class _Session:
 
     def _greet(self, log: Log, start: int) -> None:
         what = f"going on after step {start}" if start else "training"
-        length = f"{self.total - start} steps of {self.config.batch_size} pictures, out of {len(self.source)}"
+        length = f"{self.total - start} steps of {self.config.batch_size} images, out of {len(self.source)}"
         log.note(f"{what} in {self.folder}: {length}")
         log.note(surroundings(self.device), show=False)
         for text in self.changes:
@@ -301,7 +301,7 @@ class _Session:
     def _metrics(
         self, step: int, values: dict[str, Tensor | float], loader: Loader, log: Log
     ) -> dict[str, float]:
-        """What the step gave, losses as means over processes; unreadable pictures are named in the log."""
+        """What the step gave, losses as means over processes; unreadable images are named in the log."""
         names = [name for name in values if name.partition("/")[0] == "loss"]
         losses = torch.stack([torch.as_tensor(values[name]) for name in names])
         means = distributed.all_reduce_mean(losses).tolist()
@@ -314,18 +314,18 @@ class _Session:
             **{name: float(value) for name, value in values.items()},
             **dict(zip(names, means, strict=True)),
             **self.trainer.method.diagnose(),
-            "bad_pictures": float(len(bad)),
+            "bad_images": float(len(bad)),
         }
 
     def _name_bad(self, bad: set[str], log: Log, *, show: bool = True) -> None:
         if new := sorted(bad - self.bad_names):
-            log.note(f"unreadable pictures, replaced by others: {', '.join(new)}", show=show)
+            log.note(f"unreadable images, replaced by others: {', '.join(new)}", show=show)
             self.bad_names |= bad
 
     def _draw(self, step: int, log: Log) -> None:
         if distributed.is_main():
             for name, figure in self.trainer.method.figures().items():
-                log.images(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
+                log.figure(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int) -> None:
         self.tried = step

@@ -36,25 +36,23 @@ class Streams:
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """Which views of a picture are made. Defaults: the multi-crop of DINO, iBOT and ODIS."""
+    """Which views of an image are made. Defaults: the multi-crop of DINO, iBOT and ODIS."""
 
     global_size: int = key(224, "pixels a side of a global view", at_least=1, at_most=2**13)
-    global_count: int = key(2, "global views of a picture", at_least=1, at_most=100)
+    global_count: int = key(2, "global views of an image", at_least=1, at_most=100)
     global_scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the picture's area that a global view covers"
+        (0.25, 1.0), "share of the image's area that a global view covers"
     )
     local_size: int = key(96, "pixels a side of a local view", at_least=1, at_most=2**13)
-    local_count: int = key(10, "local views of a picture", at_least=0, at_most=1000)
-    local_scale: tuple[float, float] = key(
-        (0.05, 0.25), "share of the picture's area that a local view covers"
-    )
+    local_count: int = key(10, "local views of an image", at_least=0, at_most=1000)
+    local_scale: tuple[float, float] = key((0.05, 0.25), "share of the image's area that a local view covers")
     ratio: tuple[float, float] = key((3 / 4, 4 / 3), "width / height of a view's box in true pixels")
     flip: float = key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
     objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
     masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
     placement: PlacementConfig | None = key(
-        None, "views moved in the position field, all of a picture together; null = where they were cut"
+        None, "views moved in the position field, all of an image together; null = where they were cut"
     )
     position_masking: PositionMaskingConfig | None = key(
         None, "patches of global views whose position is hidden from the student; null = none"
@@ -85,8 +83,8 @@ class ViewsConfig:
             local += ["masking.local"] * (self.masking is not None)
             idle |= dict.fromkeys(local, "there are no local views (local_count=0)")
         if self.global_count == 1:
-            same = ("masking.per_picture", "position_masking.per_picture")
-            idle |= dict.fromkeys(same, "a picture has one global view")
+            same = ("masking.per_image", "position_masking.per_image")
+            idle |= dict.fromkeys(same, "an image has one global view")
         return idle
 
     def check(self, patch_size: int) -> None:

@@ -1,7 +1,7 @@
 """Colour augmentation of batches of views: jitter, grayscale, solarise, normalise; blur is part of sampling.
 
 Parameters are drawn for all views at once on the CPU, so that a step is the same on every device, and each
-view gets its own. Pictures are float in [0, 1]. The operations are torchvision's: brightness, contrast,
+view gets its own. Images are float in [0, 1]. The operations are torchvision's: brightness, contrast,
 saturation and hue in a random order, each clipped to [0, 1].
 """
 

@@ -54,11 +54,11 @@ def object_boxes(
     config: ObjectsConfig,
     generators: tuple[torch.Generator, torch.Generator],
 ) -> tuple[Float[Tensor, "B V 4"], Float[Tensor, "B V"]]:
-    """Boxes that hold every target object of their picture, and how many draws each took (0 = none held it).
+    """Boxes that hold every target object of their image, and how many draws each took (0 = none held it).
 
     All candidates are drawn at once; a view takes its first one in which each object shows more than
     `min_visible` of its area. If there is none it takes the one that shows most of the object shown least.
-    Objects that are the whole picture accept the first draw, so that such pictures are cropped as without
+    Objects that are the whole image accept the first draw, so that such images are cropped as without
     objects: the first of the `generators` is that of plain cropping, the other serves further candidates.
     """
     first, retries = generators

@@ -1,6 +1,6 @@
 """Where views stand in the position field: moved together, so that a network learns objects at other scales.
 
-The views of a picture keep their pixels and their places relative to each other; only the part of the field
+The views of an image keep their pixels and their places relative to each other; only the part of the field
 that their positions are read from is scaled and shifted (position field paper, Section 3.2.2).
 """
 
@@ -18,8 +18,8 @@ from foveola.config import key
 class PlacementConfig:
     """Defaults: the position field paper."""
 
-    around: Literal["views", "picture"] = key(
-        "views", "what gets the drawn area: the smallest rectangle around a picture's views, or all of it"
+    around: Literal["views", "image"] = key(
+        "views", "what gets the drawn area: the smallest rectangle around an image's views, or all of it"
     )
     distribution: Literal["beta", "uniform", "constant"] = key(
         "beta", "of the area, between the ends of `area`; constant = its upper end (Table 4a)"
@@ -62,11 +62,11 @@ def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) 
 def place_views(
     config: PlacementConfig, boxes: Float[Tensor, "B V 4"], generator: torch.Generator
 ) -> Float[Tensor, "B V 4"]:
-    """Boxes in the position field of all V views of each of B pictures, given their boxes in the picture.
+    """Boxes in the position field of all V views of each of B images, given their boxes in the image.
 
-    One factor for both axes and one shift for all views of a picture: the rectangle A around them, of area
+    One factor for both axes and one shift for all views of an image: the rectangle A around them, of area
     |A|, gets the area s by the factor sqrt(s / |A|), less where A would be longer or wider than the field,
-    and is put uniformly where it stays inside. With `around=picture` A is the whole picture: the factor is
+    and is put uniformly where it stays inside. With `around=image` A is the whole image: the factor is
     sqrt(s) and s = 1 changes nothing. Computed in float64; draws on the CPU whatever the device of `boxes`.
     """
     count, device = len(boxes), boxes.device

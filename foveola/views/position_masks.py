@@ -1,4 +1,4 @@
-"""Patches whose position is hidden from the student, in pictures whose contents are then shown whole."""
+"""Patches whose position is hidden from the student, in images whose contents are then shown whole."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class PositionMaskingConfig:
     ratio: tuple[float, float] = key((0.1, 0.5), "share of patches of a view without position, from and to")
     share: float = key(
         0.5,
-        "share of pictures whose positions are masked; `masking` is for the others (Table 5b)",
+        "share of images whose positions are masked; `masking` is for the others (Table 5b)",
         at_least=0,
         at_most=1,
     )
-    per_picture: bool = key(True, "decide for all views of a picture together, or for each view")
+    per_image: bool = key(True, "decide for all views of an image together, or for each view")
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio[0] <= self.ratio[1] < 1:
@@ -45,11 +45,11 @@ def draw_both(
 ) -> tuple[Bool[Tensor, "B V N"] | None, Bool[Tensor, "B V N"]]:
     """Patches of global views without contents, and those without position; never both in a view.
 
-    `share` x B pictures (or share x B V views) are drawn for position masks, rounded at random where that is
+    `share` x B images (or share x B V views) are drawn for position masks, rounded at random where that is
     no whole number. The contents of the others are masked as `contents` says, as if they were the batch. The
     first result is None without `contents`.
     """
-    units, each = (batch, views) if positions.per_picture else (batch * views, 1)
+    units, each = (batch, views) if positions.per_image else (batch * views, 1)
     choice = choose(positions.share, units, streams("position choice"))
     patches = grid[0] * grid[1]
     unplaced = torch.zeros(units, each, patches, dtype=torch.bool)

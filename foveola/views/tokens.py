@@ -26,8 +26,8 @@ class MaskingConfig:
     shape: Literal["block", "random"] = key("block", "rectangles (iBOT) or single patches, spread uniformly")
     probability: float = key(0.5, "share of global views that are masked at all", at_least=0, at_most=1)
     ratio: tuple[float, float] = key((0.1, 0.5), "masked share of a masked view is uniform in this range")
-    per_picture: bool = key(
-        False, "decide once for all views of a picture (the iBOT paper's text) whether to mask"
+    per_image: bool = key(
+        False, "decide once for all views of an image (the iBOT paper's text) whether to mask"
     )
     local: bool = key(False, "mask local views as well (ODIS Table 5, PMLC)")
     stratified: bool = key(
@@ -44,8 +44,8 @@ class MaskingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.ratio[0] <= self.ratio[1] < 1:
             raise ValueError("ratio: needs 0 <= low <= high < 1")
-        if self.stratified and self.per_picture:
-            raise ValueError("stratified masks are dealt out over all views: per_picture=false")
+        if self.stratified and self.per_image:
+            raise ValueError("stratified masks are dealt out over all views: per_image=false")
 
     def unread(self) -> dict[str, str]:
         """Keys that nothing reads with these settings, and why."""
@@ -57,13 +57,13 @@ class MaskingConfig:
 def draw_masks(
     config: MaskingConfig, batch: int, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "B V N"]:
-    """Masks for `views` views of each of `batch` pictures over a (rows, columns) patch grid."""
+    """Masks for `views` views of each of `batch` images over a (rows, columns) patch grid."""
     patches = grid[0] * grid[1]
     if config.stratified:
         targets = stratified_targets(config, batch * views, patches, generator)
     else:
         low, high = config.ratio
-        coin = torch.rand(batch, 1 if config.per_picture else views, generator=generator)
+        coin = torch.rand(batch, 1 if config.per_image else views, generator=generator)
         ratios = low + (high - low) * torch.rand(batch, views, generator=generator)
         targets = torch.where(coin < config.probability, ratios, 0.0).flatten() * patches
     if config.shape == "random":

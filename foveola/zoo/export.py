@@ -1,6 +1,6 @@
 """Encoders of ours in the layouts of other libraries, which then load them as theirs.
 
-Positions are written as a table for the pictures of `encoder.transform`; at other sizes each library resizes
+Positions are written as a table for the images of `encoder.transform`; at other sizes each library resizes
 it in its own way.
 """
 
@@ -107,7 +107,7 @@ def _compare(encoder: Encoder, other: Encoder, out: Path) -> None:
 
 @torch.inference_mode()
 def _weights(encoder: Encoder) -> dict[str, Tensor]:
-    """Tensors by our names on the CPU; `pos_embed` fits the pictures: class token's row first, if any."""
+    """Tensors by our names on the CPU; `pos_embed` fits the images: class token's row first, if any."""
     network = encoder.backbone
     state = {name: value.detach().float().cpu().clone() for name, value in network.state_dict().items()}
     state = {name: value for name, value in state.items() if not name.startswith(("pos_field.", "pos_mask"))}

@@ -25,8 +25,8 @@ class Foreign:
 
     weights: Mapping[str, Tensor]  # by our names
     settings: dict[str, Any]  # a tree for EncoderConfig
-    tokens: Callable[[Tensor], Tensor]  # normalised pictures to [B, T, D]: class token, registers, patches
-    sizes: tuple[tuple[int, int], ...] = field(default=())  # of pictures on which both are compared
+    tokens: Callable[[Tensor], Tensor]  # normalised images to [B, T, D]: class token, registers, patches
+    sizes: tuple[tuple[int, int], ...] = field(default=())  # of images on which both are compared
 
 
 def adopt(foreign: Foreign, name: str) -> Encoder:
@@ -44,7 +44,7 @@ def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: st
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     theirs, features = foreign.tokens(images), encoder.backbone(images)
     ours = torch.cat((features.objects, features.registers, features.patches), dim=1)
-    where = f"{name}: on a picture of {size[0]} x {size[1]} pixels"
+    where = f"{name}: on an image of {size[0]} x {size[1]} pixels"
     if ours.shape != theirs.shape:
         raise UserError(
             f"{where} it gives {tuple(theirs.shape[1:])} numbers, converted {tuple(ours.shape[1:])}"

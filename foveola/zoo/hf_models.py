@@ -1,4 +1,4 @@
-"""Hugging Face's vision transformers, and what is done to pictures for them, in our terms."""
+"""Hugging Face's vision transformers, and what is done to images for them, in our terms."""
 
 import re
 from typing import Any
@@ -41,7 +41,7 @@ def from_hf(
     """A model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
 
     Args:
-        preprocess, size: how pictures are made (`preprocess.transform_of`); by default as the settings of its
+        preprocess, size: how images are made (`preprocess.transform_of`); by default as the settings of its
             image processor say (`preprocessor_config.json`).
 
     Code that comes with a model is never run. Raises UserError for models that are not found or not whole,
@@ -123,7 +123,7 @@ def _check(config: Any, name: str, rotary: bool, gated: bool) -> None:
         raise UserError(f"{name} has rotary positions of base {config.rope_theta}; known: 100")
     sides = config.image_size, config.patch_size
     if any(not isinstance(side, int) and len(set(side)) > 1 for side in sides):
-        raise UserError(f"{name} has pictures or patches that are not square: {sides[0]}, {sides[1]}")
+        raise UserError(f"{name} has images or patches that are not square: {sides[0]}, {sides[1]}")
 
 
 def plain_name(name: str) -> str:
@@ -157,7 +157,7 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _transform(name: str, where: str, found: dict[str, Any], side: int | None = None) -> dict[str, Any]:
-    """What the model's image processor does, as a tree for TransformConfig, for pictures of `side` pixels."""
+    """What the model's image processor does, as a tree for TransformConfig, for images of `side` pixels."""
     transformers = import_library("transformers", "hf")
     try:
         own = transformers.AutoImageProcessor.from_pretrained(name, **found)

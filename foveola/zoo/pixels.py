@@ -15,11 +15,11 @@ MOST = 64  # pixels a side of a patch: 2.4 GB
 def pixel_encoder(name: str) -> Encoder:
     """An encoder that hands on each patch as its 3 p^2 normalised pixels, divided by their root mean square.
 
-    Of a picture that is one patch (the default, 32 of 32 pixels) the feature is the whole picture; with
-    smaller patches they are features for dense protocols, and what stands for a picture is their mean. It is
+    Of an image that is one patch (the default, 32 of 32 pixels) the feature is the whole image; with
+    smaller patches they are features for dense protocols, and what stands for an image is their mean. It is
     a ViT of one block that adds nothing, without class token, so all protocols take it. Raises UserError for
     other options than `size` and `patch`, for patches above 64 pixels, and where they do not
-    fill the picture.
+    fill the image.
     """
     options: dict[str, int] = dict(DEFAULTS)
     for key, value in options_of(name, name.partition(":")[2].removeprefix("?")).items():

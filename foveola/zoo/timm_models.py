@@ -1,4 +1,4 @@
-"""timm's vision transformers, and what is done to pictures for them, in our terms."""
+"""timm's vision transformers, and what is done to images for them, in our terms."""
 
 import math
 import re
@@ -30,7 +30,7 @@ def from_timm(
     Args:
         pretrained: "true" for timm's own weights, "false" for random ones, or a file of weights
             in timm's names.
-        preprocess, size: how pictures are made (`preprocess.transform_of`), timm's way by default.
+        preprocess, size: how images are made (`preprocess.transform_of`), timm's way by default.
 
     Raises UserError for models that are not found, and for those that our ViT cannot express.
     """
@@ -42,7 +42,7 @@ def from_timm(
         raise UserError(f"timm:{name}: pretrained={pretrained}: a folder brings its own weights")
     own = pretrained == "true"
     try:
-        # Where pictures are not as timm has them, positions are resized to them, as for timm's other sizes.
+        # Where images are not as timm has them, positions are resized to them, as for timm's other sizes.
         other: dict[str, Any] = {"dynamic_img_size": True} if preprocess or size else {}
         where = f"local-dir:{name}" if folder else name
         model = timm.create_model(where, pretrained=own, num_classes=0, **other)
@@ -122,16 +122,16 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _transform(model: Any, name: str, size: int | None = None) -> dict[str, Any]:
-    """What timm does to pictures for this model, or for those of `size`; a tree for TransformConfig."""
+    """What timm does to images for this model, or for those of `size`; a tree for TransformConfig."""
     data = import_library("timm.data", "timm").resolve_model_data_config(model)
     _, height, width = data["input_size"]
     height, width = (size, size) if size else (height, width)
     mode, kernel = data["crop_mode"], data["interpolation"]
     if height != width:
-        raise UserError(f"{name} takes pictures of {height} x {width} pixels, which are not square")
+        raise UserError(f"{name} takes images of {height} x {width} pixels, which are not square")
     if mode not in ("center", "squash") or kernel not in ("bicubic", "bilinear"):
         raise UserError(
-            f"{name}: its pictures are made by crop_mode={mode}, interpolation={kernel}; "
+            f"{name}: its images are made by crop_mode={mode}, interpolation={kernel}; "
             "known: center and squash, bicubic and bilinear"
         )
     return {

@@ -1,4 +1,4 @@
-"""Any picture file to the right pixels, and pixels to the canvas, against PIL."""
+"""Any image file to the right pixels, and pixels to the canvas, against PIL."""
 
 import io
 import re
@@ -22,9 +22,9 @@ def photo(height=40, width=60, seed=0):
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -61,7 +61,7 @@ def test_exif_orientation(orientation, kind):
 @pytest.mark.parametrize(
     "block", [b"", b"MM\0*\0\0\0\xff", b"II*\0\x08\0\0\0\xff\xff", b"II*\0\x08\0\0\0", b"rubbish"]
 )
-def test_broken_exif_is_no_broken_picture(block):
+def test_broken_exif_is_no_broken_image(block):
     data = encoded(Image.fromarray(photo()), "JPEG", exif=b"Exif\0\0" + block)
     assert decode(data).shape == (40, 60, 3)
 
@@ -96,8 +96,8 @@ def test_cmyk():
 
 def test_palette():
     pixels = photo()
-    picture = Image.fromarray(pixels).quantize(64)
-    assert np.array_equal(decode(encoded(picture)), np.asarray(picture.convert("RGB")))
+    image = Image.fromarray(pixels).quantize(64)
+    assert np.array_equal(decode(encoded(image)), np.asarray(image.convert("RGB")))
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
@@ -292,8 +292,8 @@ def test_transparent_parts_become_white():
 
 
 def test_transparent_palette_becomes_white():
-    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
-    got = decode(encoded(picture, transparency=7))
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
+    got = decode(encoded(image, transparency=7))
     assert (got[0, 7] == 255).all()
     assert (got[0, 8] == 8).all()
 
@@ -313,9 +313,9 @@ def test_truncated_is_bad(kind, share):
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "empty"), (b"no picture at all, only words", "known kind"), (b"\xff\xd8", "known kind")],
+    [(b"", "empty"), (b"no image at all, only words", "known kind"), (b"\xff\xd8", "known kind")],
 )
-def test_no_picture_is_bad(data, reason):
+def test_no_image_is_bad(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data)
 
@@ -339,7 +339,7 @@ def test_tiny_is_bad():
 
 
 def test_a_file_is_judged_by_its_content(tmp_path: Path):
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     path.write_bytes(encoded(Image.fromarray(photo()), "PNG"))
     assert np.array_equal(decode(path), photo())
 
@@ -361,7 +361,7 @@ def test_canvas_is_pils_antialiased_bicubic_of_the_sides_that_are_too_long(shape
     assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - want).max() <= 1
 
 
-def test_a_picture_that_fits_on_the_canvas_keeps_its_pixels():
+def test_a_image_that_fits_on_the_canvas_keeps_its_pixels():
     pixels = photo(32, 24)
     pixels.setflags(write=False)
     for size in (32, 512):

@@ -10,7 +10,7 @@ from PIL import Image
 from foveola.data.fit import turn_of, views_of
 from foveola.data.formats import Header, turn, turn_boxes
 from foveola.data.sample import BadImage, DataError, Objects, Sample
-from foveola.data.segmentation import LabelledPictures
+from foveola.data.segmentation import LabelledImages
 from foveola.data.sources import decode, notes_of, open_source
 
 BOX = (10, 5, 30, 15)  # x0, y0, x1, y1 on the pixels as stored
@@ -188,7 +188,7 @@ def test_label_maps_turn_with_their_image(tmp_path: Path, orientation: int, size
     values[y0:y1, x0:x1] = 1
     Image.fromarray(values).save(tmp_path / "m" / "b.png")
     source = open_source(f"masks:{tmp_path / 'p'}?labels={tmp_path / 'm'}&classes=2")
-    assert isinstance(source, LabelledPictures)
+    assert isinstance(source, LabelledImages)
     for index in range(2):
         assert np.array_equal(source.label_map(index), bright(source[index]))
 

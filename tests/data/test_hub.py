@@ -19,17 +19,17 @@ datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not i
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def pictures(count: int = 4) -> list[Pil.Image]:
+def images(count: int = 4) -> list[Pil.Image]:
     rng = np.random.default_rng(0)
     return [Pil.fromarray(rng.integers(0, 256, (16, 24, 3), np.uint8)) for _ in range(count)]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """Two splits with a column of pictures, of classes, of whole numbers, of text, and of label maps."""
+    """Two splits with a column of images, of classes, of whole numbers, of text, and of label maps."""
     maps = [Pil.fromarray(np.full((16, 24), value, np.uint8)) for value in (0, 1, 9, 1)]
     columns = {
-        "img": pictures(),
+        "img": images(),
         "species": [1, 0, 1, 2],
         "number": [0, 5, 5, 0],
         "word": ["owl", "wren", "owl", "crow"],
@@ -54,8 +54,8 @@ def test_saved_to_disk(saved: Path):
     assert isinstance(source, Source)
     assert (len(source), source.classes) == (4, ("crow", "owl", "wren"))  # the only column of classes
     assert [source[i].label for i in range(4)] == [1, 0, 1, 2]
-    for index, picture in enumerate(pictures()):
-        np.testing.assert_array_equal(decode(source[index].image), np.array(picture))
+    for index, image in enumerate(images()):
+        np.testing.assert_array_equal(decode(source[index].image), np.array(image))
     assert len(open_source(f"hf:{saved}?image=img", "test")) == 2
     again = pickle.loads(pickle.dumps(source))
     assert (
@@ -92,21 +92,21 @@ def test_label_maps(saved: Path):
     assert identity_of(other).digest != identity_of(source).digest
 
 
-def encoded(picture: Pil.Image, kind: str, orientation: int = 1) -> bytes:
+def encoded(image: Pil.Image, kind: str, orientation: int = 1) -> bytes:
     exif = Pil.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()
-    picture.save(file, kind, exif=exif)
+    image.save(file, kind, exif=exif)
     return file.getvalue()
 
 
 def test_label_maps_turn_with_their_images(tmp_path: Path):
     """By 90 degrees the sizes tell; what they tell decides for 180 degrees."""
-    picture = np.zeros((16, 24, 3), np.uint8)
-    picture[2:7, 3:9] = 255
-    segments = Pil.fromarray((picture[:, :, 0] > 0).astype(np.uint8))
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[2:7, 3:9] = 255
+    segments = Pil.fromarray((image[:, :, 0] > 0).astype(np.uint8))
     columns = {
-        "img": [{"bytes": encoded(Pil.fromarray(picture), "PNG", o), "path": None} for o in (3, 6, 1)],
+        "img": [{"bytes": encoded(Pil.fromarray(image), "PNG", o), "path": None} for o in (3, 6, 1)],
         "segments": [segments] * 3,
     }
     features = datasets.Features({"img": datasets.Image(), "segments": datasets.Image()})
@@ -150,12 +150,12 @@ def test_mistakes(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         open_source(f"hf:{saved}?image=img")
 
 
-def test_a_row_without_a_picture(tmp_path: Path):
+def test_a_row_without_a_image(tmp_path: Path):
     features = datasets.Features({"image": datasets.Image()})
-    made = datasets.Dataset.from_dict({"image": [pictures(1)[0], None]}, features=features)
+    made = datasets.Dataset.from_dict({"image": [images(1)[0], None]}, features=features)
     made.save_to_disk(tmp_path / "saved")
     source = open_source(f"hf:{tmp_path / 'saved'}")
-    with pytest.raises(BadImage, match="row 1: no picture in column image"):
+    with pytest.raises(BadImage, match="row 1: no image in column image"):
         source[1]
 
 

@@ -1,4 +1,4 @@
-"""Test sets beside ImageNet, lists of pictures, and class folders: labels mean ImageNet's classes."""
+"""Test sets beside ImageNet, lists of images, and class folders: labels mean ImageNet's classes."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from foveola.data.sample import DataError
 from foveola.data.sources import decode, open_source
 
 
-def picture(path: Path, colour: tuple[int, int, int] = (9, 99, 199), side: int = 24) -> Path:
+def image(path: Path, colour: tuple[int, int, int] = (9, 99, 199), side: int = 24) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side, side), colour).save(path)
     return path
@@ -35,29 +35,29 @@ def test_the_list_of_classes():
 
 def test_v2_folders_are_numbers_not_text(tmp_path: Path):
     for folder in ("0", "1", "10", "100", "2", "999"):
-        picture(tmp_path / folder / "a.jpeg")
+        image(tmp_path / folder / "a.jpeg")
     assert labels_of(f"imagenetv2:{tmp_path}") == {f"{n}/a.jpeg": n for n in (0, 1, 10, 100, 2, 999)}
     assert open_source(f"imagenetv2:{tmp_path}").classes == tuple(wnids())
-    picture(tmp_path / "1000" / "a.jpeg")
+    image(tmp_path / "1000" / "a.jpeg")
     with pytest.raises(DataError, match="has 1000; expected folders 0 to 999"):
         open_source(f"imagenetv2:{tmp_path}")
 
 
 def test_a_restricts_the_candidates(tmp_path: Path):
     for number in (6, 11, 987):
-        picture(tmp_path / wnids()[number] / "a.jpg")
+        image(tmp_path / wnids()[number] / "a.jpg")
     source = open_source(f"imagenet-a:{tmp_path}")
     assert isinstance(source, Variant)
     assert source.candidates == (6, 11, 987)
     assert [source[i].label for i in range(3)] == [6, 11, 987]
-    picture(tmp_path / "cats" / "a.jpg")
+    image(tmp_path / "cats" / "a.jpg")
     with pytest.raises(DataError, match="has cats; expected folders named by ImageNet's wnids"):
         open_source(f"imagenet-a:{tmp_path}")
 
 
 def test_real_has_lists_of_answers(tmp_path: Path):
     for number in (1, 2, 3):
-        picture(tmp_path / "in1k" / "val" / wnids()[number] / f"ILSVRC2012_val_0000000{number}.JPEG")
+        image(tmp_path / "in1k" / "val" / wnids()[number] / f"ILSVRC2012_val_0000000{number}.JPEG")
     (tmp_path / "real.json").write_text(json.dumps([[5, 7], [], [3]]))
     source = open_source(f"imagenet-real:{tmp_path / 'in1k'}?labels={tmp_path / 'real.json'}")
     assert isinstance(source, Variant)
@@ -87,7 +87,7 @@ def objectnet(tmp_path: Path) -> Path:
         (base / "mappings" / name).write_text(json.dumps(table))
     (base / "mappings" / "imagenet_to_label_2012_v2").write_text("digital clock\nanalog clock\nshark\n")
     for folder in tables["folder_to_objectnet_label.json"]:
-        path = picture(base / "images" / folder / "a.png")
+        path = image(base / "images" / folder / "a.png")
         pixels = np.array(Image.open(path))
         pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:] = ([255, 0, 0],) * 4  # the red frame
         Image.fromarray(pixels).save(path)
@@ -109,7 +109,7 @@ def test_objectnet(objectnet: Path):
 
 
 def test_objectnet_mistakes(objectnet: Path):
-    picture(objectnet / "images" / "banana" / "a.png")
+    image(objectnet / "images" / "banana" / "a.png")
     with pytest.raises(DataError, match="no label for the folder banana"):
         open_source(f"objectnet:{objectnet}")
     (objectnet / "mappings" / "objectnet_to_imagenet_1k.json").write_text('{"Alarm clock": "sundial"}')
@@ -124,7 +124,7 @@ def test_objectnet_mistakes(objectnet: Path):
 
 def test_places_list(tmp_path: Path):
     for name in ("a/abbey/1.jpg", "z/zoo/2.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "val.csv").write_text("/a/abbey/1.jpg 0\nz/zoo/2.jpg 3\n")
     spec = f"listed:{tmp_path}?files={tmp_path / 'val.csv'}"
     assert labels_of(spec) == {"a/abbey/1.jpg": 0, "z/zoo/2.jpg": 3}
@@ -137,7 +137,7 @@ def test_places_list(tmp_path: Path):
 def test_sun_partition(tmp_path: Path):
     """Class names are nested folders; `a/arch` and `a/arch/inner` are two classes."""
     for name in ("a/arch/sun 1.jpg", "a/arch/inner/sun 2.jpg", "b/bar/sun 3.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "Training_01.txt").write_text("/a/arch/sun 1.jpg\n/a/arch/inner/sun 2.jpg\n")
     (tmp_path / "Testing_01.txt").write_text("/b/bar/sun 3.jpg\n")
     (tmp_path / "ClassName.txt").write_text("/a/arch\n/a/arch/inner\n/b/bar\n")
@@ -150,21 +150,21 @@ def test_sun_partition(tmp_path: Path):
 
 def test_lists_of_other_forms(tmp_path: Path):
     for name in ("x.jpg", "y z.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     for text in ("x.jpg,owl\ny z.jpg,wren\n", "x.jpg\towl\ny z.jpg\twren\n", "x.jpg owl\ny z.jpg wren\n"):
         (tmp_path / "list").write_text(text)
         assert labels_of(f"listed:{tmp_path}?files={tmp_path / 'list'}") == {"x.jpg": 0, "y z.jpg": 1}
 
 
 def test_list_mistakes(tmp_path: Path):
-    picture(tmp_path / "x.jpg")
+    image(tmp_path / "x.jpg")
     spec = f"listed:{tmp_path}?files={tmp_path / 'list'}"
     with pytest.raises(DataError, match="listed: needs files="):
         open_source(f"listed:{tmp_path}")
     for text, match in (
         ("x.jpg,1\nx.jpg\n", "every line is `path label`, or every line is `path`"),
         ("\n", "and there is a line"),
-        ("gone.jpg 1\n", "1 of 1 listed pictures are missing, such as gone.jpg"),
+        ("gone.jpg 1\n", "1 of 1 listed images are missing, such as gone.jpg"),
     ):
         (tmp_path / "list").write_text(text)
         with pytest.raises(DataError, match=match):
@@ -176,6 +176,6 @@ def test_inaturalist_by_class_folders(tmp_path: Path):
     names = [f"{n:05d}_Animalia_{word}" for n, word in enumerate(("zebra", "ant", "bee"))]
     for half in ("train_mini", "val"):
         for name in names:
-            picture(tmp_path / half / name / "a.jpg")
+            image(tmp_path / half / name / "a.jpg")
     assert labels_of(f"folder:{tmp_path / 'val'}") == {f"{name}/a.jpg": n for n, name in enumerate(names)}
     assert open_source(f"folder:{tmp_path / 'train_mini'}").classes == tuple(names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.listing import check_inside, find_pictures, printable
+from foveola.data.listing import check_inside, find_images, printable
 from foveola.data.sample import DataError
 from foveola.data.sources import notes_of, open_source
 
@@ -24,21 +24,21 @@ def test_links_upwards_end(folder: Path):
     (folder / "a" / "up").symlink_to("..")
     (folder / "b" / "up").symlink_to("..")
     (folder / "b" / "here").symlink_to(".")
-    found = find_pictures(folder)
+    found = find_images(folder)
     assert found.files == ["a/1.png", "b/2.png"]
     assert found.notes == (f"{folder}: 3 links to folders that are read anyway are left out",)
 
 
 def test_a_folder_is_known_by_its_own_path_not_by_a_link_before_it(folder: Path):
     (folder / "0").symlink_to(folder / "b")
-    assert find_pictures(folder).files == ["a/1.png", "b/2.png"]
+    assert find_images(folder).files == ["a/1.png", "b/2.png"]
 
 
 def test_links_to_folders_elsewhere_are_followed_once_each(folder: Path, tmp_path: Path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "y").symlink_to(folder / "a")
     (tmp_path / "links" / "x").symlink_to(folder)
-    assert find_pictures(tmp_path / "links").files == ["x/a/1.png", "x/b/2.png"]
+    assert find_images(tmp_path / "links").files == ["x/a/1.png", "x/b/2.png"]
 
 
 def test_other_files_are_counted_by_suffix(folder: Path):
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_listed(folder: Path):
     (folder / "b").chmod(0)
     try:
         with pytest.raises(DataError, match=r"/b cannot be listed: Permission denied"):
-            find_pictures(folder)
+            find_images(folder)
     finally:
         (folder / "b").chmod(0o755)
 
@@ -70,7 +70,7 @@ def test_a_folder_whose_listing_fails(folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"/b cannot be listed: Input/output error"):
-        find_pictures(folder)
+        find_images(folder)
 
 
 @pytest.mark.parametrize(

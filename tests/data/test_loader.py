@@ -1,4 +1,4 @@
-"""The loader: its order, its resuming, its counting of bad pictures, and its workers."""
+"""The loader: its order, its resuming, its counting of bad images, and its workers."""
 
 import math
 import os
@@ -31,7 +31,7 @@ from foveola.data.sources import open_source
 
 
 class Numbered:
-    """Flat pictures that show their own number; `bad` ones cannot be read."""
+    """Flat images that show their own number; `bad` ones cannot be read."""
 
     name, classes, has_objects = "numbered:", None, True
 
@@ -55,18 +55,18 @@ class Numbered:
 
 
 class Held:
-    """Pictures in memory."""
+    """Images in memory."""
 
     name, classes, has_objects = "held:", None, False
 
-    def __init__(self, pictures: list[np.ndarray]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.pictures[index], f"picture {index}")
+        return Sample(self.images[index], f"image {index}")
 
     def fingerprint(self) -> str:
         return "held"
@@ -109,23 +109,23 @@ def test_a_batch_is_what_the_samples_say():
     assert torch.equal(batch.aspects, torch.ones(4))
 
 
-def test_pictures_of_all_sizes_lie_in_the_corner_of_one_canvas():
-    """The canvas of a batch is as large as its pictures need, and dark beyond each of them."""
+def test_images_of_all_sizes_lie_in_the_corner_of_one_canvas():
+    """The canvas of a batch is as large as its images need, and dark beyond each of them."""
     rng = np.random.default_rng(0)
     shapes = [(20, 30), (44, 12), (9, 9), (60, 100)]
-    pictures = [rng.integers(100, 200, (*shape, 3), np.uint8) for shape in shapes]
+    images = [rng.integers(100, 200, (*shape, 3), np.uint8) for shape in shapes]
     for canvas, largest in ((64, (60, 64)), (40, (40, 40)), (200, (60, 100))):
-        batch = take(loader(Held(pictures), config={"canvas": canvas}), 1)[0]
+        batch = take(loader(Held(images), config={"canvas": canvas}), 1)[0]
         assert batch.images.shape == (4, 3, *largest)
         for image, extent, index in zip(batch.images, batch.extents.tolist(), batch.indices, strict=True):
             height, width = shapes[index]
             assert extent == [min(height, canvas), min(width, canvas)]
-            assert torch.equal(image[:, : extent[0], : extent[1]], to_canvas(pictures[index], canvas))
+            assert torch.equal(image[:, : extent[0], : extent[1]], to_canvas(images[index], canvas))
             assert image.count_nonzero() == 3 * extent[0] * extent[1]
         assert torch.equal(batch.aspects, torch.tensor([w / h for h, w in shapes])[batch.indices])
 
 
-def test_without_annotation_the_object_is_the_whole_picture():
+def test_without_annotation_the_object_is_the_whole_image():
     batch = take(loader(batch_size=30), 1)[0]
     bare = batch.indices % 4 == 0
     assert torch.equal(batch.whole[:, 0], bare)
@@ -203,16 +203,16 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# -- bad pictures -----------------------------------------------------------------------------------------
+# -- bad images -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_replaced_counted_and_named(workers: int):
+def test_bad_images_are_replaced_counted_and_named(workers: int):
     source = Numbered(400, bad=(7, 100))
     made = loader(source, batch_size=20, config={"workers": workers})
     batches = take(made, 20)
     assert made.bad_count == 2
-    assert made.bad_names == {"number 100 (the file is empty)", "picture 7 (number 7: no annotation)"}
+    assert made.bad_names == {"number 100 (the file is empty)", "image 7 (number 7: no annotation)"}
     assert sum(batch.skipped for batch in batches) == 2
     seen = torch.cat([batch.indices for batch in batches])
     assert not {7, 100} & set(seen.tolist())
@@ -230,16 +230,14 @@ def test_more_bad_ones_than_the_limit_allows_among_all_are_certain():
     take(made, 20)
     assert made.judge(0, 0, 4) == ""  # 1 % of 400
     reason = made.judge(0, 0, 5)
-    assert reason.startswith(
-        "numbered:: 5 of all 400 pictures cannot be read, more than loader.max_bad=0.01 "
-    )
+    assert reason.startswith("numbered:: 5 of all 400 images cannot be read, more than loader.max_bad=0.01 ")
     assert "(the file is empty)" in reason
-    assert f"{made.bad_count} of 400 pictures" in made.judge(made.bad_count, made.seen)
+    assert f"{made.bad_count} of 400 images" in made.judge(made.bad_count, made.seen)
 
 
 @pytest.mark.parametrize(("share", "dies"), [(0.001, False), (0.005, False), (0.009, False), (0.05, True)])
-def test_a_run_within_the_limit_of_bad_pictures_survives_and_one_beyond_it_is_stopped_soon(share, dies):
-    """As 8 processes x 32 ask, after every step of an epoch of 400,000 pictures, with 20 seeds."""
+def test_a_run_within_the_limit_of_bad_images_survives_and_one_beyond_it_is_stopped_soon(share, dies):
+    """As 8 processes x 32 ask, after every step of an epoch of 400,000 images, with 20 seeds."""
     for seed in range(20):
         bad = np.random.default_rng(seed).binomial(8 * 32, share, 400_000 // 256).cumsum()
         judged = (step for step in range(len(bad)) if too_many(int(bad[step]), 256 * (step + 1), 0.01))
@@ -256,8 +254,8 @@ def test_the_bound_is_wilsons():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_bad_pictures(workers: int):
-    with pytest.raises(DataError, match=r"^numbered:: 20 pictures cannot be read, such as [^\n]*$"):
+def test_nothing_but_bad_images(workers: int):
+    with pytest.raises(DataError, match=r"^numbered:: 20 images cannot be read, such as [^\n]*$"):
         take(loader(Numbered(9, bad=tuple(range(9))), config={"workers": workers}), 1)
 
 
@@ -272,8 +270,8 @@ def test_broken_files_on_disk(tmp_path: Path):
     assert sorted(name.split()[0] for name in made.bad_names) == ["005.jpg", "006.jpg"]
 
 
-def test_too_few_pictures():
-    with pytest.raises(DataError, match=r"numbered:: 7 pictures do not fill one batch of 8; use"):
+def test_too_few_images():
+    with pytest.raises(DataError, match=r"numbered:: 7 images do not fill one batch of 8; use"):
         loader(Numbered(7), batch_size=8)
     with pytest.raises(DataError, match=r"batch of 16 \(2 processes x 8\)"):
         loader(Numbered(15), batch_size=8, world_size=2)
@@ -312,7 +310,7 @@ def test_a_disk_that_was_away_for_a_moment_changes_nothing(tmp_path: Path, monke
     assert all(equal(a, b) for a, b in zip(take(made, 3), take(loader(), 3), strict=True))
     assert (made.bad_count, made.bad_names) == (0, set())
     (tmp_path / "away").touch()
-    with pytest.raises(DataError, match=r"20 pictures cannot be read, such as number .*No such file"):
+    with pytest.raises(DataError, match=r"20 images cannot be read, such as number .*No such file"):
         take(loader(Away(tmp_path / "away", 1000)), 1)
 
 

@@ -66,7 +66,7 @@ def test_a_package_announces_a_kind_of_its_own(frames, monkeypatch):
         ("no_source_of_docs:open", r"expected a data string or a source, got an int, which has no name"),
         ("no_source_of_docs:number", r"expected a function that returns a source, got an int"),
         ("frames_of_docs:open_frames?path=x&last=many", r"cannot be opened: ValueError: invalid literal"),
-        ("foldr:pictures", r"did you mean folder:\?"),
+        ("foldr:images", r"did you mean folder:\?"),
     ],
 )
 def test_what_opens_nothing_is_one_line(frames, spec: str, message: str):

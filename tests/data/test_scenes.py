@@ -1,4 +1,4 @@
-"""The built-in scenes: what they promise, checked on the pictures themselves."""
+"""The built-in scenes: what they promise, checked on the images themselves."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def test_objects_are_visible_and_consistent(size):
 
 
 def test_enough_of_each_silhouette_is_seen():
-    """Against silhouettes rendered alone, with what lies outside the picture."""
+    """Against silhouettes rendered alone, with what lies outside the image."""
     source = Scenes(size=64)
     for index in range(60):
         rng = np.random.default_rng([source.seed, 0, index])

@@ -10,13 +10,13 @@ from PIL import Image
 
 from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage, DataError
-from foveola.data.segmentation import IGNORE, LabelledPictures, PixelSource
+from foveola.data.segmentation import IGNORE, LabelledImages, PixelSource
 from foveola.data.sources import decode, open_source
 
 SIZE = (12, 20)  # height, width
 
 
-def picture(path: Path) -> None:
+def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = int.from_bytes(path.name.encode()[:4])
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), np.uint8)).save(path)
@@ -34,10 +34,10 @@ def label_map(path: Path, values: list[int], palette: bool = False) -> np.ndarra
     return labels
 
 
-def check(source: object, count: int) -> LabelledPictures:
+def check(source: object, count: int) -> LabelledImages:
     """What every such source promises."""
     assert isinstance(source, PixelSource)
-    assert isinstance(source, LabelledPictures)
+    assert isinstance(source, LabelledImages)
     assert len(source) == count
     again = pickle.loads(pickle.dumps(source))
     assert identity_of(again).digest == identity_of(source).digest
@@ -59,7 +59,7 @@ def voc(tmp_path: Path) -> Path:
     sets = {"train": ["2007_01", "2007_02"], "val": ["2007_03"], "trainaug": ["2007_01", "2008_04"]}
     for stems in sets.values():
         for stem in stems:
-            picture(base / "JPEGImages" / f"{stem}.jpg")
+            image(base / "JPEGImages" / f"{stem}.jpg")
             label_map(base / "SegmentationClass" / f"{stem}.png", [0, 15, 20, 255], palette=True)
             label_map(base / "SegmentationClassAug" / f"{stem}.png", [0, 15, 20])
     (base / "ImageSets" / "Segmentation").mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_voc(voc: Path):
     assert source.classes[15] == "person"
     assert len(source.classes) == 21
     assert source.label_map(0)[0, :4].tolist() == [0, 15, 20, IGNORE]  # indices of the palette, not colours
-    assert source.notes == (f"voc:{voc.parent}?split=train has 2 pictures, the official set 1464",)
+    assert source.notes == (f"voc:{voc.parent}?split=train has 2 images, the official set 1464",)
     assert check(open_source(f"voc:{voc}", "test"), 1)[0].name == "JPEGImages/2007_03.jpg"
     augmented = check(open_source(f"voc:{voc}?split=trainaug"), 2)
     assert IGNORE not in augmented.label_map(0)
@@ -94,7 +94,7 @@ def test_voc_mistakes(voc: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no folder SegmentationClass"):
         open_source(f"voc:{voc / 'JPEGImages'}")
     (voc / "ImageSets/Segmentation/trainaug.txt").write_text("2007_01\n2007_03\n")
-    with pytest.raises(DataError, match="1 pictures of trainaug belong to val, such as 2007_03"):
+    with pytest.raises(DataError, match="1 images of trainaug belong to val, such as 2007_03"):
         open_source(f"voc:{voc}?split=trainaug")
     (voc / "SegmentationClass" / "2007_02.png").unlink()
     with pytest.raises(DataError, match=r"1 of 2 label maps are missing, .*2007_02.png"):
@@ -111,7 +111,7 @@ def test_ade20k(tmp_path: Path):
     base = tmp_path / "ADEChallengeData2016"
     for half, names in {"training": ["a1", "a2"], "validation": ["v1"]}.items():
         for name in names:
-            picture(base / "images" / half / f"ADE_{name}.jpg")
+            image(base / "images" / half / f"ADE_{name}.jpg")
             label_map(base / "annotations" / half / f"ADE_{name}.png", [0, 1, 150])
     source = check(open_source(f"ade20k:{tmp_path}"), 2)
     assert source.label_map(0)[0, :3].tolist() == [IGNORE, 0, 149]
@@ -133,7 +133,7 @@ def test_cityscapes(tmp_path: Path, kind: str):
     values = [7, 8, 33, 0, 9] if kind == "labelIds" else [0, 1, 18, 255, 255]
     for half, city in (("train", "ulm"), ("train", "bonn"), ("val", "jena")):
         stem = f"{half}/{city}/{city}_000_019"
-        picture(tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png")
+        image(tmp_path / "leftImg8bit" / f"{stem}_leftImg8bit.png")
         label_map(tmp_path / "gtFine" / f"{stem}_gtFine_{kind}.png", values)
         label_map(tmp_path / "gtFine" / f"{stem}_gtFine_instanceIds.png", [3])
     source = check(open_source(f"cityscapes:{tmp_path}"), 2)
@@ -146,7 +146,7 @@ def test_cityscapes(tmp_path: Path, kind: str):
 
 
 def test_coco_stuff(tmp_path: Path):
-    picture(tmp_path / "val2017" / "000000000139.jpg")
+    image(tmp_path / "val2017" / "000000000139.jpg")
     label_map(tmp_path / "stuffthingmaps" / "000000000139.png", [0, 10, 12, 89, 91, 181, 255])
     spec = f"cocostuff:{tmp_path / 'val2017'}?labels={tmp_path / 'stuffthingmaps'}"
     source = check(open_source(spec), 1)
@@ -165,7 +165,7 @@ def test_camvid(tmp_path: Path, layout: str):
         images, labels = (
             (f"{split}/images", f"{split}/labels") if layout == "folders" else (split, f"{split}annot")
         )
-        picture(tmp_path / images / f"{split}_1.png")
+        image(tmp_path / images / f"{split}_1.png")
         label_map(tmp_path / labels / f"{split}_1.png", [0, 10, 11])
     for split in ("train", "val", "test"):
         source = check(open_source(f"camvid:{tmp_path}?split={split}"), 1)
@@ -183,7 +183,7 @@ def test_real_camvid():
         pytest.skip(f"no {root}")
     for split, count in (("train", 367), ("val", 101), ("test", 233)):
         source = open_source(f"camvid:{root}?split={split}")
-        assert isinstance(source, LabelledPictures)
+        assert isinstance(source, LabelledImages)
         assert (len(source), source.notes) == (count, ())
         assert source.label_map(count - 1).shape == decode(source[count - 1].image).shape[:2] == (360, 480)
 
@@ -194,7 +194,7 @@ def test_real_camvid():
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     for name in ("x/a", "b"):
-        picture(tmp_path / "images" / f"{name}.jpg")
+        image(tmp_path / "images" / f"{name}.jpg")
         label_map(tmp_path / "labels" / f"{name}.png", [0, 1, 7])
     return f"masks:{tmp_path / 'images'}?labels={tmp_path / 'labels'}"
 
@@ -208,15 +208,15 @@ def test_own_masks(own: str, tmp_path: Path):
     assert named.classes == ("sky", "ground")
     limited = open_source(f"{own}&classes=2&ignore=7&limit=1")
     assert len(limited) == 1
-    assert isinstance(limited, LabelledPictures)
+    assert isinstance(limited, LabelledImages)
     index = [source[i].name for i in range(2)].index(limited[0].name)
     np.testing.assert_array_equal(limited.label_map(0), source.label_map(index))
     assert identity_of(open_source(f"{own}&classes=2&ignore=7")).digest == identity_of(source).digest
     assert identity_of(open_source(f"{own}&classes=2&ignore=8")).digest != identity_of(source).digest
 
 
-def test_labels_inside_the_folder_of_pictures(tmp_path: Path):
-    picture(tmp_path / "a.jpg")
+def test_labels_inside_the_folder_of_images(tmp_path: Path):
+    image(tmp_path / "a.jpg")
     label_map(tmp_path / "labels" / "a.png", [0, 1])
     check(open_source(f"masks:{tmp_path}?labels={tmp_path / 'labels'}&classes=2"), 1)
 
@@ -268,7 +268,7 @@ def test_own_masks_mistakes(own: str, tmp_path: Path):
     with pytest.raises(DataError, match="values of label maps end at 255"):
         open_source(f"{own}&classes=2&ignore=256")
     source = open_source(f"{own}&classes=2")
-    assert isinstance(source, LabelledPictures)
+    assert isinstance(source, LabelledImages)
     with pytest.raises(DataError, match=r"holds the value 7, which is no class \(0 to 1\) and not ignored"):
         source.label_map(0)
     where = tmp_path / "labels" / "b.png"

@@ -16,7 +16,7 @@ from foveola.data.sources import Source, decode, open_source
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
 
-def picture(path: Path, width: int = 40, height: int = 20, **options) -> Path:
+def image(path: Path, width: int = 40, height: int = 20, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(str(path))).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -54,11 +54,11 @@ def check(source: Source) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("cats/a.jpg", "cats/deep/b.png", "dogs/c.webp", "dogs/D.JPEG"):
-        picture(tmp_path / "pictures" / name)
-    (tmp_path / "pictures" / "cats" / "notes.txt").write_text("no picture")
-    picture(tmp_path / "pictures" / ".hidden" / "e.jpg")
-    picture(tmp_path / "pictures" / "cats" / "._a.jpg")
-    return tmp_path / "pictures"
+        image(tmp_path / "images" / name)
+    (tmp_path / "images" / "cats" / "notes.txt").write_text("no image")
+    image(tmp_path / "images" / ".hidden" / "e.jpg")
+    image(tmp_path / "images" / "cats" / "._a.jpg")
+    return tmp_path / "images"
 
 
 def test_folder(folder: Path):
@@ -104,7 +104,7 @@ def test_fingerprint_follows_the_data_not_the_place(folder: Path, tmp_path: Path
     before = identity_of(open_source(f"folder:{folder}")).digest
     folder.rename(tmp_path / "elsewhere")
     assert identity_of(open_source(f"folder:{tmp_path / 'elsewhere'}")).digest == before
-    picture(tmp_path / "elsewhere" / "dogs" / "new.jpg")
+    image(tmp_path / "elsewhere" / "dogs" / "new.jpg")
     assert identity_of(open_source(f"folder:{tmp_path / 'elsewhere'}")).digest != before
 
 
@@ -119,7 +119,7 @@ def test_folder_with_boxes(folder: Path, tmp_path: Path):
     np.testing.assert_allclose(objects.boxes, [[0.25, 0.25, 0.75, 0.75], [0.5, 0, 1, 1]])
     np.testing.assert_allclose(objects.areas, [0.25, 0.5])
     assert objects.labels is not None
-    assert objects.labels.tolist() == [0, 2]  # the picture's class where the box has none
+    assert objects.labels.tolist() == [0, 2]  # the image's class where the box has none
     np.testing.assert_allclose(objects_of(source[1]).boxes, [[0.1, 0.2, 1, 0.45]])
     assert source[2].objects is None
 
@@ -129,17 +129,17 @@ def test_folder_with_boxes(folder: Path, tmp_path: Path):
     assert identity_of(same).digest == identity_of(source).digest
 
 
-def test_boxes_refer_to_the_picture_the_right_way_up(tmp_path: Path):
+def test_boxes_refer_to_the_image_the_right_way_up(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "p" / "a.jpg", width=40, height=20, exif=exif)  # shown 20 wide, 40 high
+    image(tmp_path / "p" / "a.jpg", width=40, height=20, exif=exif)  # shown 20 wide, 40 high
     (tmp_path / "boxes.csv").write_text("a.jpg,10,0,20,40\n")
     sample = open_source(f"folder:{tmp_path / 'p'}?boxes={tmp_path / 'boxes.csv'}")[0]
     assert decode(sample.image).shape == (40, 20, 3)
     np.testing.assert_allclose(objects_of(sample).boxes, [[0.5, 0, 1, 1]])
 
 
-def test_broken_picture_with_boxes_is_left_to_decode(tmp_path: Path):
+def test_broken_image_with_boxes_is_left_to_decode(tmp_path: Path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.jpg").write_bytes(b"")
     (tmp_path / "boxes.csv").write_text("a.jpg,1,0,2,4\n")
@@ -152,7 +152,7 @@ def test_broken_picture_with_boxes_is_left_to_decode(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["gray", "palette", "16 bit"])
 def test_folder_with_label_maps(folder: Path, tmp_path: Path, kind: str, inside: bool):
     masks = folder / "masks" if inside else tmp_path / "masks"
-    values = np.zeros((10, 20), np.uint16 if kind == "16 bit" else np.uint8)  # half the size of the picture
+    values = np.zeros((10, 20), np.uint16 if kind == "16 bit" else np.uint8)  # half the size of the image
     values[2:6, 5:10] = 1
     values[6:, :] = 1000 if kind == "16 bit" else 7
     values[0, 0] = 255
@@ -182,12 +182,12 @@ def test_folder_with_label_maps(folder: Path, tmp_path: Path, kind: str, inside:
         ("cats/a.jpg,1,2,3", "line 1: a box is x0, y0, x1, y1"),
         ("cats/a.jpg,1,2,3,4\ncats/a.jpg,1,2,x,4", "line 2: a box is"),
         ("cats/a.jpg,5,2,5,4", "line 1: box 5, 2, 5, 4 has no area"),
-        ("cats/a.jpg,-9,2,-1,4", "has no area inside the picture"),
-        ("cats/a.jpg,0,0,nan,4", "has no area inside the picture"),
+        ("cats/a.jpg,-9,2,-1,4", "has no area inside the image"),
+        ("cats/a.jpg,0,0,nan,4", "has no area inside the image"),
         ("cats/a.jpg,0.1,0.2,0.5,1", "boxes are in pixels"),
         (
             "cats/A.jpg,0,0,9,9",
-            "1 of 1 pictures that it names are missing, such as cats/A.jpg; did you mean cats/a",
+            "1 of 1 images that it names are missing, such as cats/A.jpg; did you mean cats/a",
         ),
     ],
 )
@@ -220,7 +220,7 @@ def test_mistakes_in_label_maps(folder: Path, tmp_path: Path):
     (masks / "cats").mkdir(parents=True)
     (masks.parent / "good.png").rename(masks / "cats" / "a.png")
     source = open_source(f"folder:{folder}?masks={masks}")
-    picture(masks / "cats" / "a.png")
+    image(masks / "cats" / "a.png")
     with pytest.raises(DataError, match="one channel"):
         source[0]
     (masks / "cats" / "a.png").write_bytes(b"rubbish")
@@ -244,11 +244,11 @@ def tiny(tmp_path: Path) -> Path:
     for wnid in ("n01", "n02"):
         lines = []
         for k, box in enumerate(["0\t0\t31\t63", "16\t32\t47\t47", "63\t0\t63\t10"]):
-            picture(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", 64, 64)
+            image(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", 64, 64)
             lines.append(f"{wnid}_{k}.JPEG\t{box}\n")
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("".join(lines) + "n01_99.JPEG\t0\t0\t5\t5\n")
     for k in range(2):
-        picture(root / "val" / "images" / f"val_{k}.JPEG", 64, 64)
+        image(root / "val" / "images" / f"val_{k}.JPEG", 64, 64)
     (root / "val" / "val_annotations.txt").write_text(
         "val_1.JPEG\tn02\t0\t0\t63\t63\nval_0.JPEG\tn01\t8\t8\t15\t23\n"
     )
@@ -281,7 +281,7 @@ def test_tiny_imagenet_mistakes(tiny: Path):
     with pytest.raises(DataError, match=r"val_0.JPEG"):
         open_source(f"tinyimagenet:{tiny}", "test")
     (tiny / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t8\t8\t15\t23\n")
-    with pytest.raises(DataError, match=r"1 pictures are not listed, such as val/images/val_1.JPEG"):
+    with pytest.raises(DataError, match=r"1 images are not listed, such as val/images/val_1.JPEG"):
         open_source(f"tinyimagenet:{tiny}", "test")
     (tiny / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\n")
     with pytest.raises(DataError, match="line 1: 2 fields where 6 are expected"):
@@ -321,7 +321,7 @@ def imagenet(tmp_path: Path) -> Path:
     for half in ("train", "val"):
         for wnid in ("n02", "n01"):
             for k in range(2):
-                picture(tmp_path / "in1k" / half / wnid / f"{wnid}_{half}_{k}.JPEG")
+                image(tmp_path / "in1k" / half / wnid / f"{wnid}_{half}_{k}.JPEG")
     annotations = tmp_path / "boxes" / "train" / "n01"
     annotations.mkdir(parents=True)
     # Shown to annotators at 80x80, not the 40x20 of the file; corners swapped, beyond the edge, without area.
@@ -353,7 +353,7 @@ def test_imagenet(imagenet: Path):
 def test_imagenet_as_kaggle_packs_it(imagenet: Path):
     root = imagenet / "kaggle"
     for k in range(3):
-        picture(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{k:08d}.JPEG")
+        image(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{k:08d}.JPEG")
     with pytest.raises(DataError, match=r"no LOC_val_solution.csv"):
         open_source(f"imagenet:{root}", "test")
     table = root / "LOC_val_solution.csv"
@@ -369,7 +369,7 @@ def test_imagenet_as_kaggle_packs_it(imagenet: Path):
     assert [source[i].label for i in range(3)] == [2, 1, 0]
     np.testing.assert_allclose(objects_of(source[2]).boxes, [[0, 0, 0.5, 1]])
     table.write_text("ImageId,PredictionString\nILSVRC2012_val_00000000,n01 1 2 3 4\n")
-    with pytest.raises(DataError, match="says nothing about 2 pictures"):
+    with pytest.raises(DataError, match="says nothing about 2 images"):
         open_source(f"imagenet:{root}", "test")
 
 
@@ -443,7 +443,7 @@ def coco_tree() -> dict:
 @pytest.fixture
 def coco_folder(tmp_path: Path) -> Path:
     for k in (9, 4, 5):
-        picture(tmp_path / "images" / f"{k:03}.jpg")
+        image(tmp_path / "images" / f"{k:03}.jpg")
     (tmp_path / "instances.json").write_text(json.dumps(coco_tree()))
     return tmp_path
 
@@ -480,7 +480,7 @@ def change_coco(folder: Path, change) -> str:
 def test_coco_mistakes(coco_folder: Path):
     for change, message in (
         (lambda t: t.pop("images"), "has no list 'images'"),
-        (lambda t: t["images"].clear(), "lists no pictures"),
+        (lambda t: t["images"].clear(), "lists no images"),
         (lambda t: t["annotations"][0].update(image_id=77), "not as COCO instances are: KeyError 77"),
         (lambda t: t["annotations"][0].update(bbox=[1, 2]), r"of image 9: bbox \[1, 2\] is not x, y"),
         (
@@ -535,23 +535,23 @@ def test_mistakes_in_data_strings(spec: str, message: str):
 
 
 def test_mistaken_folders(tmp_path: Path):
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match=r"pictures is empty"):
-        open_source(f"folder:{tmp_path / 'pictures'}")
-    with pytest.raises(DataError, match=r"no folder .*/picturs; did you mean .*/pictures\?"):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"images is empty"):
+        open_source(f"folder:{tmp_path / 'images'}")
+    with pytest.raises(DataError, match=r"no folder .*/picturs; did you mean .*/images\?"):
         open_source(f"folder:{tmp_path / 'picturs'}")
     with pytest.raises(DataError, match=r"needs a kind in front; did you mean folder:/"):
-        open_source(str(tmp_path / "pictures"))
-    (tmp_path / "pictures" / "a.txt").write_text("")
-    (tmp_path / "pictures" / "b.HEIC").write_text("")
+        open_source(str(tmp_path / "images"))
+    (tmp_path / "images" / "a.txt").write_text("")
+    (tmp_path / "images" / "b.HEIC").write_text("")
     with pytest.raises(DataError, match=r"holds no images \(.* \.jpg .*\), but 1 \.heic, 1 \.txt"):
-        open_source(f"folder:{tmp_path / 'pictures'}")
+        open_source(f"folder:{tmp_path / 'images'}")
     with pytest.raises(DataError, match=r"a\.txt is a file, but a folder is needed"):
-        open_source(f"folder:{tmp_path / 'pictures' / 'a.txt'}")
-    picture(tmp_path / "pictures" / "a.jpg")
+        open_source(f"folder:{tmp_path / 'images' / 'a.txt'}")
+    image(tmp_path / "images" / "a.jpg")
     (tmp_path / "b.csv").write_text("a.jpg,1,1,2,2")
     with pytest.raises(DataError, match="not both"):
-        open_source(f"folder:{tmp_path / 'pictures'}?boxes={tmp_path / 'b.csv'}&masks={tmp_path}")
+        open_source(f"folder:{tmp_path / 'images'}?boxes={tmp_path / 'b.csv'}&masks={tmp_path}")
 
 
 def test_scenes_string():
@@ -569,5 +569,5 @@ def test_scenes_string():
 
 
 def test_escaped_paths(tmp_path: Path):
-    picture(tmp_path / "a?b&c" / "x.jpg")
+    image(tmp_path / "a?b&c" / "x.jpg")
     assert len(open_source(f"folder:{tmp_path}/a%3Fb&c")) == 1

@@ -37,9 +37,9 @@ class ListSource:
 
 @dataclass
 class PixelListSource:
-    """Pictures [H, W, 3] and maps of classes [H, W], given one by one."""
+    """Images [H, W, 3] and maps of classes [H, W], given one by one."""
 
-    pictures: list
+    images: list
     maps: list
     classes: tuple[str, ...] = ("a", "b", "c")
     name: str = "maps:"
@@ -48,12 +48,12 @@ class PixelListSource:
     broken: frozenset = frozenset()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         if index in self.broken:
             raise BadImage("damaged")
-        return Sample(self.pictures[index], f"picture-{index}")
+        return Sample(self.images[index], f"image-{index}")
 
     def label_map(self, index: int) -> np.ndarray:
         return self.maps[index]
@@ -94,7 +94,7 @@ def check_scores() -> Callable[..., None]:
 
 @pytest.fixture
 def encoder() -> Encoder:
-    """A small random ViT on 32-pixel crops of pictures whose shorter side is made 40: 4 x 4 patches."""
+    """A small random ViT on 32-pixel crops of images whose shorter side is made 40: 4 x 4 patches."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = Encoder(
@@ -130,7 +130,7 @@ def make_sample() -> Callable[..., Sample]:
                 areas=(unit[:, 2:] - unit[:, :2]).prod(axis=1),
                 labels=None if labels is None else np.array(labels, np.int64),
             )
-        return Sample(image=image, name=f"picture-{seed}", objects=objects, label=label)
+        return Sample(image=image, name=f"image-{seed}", objects=objects, label=label)
 
     return make
 

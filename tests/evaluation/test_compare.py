@@ -19,8 +19,8 @@ PLAIN = Result(
     settings={"style": "dinov2", "lr": [0.1], "batch_size": 64, "workers": 2},
     metrics={"top1_linear": 71.25, "top1_linear_low": 69.0, "top1_linear_high": 73.0, "entropy_x": 3.0},
     data={
-        "train": {"name": "a:", "fingerprint": "1", "pictures": 90, "rows": 90, "unreadable": 0},
-        "test": {"name": "b:", "fingerprint": "2", "pictures": 30, "rows": 30, "unreadable": 0},
+        "train": {"name": "a:", "fingerprint": "1", "images": 90, "rows": 90, "unreadable": 0},
+        "test": {"name": "b:", "fingerprint": "2", "images": 30, "rows": 30, "unreadable": 0},
     },
     encoder="abc",
     versions={"torch": "2.9"},

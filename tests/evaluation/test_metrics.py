@@ -103,7 +103,7 @@ def test_bootstrap_interval_equals_the_normal_one_for_many_rows() -> None:
     assert high == pytest.approx(mean + half, abs=0.15 * half)
 
 
-def test_bootstrap_over_pictures_knows_that_rows_of_one_are_not_independent() -> None:
+def test_bootstrap_over_images_knows_that_rows_of_one_are_not_independent() -> None:
     x = torch.tensor(np.random.default_rng(4).random(100) < 0.5)
     copies, groups = x.repeat_interleave(9), torch.arange(100).repeat_interleave(9)
     assert bootstrap(copies, groups, seed=5) == pytest.approx(bootstrap(x, seed=5))

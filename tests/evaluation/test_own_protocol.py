@@ -160,7 +160,7 @@ def test_patterns() -> None:
     )
     assert declared(metrics, "x", "top1_token_best_on_test").label == "B ({})", "most letters of its own"
     assert declared(metrics, "x", "top1_token").main
-    assert metrics[2].title("recall5_objects_plain") == "recall@5 (objects whole picture)"
+    assert metrics[2].title("recall5_objects_plain") == "recall@5 (objects whole image)"
     assert metrics[0].title("top1_plain", masks=False) == "A"
     assert declared(metrics, "my_own", "odd_{}").title("odd_{}") == "my own: odd {}"
 

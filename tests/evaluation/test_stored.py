@@ -15,7 +15,7 @@ from foveola.evaluation.stored import results_of, store
 from foveola.files import home_of
 
 DATA = {
-    which: {"name": f"{which}:", "fingerprint": which, "pictures": 9, "rows": 9, "unreadable": 0}
+    which: {"name": f"{which}:", "fingerprint": which, "images": 9, "rows": 9, "unreadable": 0}
     for which in ("train", "test")
 }
 FULL = Result(

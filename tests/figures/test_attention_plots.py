@@ -60,5 +60,5 @@ def test_files(analysis, tmp_path) -> None:
     made = save_attention_plots(analysis, tmp_path)
     assert [path.name for path in made] == ["attention.png", "attention_heads.png", "attention_vectors.png"]
     for path in made:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 300
+        with Image.open(path) as image:
+            assert min(image.size) > 300

@@ -20,7 +20,7 @@ def encoder_of(positions: str = "learned") -> Encoder:
     return Encoder(EncoderConfig(model=model, transform=TransformConfig(resize=16, crop=16)))
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     small = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -32,8 +32,8 @@ def test_sizes_are_whole_patches_of_the_same_shape():
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos", "rope", "field"])
-def test_a_picture_at_once_is_what_the_network_says(positions):
-    encoder, pixels = encoder_of(positions), picture(50, 30)
+def test_a_image_at_once_is_what_the_network_says(positions):
+    encoder, pixels = encoder_of(positions), image(50, 30)
     features = patch_map(encoder, pixels, 40)
     assert features.shape == (10, 6, 16)
     resized = np.asarray(Image.fromarray(pixels).resize((24, 40), Image.Resampling.BICUBIC))
@@ -44,26 +44,26 @@ def test_a_picture_at_once_is_what_the_network_says(positions):
 
 
 def test_the_default_size_is_that_of_the_transform():
-    assert patch_map(encoder_of(), picture(70, 70)).shape == (4, 4, 16)
+    assert patch_map(encoder_of(), image(70, 70)).shape == (4, 4, 16)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.9])
 def test_tiles_of_a_network_that_sees_single_patches_are_the_whole(overlap):
     encoder = load("pixels:?size=16&patch=4")  # every patch is its own pixels
     for height, width, size in ((90, 60, 120), (60, 90, 84), (40, 40, 40)):
-        pixels = picture(height, width)
+        pixels = image(height, width)
         whole = patch_map(encoder, pixels, size, tile=0)
         np.testing.assert_allclose(patch_map(encoder, pixels, size, 16, overlap), whole, atol=1e-5)
 
 
-def test_a_tile_as_large_as_the_picture_is_the_picture():
-    encoder, pixels = encoder_of(), picture(40, 28)
+def test_a_tile_as_large_as_the_image_is_the_image():
+    encoder, pixels = encoder_of(), image(40, 28)
     np.testing.assert_array_equal(patch_map(encoder, pixels, 40, tile=40), patch_map(encoder, pixels, 40))
 
 
 def test_overlapping_tiles_are_averaged_with_falling_weights():
     """By hand: two tiles of 4 x 4 patches over 4 x 6, which share two columns."""
-    encoder, pixels = encoder_of(), picture(16, 24)
+    encoder, pixels = encoder_of(), image(16, 24)
     images = encoder.normalise(fit(pixels, encoder, 24)[None])
     left, right = (encoder(images[..., x : x + 16]).patches[0].view(4, 4, 16).numpy() for x in (0, 8))
     features = patch_map(encoder, pixels, 24, tile=16, overlap=0.5)
@@ -75,7 +75,7 @@ def test_overlapping_tiles_are_averaged_with_falling_weights():
 
 
 def test_a_field_is_read_where_the_tile_lies():
-    encoder, pixels = encoder_of("field"), picture(16, 32)
+    encoder, pixels = encoder_of("field"), image(16, 32)
     images = encoder.normalise(fit(pixels, encoder, 32)[None])
     halves = [
         encoder.backbone(
@@ -87,8 +87,8 @@ def test_a_field_is_read_where_the_tile_lies():
     np.testing.assert_allclose(patch_map(encoder, pixels, 32, 16, 0.0), expected, atol=1e-6)
 
 
-def test_pictures_of_many_patches_are_cut_without_being_asked(monkeypatch):
-    encoder, pixels = encoder_of(), picture(48, 48)
+def test_images_of_many_patches_are_cut_without_being_asked(monkeypatch):
+    encoder, pixels = encoder_of(), image(48, 48)
     seen = []
     encoder.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     monkeypatch.setattr(dense, "WHOLE", 64)
@@ -112,7 +112,7 @@ def test_tiles_cover_every_patch_and_lie_inside():
 
 
 def test_bad_sizes():
-    encoder, pixels = encoder_of(), picture(16, 16)
+    encoder, pixels = encoder_of(), image(16, 16)
     for settings, message in (
         ({"size": 3}, "size=3: a patch of this encoder has 4 pixels a side"),
         ({"size": 64, "tile": 1}, "tile=1: a patch"),

@@ -18,7 +18,7 @@ from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
 from foveola.figures import gallery
 from foveola.figures.choice import choose, pairs_of, points_of
-from foveola.figures.pca import pca_pictures
+from foveola.figures.pca import pca_images
 from foveola.figures.positions import position_map
 from foveola.figures.tiles import FULL, object_patches
 from foveola.figures.visualize import KINDS, draw, open_models
@@ -45,7 +45,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def wide() -> Sample:
-    """A picture of 40 x 64 with one object in its upper left quarter, and one everywhere."""
+    """An image of 40 x 64 with one object in its upper left quarter, and one everywhere."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     objects = Objects.from_boxes(np.array([[0, 0, 0.5, 0.5], [0, 0, 1, 1]], np.float32))
     return Sample(pixels, "wide", objects, 0)
@@ -53,10 +53,10 @@ def wide() -> Sample:
 
 def test_every_tile_is_a_whole_number_of_pixels_a_patch(wide):
     sheet = gallery.pca_sheet({"a": ENCODER, "b": PLAIN}, [wide], size=64)
-    assert list(sheet.columns) == ["picture", "a", "b"]
-    picture, first, second = sheet.rows[0].tiles
-    assert picture.shape == first.shape == second.shape == (200, 320, 3)
-    small = pca_pictures(ENCODER, [wide.image], size=64)[0]
+    assert list(sheet.columns) == ["image", "a", "b"]
+    image, first, second = sheet.rows[0].tiles
+    assert image.shape == first.shape == second.shape == (200, 320, 3)
+    small = pca_images(ENCODER, [wide.image], size=64)[0]
     assert small.shape == (5, 8, 3)
     np.testing.assert_array_equal(first[20::40, 20::40], small)
     np.testing.assert_array_equal(first, small.repeat(40, 0).repeat(40, 1))
@@ -64,7 +64,7 @@ def test_every_tile_is_a_whole_number_of_pixels_a_patch(wide):
 
 def test_attention_sheets(wide, scenes):
     sheet = gallery.attention_sheet(ENCODER, [wide, scenes[0]], heads=True)
-    assert list(sheet.columns)[:3] == ["picture", "class token", "token in mask"]
+    assert list(sheet.columns)[:3] == ["image", "class token", "token in mask"]
     assert list(sheet.columns)[3:] == ["heads, 60 %", "head 1", "head 2"]
     assert [len(row.tiles) for row in sheet.rows] == [6, 6]
     sheet = gallery.attention_sheet({"a": ENCODER, "b": PLAIN}, [scenes[0]])
@@ -117,13 +117,13 @@ def test_neighbours_are_those_of_the_feature_table(scenes):
     config = ExtractConfig(workers=0)
     sheet = gallery.neighbour_sheet(ENCODER, bank, scenes, [3, 7], found=4, config=config)
     assert [row.title for row in sheet.rows] == ["without mask", "with mask"] * 2
-    for number, picture in enumerate((3, 7)):
+    for number, image in enumerate((3, 7)):
         for masks, row in zip((False, True), sheet.rows[2 * number : 2 * number + 2], strict=True):
             tables = [extract(ENCODER, s, masks=masks, config=config, progress=False) for s in (bank, scenes)]
             unit = [torch.nn.functional.normalize(table.features, dim=1) for table in tables]
-            near = (unit[0] @ unit[1][picture]).argsort(descending=True)[:4]
+            near = (unit[0] @ unit[1][image]).argsort(descending=True)[:4]
             labels = [int(tables[0].labels[i]) for i in near]
-            own = int(tables[1].labels[picture])
+            own = int(tables[1].labels[image])
             assert list(row.captions) == [bank.classes[i] for i in (own, *labels)]
             assert list(row.right) == [None, *(label == own for label in labels)]
 
@@ -140,7 +140,7 @@ def test_each_right_answer_of_a_query_has_a_green_frame():
     assert row.right.count(True) > row.captions[1:].count(queries.classes[label]) > 0
 
 
-def test_neighbours_of_objects_never_find_their_own_picture(scenes):
+def test_neighbours_of_objects_never_find_their_own_image(scenes):
     config = ExtractConfig(workers=0, rows="objects", view="object")
     sheet = gallery.neighbour_sheet(ENCODER, scenes, scenes, [0], found=100, masks=True, config=config)
     largest = int(scenes[0].objects.areas.argmax())
@@ -203,7 +203,7 @@ def test_long_words_stay_inside_their_place():
 # -- what a user asks for ------------------------------------------------------------------------------------
 
 
-def test_pictures_points_and_pairs(scenes):
+def test_images_points_and_pairs(scenes):
     assert choose(scenes, 4) == [0, 3, 6, 9]
     assert choose(scenes, 100) == list(range(12))
     assert choose(scenes, 4, "5, 2") == [5, 2]
@@ -228,8 +228,8 @@ def test_names_of_models_are_as_short_as_they_can_be(tmp_path):
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
 DATA = "scenes:?size=32&count=12"
@@ -237,12 +237,12 @@ OWN = {
     "neighbours": {"workers": 0, "limit": 8, "count": 2},
     "positions": {},
     "query": {"points": "0.2,0.2;0.8,0.8", "count": 2},
-    "correspondences": {"pictures": "0,1"},
+    "correspondences": {"images": "0,1"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_writes_one_picture_twice_the_same(kind, tmp_path):
+def test_every_kind_writes_one_image_twice_the_same(kind, tmp_path):
     settings = OWN.get(kind, {"count": 2})
     paths = [
         foveola.visualize(kind, ENCODER, DATA, out=tmp_path / name, **settings) for name in ("a", "b.png")
@@ -258,12 +258,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ENCODER.save("one/encoder")
     PLAIN.save("two")
-    words = f"visualize pca model=one,two data={DATA} pictures=0,4 joint=true each=true device=cpu".split()
+    words = f"visualize pca model=one,two data={DATA} images=0,4 joint=true each=true device=cpu".split()
     assert cli.main(words) == 0
     printed = capsys.readouterr().out.split()
-    assert printed[0] == "pictures/pca.png"
+    assert printed[0] == "figures/pca.png"
     assert [Path(path).name for path in printed[1:]] == [
-        f"pca-{row:03d}-{name}.png" for row in (0, 1) for name in ("0-picture", "1-one", "2-two")
+        f"pca-{row:03d}-{name}.png" for row in (0, 1) for name in ("0-image", "1-one", "2-two")
     ]
     assert all(Path(path).is_file() for path in printed)
     assert size_of(Path(printed[2])) == (FULL, FULL)
@@ -310,12 +310,12 @@ def test_help(capsys):
         ("", "which kind (pca, attention, "),
         ("pac", "unknown kind 'pac'; did you mean 'pca'?"),
         ("pca data=scenes:", "visualize pca needs model=: a run folder"),
-        ("pca model=M", "visualize pca needs data=, such as data=folder:/pictures"),
+        ("pca model=M", "visualize pca needs data=, such as data=folder:/images"),
         ("pca model=M data=scenes: cont=3", "unknown key 'cont'; did you mean 'count'?"),
         ("pca model=M data=scenes: block=3", "unknown key 'block'; "),
         ("pca model=M data=scenes: train=scenes:", "unknown key 'train'; "),
-        ("pca model=M data=scenes: pictures=0,99999", "pictures: there is no 99999, the last of scenes:"),
-        ("pca model=M data=scenes: pictures=zero", "pictures='zero': expected places such as '0,5,9'"),
+        ("pca model=M data=scenes: images=0,99999", "images: there is no 99999, the last of scenes:"),
+        ("pca model=M data=scenes: images=zero", "images='zero': expected places such as '0,5,9'"),
         ("pca model=M data=scenes: save_basis=b", "save_basis needs joint=true"),
         ("pca model=M data=scenes: basis=b joint=true", "basis= has its components already"),
         ("pca model=M data=scenes: basis=nowhere", "basis=nowhere: No such file"),
@@ -326,11 +326,11 @@ def test_help(capsys):
         ("query model=M data=scenes: points=2,0.5", "points: 2,0.5 is not in the unit square"),
         ("query model=M data=scenes: points=0.5", "points=0.5: expected x,y pairs"),
         ("query model=M data=scenes: block=9", "block=9: this encoder has 2 blocks"),
-        ("correspondences model=M data=scenes: pictures=1,2,3", "pictures: correspondences are of pairs"),
+        ("correspondences model=M data=scenes: images=1,2,3", "images: correspondences are of pairs"),
         ("objects model=P data=scenes: count=1", "this encoder has no class token"),
-        ("objects model=M data=folder:F pictures=0", "objects: these pictures have neither boxes nor masks"),
+        ("objects model=M data=folder:F images=0", "objects: these images have neither boxes nor masks"),
         ("neighbours model=M data=folder:F masks=true", "masks=true, but folder:F"),
-        ("pca model=M data=folder:F size=20 pictures=1", "1.png: not a picture of a known kind"),
+        ("pca model=M data=folder:F size=20 images=1", "1.png: not an image of a known kind"),
     ],
 )
 def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
@@ -339,7 +339,7 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     PLAIN.save("P")
     Path("F").mkdir()
     Image.new("RGB", (32, 32)).save("F/0.png")
-    Path("F/1.png").write_text("no picture")
+    Path("F/1.png").write_text("no image")
     assert cli.main(["visualize", *words.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -96,13 +96,13 @@ def test_neighbours_are_sorted_by_cosine() -> None:
 
 
 def test_outline_darkens_the_rest_and_draws_the_border() -> None:
-    picture = np.full((8, 8, 3), 200, np.uint8)
+    image = np.full((8, 8, 3), 200, np.uint8)
     mask = np.zeros((2, 2), bool)
     mask[0, 1] = True
-    drawn = outline(picture, mask, (255, 0, 0))
+    drawn = outline(image, mask, (255, 0, 0))
     assert (drawn[5, 2] == 90).all()
     assert (drawn[1, 5] == 200).all(), "inside stays"
-    assert (drawn[0, 4:] == (255, 0, 0)).all(), "also where the object meets the picture's edge"
+    assert (drawn[0, 4:] == (255, 0, 0)).all(), "also where the object meets the image's edge"
     assert (drawn[3, 4:] == (255, 0, 0)).all()
 
 
@@ -122,10 +122,10 @@ def test_light_is_a_multiple_of_uniform_attention_on_one_scale() -> None:
         [0.0, math.log(4 * (4 / 6.5) / 0.25) / math.log(64)]
     )
     assert (brightness(np.zeros(4)) == 0).all()
-    picture = np.full((8, 8, 3), 120, np.uint8)
-    even, peak = heat(picture, np.full((2, 2), 0.25)), heat(picture, np.array([[1.0, 1e-3], [1e-3, 1e-3]]))
+    image = np.full((8, 8, 3), 120, np.uint8)
+    even, peak = heat(image, np.full((2, 2), 0.25)), heat(image, np.array([[1.0, 1e-3], [1e-3, 1e-3]]))
     assert even.sum() < peak[:4, :4].sum() * 4, "uniform attention does not look like much attention"
-    assert (even == heat(picture, np.full((2, 2), 0.001))).all()
+    assert (even == heat(image, np.full((2, 2), 0.001))).all()
 
 
 def test_bars_say_what_colours_mean() -> None:
@@ -174,10 +174,10 @@ def test_a_patch_reads_its_row_of_the_matrix(registers, block):
     matrix = rows_by_hand(encoder, images, block)
     maps = query_attention(encoder, images, points, block - 2)
     assert maps.shape == (3, 4, 4, 6)
-    for picture, patch in enumerate(patches):
-        row = matrix[picture, :, 1 + registers + patch, 1 + registers :]
+    for image, patch in enumerate(patches):
+        row = matrix[image, :, 1 + registers + patch, 1 + registers :]
         expected = row / row.sum(dim=1, keepdim=True)
-        torch.testing.assert_close(maps[picture].flatten(1), expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(maps.sum(dim=(2, 3)), torch.ones(3, 4))
 
 
@@ -252,7 +252,7 @@ def test_similarity_is_the_cosine_with_the_patch_under_the_point():
     assert np.isfinite(similarity(np.zeros((2, 2, 3)), (0, 0))).all()
 
 
-def test_correspondences_of_a_shifted_picture_are_the_shift(monkeypatch):
+def test_correspondences_of_a_shifted_image_are_the_shift(monkeypatch):
     features = np.random.default_rng(1).normal(size=(6, 9, 12))
     first, second = features[:, :7], features[1:, 2:]
     pairs = correspondences(first, second, 100)
@@ -293,12 +293,12 @@ def test_points_lie_in_patches():
 
 
 def test_heads_are_painted_where_they_look():
-    picture = np.full((8, 8, 3), 200, np.uint8)
+    image = np.full((8, 8, 3), 200, np.uint8)
     weights = np.zeros((2, 2, 2), np.float32)
     weights[0] = [[0.9, 0.0], [0.1, 0.0]]
     weights[1] = [[0.3, 0.0], [0.3, 0.4]]
     kept = weights > 0.2
-    drawn = paint_heads(picture, weights, kept)
+    drawn = paint_heads(image, weights, kept)
     red, blue = np.array(HEADS[0], float), np.array(HEADS[1], float)
 
     def hue(pixel: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 
 from foveola.config import UserError
 from foveola.figures import pca
-from foveola.figures.pca import Basis, Maps, fit_basis, pca_pictures, pca_rgb
+from foveola.figures.pca import Basis, Maps, fit_basis, pca_images, pca_rgb
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -25,7 +25,7 @@ def encoder() -> Encoder:
     return Encoder(EncoderConfig(model=model, transform=TransformConfig(resize=16, crop=16)))
 
 
-def pictures(count: int) -> list[np.ndarray]:
+def images(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(3)
     return [rng.integers(0, 256, (24, 16 + 8 * i, 3), dtype=np.uint8) for i in range(count)]
 
@@ -91,27 +91,27 @@ def test_constant_features_are_gray(value):
 
 
 def test_a_saved_basis_repeats_exactly(tmp_path, encoder):
-    two = pictures(2)
+    two = images(2)
     for foreground in (False, True):
         basis = fit_basis(Maps(encoder, two), foreground)
         again = Basis.load(basis.save(tmp_path / "deep" / "basis.safetensors"))
         for name in ("mean", "components", "scale", "divider", "threshold"):
             np.testing.assert_array_equal(getattr(again, name), getattr(basis, name))
-        first = pca_pictures(encoder, two, joint=True, foreground=foreground)
-        second = pca_pictures(encoder, two, basis=again)
+        first = pca_images(encoder, two, joint=True, foreground=foreground)
+        second = pca_images(encoder, two, basis=again)
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_joint_and_single_bases(encoder, monkeypatch):
-    three = pictures(3)
-    single = pca_pictures(encoder, three)
+    three = images(3)
+    single = pca_images(encoder, three)
     assert [p.shape for p in single] == [(4, 3, 3), (4, 4, 3), (3, 4, 3)]
-    np.testing.assert_array_equal(single[1], pca_pictures(encoder, three[1:2], joint=True)[0])
-    joint = pca_pictures(encoder, three, joint=True)
+    np.testing.assert_array_equal(single[1], pca_images(encoder, three[1:2], joint=True)[0])
+    joint = pca_images(encoder, three, joint=True)
     assert not np.array_equal(single[1], joint[1])
-    monkeypatch.setattr(pca, "HELD", 0)  # nothing is held in memory: every picture is encoded again
-    for a, b in zip(joint, pca_pictures(encoder, three, joint=True), strict=True):
+    monkeypatch.setattr(pca, "HELD", 0)  # nothing is held in memory: every image is encoded again
+    for a, b in zip(joint, pca_images(encoder, three, joint=True), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -140,7 +140,7 @@ def test_bad_input(tmp_path, encoder):
     with pytest.raises(UserError, match=r"^21 components of features of 20 numbers$"):
         Basis.fit(FEATURES, 21)
     with pytest.raises(UserError, match=r"^a basis for features of 20 numbers, but these have 16$"):
-        pca_pictures(encoder, pictures(1), basis=Basis.fit(FEATURES))
+        pca_images(encoder, images(1), basis=Basis.fit(FEATURES))
     with pytest.raises(UserError, match="features are not finite"):
         Basis.fit(np.full((3, 4), np.nan))
     with pytest.raises(UserError, match="no features"):

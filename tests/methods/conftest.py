@@ -23,7 +23,7 @@ HEADS = {"main": HeadConfig(prototypes=7, hidden=16, bottleneck=5)}
 
 
 def make_batch(
-    pictures: int = 3,
+    images: int = 3,
     global_count: int = 2,
     local_count: int = 3,
     objects: Tensor | int | None = None,
@@ -33,12 +33,12 @@ def make_batch(
 ) -> Batch:
     """Views of noise: 16 patches in global views, 4 in local ones. `objects`: masks, or how many of them."""
     generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(pictures, global_count, 3, 16, 16, generator=generator)
-    local = torch.randn(pictures, local_count, 3, 8, 8, generator=generator)
-    masked = torch.rand(pictures, global_count, 16, generator=generator) < 0.4
+    views = torch.randn(images, global_count, 3, 16, 16, generator=generator)
+    local = torch.randn(images, local_count, 3, 8, 8, generator=generator)
+    masked = torch.rand(images, global_count, 16, generator=generator) < 0.4
     masked[0, 0] = False
     if isinstance(objects, int):
-        objects = torch.rand(pictures, global_count, objects, 16, generator=generator) < 0.5
+        objects = torch.rand(images, global_count, objects, 16, generator=generator) < 0.5
     hidden = Hidden.of(masked, masked.device) if masking else None
     large = whole_views(views, objects=objects, hidden_contents=hidden)
     return whole_batch(large, whole_views(local, objects=local_objects) if local_count else None)
@@ -136,7 +136,7 @@ def plain_pixels(image: Tensor, patch: int, side: int) -> Tensor:
 
 @pytest.fixture
 def plain() -> SimpleNamespace:
-    """Parts of a ViT written out in plain loops, for one picture at a time."""
+    """Parts of a ViT written out in plain loops, for one image at a time."""
     return SimpleNamespace(norm=plain_norm, network=plain_network, sines=plain_sines, pixels=plain_pixels)
 
 

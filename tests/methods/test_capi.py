@@ -44,18 +44,18 @@ def capi(seed: int = 0, model: ViTConfig = MODEL, **settings: Any) -> Capi:
     return Capi(build(CapiConfig, tree), model, VIEWS).train()
 
 
-def batch(pictures: int = 6, seed: int = 0) -> Batch:
+def batch(images: int = 6, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    keep, predict = draw_drops(VIEWS.dropping or DroppingConfig(), pictures, (4, 4), generator)
-    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(pictures, 1, 4)
+    keep, predict = draw_drops(VIEWS.dropping or DroppingConfig(), images, (4, 4), generator)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(images, 1, 4)
     large = Views(
-        pixels=torch.randn(pictures, 1, 3, 16, 16, generator=generator),
+        pixels=torch.randn(images, 1, 3, 16, 16, generator=generator),
         boxes=whole,
-        flips=torch.zeros(pictures, 1, dtype=torch.bool),
+        flips=torch.zeros(images, 1, dtype=torch.bool),
         positions=whole,
         selection=Selection(keep[:, None], predict[:, None]),
     )
-    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), {})
+    return Batch(large, None, torch.full((images,), -1), torch.arange(images), {})
 
 
 def grads(method: Capi, prefix: str) -> float:
@@ -85,10 +85,10 @@ def test_the_losses_are_the_loop():
     for position in range(16):
         assigned = sinkhorn(logits[:, position], 0.06)
         everything += list(-(assigned * (logits[:, position] / 0.12).log_softmax(1)).sum(1))
-        for picture in range(6):
-            for slot in (drawn.large.selection.predicted[picture, 0] == position).nonzero()[:, 0].tolist():
-                scores = weight @ normalize(asked[picture, slot], dim=0)
-                rows.append(-(assigned[picture] * (scores / 0.12).log_softmax(0)).sum())
+        for image in range(6):
+            for slot in (drawn.large.selection.predicted[image, 0] == position).nonzero()[:, 0].tolist():
+                scores = weight @ normalize(asked[image, slot], dim=0)
+                rows.append(-(assigned[image] * (scores / 0.12).log_softmax(0)).sum())
     assert output.losses["clustering"].item() == pytest.approx(
         torch.stack(everything).mean().item(), rel=1e-4
     )
@@ -126,9 +126,9 @@ def test_the_teacher_sees_everything_and_the_student_what_is_kept():
     assert nothing is None
     assert student.shape[1] == drawn.large.selection.kept.shape[2] == 7
     assert torch.equal(keep, drawn.large.selection.kept[:, 0])
-    for picture in range(6):
-        assert not set(drawn.large.selection.kept[picture, 0].tolist()) & set(
-            drawn.large.selection.predicted[picture, 0].tolist()
+    for image in range(6):
+        assert not set(drawn.large.selection.kept[image, 0].tolist()) & set(
+            drawn.large.selection.predicted[image, 0].tolist()
         )
 
 
@@ -189,9 +189,9 @@ def test_regression_is_huber_on_normalised_patches():
             context, drawn.large.selection.predicted[:, 0], drawn.large.selection.kept[:, 0]
         )
     total = []
-    for picture in range(6):
-        for slot, position in enumerate(drawn.large.selection.predicted[picture, 0].tolist()):
-            gap = (asked[picture, slot] - layer_norm(patches[picture, position], (24,))).double().abs()
+    for image in range(6):
+        for slot, position in enumerate(drawn.large.selection.predicted[image, 0].tolist()):
+            gap = (asked[image, slot] - layer_norm(patches[image, position], (24,))).double().abs()
             total.append(torch.where(gap < 1, gap**2 / 2, gap - 0.5))
     loss = method(drawn, PROGRESS).losses["prediction"].item()
     assert loss == pytest.approx(torch.stack(total).mean().item(), rel=1e-5)
@@ -201,9 +201,9 @@ def test_the_fused_variant_hides_what_is_not_kept():
     method, drawn = capi(predictor=None), batch()
     before = method(drawn, PROGRESS).losses["prediction"].item()
     views = drawn.large.pixels.clone()
-    for picture in range(6):
-        for patch in set(range(16)) - set(drawn.large.selection.kept[picture, 0].tolist()):
-            views[picture, 0, :, 4 * (patch // 4) :, 4 * (patch % 4) :][:, :4, :4] += 5
+    for image in range(6):
+        for patch in set(range(16)) - set(drawn.large.selection.kept[image, 0].tolist()):
+            views[image, 0, :, 4 * (patch // 4) :, 4 * (patch % 4) :][:, :4, :4] += 5
     with torch.no_grad():
         hidden = method._predict(
             views[:, 0], drawn.large.selection.kept[:, 0], drawn.large.selection.predicted[:, 0]
@@ -231,14 +231,14 @@ def test_signals_and_advice():
     assert "method.clustering.queue=5" in advice
     assert capi(clustering={"prototypes": 7, "queue": 5}).advice(2) == []
     assert capi(clustering={"prototypes": 7, "balance": "all"}).advice(2) == []
-    # iBOT's targets keep no past pictures: a queue neither helps nor is advised.
+    # iBOT's targets keep no past images: a queue neither helps nor is advised.
     head = {"targets": "teacher_head", "head": "mlp"}
     (advice,) = capi(clustering={"prototypes": 7, "queue": 5}, **head).advice(2)
     assert f"{math.log(3.5):.2f} of {math.log(7):.2f} nats" in advice
     assert "queue" not in advice
 
 
-def test_the_queue_holds_the_newest_pictures_and_survives_saving():
+def test_the_queue_holds_the_newest_images_and_survives_saving():
     method = capi(clustering={"prototypes": 7, "queue": 8})
     assert method.clustering is not None
     assert method.clustering.past is not None

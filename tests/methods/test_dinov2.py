@@ -99,7 +99,7 @@ def naive_koleo(rows: list[Tensor]) -> Tensor:
 def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     """Local and global class tokens, patches, KoLeo; the order and the factors of DINOv2's code.
 
-    One view of one picture at a time through the network, one token at a time through the heads; `method` is
+    One view of one image at a time through the network, one token at a time through the heads; `method` is
     in float64.
     """
     config, student, teacher = method.config, method.student, method.teacher
@@ -109,16 +109,16 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     assert config.spread is not None
     assert batch.small.pixels is not None
     assert batch.large.hidden_contents.mask is not None
-    pictures, views = batch.large.pixels.shape[:2]
+    images, views = batch.large.pixels.shape[:2]
     locals_ = batch.small.pixels.shape[1]
-    crops = [(b, v) for b in range(pictures) for v in range(views)]
+    crops = [(b, v) for b in range(images) for v in range(views)]
     mine, small, theirs = {}, {}, {}
     for b, v in crops:
-        picture = batch.large.pixels[b, v][None].double()
-        mine[b, v] = student.backbone(picture, Inputs(masked=batch.large.hidden_contents.mask[b, v][None]))
+        image = batch.large.pixels[b, v][None].double()
+        mine[b, v] = student.backbone(image, Inputs(masked=batch.large.hidden_contents.mask[b, v][None]))
         with torch.no_grad():
-            theirs[b, v] = teacher.backbone(picture)
-    for b in range(pictures):
+            theirs[b, v] = teacher.backbone(image)
+    for b in range(images):
         for v in range(locals_):
             small[b, v] = student.backbone(batch.small.pixels[b, v][None].double()).objects[0, 0]
 
@@ -132,17 +132,17 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     target = dict(zip(crops, rows, strict=True))
     terms = views * locals_ + views * (views - 1)
     local = torch.zeros((), dtype=torch.float64)
-    for b in range(pictures):
+    for b in range(images):
         for v in range(locals_):
             guess = naive_head(student, name, small[b, v])
             for t in range(views):
-                local = local + naive_entropy(target[b, t], guess) / pictures
+                local = local + naive_entropy(target[b, t], guess) / images
     swapped = torch.zeros((), dtype=torch.float64)
     for b, v in crops:
         guess = naive_head(student, name, mine[b, v].objects[0, 0])
         for t in range(views):
             if t != v:
-                swapped = swapped + naive_entropy(target[b, t], guess) / pictures
+                swapped = swapped + naive_entropy(target[b, t], guess) / images
     losses["token"] = config.token.weight * (local / terms + swapped / terms)
     # Patches: masked positions of all crops together, each weighing one over the masked ones of its crop.
     name = config.patch.head
@@ -157,7 +157,7 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
         total = total + naive_entropy(row, guess) / batch.large.hidden_contents.mask[crop].sum()
     losses["patch"] = config.patch.weight * total / len(crops)
     # KoLeo: the student's class tokens after the norm, before the head, view by view.
-    spread = sum(naive_koleo([mine[b, v].objects[0, 0] for b in range(pictures)]) for v in range(views))
+    spread = sum(naive_koleo([mine[b, v].objects[0, 0] for b in range(images)]) for v in range(views))
     losses["spread"] = config.spread.weight * spread
     return losses
 
@@ -196,7 +196,7 @@ def test_the_whole_loss_and_its_gradient_are_those_of_the_loop(
 ):
     made = with_centers(method(model=model, **CASES[case]))
     naive = copy.deepcopy(made).double()
-    drawn = batch(pictures=4, local_count=8)
+    drawn = batch(images=4, local_count=8)
     ours, expected = made(drawn, progress).losses, naive_dinov2(naive, drawn)
     assert ours.keys() == expected.keys() == {"token", "patch", "spread"}
     for name, loss in expected.items():
@@ -229,7 +229,7 @@ def test_of_18_pairs_16_are_local(
 
 
 def test_own_heads_learn_from_their_own_term_alone(method: MakeMethod, batch: MakeBatch, progress: Progress):
-    made, drawn = method(model=MODEL, **dinov2("sinkhorn", OWN)), batch(pictures=4)
+    made, drawn = method(model=MODEL, **dinov2("sinkhorn", OWN)), batch(images=4)
     losses = made(drawn, progress).losses
     for term, head, other in (("token", "main", "patches"), ("patch", "patches", "main")):
         made.zero_grad()
@@ -247,21 +247,21 @@ def test_own_heads_learn_from_their_own_term_alone(method: MakeMethod, batch: Ma
 
 def test_own_heads_have_centres_of_their_own(method: MakeMethod, batch: MakeBatch, progress: Progress):
     made = method(model=MODEL, **dinov2("centering", OWN))
-    made(batch(pictures=4), progress)
+    made(batch(images=4), progress)
     made.after_step(progress, 1e-3)
     centers = [term.targets.centering.center for term in (made.token, made.patch)]
     assert [len(c) for c in centers] == [7, 9]
     assert all(c.any() for c in centers)
 
 
-# -- the teacher sees whole pictures -------------------------------------------------------------------------
+# -- the teacher sees whole images -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["centering", "sinkhorn"])
 def test_the_teachers_input_is_never_masked(
     kind: str, method: MakeMethod, batch: MakeBatch, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ):
-    made, drawn = method(model=MODEL, **dinov2(kind, OWN)), batch(pictures=4)
+    made, drawn = method(model=MODEL, **dinov2(kind, OWN)), batch(images=4)
     seen: dict[str, list] = {"teacher": [], "student": []}
     for name in seen:
         backbone = getattr(made, name).backbone
@@ -321,7 +321,7 @@ def test_koleo_of_a_view_knows_no_other_view():
     expected = 0.1 * sum(naive_koleo(list(rows[:, v])) for v in range(2))
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     (before,) = torch.autograd.grad(loss, objects)
-    # The second view of a picture becomes equal to its first: the nearest of all, were views mixed.
+    # The second view of an image becomes equal to its first: the nearest of all, were views mixed.
     changed = torch.cat((objects[:, :1], objects[:, :1]), dim=1).detach().requires_grad_()
     other = koleo(changed)
     assert other.item() == pytest.approx(0.2 * float(naive_koleo(list(rows[:, 0]))), rel=1e-5)
@@ -330,15 +330,15 @@ def test_koleo_of_a_view_knows_no_other_view():
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_one_picture_or_equal_pictures_do_no_harm(
+def test_one_image_or_equal_images_do_no_harm(
     precision: torch.dtype | None, method: MakeMethod, batch: MakeBatch, progress: Progress
 ):
     made = method(model=MODEL, **dinov2("sinkhorn", OWN))
-    one = batch(pictures=1)
+    one = batch(images=1)
     one = replace(
         one, large=replace(one.large, hidden_contents=Hidden(torch.ones(1, 2, 16).bool(), torch.arange(32)))
     )
-    four = batch(pictures=4)
+    four = batch(images=4)
     mask = four.large.hidden_contents.mask[1:2].expand(4, -1, -1)
     large = replace(
         four.large,
@@ -378,7 +378,7 @@ for kind in ("centering", "sinkhorn"):
     for split in (3, 5):
         method = shared.make_method(model=mine.MODEL, **mine.dinov2(kind, mine.OWN))
         mine_of_them = slice(0, split) if rank == 0 else slice(split, 6)
-        batch = shared.part_of(shared.make_batch(pictures=6), mine_of_them)
+        batch = shared.part_of(shared.make_batch(images=6), mine_of_them)
         losses = method(batch, Progress(0, 100, 10, 6)).losses
         torch.stack(list(losses.values())).sum().backward()
         mean = {n: distributed.all_reduce_mean(p.grad) for n, p in method.student.named_parameters()}
@@ -398,7 +398,7 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
     """Sinkhorn takes the tokens of all processes; KoLeo looks for neighbours among a process's own."""
     folder = str(Path(__file__).parent)
     run_ranks(RANKS.replace("FOLDER", folder).replace("OUT", str(tmp_path)))
-    drawn = batch(pictures=6)
+    drawn = batch(images=6)
     for kind in ("centering", "sinkhorn"):
         made = method(model=MODEL, **dinov2(kind, OWN))
         whole = made(drawn, progress).losses
@@ -408,10 +408,10 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
             halves = [made(views.part(drawn, b), progress).losses["spread"] for b in bounds]
             for (found, _), half in zip(results, halves, strict=True):
                 assert found["spread"] == pytest.approx(half.item(), rel=1e-4)
-            if split == 5:  # one process has a single picture: no neighbour, no push
+            if split == 5:  # one process has a single image: no neighbour, no push
                 assert results[1][0]["spread"] == 0
                 shares = (5 / 6, 1 / 6)
-                for name in ("token", "patch"):  # means over pictures, so they add up to the whole
+                for name in ("token", "patch"):  # means over images, so they add up to the whole
                     total = sum(s * r[0][name] for s, r in zip(shares, results, strict=True))
                     assert total == pytest.approx(whole[name].item(), rel=1e-4), (kind, name)
                 continue
@@ -428,7 +428,7 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
 # -- it trains -----------------------------------------------------------------------------------------------
 
 
-SMALL = {  # 16 prototypes for 64 tokens, and pictures that are hardly changed: it learns within some steps
+SMALL = {  # 16 prototypes for 64 tokens, and images that are hardly changed: it learns within some steps
     "duration": "60 steps",
     "batch_size": 32,
     "device": "cpu",
@@ -490,8 +490,8 @@ def test_sixty_steps_in_half_precision(tmp_path: Path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sixty_steps_on_real_pictures(precision: str, data_folder: Path, tmp_path: Path):
+def test_sixty_steps_on_real_images(precision: str, data_folder: Path, tmp_path: Path):
     with zipfile.ZipFile(data_folder / "tiny-imagenet-100-val.zip") as archive:
         archive.extractall(tmp_path / "data")
-    pictures = next((tmp_path / "data").rglob("images"))
-    check_healthy(train(tmp_path / "run", f"folder:{pictures}", precision))
+    images = next((tmp_path / "data").rglob("images"))
+    check_healthy(train(tmp_path / "run", f"folder:{images}", precision))

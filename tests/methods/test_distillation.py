@@ -49,9 +49,9 @@ def naive_targets(logits: Tensor, kind: str, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict[str, float]:
-    """One view of one picture at a time, each token through its head on its own."""
+    """One view of one image at a time, each token through its head on its own."""
     config, student, teacher = method.config, method.student, method.teacher
-    pictures, views = batch.large.pixels.shape[:2]
+    images, views = batch.large.pixels.shape[:2]
     masks = batch.large.objects
     objects = 1 if masks is None else masks.shape[2]
     masked = None if batch.large.hidden_contents is None else batch.large.hidden_contents.mask
@@ -73,7 +73,7 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         if method.terms[name].setting.image_token:
             slots = [objects - 1] if term.token == "image" else range(objects - 1)
         theirs, mine = {}, {}
-        for b in range(pictures):
+        for b in range(images):
             for v in range(views):
                 view = batch.large.pixels[b, v]
                 seen = encode(teacher, view, one(masks, b, v)).objects[0]
@@ -98,7 +98,7 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         losses[name] = term.weight * sum(pairs) / len(pairs)
     if config.patch is not None:
         total, logits, predictions, owners = 0.0, [], [], []
-        for b in range(pictures):
+        for b in range(images):
             for v in range(views):
                 view, hidden = batch.large.pixels[b, v], masked[b, v]
                 seen = encode(teacher, view, one(masks, b, v)).patches[0]
@@ -110,12 +110,12 @@ def naive_losses(method: Distillation, batch: Batch, temperature: float) -> dict
         rows = naive_targets(torch.stack(logits), config.patch.target.kind, temperature)
         for target, guess, count in zip(rows, predictions, owners, strict=True):
             total += cross_entropy(target, guess) / count
-        losses["patch"] = config.patch.weight * total / (pictures * views)
+        losses["patch"] = config.patch.weight * total / (images * views)
     if config.spread is not None:
         total = 0.0
         for v in range(views):
             rows = []
-            for b in range(pictures):
+            for b in range(images):
                 hidden = encode(
                     student,
                     batch.large.pixels[b, v],
@@ -196,7 +196,7 @@ def gradients(
     return losses, {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
 
 
-def test_odis_of_whole_pictures_is_ibot_bit_for_bit(method: MakeMethod, batch: MakeBatch, progress: Progress):
+def test_odis_of_whole_images_is_ibot_bit_for_bit(method: MakeMethod, batch: MakeBatch, progress: Progress):
     plain = batch()
     whole = replace(plain, large=replace(plain.large, objects=torch.ones(3, 2, 1, 16, dtype=torch.bool)))
     ibot, odis = method(), method()
@@ -443,7 +443,7 @@ distributed.start("cpu")
 for kind in ("centering", "sinkhorn"):
     target = TargetConfig(kind=kind, temperature=Schedule(value=0.05))
     method = shared.make_method(token=TokenTermConfig(target=target), patch=PatchTermConfig(target=target))
-    batch = shared.make_batch(pictures=4, objects=2)
+    batch = shared.make_batch(images=4, objects=2)
     if distributed.world_size() > 1:
         half = slice(2 * distributed.rank(), 2 * distributed.rank() + 2)
         batch = shared.part_of(batch, half)

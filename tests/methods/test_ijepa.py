@@ -46,19 +46,19 @@ def ijepa(seed: int = 0, model: ViTConfig = MODEL, views: ViewsConfig = VIEWS, *
     return method.train()
 
 
-def batch(pictures: int = 4, seed: int = 0, drops: tuple[Tensor, Tensor] | None = None) -> Batch:
+def batch(images: int = 4, seed: int = 0, drops: tuple[Tensor, Tensor] | None = None) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    keep, wanted = drops or draw_blocks(BLOCKS, pictures, (GRID, GRID), generator)
-    pixels = torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
+    keep, wanted = drops or draw_blocks(BLOCKS, images, (GRID, GRID), generator)
+    pixels = torch.randn(images, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
     large = Views(
         pixels=pixels,
-        boxes=WHOLE.expand(pictures, 1, 4),
-        flips=torch.zeros(pictures, 1, dtype=torch.bool),
-        positions=WHOLE.expand(pictures, 1, 4),
+        boxes=WHOLE.expand(images, 1, 4),
+        flips=torch.zeros(images, 1, dtype=torch.bool),
+        positions=WHOLE.expand(images, 1, 4),
         selection=Selection(keep[:, None], wanted[:, None]),
     )
     facts = {"blocks/context": torch.tensor(float(keep.shape[1]))}
-    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), facts)
+    return Batch(large, None, torch.full((images,), -1), torch.arange(images), facts)
 
 
 def predicting(drawn: Batch, patches: Tensor) -> Batch:
@@ -96,12 +96,12 @@ def naive(method: IJepa, drawn: Batch, plain: SimpleNamespace) -> Tensor:
         return plain.network(torch.stack(tokens), network)
 
     errors = []
-    for picture in range(len(drawn.large.selection.kept)):
-        image, keep = drawn.large.pixels[picture, 0].double(), drawn.large.selection.kept[picture, 0].tolist()
+    for index in range(len(drawn.large.selection.kept)):
+        image, keep = drawn.large.pixels[index, 0].double(), drawn.large.selection.kept[index, 0].tolist()
         code = encode(student.backbone, image, keep) @ predictor.embed.weight.T + predictor.embed.bias
         context = torch.stack([code[row] + inside[patch] for row, patch in enumerate(keep)])
         whole = encode(teacher, image, list(range(GRID**2)))
-        for block in drawn.large.selection.predicted[picture, 0].view(BLOCKS.targets, -1).tolist():
+        for block in drawn.large.selection.predicted[index, 0].view(BLOCKS.targets, -1).tolist():
             asked = torch.stack([predictor.mask_token[0, 0] + inside[patch] for patch in block])
             found = plain.network(torch.cat((context, asked)), predictor)[len(keep) :]
             found = found @ student.head.weight.T + student.head.bias
@@ -184,11 +184,11 @@ def test_predictions_come_from_the_context_alone():
     assert drawn.large.selection is not None
     before, loss = predictions(method, drawn), method(drawn, PROGRESS).losses["prediction"]
     views = drawn.large.pixels.clone()
-    for picture in range(4):
-        context = drawn.large.selection.kept[picture, 0].tolist()
+    for index in range(4):
+        context = drawn.large.selection.kept[index, 0].tolist()
         for patch in set(range(GRID**2)) - set(context):
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
-            views[picture, 0, :, y : y + SIDE, x : x + SIDE] += torch.randn(3, SIDE, SIDE)
+            views[index, 0, :, y : y + SIDE, x : x + SIDE] += torch.randn(3, SIDE, SIDE)
     hidden = dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
     assert torch.equal(predictions(method, hidden), before)
     assert not torch.equal(method(hidden, PROGRESS).losses["prediction"], loss)  # the targets are others
@@ -216,7 +216,7 @@ def test_blocks_are_predicted_apart_from_each_other():
     assert (after[:, 1:size] - before[:, 1:size]).abs().max() > 1e-5
 
 
-def test_each_picture_is_predicted_from_itself():
+def test_each_image_is_predicted_from_itself():
     method, drawn = ijepa(), batch()
     views = drawn.large.pixels.clone()
     views[2] += torch.randn_like(views[2])
@@ -228,14 +228,14 @@ def test_each_picture_is_predicted_from_itself():
     assert changed.tolist() == [False, False, True, False]
 
 
-def test_context_and_targets_are_disjoint_and_as_many_in_every_picture():
+def test_context_and_targets_are_disjoint_and_as_many_in_every_image():
     for seed in range(20):
-        drawn = batch(pictures=8, seed=seed)
+        drawn = batch(images=8, seed=seed)
         assert drawn.large.selection.kept is not None
         assert drawn.large.selection.predicted is not None
-        for picture in range(8):
+        for index in range(8):
             context, targets = (
-                set(t[picture, 0].tolist())
+                set(t[index, 0].tolist())
                 for t in (drawn.large.selection.kept, drawn.large.selection.predicted)
             )
             assert not context & targets

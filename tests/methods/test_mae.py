@@ -1,4 +1,4 @@
-"""MAE against a network written out in float64; what it sees, what it learns from; SimMIM; pictures."""
+"""MAE against a network written out in float64; what it sees, what it learns from; SimMIM; images."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -51,20 +51,20 @@ def mae(seed: int = 0, model: ViTConfig = MODEL, **settings: Any) -> Mae:
     return method.train()
 
 
-def batch(pictures: int = 3, seed: int = 0, ratio: float = 0.75, predict: float = 1.0) -> Batch:
+def batch(images: int = 3, seed: int = 0, ratio: float = 0.75, predict: float = 1.0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     drops = DroppingConfig(shape="random", ratio=ratio, predict=predict)
-    keep, wanted = draw_drops(drops, pictures, (GRID, GRID), generator)
-    pixels = torch.randn(pictures, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
+    keep, wanted = draw_drops(drops, images, (GRID, GRID), generator)
+    pixels = torch.randn(images, 1, 3, SIDE * GRID, SIDE * GRID, generator=generator)
     large = Views(
         pixels=pixels,
-        boxes=WHOLE.expand(pictures, 1, 4),
-        flips=torch.zeros(pictures, 1, dtype=torch.bool),
-        positions=WHOLE.expand(pictures, 1, 4),
+        boxes=WHOLE.expand(images, 1, 4),
+        flips=torch.zeros(images, 1, dtype=torch.bool),
+        positions=WHOLE.expand(images, 1, 4),
         selection=Selection(keep[:, None], wanted[:, None]),
     )
     facts = {}
-    return Batch(large, None, torch.full((pictures,), -1), torch.arange(pictures), facts)
+    return Batch(large, None, torch.full((images,), -1), torch.arange(images), facts)
 
 
 def predicting(drawn: Batch, patches: Tensor) -> Batch:
@@ -77,11 +77,11 @@ def repainted(drawn: Batch, patches: Tensor, add: float = 5.0) -> Batch:
     """The batch with some patches [B, n] of each view painted over with noise."""
     views = drawn.large.pixels.clone()
     generator = torch.Generator().manual_seed(99)
-    for picture, row in enumerate(patches.tolist()):
+    for index, row in enumerate(patches.tolist()):
         for patch in row:
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
             noise = torch.randn(3, SIDE, SIDE, generator=generator)
-            views[picture, 0, :, y : y + SIDE, x : x + SIDE] += add * noise
+            views[index, 0, :, y : y + SIDE, x : x + SIDE] += add * noise
     return dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
 
 
@@ -160,14 +160,14 @@ def test_positions_are_columns_first_and_of_the_published_frequencies(plain: Sim
 
 
 def naive(method: Mae, drawn: Batch, plain: SimpleNamespace, normalise: bool) -> float:
-    """MAE in float64: mask tokens go back to their places, and the decoder reads the picture row by row."""
+    """MAE in float64: mask tokens go back to their places, and the decoder reads the image row by row."""
     student = method.student.double()
     encoder, decoder = student.backbone, student.decoder
     outside, inside = plain.sines(GRID, GRID, 24), plain.sines(GRID, GRID, 16)
     assert drawn.large.selection.kept is not None
     total, count = 0.0, 0
-    for picture in range(len(drawn.large.selection.kept)):
-        image, keep = drawn.large.pixels[picture, 0].double(), drawn.large.selection.kept[picture, 0].tolist()
+    for index in range(len(drawn.large.selection.kept)):
+        image, keep = drawn.large.pixels[index, 0].double(), drawn.large.selection.kept[index, 0].tolist()
         tokens = [encoder.cls_token[0, 0]]
         for patch in keep:
             kernels = (encoder.patch_embed.proj.weight * plain.pixels(image, patch, SIDE)).sum(dim=(1, 2, 3))
@@ -199,7 +199,7 @@ def test_the_loss_is_that_of_a_network_written_out(plain: SimpleNamespace, norma
 
 
 def test_kept_and_predicted_patches_are_a_partition():
-    drawn = batch(pictures=50)
+    drawn = batch(images=50)
     assert drawn.large.selection is not None
     assert drawn.large.selection.kept.shape[2] == 25 - int(0.75 * 25)
     both = torch.cat((drawn.large.selection.kept, drawn.large.selection.predicted), dim=2)[:, 0]
@@ -211,7 +211,7 @@ def test_kept_and_predicted_patches_are_a_partition():
 def test_every_patch_is_kept_equally_often():
     from scipy.stats import chisquare
 
-    keep = batch(pictures=4000).large.selection.kept
+    keep = batch(images=4000).large.selection.kept
     assert keep is not None
     counts = np.bincount(keep.flatten().numpy(), minlength=25)
     assert chisquare(counts).pvalue > 1e-3
@@ -225,7 +225,7 @@ def test_predictions_come_from_kept_pixels_and_targets_from_the_others():
     hidden = repainted(drawn, drawn.large.selection.predicted[:, 0])
     assert torch.equal(predictions(method, hidden), before)
     assert not torch.equal(method(hidden, PROGRESS).losses["reconstruction"], loss)
-    # Kept ones reach every prediction of their picture, and no target.
+    # Kept ones reach every prediction of their image, and no target.
     seen = repainted(drawn, drawn.large.selection.kept[:, 0, :1])
     assert (predictions(method, seen) - before).abs().amax(dim=2).min() > 0
     wanted = drawn.large.selection.predicted[:, 0, :, None]
@@ -252,10 +252,10 @@ def test_with_predictions_that_cannot_move_the_loss_is_deaf_to_kept_pixels():
     assert loss.item() == pytest.approx(47 / 48, rel=1e-4)
     # Normalised per patch: brightness and contrast of a removed patch are no target either.
     views = drawn.large.pixels.clone()
-    for picture, patch in enumerate(drawn.large.selection.predicted[:, 0, 0].tolist()):
+    for index, patch in enumerate(drawn.large.selection.predicted[:, 0, 0].tolist()):
         y, x = patch // GRID * SIDE, patch % GRID * SIDE
-        views[picture, 0, :, y : y + SIDE, x : x + SIDE] *= 3
-        views[picture, 0, :, y : y + SIDE, x : x + SIDE] += 7
+        views[index, 0, :, y : y + SIDE, x : x + SIDE] *= 3
+        views[index, 0, :, y : y + SIDE, x : x + SIDE] += 7
     brighter = method(
         dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views)), PROGRESS
     ).losses["reconstruction"]
@@ -275,7 +275,7 @@ def test_each_place_gets_its_own_prediction():
 
 def test_identifiable_patches_are_put_back_in_their_places():
     """Every patch has a colour of its own, and a decoder whose blocks do nothing tells it from the place."""
-    method, drawn = mae(normalise=False, decoder=DECODER | {"width": 32}), batch(pictures=4)
+    method, drawn = mae(normalise=False, decoder=DECODER | {"width": 32}), batch(images=4)
     colors = torch.linspace(-1, 1, 25)[:, None].expand(25, 48)
     views = unpatchify(colors.expand(4, 25, 48).contiguous(), SIDE, (GRID, GRID))[:, None]
     drawn = dataclasses.replace(drawn, large=dataclasses.replace(drawn.large, pixels=views))
@@ -345,10 +345,10 @@ def test_simmim_is_mask_tokens_in_the_encoder_and_absolute_errors(plain: SimpleN
     student = method.student.double()
     encoder, table = student.backbone, plain.sines(GRID, GRID, 24)
     errors = []
-    for picture in range(3):
+    for index in range(3):
         image, keep = (
-            drawn.large.pixels[picture, 0].double(),
-            set(drawn.large.selection.kept[picture, 0].tolist()),
+            drawn.large.pixels[index, 0].double(),
+            set(drawn.large.selection.kept[index, 0].tolist()),
         )
         tokens = [encoder.cls_token[0, 0]]
         for patch in range(25):
@@ -375,8 +375,8 @@ def test_simmim_hides_what_is_masked():
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_pictures_show_the_view_what_was_kept_and_what_came_back(normalise):
-    method, drawn = mae(normalise=normalise), batch(pictures=10)
+def test_images_show_the_view_what_was_kept_and_what_came_back(normalise):
+    method, drawn = mae(normalise=normalise), batch(images=10)
     assert method.figures() == {}
     method(drawn, PROGRESS)
     sheet = method.figures()["reconstruction"]
@@ -385,24 +385,24 @@ def test_pictures_show_the_view_what_was_kept_and_what_came_back(normalise):
     assert drawn.large.selection is not None
     found = predictions(method, drawn)
     mean, std = (np.array(c) for c in (VIEWS.color.mean, VIEWS.color.std))
-    for picture in (0, 5):
-        rows = [sheet[r * tile : (r + 1) * tile, picture * tile : (picture + 1) * tile] for r in range(3)]
+    for index in (0, 5):
+        rows = [sheet[r * tile : (r + 1) * tile, index * tile : (index + 1) * tile] for r in range(3)]
         for row in rows:
             assert (row[0] == 255).all()
             assert (row[:, -1] == 255).all()
         whole, kept, filled = (row[1:-1, 1:-1] for row in rows)
-        image = drawn.large.pixels[picture, 0].permute(1, 2, 0).numpy()
+        image = drawn.large.pixels[index, 0].permute(1, 2, 0).numpy()
         assert np.abs(whole - np.clip((image * std + mean) * 255, 0, 255)).max() <= 0.51
         for patch in range(25):
             y, x = patch // GRID * SIDE, patch % GRID * SIDE
             cut = slice(y, y + SIDE), slice(x, x + SIDE)
-            if patch in drawn.large.selection.kept[picture, 0].tolist():
+            if patch in drawn.large.selection.kept[index, 0].tolist():
                 assert (kept[cut] == whole[cut]).all()
                 assert (filled[cut] == whole[cut]).all()
                 continue
             assert np.abs(kept[cut] - mean * 255).max() <= 0.51
-            asked = drawn.large.selection.predicted[picture, 0].tolist().index(patch)
-            pixels = found[picture, asked].view(3, SIDE, SIDE).permute(1, 2, 0).numpy()
+            asked = drawn.large.selection.predicted[index, 0].tolist().index(patch)
+            pixels = found[index, asked].view(3, SIDE, SIDE).permute(1, 2, 0).numpy()
             if normalise:
                 true = image[cut]
                 pixels = pixels * np.sqrt(true.var(ddof=1) + 1e-6) + true.mean()

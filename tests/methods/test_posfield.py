@@ -65,7 +65,7 @@ TERMS = {
 }
 
 
-def pictures(count: int = 6, size: int = 24) -> Canvases:
+def images(count: int = 6, size: int = 24) -> Canvases:
     generator = torch.Generator().manual_seed(0)
     masks = torch.zeros(count, 1, 12, 12, dtype=torch.uint8)
     masks[:, :, 3:9, 2:8] = 255
@@ -82,7 +82,7 @@ def pictures(count: int = 6, size: int = 24) -> Canvases:
 
 
 def batch_of(views: ViewsConfig = VIEWS, step: int = 0) -> Batch:
-    return make_views(pictures(), views, 4, Streams(0, step))
+    return make_views(images(), views, 4, Streams(0, step))
 
 
 def build(
@@ -248,7 +248,7 @@ def test_without_anyone_chosen_it_is_the_plain_method_bit_for_bit():
 
 
 def test_unmoved_views_stand_at_their_boxes_bit_for_bit():
-    still = replace(VIEWS, placement=PlacementConfig(around="picture", distribution="constant"))
+    still = replace(VIEWS, placement=PlacementConfig(around="image", distribution="constant"))
     same(run(build(still), still), run(build(replace(VIEWS, placement=None)), replace(VIEWS, placement=None)))
 
 
@@ -342,7 +342,7 @@ def test_other_methods_know_no_field(recipe: str, change: str):
         resolve(recipe, [change])
 
 
-# -- pictures ------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------
 
 
 def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress):
@@ -439,7 +439,7 @@ def check_run(steps: list[dict[str, float]], out: Path) -> None:
     }
     assert last["loss"] < steps[0]["loss"]
     assert 0.1 < last["position/target_entropy"] < 0.99 * math.log(16)
-    sheets = sorted(path.name.rpartition("-")[0] for path in (out / "pictures").iterdir())
+    sheets = sorted(path.name.rpartition("-")[0] for path in (out / "figures").iterdir())
     assert {"position_field", "positions"} <= set(sheets)
     encoder = foveola.load(out)
     images = torch.randn(2, 3, 32, 32)
@@ -469,7 +469,7 @@ def test_forty_steps_with_objects(tmp_path: Path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_forty_steps_on_real_pictures(precision: str, data_folder: Path, tmp_path: Path):
+def test_forty_steps_on_real_images(precision: str, data_folder: Path, tmp_path: Path):
     with zipfile.ZipFile(data_folder / "tiny-imagenet-100-val.zip") as archive:
         archive.extractall(tmp_path / "data")
     found = next((tmp_path / "data").rglob("images"))

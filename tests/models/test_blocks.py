@@ -104,7 +104,7 @@ def test_a_new_network_with_layer_scale_changes_its_input_little():
     ("batch", "rate", "kept"),
     [(10, 0.3, 7), (64, 0.3, 44), (3, 0.3, 2), (2, 0.4, 1), (1, 0.9, 1), (5, 0.95, 1), (20, 0.2, 16)],
 )
-def test_the_branch_sees_exactly_its_share_of_pictures(batch: int, rate: float, kept: int):
+def test_the_branch_sees_exactly_its_share_of_images(batch: int, rate: float, kept: int):
     """max(int(B (1 - p)), 1) rows, each once, and no work for the others; times B over their number."""
     block = Block(replace(SUBSET, drop_path=rate)).train()
     x, other = normal(batch, 4, 12), torch.arange(batch * 1.0)[:, None]
@@ -112,7 +112,7 @@ def test_the_branch_sees_exactly_its_share_of_pictures(batch: int, rate: float, 
 
     def branch(rows: Tensor, whose: Tensor) -> Tensor:
         seen.append(whose[:, 0].long().tolist())
-        assert torch.equal(rows, x[seen[-1]])  # and others follow their pictures
+        assert torch.equal(rows, x[seen[-1]])  # and others follow their images
         return 2 * rows
 
     out = block.residual(x, branch, other)
@@ -144,7 +144,7 @@ def test_branches_are_drawn_anew_and_skip_their_work():
     assert set(seen["fc1"]) == {7}
     assert len(set(chosen)) > 40  # of the 120 choices
     shares = torch.tensor(chosen).float().mean(dim=0)
-    assert (shares - 0.7).abs().max() < 0.2  # no picture is preferred
+    assert (shares - 0.7).abs().max() < 0.2  # no image is preferred
 
 
 @pytest.mark.parametrize("subset", [True, False])
@@ -160,7 +160,7 @@ def test_the_expectation_is_the_whole_branch(subset: bool, batch: int):
     ]
     mean = torch.stack(draws).mean(dim=0)
     assert (mean - branch).abs().max() < 0.1 * branch.abs().max()
-    # One picture alone is never dropped by the subset form, so its branch is exact.
+    # One image alone is never dropped by the subset form, so its branch is exact.
     if batch == 1 and subset:
         assert torch.allclose(mean, branch.double(), atol=1e-6)
 
@@ -187,7 +187,7 @@ def test_evaluation_and_a_rate_of_zero_keep_everything(subset: bool):
         assert torch.equal(block.residual(x, lambda _: branch), x + branch)
 
 
-def test_gradients_reach_kept_pictures_alone():
+def test_gradients_reach_kept_images_alone():
     block = Block(SUBSET).train()
     x, weight = normal(10, 2, 3), torch.ones(10, requires_grad=True)
     rows = torch.arange(10.0)[:, None]

@@ -19,7 +19,7 @@ def network(**changes) -> VisionTransformer:
     return made
 
 
-def pictures(count: int = 3, height: int = 16, width: int = 16) -> Tensor:
+def random_images(count: int = 3, height: int = 16, width: int = 16) -> Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -34,10 +34,10 @@ def test_layers_are_the_blocks_outputs_through_the_final_norm(changes, masked) -
     objects = masks() if masked else None
     seen: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda m, i, o: seen.append(o)) for block in vit.blocks]
-    whole = vit(pictures(), objects)
+    whole = vit(random_images(), objects)
     for hook in hooks:
         hook.remove()
-    found = capture(vit, pictures(), 3, objects).layers
+    found = capture(vit, random_images(), 3, objects).layers
     registers = changes.get("registers", 0)
     for x, features in zip(seen, found, strict=True):
         expected = vit.norm(x)
@@ -46,13 +46,13 @@ def test_layers_are_the_blocks_outputs_through_the_final_norm(changes, masked) -
         torch.testing.assert_close(features.patches, expected[:, 1 + registers :])
     torch.testing.assert_close(found[-1].objects, whole.objects)
     torch.testing.assert_close(found[-1].patches, whole.patches)
-    torch.testing.assert_close(capture(vit, pictures(), 1, objects).layers[0].patches, whole.patches)
+    torch.testing.assert_close(capture(vit, random_images(), 1, objects).layers[0].patches, whole.patches)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
 def test_rows_of_attention_by_a_loop(size) -> None:
     """float64 softmax of q k / sqrt(c), entry by entry; the central patch of an even grid is upper left."""
-    vit, images = network(registers=1), pictures(2, *size)
+    vit, images = network(registers=1), random_images(2, *size)
     inputs: list[Tensor] = []
     hook = vit.blocks[-1].register_forward_hook(lambda m, i, o: inputs.append(i[0]))
     found = capture(vit, images, 1, None, attention=True)
@@ -73,7 +73,7 @@ def test_rows_of_attention_by_a_loop(size) -> None:
 
 def test_an_object_token_reads_only_its_object() -> None:
     vit = network()
-    found = capture(vit, pictures(), 1, masks(), attention=True).objects
+    found = capture(vit, random_images(), 1, masks(), attention=True).objects
     assert (found[:, :, 0, 1:][~masks().expand(-1, 2, -1)] == 0).all()
     torch.testing.assert_close(found.sum(dim=3), torch.ones(3, 2, 1))
 
@@ -84,9 +84,9 @@ def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkey
     monkeypatch.setattr("foveola.models.capture.ENTRIES", entries)
     vit, index = network(registers=2), torch.tensor([[0, 7], [15, 3], [5, 5]])
     for block in range(3):
-        seen = attention_of(vit, pictures(), masks(), block - 3)
-        also = capture(vit, pictures(), 1, masks(), attention=True, block=block).attention
-        x, tokens = vit.prepare(pictures(), masks())
+        seen = attention_of(vit, random_images(), masks(), block - 3)
+        also = capture(vit, random_images(), 1, masks(), attention=True, block=block).attention
+        x, tokens = vit.prepare(random_images(), masks())
         for layer in vit.blocks[:block]:
             x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
         whole = vit.blocks[block].attn.weights(vit.blocks[block].norm1(x), tokens.readable, tokens.rotation)
@@ -99,11 +99,11 @@ def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkey
             torch.testing.assert_close(found.received(), of_patches.mean(dim=2))
     for block in (-4, 3):
         with pytest.raises(UserError, match=f"^block={block}: this encoder has 3 blocks, 0 to 2$"):
-            attention_of(vit, pictures(), None, block)
+            attention_of(vit, random_images(), None, block)
 
 
 def test_without_class_token_there_is_only_the_centre() -> None:
-    found = capture(network(class_token=False), pictures(), 2, None, attention=True)
+    found = capture(network(class_token=False), random_images(), 2, None, attention=True)
     assert found.objects.shape[2] == found.layers[0].objects.shape[1] == 0
     torch.testing.assert_close(found.centre.sum(dim=2), torch.ones(3, 2))
 
@@ -111,19 +111,19 @@ def test_without_class_token_there_is_only_the_centre() -> None:
 def test_more_blocks_than_there_are() -> None:
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"the last {n} blocks of a network of 3"):
-            capture(network(), pictures(), n)
+            capture(network(), random_images(), n)
 
 
 def test_an_encoders_layers_and_capture() -> None:
     vit = network()
     encoder = Encoder(EncoderConfig(vit.config, TransformConfig(resize=16, crop=16)), vit)
-    layers = encoder.layers(pictures(), 2, masks())
-    both = encoder.capture(pictures(), 2, masks(), attention=True)
+    layers = encoder.layers(random_images(), 2, masks())
+    both = encoder.capture(random_images(), 2, masks(), attention=True)
     assert both.objects is not None
     for a, b in zip(layers, both.layers, strict=True):
         assert torch.equal(a.objects, b.objects)
         assert torch.equal(a.patches, b.patches)
-    assert torch.equal(layers[-1].objects, encoder(pictures(), masks()).objects)
+    assert torch.equal(layers[-1].objects, encoder(random_images(), masks()).objects)
 
 
 def visited(vit: VisionTransformer, images: Tensor) -> tuple[list[Tensor], list[Tensor], object]:
@@ -133,9 +133,9 @@ def visited(vit: VisionTransformer, images: Tensor) -> tuple[list[Tensor], list[
     matrices = [torch.full((len(images), heads, tokens, tokens), torch.nan) for _ in vit.blocks]
     outputs: list[Tensor] = []
 
-    def attention(block: int, pictures: slice, some: slice, logits: Tensor) -> None:
+    def attention(block: int, random_images: slice, some: slice, logits: Tensor) -> None:
         assert logits.dtype == torch.float32
-        matrices[block][pictures, some] = logits.softmax(dim=-1)
+        matrices[block][random_images, some] = logits.softmax(dim=-1)
         logits.fill_(torch.nan)  # a receiver may overwrite them
 
     def output(block: int, x: Tensor) -> None:
@@ -165,7 +165,7 @@ def visited(vit: VisionTransformer, images: Tensor) -> tuple[list[Tensor], list[
 def test_visit_hands_out_the_attention_of_every_block(changes, entries, monkeypatch) -> None:
     """softmax(q k^T / sqrt(c)) in float64 from the block's own weights and input; outputs bit for bit."""
     monkeypatch.setattr("foveola.models.capture.CACHED", entries)
-    vit, images = network(**changes), pictures(3, 16, 12)
+    vit, images = network(**changes), random_images(3, 16, 12)
     inputs: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda m, i, o: inputs.append(i[0])) for block in vit.blocks]
     matrices, outputs, features = visited(vit, images)
@@ -193,7 +193,7 @@ def test_visit_hands_out_the_attention_of_every_block(changes, entries, monkeypa
 
 
 def test_attention_is_float32_under_autocast() -> None:
-    vit, images = network(registers=1), pictures()
+    vit, images = network(registers=1), random_images()
     exact = visited(vit, images)[0]
     with torch.autocast("cpu", torch.bfloat16):
         coarse = visited(vit, images)[0]  # asserts float32 logits
@@ -203,7 +203,7 @@ def test_attention_is_float32_under_autocast() -> None:
 
 def test_logits_of_what_an_object_may_not_read() -> None:
     vit = network()
-    x, tokens = vit.prepare(pictures(), masks())
+    x, tokens = vit.prepare(random_images(), masks())
     block = vit.blocks[0]
     expected = block.attn.weights(block.norm1(x), tokens.readable, tokens.rotation)
     for entries in (1, 2**20):

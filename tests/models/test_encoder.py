@@ -14,7 +14,7 @@ from PIL import Image
 from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.features.table import object_tokens
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig, patch_mask
-from foveola.models.transform import picture_crop
+from foveola.models.transform import image_crop
 from foveola.models.vit import ViTConfig
 from foveola.zoo.load import load
 
@@ -93,14 +93,14 @@ def test_transform_is_torchvisions(size: tuple[int, int]):
     array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     made = encoder()
     ours = made.transform(array)
-    picture = Image.fromarray(array)
-    cropped = F.center_crop(F.resize(picture, 20, Image.Resampling.BICUBIC), [16, 16])
+    image = Image.fromarray(array)
+    cropped = F.center_crop(F.resize(image, 20, Image.Resampling.BICUBIC), [16, 16])
     expected = F.normalize(F.to_tensor(cropped), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     # Torch's rounding to uint8 within one level of PIL's.
     assert (ours - expected).abs().max() <= 1.01 / 255 / 0.2
     assert (ours - expected).abs().mean() < 0.1 / 255 / 0.2
     assert ours.shape == (3, 16, 16)
-    assert torch.equal(ours, made.transform(picture))
+    assert torch.equal(ours, made.transform(image))
     mirrored = made.transform(array[:, ::-1])
     assert torch.equal(mirrored, made.transform(array[:, ::-1].copy()))
 
@@ -114,7 +114,7 @@ def test_sizes_and_offsets_are_torchvisions():
     shapes = [(333, 500), (500, 333), (375, 500), (8, 9), *rng.integers(8, 900, (200, 2)).tolist()]
     for transform in settings:
         for height, width in shapes:
-            size, corner = picture_crop(height, width, transform)
+            size, corner = image_crop(height, width, transform)
             image = torch.empty(1, height, width, device="meta")
             resized = Resize(transform.resize, antialias=True)(image)
             assert tuple(resized.shape[1:]) == size, (transform, height, width)
@@ -130,7 +130,7 @@ def test_normalise_is_the_end_of_the_transform():
     assert torch.equal(made.transform(image), made.normalise(pixels[:, :, 2:18, 2:18])[0])
 
 
-def test_gray_pictures_are_rgb():
+def test_gray_images_are_rgb():
     made = encoder()
     gray = Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20))
     assert made.transform(gray).shape == (3, 16, 16)
@@ -178,7 +178,7 @@ def test_a_kept_folder_gives_the_features_that_it_gave(tmp_path: Path):
 
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_an_object_does_not_depend_on_which_others_are_asked_for(count: int):
-    """Each token is that of a picture alone with one object, which is what evaluations measure."""
+    """Each token is that of an image alone with one object, which is what evaluations measure."""
     made, images = encoder(), torch.randn(3, 3, 16, 16)
     objects = torch.rand(3, count, 16, generator=torch.Generator().manual_seed(0)) < 0.5
     together = made(images, objects)
@@ -213,7 +213,7 @@ def test_objects_in_one_pass_as_in_training():
     assert torch.equal(shared.objects, trained.objects)
     assert torch.equal(shared.patches, trained.patches)
     assert not torch.allclose(shared.objects, made(images, objects).objects, atol=1e-2)
-    with pytest.raises(ValueError, match="4 objects of each picture in a pass"):
+    with pytest.raises(ValueError, match="4 objects of each image in a pass"):
         made.layers(images, 1, objects)
 
 

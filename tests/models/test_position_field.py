@@ -1,4 +1,4 @@
-"""The position field: against loops, against cutting a picture of its values, and in a network."""
+"""The position field: against loops, against cutting an image of its values, and in a network."""
 
 import itertools
 from dataclasses import replace
@@ -95,7 +95,7 @@ def test_against_a_loop_over_patches_and_nodes(interpolation: str, alignment: st
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "bicubic"])
-def test_as_many_patches_of_the_whole_picture_read_the_field_itself(interpolation: str):
+def test_as_many_patches_of_the_whole_image_read_the_field_itself(interpolation: str):
     for size in ((7, 9), (50, 50), (19, 19)):
         made = field(size, interpolation=interpolation)
         assert torch.equal(made(size)[0], made.values.flatten(0, 1))
@@ -103,7 +103,7 @@ def test_as_many_patches_of_the_whole_picture_read_the_field_itself(interpolatio
         assert torch.equal(made(size, whole, flips)[0], made.values.flip(1).flatten(0, 1))
 
 
-def test_half_a_picture_reads_the_interpolated_half():
+def test_half_a_image_reads_the_interpolated_half():
     made = field((4, 4), 1)
     v = made.values[..., 0].detach()
     left = made((4, 4), torch.tensor([[0.0, 0, 0.5, 1]]))[0, :, 0].view(4, 4)
@@ -116,12 +116,12 @@ def test_half_a_picture_reads_the_interpolated_half():
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "bicubic"])
-def test_boxes_and_flips_are_those_of_cutting_a_picture_of_the_field(interpolation: str):
+def test_boxes_and_flips_are_those_of_cutting_a_image_of_the_field(interpolation: str):
     """Wherever cutting does not shrink, so that antialiasing widens nothing."""
     made = field(interpolation=interpolation)
-    picture = made.values.detach().permute(2, 0, 1)[None]
+    image = made.values.detach().permute(2, 0, 1)[None]
     boxes, flips = some_boxes(8)[None], torch.tensor([[False, True] * 4])
-    cut = sample(picture, boxes, flips, (12, 10), interpolation)[0]
+    cut = sample(image, boxes, flips, (12, 10), interpolation)[0]
     read = made((12, 10), boxes[0], flips[0])
     torch.testing.assert_close(read, cut.flatten(2).mT, rtol=1e-4, atol=2e-5)
 
@@ -193,16 +193,16 @@ def test_a_field_may_start_from_the_sines_of_a_table(alignment: str):
     torch.testing.assert_close(VisionTransformer(own).positions((4, 4)), table)
 
 
-def test_the_picture_of_a_field_shows_its_principal_components():
+def test_the_image_of_a_field_shows_its_principal_components():
     made = PositionField((8, 6), 10)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 6), indexing="ij")
     directions = torch.linalg.qr(torch.randn(10, 2, generator=torch.Generator().manual_seed(0)))[0]
     with torch.no_grad():
         made.values.copy_(3 * x[..., None] * directions[:, 0] + y[..., None] * directions[:, 1])
-    picture = made.picture(80)
-    assert picture.shape == (80, 60, 3)
-    assert picture.dtype == np.uint8
-    small = picture[::10, ::10].astype(int)
+    image = made.image(80)
+    assert image.shape == (80, 60, 3)
+    assert image.dtype == np.uint8
+    small = image[::10, ::10].astype(int)
     red, green = small[..., 0], small[..., 1]
     assert (red == red[:1]).all()  # of x alone, and all the way
     steps = np.diff(red[0])
@@ -210,7 +210,7 @@ def test_the_picture_of_a_field_shows_its_principal_components():
     assert {red.min(), red.max()} == {0, 255}
     assert (np.abs(green - green[:, :1]) <= 1).all()  # of y alone
     assert (np.abs(np.diff(green[:, 0])) > 20).all()
-    assert PositionField((5, 5), 2).picture().shape == (
+    assert PositionField((5, 5), 2).image().shape == (
         200,
         200,
         3,

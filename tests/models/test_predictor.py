@@ -31,7 +31,7 @@ CAPI = ViTConfig(
 LEARNED = dataclasses.replace(CAPI, positions="learned", class_token=True, registers=0)
 
 
-def pictures(count: int = 2, seed: int = 0) -> Tensor:
+def random_images(count: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
@@ -76,7 +76,7 @@ def test_kept_patches_equal_a_full_network_that_cannot_see_the_others():
     """In float64, all patches go through every block, but the keys of dropped ones are forbidden."""
     backbone, _ = make()
     backbone.double()
-    images, keep = pictures().double(), kept()
+    images, keep = random_images().double(), kept()
     found = backbone(images, Inputs(kept=keep))
     seen = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, keep, True)
     places = grid_coordinates((4, 4)).double().expand(2, -1, -1)
@@ -101,7 +101,7 @@ def test_kept_patches_equal_a_full_network_that_cannot_see_the_others():
 
 
 def test_dropped_patches_reach_nothing(networks):
-    images, keep = pictures(), kept()
+    images, keep = random_images(), kept()
     before = predict(networks, images, keep, None)
     changed = images.clone()
     for b in range(2):
@@ -118,7 +118,7 @@ def test_dropped_patches_reach_nothing(networks):
 
 
 def test_the_order_of_kept_patches_does_not_matter(networks):
-    images, keep = pictures(), kept()
+    images, keep = random_images(), kept()
     shuffled = keep.flip(1)
     one, two = (predict(networks, images, k, None) for k in (keep, shuffled))
     assert (one - two).abs().max() < 1e-5
@@ -128,7 +128,7 @@ def test_the_order_of_kept_patches_does_not_matter(networks):
 
 
 def test_predictions_do_not_depend_on_each_other(networks):
-    images, keep = pictures(), kept()
+    images, keep = random_images(), kept()
     everywhere = predict(networks, images, keep, None)
     for targets in (
         torch.tensor([[3, 9], [0, 15]]),
@@ -143,7 +143,7 @@ def test_predictions_do_not_depend_on_each_other(networks):
 
 def test_the_self_attention_variant_lets_predictions_meet():
     networks = make(CAPI, PredictorConfig(kind="self"))
-    images, keep = pictures(), kept()
+    images, keep = random_images(), kept()
     one = predict(networks, images, keep, torch.tensor([[3, 9], [3, 9]]))[:, 0]
     two = predict(networks, images, keep, torch.tensor([[3, 10], [3, 10]]))[:, 0]
     assert (one - two).abs().max() > 1e-5
@@ -154,7 +154,7 @@ def test_the_predictor_is_the_loop():
     backbone, predictor = make(CAPI, PredictorConfig(depth=1))
     backbone.double()
     predictor.double()
-    images, keep, targets = pictures().double(), kept(), torch.tensor([[3, 9], [0, 15]])
+    images, keep, targets = random_images().double(), kept(), torch.tensor([[3, 9], [0, 15]])
     context = backbone(images, Inputs(kept=keep))
     found = predictor(context, targets, keep)
     tokens = torch.cat((context.registers, context.patches), dim=1)
@@ -182,13 +182,13 @@ def test_other_shapes(kind):
     """CAPI, Table 1f: narrower and wider than the encoder, with heads as wide as its own."""
     networks = make(CAPI, PredictorConfig(kind=kind, width=36, depth=1))
     assert networks[1].blocks[0].attn.heads == 3
-    assert predict(networks, pictures(), kept(), torch.tensor([[1], [2]])).shape == (2, 1, 36)
+    assert predict(networks, random_images(), kept(), torch.tensor([[1], [2]])).shape == (2, 1, 36)
     with pytest.raises(ValueError, match="predictor: width=32 is not a multiple of heads=3"):
         Predictor(PredictorConfig(width=32, heads=3), CAPI)
 
 
 def test_other_grids(networks):
-    """Positions stretch with the resolution; an encoder's predictor answers for each patch of any picture."""
+    """Positions stretch with the resolution; an encoder's predictor answers for each patch of any image."""
     backbone, predictor = networks
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 24, 32))
@@ -234,11 +234,11 @@ def test_the_linear_head_of_capi_starts_as_its_code():
 def test_features_are_kept_in_their_places():
     backbone, predictor = make()
     with torch.no_grad():
-        features = backbone(pictures(), Inputs(kept=kept()))
+        features = backbone(random_images(), Inputs(kept=kept()))
     assert isinstance(features, Features)
     assert features.objects.shape == (2, 0, 24)
     assert features.registers.shape == (2, 4, 24)
     assert features.patches.shape == (2, 6, 24)
     with pytest.raises(ValueError, match="no class token"):
-        backbone(pictures(), torch.ones(2, 1, 16, dtype=torch.bool))
+        backbone(random_images(), torch.ones(2, 1, 16, dtype=torch.bool))
     assert predictor.width == 24

@@ -23,7 +23,7 @@ def vit(config: ViTConfig = TINY, seed: int = 0) -> VisionTransformer:
     return model
 
 
-def pictures(batch: int = 2, size: int | tuple[int, int] = 16, seed: int = 0) -> Tensor:
+def random_images(batch: int = 2, size: int | tuple[int, int] = 16, seed: int = 0) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -31,7 +31,7 @@ def pictures(batch: int = 2, size: int | tuple[int, int] = 16, seed: int = 0) ->
 def naive(
     model: VisionTransformer, images: Tensor, objects: Tensor | None, masked: Tensor | None = None
 ) -> Tensor:
-    """All tokens after the final norm, in float64, with a dense mask. Square pictures that fit the table."""
+    """All tokens after the final norm, in float64, with a dense mask. Square images that fit the table."""
     config = model.config
     width, depth, heads = config.shape
     weights = {name: value.detach().double() for name, value in model.state_dict().items()}
@@ -101,7 +101,7 @@ def some_objects(batch: int, count: int, patches: int = 16, seed: int = 1) -> Te
 @pytest.mark.parametrize("extras", [{}, {"registers": 2}, {"registers": 4, "layer_scale": 0.3}], ids=str)
 def test_against_a_naive_network_with_a_dense_mask(count: int, extras: dict):
     model = vit(replace(TINY, **extras))
-    images = pictures()
+    images = random_images()
     objects = some_objects(2, count) if count else None
     masked = torch.rand(2, 16, generator=torch.Generator().manual_seed(2)) < 0.3
     for hidden in (None, masked):
@@ -117,7 +117,7 @@ def test_an_all_true_mask_is_the_plain_class_token_bit_for_bit(registers: int, g
         (ViTConfig(depth=2, image_size=96, registers=registers, drop_path=0.0), 96),
     ):
         model = vit(config).train(gradient)
-        images = pictures(3, size)
+        images = random_images(3, size)
         everything = torch.ones(3, 1, (size // config.patch_size) ** 2, dtype=torch.bool)
         with torch.set_grad_enabled(gradient):
             plain, masked = model(images), model(images, everything)
@@ -128,13 +128,13 @@ def test_an_all_true_mask_is_the_plain_class_token_bit_for_bit(registers: int, g
 
 def test_an_empty_mask_reads_everything():
     model = vit()
-    images, nothing = pictures(), torch.zeros(2, 1, 16, dtype=torch.bool)
+    images, nothing = random_images(), torch.zeros(2, 1, 16, dtype=torch.bool)
     assert torch.equal(tokens(model, images, nothing), tokens(model, images))
 
 
 def test_a_batch_of_different_masks_is_one_by_one():
     model = vit(replace(TINY, registers=1))
-    images, objects = pictures(4), some_objects(4, 2)
+    images, objects = random_images(4), some_objects(4, 2)
     together = tokens(model, images, objects)
     for b in range(4):
         alone = tokens(model, images[b : b + 1], objects[b : b + 1])
@@ -143,7 +143,7 @@ def test_a_batch_of_different_masks_is_one_by_one():
 
 def test_patches_of_the_first_block_are_independent_of_the_masks():
     """From the second block on they depend on them, through the object token alone."""
-    images = pictures()
+    images = random_images()
     one, other = some_objects(2, 1, seed=1), some_objects(2, 1, seed=2)
     for depth, same in ((1, True), (2, False)):
         model = vit(replace(TINY, depth=depth))
@@ -173,7 +173,7 @@ def hide_object_from_patches(model: VisionTransformer) -> None:
 def test_masks_reach_patches_only_through_the_object_token():
     model = vit()
     hide_object_from_patches(model)
-    images = pictures()
+    images = random_images()
     with torch.no_grad():
         first, second = model(images, some_objects(2, 1, seed=1)), model(images, some_objects(2, 1, seed=2))
     assert torch.equal(first.patches, second.patches)
@@ -184,7 +184,7 @@ def test_background_reaches_the_object_only_through_its_patches():
     """One block: not at all. With patches that read nobody: at no depth."""
     objects = torch.zeros(1, 1, 16, dtype=torch.bool)
     objects[0, 0, [0, 1, 4, 5]] = True  # the upper left quarter
-    before = pictures(1)
+    before = random_images(1)
     after = before.clone()
     after[..., 8:, :] += 1
     after[..., :, 8:] += 1
@@ -220,7 +220,7 @@ def test_masked_patches_do_not_leak_their_pixels():
     model = vit()
     masked = torch.zeros(1, 16, dtype=torch.bool)
     masked[0, [3, 7]] = True
-    before = pictures(1)
+    before = random_images(1)
     after = before.clone()
     after[..., 0:4, 12:16] += 5  # patch 3
     after[..., 4:8, 12:16] -= 5  # patch 7
@@ -240,9 +240,9 @@ def test_masked_patches_do_not_leak_their_pixels():
 
 
 def test_kept_patches_alone_are_processed():
-    """The same as a picture in which patches may not read the others; with all kept, the same as without."""
+    """The same as an image in which patches may not read the others; with all kept, the same as without."""
     model = vit()
-    images, objects = pictures(), some_objects(2, 2)
+    images, objects = random_images(), some_objects(2, 2)
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(b)) for b in range(2)])
     with torch.no_grad():
         full = model(images, objects)
@@ -268,7 +268,7 @@ def test_kept_patches_alone_are_processed():
 def test_tokens_come_in_their_order_and_registers_are_extra():
     model = vit(replace(TINY, registers=3))
     with torch.no_grad():
-        features = model(pictures(2, (16, 24)))
+        features = model(random_images(2, (16, 24)))
     assert features.objects.shape == (2, 1, 24)
     assert features.registers.shape == (2, 3, 24)
     assert features.patches.shape == (2, 24, 24)
@@ -276,9 +276,9 @@ def test_tokens_come_in_their_order_and_registers_are_extra():
 
 
 @pytest.mark.parametrize("size", [(15, 16), (16, 18), (0, 16), (2, 2)])
-def test_pictures_that_are_not_whole_patches_are_refused(size: tuple[int, int]):
+def test_images_that_are_not_whole_patches_are_refused(size: tuple[int, int]):
     with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels are not made of whole 4 x 4 patches"):
-        vit()(pictures(1, size))
+        vit()(random_images(1, size))
 
 
 # As published, at patch 16 with a class token; ours has a mask token more.
@@ -348,7 +348,7 @@ def test_resized_positions_keep_rows_and_columns_apart(antialias: bool):
 
 def test_position_gradients_reach_the_table_through_a_resize():
     model = vit()
-    model(pictures(1, (24, 8))).objects.sum().backward()
+    model(random_images(1, (24, 8))).objects.sum().backward()
     assert model.pos_embed.grad is not None
     assert (model.pos_embed.grad != 0).any(dim=-1).all()
 
@@ -367,7 +367,7 @@ def test_sincos_positions_by_a_loop():
         sincos_positions((2, 2), 6)
 
 
-def test_drop_path_drops_whole_branches_of_pictures_and_keeps_the_expectation():
+def test_drop_path_drops_whole_branches_of_images_and_keeps_the_expectation():
     torch.manual_seed(0)
     block = VisionTransformer(replace(TINY, depth=2, drop_path=0.3)).blocks[1]
     branch = torch.randn(4000, 2, 3)
@@ -385,12 +385,12 @@ def test_drop_path_rises_linearly_from_zero():
     train, evaluate = model.train(), vit(replace(TINY, drop_path=0.5))
     ones = torch.ones(3, 1, 1)
     assert train.blocks[0].residual(0 * ones, lambda _: ones).tolist() == ones.tolist()
-    assert torch.equal(tokens(evaluate, pictures()), tokens(evaluate, pictures()))
+    assert torch.equal(tokens(evaluate, random_images()), tokens(evaluate, random_images()))
 
 
 def test_activation_checkpointing_changes_nothing():
     model = vit().train()
-    images, objects = pictures(), some_objects(2, 2)
+    images, objects = random_images(), some_objects(2, 2)
     gradients = []
     for switch in (False, True):
         model.zero_grad()

@@ -25,16 +25,16 @@ def test_the_full_box_is_interpolate(kernel: str, size: tuple[int, int]):
 @pytest.mark.parametrize("kernel", ["bicubic", "linear"])
 @pytest.mark.parametrize("size", [(7, 7), (14, 10), (50, 60)])
 def test_any_box_is_pil(kernel: str, size: tuple[int, int]):
-    """PIL, too, reads beyond the box where the kernel does, up to the border of the picture."""
+    """PIL, too, reads beyond the box where the kernel does, up to the border of the image."""
     generator = torch.Generator().manual_seed(1)
     field = torch.rand(1, 1, 30, 44, generator=generator)
     low, high = torch.rand(2, 2, 12, generator=generator).sort(dim=0).values
     boxes = torch.stack((low[0] * 0.9, low[1] * 0.9, high[0] * 0.9 + 0.1, high[1] * 0.9 + 0.1), dim=-1)[None]
-    picture = Image.fromarray(field[0, 0].numpy())
+    image = Image.fromarray(field[0, 0].numpy())
     ours = sample(field, boxes, None, size, kernel)[0, :, 0].numpy()
     for view, (x0, y0, x1, y1) in zip(ours, boxes[0].double().tolist(), strict=True):
         box = (x0 * 44, y0 * 30, x1 * 44, y1 * 30)
-        theirs = picture.resize((size[1], size[0]), FILTERS[kernel], box=box)
+        theirs = image.resize((size[1], size[0]), FILTERS[kernel], box=box)
         assert np.abs(view - np.asarray(theirs)).max() < 2e-5
 
 

@@ -29,7 +29,7 @@ def ours_like(model: nn.Module, **changes) -> VisionTransformer:
     return ours
 
 
-def pictures(height: int, width: int) -> Tensor:
+def random_images(height: int, width: int) -> Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
@@ -40,7 +40,7 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("size", [(224, 224), (160, 272), (320, 256)], ids=str)
 def test_outputs_of_small_16(small: nn.Module, size: tuple[int, int]):
-    images = pictures(*size)
+    images = random_images(*size)
     with torch.no_grad():
         theirs, ours = small.forward_features(images), ours_like(small)(images)
     assert theirs.std() > 0.5
@@ -51,7 +51,7 @@ def test_outputs_of_small_16(small: nn.Module, size: tuple[int, int]):
 
 def test_without_antialiasing_positions_differ_when_resized(small: nn.Module):
     """What DINO and iBOT do is not what timm does: the switch matters."""
-    images = pictures(96, 96)
+    images = random_images(96, 96)
     with torch.no_grad():
         ours = ours_like(small, position_antialias=False)(images)
         theirs = small.forward_features(images)
@@ -60,7 +60,7 @@ def test_without_antialiasing_positions_differ_when_resized(small: nn.Module):
 
 def test_layer_scale_and_depth():
     model = timm_vit(init_values=0.1, depth=2)
-    images = pictures(224, 224)
+    images = random_images(224, 224)
     with torch.no_grad():
         theirs, ours = model.forward_features(images), ours_like(model)(images)
     assert (ours.patches - theirs[:, 1:]).abs().max() < 1e-5
@@ -68,7 +68,7 @@ def test_layer_scale_and_depth():
 
 def test_masked_attention_is_timms_with_a_dense_mask():
     model = timm_vit(depth=3)
-    images = pictures(112, 112)
+    images = random_images(112, 112)
     objects = torch.rand(2, 1, 49, generator=torch.Generator().manual_seed(1)) < 0.3
     dense = torch.ones(2, 1, 50, 50, dtype=torch.bool)
     dense[:, :, 0, 1:] = objects
@@ -87,6 +87,6 @@ def test_our_weights_load_into_timm(small: nn.Module):
     del state["mask_token"]
     theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
     theirs.load_state_dict(state)
-    images = pictures(224, 224)
+    images = random_images(224, 224)
     with torch.no_grad():
         assert (ours(images).objects[:, 0] - theirs.forward_features(images)[:, 0]).abs().max() < 1e-5

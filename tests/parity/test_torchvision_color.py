@@ -1,4 +1,4 @@
-"""Colour operations against torchvision's functional ones, on float pictures in [0, 1]."""
+"""Colour operations against torchvision's functional ones, on float images in [0, 1]."""
 
 from itertools import permutations
 
@@ -16,7 +16,7 @@ OPERATIONS = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adju
 GRAY = 2e-4
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
+def random_images(count: int, seed: int = 0) -> Tensor:
     """Noise, smooth colours, gray, black and white: whatever hue and contrast may stumble over."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, 6, 7, generator=generator)
@@ -36,7 +36,7 @@ def nothing(count: int) -> ColorDraw:
 @pytest.mark.parametrize("library", [v1, v2], ids=["v1", "v2"])
 @pytest.mark.parametrize("operation", range(4))
 def test_one_operation(library, operation: int):
-    images = pictures(60)
+    images = random_images(60)
     factors = torch.linspace(-0.5, 0.5, 60) if operation == 3 else torch.linspace(0, 2, 60)
     drawn = nothing(60)
     drawn.order[:, 2] = operation
@@ -50,7 +50,7 @@ def test_one_operation(library, operation: int):
 @pytest.mark.parametrize("library", [v1, v2], ids=["v1", "v2"])
 def test_all_orders(library):
     orders = torch.tensor(list(permutations(range(4))))
-    images = pictures(24, seed=1)
+    images = random_images(24, seed=1)
     generator = torch.Generator().manual_seed(2)
     factors = 0.6 + 0.8 * torch.rand(24, 4, generator=generator)
     factors[:, 3] = 0.2 * torch.rand(24, generator=generator) - 0.1
@@ -63,7 +63,7 @@ def test_all_orders(library):
 
 
 def test_gray_solarise_and_normalise():
-    images = pictures(20, seed=3)
+    images = random_images(20, seed=3)
     drawn = nothing(20)
     drawn.gray[5:15] = True
     drawn.solarize[10:] = True

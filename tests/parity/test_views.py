@@ -1,4 +1,4 @@
-"""Views of the loader's batches against PIL's crops of the original pictures."""
+"""Views of the loader's batches against PIL's crops of the original images."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def batch(source: Photos) -> Canvases:
 
 
 def test_a_view_is_pils_crop_of_the_original():
-    """Within rounding where the picture fits on the canvas; of a larger one PIL takes the same two steps."""
+    """Within rounding where the image fits on the canvas; of a larger one PIL takes the same two steps."""
     canvases = batch(Photos())
     views = make_views(canvases, VIEWS, 4, Streams(0, 0))
     assert views.small.boxes is not None
@@ -63,7 +63,7 @@ def test_a_view_is_pils_crop_of_the_original():
     assert views.small.flips is not None
     for row, index in enumerate(canvases.indices.tolist()):
         height, width = (min(side, 128) for side in SHAPES[index])
-        picture = Image.fromarray(Photos()[index].image).resize((width, height), Image.Resampling.BICUBIC)
+        image = Image.fromarray(Photos()[index].image).resize((width, height), Image.Resampling.BICUBIC)
         cut = zip(
             (*views.large.boxes[row].double().tolist(), *views.small.boxes[row].double().tolist()),
             (*views.large.flips[row], *views.small.flips[row]),
@@ -72,13 +72,13 @@ def test_a_view_is_pils_crop_of_the_original():
         )
         for (x0, y0, x1, y1), flip, view in cut:
             box = (x0 * width, y0 * height, x1 * width, y1 * height)
-            want = picture.resize(view.shape[1:], Image.Resampling.BICUBIC, box=box)
+            want = image.resize(view.shape[1:], Image.Resampling.BICUBIC, box=box)
             want = np.asarray(want.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else want)
             ours = 255 * view.permute(1, 2, 0).numpy()
             assert np.abs(ours - want).max() < (1.05 if (height, width) == SHAPES[index] else 2.05)
 
 
-def test_masks_lie_over_their_pixels_in_pictures_of_any_shape():
+def test_masks_lie_over_their_pixels_in_images_of_any_shape():
     """The share of a patch that is white is the share that the mask covers."""
     canvases = batch(Photos(white=True))
     thresholds = (0.25, 0.5, 0.75)
@@ -90,6 +90,6 @@ def test_masks_lie_over_their_pixels_in_pictures_of_any_shape():
         share = white.mean(dim=(3, 5)).flatten(2)
         seen = views.large.objects[:, :, 0]
         clear = (share - least).abs() > 0.2
-        clear &= ~seen.all(dim=2).any(dim=1)[:, None, None]  # lost from a view: read as the whole picture
+        clear &= ~seen.all(dim=2).any(dim=1)[:, None, None]  # lost from a view: read as the whole image
         assert clear.float().mean() > 0.5
         assert torch.equal(seen[clear], (share > least)[clear])

@@ -30,7 +30,7 @@ def test_every_metric_is_in_one_chart() -> None:
     names = {
         "loss", "loss/token", "loss/patch", "lr", "weight_decay", "momentum", "token/target_entropy",
         "patch/target_entropy", "token/prototypes_used", "feature_spread", "effective_rank", "grad_norm",
-        "images_per_second", "data_wait", "bad_pictures", "knn/top1", "targets/std", "something/new", "odd",
+        "images_per_second", "data_wait", "bad_images", "knn/top1", "targets/std", "something/new", "odd",
     }  # fmt: skip
     for many in (1, 2):
         runs = [
@@ -65,10 +65,10 @@ def test_entropy_is_a_share_of_log_k() -> None:
     assert list(charts(unknown)["x/target_entropy"].lines[0].y) == [1.5] * 3
 
 
-def test_runs_of_different_batches_are_drawn_over_pictures() -> None:
+def test_runs_of_different_batches_are_drawn_over_images() -> None:
     a, b = record("a", lines(loss=1.0)), record("b", lines(loss=1.0), batch_size=8)
     chart = charts(a, b)["Loss (sum of its terms)"]
-    assert chart.x == "pictures seen"
+    assert chart.x == "images seen"
     assert list(chart.lines[0].x) == [40, 80, 120]
     assert list(chart.lines[1].x) == [80, 160, 240]
     assert charts(a)["Loss (sum of its terms)"].x == "step"

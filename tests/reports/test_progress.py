@@ -54,13 +54,13 @@ def test_place_share_of_known_cases() -> None:
     assert place_share([content])[0] < 0.01
     assert place_share([place + content])[0] == pytest.approx(0.5, abs=0.08)
     assert place_share([torch.ones(4, 5, 6)])[0] == 0
-    assert place_share([content[:, :1].expand(-1, 64, -1)])[0] == 0  # every picture is one colour
+    assert place_share([content[:, :1].expand(-1, 64, -1)])[0] == 0  # every image is one colour
 
 
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def test_the_run_s_own_pictures_may_be_gone_but_not_those_asked_for() -> None:
+def test_the_run_s_own_images_may_be_gone_but_not_those_asked_for() -> None:
     gone = record(data="folder:/nowhere/at/all")
     found = open_data(gone, ReportConfig())
     assert found.test is None
@@ -69,10 +69,10 @@ def test_the_run_s_own_pictures_may_be_gone_but_not_those_asked_for() -> None:
     with pytest.raises(UserError, match="no folder"):
         open_data(record(data=SCENES), ReportConfig(data="folder:/nowhere/at/all"))
     assert open_data(gone, ReportConfig(data=SCENES)).test is not None
-    assert "names no pictures" in open_data(record(), ReportConfig()).notes[0]
+    assert "names no images" in open_data(record(), ReportConfig()).notes[0]
 
 
-def test_which_pictures() -> None:
+def test_which_images() -> None:
     def names(config: ReportConfig, **own: str) -> tuple[str, str]:
         data = open_data(record(**own), config)
         assert data.train is not None
@@ -90,7 +90,7 @@ def test_which_pictures() -> None:
     assert names(ReportConfig(test=b), data=a) == (of(a, "train"), of(b, "test"))
 
 
-def pictures_in(path: Path, classes: int, count: int = 6) -> Path:
+def images_in(path: Path, classes: int, count: int = 6) -> Path:
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -109,28 +109,28 @@ def test_labels_decide_what_is_measured(tmp_path: Path) -> None:
 
     scenes = plans(SCENES)
     assert list(scenes) == ["label_free", "knn", "retrieval"]
-    assert scenes["knn"].get("rows", "pictures") == "pictures"
+    assert scenes["knn"].get("rows", "images") == "images"
     both = open_source(SCENES, "train"), open_source(SCENES, "test")
     objects = plan(record(), Data(*both, labels="objects"), ReportConfig(), {})["knn"]
     assert (objects["rows"], objects["view"]) == ("objects", "object")
     turned = record(evaluate={"rows": "objects", "view": "object"})
-    pictures = plan(turned, Data(*both, labels="pictures"), ReportConfig(), {})["knn"]
-    assert (pictures["rows"], pictures["view"]) == ("pictures", "picture")
+    images = plan(turned, Data(*both, labels="images"), ReportConfig(), {})["knn"]
+    assert (images["rows"], images["view"]) == ("images", "image")
     assert list(plan(turned, Data(*both), ReportConfig(), {})) == ["label_free", "retrieval"]
     assert scenes["knn"]["exclude_self"] is False
     assert scenes["label_free"]["objects"] is False, "retrieval does that"
-    labelled = plans(f"folder:{pictures_in(tmp_path / 'labelled', 2)}")
+    labelled = plans(f"folder:{images_in(tmp_path / 'labelled', 2)}")
     assert list(labelled) == ["label_free", "knn"]
-    assert labelled["knn"]["exclude_self"] is True, "the same pictures on both sides"
-    assert labelled["knn"].get("rows", "pictures") == "pictures"
-    assert list(plans(f"folder:{pictures_in(tmp_path / 'flat', 0)}")) == ["label_free"]
+    assert labelled["knn"]["exclude_self"] is True, "the same images on both sides"
+    assert labelled["knn"].get("rows", "images") == "images"
+    assert list(plans(f"folder:{images_in(tmp_path / 'flat', 0)}")) == ["label_free"]
     assert list(plans(SCENES, ReportConfig(protocols=("knn",)))) == ["knn"]
 
 
 def test_settings_of_the_recipe_and_of_the_user() -> None:
     def knn(config: ReportConfig, *, own: dict | None = None, **changes: object) -> dict:
         run = record(
-            data=SCENES, evaluate={"rows": "objects", "view": "picture", "limit": 30, "old": 1} | (own or {})
+            data=SCENES, evaluate={"rows": "objects", "view": "image", "limit": 30, "old": 1} | (own or {})
         )
         return plan(run, open_data(run, config), config, changes)["knn"]
 
@@ -138,7 +138,7 @@ def test_settings_of_the_recipe_and_of_the_user() -> None:
     assert knn(ReportConfig(limit=5))["limit"] == 5
     assert knn(ReportConfig(), own={"limit": None})["limit"] == module.LIMIT
     assert "old" not in knn(ReportConfig()), "a key of another version"
-    assert knn(ReportConfig())["view"] == "picture"
+    assert knn(ReportConfig())["view"] == "image"
     assert knn(ReportConfig(), k=[7])["k"] == [7]
     assert knn(ReportConfig(), knn={"k": [8]}, k=[7])["k"] == [8]
     with pytest.raises(UserError, match="unknown key 'kk'"):
@@ -232,7 +232,7 @@ def test_results_of_another_version_or_of_other_data_are_not_used(run: Path, tmp
 
 
 def test_the_same_names_with_other_pixels_are_measured_again(run: Path, tmp_path: Path) -> None:
-    copy, flat = Path(shutil.copytree(run, tmp_path / "run")), pictures_in(tmp_path / "flat", 0)
+    copy, flat = Path(shutil.copytree(run, tmp_path / "run")), images_in(tmp_path / "flat", 0)
     (found,) = read_runs([copy])
     config = ReportConfig(device="cpu", data=f"folder:{flat}", protocols=("label_free",), checkpoints=0)
 
@@ -280,7 +280,7 @@ def test_a_device_that_is_not_there(run: Path) -> None:
 def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (found,) = read_runs([copy])
-    flat = f"folder:{pictures_in(tmp_path / 'flat', 0)}"
+    flat = f"folder:{images_in(tmp_path / 'flat', 0)}"
     config = ReportConfig(device="cpu", data=flat, protocols=("knn", "label_free"), checkpoints=0)
     measured = measure(found, open_data(found, config), config, {})
     assert [set(point.results) for point in measured.points] == [{"label_free"}] * 2

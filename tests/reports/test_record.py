@@ -63,9 +63,9 @@ def test_how_many_images_there_were(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", "duration: 8 steps\nbatch_size: 32\n", line(8, epoch=2.0))
     assert read_runs([run])[0].images == (128, 159)
     (run / "log.txt").write_text(
-        "2026-01-01 00:00:00  training in runs/x: 8 steps of 32 pictures, out of 140\n"
-        "2026-01-01 00:00:00  going on after step 4 in runs/x: 4 steps of 32 pictures, out of 143\n"
-        "2026-01-01 00:00:09  unreadable pictures, replaced by others: 8 steps of 9 pictures, out of 7.jpg\n"
+        "2026-01-01 00:00:00  training in runs/x: 8 steps of 32 images, out of 140\n"
+        "2026-01-01 00:00:00  going on after step 4 in runs/x: 4 steps of 32 images, out of 143\n"
+        "2026-01-01 00:00:09  unreadable images, replaced by others: 8 steps of 9 images, out of 7.jpg\n"
     )
     assert read_runs([run])[0].images == (143, 143)
     assert read_runs([folder(tmp_path / "bare")])[0].images == (None, None)
@@ -107,7 +107,7 @@ method:
     assert read_runs([folder(tmp_path / "old", "method: dino\n")])[0].prototypes() == {}
 
 
-def test_encoders_and_pictures_on_the_way(tmp_path: Path) -> None:
+def test_encoders_and_images_on_the_way(tmp_path: Path) -> None:
     run = folder(tmp_path / "run")
     for name in ("step-00000020", "step-00000003", "step-x", ".step-00000009"):
         (run / "encoders" / name).mkdir(parents=True)
@@ -115,12 +115,12 @@ def test_encoders_and_pictures_on_the_way(tmp_path: Path) -> None:
         (run / "encoders" / name / "model.safetensors").write_bytes(b"")
     (run / "encoders" / "step-00000030").mkdir()  # not whole
     (run / "encoders" / "step-00000030" / "config.json").write_text("{}")
-    (run / "pictures").mkdir()
+    (run / "figures").mkdir()
     for name in ("a-00000010.png", "a-00000002.png", "two_words-00000001.png", "other.png", "my-own.png"):
-        (run / "pictures" / name).write_bytes(b"")
+        (run / "figures" / name).write_bytes(b"")
     (record,) = read_runs([run])
     assert [step for step, _ in record.checkpoints()] == [3, 20]
-    assert {n: p.name for n, p in record.pictures().items()} == {
+    assert {n: p.name for n, p in record.figures().items()} == {
         "a": "a-00000010.png",
         "two_words": "two_words-00000001.png",
     }

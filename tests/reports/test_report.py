@@ -30,7 +30,7 @@ EVIL = '<script>alert("x")</script> & "quotes" \'and\' <b>'
 QUICK: dict[str, Any] = {
     "device": "cpu",
     "limit": 12,
-    "pictures": 2,
+    "images": 2,
     "checkpoints": 1,
     "progress": False,
     "knn": {"k": [3]},
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(runs: Path) -> Path:
-    """The report of that run, with its user's words and a log and pictures that are worth a look."""
+    """The report of that run, with its user's words and a log and images that are worth a look."""
     run = runs / "odis"
     config = run / "config.yaml"
     config.write_text(
@@ -70,9 +70,9 @@ def page(runs: Path) -> Path:
     )
     with (run / "log.txt").open("a", encoding="utf-8") as file:
         file.write("2026-01-01 00:00:00  step 2: gradients are not finite; the weights stay as they are\n")
-    (run / "pictures").mkdir(exist_ok=True)
+    (run / "figures").mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (90, 700, 3), np.uint8)  # as wide as a sheet
-    Image.fromarray(pixels).save(run / "pictures" / "some_picture-00000006.png")
+    Image.fromarray(pixels).save(run / "figures" / "some_figure-00000006.png")
     return report(run, reference=f"untrained:{run}", **QUICK)
 
 
@@ -138,7 +138,7 @@ def test_the_page_is_whole_and_fetches_nothing(page: Path, runs: Path) -> None:
     checker = checked(text)
     assert page == runs / "odis" / "report.html"
     assert text.startswith("<!doctype html>")
-    assert {*("verdict", "setup", "helped", "health", "pictures", "curves", "config", "next", "use")} <= set(
+    assert {*("verdict", "setup", "helped", "health", "images", "curves", "config", "next", "use")} <= set(
         checker.ids
     )
     assert len(checker.alts) > 20
@@ -163,10 +163,10 @@ def test_the_page_says_what_it_should(page: Path, runs: Path) -> None:
         f"foveola pretrain {run}/config.yaml out=NEW_FOLDER",
         f"foveola.load('{run}')",
         "duration: 6 steps",
-        "some picture at step 6",
+        "some figure at step 6",
     ):
         assert words in text, words
-    # Chance and amounts stand beside the numbers, and what colours mean beside the pictures.
+    # Chance and amounts stand beside the numbers, and what colours mean beside the images.
     (classes,) = {len(open_source("scenes:").classes or ())}
     assert f"(chance {100 / classes:.1f} %)" in text
     assert "test objects with " in text
@@ -175,7 +175,7 @@ def test_the_page_says_what_it_should(page: Path, runs: Path) -> None:
     assert "too short to tell what the method can do" in text
     assert f"foveola report {run} limit=10000" in text
     assert text.count("Scroll this sideways") >= 2
-    for metric in ("k-NN top-1", "same-object retrieval rank-1", "picture found again", "RankMe"):
+    for metric in ("k-NN top-1", "same-object retrieval rank-1", "image found again", "RankMe"):
         assert metric in text, metric
 
 
@@ -190,8 +190,8 @@ def test_the_five_lines_work(page: Path, runs: Path, tmp_path: Path, capsys: pyt
     text = html.unescape(page.read_text(encoding="utf-8"))
     found = re.search(r"<code>(import foveola.*?)</code>", text, re.DOTALL)
     assert found is not None
-    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "picture.jpg")
-    lines = found[1].replace('"picture.jpg"', repr(str(tmp_path / "picture.jpg")))
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "image.jpg")
+    lines = found[1].replace('"image.jpg"', repr(str(tmp_path / "image.jpg")))
     assert len(lines.splitlines()) == 5
     exec(compile(lines, "report", "exec"), {})
     assert capsys.readouterr().out.strip() == "torch.Size([1, 1, 32]) torch.Size([1, 4, 32])"
@@ -227,7 +227,7 @@ def test_runs_of_different_methods_side_by_side(page: Path, runs: Path, tmp_path
     for words in (
         "5 of 40 steps",
         "cannot be opened",
-        "pictures seen",
+        "images seen",
         "loss/reconstruction",
         "targets that do not",
     ):
@@ -248,7 +248,7 @@ def test_runs_of_other_seeds_are_summed_up(
         assert old in text
         (copy / "config.yaml").write_text(text.replace(old, new))
         names.append(copy)
-    settings = {k: v for k, v in QUICK.items() if k != "pictures"} | {"pictures": 0, "checkpoints": 0}
+    settings = {k: v for k, v in QUICK.items() if k != "images"} | {"images": 0, "checkpoints": 0}
     out = report([runs / "odis", *names], tmp_path / "seeds.html", **settings)
     text = html.unescape(out.read_text(encoding="utf-8"))
     assert "odis, again" in text
@@ -262,9 +262,9 @@ def test_runs_of_other_seeds_are_summed_up(
 
 def test_what_cannot_be_read_is_said(runs: Path, page: Path, no_charts: None, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "odis", tmp_path / "run"))
-    (run / "pictures" / "mine-00000003.png").write_bytes(b"no picture")
-    (run / "pictures" / "my-own.png").write_bytes(b"")
-    for kept in run.glob("report/*/pictures-*.html"):
+    (run / "figures" / "mine-00000003.png").write_bytes(b"no image")
+    (run / "figures" / "my-own.png").write_bytes(b"")
+    for kept in run.glob("report/*/images-*.html"):
         kept.write_text("")
     text = html.unescape(report(run, **QUICK).read_text(encoding="utf-8"))
     assert "mine-00000003.png cannot be read" in text
@@ -272,7 +272,7 @@ def test_what_cannot_be_read_is_said(runs: Path, page: Path, no_charts: None, tm
     (run / "encoder" / "model.safetensors").write_bytes(b"torn")
     text = html.unescape(report(run, **QUICK).read_text(encoding="utf-8"))
     assert "end was not measured: " in text
-    assert "No pictures of the encoder" in text
+    assert "No images of the encoder" in text
     with pytest.raises(UserError, match="no such device"):
         report(run, progress=False, device="foo")
 
@@ -293,7 +293,7 @@ def test_titles_are_no_patterns() -> None:
     assert r"a\1b\g&lt;x&gt;" in drawn
 
 
-@pytest.mark.parametrize("left", ["config alone", "no pictures", "old encoder gone"])
+@pytest.mark.parametrize("left", ["config alone", "no images", "old encoder gone"])
 def test_what_is_missing_is_said_in_a_line(
     runs: Path, page: Path, no_charts: None, tmp_path: Path, left: str
 ) -> None:
@@ -304,7 +304,7 @@ def test_what_is_missing_is_said_in_a_line(
         words = ("No step was logged", "no encoder yet")
     else:
         shutil.copytree(runs / "odis", run)
-        if left == "no pictures":
+        if left == "no images":
             text = (run / "config.yaml").read_text()
             (run / "config.yaml").write_text(text.replace("scenes:?size=32&count=32", "folder:/nowhere"))
             words = ("no folder /nowhere", "was not measured")
@@ -324,7 +324,7 @@ def test_mistakes(runs: Path, tmp_path: Path) -> None:
     for words, settings in (
         ("unknown key 'protocol'; did you mean 'protocols'", {"protocol": "knn"}),
         ("unknown protocol 'knm'; did you mean 'knn'", {"protocols": "knm"}),
-        ("pictures: must be >= 0, got -1", {"pictures": -1}),
+        ("images: must be >= 0, got -1", {"images": -1}),
         ("no folder /nowhere", {"data": "folder:/nowhere"}),
         ("no model at nowhere", {"reference": "nowhere", "protocols": "knn", "limit": 4}),
         ("is a folder; expected a file", {"out": str(tmp_path)}),
@@ -338,16 +338,16 @@ def test_the_command(
 ) -> None:
     out = tmp_path / "page.html"
     words = (
-        f"limit=12 pictures=0 checkpoints=0 protocols=knn knn.k=[3] device=cpu out={out}".split()
+        f"limit=12 images=0 checkpoints=0 protocols=knn knn.k=[3] device=cpu out={out}".split()
     )  # all kept
     assert cli.main(["report", str(runs / "odis"), *words]) == 0
     said = capsys.readouterr()
     assert said.out == f"{out}\n"
     assert "odis: measuring end, 2 of 2 networks: knn\n" in said.err
-    assert "No pictures were asked for" in out.read_text(encoding="utf-8")
+    assert "No images were asked for" in out.read_text(encoding="utf-8")
     assert cli.main(["report", "--help"]) == 0
     keys = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
-    assert {"out", "data", "train", "test", "protocols", "reference", "pictures", "checkpoints"} <= keys
+    assert {"out", "data", "train", "test", "protocols", "reference", "images", "checkpoints"} <= keys
 
 
 # -- in a browser --------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_the_main_measure_is_the_first_of_the_order_and_not_the_favourable_one()
             "knn": dataclasses.replace(result("knn", **metrics), settings=settings),
         }
 
-    for rows, first in (("pictures", "top1_plain"), ("objects", "top1_masks")):
+    for rows, first in (("images", "top1_plain"), ("objects", "top1_masks")):
         points = Point("untrained", 0, both(50, 10, rows)), Point("end", 9, both(40, 90, rows))
         found = changes(Progress(points, settings={"knn": {"rows": rows}}))
         assert found[0].metric == first
@@ -245,11 +245,11 @@ def test_charts_run_over_steps_and_have_other_encoders_as_levels() -> None:
 
 def test_words() -> None:
     assert label(result("knn"), "top1_masks") == "k-NN top-1 (object masks)"
-    assert label(result("knn"), "top1_plain_k20") == "k-NN top-1 (whole picture k20)"
+    assert label(result("knn"), "top1_plain_k20") == "k-NN top-1 (whole image k20)"
     assert label(result("knn"), "top1_plain", masks=False) == "k-NN top-1"
     assert label(result("knn"), "best_k_plain", masks=False) == "k-NN: best k"
-    assert label(result("retrieval"), "recall5_plain") == "same-object retrieval recall@5 (whole picture)"
-    assert label(result("label_free"), "rank1_views").startswith("picture found again")
+    assert label(result("retrieval"), "recall5_plain") == "same-object retrieval recall@5 (whole image)"
+    assert label(result("label_free"), "rank1_views").startswith("image found again")
     assert label(result("label_free"), "chance_rank1_views") == "label-free: chance rank-1 views"
     assert [shown(v) for v in (12.345, 1.234, 0.0123, 0.0, -20.0)] == [
         "12.3",

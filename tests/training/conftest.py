@@ -47,7 +47,7 @@ TINY = {
     "checkpoint_every": "3 steps",
     "keep": 10,
 }
-# Nothing is drawn: every view is the whole picture in its own colours.
+# Nothing is drawn: every view is the whole image in its own colours.
 PLAIN = {
     "views": {
         "global_scale": [1.0, 1.0],

@@ -28,7 +28,7 @@ PARTS = {  # what else is made small, by method
     "mae": {"model.patch_size": 4, "method.decoder": NARROW},
     "ijepa": {"model.patch_size": 4, "method.predictor": NARROW, "views.blocks.min_context": 6},
 }
-FIELDS = ["recipe", "data", "parameters", "tokens per picture", "batch", "steps", "learning rate"]
+FIELDS = ["recipe", "data", "parameters", "tokens per image", "batch", "steps", "learning rate"]
 FIELDS += ["trial", "speed", "memory"]
 
 
@@ -54,15 +54,15 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     objects = ["objects"] * (config.views.objects is not None)
     assert list(said) == [*FIELDS[:2], *objects, *FIELDS[2:], "advice"]
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
-    assert said["data"].endswith("64 pictures")
+    assert said["data"].endswith("64 images")
     if method in ("mae", "ijepa"):
         loss = {"mae": "reconstruction", "ijepa": "prediction"}[method]
         assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == [loss]
         if method == "mae":
-            assert said["tokens per picture"] == "student 17, predicted 48"
+            assert said["tokens per image"] == "student 17, predicted 48"
         else:
             counts = re.fullmatch(
-                r"student about (\d+), predicted about (\d+), teacher 64", said["tokens per picture"]
+                r"student about (\d+), predicted about (\d+), teacher 64", said["tokens per image"]
             )
             assert counts is not None
             assert 6 < int(counts[1]) < 40
@@ -71,7 +71,7 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     if method == "capi":
         assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == ["clustering", "prediction"]
         assert (
-            said["tokens per picture"]
+            said["tokens per image"]
             == f"student {23 + config.model.registers}, predicted {int(41 * config.views.dropping.predict)}, "
             + (f"teacher {64 + config.model.registers}")
         )
@@ -89,7 +89,7 @@ def test_numbers_against_arithmetic():
     )
     said = rows(dry_run(config))
     # 2 x (4 patches + class token + 3 registers), and 10 x (1 + 1 + 3)
-    assert said["tokens per picture"] == "student 66, teacher 16"
+    assert said["tokens per image"] == "student 66, teacher 16"
     d, k = 32, 48
     block = 4 * d + 3 * d * d + 3 * d + d * d + d + 8 * d * d + 4 * d + d
     table = (4 + 1) * d
@@ -98,16 +98,14 @@ def test_numbers_against_arithmetic():
     assert said["parameters"] == f"encoder {encoder:,}, heads {heads:,}"
     assert said["steps"] == "3,200 (4 an epoch, 800 epochs)"
     assert said["learning rate"] == f"{5e-4 * 16 / 256:.4g} after 10 epochs"
-    assert said["batch"] == "16 pictures: 1 process(es) x 1 part(s) x 16"
-    rate, length = re.match(
-        r"([\d.e+]+) pictures/s on one such device, so (.*) in all", said["speed"]
-    ).groups()
+    assert said["batch"] == "16 images: 1 process(es) x 1 part(s) x 16"
+    rate, length = re.match(r"([\d.e+]+) images/s on one such device, so (.*) in all", said["speed"]).groups()
     number, unit = length.split()
     seconds = float(number) * {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}[unit]
     assert seconds == pytest.approx(3200 * 16 / float(rate), rel=0.35)
 
 
-def test_without_data_the_built_in_pictures_stand_in():
+def test_without_data_the_built_in_images_stand_in():
     """How many steps an epoch has is not known then, and nothing can be foreseen."""
     config = made("ibot-vits16-in1k", SMALL | HEADS | {"duration": "3 epochs"})
     said = rows(dry_run(config))
@@ -152,4 +150,4 @@ from foveola.training.recipe import RunConfig
 print(dry_run(build(RunConfig, json.loads({json.dumps(json.dumps(tree))}))))
 """
     for out in run_ranks(code):
-        assert rows(out)["batch"] == "16 pictures: 2 process(es) x 1 part(s) x 8"
+        assert rows(out)["batch"] == "16 images: 2 process(es) x 1 part(s) x 8"

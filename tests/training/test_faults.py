@@ -76,9 +76,7 @@ def test_data_that_cannot_be_read_any_more_cost_no_step(tiny, tmp_path, same, ne
     whole = pretrain(tiny(out=str(tmp_path / "whole"), checkpoint_every="1000 steps"))
     with monkeypatch.context() as patch:
         patch.setattr(run, "as_source", lambda *_: Broken(5 * 16 + 3))
-        with pytest.raises(
-            DataError, match=r"20 pictures cannot be read, such as .*; kept: .*step-00000005, "
-        ):
+        with pytest.raises(DataError, match=r"20 images cannot be read, such as .*; kept: .*step-00000005, "):
             pretrain(config)
     assert newest(tmp_path / "run")["step"] == 5
     same(newest(whole.folder), newest(pretrain(config).folder))

@@ -89,7 +89,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capfd, monkeypatch):
     with open_log(tmp_path) as log:
         for step in (10, 20, 100):
             log.step(step, {"loss": 1.5, "images_per_second": 80.0, "data_wait": 0.25, "grad_norm": 3.0})
-        log.note("two pictures were skipped")
+        log.note("two images were skipped")
     out, err = capfd.readouterr()
     assert out == ""
     first, last, note = err.splitlines()  # step 20 came too soon; the last step is always shown
@@ -98,9 +98,9 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capfd, monkeypatch):
     )
     assert last.startswith("step 100/100")
     assert last.endswith("0:00:00 left")
-    assert note == "two pictures were skipped"
+    assert note == "two images were skipped"
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  two pictures were skipped\n", (tmp_path / "log.txt").read_text()
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  two images were skipped\n", (tmp_path / "log.txt").read_text()
     )
 
 
@@ -116,25 +116,25 @@ def test_progress_bar(tmp_path, capfd):
     assert "[bold]as it is[/bold]" in err
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     array = np.zeros((6, 9, 3), np.uint8)
     with open_log(tmp_path) as log:
-        log.images(5, "views", array)
+        log.figure(5, "views", array)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (image,) = events.Images("views")
     assert (image.step, image.width, image.height) == (5, 9, 6)
 
 
-def test_pictures_are_pruned_as_checkpoints_are(tmp_path):
+def test_images_are_pruned_as_checkpoints_are(tmp_path):
     """The newest two of each name, and every third step; another run's name that begins alike is another."""
     with open_log(tmp_path) as log:
         for step in range(1, 9):
-            log.images(step, "views", np.zeros((2, 2, 3), np.uint8), keep=2, keep_every=3)
-        log.images(1, "views-0", np.zeros((2, 2, 3), np.uint8))
-    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+            log.figure(step, "views", np.zeros((2, 2, 3), np.uint8), keep=2, keep_every=3)
+        log.figure(1, "views-0", np.zeros((2, 2, 3), np.uint8))
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == ["views-0-00000001.png", *(f"views-{step:08d}.png" for step in (3, 6, 7, 8))]
 
 
@@ -143,5 +143,5 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     with open_log(tmp_path / "run") as log:
         log.step(1, {"loss": 1.0})
         log.note("hello")
-        log.images(1, "x", np.zeros((2, 2, 3), np.uint8))
+        log.figure(1, "x", np.zeros((2, 2, 3), np.uint8))
     assert not (tmp_path / "run").exists()

@@ -139,7 +139,7 @@ def test_a_step_depends_on_the_seed_alone(tiny):
 def test_two_parts_equal_one_where_the_loss_is_a_mean(tiny, plain_tree):
     """Without random views, and with centering, whose statistics are means too, into the second epoch.
 
-    An epoch of 3 steps leaves 8 pictures over: a part, which must not begin a step.
+    An epoch of 3 steps leaves 8 images over: a part, which must not begin a step.
     """
     data = "scenes:?size=32&count=56"
     whole, one = train(tiny(plain_tree, data=data), 5)
@@ -156,7 +156,7 @@ def test_two_parts_equal_one_where_the_loss_is_a_mean(tiny, plain_tree):
 
 
 def test_parts_of_a_step_have_views_of_their_own(tiny):
-    """Those of the streams (seed, step x parts + part, rank): of the same pictures, parts see other crops."""
+    """Those of the streams (seed, step x parts + part, rank): of the same images, parts see other crops."""
     config = tiny(accumulate=2)
     trainer, progress, batches = begin(config)
     canvases, seen = next(batches), []

@@ -1,4 +1,4 @@
-"""Runs of MAE and I-JEPA: resume, the encoder that comes out, the log and its pictures, dry run, mistakes."""
+"""Runs of MAE and I-JEPA: resume, the encoder that comes out, the log and its images, dry run, mistakes."""
 
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(
     assert last.finished
     same(newest(whole.folder), newest(last.folder))
     assert lines(whole.folder) == lines(last.folder)
-    drawn = sorted(path.name for path in (whole.folder / "pictures").glob("*"))
+    drawn = sorted(path.name for path in (whole.folder / "figures").glob("*"))
     assert bool(drawn) == (name in ("mae", "simmim"))
     for each in drawn:  # the interrupted run has further ones, of the steps where it stopped
-        ours, theirs = ((run.folder / "pictures" / each).read_bytes() for run in (whole, last))
+        ours, theirs = ((run.folder / "figures" / each).read_bytes() for run in (whole, last))
         assert ours == theirs
 
 
@@ -128,7 +128,7 @@ def test_the_encoder_of_a_run_and_what_its_log_says(tmp_path, lines, name):
     assert all(np.isfinite(losses))
 
 
-def test_pictures_come_with_checkpoints(tmp_path):
+def test_images_come_with_checkpoints(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = pretrain(config("mae"), out=str(tmp_path / "run"))
@@ -137,9 +137,9 @@ def test_pictures_come_with_checkpoints(tmp_path):
     images = events.Images("reconstruction")
     assert [image.step for image in images] == [3, 6, 8]
     for step in (3, 6, 8):
-        picture = np.asarray(Image.open(run.folder / "pictures" / f"reconstruction-{step:08d}.png"))
-        assert picture.shape == (3 * 34, 8 * 34, 3)
-        whole, kept, filled = picture.reshape(3, 34, 8 * 34, 3).astype(float)
+        sheet = np.asarray(Image.open(run.folder / "figures" / f"reconstruction-{step:08d}.png"))
+        assert sheet.shape == (3 * 34, 8 * 34, 3)
+        whole, kept, filled = sheet.reshape(3, 34, 8 * 34, 3).astype(float)
         grey = (np.abs(kept - kept[17, 17]) < 1).all(-1) | (np.abs(kept - 255 * 0.45) < 15).all(-1)
         assert grey.mean() > 0.6  # three quarters, less frames
         assert np.abs(filled - whole).mean() > 1  # nothing is learned yet
@@ -165,13 +165,13 @@ def test_a_dry_run_names_parts_and_tokens():
         return dict(line.split("  ", 1) for line in dry_run(config(name)).splitlines())
 
     mae, simmim, ijepa = ({k: v.strip() for k, v in rows(n).items()} for n in ("mae", "simmim", "ijepa"))
-    assert mae["tokens per picture"] == "student 17, predicted 48"  # 16 of 64, a class token; no teacher
+    assert mae["tokens per image"] == "student 17, predicted 48"  # 16 of 64, a class token; no teacher
     assert "decoder" in mae["parameters"]
     assert "teacher" not in mae["parameters"]
-    assert simmim["tokens per picture"] == "student 65, predicted 38"  # mask tokens are tokens
+    assert simmim["tokens per image"] == "student 65, predicted 38"  # mask tokens are tokens
     assert "decoder" not in simmim["parameters"]
-    assert ijepa["tokens per picture"].startswith("student about ")
-    assert ijepa["tokens per picture"].endswith("teacher 64")
+    assert ijepa["tokens per image"].startswith("student about ")
+    assert ijepa["tokens per image"].endswith("teacher 64")
     assert "predictor" in ijepa["parameters"]
     for said, loss in ((mae, "reconstruction"), (simmim, "reconstruction"), (ijepa, "prediction")):
         assert f"losses {loss} " in said["trial"]

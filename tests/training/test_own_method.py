@@ -20,7 +20,7 @@ from foveola.training.run import pretrain
 @dataclass(frozen=True)
 class SiamConfig:
     name: str = key("distillation", "stands in for the method of that name")
-    pool: str = key("token", "what stands for a picture")
+    pool: str = key("token", "what stands for an image")
     predictor: None = None
 
     def check(self, views, model) -> None:
@@ -69,7 +69,7 @@ def test_it_dry_runs_and_trains(siam, tmp_path):
     block = 4 * d + 3 * d * d + 3 * d + d * d + d + 8 * d * d + 4 * d + d
     encoder = 2 * block + 2 * d + (16 + 1) * d + d + 3 * 64 * d + d
     assert said["parameters"] == f"net {encoder:,}, guess {8 * d + 8 + 8 * d + d:,}"
-    assert said["tokens per picture"] == "student 34"
+    assert said["tokens per image"] == "student 34"
     run = pretrain(siam(duration="3 steps", out=str(tmp_path / "run")))
     assert run.finished
     assert run.metrics["loss/alike"] == run.metrics["loss"]

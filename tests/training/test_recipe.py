@@ -20,7 +20,7 @@ from foveola.schedules import Progress
 from foveola.training import recipe as module
 from foveola.training.recipe import RunConfig, nested, period, plan, recipes, resolve, schedules
 
-IMAGENET = 1_281_167  # pictures
+IMAGENET = 1_281_167  # images
 
 # Released settings, by the facts of the papers and of the official arguments.
 COMMON = {
@@ -460,7 +460,7 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
     assert config.recipe == name
     assert all(dataclasses.astuple(recipes()[name]))  # method, model, data, aim
     assert config.about == recipes()[name]
-    pictures = {
+    images = {
         "in1k": IMAGENET,
         "coco": 118_287,
         "tinyimagenet": 24_000,
@@ -469,7 +469,7 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
         "vitb14": 142_000_000,
         "vits14": 142_000_000,
     }.get(name.split("-")[-1], 5000)
-    progress = plan(config, pictures)
+    progress = plan(config, images)
     assert not any(schedule.shortened(progress) for _, schedule in schedules(config))
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert build(RunConfig, read_yaml(tmp_path / "config.yaml")) == config
@@ -504,8 +504,8 @@ def test_dinov2_is_ibot_with_its_own_terms_and_schedules_and_odis_adds_objects_a
 
 def test_an_epoch_of_dinov2_is_1250_steps_whatever_the_data():
     config = resolve("dinov2-vitl16-in1k")
-    for pictures in (IMAGENET, 50_000):
-        progress = plan(config, pictures)
+    for images in (IMAGENET, 50_000):
+        progress = plan(config, images)
         assert progress.total_steps == 100 * 1250
         peak = config.optimizer.lr.at(dataclasses.replace(progress, step=12_499))
         assert peak == config.optimizer.lr.value

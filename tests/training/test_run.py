@@ -65,10 +65,10 @@ def test_a_run_writes_what_the_design_promises(tiny, tmp_path, lines, newest):
         assert torch.equal(value, state[f"teacher.backbone.{name}"]), name
     assert encoder.config.model.shape == (32, 2, 2)
     assert encoder.config.transform.crop == 32
-    pictures = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     mask = torch.zeros(2, 1, 16, dtype=torch.bool)
     mask[..., 5] = True
-    assert not torch.equal(encoder(pictures).objects, encoder(pictures, mask).objects)
+    assert not torch.equal(encoder(images).objects, encoder(images, mask).objects)
 
 
 def test_the_saved_configuration_repeats_the_run(tiny, tmp_path, same, newest):
@@ -478,14 +478,14 @@ def test_two_processes_resume_bit_for_bit_and_equal_one_process(
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of 128 small pictures of two classes."""
+def images(tmp_path) -> Path:
+    """A folder of 128 small images of two classes."""
     rng = np.random.default_rng(0)
     for number in range(128):
-        path = tmp_path / "pictures" / f"class{number % 2}" / f"{number:03d}.jpg"
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def truncate(path: Path) -> None:
@@ -493,34 +493,34 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_picture_is_replaced_counted_and_named(tiny, tmp_path, pictures, lines, workers):
-    truncate(pictures / "class1" / "033.jpg")
-    data = {"data": f"folder:{pictures}", "loader.workers": workers}
+def test_a_truncated_image_is_replaced_counted_and_named(tiny, tmp_path, images, lines, workers):
+    truncate(images / "class1" / "033.jpg")
+    data = {"data": f"folder:{images}", "loader.workers": workers}
     run = pretrain(tiny(out=str(tmp_path / "run"), duration="3 epochs", **data))
     text = (run.folder / "log.txt").read_text()
     assert text.count("033.jpg") == 1
-    assert "unreadable pictures, replaced by others: class1/033.jpg (" in text
-    assert "has no objects, so each picture counts as one object" in text
-    counts = [line["bad_pictures"] for line in lines(run.folder)]
+    assert "unreadable images, replaced by others: class1/033.jpg (" in text
+    assert "has no objects, so each image counts as one object" in text
+    counts = [line["bad_images"] for line in lines(run.folder)]
     assert counts == sorted(counts)
     assert counts[-1] == 1
 
 
-def test_a_name_that_is_not_utf8_and_files_of_other_kinds_are_said_and_end_nothing(tiny, tmp_path, pictures):
-    (pictures / "scan.dcm").touch()
-    Path(os.fsdecode(os.fsencode(pictures) + b"/caf\xe9.png")).write_bytes(b"no picture")
-    run = pretrain(tiny(data=f"folder:{pictures}", out=str(tmp_path / "run"), **{"loader.max_bad": 0.5}))
+def test_a_name_that_is_not_utf8_and_files_of_other_kinds_are_said_and_end_nothing(tiny, tmp_path, images):
+    (images / "scan.dcm").touch()
+    Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")).write_bytes(b"no image")
+    run = pretrain(tiny(data=f"folder:{images}", out=str(tmp_path / "run"), **{"loader.max_bad": 0.5}))
     text = (run.folder / "log.txt").read_text(encoding="utf-8")
     assert run.finished
-    assert "caf\\udce9.png (not a picture of a known kind)" in text
+    assert "caf\\udce9.png (not an image of a known kind)" in text
     assert "files of other kinds are left out: 1 .dcm" in text
 
 
-def test_too_many_bad_pictures_are_an_error(tiny, tmp_path, pictures):
+def test_too_many_bad_images_are_an_error(tiny, tmp_path, images):
     for number in (3, 33, 63, 93):
-        truncate(pictures / "class1" / f"{number:03d}.jpg")
-    config = tiny(out=str(tmp_path / "run"), duration="3 epochs", data=f"folder:{pictures}")
-    with pytest.raises(DataError, match=r"pictures cannot be read, more than loader.max_bad=0.01"):
+        truncate(images / "class1" / f"{number:03d}.jpg")
+    config = tiny(out=str(tmp_path / "run"), duration="3 epochs", data=f"folder:{images}")
+    with pytest.raises(DataError, match=r"images cannot be read, more than loader.max_bad=0.01"):
         pretrain(config)
     assert "more than loader.max_bad=0.01" in (tmp_path / "run" / "log.txt").read_text()
     # A larger share may be allowed, on the same run.
@@ -595,12 +595,12 @@ def test_mistakes_in_evaluations_show_before_the_first_step(tiny, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_needs_labels(tiny, tmp_path, pictures):
-    for path in pictures.glob("*/*.jpg"):
-        path.rename(pictures / path.name)
-    for path in pictures.glob("class*"):
+def test_evaluation_needs_labels(tiny, tmp_path, images):
+    for path in images.glob("*/*.jpg"):
+        path.rename(images / path.name)
+    for path in images.glob("class*"):
         path.rmdir()
-    config = tiny(out=str(tmp_path / "run"), data=f"folder:{pictures}", evaluate_every="1 epochs")
+    config = tiny(out=str(tmp_path / "run"), data=f"folder:{images}", evaluate_every="1 epochs")
     with pytest.raises(
         ConfigError, match=r"evaluate_train: folder:.* has no labels, which evaluate_every needs"
     ):
@@ -679,12 +679,12 @@ def test_features_that_are_not_finite_end_in_the_message_of_divergence(tiny, tmp
             r"recipe 'tiny' needs data=..., for example data=coco:/x",
         ),
         ({"data": "folder:/nowhere"}, "no folder /nowhere"),
-        ({"batch_size": 65}, "has 64 pictures, fewer than batch_size=65: write batch_size=32$"),
+        ({"batch_size": 65}, "has 64 images, fewer than batch_size=65: write batch_size=32$"),
         ({"accumulate": 3}, "batch_size=16 cannot be shared by 1 process x accumulate=3"),
         ({"accumulate": 32}, "batch_size=16 cannot be shared by 1 process x accumulate=32"),
         ({"duration": "soon"}, r"duration: not a duration: 'soon'"),
         ({"duration": "5 %"}, "duration: the length of the run cannot be a share of itself"),
-        ({"duration": "0 steps"}, "duration: '0 steps' is less than a step of 16 pictures"),
+        ({"duration": "0 steps"}, "duration: '0 steps' is less than a step of 16 images"),
         ({"checkpoint_every": "3 samples"}, "checkpoint_every: '3 samples' is less than a step"),
         ({"keep_every": "often"}, "keep_every: not a duration: 'often'"),
         ({"evaluate_every": "120 %"}, "evaluate_every: not a share of the run"),
@@ -692,7 +692,7 @@ def test_features_that_are_not_finite_end_in_the_message_of_divergence(tiny, tmp
         ({"optimizer.lr.warmup": "x"}, r"optimizer\.lr\.warmup: not a duration: 'x'"),
         (  # all at once, with what to write
             {"batch_size": 99, "accumulate": 2, "keep_every": "often", "optimizer.lr.warmup": "x"},
-            r"batch_size=99 cannot be shared by 1 process x accumulate=2; .* has 64 pictures, fewer than "
+            r"batch_size=99 cannot be shared by 1 process x accumulate=2; .* has 64 images, fewer than "
             r"batch_size=99; keep_every: not a duration.*; optimizer.lr.warmup: not a duration: 'x'.*: "
             r"write batch_size=32$",
         ),

@@ -21,7 +21,7 @@ def rectangles(
     aspects: Sequence[float] | None = None,
     drawn: bool = False,
 ) -> Canvases:
-    """A picture for each entry, an object for each box of it; None = the whole picture.
+    """An image for each entry, an object for each box of it; None = the whole image.
 
     Corners are multiples of 1 / mask_size. Pixels are noise, or, if `drawn`, white in the first box on black.
     """

@@ -202,7 +202,7 @@ def test_flips_come_at_their_rate(canvases: Make):
     assert views_of(canvases([[None]]), replace(config, flip=1.0)).large.flips.all()
 
 
-def test_pictures_that_are_the_object_are_cropped_and_read_as_without_objects(canvases: Make, tensors: Flat):
+def test_images_that_are_the_object_are_cropped_and_read_as_without_objects(canvases: Make, tensors: Flat):
     whole = canvases([[None]] * 4, aspects=[0.5, 1.0, 2.0, 3.0])
     odis, plain = views_of(whole), views_of(whole, replace(SMALL, objects=None))
     for name in (
@@ -222,7 +222,7 @@ def test_pictures_that_are_the_object_are_cropped_and_read_as_without_objects(ca
 
 
 def test_local_views_do_not_depend_on_the_object(canvases: Make, tensors: Flat):
-    """They are drawn from the whole picture and read without a mask."""
+    """They are drawn from the whole image and read without a mask."""
     one, other = views_of(canvases([[CORNER]] * 3)), views_of(canvases([[MIDDLE]] * 3))
     assert one.small.objects is None
     assert torch.equal(tensors(one)["small.pixels"], tensors(other)["small.pixels"])
@@ -230,8 +230,8 @@ def test_local_views_do_not_depend_on_the_object(canvases: Make, tensors: Flat):
     assert not torch.equal(one.large.boxes, other.large.boxes)
 
 
-def test_an_object_lost_in_one_view_becomes_the_whole_picture_in_all(canvases: Make):
-    """Without object-aware boxes, a corner of the picture is often out of view."""
+def test_an_object_lost_in_one_view_becomes_the_whole_image_in_all(canvases: Make):
+    """Without object-aware boxes, a corner of the image is often out of view."""
     config = replace(
         SMALL,
         global_scale=(0.25, 0.8),
@@ -251,7 +251,7 @@ def test_an_object_lost_in_one_view_becomes_the_whole_picture_in_all(canvases: M
     assert batch.large.objects[lost, :, 0].all()
     assert not batch.large.objects[seen, :, 0].all(-1).any()
     assert batch.small.objects[lost, :, 0].all()
-    assert batch.large.objects[:, :, 1].all()  # the second object is the picture
+    assert batch.large.objects[:, :, 1].all()  # the second object is the image
     assert batch.facts["objects/lost"].item() * 2 * 64 == pytest.approx(lost.sum().item(), abs=2)
     # A local view without the object is read as a whole.
     local = batch.small.boxes
@@ -262,7 +262,7 @@ def test_an_object_lost_in_one_view_becomes_the_whole_picture_in_all(canvases: M
     assert not batch.small.objects[here, 0, 0].all(-1).any()
 
 
-def test_an_empty_mask_is_read_as_the_whole_picture(canvases: Make):
+def test_an_empty_mask_is_read_as_the_whole_image(canvases: Make):
     made = canvases([[CORNER], [CORNER]])
     made.object_masks[1] = 0
     batch = views_of(made)

@@ -103,7 +103,7 @@ def test_hue_is_a_turn_of_the_colour_circle():
             assert (result - torch.tensor(expected)).abs().max() < 1e-5
 
 
-def test_a_gray_picture_stays_gray_and_a_constant_one_constant():
+def test_a_gray_image_stays_gray_and_a_constant_one_constant():
     constant = torch.full((1, 3, 4, 4), 0.4)
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [4, 4, 4, 4]):
         out = apply(constant.clone(), fixed(order, [1.0, 1.3, 1.2, 0.08]), PLAIN)

@@ -145,7 +145,7 @@ def test_every_row_is_a_target_as_often_as_arithmetic_says():
 
 
 def naive_published(side: int, rng: random.Random) -> tuple[int, int]:
-    """(patches of the context, of the union of targets) of one picture on its own, as the facts tell it."""
+    """(patches of the context, of the union of targets) of one image on its own, as the facts tell it."""
     u = rng.random()
     area, aspect = int(side * side * (0.15 + 0.05 * u)), 0.75 + 0.75 * u
     h, w = (min(round(math.sqrt(v)), side - 1) for v in (area * aspect, area / aspect))
@@ -212,10 +212,10 @@ def test_the_last_resort_puts_targets_on_top_of_each_other():
 
 
 def test_a_batch_holds_context_and_targets(canvases):
-    pictures = canvases([[None]] * 6, size=64)
+    images = canvases([[None]] * 6, size=64)
     views = ViewsConfig(global_size=64, global_count=2, local_count=0, blocks=BlocksConfig(min_context=6))
     views.check(8)
-    batch, again, later = (make_views(pictures, views, 8, Streams(0, step)) for step in (3, 3, 4))
+    batch, again, later = (make_views(images, views, 8, Streams(0, step)) for step in (3, 3, 4))
     assert batch.large.selection.kept is not None
     assert batch.large.selection.predicted is not None
     assert batch.large.selection.kept.shape[:2] == batch.large.selection.predicted.shape[:2] == (6, 2)
@@ -226,7 +226,7 @@ def test_a_batch_holds_context_and_targets(canvases):
     assert batch.large.selection.predicted.shape != later.large.selection.predicted.shape or not torch.equal(
         batch.large.selection.predicted, later.large.selection.predicted
     )
-    plain = make_views(pictures, ViewsConfig(global_size=64, global_count=2, local_count=0), 8, Streams(0, 3))
+    plain = make_views(images, ViewsConfig(global_size=64, global_count=2, local_count=0), 8, Streams(0, 3))
     assert torch.equal(plain.large.pixels, batch.large.pixels)  # streams of their own
 
 

@@ -16,10 +16,10 @@ def generators(seed: int = 0) -> tuple[torch.Generator, torch.Generator]:
     return torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
 
 
-def masks_of(*pictures: list[tuple[int, int, int, int]], size: int = 16) -> Tensor:
+def masks_of(*images: list[tuple[int, int, int, int]], size: int = 16) -> Tensor:
     """Rectangles in mask pixels, one a mask; [B, M, size, size]."""
-    masks = torch.zeros(len(pictures), len(pictures[0]), size, size)
-    for b, boxes in enumerate(pictures):
+    masks = torch.zeros(len(images), len(images[0]), size, size)
+    for b, boxes in enumerate(images):
         for m, (x0, y0, x1, y1) in enumerate(boxes):
             masks[b, m, y0:y1, x0:x1] = 1
     return masks
@@ -122,7 +122,7 @@ def test_an_empty_mask_is_missed_and_takes_the_first_draw():
     assert torch.equal(boxes, candidates(3, ObjectsConfig())[:, :, 0])
 
 
-def test_whole_pictures_are_cropped_as_without_objects():
+def test_whole_images_are_cropped_as_without_objects():
     aspects = torch.tensor([0.2, 0.7, 1.0, 1.6, 4.0])
     masks = torch.ones(5, 2, 16, 16)
     for min_visible in (0.0, 1.0):

@@ -28,14 +28,14 @@ def some_boxes(count: int, views: int, seed: int = 1) -> Tensor:
     return corners.flatten(2)
 
 
-@pytest.mark.parametrize("around", ["views", "picture"])
-def test_100_000_pictures_stay_inside_and_keep_their_geometry(around: str):
+@pytest.mark.parametrize("around", ["views", "image"])
+def test_100_000_images_stay_inside_and_keep_their_geometry(around: str):
     boxes = some_boxes(100_000, 4)
     placed = place_views(PlacementConfig(around=around), boxes, generator())
     assert placed.dtype == torch.float32
     assert placed.min() >= 0
     assert placed.max() <= 1
-    # One factor and one shift per picture explain all 4 x 4 coordinates.
+    # One factor and one shift per image explain all 4 x 4 coordinates.
     before, after = (t.double().unflatten(2, (2, 2)).flatten(1, 2) for t in (boxes, placed))  # [B, 8, 2]
     wide = before.amax(dim=1) - before.amin(dim=1)
     factor = (after.amax(dim=1) - after.amin(dim=1)) / wide
@@ -57,10 +57,10 @@ def test_the_rectangle_around_the_views_has_the_drawn_area():
     assert 0.5 < float((limit == areas).double().mean()) < 1
 
 
-def test_the_whole_picture_has_the_drawn_area_and_a_uniform_place():
+def test_the_whole_image_has_the_drawn_area_and_a_uniform_place():
     from scipy.stats import kstest
 
-    whole, config = torch.tensor([[[0.0, 0, 1, 1]]]).expand(20_000, 1, 4), PlacementConfig(around="picture")
+    whole, config = torch.tensor([[[0.0, 0, 1, 1]]]).expand(20_000, 1, 4), PlacementConfig(around="image")
     placed = place_views(config, whole, generator()).double()
     x0, y0, x1, y1 = placed[:, 0].unbind(dim=1)
     torch.testing.assert_close(
@@ -69,7 +69,7 @@ def test_the_whole_picture_has_the_drawn_area_and_a_uniform_place():
     for low, high in ((x0, x1), (y0, y1)):
         assert kstest((low / (1 - (high - low))).numpy(), "uniform").pvalue > 1e-3
     assert abs(float(torch.corrcoef(torch.stack((x0 / (1 - x1 + x0), y0 / (1 - y1 + y0))))[0, 1])) < 0.03
-    # One picture's box is that of the views in it.
+    # One image's box is that of the views in it.
     boxes = some_boxes(20_000, 2)
     r = (x1 - x0)[:, None, None]
     expected = r * boxes + torch.stack((x0, y0, x0, y0), dim=1)[:, None]
@@ -92,9 +92,9 @@ def test_areas_follow_their_distribution(config: PlacementConfig, law: tuple):
     assert kstest(areas.numpy(), law[0], law[1]).pvalue > 1e-3
 
 
-def test_a_constant_area_of_one_leaves_pictures_where_they_are():
+def test_a_constant_area_of_one_leaves_images_where_they_are():
     boxes = some_boxes(100, 4)
-    config = PlacementConfig(around="picture", distribution="constant")
+    config = PlacementConfig(around="image", distribution="constant")
     assert torch.equal(place_views(config, boxes, generator()), boxes)
     small = place_views(replace(config, area=(0.2, 0.25)), boxes, generator())
     torch.testing.assert_close(small[..., 2:] - small[..., :2], (boxes[..., 2:] - boxes[..., :2]) / 2)

@@ -1,4 +1,4 @@
-"""Position masks: crosses, their sizes, and never with content masks in one picture."""
+"""Position masks: crosses, their sizes, and never with content masks in one image."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,15 +88,15 @@ def test_the_choice_is_exact_on_average():
     assert sum(choose(0.5, 4, generator(s)).float() for s in range(1000)).sub(500).abs().max() < 80
 
 
-@pytest.mark.parametrize("per_picture", [True, False])
+@pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("contents", [FULL, MaskingConfig(probability=1.0), MaskingConfig()])
-def test_contents_or_positions_never_both(per_picture: bool, share: float, contents: MaskingConfig):
-    config = PositionMaskingConfig(share=share, per_picture=per_picture)
+def test_contents_or_positions_never_both(per_image: bool, share: float, contents: MaskingConfig):
+    config = PositionMaskingConfig(share=share, per_image=per_image)
     masked, unplaced = draw_both(config, contents, 8, 2, GRID, Streams(0, 0))
     assert masked.shape == unplaced.shape == (8, 2, 196)
     without, hidden = unplaced.any(dim=2), masked.any(dim=2)
-    if per_picture:
+    if per_image:
         without, hidden = without.any(dim=1), hidden.any(dim=1)
     assert not (without & hidden).any()
     assert int(without.sum()) == share * without.numel()
@@ -140,7 +140,7 @@ def test_batches_have_masks_and_their_indices(canvases: Make):
     )
     assert int(positions.sum()) == int(contents.sum()) == 4
     assert not (positions & contents).any()
-    # Local views of a picture whose positions are masked keep their contents.
+    # Local views of an image whose positions are masked keep their contents.
     assert torch.equal(batch.small.hidden_contents.mask.any(dim=2).any(dim=1), contents)
 
 

@@ -103,8 +103,8 @@ def test_half_of_the_views_are_masked_each_on_its_own():
     assert shares.min() < 0.13
 
 
-def test_per_picture_masks_all_views_of_a_picture_or_none():
-    masks = draw_masks(MaskingConfig(per_picture=True), 300, 2, (14, 14), seeded())
+def test_per_image_masks_all_views_of_a_image_or_none():
+    masks = draw_masks(MaskingConfig(per_image=True), 300, 2, (14, 14), seeded())
     masked = masks.any(-1)
     assert torch.equal(masked[:, 0], masked[:, 1])
     assert masked.float().mean().item() == pytest.approx(0.5, abs=0.1)
@@ -129,16 +129,16 @@ def test_random_masks_have_exactly_their_share():
 DINOV2 = MaskingConfig(stratified=True, smallest_block=4, largest_block=0.5)
 
 
-@pytest.mark.parametrize(("pictures", "views"), [(64, 2), (5, 1), (7, 3), (1, 2), (1, 1), (2, 8)])
+@pytest.mark.parametrize(("images", "views"), [(64, 2), (5, 1), (7, 3), (1, 2), (1, 1), (2, 8)])
 @pytest.mark.parametrize("probability", [0.5, 0.3, 1.0, 0.0])
-def test_exactly_a_share_of_the_views_of_a_batch_is_masked(pictures: int, views: int, probability: float):
+def test_exactly_a_share_of_the_views_of_a_batch_is_masked(images: int, views: int, probability: float):
     config = MaskingConfig(
         stratified=True, probability=probability, ratio=(0.1, 0.5), smallest_block=4, largest_block=0.5
     )
     for seed in range(5):
-        targets = stratified_targets(config, pictures * views, 196, seeded(seed))
-        assert int((targets > 0).sum()) == int(probability * pictures * views)
-        masks = draw_masks(config, pictures, views, (14, 14), seeded(seed))
+        targets = stratified_targets(config, images * views, 196, seeded(seed))
+        assert int((targets > 0).sum()) == int(probability * images * views)
+        masks = draw_masks(config, images, views, (14, 14), seeded(seed))
         assert torch.equal(masks.any(-1).flatten(), targets > 0)
         assert (masks.sum(-1).flatten() <= targets).all()
 
@@ -164,7 +164,7 @@ def test_masked_views_stand_anywhere_in_a_batch():
         [stratified_targets(DINOV2, 12, 196, seeded(seed)) > 0 for seed in range(2000)]
     ).float()
     assert (masked.mean(dim=0) - 0.5).abs().max() < 0.05
-    both = (masked[:, 0] * masked[:, 1]).mean().item()  # two views of a picture
+    both = (masked[:, 0] * masked[:, 1]).mean().item()  # two views of an image
     assert both == pytest.approx(6 / 12 * 5 / 11, abs=0.03)
 
 
@@ -227,14 +227,14 @@ def test_random_patches_can_be_dealt_out_too():
     assert torch.equal(masks.sum(-1).flatten(), stratified_targets(config, 40, 35, seeded()).long())
 
 
-@pytest.mark.parametrize("per_picture", [False, True])
+@pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("shape", ["block", "random"])
-def test_other_ways_to_draw_do_not_move_the_streams_of_plain_masks(shape: str, per_picture: bool):
-    """A coin for each view (or picture), a ratio for each view, then the masks: in this order, no more."""
-    config = MaskingConfig(shape=shape, per_picture=per_picture)
+def test_other_ways_to_draw_do_not_move_the_streams_of_plain_masks(shape: str, per_image: bool):
+    """A coin for each view (or image), a ratio for each view, then the masks: in this order, no more."""
+    config = MaskingConfig(shape=shape, per_image=per_image)
     generator, own = seeded(3), seeded(3)
     for grid in ((14, 14), (8, 8), (3, 5)):
-        coin = torch.rand(20, 1 if per_picture else 2, generator=own).expand(20, 2)
+        coin = torch.rand(20, 1 if per_image else 2, generator=own).expand(20, 2)
         ratios = 0.1 + 0.4 * torch.rand(20, 2, generator=own)
         ratios = (ratios * (coin < 0.5)).flatten()
         expected = (block_masks if shape == "block" else random_masks)(ratios, grid, own)
@@ -242,9 +242,9 @@ def test_other_ways_to_draw_do_not_move_the_streams_of_plain_masks(shape: str, p
         assert torch.equal(generator.get_state(), own.get_state())
 
 
-def test_stratified_masks_are_not_drawn_per_picture():
-    with pytest.raises(ValueError, match=r"stratified .*per_picture=false"):
-        MaskingConfig(stratified=True, per_picture=True)
+def test_stratified_masks_are_not_drawn_per_image():
+    with pytest.raises(ValueError, match=r"stratified .*per_image=false"):
+        MaskingConfig(stratified=True, per_image=True)
 
 
 def test_probability_one_and_zero():

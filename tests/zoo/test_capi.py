@@ -60,7 +60,7 @@ def turned(x: Tensor, places: Tensor) -> Tensor:
 def block(
     state: dict, name: str, x: Tensor, places: Tensor, context: Tensor | None, around: Tensor
 ) -> Tensor:
-    """One block of one picture in float64; `context` None: itself."""
+    """One block of one image in float64; `context` None: itself."""
     y = rms_norm(x, (WIDTH,), state[f"{name}.residual1.norm.weight"], 1e-5)
     source = y if context is None else context
     q, k, v = (
@@ -76,7 +76,7 @@ def block(
 
 
 def by_hand(state: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches [16, D] and the mean of the first decoder block's outputs [D] for a 56 x 56 picture."""
+    """Patches [16, D] and the mean of the first decoder block's outputs [D] for a 56 x 56 image."""
     state = {name: value.double() for name, value in state.items()}
     cuts = image.double().view(3, 4, PATCH, 4, PATCH).permute(1, 3, 0, 2, 4).reshape(16, -1)
     patches = cuts @ state["patch_embed.weight"].flatten(1).T + state["patch_embed.bias"]

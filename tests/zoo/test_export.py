@@ -124,7 +124,7 @@ def test_files_can_be_read_by_others_and_failures_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
-def test_squashed_pictures(tmp_path: Path):
+def test_squashed_images(tmp_path: Path):
     made = encoder(PLAIN, transform=replace(TRANSFORM, resize=64, squash=True, interpolation="bilinear"))
     for library, module in (("timm", "timm"), ("hf", "transformers")):
         pytest.importorskip(module, reason=f"{module} is not installed")

@@ -146,9 +146,9 @@ def test_preprocessing_is_that_of_the_model(name: str, tmp_path: Path):
     assert {key: getattr(transform, key) for key in expected} == expected
     processor = transformers().AutoImageProcessor.from_pretrained(tmp_path)
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 9), (144, 108), mode="bicubic")
-    picture = (smooth[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    theirs = torch.as_tensor(np.asarray(processor(picture)["pixel_values"][0]))
-    assert (encoder.transform(picture) - theirs).abs().max() < 0.03 / min(transform.std)
+    image = (smooth[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    theirs = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+    assert (encoder.transform(image) - theirs).abs().max() < 0.03 / min(transform.std)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -31,10 +31,10 @@ def test_objects_are_means_of_their_patches():
     assert torch.allclose(features.objects[0, 0], features.patches[0, [0, 3]].mean(dim=0), atol=1e-6)
 
 
-def test_a_whole_picture_by_default():
+def test_a_whole_image_by_default():
     encoder = foveola.load("pixels:")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    image = encoder.transform(picture)[None]
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    image = encoder.transform(photo)[None]
     assert image.shape == (1, 3, 32, 32)
     cosine = torch.cosine_similarity(encoder(image).objects[0, 0], image.flatten(), dim=0)
     assert cosine == pytest.approx(1, abs=1e-5)

@@ -166,7 +166,7 @@ def test_another_function_is_no_silent_difference():
     model = create("vit_small_patch16_224")
     model.blocks[0].register_forward_hook(lambda module, inputs, output: output + 0.01 * output.roll(1, -1))
     with pytest.raises(
-        UserError, match=r"a model: on a picture of 224 x 224 pixels its converted network differs"
+        UserError, match=r"a model: on an image of 224 x 224 pixels its converted network differs"
     ):
         converted(model)
     broken = create("vit_small_patch16_224")

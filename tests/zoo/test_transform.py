@@ -9,9 +9,9 @@ from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sources import open_source
-from foveola.evaluation.features.reading import ExtractConfig, Pictures
+from foveola.evaluation.features.reading import ExtractConfig, Images
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
-from foveola.models.transform import picture_crop, square
+from foveola.models.transform import image_crop, square
 from foveola.models.vit import ViTConfig
 
 MODEL = ViTConfig(width=24, depth=1, heads=3, patch_size=4, image_size=16)
@@ -19,7 +19,7 @@ MODEL = ViTConfig(width=24, depth=1, heads=3, patch_size=4, image_size=16)
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("squash", "resized"), [(True, 16), (True, 20), (False, 20)])
-def test_pictures_as_pil_makes_them(interpolation, squash: bool, resized: int):
+def test_images_as_pil_makes_them(interpolation, squash: bool, resized: int):
     settings = TransformConfig(resize=resized, crop=16, interpolation=interpolation, squash=squash)
     encoder = Encoder(EncoderConfig(model=MODEL, transform=settings))
     pixels = np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8)
@@ -28,7 +28,7 @@ def test_pictures_as_pil_makes_them(interpolation, squash: bool, resized: int):
     whole = np.asarray(Image.fromarray(pixels).resize(size, kernel))
     left, top = (size[0] - 16) // 2, (size[1] - 16) // 2
     cut = torch.from_numpy(whole[top : top + 16, left : left + 16].copy()).permute(2, 0, 1)
-    (rows, columns), (upper, start) = picture_crop(30, 60, settings)
+    (rows, columns), (upper, start) = image_crop(30, 60, settings)
     assert ((columns, rows), (start, upper)) == (size, (left, top))
     evaluated = square(pixels, settings)
     assert (evaluated.int() - cut.int()).abs().max() <= 1
@@ -46,18 +46,18 @@ def odd_files(folder: Path) -> None:
     rgb = np.asarray(
         Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((45, 31)), np.uint8
     )
-    picture, grey = Image.fromarray(rgb), rgb[:, :, 0]
+    image, grey = Image.fromarray(rgb), rgb[:, :, 0]
     exif = Image.Exif()
     for orientation in range(1, 9):
         exif[0x0112] = orientation
-        picture.save(folder / f"turned-{orientation}.jpg", quality=95, exif=exif)
-    picture.save(folder / "turned.png", exif=exif)
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("P").save(folder / "palette.gif")
+        image.save(folder / f"turned-{orientation}.jpg", quality=95, exif=exif)
+    image.save(folder / "turned.png", exif=exif)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("P").save(folder / "palette.gif")
     Image.fromarray(grey).save(folder / "grey.jpg")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
     Image.fromarray(np.dstack((rgb, grey))).save(folder / "alpha.png")
-    picture.save(folder / "odd-names.jpeg?heads=2.webp", lossless=True)
+    image.save(folder / "odd-names.jpeg?heads=2.webp", lossless=True)
 
 
 def test_one_way_from_files_and_images_to_pixels(tmp_path: Path):
@@ -66,7 +66,7 @@ def test_one_way_from_files_and_images_to_pixels(tmp_path: Path):
     settings = TransformConfig(resize=20, crop=16)
     encoder = Encoder(EncoderConfig(model=MODEL, transform=settings))
     source = open_source(f"folder:{tmp_path}")
-    read = Pictures(source, np.arange(len(source)), settings, MODEL.patch_size, ExtractConfig())
+    read = Images(source, np.arange(len(source)), settings, MODEL.patch_size, ExtractConfig())
     assert len(source) == len(list(tmp_path.iterdir())) >= 14
     for index in range(len(source)):
         sample = source[index]
@@ -96,7 +96,7 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
     Image.fromarray(twelve).save(path)
     for text in ("0-4095", "-100-3000", "container"):
         source = open_source(f"folder:{tmp_path}?range={text}")
-        read = Pictures(source, np.arange(1), settings, MODEL.patch_size, ExtractConfig())
+        read = Images(source, np.arange(1), settings, MODEL.patch_size, ExtractConfig())
         evaluated = encoder.normalise(read.read(source[0], 0).images)[0]
         with Image.open(path) as opened:
             for image in (path, str(path), path.read_bytes(), twelve, opened):

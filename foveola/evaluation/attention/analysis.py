@@ -1,6 +1,6 @@
-"""`analyze_attention`: several encoders over one reading of the pictures, batch by batch, into running means.
+"""`analyze_attention`: several encoders over one reading of the images, batch by batch, into running means.
 
-Nothing of a picture is kept but its share in the means, so memory does not grow with their number.
+Nothing of an image is kept but its share in the means, so memory does not grow with their number.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from foveola.evaluation.attention.reader import (
 )
 from foveola.evaluation.attention.result import AttentionAnalysis, Moments
 from foveola.evaluation.features.reading import PARCEL
-from foveola.evaluation.features.table import choose_pictures, facts_of_bad, read_ahead, share, show
+from foveola.evaluation.features.table import choose_images, facts_of_bad, read_ahead, share, show
 from foveola.evaluation.result import versions
 from foveola.failures import told
 from foveola.models.encoder import Encoder
@@ -46,7 +46,7 @@ def analyze_attention(
     progress: bool = True,
     **settings: Any,
 ) -> AttentionAnalysis:
-    """Statistics of the attention of every block and head of some encoders, averaged over pictures.
+    """Statistics of the attention of every block and head of some encoders, averaged over images.
 
     Args:
         models: what `foveola.load` takes, or `Encoder`s; one, several, or several by name.
@@ -57,10 +57,10 @@ def analyze_attention(
 
     Statistics are those of `attention.HEAD_STATISTICS` and `BLOCK_STATISTICS` (docs/analysis.md), in nats,
     pixels and shares of one. An encoder without class token or registers has none of theirs (NaN). Under
-    torchrun every process analyses its share of the pictures, and all get the result.
+    torchrun every process analyses its share of the images, and all get the result.
 
     Raises UserError for bad settings, models and data, for sizes that are no whole patches, when more than
-    1 % of the pictures cannot be read, and for encoders whose attention is not finite.
+    1 % of the images cannot be read, and for encoders whose attention is not finite.
     """
     config, began = build(AnalysisConfig, settings), perf_counter()
     source = open_source(data, "test") if isinstance(data, str) else data
@@ -91,8 +91,8 @@ def _run(
     config: AnalysisConfig,
     progress: bool,
 ) -> dict[str, Any]:
-    """Show all pictures to all readers, and each rank's means to the others; returns facts about the data."""
-    chosen = choose_pictures(len(source), config.limit, config.seed)
+    """Show all images to all readers, and each rank's means to the others; returns facts about the data."""
+    chosen = choose_images(len(source), config.limit, config.seed)
     geometries = tuple(dict.fromkeys(reader.geometry for reader in readers))
     squares = Squares(source, chosen[share(len(chosen))], geometries)
     bad, problem = torch.zeros(0, dtype=torch.int64), ""
@@ -116,8 +116,8 @@ def _run(
             _gather(moments)
     analysed = readers[0].heads.count
     if not analysed:
-        raise UserError(f"{source.name}: no pictures")
-    about = {"name": source.name, "fingerprint": identity_of(source, chosen).digest, "pictures": len(chosen)}
+        raise UserError(f"{source.name}: no images")
+    about = {"name": source.name, "fingerprint": identity_of(source, chosen).digest, "images": len(chosen)}
     return about | facts | {"analysed": analysed}
 
 
@@ -170,7 +170,7 @@ def _open(model: Encoder | str | Path, device: torch.device) -> Encoder:
 
 
 class Squares(Dataset):
-    """Parcels of pictures, each decoded once and cut for every geometry; and those that cannot be read."""
+    """Parcels of images, each decoded once and cut for every geometry; and those that cannot be read."""
 
     def __init__(
         self, source: Source, chosen: Int64[np.ndarray, "n"], geometries: tuple[Geometry, ...]
@@ -185,12 +185,12 @@ class Squares(Dataset):
         bad = []
         for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
             try:
-                picture = decode(self.source[index].image)
+                image = decode(self.source[index].image)
             except BadImage:
                 bad.append(index)
                 continue
             for geometry, made in images.items():
-                made.append(cut(picture, geometry))
+                made.append(cut(image, geometry))
         stacked = {
             geometry: torch.stack(made) if made else torch.zeros(0, 3, geometry[1], geometry[1]).byte()
             for geometry, made in images.items()
@@ -198,12 +198,12 @@ class Squares(Dataset):
         return stacked, torch.tensor(bad, dtype=torch.int64)
 
 
-def cut(picture: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
-    """The centre of a picture, as an encoder sees it before normalisation."""
+def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
+    """The centre of an image, as an encoder sees it before normalisation."""
     size, crop, interpolation, squash = geometry
     kind = "bicubic" if interpolation == "bicubic" else "bilinear"
     transform = TransformConfig(resize=size, crop=crop, squash=squash, interpolation=kind)
-    return square(picture, transform)
+    return square(image, transform)
 
 
 def _batches(

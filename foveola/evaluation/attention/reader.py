@@ -1,4 +1,4 @@
-"""Running means over pictures: what the attention of an encoder says, and how several encoders differ."""
+"""Running means over images: what the attention of an encoder says, and how several encoders differ."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ Geometry = tuple[int, int, str, bool]  # of a TransformConfig: resize, crop, int
 
 @dataclass(frozen=True)
 class AnalysisConfig(ChosenConfig):
-    """Which pictures are read, and how. Defaults: as every encoder sees pictures in evaluation."""
+    """Which images are read, and how. Defaults: as every encoder sees images in evaluation."""
 
     limit: int | None = again(ChosenConfig, "limit", 1000)
     size: int | None = key(None, "pixels a side of what encoders see; null = each its own crop", at_least=1)
     squash: bool | None = key(
-        None, "true: the whole picture squashed to a square (position-field paper, with size=480)"
+        None, "true: the whole image squashed to a square (position-field paper, with size=480)"
     )
     batch_size: int = again(ChosenConfig, "batch_size", 32)
     precision: Literal["fp32", "bf16"] = key(
@@ -56,7 +56,7 @@ class AnalysisConfig(ChosenConfig):
 
 
 def transform_of(encoder: Encoder, name: str, config: AnalysisConfig) -> TransformConfig:
-    """What is done to pictures for an encoder. Raises UserError for a size that is no whole patches."""
+    """What is done to images for an encoder. Raises UserError for a size that is no whole patches."""
     own = encoder.config.transform
     size = config.size or own.crop
     if size % encoder.patch_size:
@@ -70,7 +70,7 @@ def transform_of(encoder: Encoder, name: str, config: AnalysisConfig) -> Transfo
 
 
 class AttentionReader:
-    """Running means of one encoder, and what its last batch said of the pictures."""
+    """Running means of one encoder, and what its last batch said of the images."""
 
     def __init__(self, name: str, encoder: Encoder, config: AnalysisConfig) -> None:
         self.name, self.encoder, self.config = name, encoder, config
@@ -96,7 +96,7 @@ class AttentionReader:
 
     @torch.inference_mode()
     def read(self, images: UInt8[Tensor, "B 3 S S"], number: int, where: str) -> None:
-        """The pictures of a batch, counted from 0; raises UserError where attention is not finite."""
+        """The images of a batch, counted from 0; raises UserError where attention is not finite."""
         encoder = self.encoder
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if number < TIMED:
@@ -115,7 +115,7 @@ class AttentionReader:
         known = [i for i, name in enumerate(HEAD_STATISTICS) if name not in self.lacks]
         if not heads[..., known].isfinite().all() or not between.nan_to_num(0.0).isfinite().all():
             raise UserError(
-                f"{self.name}: its attention on pictures of {where} is not finite: is the encoder "
+                f"{self.name}: its attention on images of {where} is not finite: is the encoder "
                 "damaged, or its training diverged?"
             )
         means = torch.cat((heads.mean(dim=2), blocks), dim=2)
@@ -158,22 +158,22 @@ class AttentionReader:
 
     def _cost(self) -> dict[str, float]:
         after = int(self.timed[1] > 0)
-        pictures = max(self.timed[after], 1)
-        plain, analysis = (self.seconds[name][after] / pictures for name in ("plain", "analysis"))
-        ratio = analysis / plain if plain else 0.0  # nothing was timed: this process read no picture
-        return {"plain": plain, "analysis": analysis, "ratio": ratio, "pictures": self.timed[after]}
+        images = max(self.timed[after], 1)
+        plain, analysis = (self.seconds[name][after] / images for name in ("plain", "analysis"))
+        ratio = analysis / plain if plain else 0.0  # nothing was timed: this process read no image
+        return {"plain": plain, "analysis": analysis, "ratio": ratio, "images": self.timed[after]}
 
 
 class _View:
     """What one batch says, block by block, on the device of the encoder."""
 
-    def __init__(self, reader: AttentionReader, pictures: int) -> None:
+    def __init__(self, reader: AttentionReader, images: int) -> None:
         self.reader, self.at = reader, reader.layout
         depth, heads, tokens = reader.depth, reader.count, self.at.special + self.at.patches
 
         def empty(*shape: int) -> Tensor:
             where = reader.encoder.device
-            return torch.full((pictures, *shape), torch.nan, dtype=torch.float64, device=where)
+            return torch.full((images, *shape), torch.nan, dtype=torch.float64, device=where)
 
         self.heads = empty(depth, heads, len(HEAD_STATISTICS))
         self.blocks = empty(depth, len(BLOCK_STATISTICS))
@@ -181,12 +181,12 @@ class _View:
         self.class_rows, self.centre_rows = empty(heads, tokens), empty(heads, tokens)
         self.vectors: dict[str, Tensor] = {}
 
-    def attention(self, block: int, pictures: slice, heads: slice, logits: Tensor) -> None:
+    def attention(self, block: int, images: slice, heads: slice, logits: Tensor) -> None:
         parts = head_statistics(logits, self.at, self.reader.distances)
-        self.heads[pictures, block, heads] = parts.statistics
-        self.centre_rows[pictures, heads] = parts.centre_rows
+        self.heads[images, block, heads] = parts.statistics
+        self.centre_rows[images, heads] = parts.centre_rows
         if parts.class_rows is not None:
-            self.class_rows[pictures, heads] = parts.class_rows
+            self.class_rows[images, heads] = parts.class_rows
 
     def output(self, block: int, x: Tensor) -> None:
         config, at = self.reader.config, self.at
@@ -216,7 +216,7 @@ class _View:
 
 
 class VectorGroup:
-    """Encoders that see the same patches of a picture: their aggregation vectors can be compared."""
+    """Encoders that see the same patches of an image: their aggregation vectors can be compared."""
 
     def __init__(self, readers: list[AttentionReader]) -> None:
         self.readers = readers
@@ -233,7 +233,7 @@ class VectorGroup:
 
     @torch.inference_mode()
     def add(self) -> None:
-        """The pictures that all readers have just read."""
+        """The images that all readers have just read."""
         log = [
             reader.vectors[kind].cpu()
             for reader in self.readers
@@ -250,7 +250,7 @@ class VectorGroup:
 
 
 def group_readers(readers: list[AttentionReader]) -> list[VectorGroup]:
-    """By the patches they see: the same grid over the same part of a picture."""
+    """By the patches they see: the same grid over the same part of an image."""
     found: dict[Any, list[AttentionReader]] = {}
     for reader in readers:
         size, crop, _, squash = reader.geometry

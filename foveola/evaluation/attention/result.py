@@ -23,7 +23,7 @@ COLUMNS: tuple[str, ...] = (
     "statistic",
     "mean",
     "standard_error",
-    "pictures",
+    "images",
     "unit",
     "uniform",
     "low",
@@ -43,28 +43,28 @@ SHOWN = {  # of the printed table: statistic and its heading
 
 
 class Estimate(NamedTuple):
-    """A mean over pictures and its standard error, of the same shape; NaN: the encoder has no such thing."""
+    """A mean over images and its standard error, of the same shape; NaN: the encoder has no such thing."""
 
     mean: np.ndarray
     error: np.ndarray
 
 
 class Moments:
-    """Running mean and squared deviations over pictures, in float64; as large as one picture's values."""
+    """Running mean and squared deviations over images, in float64; as large as one image's values."""
 
     def __init__(self, *shape: int) -> None:
         self.count = 0
         self.mean, self.squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
 
     def add(self, values: Float64[Tensor, "B ..."]) -> None:
-        """Some pictures more, by the update of Chan, Golub and LeVeque."""
+        """Some images more, by the update of Chan, Golub and LeVeque."""
         part = Moments()
         part.count, part.mean = len(values), values.mean(dim=0)
         part.squares = (values - part.mean).square().sum(dim=0)
         self.merge(part)
 
     def merge(self, other: "Moments") -> None:
-        """Take over the pictures of another."""
+        """Take over the images of another."""
         if not other.count:
             return
         total, apart = self.count + other.count, other.mean - self.mean
@@ -73,7 +73,7 @@ class Moments:
         self.count = total
 
     def estimate(self) -> Estimate:
-        """The standard error of one picture is NaN: it says nothing about others."""
+        """The standard error of one image is NaN: it says nothing about others."""
         n = self.count
         error = (self.squares / (n * (n - 1))).sqrt() if n > 1 else torch.full_like(self.mean, torch.nan)
         return Estimate(self.mean.numpy(), error.numpy())
@@ -81,7 +81,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class EncoderAttention:
-    """Statistics of one encoder. Blocks and heads count from 0 here, and from 1 in files and pictures."""
+    """Statistics of one encoder. Blocks and heads count from 0 here, and from 1 in files and images."""
 
     name: str
     about: dict[str, Any]  # origin, fingerprint, size in pixels, patch size, grid, blocks, heads, registers
@@ -90,12 +90,12 @@ class EncoderAttention:
     blocks: dict[str, Estimate]  # the same averaged over the heads, and statistics of blocks, [blocks]
     whole: dict[str, Estimate]  # all of these averaged over the blocks, []
     head_divergences: Estimate  # KL of the class token's heads, [blocks, heads, heads]; row p, column q
-    cost: dict[str, float]  # seconds a picture of a plain pass and of the analysis, measured on some pictures
+    cost: dict[str, float]  # seconds an image of a plain pass and of the analysis, measured on some images
 
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """Weights with which patches may be averaged, and how much they differ on the same picture."""
+    """Weights with which patches may be averaged, and how much they differ on the same image."""
 
     names: tuple[str, ...]  # encoder: vector; and `uniform`
     grid: tuple[int, int]
@@ -105,7 +105,7 @@ class Vectors:
 
 @dataclass(frozen=True, eq=False)
 class AttentionAnalysis:
-    """What `analyze_attention` found: means over pictures with standard errors, and how to repeat it."""
+    """What `analyze_attention` found: means over images with standard errors, and how to repeat it."""
 
     encoders: tuple[EncoderAttention, ...]
     vectors: tuple[Vectors, ...]  # one for each group of encoders that see the same patches
@@ -129,7 +129,7 @@ class AttentionAnalysis:
                 for block, head, mean, error in _cells(encoder, name):
                     where = {"encoder": encoder.name, "block": block, "head": head, "statistic": name}
                     found = {"mean": _plain(mean), "standard_error": _plain(error)}
-                    yield {**where, **found, "pictures": self.data["analysed"], **about}
+                    yield {**where, **found, "images": self.data["analysed"], **about}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, null for what an encoder has not."""
@@ -198,10 +198,10 @@ class AttentionAnalysis:
             bound = f"{HEAD_STATISTICS['patch_entropy'].reference(encoder.layout).high:.3f}"
             cells = (_cell(encoder.whole[name]) for name in shown)
             rows.append((encoder.name, bound, *cells))
-        head = f"attention: {self.data['name']} ({self.data['analysed']} pictures), {self.seconds:.1f} s"
-        under = "means over pictures, heads and blocks, with the standard error over pictures"
+        head = f"attention: {self.data['name']} ({self.data['analysed']} images), {self.seconds:.1f} s"
+        under = "means over images, heads and blocks, with the standard error over images"
         costs = [
-            f"{encoder.name}: {1e3 * encoder.cost['plain']:.1f} ms a picture alone, "
+            f"{encoder.name}: {1e3 * encoder.cost['plain']:.1f} ms an image alone, "
             f"{1e3 * encoder.cost['analysis']:.1f} ms with statistics ({encoder.cost['ratio']:.2f} times)"
             for encoder in self.encoders
         ]

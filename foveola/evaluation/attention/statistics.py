@@ -1,6 +1,6 @@
 """Statistics of attention matrices: who reads what, how widely, how far, and how alike its readers are.
 
-Each is computed for one head and one picture, from float32 logits by the log of their sum of exponentials,
+Each is computed for one head and one image, from float32 logits by the log of their sum of exponentials,
 with what is left after the sum over patches in float64; averages come afterwards. Natural logarithms, and
 nothing is added inside them. Tokens stand in the order [class token, registers, patches]; N patches, R
 registers, T tokens.
@@ -120,7 +120,7 @@ HEAD_STATISTICS = {
         "normalised mutual information of queries and keys", "", lambda at: Reference(0.0, 0.0, 1.0)
     ),
     "distance": Statistic("mean attention distance", "pixels", _distance),
-    "distance_share": Statistic("mean attention distance", "sides of the picture", _distance_share),
+    "distance_share": Statistic("mean attention distance", "sides of the image", _distance_share),
 }
 BLOCK_STATISTICS = {
     "aggregation_entropy": Statistic("entropy of the mean of the class token's heads", "nats", _entropy),
@@ -128,9 +128,9 @@ BLOCK_STATISTICS = {
     "class_norm": Statistic("norm of the class token", "", _positive),
     "register_norm": Statistic("norm of registers, mean", "", _positive),
     "patch_norm": Statistic("norm of patches, mean", "", _positive),
-    "patch_norm_max": Statistic("norm of patches, largest of a picture", "", _positive),
+    "patch_norm_max": Statistic("norm of patches, largest of an image", "", _positive),
     "outliers": Statistic(
-        "patches of outlying norm in a picture", "patches", lambda at: Reference(None, 0.0, at.patches)
+        "patches of outlying norm in an image", "patches", lambda at: Reference(None, 0.0, at.patches)
     ),
     "outlier_share": Statistic("patches of outlying norm", "share", lambda at: Reference(None, 0.0, 1.0)),
     "outlier_share_fixed": Statistic(
@@ -151,7 +151,7 @@ def missing(at: Layout, heads: int) -> set[str]:
 
 
 class HeadParts(NamedTuple):
-    """What some heads of a block say about some pictures."""
+    """What some heads of a block say about some images."""
 
     statistics: Float64[Tensor, "b g S"]  # in the order of HEAD_STATISTICS, without head_divergence: NaN
     class_rows: Float64[Tensor, "b g T"] | None  # logarithm of what the class token reads
@@ -161,7 +161,7 @@ class HeadParts(NamedTuple):
 def head_statistics(
     logits: Float32[Tensor, "b g T T"], at: Layout, distances: Float32[Tensor, "N N"] | None = None
 ) -> HeadParts:
-    """Statistics of attention softmax(logits), of each picture and head. Overwrites `logits`.
+    """Statistics of attention softmax(logits), of each image and head. Overwrites `logits`.
 
     `distances` are `at.distances` on the device of the logits. Five sweeps over the matrix suffice: with the
     largest logit of each row subtracted, z = sum e^l and s = sum l e^l give the entropy ln z - s / z; the
@@ -236,7 +236,7 @@ def mean_head(rows: Float64[Tensor, "b heads T"], at: Layout) -> Float64[Tensor,
 
 
 def sharpest_head(rows: Float64[Tensor, "b heads T"], at: Layout) -> Float64[Tensor, "b N"]:
-    """Logarithms over the patches of each picture's head of lowest entropy."""
+    """Logarithms over the patches of each image's head of lowest entropy."""
     every = over_patches(rows, at)
     return every[torch.arange(len(every), device=every.device), entropy_of(every).argmin(dim=1)]
 
@@ -268,9 +268,9 @@ def norm_statistics(
 ) -> dict[str, Float64[Tensor, "b"]]:
     """Norms of what a block gives, by kind of token, and the patches whose norm is far above the others'.
 
-    A patch is an outlier if its norm is above `factor` times the median of its picture, and above median +
+    A patch is an outlier if its norm is above `factor` times the median of its image, and above median +
     `deviations` times 1.4826 times the median distance from the median (the standard deviation, were they
-    normal). `fixed`: the share of patches above a norm that is the same for all pictures.
+    normal). `fixed`: the share of patches above a norm that is the same for all images.
     """
     norms = torch.linalg.vector_norm(x.float(), dim=-1).double()
     patches = norms[:, at.special :]

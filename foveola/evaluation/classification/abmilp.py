@@ -36,7 +36,7 @@ from foveola.models.encoder import Encoder
 
 Activation = Literal["relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
-SMALL = 50_000  # pictures: LARS, made for batches of 16384, hardly moves on fewer
+SMALL = 50_000  # images: LARS, made for batches of 16384, hardly moves on fewer
 ENTRIES = 2**27  # numbers of all probes' hidden layers in memory at a time: 512 MiB
 
 # -- core ----------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class AbmilpBank:
         return self._pool(x, self.trained)[0]
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on each probe's mean cross-entropy, in parts of `norm_batch` pictures."""
+        """One step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
         total = [torch.zeros_like(p) for p in self.trained]
         parts = zip(x["patches"].split(self.norm_batch), y.split(self.norm_batch), strict=True)
         with torch.enable_grad():
@@ -178,21 +178,21 @@ class AbmilpConfig(ProbeConfig):
     attention: bool = key(False, "a trained self-attention layer first; with sgd, lars diverges in the paper")
     fixed: tuple[str, ...] = key(
         ("token", "average", "attention", "lowest_entropy", "centre"),
-        "other vectors of a picture beside it, with the same classifier; also predictor, external:MODEL",
+        "other vectors of an image beside it, with the same classifier; also predictor, external:MODEL",
     )
     attention_of: str | None = key(
         None, "another encoder, whose class token's attention averages the patches"
     )
     optimizer: Literal["lars", "sgd"] | None = key(
-        None, "null = sgd with attention=true or fewer than 50,000 pictures that train, else lars"
+        None, "null = sgd with attention=true or fewer than 50,000 images that train, else lars"
     )
     lr: tuple[float, ...] = key((0.1,), "learning rates to try, of a batch of 256", above=0)
     batch: int | None = key(
-        None, "pictures of a step; null = 16384, and 1024 of fewer than 50,000 pictures", at_least=1
+        None, "images of a step; null = 16384, and 1024 of fewer than 50,000 images", at_least=1
     )
-    epochs: int = key(90, "passes over the training pictures; the paper has 50 for ViT-L and H", at_least=1)
+    epochs: int = key(90, "passes over the training images; the paper has 50 for ViT-L and H", at_least=1)
     warmup: int = key(10, "epochs over which learning rates rise", at_least=0)
-    norm_batch: int = key(2048, "pictures whose statistics normalise them", at_least=2)
+    norm_batch: int = key(2048, "images whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:
         for name in ("depth", "activation", "lr"):
@@ -200,9 +200,9 @@ class AbmilpConfig(ProbeConfig):
             if not value or len(set(value)) < len(value):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
 
-    def sized(self, pictures: int) -> "AbmilpConfig":
-        """With what depends on the number of pictures that train: the paper has SGD on its small sets."""
-        small = pictures < SMALL
+    def sized(self, images: int) -> "AbmilpConfig":
+        """With what depends on the number of images that train: the paper has SGD on its small sets."""
+        small = images < SMALL
         optimizer = self.optimizer or ("sgd" if small or self.attention else "lars")
         return replace(self, optimizer=optimizer, batch=self.batch or (1024 if small else 16384))
 
@@ -214,7 +214,7 @@ class AbmilpConfig(ProbeConfig):
 
 
 def wanted_of(config: AbmilpConfig, encoder: Encoder) -> Need:
-    """What of a picture the protocol reads."""
+    """What of an image the protocol reads."""
     vectors = config.vectors(encoder)
     return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
 
@@ -223,8 +223,8 @@ class Abmilp(Protocol):
     """Classifies the patches' average by learned scores and, on the same batches, by fixed ones.
 
     Numbers in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
-    ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights over the test pictures, in nats:
-    exp of it is the number of patches that a picture's vector is made of.
+    ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights over the test images, in nats:
+    exp of it is the number of patches that an image's vector is made of.
     """
 
     name = "abmilp"
@@ -251,7 +251,7 @@ class Abmilp(Protocol):
                 "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); "
                 "the code of Selective Aggregation has it the other way round"
             )
-        task.notes.append(f"{config.optimizer} with batches of {batch} pictures")
+        task.notes.append(f"{config.optimizer} with batches of {batch} images")
         learned, fixed = _banks(
             at.encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task
         )
@@ -316,7 +316,7 @@ def _banks(
 
 @torch.no_grad()
 def _entropy(bank: AbmilpBank, probe: int, columns: Columns) -> float:
-    """Mean over pictures of the entropy of the weights, in nats."""
+    """Mean over images of the entropy of the weights, in nats."""
     total = 0.0
     for at in torch.arange(len(columns)).split(256):
         shares = bank.weights(columns.take(at)["patches"])[probe]

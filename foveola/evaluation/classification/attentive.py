@@ -168,15 +168,15 @@ class AttentiveConfig(ProbeConfig):
     weight_decay: tuple[float, ...] | None = key(
         None, "style=capi: weight decays to try; CAE has none", at_least=0
     )
-    batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
+    batch: int | None = key(None, "images of a step; at most all there are", at_least=1)
     iterations: int | None = key(
         None, "steps of training, instead of epochs; capi: null = 12,500, at most 100 passes", at_least=1
     )
-    epochs: int | None = key(None, "passes over the training pictures", at_least=1)
+    epochs: int | None = key(None, "passes over the training images", at_least=1)
     warmup: float | None = key(
         None, "share of the training over which learning rates rise", at_least=0, at_most=1
     )
-    norm_batch: int = key(2048, "style=cae: pictures whose statistics normalise them", at_least=2)
+    norm_batch: int = key(2048, "style=cae: images whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:
         for name in ("heads", "lr", "weight_decay"):
@@ -188,10 +188,10 @@ class AttentiveConfig(ProbeConfig):
         if self.style == "cae" and any(self.weight_decay or ()):
             raise ValueError("weight_decay: style=cae has none")
 
-    def resolved(self, pictures: int) -> "AttentiveConfig":
-        """With the style's settings in place of null, for so many pictures that train."""
+    def resolved(self, images: int) -> "AttentiveConfig":
+        """With the style's settings in place of null, for so many images that train."""
         defaults = dict(STYLES[self.style])
-        if self.style == "cae" and pictures < SMALL:
+        if self.style == "cae" and images < SMALL:
             defaults["batch"] = 1024  # as Selective Aggregation has it on its small sets
         if self.epochs is not None or self.iterations is not None:
             defaults = {name: v for name, v in defaults.items() if name not in ("epochs", "iterations")}
@@ -199,7 +199,7 @@ class AttentiveConfig(ProbeConfig):
 
 
 def wanted_of(config: AttentiveConfig, encoder: Encoder) -> Need:
-    """What of a picture the protocol reads: CAE's probe the class token, too."""
+    """What of an image the protocol reads: CAE's probe the class token, too."""
     token = config.style == "cae" and encoder.config.model.class_token
     return need("patches", *(["token"] if token else []))
 
@@ -237,7 +237,7 @@ class Attentive(Protocol):
         batch, _, steps = length
         note_training(task, length, config.views, published)
         if config.style == "cae" and batch < STYLES["cae"]["batch"]:
-            task.notes.append(f"cae: batches of {batch} pictures")
+            task.notes.append(f"cae: batches of {batch} images")
         width = task.train.take("patches", slice(1)).shape[2]
         banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
         drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)

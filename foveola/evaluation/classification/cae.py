@@ -74,13 +74,13 @@ class CaeBank:
         self.parameters_each = sum(p[0].numel() for p in everything)
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on each probe's mean cross-entropy, in parts of `norm_batch` pictures."""
+        """One step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
         total = [torch.zeros_like(p) for p in self.trained.values()]
         parts = zip(tokens_of(x).split(self.norm_batch), y.split(self.norm_batch), strict=True)
         with torch.enable_grad():
             for tokens, labels in parts:
                 leaves = [p.detach().requires_grad_() for p in self.trained.values()]
-                # What heads read of all pictures at once would be large: it is computed again for gradients.
+                # What heads read of all images at once would be large: it is computed again for gradients.
                 read = [
                     checkpoint(self._read, few, leaves, use_reentrant=False) for few in self._split(tokens)
                 ]

@@ -165,7 +165,7 @@ def scored(
     group: str, right: Bool[Tensor, "m"], answers: Answers, seed: int, top5: Bool[Tensor, "m"]
 ) -> Scored:
     """`top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
-    low, high = interval(right, answers.pictures, seed=seed)
+    low, high = interval(right, answers.image_indices, seed=seed)
     metrics = {
         f"top1_{group}": percent(right),
         f"top1_{group}_low": 100 * low,
@@ -173,7 +173,7 @@ def scored(
         f"top5_{group}": percent(top5),
     }
     hits = {f"top1_{group}": right, f"top5_{group}": top5}
-    return Scored(metrics, {name: packed(hit, answers.pictures) for name, hit in hits.items()})
+    return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
 
 
 def note_choice(task: Task, count: int) -> None:

@@ -76,7 +76,7 @@ class KnnConfig(ExtractConfig):
     )
     temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
     exclude_self: bool = key(
-        False, "rows of a query's own picture (same contents) do not vote; for test images that train holds"
+        False, "rows of a query's own image (same contents) do not vote; for test images that train holds"
     )
     store: Literal["float32", "float16"] = key(
         "float32", "numbers in which features are kept, where they are (cache=, several protocols)"
@@ -91,8 +91,8 @@ class KnnConfig(ExtractConfig):
 class Knn(Protocol):
     """Classifies each test row by its neighbours in train.
 
-    Numbers, in percent, for `plain` (whole picture) and `masks` (object token): `top1_*` and `top5_*` at the
-    best k, `top1_*_low` and `_high` (95 % interval over test pictures), `best_k_*`, `top1_*_k20` and so on
+    Numbers, in percent, for `plain` (whole image) and `masks` (object token): `top1_*` and `top5_*` at the
+    best k, `top1_*_low` and `_high` (95 % interval over test images), `best_k_*`, `top1_*_k20` and so on
     for every k.
     """
 
@@ -143,9 +143,9 @@ class Knn(Protocol):
 
 
 def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
-    """What of a picture the protocol reads; None where the shared pass does not have it."""
+    """What of an image the protocol reads; None where the shared pass does not have it."""
     pool = config.pool or encoder.config.pool
-    if config.rows != "pictures" or (pool != "token" and config.masks is not False):
+    if config.rows != "images" or (pool != "token" and config.masks is not False):
         return None
     return need(pool) if config.masks is False else need("token", "masked")
 
@@ -171,7 +171,11 @@ def _measure(
         )
     classes = int(bank.labels.max()) + 1
     mine = share(len(query.labels))
-    groups = content_groups(*sources, config, bank.pictures, query.pictures) if config.exclude_self else None
+    groups = (
+        content_groups(*sources, config, bank.image_indices, query.image_indices)
+        if config.exclude_self
+        else None
+    )
     ranked = predict(
         query.features[mine],
         bank.features,
@@ -187,7 +191,7 @@ def _measure(
     correct = {k: answers.among(rows[:, :1]) for k, rows in ranked.items()}
     best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
     top5 = answers.among(ranked[best])
-    low, high = interval(correct[best], query.pictures, seed=config.seed)
+    low, high = interval(correct[best], query.image_indices, seed=config.seed)
     shares = {f"top1_{name}": correct[best], f"top5_{name}": top5}
     shares |= {f"top1_{name}_k{k}": correct[k] for k in ks}
     return {
@@ -198,7 +202,7 @@ def _measure(
         f"best_k_{name}": float(best),
         **{f"top1_{name}_k{k}": percent(correct[k]) for k in ks},
         f"effective_rank_{name}": effective_rank(query.features),
-    }, {metric: packed(hit, query.pictures) for metric, hit in shares.items()}
+    }, {metric: packed(hit, query.image_indices) for metric, hit in shares.items()}
 
 
 def _answers(
@@ -212,16 +216,16 @@ def _answers(
     train, test = sources
     labels = shared_labels(query.labels, test.classes, bank.labels, train.classes, notes)
     if config.rows == "objects" and test.has_objects:  # `answers` are of images
-        return Answers(labels, query.pictures)
+        return Answers(labels, query.image_indices)
     classes = max(int(bank.labels.max()) + 1, len(train.classes or ()))
-    return answers_of(test, train, labels, query.pictures, classes)
+    return answers_of(test, train, labels, query.image_indices, classes)
 
 
 def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:
     known = table.labels >= 0
     if not known.any():
-        kind = "objects" if config.rows == "objects" else "pictures"
-        other = "rows=pictures" if kind == "objects" else "rows=objects"
+        kind = "objects" if config.rows == "objects" else "images"
+        other = "rows=images" if kind == "objects" else "rows=objects"
         raise UserError(f"{which}: no labels on its {kind}, which k-NN needs; other data, or {other}")
     if missing := int((~known).sum()):
         notes.append(f"{which}: {missing} rows without a label are left out")

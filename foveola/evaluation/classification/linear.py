@@ -156,14 +156,14 @@ def split_features(features: str) -> list[tuple[str, int]]:
 
 
 def need_of(features: tuple[str, ...], masks: bool) -> Need:
-    """What of a picture the features are made of."""
+    """What of an image the features are made of."""
     parts = [part for each in features for part in split_features(each)]
     kinds = {"masked" if masks and kind == "token" else kind for kind, _ in parts}
     return need(*kinds, layers=max(layers for _, layers in parts))
 
 
 def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
-    """One vector of each picture from its kinds of features."""
+    """One vector of each image from its kinds of features."""
     columns = []
     for kind, layers in split_features(features):
         part = x["masked" if masks and kind == "token" else kind]
@@ -186,15 +186,15 @@ class LinearConfig(ProbeConfig):
         None, "features to try: token, token4 (last 4 blocks), average, token+average, attention, ..."
     )
     lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
-    batch: int | None = key(None, "pictures of a step; at most all there are", at_least=1)
-    epochs: int | None = key(None, "passes over the training pictures", at_least=1)
+    batch: int | None = key(None, "images of a step; at most all there are", at_least=1)
+    epochs: int | None = key(None, "passes over the training images", at_least=1)
     iterations: int | None = key(
         None,
         "steps of training, instead of epochs; dinov2: null = 12,500, at most 100 passes",
         at_least=1,
     )
     masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
-    norm_batch: int = key(2048, "style=mae: pictures whose statistics normalise them", at_least=2)
+    norm_batch: int = key(2048, "style=mae: images whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.iterations is not None:
@@ -222,9 +222,9 @@ class LinearConfig(ProbeConfig):
 
 
 def wanted_of(config: LinearConfig, encoder: Encoder) -> Need:
-    """What of a picture the protocol reads."""
+    """What of an image the protocol reads."""
     chosen = config.resolved(encoder)
-    # DINO and iBOT evaluate bicubic pictures, but train on torchvision's default crops, which are bilinear.
+    # DINO and iBOT evaluate bicubic images, but train on torchvision's default crops, which are bilinear.
     crops = "bilinear" if config.style == "dino" else None
     return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
 
@@ -233,7 +233,7 @@ class Linear(Protocol):
     """Trains a grid of linear probes on the features of `train`, and chooses one on the hold-out.
 
     Numbers in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
-    hold-out chose, `_low` and `_high` (95 % interval over pictures), `top5_*`, `holdout_*`, and
+    hold-out chose, `_low` and `_high` (95 % interval over images), `top5_*`, `holdout_*`, and
     `top1_*_best_on_test`, the best of the grid, which many papers report.
     """
 
@@ -265,12 +265,12 @@ class Linear(Protocol):
         note_training(task, length, config.views, published)
         if mae:
             task.notes.append(
-                f"style=mae: BatchNorm over {min(batch, config.norm_batch)} pictures (MAE: 512), measured "
+                f"style=mae: BatchNorm over {min(batch, config.norm_batch)} images (MAE: 512), measured "
                 "after the last epoch (MAE: the best)"
             )
         if batch < (config.batch or 1):
             task.notes.append(
-                f"train: {batch} pictures are one batch, less than the {config.batch} of the setting"
+                f"train: {batch} images are one batch, less than the {config.batch} of the setting"
             )
         one = columns.take(torch.arange(1), 1 if config.views else 0)
         banks = [

@@ -249,7 +249,7 @@ def features_of(config: LogisticConfig, encoder: Encoder) -> str:
 
 
 def wanted_of(config: LogisticConfig, encoder: Encoder) -> Need:
-    """What of a picture the protocol reads."""
+    """What of an image the protocol reads."""
     return need_of((features_of(config, encoder),), config.masks)
 
 

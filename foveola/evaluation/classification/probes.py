@@ -25,8 +25,8 @@ class ProbesConfig(ProbeConfig):
     run: tuple[Name, ...] = key(
         ("knn", "logistic", "linear", "aggregations", "attentive", "cae"), "which probes, in this order"
     )
-    epochs: int = key(30, "passes over the training pictures of each trained probe", at_least=1)
-    batch: int = key(256, "pictures of a step", at_least=1)
+    epochs: int = key(30, "passes over the training images of each trained probe", at_least=1)
+    batch: int = key(256, "images of a step", at_least=1)
     heads: tuple[int | None, ...] = key(
         (None, 1), "attention heads of the attentive probes; null = width / 64"
     )
@@ -46,7 +46,7 @@ class ProbesConfig(ProbeConfig):
 
 
 def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol, Any]]:
-    """The protocols that `probes` runs, in order, all with the same share, split and seed of the pictures."""
+    """The protocols that `probes` runs, in order, all with the same share, split and seed of the images."""
     shared: dict[str, Any] = {name: getattr(config, name) for name in ProbeConfig.__dataclass_fields__}
     once: dict[str, Any] = {**shared, "views": 0}
     reading: dict[str, Any] = {name: v for name, v in once.items() if name not in ("holdout", "views")}
@@ -83,7 +83,7 @@ class Probes(Protocol):
     """Every probe on the same features: the numbers of all of them, with their intervals.
 
     Names are those of the protocols: `top1_knn`, `top1_logistic`, `top1_linear`, `top1_attentive`, and of the
-    same linear classifier on one vector of a picture `top1_abmilp`, `top1_token`, `top1_average`, ...;
+    same linear classifier on one vector of an image `top1_abmilp`, `top1_token`, `top1_average`, ...;
     `top1_cae` is CAE's attentive probe.
     """
 
@@ -133,5 +133,5 @@ class Probes(Protocol):
             chosen |= outcome.chosen
             grid |= outcome.grid
             notes += outcome.notes
-        data["probe_seconds"] = seconds  # the first includes the pass over the pictures
+        data["probe_seconds"] = seconds  # the first includes the pass over the images
         return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)

@@ -26,7 +26,7 @@ def add_gradients(
     count: int,
     leaves: Sequence[Tensor],
 ) -> None:
-    """Add what these of `count` pictures contribute to the gradient of each probe's mean cross-entropy.
+    """Add what these of `count` images contribute to the gradient of each probe's mean cross-entropy.
 
     The loss is summed over probes: each has the gradient of its own.
     """

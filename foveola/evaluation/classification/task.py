@@ -1,6 +1,6 @@
 """The task of a trained probe: rows and labels, the hold-out, what counts as right, batches of features.
 
-The rows that train, those that choose (the hold-out, a share of the training pictures), and those that are
+The rows that train, those that choose (the hold-out, a share of the training images), and those that are
 scored (test) never mix. Test labels are read once everything is trained and chosen.
 """
 
@@ -29,14 +29,14 @@ class ProbeConfig(FeedConfig):
 
     holdout: float | None = key(
         None,
-        "share of the training pictures that chooses among a grid's probes; 0 = the test set does; "
+        "share of the training images that chooses among a grid's probes; 0 = the test set does; "
         "null = 0.1 where there is a choice",
         at_least=0,
         below=1,
     )
     views: int = key(
         0,
-        "random crops stored of each training picture, which epochs take in turn; 0 = no augmentation",
+        "random crops stored of each training image, which epochs take in turn; 0 = no augmentation",
         at_least=0,
     )
 
@@ -70,14 +70,14 @@ class Task:
     @property
     def held(self) -> Answers:
         """What is right on the hold-out."""
-        return Answers(self.labels[self.hold], self.train.pictures[self.hold])
+        return Answers(self.labels[self.hold], self.train.image_indices[self.hold])
 
 
 def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     """Stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
-    Raises UserError for: no labels, a single class, no class in common, fewer pictures than a hold-out needs.
+    Raises UserError for: no labels, a single class, no class in common, fewer images than a hold-out needs.
     """
     train, test = at.train, at.test
     bank, queries = at.open(train, config, need, config.views), at.open(test, config, need)
@@ -90,25 +90,25 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     if len(present) < 2:
         raise UserError(f"{train.name}: labels of {len(present)} class; a probe needs two or more")
     if len(present) < classes:
-        notes.append(f"train: {classes - len(present)} of {classes} classes have no picture")
+        notes.append(f"train: {classes - len(present)} of {classes} classes have no image")
     share = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
     fit, hold = held_out(rows, share, config.seed, labels[rows])
     if share and not len(hold):
         raise UserError(
-            f"{train.name}: no class has two labelled pictures, so none can be held out to choose among "
+            f"{train.name}: no class has two labelled images, so none can be held out to choose among "
             f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
         )
     right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
-    answers = answers_of(test, train, right, queries.pictures[score], classes)
+    answers = answers_of(test, train, right, queries.image_indices[score], classes)
     return Task(bank, queries, labels, fit, hold, score, answers, classes, at.encoder.device, notes)
 
 
 def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
     known = store.column("labels") >= 0
     if not known.any():
-        raise UserError(f"{which}: no labels on its pictures, which a probe needs")
+        raise UserError(f"{which}: no labels on its images, which a probe needs")
     if missing := int((~known).sum()):
-        notes.append(f"{which}: {missing} pictures without a label are left out")
+        notes.append(f"{which}: {missing} images without a label are left out")
     return torch.nonzero(known).flatten()
 
 
@@ -167,13 +167,13 @@ def note_training(task: Task, length: tuple[int, int, int], views: int, publishe
     task.training.update(batch=batch, steps=steps, epochs=-(-steps // each))
     if published is not None and steps < published:
         task.notes.append(
-            f"{steps:,} steps, {task.training['epochs']} passes over {len(task.fit)} pictures; published: "
+            f"{steps:,} steps, {task.training['epochs']} passes over {len(task.fit)} images; published: "
             f"{published:,}, for ImageNet (iterations= or epochs= set another length)"
         )
     if not views:
         task.notes.append("trained on the evaluation view; published probes train on random crops (views=)")
     elif views < task.training["epochs"]:
-        task.notes.append(f"trained on {views} crops of each picture in turn; published: new ones each epoch")
+        task.notes.append(f"trained on {views} crops of each image in turn; published: new ones each epoch")
 
 
 # -- features by batch ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Answers:
     """What counts as right on the rows of a test set, in the numbering of the training classes."""
 
     labels: Int64[Tensor, "m"]  # -1: a class that train lacks, always wrong
-    pictures: Int64[Tensor, "m"]
+    image_indices: Int64[Tensor, "m"]
     others: tuple[Int64[Tensor, "_"], ...] | None = None  # all right answers of each row (ReaL)
     candidates: Bool[Tensor, "C"] | None = None  # classes that may be predicted (ImageNet-A, ObjectNet)
 
@@ -51,7 +51,7 @@ class Answers:
 
 
 def answers_of(
-    test: Source, train: Source, labels: Int64[Tensor, "m"], pictures: Int64[Tensor, "m"], classes: int
+    test: Source, train: Source, labels: Int64[Tensor, "m"], image_indices: Int64[Tensor, "m"], classes: int
 ) -> Answers:
     """Rows with these labels (`shared_labels`), and what some test sets of ImageNet's say besides a label.
 
@@ -65,13 +65,13 @@ def answers_of(
     others = candidates = None
     answers: Callable[[int], Any] | None = getattr(test, "answers", None)
     if answers is not None:
-        lists = [[number.get(int(label), -1) for label in answers(i)] for i in pictures.tolist()]
+        lists = [[number.get(int(label), -1) for label in answers(i)] for i in image_indices.tolist()]
         if any(len(some) != 1 for some in lists):
             others = tuple(torch.tensor([n for n in some if n >= 0], dtype=torch.int64) for some in lists)
     if allowed := getattr(test, "candidates", None):
         candidates = torch.zeros(classes, dtype=torch.bool)
         candidates[[number[label] for label in allowed if number.get(label, -1) >= 0]] = True
-    return Answers(labels, pictures, others, candidates)
+    return Answers(labels, image_indices, others, candidates)
 
 
 def shared_labels(

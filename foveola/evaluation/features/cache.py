@@ -1,7 +1,7 @@
 """One feature pass for several protocols, kept in memory-mapped files.
 
 A `Feed` belongs to one encoder. Protocols say what they need of a source (`want`), and the first `open`
-computes all of it from one reading of the pictures, or finds it on the disk.
+computes all of it from one reading of the images, or finds it on the disk.
 """
 
 import os
@@ -23,7 +23,7 @@ from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import FeedConfig
 from foveola.evaluation.features.names import EXTERNAL, Need, Reader, check_kinds
 from foveola.evaluation.features.passes import COLUMNS, READ, Pass
-from foveola.evaluation.features.table import FeatureTable, choose_pictures, identity_for
+from foveola.evaluation.features.table import FeatureTable, choose_images, identity_for
 from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
@@ -49,7 +49,7 @@ class Store:
     def take(
         self, kind: str, rows: Int64[Tensor, "b"] | slice = slice(None), view: int = 0, layers: int = 1
     ) -> Float32[Tensor, "b ..."]:
-        """Features of readable pictures: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
+        """Features of readable images: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
 
         `view` 0 is the evaluation view, 1 and up are the random crops.
         """
@@ -62,25 +62,25 @@ class Store:
         return torch.from_numpy(np.ascontiguousarray(block).astype(np.float32))
 
     def maps(self, rows: Int64[Tensor, "b"]) -> UInt8[Tensor, "b S S"]:
-        """Label maps of readable pictures, of a store of squashed ones."""
+        """Label maps of readable images, of a store of squashed ones."""
         return torch.from_numpy(self.arrays[self.names["maps"]][self.rows[rows].numpy(), 0])
 
     def column(self, name: str) -> Shaped[Tensor, "n"]:
-        """`labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable pictures."""
+        """`labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable images."""
         return torch.from_numpy(self.columns[name])[self.rows]
 
     @property
-    def pictures(self) -> Int64[Tensor, "n"]:
-        """Index of each readable picture in its source."""
+    def image_indices(self) -> Int64[Tensor, "n"]:
+        """Index of each readable image in its source."""
         return torch.from_numpy(self.chosen)[self.rows]
 
     def table(self, kind: str) -> FeatureTable:
-        """One vector of a picture, of tokens that of the last block, as the table that `extract` gives."""
+        """One vector of an image, of tokens that of the last block, as the table that `extract` gives."""
         features, masked = self.take(kind), "masked" in self.names
         return FeatureTable(
             features=features[:, -1] if features.ndim == 3 else features,
             labels=self.column("labels"),
-            pictures=self.pictures,
+            image_indices=self.image_indices,
             objects=torch.full((len(self),), -1),
             has_mask=self.column("has_mask") if masked else torch.zeros(len(self), dtype=torch.bool),
             readable=self.column("readable") if masked else torch.ones(len(self)),
@@ -89,7 +89,7 @@ class Store:
     def sample_patches(self, count: int, seed: int) -> tuple[Float32[Tensor, "m D"], Int64[Tensor, "m"]]:
         """`count` patches (all, if there are no more) drawn by seed, and the row of each, ascending."""
         per = self.arrays[self.names["patches"]].shape[2]
-        drawn = choose_pictures(len(self) * per, count, seed)
+        drawn = choose_images(len(self) * per, count, seed)
         rows, places = drawn // per, drawn % per
         block = self.arrays[self.names["patches"]][self.rows.numpy()[rows], 0, places]
         return torch.from_numpy(block.astype(np.float32)), torch.from_numpy(rows)
@@ -134,7 +134,7 @@ class Feed:
     def open(self, source: Source, config: Any, need: Need, views: int = 0) -> Store:
         """The store with what is needed (and wanted so far), computed where it is missing.
 
-        Raises UserError for features that the encoder has not, too little disk, unreadable pictures (more
+        Raises UserError for features that the encoder has not, too little disk, unreadable images (more
         than 1 %), features that are not finite, and a damaged folder.
         """
         self.want(source, config, need, views)

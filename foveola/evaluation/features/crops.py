@@ -1,4 +1,4 @@
-"""Random crops of training pictures beside their evaluation view: what augmented probes learn from."""
+"""Random crops of training images beside their evaluation view: what augmented probes learn from."""
 
 import math
 from typing import Literal
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import Source
-from foveola.evaluation.features.reading import Box, ExtractConfig, Pictures, Rows
+from foveola.evaluation.features.reading import Box, ExtractConfig, Images, Rows
 from foveola.models.transform import TransformConfig, resize
 
 
-class Crops(Pictures):
-    """Each picture as 1 + `views` rows: the evaluation view, then random crops, half of them flipped.
+class Crops(Images):
+    """Each image as 1 + `views` rows: the evaluation view, then random crops, half of them flipped.
 
-    A crop is a random-resized crop (area 0.08 to 1 of the picture, ratio 3/4 to 4/3) resized to the encoder's
-    crop by `interpolation` (None = as the encoder resizes). It depends on (seed, picture, number of the crop)
+    A crop is a random-resized crop (area 0.08 to 1 of the image, ratio 3/4 to 4/3) resized to the encoder's
+    crop by `interpolation` (None = as the encoder resizes). It depends on (seed, image, number of the crop)
     alone. Object masks follow crop and flip; where an object is not in the crop, its token reads everything.
-    Without `masks` none are drawn, which is half of the work on small pictures.
+    Without `masks` none are drawn, which is half of the work on small images.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Crops(Pictures):
         self.interpolation: Literal["bicubic", "bilinear"] = interpolation or transform.interpolation
 
     def read(self, sample: Sample, index: int) -> Rows:
-        """All rows of one picture. Raises BadImage."""
+        """All rows of one image. Raises BadImage."""
         self.index = index  # whose crops `_views` draws
         rows = super().read(sample, index)
         for view in range(1, 1 + self.views):
@@ -58,16 +58,16 @@ class Crops(Pictures):
         return super()._mask(objects, target, box) if self.masks else None
 
     def _views(
-        self, picture: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
+        self, image: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
     ) -> tuple[list[Tensor], list[Box], list[int]]:
-        images, boxes, _ = super()._views(picture, objects, targets[:1])
-        height, width = picture.shape[:2]
+        images, boxes, _ = super()._views(image, objects, targets[:1])
+        height, width = image.shape[:2]
         for view in range(1, 1 + self.views):
             rng = self._random(view)
             rng.random()  # the flip's
             x0, y0, x1, y1 = random_crop(height, width, rng)
             side = self.transform.crop
-            images.append(resize(picture[y0:y1, x0:x1], side, side, self.interpolation))
+            images.append(resize(image[y0:y1, x0:x1], side, side, self.interpolation))
             boxes.append((x0 / width, y0 / height, x1 / width, y1 / height))
         return images, boxes, list(range(1 + self.views))
 
@@ -95,12 +95,12 @@ def random_crop(
     return x, y, x + w, y + h
 
 
-def by_picture(rows: Rows, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(images [p, 1 + views, ...], masks [p, 1 + views, N], first row of each of p pictures)."""
+def by_image(rows: Rows, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(images [p, 1 + views, ...], masks [p, 1 + views, N], first row of each of p images)."""
     wide = 1 + views
-    pictures = len(rows.labels) // wide
+    count = len(rows.labels) // wide
     return (
-        rows.images.view(pictures, wide, *rows.images.shape[1:]),
-        rows.masks.view(pictures, wide, -1),
-        torch.arange(pictures) * wide,
+        rows.images.view(count, wide, *rows.images.shape[1:]),
+        rows.masks.view(count, wide, -1),
+        torch.arange(count) * wide,
     )

@@ -1,4 +1,4 @@
-"""Pictures to features, batch by batch: what a pass computes, before it is stored or used."""
+"""Images to features, batch by batch: what a pass computes, before it is stored or used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.features.crops import Crops, by_picture
+from foveola.evaluation.features.crops import Crops, by_image
 from foveola.evaluation.features.names import Need, Reader, shape_of
 from foveola.evaluation.features.reading import ExtractConfig, Rows, join
 from foveola.evaluation.features.table import read_ahead, show
@@ -28,24 +28,24 @@ class FeedConfig(MaskedConfig):
     store: Literal["float32", "float16"] = key("float32", "numbers in which features are kept")
 
     def reading(self) -> ExtractConfig:
-        """The same as settings of the reading of pictures."""
+        """The same as settings of the reading of images."""
         return ExtractConfig(**{f.name: getattr(self, f.name) for f in fields(MaskedConfig)})
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Features of p pictures, in `wide` views each, on the CPU."""
+    """Features of p images, in `wide` views each, on the CPU."""
 
-    pictures: Int64[Tensor, "p"]  # index in the source
+    image_indices: Int64[Tensor, "p"]  # index in the source
     kinds: dict[str, Tensor]  # of each wanted kind [p, wide, ...]; `maps` are uint8, the others float32
     columns: dict[str, Tensor]  # `labels`; with kind `masked` `has_mask` and `readable` of the first view
-    bad: Int64[Tensor, "b"]  # pictures that could not be read
+    bad: Int64[Tensor, "b"]  # images that could not be read
 
 
 class Encoding:
-    """The pictures of a source in `1 + views` views, or squashed to `need.side`, encoded batch by batch.
+    """The images of a source in `1 + views` views, or squashed to `need.side`, encoded batch by batch.
 
-    `seconds` says how long pictures were waited for, and how long they were encoded.
+    `seconds` says how long images were waited for, and how long they were encoded.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Encoding:
         self.seconds = {"data_wait": 0.0, "encoder": 0.0}
 
     def batches(self, mine: Int64[np.ndarray, "t"]) -> Iterator[Encoded]:
-        """Features of the pictures `mine`, in their order. Raises DataError for a label map of no use."""
+        """Features of the images `mine`, in their order. Raises DataError for a label map of no use."""
         reader, training = Reader(self.encoder, self.config.precision), self.encoder.training
-        pictures = self._pictures(mine)
-        for rows in self._joined(pictures):
-            if isinstance(pictures, Squashed):
+        dataset = self._dataset(mine)
+        for rows in self._joined(dataset):
+            if isinstance(dataset, Squashed):
                 for index in rows.bad.tolist():
-                    pictures.explain(index)
+                    dataset.explain(index)
             began = perf_counter()
-            images, masks, first = by_picture(rows, self.views)
+            images, masks, first = by_image(rows, self.views)
             kinds = self._encode(reader, images, masks)
             self.encoder.train(training)
             if "maps" in self.need.kinds:
@@ -81,9 +81,9 @@ class Encoding:
             if self.masked:
                 columns["has_mask"] = rows.has_mask[first]
                 columns["readable"] = masks[:, 0].float().mean(dim=1)
-            yield Encoded(rows.pictures[first], kinds, columns, rows.bad)
+            yield Encoded(rows.image_indices[first], kinds, columns, rows.bad)
 
-    def _pictures(self, mine: Int64[np.ndarray, "t"]) -> Crops | Squashed:
+    def _dataset(self, mine: Int64[np.ndarray, "t"]) -> Crops | Squashed:
         transform, patch, side = self.encoder.config.transform, self.encoder.patch_size, self.need.side
         if side is None:
             reading = self.config.reading()
@@ -93,13 +93,13 @@ class Encoding:
         whole = replace(transform, resize=side, crop=side, squash=True)
         return Squashed(self.source, mine, whole, patch, self.config.reading())
 
-    def _joined(self, pictures: Crops | Squashed) -> Iterator[Rows]:
-        """Parcels joined until they hold a batch of pictures; the time waited for them is counted."""
-        if not len(pictures):
+    def _joined(self, dataset: Crops | Squashed) -> Iterator[Rows]:
+        """Parcels joined until they hold a batch of images; the time waited for them is counted."""
+        if not len(dataset):
             return
-        parcels = read_ahead(pictures, self.config.workers, self.config.batch_size)
+        parcels = read_ahead(dataset, self.config.workers, self.config.batch_size)
         waiting: list[Rows] = []
-        shown = iter(show(parcels, len(pictures), f"features of {self.source.name}", self.progress))
+        shown = iter(show(parcels, len(dataset), f"features of {self.source.name}", self.progress))
         while True:
             began = perf_counter()
             parcel = next(shown, None)
@@ -114,7 +114,7 @@ class Encoding:
                 return
 
     def _encode(self, reader: Reader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """Features of p pictures in 1 + views views each, encoded `batch_size` at a time."""
+        """Features of p images in 1 + views views each, encoded `batch_size` at a time."""
         wanted = replace(self.need, kinds=self.need.kinds - {"maps"})
         if not len(images):
             wide = 1 + self.views
@@ -128,20 +128,20 @@ class Encoding:
         return {kind: x.unflatten(0, (len(images), 1 + self.views)) for kind, x in joined.items()}
 
 
-def checked(x: Tensor, dtype: str, pictures: Int64[Tensor, "p"], source: Source) -> Tensor:
-    """Features of p pictures as numbers of type `dtype`; label maps as they are.
+def checked(x: Tensor, dtype: str, image_indices: Int64[Tensor, "p"], source: Source) -> Tensor:
+    """Features of p images as numbers of type `dtype`; label maps as they are.
 
-    Raises UserError, naming a picture, unless all are finite.
+    Raises UserError, naming an image, unless all are finite.
     """
     if not x.is_floating_point():
         return x
     stored = x.to(getattr(torch, dtype))
     broken = ~stored.flatten(1).isfinite().all(dim=1)
     if broken.any():
-        name = source[int(pictures[broken][0])].name
+        name = source[int(image_indices[broken][0])].name
         large = " in float16 (store=float32 holds more)" if x.isfinite().all() else ""
         raise UserError(
-            f"features of {int(broken.sum())} pictures of {source.name} are not finite{large} "
+            f"features of {int(broken.sum())} images of {source.name} are not finite{large} "
             f"(first: {name}): is the encoder damaged, or its training diverged?"
         )
     return stored

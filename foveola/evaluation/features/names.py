@@ -1,4 +1,4 @@
-"""Kinds of features: what one pass of an encoder can say about the pictures of a batch."""
+"""Kinds of features: what one pass of an encoder can say about the images of a batch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ EXTERNAL = "external:"  # external:MODEL, patches averaged by the attention of a
 
 @dataclass(frozen=True)
 class Need:
-    """What a protocol reads of a picture.
+    """What a protocol reads of an image.
 
     Kinds: `token` and `masked` (class token, and object token that reads its object, of the last `layers`
     blocks), `average` (of the patches), `patches` (all), `predictor` (mean of CAPI's predictions),
     and the patches averaged by attention of the last block: `attention` (of the class token, mean over the
-    heads), `lowest_entropy` (of its head of lowest entropy, for each picture), `centre` (of the central
+    heads), `lowest_entropy` (of its head of lowest entropy, for each image), `centre` (of the central
     patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
 
-    `crops` is how random crops of training pictures are resized; None = as the encoder resizes pictures.
+    `crops` is how random crops of training images are resized; None = as the encoder resizes images.
 
-    With `side`, pictures are not resized and cropped as the encoder has it, but squashed whole to so many
+    With `side`, images are not resized and cropped as the encoder has it, but squashed whole to so many
     pixels a side; then there are `maps` too, their label maps squashed alike.
     """
 
@@ -41,7 +41,7 @@ class Need:
 
     def __or__(self, other: "Need") -> "Need":
         if self.side != other.side:
-            raise ValueError(f"one pass over pictures of {self.side} and of {other.side} pixels")
+            raise ValueError(f"one pass over images of {self.side} and of {other.side} pixels")
         layers, crops = max(self.layers, other.layers), self.crops or other.crops
         return Need(self.kinds | other.kinds, layers, self.side, crops)
 
@@ -71,7 +71,7 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
 
 
 def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
-    """The shape of a kind of feature of one picture."""
+    """The shape of a kind of feature of one image."""
     width, side = encoder.config.model.shape[0], wanted.side or encoder.config.transform.crop
     patches = (side // encoder.patch_size) ** 2
     if kind in ("token", "masked"):
@@ -84,7 +84,7 @@ def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
 
 
 class Reader:
-    """Computes kinds of features of pictures; keeps the other encoders of `external:` kinds."""
+    """Computes kinds of features of images; keeps the other encoders of `external:` kinds."""
 
     def __init__(self, encoder: Encoder, precision: str) -> None:
         self.encoder, self.precision = encoder, precision
@@ -97,7 +97,7 @@ class Reader:
             check_kinds(encoder, ("attention",), 1)
             if self.encoder.config.transform.crop % encoder.patch_size:
                 raise UserError(
-                    f"{kind}: pictures of {self.encoder.config.transform.crop} pixels are no whole "
+                    f"{kind}: images of {self.encoder.config.transform.crop} pixels are no whole "
                     f"patches of {encoder.patch_size}"
                 )
             self.others[kind] = encoder
@@ -163,7 +163,7 @@ def weigh(weights: Float[Tensor, "b N"], patches: Float[Tensor, "b N D"]) -> Flo
 
 
 def lowest_entropy(rows: Float[Tensor, "b heads N"]) -> Float[Tensor, "b N"]:
-    """Of each picture the row of the head whose distribution over the patches has the lowest entropy."""
+    """Of each image the row of the head whose distribution over the patches has the lowest entropy."""
     shares = rows / rows.sum(dim=2, keepdim=True)
     best = torch.special.entr(shares).sum(dim=2).argmin(dim=1)
     return shares[torch.arange(len(shares), device=shares.device), best]

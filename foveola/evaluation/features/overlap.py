@@ -12,7 +12,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.identity import identity_of, shared
 from foveola.data.sources import WHOLE, Source
-from foveola.evaluation.features.table import choose_pictures
+from foveola.evaluation.features.table import choose_images
 
 POLICIES = ("refuse", "drop", "allow")  # what to do with them
 SPLIT = [f"{kind}:" for kind in WHOLE]  # data strings that take holdout=
@@ -39,8 +39,8 @@ class Overlap:
 
 def overlap_of(train: Source, test: Source, limit: int | None, seed: int) -> Overlap:
     """What both hold of the images that a protocol with these settings reads."""
-    learned = identity_of(train, choose_pictures(len(train), limit, seed))
-    chosen = choose_pictures(len(test), limit, seed)
+    learned = identity_of(train, choose_images(len(train), limit, seed))
+    chosen = choose_images(len(test), limit, seed)
     return Overlap(test, chosen, shared(identity_of(test, chosen).contents, learned.contents))
 
 
@@ -98,7 +98,7 @@ def content_groups(
     """Numbers of the images of two tables (`trained`, `tested`: their indices), equal where contents are."""
     contents = []
     for source, images in ((train, trained), (test, tested)):
-        chosen = choose_pictures(len(source), config.limit, config.seed)
+        chosen = choose_images(len(source), config.limit, config.seed)
         contents.append(identity_of(source, chosen).contents[np.searchsorted(chosen, images.numpy())])
     numbers = torch.from_numpy(np.unique(np.concatenate(contents), return_inverse=True)[1])
     return numbers[: len(trained)], numbers[len(trained) :]

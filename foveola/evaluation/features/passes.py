@@ -1,7 +1,7 @@
-"""The pass behind the cache: pictures to rows of memory-mapped arrays, which a killed pass goes on with.
+"""The pass behind the cache: images to rows of memory-mapped arrays, which a killed pass goes on with.
 
 Every rank reads its contiguous share of the rows that are not finished. Row r of every array is the r-th
-chosen picture; a marker beside each array says which rows are finished, and is written after they are on the
+chosen image; a marker beside each array says which rows are finished, and is written after they are on the
 disk. A checksum of each row tells when a file was damaged later: such rows are computed again.
 """
 
@@ -26,7 +26,7 @@ from foveola.data.identity import identity_of
 from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import Encoding, FeedConfig, checked
 from foveola.evaluation.features.names import Need, shape_of
-from foveola.evaluation.features.table import choose_pictures, facts_of_bad, share
+from foveola.evaluation.features.table import choose_images, facts_of_bad, share
 from foveola.models.encoder import Encoder
 
 FORMAT = 3  # of the folder: another one is another key
@@ -58,12 +58,12 @@ class Pass:
         self.encoder, self.source, self.config, self.need = encoder, source, config, need
         self.names, self.views, self.writing = names, views, 0.0
         self.encoding = Encoding(encoder, source, config, need, views, progress)
-        self.chosen = choose_pictures(len(source), config.limit, config.seed)
+        self.chosen = choose_images(len(source), config.limit, config.seed)
         self.key = {
             "format": FORMAT,
             "encoder": fingerprint,
             "data": identity_of(source, self.chosen).digest,
-            "pictures": hashlib.sha256(self.chosen.tobytes()).hexdigest()[:16],
+            "images": hashlib.sha256(self.chosen.tobytes()).hexdigest()[:16],
             "precision": config.precision,
             "store": config.store,
             "mask_canvas": config.mask_canvas,
@@ -191,9 +191,9 @@ class Pass:
 
         for found in self.encoding.batches(self.chosen[mine]):
             began = perf_counter()
-            where = np.searchsorted(self.chosen, found.pictures.numpy())
+            where = np.searchsorted(self.chosen, found.image_indices.numpy())
             for kind, name in self.names.items():
-                numbers = checked(found.kinds[kind], self.config.store, found.pictures, self.source)
+                numbers = checked(found.kinds[kind], self.config.store, found.image_indices, self.source)
                 arrays[name][where] = numbers.numpy()
                 sums[name][where] = _sums(numbers.numpy())
             for name, values in found.columns.items():
@@ -214,13 +214,13 @@ class Pass:
         facts = facts_of_bad(bad, len(self.chosen), self.source)
         read = mark == READ
         if not read.any():
-            raise UserError(f"{self.source.name}: no pictures")
+            raise UserError(f"{self.source.name}: no images")
         seconds = {**self.encoding.seconds, "writing": self.writing}
         total = {name: sum(s[name] for s in distributed.gather_objects(seconds)) for name in seconds}
         return {
             "name": self.source.name,
             "fingerprint": self.key["data"],
-            "pictures": len(self.chosen),
+            "images": len(self.chosen),
             **facts,
             "rows": int(read.sum()),
             **(self._mask_facts(read) if "masked" in self.names else {}),

@@ -1,7 +1,7 @@
-"""Pictures to rows, in worker processes: decode, resize, crop, and the patch masks of the rows' objects.
+"""Images to rows, in worker processes: decode, resize, crop, and the patch masks of the rows' objects.
 
-A picture is decoded and resized once, however many rows it gives. The mask of a row follows the picture's own
-geometry: the crop is a box in the unit square of the picture, and the object mask is resampled at that box.
+An image is decoded and resized once, however many rows it gives. The mask of a row follows the image's own
+geometry: the crop is a box in the unit square of the image, and the object mask is resampled at that box.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from foveola.data.sources import Source, decode
 from foveola.evaluation.images import MaskedConfig
 from foveola.geometry import covered_patches
 from foveola.geometry import sample as resample
-from foveola.models.transform import TransformConfig, picture_crop, resize
+from foveola.models.transform import TransformConfig, image_crop, resize
 
-PARCEL = 8  # pictures that travel together from a worker
+PARCEL = 8  # images that travel together from a worker
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class ExtractConfig(MaskedConfig):
-    """Which rows a source gives and how they are computed. Defaults: one row a picture, as published."""
+    """Which rows a source gives and how they are computed. Defaults: one row an image, as published."""
 
-    rows: Literal["pictures", "objects"] = key("pictures", "one row for each picture, or for each object")
-    view: Literal["picture", "object"] = key(
-        "picture", "what an object's row sees: its whole picture, or a crop of it"
+    rows: Literal["images", "objects"] = key("images", "one row for each image, or for each object")
+    view: Literal["image", "object"] = key(
+        "image", "what an object's row sees: its whole image, or a crop of it"
     )
     context: float = key(
         0.5, "view=object: the crop's side is 1 + this times the longer side of the object's box", at_least=0
     )
     pool: Literal["token", "average", "predictor"] | None = key(
-        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
+        None, "what stands for an image or object: its token, or the mean of its patches or predictions"
     )
 
     def __post_init__(self) -> None:
@@ -50,10 +50,10 @@ class ExtractConfig(MaskedConfig):
 def object_crop(
     box: Float32[np.ndarray, "4"], height: int, width: int, context: float
 ) -> tuple[int, int, int, int]:
-    """Whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the picture.
+    """Whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the image.
 
     Its side is (1 + context) times the longer side of the box in true pixels. A square that is larger than
-    the picture in one direction is cut there, and the crop is then no longer square.
+    the image in one direction is cut there, and the crop is then no longer square.
     """
     x0, y0, x1, y1 = box.astype(np.float64) * (width, height, width, height)
     side = max(1, round((1 + context) * max(x1 - x0, y1 - y0)))
@@ -84,16 +84,16 @@ def _overlapped(
 
 
 class Rows(NamedTuple):
-    """The rows of some pictures, as a worker makes them: V images, R rows."""
+    """The rows of some images, as a worker makes them: V images, R rows."""
 
     images: UInt8[Tensor, "V 3 S S2"]
     image_of: Int64[Tensor, "R"]  # the image that a row sees
     masks: Bool[Tensor, "R N"]  # the patches that its object token may read
     labels: Int64[Tensor, "R"]
-    pictures: Int64[Tensor, "R"]
+    image_indices: Int64[Tensor, "R"]
     objects: Int64[Tensor, "R"]
     has_mask: Bool[Tensor, "R"]
-    bad: Int64[Tensor, "b"]  # pictures that could not be read
+    bad: Int64[Tensor, "b"]  # images that could not be read
     maps: UInt8[Tensor, "V2 H W"] = torch.zeros(0, 0, 0, dtype=torch.uint8)  # classes of pixels, if asked for
 
     def without_pixels(self) -> "Rows":
@@ -110,8 +110,8 @@ def join(parts: Sequence[Rows]) -> Rows:
     return Rows(**{name: torch.cat(column) for name, column in columns.items()})
 
 
-class Pictures(Dataset):
-    """Parcels of pictures, decoded and cropped, with the patch masks of their rows. An item is `Rows`."""
+class Images(Dataset):
+    """Parcels of images, decoded and cropped, with the patch masks of their rows. An item is `Rows`."""
 
     def __init__(
         self,
@@ -146,12 +146,12 @@ class Pictures(Dataset):
         return Rows(images, numbers, masks, numbers, numbers, numbers, flags, numbers)
 
     def read(self, sample: Sample, index: int) -> Rows:
-        """All rows of one picture. Raises BadImage."""
-        picture = decode(sample.image)
+        """All rows of one image. Raises BadImage."""
+        image = decode(sample.image)
         targets = self._targets(sample)
         if not targets:
             return self.none()
-        images, boxes, image_of = self._views(picture, sample.objects, targets)
+        images, boxes, image_of = self._views(image, sample.objects, targets)
         masks = [self._mask(sample.objects, target, box) for target, box in zip(targets, boxes, strict=True)]
         whole = torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)
         single = self.config.rows == "objects" and sample.objects is not None
@@ -160,14 +160,14 @@ class Pictures(Dataset):
             image_of=torch.tensor(image_of),
             masks=torch.stack([whole if mask is None else mask for mask in masks]),
             labels=torch.tensor([self._label(sample, target) for target in targets]),
-            pictures=torch.full((len(targets),), index),
+            image_indices=torch.full((len(targets),), index),
             objects=torch.tensor([target[0] if single else -1 for target in targets]),
             has_mask=torch.tensor([mask is not None for mask in masks]),
             bad=torch.zeros(0, dtype=torch.int64),
         )
 
     def _targets(self, sample: Sample) -> list[tuple[int, ...]]:
-        """The objects that each row of a picture stands for; a picture without annotation is one row."""
+        """The objects that each row of an image stands for; an image without annotation is one row."""
         if sample.objects is None:
             return [()]
         every = range(len(sample.objects.boxes))
@@ -179,20 +179,20 @@ class Pictures(Dataset):
         return -1 if sample.label is None else sample.label
 
     def _views(
-        self, picture: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
+        self, image: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
     ) -> tuple[list[Tensor], list[Box], list[int]]:
-        """Images; the box of each row's image in the unit square of the picture; the image of each row."""
-        height, width = picture.shape[:2]
+        """Images; the box of each row's image in the unit square of the image; the image of each row."""
+        height, width = image.shape[:2]
         side, kind = self.transform.crop, self.transform.interpolation
         if self.config.view == "object" and objects is not None:
             crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
-            images = [resize(picture[y0:y1, x0:x1], side, side, kind) for x0, y0, x1, y1 in crops]
+            images = [resize(image[y0:y1, x0:x1], side, side, kind) for x0, y0, x1, y1 in crops]
             boxes = [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in crops]
             return images, boxes, list(range(len(targets)))
-        (rows, columns), (top, left) = picture_crop(height, width, self.transform)
-        image = resize(picture, rows, columns, kind)[:, top : top + side, left : left + side]
+        (rows, columns), (top, left) = image_crop(height, width, self.transform)
+        view = resize(image, rows, columns, kind)[:, top : top + side, left : left + side]
         box = (left / columns, top / rows, (left + side) / columns, (top + side) / rows)
-        return [image], [box] * len(targets), [0] * len(targets)
+        return [view], [box] * len(targets), [0] * len(targets)
 
     def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Bool[Tensor, "N"] | None:
         """Patches of a view that the objects `target` cover from `min_coverage` on, or None for no object.

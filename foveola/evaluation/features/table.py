@@ -1,4 +1,4 @@
-"""Encoder x source -> rows of features: pictures or objects, with and without masks, in a fixed order."""
+"""Encoder x source -> rows of features: images or objects, with and without masks, in a fixed order."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,21 +19,21 @@ from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import Source, decode
-from foveola.evaluation.features.reading import PARCEL, ExtractConfig, Pictures, Rows, join
+from foveola.evaluation.features.reading import PARCEL, ExtractConfig, Images, Rows, join
 from foveola.models.encoder import Encoder
 
 SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
-MAX_BAD = 0.01  # share of unreadable pictures above which a number would not be what it says
+MAX_BAD = 0.01  # share of unreadable images above which a number would not be what it says
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
-    """R rows of features, on the CPU, in the order of the source (objects in the order of their picture)."""
+    """R rows of features, on the CPU, in the order of the source (objects in the order of their image)."""
 
     features: Float32[Tensor, "R D"]
     labels: Int64[Tensor, "R"]  # -1: unknown
-    pictures: Int64[Tensor, "R"]  # index of the picture in its source
-    objects: Int64[Tensor, "R"]  # index of the object in its picture; -1: the picture, or all of its objects
+    image_indices: Int64[Tensor, "R"]  # index of the image in its source
+    objects: Int64[Tensor, "R"]  # index of the object in its image; -1: the image, or all of its objects
     has_mask: Bool[Tensor, "R"]  # False: no annotation, or none of it visible, so the whole view is read
     readable: Float32[Tensor, "R"]  # share of the patches that the object token may read
 
@@ -42,7 +42,7 @@ class FeatureTable:
         return FeatureTable(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-# -- all pictures --------------------------------------------------------------------------------------------
+# -- all images --------------------------------------------------------------------------------------------
 
 
 def extract(
@@ -61,25 +61,23 @@ def extract(
 def extract_tables(
     encoder: Encoder, source: Source, masks: Sequence[bool], config: ExtractConfig, *, progress: bool = True
 ) -> tuple[tuple[FeatureTable, ...], dict[str, Any]]:
-    """One table for each entry of `masks` from one reading of the pictures, and facts about the data.
+    """One table for each entry of `masks` from one reading of the images, and facts about the data.
 
-    Every rank reads its share of the pictures and gets all rows. Memory is that of the tables, one batch, and
+    Every rank reads its share of the images and gets all rows. Memory is that of the tables, one batch, and
     what the workers hold ready. Each row is encoded on its own: an object's feature does not depend on its
     neighbours.
 
-    Raises UserError when there is no row, when more than 1 % of the pictures cannot be read, and for features
+    Raises UserError when there is no row, when more than 1 % of the images cannot be read, and for features
     that are not finite.
     """
     encoder = encoder.pooled(config.pool)
-    chosen = choose_pictures(len(source), config.limit, config.seed)
-    pictures = Pictures(
-        source, chosen[share(len(chosen))], encoder.config.transform, encoder.patch_size, config
-    )
-    features = [_Growing(len(pictures.chosen), encoder.width) for _ in masks]
-    done, readable = [pictures.none()], [torch.zeros(0)]
+    chosen = choose_images(len(source), config.limit, config.seed)
+    dataset = Images(source, chosen[share(len(chosen))], encoder.config.transform, encoder.patch_size, config)
+    features = [_Growing(len(dataset.chosen), encoder.width) for _ in masks]
+    done, readable = [dataset.none()], [torch.zeros(0)]
     parcels = show(
-        read_ahead(pictures, config.workers, config.batch_size),
-        len(pictures),
+        read_ahead(dataset, config.workers, config.batch_size),
+        len(dataset),
         f"features of {source.name}",
         progress,
     )
@@ -91,14 +89,15 @@ def extract_tables(
     rows = join(done)._asdict()
     facts = facts_of_bad(distributed.gather_rows(rows["bad"]), len(chosen), source)
     columns = {
-        name: distributed.gather_rows(rows[name]) for name in ("labels", "pictures", "objects", "has_mask")
+        name: distributed.gather_rows(rows[name])
+        for name in ("labels", "image_indices", "objects", "has_mask")
     }
     columns["readable"] = distributed.gather_rows(torch.cat(readable))
     if not len(columns["labels"]):
-        raise UserError(f"{source.name}: no {config.rows} in {len(chosen)} pictures")
+        raise UserError(f"{source.name}: no {config.rows} in {len(chosen)} images")
     tables = tuple(FeatureTable(distributed.gather_rows(table.rows()), **columns) for table in features)
     for table in tables:
-        check_finite(table.features, table.pictures, source)
+        check_finite(table.features, table.image_indices, source)
     facts |= {
         "rows": len(columns["labels"]),
         "rows_with_mask": int(columns["has_mask"].sum()),
@@ -108,7 +107,7 @@ def extract_tables(
     return tables, {
         "name": source.name,
         "fingerprint": identity_of(source, chosen).digest,
-        "pictures": len(chosen),
+        "images": len(chosen),
         **facts,
     }
 
@@ -133,7 +132,7 @@ class _Growing:
 
 
 def _batches(parcels: Iterator[Rows], size: int) -> Iterator[Rows]:
-    """Parcels joined until they hold `size` rows: pictures with few rows wait for each other."""
+    """Parcels joined until they hold `size` rows: images with few rows wait for each other."""
     waiting: list[Rows] = []
     for parcel in parcels:
         waiting.append(parcel)
@@ -149,7 +148,7 @@ def _encode(
 ) -> list[Float32[Tensor, "R D"]]:
     every = torch.ones(len(rows.labels), dtype=torch.bool)
     plain = None
-    if False in masks:  # the class token of a picture is the same for all of its rows
+    if False in masks:  # the class token of an image is the same for all of its rows
         plain = _tokens_of(encoder, rows.images, None, config)[rows.image_of]
     masked = None
     if True in masks:
@@ -180,7 +179,7 @@ def _tokens_of(
 def object_tokens(
     encoder: Encoder, pixels: Float[Tensor, "B 3 H W"], masks: Bool[Tensor, "B N"] | None, precision: str
 ) -> Float32[Tensor, "B D"]:
-    """One object token for each normalised picture, float32 on the CPU; without masks the class token."""
+    """One object token for each normalised image, float32 on the CPU; without masks the class token."""
     training = encoder.training
     encoder.eval()
     try:
@@ -194,7 +193,7 @@ def object_tokens(
 # -- shares, order, trouble ----------------------------------------------------------------------------------
 
 
-def choose_pictures(count: int, limit: int | None, seed: int) -> Int64[np.ndarray, "n"]:
+def choose_images(count: int, limit: int | None, seed: int) -> Int64[np.ndarray, "n"]:
     """All indices, or `limit` of them drawn without replacement by a generator of their own; ascending."""
     if limit is None or limit >= count:
         return np.arange(count)
@@ -204,7 +203,7 @@ def choose_pictures(count: int, limit: int | None, seed: int) -> Int64[np.ndarra
 def identity_for(source: Source, config: Any) -> Identity:
     """The identity of the images that a protocol with these settings (`limit`, `seed`) reads of a source."""
     limit, seed = getattr(config, "limit", None), getattr(config, "seed", 0)
-    return identity_of(source, choose_pictures(len(source), limit, seed))
+    return identity_of(source, choose_images(len(source), limit, seed))
 
 
 def share(count: int) -> slice:
@@ -223,14 +222,14 @@ def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[t
         return (False,), [f"{test.name} has neither boxes nor masks: whole images alone are read"]
     notes = []
     if train is not None and not train.has_objects:
-        notes.append(f"{train.name} has neither boxes nor masks: its features are of whole pictures")
+        notes.append(f"{train.name} has neither boxes nor masks: its features are of whole images")
     return ((False, True) if masks == "both" else (True,)), notes
 
 
 def read_ahead(dataset: Dataset, workers: int, batch_size: int = 0) -> Iterator[Any]:
     """Items of a dataset in order, made by worker processes. Leaves the global random state alone.
 
-    The items are parcels of pictures, of which batches of `batch_size` are encoded: workers read two batches
+    The items are parcels of images, of which batches of `batch_size` are encoded: workers read two batches
     ahead, so that none of them stands idle while one is encoded.
     """
     workers = min(workers, len(dataset))  # type: ignore[arg-type]
@@ -280,19 +279,19 @@ def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
         yield item
 
 
-def facts_of_bad(bad: Int64[Tensor, "b"], pictures: int, source: Source) -> dict[str, Any]:
-    """Count and name pictures that could not be read; too many are an error."""
+def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[str, Any]:
+    """Count and name images that could not be read; too many are an error."""
     names = [_name_of(source, int(index)) for index in bad[:10]]
-    if len(bad) > MAX_BAD * pictures:
+    if len(bad) > MAX_BAD * count:
         raise UserError(
-            f"{source.name}: {len(bad)} of {pictures} pictures cannot be read, such as "
+            f"{source.name}: {len(bad)} of {count} images cannot be read, such as "
             + why_bad(source, int(bad[0]))
         )
     return {"unreadable": len(bad), "unreadable_names": names}
 
 
 def _name_of(source: Source, index: int) -> str:
-    """The name of a picture that cannot be read, perhaps not even asked for."""
+    """The name of an image that cannot be read, perhaps not even asked for."""
     try:
         return source[index].name
     except BadImage as error:
@@ -300,7 +299,7 @@ def _name_of(source: Source, index: int) -> str:
 
 
 def why_bad(source: Any, index: int) -> str:
-    """The name of a picture that cannot be used, and the reason: of its file, or of what annotates it."""
+    """The name of an image that cannot be used, and the reason: of its file, or of what annotates it."""
     name = _name_of(source, index)
     try:
         decode(source[index].image)
@@ -311,11 +310,11 @@ def why_bad(source: Any, index: int) -> str:
     return name
 
 
-def check_finite(features: Float32[Tensor, "R D"], pictures: Int64[Tensor, "R"], source: Source) -> None:
-    """Raise UserError, naming a picture, unless every feature is finite."""
+def check_finite(features: Float32[Tensor, "R D"], image_indices: Int64[Tensor, "R"], source: Source) -> None:
+    """Raise UserError, naming an image, unless every feature is finite."""
     broken = ~torch.cat([part.isfinite().all(dim=1) for part in features.split(65536)])
     if broken.any():
-        name = source[int(pictures[broken][0])].name
+        name = source[int(image_indices[broken][0])].name
         raise UserError(
             f"features of {int(broken.sum())} of {len(features)} rows of {source.name} are not finite "
             f"(first: {name}): is the encoder damaged, or its training diverged?"

@@ -14,7 +14,7 @@ from foveola.evaluation.localisation.components import LEVELS, components, holes
 SIDE = 224  # pixels a side to which maps are enlarged, as published, whatever the encoder sees
 IOUS = (0.3, 0.5, 0.7)
 ROUNDING = 1e-6  # relative to the greatest value: differences below are noise of float32
-STEPS = 56  # sides of centred squares tried, up to the whole picture; steps of 4 pixels of 224
+STEPS = 56  # sides of centred squares tried, up to the whole image; steps of 4 pixels of 224
 
 
 def enlarge(
@@ -86,14 +86,14 @@ def best_iou(
     return (shared / np.where(whole > 0, whole, 1.0)).max(axis=1, initial=0.0)
 
 
-def picture_hits(
+def image_hits(
     heights: Float32[np.ndarray, "S S"],
     levels: UInt8[np.ndarray, "S S"],
     boxes: Float[np.ndarray, "k 4"],
     ious: Sequence[float],
     official: bool,
 ) -> Bool[np.ndarray, "D1 255"]:
-    """Whether a picture is found: a row for each IoU asked for, the last for the largest part at 0.5."""
+    """Whether an image is found: a row for each IoU asked for, the last for the largest part at 0.5."""
     every, largest = overlaps(heights, levels, boxes, official)
     return np.concatenate((every >= np.array(ious)[:, None], largest[None] >= 0.5))
 
@@ -101,7 +101,7 @@ def picture_hits(
 def square_hits(
     boxes: Float[np.ndarray, "k 4"], ious: Sequence[float], side: int, official: bool
 ) -> Bool[np.ndarray, "D1 56"]:
-    """The same for a centred square of each of `STEPS` sides, the last one the whole picture."""
+    """The same for a centred square of each of `STEPS` sides, the last one the whole image."""
     sides = np.rint(np.arange(1, STEPS + 1) * side / STEPS).astype(np.int64)
     start = (side - sides) // 2
     squares = np.stack((start, start, start + sides, start + sides), axis=1)
@@ -111,17 +111,17 @@ def square_hits(
 
 @dataclass(frozen=True, eq=False)
 class BoxAccuracy:
-    """Shares of pictures found, in percent. Options are thresholds (or, of centred squares, sides)."""
+    """Shares of images found, in percent. Options are thresholds (or, of centred squares, sides)."""
 
     score: float  # MaxBoxAccV2: the mean of `best`
-    best: tuple[float, ...]  # at each IoU, by the option best for it on these very pictures
+    best: tuple[float, ...]  # at each IoU, by the option best for it on these very images
     chosen: tuple[float, ...]  # these options; the lowest of equals
     largest: float  # MaxBoxAcc: the largest part alone, at IoU 0.5, by its best option
     curves: Float64[np.ndarray, "D T"]
 
 
 def accuracy(hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float]) -> BoxAccuracy:
-    """Summary of `picture_hits` (or `square_hits`) of n pictures, T of them kept as `options`."""
+    """Summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
     shares = 100 * hits.mean(axis=0)
     first = shares[:-1].argmax(axis=1)
     best = shares[:-1].max(axis=1)
@@ -147,17 +147,17 @@ def max_box_acc(
     side: int = SIDE,
     official: bool = True,
 ) -> BoxAccuracy:
-    """MaxBoxAccV2 (Choe et al., 2020) of n maps of pictures squashed to squares.
+    """MaxBoxAccV2 (Choe et al., 2020) of n maps of images squashed to squares.
 
-    A picture is found at (t, IoU) if any box of its map at threshold t has that IoU with any of its annotated
-    `boxes` (k >= 1, in the unit square). For each IoU in `levels` the best t for all pictures is taken, and
+    An image is found at (t, IoU) if any box of its map at threshold t has that IoU with any of its annotated
+    `boxes` (k >= 1, in the unit square). For each IoU in `levels` the best t for all images is taken, and
     the mean over IoUs is the score. `thresholds` lie in [0, 1), by default 0, 0.001, ..., 0.999. For
     `official` see `overlaps`. Raises ValueError without maps, and for numbers of maps and boxes that differ.
     """
     if not len(maps) or len(maps) != len(boxes):
-        raise ValueError(f"{len(maps)} maps and boxes of {len(boxes)} pictures")
+        raise ValueError(f"{len(maps)} maps and boxes of {len(boxes)} images")
     kept, options = distinct(np.arange(0, 1, 0.001).tolist() if thresholds is None else thresholds)
-    found = [picture_hits(h, grey, some, levels, official) for h, grey, some in _each(maps, boxes, side)]
+    found = [image_hits(h, grey, some, levels, official) for h, grey, some in _each(maps, boxes, side)]
     return accuracy(np.stack(found)[:, :, kept], options)
 
 

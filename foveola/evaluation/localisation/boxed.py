@@ -1,4 +1,4 @@
-"""Pictures with their annotated boxes, both squashed to the unit square."""
+"""Images with their annotated boxes, both squashed to the unit square."""
 
 from typing import Literal, NamedTuple
 
@@ -15,17 +15,17 @@ from foveola.models.transform import resize
 
 
 class Parcel(NamedTuple):
-    """Some pictures as a worker makes them."""
+    """Some images as a worker makes them."""
 
     images: UInt8[Tensor, "b 3 S S"]
     boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
-    pictures: Int64[Tensor, "b"]
-    bad: tuple[int, ...]  # pictures that cannot be read
-    bare: int  # pictures without a box
+    image_indices: Int64[Tensor, "b"]
+    bad: tuple[int, ...]  # images that cannot be read
+    bare: int  # images without a box
 
 
-class BoxedPictures(Dataset):
-    """Parcels of pictures squashed to squares, with their boxes; pictures without boxes are not decoded."""
+class BoxedImages(Dataset):
+    """Parcels of images squashed to squares, with their boxes; images without boxes are not decoded."""
 
     def __init__(
         self, source: Source, chosen: Int64[np.ndarray, "n"], side: int, kind: Literal["bicubic", "bilinear"]
@@ -37,7 +37,7 @@ class BoxedPictures(Dataset):
         return -(-len(self.chosen) // PARCEL)
 
     def __getitem__(self, parcel: int) -> Parcel:
-        images, boxes, pictures, bad, bare = [], [], [], [], 0
+        images, boxes, image_indices, bad, bare = [], [], [], [], 0
         for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
             try:
                 sample = self.source[index]
@@ -50,7 +50,7 @@ class BoxedPictures(Dataset):
                 continue
             images.append(image)
             boxes.append(sample.objects.boxes)
-            pictures.append(index)
+            image_indices.append(index)
         none = torch.zeros(0, 3, self.side, self.side, dtype=torch.uint8)
         stacked = torch.stack(images) if images else none
-        return Parcel(stacked, tuple(boxes), torch.tensor(pictures, dtype=torch.int64), tuple(bad), bare)
+        return Parcel(stacked, tuple(boxes), torch.tensor(image_indices, dtype=torch.int64), tuple(bad), bare)

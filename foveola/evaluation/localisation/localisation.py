@@ -17,7 +17,7 @@ from foveola.evaluation.features.cache import feeding
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.table import (
     check_finite,
-    choose_pictures,
+    choose_images,
     facts_of_bad,
     identity_for,
     read_ahead,
@@ -33,12 +33,12 @@ from foveola.evaluation.localisation.box_accuracy import (
     accuracy,
     distinct,
     enlarge,
+    image_hits,
     locate,
     max_box_acc,
-    picture_hits,
     square_hits,
 )
-from foveola.evaluation.localisation.boxed import BoxedPictures
+from foveola.evaluation.localisation.boxed import BoxedImages
 from foveola.evaluation.localisation.components import LEVELS
 from foveola.evaluation.localisation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
 from foveola.evaluation.metrics import interval
@@ -61,16 +61,16 @@ class LocalisationConfig(SquashedConfig):
         "null = the attention there is, and abmilp where train is given",
     )
     block: int = key(-1, "block whose attention is read; negative numbers count from the last")
-    iou: tuple[float, ...] = key(IOUS, "overlaps from which a picture is found", above=0, at_most=1)
+    iou: tuple[float, ...] = key(IOUS, "overlaps from which an image is found", above=0, at_most=1)
     interval: float = key(0.001, "step between the thresholds tried", above=0, at_most=0.5)
     official: bool = key(True, "the published rules to the pixel; false = exact boxes, none around holes")
     holdout: float = key(
         0.1,
-        "share of the pictures that chooses the thresholds of boxacc_v2, measured on the rest",
+        "share of the images that chooses the thresholds of boxacc_v2, measured on the rest",
         above=0,
         below=1,
     )
-    epochs: int = key(90, "abmilp: passes over the training pictures", at_least=1)
+    epochs: int = key(90, "abmilp: passes over the training images", at_least=1)
     lr: tuple[float, ...] = key((0.1,), "abmilp: learning rates to try, of a batch of 256", above=0)
     store: Literal["float32", "float16"] = key("float32", "abmilp: numbers in which patches are kept")
 
@@ -91,17 +91,17 @@ def iou_name(iou: float) -> str:
     return f"{round(100 * iou):02d}"
 
 
-# -- the pass over the pictures ------------------------------------------------------------------------------
+# -- the pass over the images ------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """Of n pictures, M maps and D IoUs (and a last row for MaxBoxAcc): whether each option finds it."""
+    """Of n images, M maps and D IoUs (and a last row for MaxBoxAcc): whether each option finds it."""
 
     maps: UInt8[Tensor, "n M D1 bytes"]  # a bit for each of 255 grey levels
     squares: Bool[Tensor, "n D1 56"]
-    pictures: Int64[Tensor, "n"]
+    image_indices: Int64[Tensor, "n"]
     counts: Int64[Tensor, "n"]  # annotated boxes
-    areas: Float32[Tensor, "n"]  # mean share of the picture that a box covers
+    areas: Float32[Tensor, "n"]  # mean share of the image that a box covers
     bad: Int64[Tensor, "b"]
     bare: int
 
@@ -113,34 +113,37 @@ class Found(NamedTuple):
 def find(
     encoder: Encoder, source: Source, reader: MapReader, config: LocalisationConfig, side: int, progress: bool
 ) -> Found:
-    """The pass over the pictures: maps of each, and at once whether their boxes are right."""
-    chosen = choose_pictures(len(source), config.limit, config.seed)
+    """The pass over the images: maps of each, and at once whether their boxes are right."""
+    chosen = choose_images(len(source), config.limit, config.seed)
     kind = encoder.config.transform.interpolation
-    dataset = BoxedPictures(source, chosen[share(len(chosen))], side, kind)
+    dataset = BoxedImages(source, chosen[share(len(chosen))], side, kind)
     rows = len(config.iou) + 1
     maps = [torch.zeros(0, len(reader.names), rows, -(-LEVELS // 8), dtype=torch.uint8)]
-    squares, pictures = [torch.zeros(0, rows, STEPS, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
+    squares, image_indices = (
+        [torch.zeros(0, rows, STEPS, dtype=torch.bool)],
+        [torch.zeros(0, dtype=torch.int64)],
+    )
     counts, areas, bad, bare = [], [], [], 0
     ahead = show(read_ahead(dataset, config.workers), len(dataset), f"maps of {source.name}", progress)
     for parcel in ahead:
         bad += parcel.bad
         bare += parcel.bare
-        if not len(parcel.pictures):
+        if not len(parcel.image_indices):
             continue
-        for at in torch.arange(len(parcel.pictures)).split(config.batch_size):
+        for at in torch.arange(len(parcel.image_indices)).split(config.batch_size):
             found = reader(parcel.images[at])
-            check_finite(found.flatten(1), parcel.pictures[at], source)
+            check_finite(found.flatten(1), parcel.image_indices[at], source)
             boxes = [parcel.boxes[i] for i in at.tolist()]
             maps.append(torch.from_numpy(_packed_hits(found, boxes, config)))
         for boxes in parcel.boxes:
             squares.append(torch.from_numpy(square_hits(boxes, config.iou, SIDE, config.official))[None])
             counts.append(len(boxes))
             areas.append(float((boxes[:, 2:] - boxes[:, :2]).prod(axis=1).mean()))
-        pictures.append(parcel.pictures)
+        image_indices.append(parcel.image_indices)
     return Found(
         maps=distributed.gather_rows(torch.cat(maps)),
         squares=distributed.gather_rows(torch.cat(squares)),
-        pictures=distributed.gather_rows(torch.cat(pictures)),
+        image_indices=distributed.gather_rows(torch.cat(image_indices)),
         counts=distributed.gather_rows(torch.tensor(counts, dtype=torch.int64)),
         areas=distributed.gather_rows(torch.tensor(areas, dtype=torch.float32)),
         bad=distributed.gather_rows(torch.tensor(bad, dtype=torch.int64)),
@@ -154,7 +157,7 @@ def _packed_hits(
     heights, grey = enlarge(maps.flatten(0, 1))
     repeated = [some for some in boxes for _ in range(maps.shape[1])]
     each = zip(heights, grey, repeated, strict=True)
-    hits = [picture_hits(h, levels, some, config.iou, config.official) for h, levels, some in each]
+    hits = [image_hits(h, levels, some, config.iou, config.official) for h, levels, some in each]
     return np.packbits(np.stack(hits), axis=-1).reshape(len(maps), maps.shape[1], len(config.iou) + 1, -1)
 
 
@@ -164,9 +167,9 @@ def _packed_hits(
 class Localisation(Protocol):
     """Draws boxes around what each map lights up, and holds them against annotated boxes of `test`.
 
-    So it does with content-free squares (`full_picture`, `centred_box`). Numbers in percent, of each map m:
-    `maxboxacc_v2_m`, thresholds chosen on the pictures that are measured (as published), with a 95 % interval
-    over pictures at these thresholds; `maxboxacc_30_m`, ... at each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`,
+    So it does with content-free squares (`full_image`, `centred_box`). Numbers in percent, of each map m:
+    `maxboxacc_v2_m`, thresholds chosen on the images that are measured (as published), with a 95 % interval
+    over images at these thresholds; `maxboxacc_30_m`, ... at each IoU; `maxboxacc_v1_m`; and `boxacc_v2_m`,
     thresholds chosen on a hold-out, measured on the others.
     """
 
@@ -225,7 +228,7 @@ class Localisation(Protocol):
         squares = found.squares.numpy()
         sides = [round(step / STEPS, 4) for step in range(1, STEPS + 1)]
         measure.add("centred_box", squares, sides, "side")
-        measure.add("full_picture", squares[:, :, -1:], [1.0], "side")
+        measure.add("full_image", squares[:, :, -1:], [1.0], "side")
         for name, options in chosen.items():
             measure.chosen[name] = options | measure.chosen[name]
         notes = _notes(config, train, names)
@@ -236,9 +239,9 @@ class Measure:
     """Metrics, chosen options and curves of one map (or square) after another."""
 
     def __init__(self, found: Found, config: LocalisationConfig) -> None:
-        self.config, self.pictures = config, found.pictures
+        self.config, self.image_indices = config, found.image_indices
         self.levels, self.thresholds = distinct(np.arange(0, 1, config.interval).tolist())
-        rest, hold = held_out(torch.arange(len(found.pictures)), config.holdout, config.seed)
+        rest, hold = held_out(torch.arange(len(found.image_indices)), config.holdout, config.seed)
         self.rest, self.hold = rest.numpy(), hold.numpy()
         self.metrics: dict[str, float] = {}
         self.chosen: dict[str, Any] = {}
@@ -246,7 +249,7 @@ class Measure:
         self.scores: dict[str, Any] = {}
 
     def add(self, name: str, hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float], kind: str) -> None:
-        """One map: the threshold chosen on all pictures, and one that the hold-out chose."""
+        """One map: the threshold chosen on all images, and one that the hold-out chose."""
         ious = [iou_name(iou) for iou in self.config.iou]
         every = accuracy(hits, options)
         all_ = np.arange(len(hits))
@@ -273,37 +276,37 @@ class Measure:
     def _interval(
         self, metric: str, hits: np.ndarray, rows: np.ndarray, by: BoxAccuracy, options: Sequence[float]
     ) -> None:
-        """The mean over IoUs with the options that `by` chose, and its interval over the pictures `rows`."""
+        """The mean over IoUs with the options that `by` chose, and its interval over the images `rows`."""
         places = [options.index(option) for option in by.chosen]
         values = torch.from_numpy(hits[rows][:, range(len(places)), places].mean(axis=1))
         low, high = interval(values, seed=self.config.seed)
-        self.scores[metric] = packed(values, self.pictures[torch.from_numpy(rows)])
+        self.scores[metric] = packed(values, self.image_indices[torch.from_numpy(rows)])
         found = 100 * values.mean().item()
         self.metrics |= {metric: found, f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
 
 
 def _facts(found: Found, source: Source, config: LocalisationConfig) -> dict[str, Any]:
-    pictures = len(found.pictures) + len(found.bad) + found.bare
-    facts = facts_of_bad(found.bad, pictures, source)
-    if len(found.pictures) < 2:
+    count = len(found.image_indices) + len(found.bad) + found.bare
+    facts = facts_of_bad(found.bad, count, source)
+    if len(found.image_indices) < 2:
         raise UserError(
-            f"{source.name}: {len(found.pictures)} of {pictures} pictures have a box; 2 are needed"
+            f"{source.name}: {len(found.image_indices)} of {count} images have a box; 2 are needed"
         )
     return {
         "name": source.name,
         "fingerprint": identity_for(source, config).digest,
-        "pictures": pictures,
+        "images": count,
         **facts,
-        "rows": len(found.pictures),
+        "rows": len(found.image_indices),
         "without_boxes": found.bare,
         "boxes": int(found.counts.sum()),
         "mean_box_area": round(found.areas.double().mean().item(), 4),
-        "holdout": max(1, int(config.holdout * len(found.pictures))),
+        "holdout": max(1, int(config.holdout * len(found.image_indices))),
     }
 
 
 def _notes(config: LocalisationConfig, train: Source | None, names: tuple[str, ...]) -> tuple[str, ...]:
-    notes = ["maxboxacc: thresholds (and sides of centred boxes) chosen on the pictures that are measured"]
+    notes = ["maxboxacc: thresholds (and sides of centred boxes) chosen on the images that are measured"]
     if not config.official:
         notes.append("official=false: exact boxes, not comparable with published numbers")
     if train is not None and "abmilp" not in names:

@@ -23,7 +23,7 @@ HEAD = "head"
 
 
 class Weights(Protocol):
-    """How much each patch goes into a picture's vector."""
+    """How much each patch goes into an image's vector."""
 
     def __call__(self, patches: Float[Tensor, "b N D"], /) -> Float[Tensor, "b N"]: ...
 
@@ -32,7 +32,7 @@ class Scores(NamedTuple):
     """AbMILP's weights as trained, and what is to be known about them."""
 
     weights: Weights
-    facts: dict[str, Any]  # of the pictures that trained it
+    facts: dict[str, Any]  # of the images that trained it
     chosen: dict[str, float]
     metrics: dict[str, float]
 
@@ -59,12 +59,12 @@ def choose_maps(encoder: Encoder, names: tuple[str, ...] | None, train: bool) ->
         if of_head and int(name.removeprefix(HEAD)) >= heads:
             raise UserError(f"maps: there is no {name}; this encoder has head0 to head{heads - 1}")
         if name == "abmilp" and not train:
-            raise UserError("maps: abmilp learns from pictures of two or more classes; give train=")
+            raise UserError("maps: abmilp learns from images of two or more classes; give train=")
     return tuple(dict.fromkeys(chosen))
 
 
 class MapReader:
-    """Computes maps of pictures from one pass of the encoder."""
+    """Computes maps of images from one pass of the encoder."""
 
     weights: Weights | None = None  # AbMILP's, to be set where `names` has it
 
@@ -74,7 +74,7 @@ class MapReader:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float32[Tensor, "b M h w"]:
-        """Maps of uint8 pictures [b, 3, H, W] in whole patches, on the CPU, not normalised in any way."""
+        """Maps of uint8 images [b, 3, H, W] in whole patches, on the CPU, not normalised in any way."""
         encoder = self.encoder
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             pixels = encoder.normalise(images.to(encoder.device))
@@ -108,10 +108,10 @@ class MapReader:
 
 
 def first_component(patches: Float[Tensor, "b N D"], grid: tuple[int, int]) -> Float[Tensor, "b N"]:
-    """Where each picture's patches lie on the first principal component of their own.
+    """Where each image's patches lie on the first principal component of their own.
 
     No sign is right by itself: the one is taken by which the outermost patches of the grid are below the
-    mean, as what a picture is of is seldom on its border. All zero where all patches are the same.
+    mean, as what an image is of is seldom on its border. All zero where all patches are the same.
     """
     if not patches.isfinite().all():  # of which there are no components; whoever reads the maps says so
         return torch.full(patches.shape[:2], torch.nan, device=patches.device)
@@ -146,7 +146,7 @@ def learn_weights(
     labels = store.column("labels")
     rows = torch.nonzero(labels >= 0).flatten()
     if len(torch.unique(labels[rows])) < 2:
-        raise UserError(f"{train.name}: abmilp learns from pictures of two or more classes")
+        raise UserError(f"{train.name}: abmilp learns from images of two or more classes")
     fit, hold = held_out(rows, HOLDOUT * (len(lr) > 1), config.seed, labels[rows])
     settings = AbmilpConfig(epochs=epochs, lr=lr).sized(len(fit))
     batch, each, steps = length_of(len(fit), settings.batch or 1, epochs, None)
@@ -181,5 +181,5 @@ def _held(
 ) -> Judged:
     """What the hold-out says of each probe."""
     return judge(
-        bank, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.pictures[hold])
+        bank, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.image_indices[hold])
     )

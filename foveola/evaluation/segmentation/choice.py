@@ -14,7 +14,7 @@ AT_ONCE = 2**22  # labels looked at: 32 MiB
 
 
 def hold_out(
-    pictures: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, share: float, seed: int
+    image_indices: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, share: float, seed: int
 ) -> Bool[Tensor, "R"]:
     """Which rows belong to the held-out images: a share of them, at least one, drawn by seed.
 
@@ -22,9 +22,9 @@ def hold_out(
     equals; images without a class are of one kind). Each kind gives its share and keeps one image, as classes
     do for classification probes. Where kinds have too few images for that, images are drawn without regard.
     """
-    names, which = pictures.unique(return_inverse=True)
+    names, which = image_indices.unique(return_inverse=True)
     if len(names) < 2:
-        raise UserError("train needs at least two pictures: some are held out to choose settings")
+        raise UserError("train needs at least two images: some are held out to choose settings")
     every = torch.arange(len(names))
     shown = _shown(which, labels, len(names), classes)
     for kinds in (_rarest(shown), torch.zeros_like(every)):

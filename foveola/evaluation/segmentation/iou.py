@@ -22,7 +22,7 @@ def region_areas(
     """Pixels of each class that are right, predicted, and true; the last column: predicted as no class.
 
     Pixels whose truth is IGNORE count nowhere. A prediction of IGNORE elsewhere is a miss of the true class.
-    Sums over pictures of these areas are all that a mean IoU needs, so no pixel has to be kept. Raises
+    Sums over images of these areas are all that a mean IoU needs, so no pixel has to be kept. Raises
     ValueError for other labels that are no class.
     """
     counted = truth != IGNORE
@@ -73,9 +73,9 @@ def bootstrap_iou(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean IoU over P pictures (the mean of several runs on the same).
+    """Percentile bootstrap interval of the mean IoU over P images (the mean of several runs on the same).
 
-    Pictures are drawn with replacement, because pixels of one are not independent; a resample's areas are
+    Images are drawn with replacement, because pixels of one are not independent; a resample's areas are
     summed before the ratio is taken. In percent, deterministic in `seed`. Where every image is all right, or
     all wrong, a bootstrap says nothing: then it is Wilson's interval of as many rows.
     """
@@ -109,21 +109,21 @@ def _resampled(
     runs: Sequence[Int64[Tensor, "P 3 C1"]], absent: Absent, samples: int, seed: int
 ) -> Float64[np.ndarray, "{samples}"]:
     """The mean IoU of each resample of the images, by a seed alone."""
-    pictures = len(runs[0])
-    if not pictures:
-        raise ValueError("a bootstrap of no pictures")
+    images = len(runs[0])
+    if not images:
+        raise ValueError("a bootstrap of no images")
     rng = np.random.default_rng(seed)
-    flat = [run.numpy().reshape(pictures, -1).astype(np.float64) for run in runs]
+    flat = [run.numpy().reshape(images, -1).astype(np.float64) for run in runs]
     means = np.empty(samples)
     for i in range(samples):
-        times = np.bincount(rng.integers(pictures, size=pictures), minlength=pictures)
+        times = np.bincount(rng.integers(images, size=images), minlength=images)
         sums = [np.rint(times @ run).astype(np.int64).reshape(3, -1) for run in flat]
         means[i] = np.mean([mean_iou(total, absent) for total in sums])
     return means
 
 
 def named_iou(areas: Int64[Tensor, "P 3 C1"], classes: Sequence[str]) -> dict[str, float | None]:
-    """IoU in percent by class name, of areas of P pictures; None for a class neither true nor predicted."""
+    """IoU in percent by class name, of areas of P images; None for a class neither true nor predicted."""
     iou = class_iou(areas.sum(dim=0).numpy())[:-1]
     return {name: rounded(100 * float(value)) for name, value in zip(classes, iou, strict=True)}
 

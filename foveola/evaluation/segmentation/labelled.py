@@ -1,4 +1,4 @@
-"""Whole pictures squashed to a square, with their label maps: what a pass over patches and pixels reads."""
+"""Whole images squashed to a square, with their label maps: what a pass over patches and pixels reads."""
 
 from contextlib import suppress
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from foveola.data.sample import BadImage, DataError, Objects, Sample
 from foveola.data.segmentation import PixelSource
-from foveola.evaluation.features.reading import Box, ExtractConfig, Pictures, Rows
+from foveola.evaluation.features.reading import Box, ExtractConfig, Images, Rows
 from foveola.models.encoder import TransformConfig
 
 
-class Squashed(Pictures):
-    """Parcels of squashed pictures, one row each, with `maps` squashed alike, so that both cover one place.
+class Squashed(Images):
+    """Parcels of squashed images, one row each, with `maps` squashed alike, so that both cover one place.
 
-    A label map that cannot be used makes its picture one of the `bad`: an exception would lose its message on
+    A label map that cannot be used makes its image one of the `bad`: an exception would lose its message on
     the way out of a worker. Ask `explain` for it.
     """
 
@@ -38,7 +38,7 @@ class Squashed(Pictures):
         return super().none()._replace(maps=torch.zeros(0, self.side, self.side, dtype=torch.uint8))
 
     def read(self, sample: Sample, index: int) -> Rows:
-        """The row of one picture. Raises BadImage."""
+        """The row of one image. Raises BadImage."""
         try:
             return self._read(sample, index)
         except BadImage:
@@ -47,7 +47,7 @@ class Squashed(Pictures):
             raise BadImage(str(error)) from error
 
     def explain(self, index: int) -> None:
-        """Raise the DataError that made a picture one of the `bad`, unless the file itself is damaged."""
+        """Raise the DataError that made an image one of the `bad`, unless the file itself is damaged."""
         with suppress(BadImage):
             self._read(self.source[index], index)
 
@@ -60,14 +60,14 @@ class Squashed(Pictures):
         return [()]  # patches are encoded without object masks, which would change them
 
     def _views(
-        self, picture: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
+        self, image: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
     ) -> tuple[list[Tensor], list[Box], list[int]]:
         self.labels = self.source.label_map(self.index)
-        if picture.shape[:2] != self.labels.shape:
-            (h, w), (lh, lw) = picture.shape[:2], self.labels.shape
+        if image.shape[:2] != self.labels.shape:
+            (h, w), (lh, lw) = image.shape[:2], self.labels.shape
             name = self.source[self.index].name
             raise DataError(f"{self.source.name}: {name} is {w}x{h} pixels, its label map {lw}x{lh}")
-        return super()._views(picture, objects, targets)
+        return super()._views(image, objects, targets)
 
 
 def squash(labels: UInt8[np.ndarray, "H W"], side: int) -> UInt8[np.ndarray, "{side} {side}"]:

@@ -42,12 +42,12 @@ class LinearSegmentationConfig(DenseConfig):
         (1e-4, 1e-3, 1e-2), "learning rates to try, all trained on the same batches", above=0
     )
     steps: int = key(1000, "steps of AdamW; the rate falls to 0 as (1 - step / steps)^0.9", at_least=1)
-    train_batch: int = key(16, "pictures in a step", at_least=1)
+    train_batch: int = key(16, "images in a step", at_least=1)
     weight_decay: float = key(0.01, "of the weights, not of the bias", at_least=0)
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
-    holdout: float = key(0.1, "share of the training pictures that choose the rate", above=0, below=1)
-    evaluate_at: Literal["input", "picture"] = key(
-        "input", "pixels that are compared: of the squashed picture, or of the original"
+    holdout: float = key(0.1, "share of the training images that choose the rate", above=0, below=1)
+    evaluate_at: Literal["input", "image"] = key(
+        "input", "pixels that are compared: of the squashed image, or of the original"
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ def train_heads(
 ) -> list[nn.Linear]:
     """A head for each rate. All see the same batches and start alike, so each is as if trained alone.
 
-    Weights start from a truncated normal of 0.02, the bias from 0 (Segmenter). Pictures are drawn epoch by
+    Weights start from a truncated normal of 0.02, the bias from 0 (Segmenter). Images are drawn epoch by
     epoch, none twice before all were drawn once; what does not fill a batch begins the next epoch's.
     """
     heads = []
@@ -121,7 +121,7 @@ def _order(count: int, draws: int, seed: int) -> Int64[Tensor, "draws"]:
 
 
 class LinearSegmentation(DenseProtocol):
-    """Trains a linear layer on patches by gradient, with the learning rate that held-out pictures choose."""
+    """Trains a linear layer on patches by gradient, with the learning rate that held-out images choose."""
 
     name = "linear_segmentation"
     help = "segmentation by a linear layer on patches, trained by gradient"
@@ -129,14 +129,14 @@ class LinearSegmentation(DenseProtocol):
     metrics = summary_metrics("linear segmentation")
 
     def measure(self, at: At, config: LinearSegmentationConfig) -> Outcome:
-        """Choose the learning rate on held-out pictures, train again on all, measure on test."""
+        """Choose the learning rate on held-out images, train again on all, measure on test."""
         train, test, classes = pixel_sources(at.train, at.test)
         c = len(classes)
         began = perf_counter()
         passing = DensePass(at.encoder, train, config, progress=at.progress, feed=at.feed)
-        features, maps, pictures = _kept(passing)
+        features, maps, image_indices = _kept(passing)
         facts = passing.facts()
-        held = hold_out(pictures, maps.flatten(1), c, config.holdout, config.seed)
+        held = hold_out(image_indices, maps.flatten(1), c, config.holdout, config.seed)
         if not (maps[~held] != IGNORE).any():
             raise UserError(f"{train.name}: no pixel has a class")
         scaler = Scaler.fit(features[~held].flatten(0, 1)) if config.standardise else None
@@ -158,7 +158,7 @@ class LinearSegmentation(DenseProtocol):
             heads = fit(features[~held], maps[~held], config.rates)
             scores = [_held_out(head, features[held], maps[held], passing.grid, c) for head in heads]
             if np.isnan(scores).all():
-                raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
+                raise UserError("no pixel of the held-out images has a class: hold out more of them")
             losses = partial(_losses, heads, features[held], maps[held], passing.grid)
             rate = config.rates[choose(scores, losses)]
             tried = [{"rate": r, "miou": rounded(s)} for r, s in zip(config.rates, scores, strict=True)]
@@ -170,7 +170,7 @@ class LinearSegmentation(DenseProtocol):
             at.encoder,
             test,
             config,
-            originals=config.evaluate_at == "picture",
+            originals=config.evaluate_at == "image",
             progress=at.progress,
             feed=at.feed,
         )
@@ -181,7 +181,7 @@ class LinearSegmentation(DenseProtocol):
                 else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
             )
             areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))
-            images.append(batch.pictures)
+            images.append(batch.image_indices)
         total, shown = (distributed.gather_rows(torch.cat(parts)) for parts in (areas, images))
         data = {
             "train": facts,
@@ -195,22 +195,22 @@ class LinearSegmentation(DenseProtocol):
 
 
 def _kept(passing: DensePass) -> tuple[Float[Tensor, "n N D"], UInt8[Tensor, "n S S"], Int64[Tensor, "n"]]:
-    """All patches of all pictures, their maps, their indices. Every rank gets all."""
+    """All patches of all images, their maps, their indices. Every rank gets all."""
     room, width = len(passing.mine), passing.encoder.config.model.shape[0]
     features = torch.empty(room, passing.grid**2, width, dtype=getattr(torch, passing.config.store))
     maps = torch.empty(room, passing.side, passing.side, dtype=torch.uint8)
-    pictures, count = torch.empty(room, dtype=torch.int64), 0
+    image_indices, count = torch.empty(room, dtype=torch.int64), 0
     for batch in passing:
-        into = slice(count, count + len(batch.pictures))
-        features[into], maps[into], pictures[into] = batch.features, batch.maps, batch.pictures
+        into = slice(count, count + len(batch.image_indices))
+        features[into], maps[into], image_indices[into] = batch.features, batch.maps, batch.image_indices
         count = into.stop
-    return tuple(distributed.gather_rows(part[:count]) for part in (features, maps, pictures))  # type: ignore
+    return tuple(distributed.gather_rows(part[:count]) for part in (features, maps, image_indices))  # type: ignore
 
 
 def _held_out(
     head: nn.Linear, features: Float[Tensor, "n N D"], maps: UInt8[Tensor, "n S S"], grid: int, classes: int
 ) -> float:
-    """Mean IoU of a head on some pictures."""
+    """Mean IoU of a head on some images."""
     total = torch.zeros(3, classes + 1, dtype=torch.int64)
     for x, labels in zip(features, maps, strict=True):
         total += _areas(head, x, [labels], grid, classes)[0]
@@ -221,7 +221,7 @@ def _held_out(
 def _losses(
     heads: Sequence[nn.Linear], features: Float[Tensor, "n N D"], maps: UInt8[Tensor, "n S S"], grid: int
 ) -> list[float]:
-    """Mean cross-entropy of each head over the pixels of some pictures that have a class."""
+    """Mean cross-entropy of each head over the pixels of some images that have a class."""
     pixels, totals = int((maps != IGNORE).sum()), [0.0] * len(heads)
     for x, labels in zip(features.split(1), maps.split(1), strict=True):
         for i, head in enumerate(heads):
@@ -239,7 +239,7 @@ def _areas(
     grid: int,
     classes: int,
 ) -> Int64[Tensor, "b 3 C1"]:
-    """Areas of each picture."""
+    """Areas of each image."""
     logits = head(features.to(head.weight.device).float()).cpu()
     logits = logits.reshape(len(truth), -1, classes)
     return torch.stack(

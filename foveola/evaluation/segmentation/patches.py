@@ -95,11 +95,9 @@ def transplant(
 class PatchSegmentationConfig(DenseConfig):
     """What both protocols share."""
 
-    memory: int | None = key(
-        None, "training patches at most, as many of each picture; null = all", at_least=1
-    )
+    memory: int | None = key(None, "training patches at most, as many of each image; null = all", at_least=1)
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
-    holdout: float = key(0.1, "share of the training pictures that choose the settings", above=0, below=1)
+    holdout: float = key(0.1, "share of the training images that choose the settings", above=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Learned(NamedTuple):
 
 
 class PatchSegmentation(DenseProtocol):
-    """What both protocols share: settings are chosen on held-out pictures, then all patches teach."""
+    """What both protocols share: settings are chosen on held-out images, then all patches teach."""
 
     @abstractmethod
     def grid(self, config: Any) -> list[dict[str, Any]]:
@@ -160,7 +158,7 @@ class PatchSegmentation(DenseProtocol):
         """What labels patches with each of these settings, learned from the patches of the bank."""
 
     def measure(self, at: At, config: PatchSegmentationConfig) -> Outcome:
-        """Choose a setting on held-out pictures, learn from all, measure on test."""
+        """Choose a setting on held-out images, learn from all, measure on test."""
         train, test, classes = pixel_sources(at.train, at.test)
         c = len(classes)
         began = perf_counter()
@@ -169,7 +167,7 @@ class PatchSegmentation(DenseProtocol):
         facts = passing.facts()
         modes = patch_modes(label_counts(table.pixels, c))
         usable = modes < c
-        held = hold_out(table.pictures, table.pixels, c, config.holdout, config.seed)
+        held = hold_out(table.image_indices, table.pixels, c, config.holdout, config.seed)
         fitted = usable & ~held
         if not fitted.any():
             raise UserError(f"{train.name}: no patch whose most frequent label is a class")
@@ -223,8 +221,10 @@ class KnnSegmentation(PatchSegmentation):
         """Nothing is learned: patches are looked up. Raises UserError for more neighbours than patches."""
         table, _, classes = bank
         most = max(setting["k"] for setting in settings)
-        if most > len(table.pictures):
-            raise UserError(f"k={most} is more than the {len(table.pictures)} patches of train with a class")
+        if most > len(table.image_indices):
+            raise UserError(
+                f"k={most} is more than the {len(table.image_indices)} patches of train with a class"
+            )
 
         def predict(queries: Tensor) -> list[Tensor]:
             found = {
@@ -288,7 +288,7 @@ def _held_out(predict: Predict, table: PatchTable, classes: int, settings: int) 
             total += region_areas(labels, part.pixels, classes).numpy()
     scores = [float(mean_iou(total)) for total in areas]
     if np.isnan(scores).all():
-        raise UserError("no pixel of the held-out pictures has a class: hold out more of them")
+        raise UserError("no pixel of the held-out images has a class: hold out more of them")
     return scores
 
 
@@ -301,14 +301,14 @@ def _cross_entropy(model: LogisticModel, rows: Float[Tensor, "m D"], labels: Int
 
 
 def _parts(table: PatchTable, rows: int = QUERY_BLOCK) -> Iterator[PatchTable]:
-    for part in torch.arange(len(table.pictures)).split(rows):
+    for part in torch.arange(len(table.image_indices)).split(rows):
         yield table.select(part)
 
 
 def _measure(
     passing: DensePass, predict: Predict, scaler: Scaler | None, classes: int
 ) -> tuple[Int64[Tensor, "P 3 C1"], Int64[Tensor, "P"]]:
-    """Areas of each picture of the pass, and which pictures these are."""
+    """Areas of each image of the pass, and which images these are."""
     areas, images = [torch.zeros(0, 3, classes + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for batch in passing:
         features = batch.features.flatten(0, 1)
@@ -316,5 +316,5 @@ def _measure(
         truth = patch_pixels(batch.maps, passing.encoder.patch_size)
         for found, true in zip(labels.split(truth.shape[1]), truth, strict=True):
             areas.append(region_areas(found, true, classes)[None])
-        images.append(batch.pictures)
+        images.append(batch.image_indices)
     return torch.cat(areas), torch.cat(images)

@@ -1,6 +1,6 @@
-"""The pass over pictures with label maps: patch features beside the labels of their pixels, batch by batch.
+"""The pass over images with label maps: patch features beside the labels of their pixels, batch by batch.
 
-A picture and its map are squashed to one square (antialiased; nearest), so that patch and labels cover the
+An image and its map are squashed to one square (antialiased; nearest), so that patch and labels cover the
 same place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams by,
 from the encoder or from a store that several protocols share.
 """
@@ -21,7 +21,7 @@ from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
-from foveola.evaluation.features.table import choose_pictures, facts_of_bad, share
+from foveola.evaluation.features.table import choose_images, facts_of_bad, share
 from foveola.evaluation.images import SquashedConfig
 from foveola.evaluation.protocol import Needs, Protocol, Reading
 from foveola.models.encoder import Encoder
@@ -38,25 +38,25 @@ class DenseConfig(SquashedConfig):
 
 @dataclass(frozen=True, eq=False)
 class DenseBatch:
-    """Patches of some pictures, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
+    """Patches of some images, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
 
     features: Float32[Tensor, "b N D"]
     maps: UInt8[Tensor, "b S S"]  # classes, or IGNORE
-    originals: tuple[UInt8[Tensor, "H W"], ...]  # maps in the picture's own size, where asked for
-    pictures: Int64[Tensor, "b"]
+    originals: tuple[UInt8[Tensor, "H W"], ...]  # maps in the image's own size, where asked for
+    image_indices: Int64[Tensor, "b"]
 
 
 @dataclass(frozen=True, eq=False)
 class PatchTable:
-    """R patches, on the CPU: features, the classes of their Q pixels, the picture each is from."""
+    """R patches, on the CPU: features, the classes of their Q pixels, the image each is from."""
 
     features: Float[Tensor, "R D"]
     pixels: UInt8[Tensor, "R Q"]
-    pictures: Int64[Tensor, "R"]
+    image_indices: Int64[Tensor, "R"]
 
     def select(self, rows: Tensor) -> "PatchTable":
         """The rows given by a boolean mask or by indices."""
-        return PatchTable(self.features[rows], self.pixels[rows], self.pictures[rows])
+        return PatchTable(self.features[rows], self.pixels[rows], self.image_indices[rows])
 
 
 # -- labels of patches ------------------------------------------------------------------------------------
@@ -87,10 +87,10 @@ def patch_modes(counts: Int16[Tensor, "R C1"]) -> Int64[Tensor, "R"]:
 def choose_rows(
     counts: Int16[Tensor, "N C1"], keep: int, how: Literal["rare", "uniform"], rng: np.random.Generator
 ) -> Int64[Tensor, "n"]:
-    """`keep` patches of one picture (all, if there are no more), ascending. Patches without a class never.
+    """`keep` patches of one image (all, if there are no more), ascending. Patches without a class never.
 
     "rare" (open-hummingbird): the smallest of U(0, 1) times the sum, over the classes in a patch, of how many
-    patches of the picture hold that class. So patches of one rare class are kept more often.
+    patches of the image hold that class. So patches of one rare class are kept more often.
     """
     has = counts[:, :-1] > 0
     rows = torch.nonzero(has.any(dim=1)).flatten()
@@ -106,7 +106,7 @@ def choose_rows(
 
 
 def wanted_of(config: DenseConfig, encoder: Encoder) -> Need:
-    """What of a picture the dense protocols read. Raises UserError for a size that is no whole patches."""
+    """What of an image the dense protocols read. Raises UserError for a size that is no whole patches."""
     side = config.image_size or encoder.config.transform.crop
     if side % encoder.patch_size:
         raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
@@ -125,12 +125,12 @@ class DenseProtocol(Protocol):
 
 
 class DensePass:
-    """Iterates over the batches of this rank's share of `chosen` pictures; then `facts` of what was read.
+    """Iterates over the batches of this rank's share of `chosen` images; then `facts` of what was read.
 
     With a `feed` patches and maps are read from its store, which it computes where they are missing; without,
-    they are computed and forgotten, batch by batch. `chosen` are some of the pictures of `config.limit`.
+    they are computed and forgotten, batch by batch. `chosen` are some of the images of `config.limit`.
 
-    Raises UserError for features that are not finite, DataError for a map of another size than its picture.
+    Raises UserError for features that are not finite, DataError for a map of another size than its image.
     """
 
     def __init__(
@@ -150,17 +150,19 @@ class DensePass:
         self.grid = self.side // encoder.patch_size
         self.encoder, self.source, self.config = encoder, source, config
         self.progress, self.feed, self.originals = progress, feed, originals
-        self.chosen = choose_pictures(len(source), config.limit, config.seed) if chosen is None else chosen
+        self.chosen = choose_images(len(source), config.limit, config.seed) if chosen is None else chosen
         self.mine = self.chosen[share(len(self.chosen))]
         self.void = void  # what pixels of no class become
         self.bad: list[int] = []  # of this rank's share
         self.spent: dict[str, Any] = {}  # what the store says about the pass
 
     def __iter__(self) -> Iterator[DenseBatch]:
-        for patches, maps, pictures in self._computed() if self.feed is None else self._stored(self.feed):
-            read = pictures.tolist() if self.originals else []
+        for patches, maps, image_indices in (
+            self._computed() if self.feed is None else self._stored(self.feed)
+        ):
+            read = image_indices.tolist() if self.originals else []
             originals = tuple(torch.from_numpy(self.source.label_map(index)) for index in read)
-            yield DenseBatch(patches, maps.masked_fill(maps == IGNORE, self.void), originals, pictures)
+            yield DenseBatch(patches, maps.masked_fill(maps == IGNORE, self.void), originals, image_indices)
 
     def _computed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         encoding = Encoding(
@@ -168,25 +170,25 @@ class DensePass:
         )
         for found in encoding.batches(self.mine):
             self.bad += found.bad.tolist()
-            if len(found.pictures):
-                patches = checked(found.kinds["patches"], self.config.store, found.pictures, self.source)
-                yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.pictures
+            if len(found.image_indices):
+                patches = checked(found.kinds["patches"], self.config.store, found.image_indices, self.source)
+                yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.image_indices
 
     def _stored(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         store = feed.open(self.source, self.config, self.need)
         self.spent = {name: store.facts[name] for name in ("computed", "pass_seconds")}
-        rows = torch.from_numpy(np.flatnonzero(np.isin(store.pictures.numpy(), self.mine)))
-        self.bad = np.setdiff1d(self.mine, store.pictures.numpy()).tolist()
+        rows = torch.from_numpy(np.flatnonzero(np.isin(store.image_indices.numpy(), self.mine)))
+        self.bad = np.setdiff1d(self.mine, store.image_indices.numpy()).tolist()
         for some in rows.split(self.config.batch_size):
-            yield store.take("patches", some), store.maps(some), store.pictures[some]
+            yield store.take("patches", some), store.maps(some), store.image_indices[some]
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the data, after the pass; every rank calls it. UserError for too many bad pictures."""
+        """Facts about the data, after the pass; every rank calls it. UserError for too many bad images."""
         bad = distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
         return {
             "name": self.source.name,
             "fingerprint": identity_of(self.source, self.chosen).digest,
-            "pictures": len(self.chosen),
+            "images": len(self.chosen),
             "rows": (len(self.chosen) - len(bad)) * self.grid**2,
             **facts_of_bad(bad, len(self.chosen), self.source),
             **self.spent,
@@ -196,33 +198,36 @@ class DensePass:
 def collect(
     passing: DensePass, classes: int, memory: int | None, how: Literal["rare", "uniform"], seed: int
 ) -> PatchTable:
-    """Patches that have a class, at most `memory` in all: the same number of each picture, as `choose_rows`.
+    """Patches that have a class, at most `memory` in all: the same number of each image, as `choose_rows`.
 
-    Every rank gets all rows, in the order of the pictures. Which patches of a picture are kept depends on
-    seed and picture alone. Raises UserError where no patch has a class.
+    Every rank gets all rows, in the order of the images. Which patches of an image are kept depends on
+    seed and image alone. Raises UserError where no patch has a class.
     """
     every = passing.grid**2
     keep = every if memory is None else min(every, memory // max(1, len(passing.chosen)))
     if not keep:
-        raise UserError(f"memory={memory} patches of {len(passing.chosen)} pictures: less than one of each")
+        raise UserError(f"memory={memory} patches of {len(passing.chosen)} images: less than one of each")
     dtype = getattr(torch, passing.config.store)
     room = len(passing.mine) * keep
     features = torch.empty(room, passing.encoder.config.model.shape[0], dtype=dtype)
     pixels = torch.empty(room, passing.encoder.patch_size**2, dtype=torch.uint8)
-    pictures, count = torch.empty(room, dtype=torch.int64), 0
+    image_indices, count = torch.empty(room, dtype=torch.int64), 0
     for batch in passing:
-        for x, labels, picture in zip(
-            batch.features, patch_pixels(batch.maps, passing.encoder.patch_size), batch.pictures, strict=True
+        for x, labels, index in zip(
+            batch.features,
+            patch_pixels(batch.maps, passing.encoder.patch_size),
+            batch.image_indices,
+            strict=True,
         ):
-            rng = np.random.default_rng([seed, int(picture)])
+            rng = np.random.default_rng([seed, int(index)])
             rows = choose_rows(label_counts(labels, classes), keep, how, rng)
             into = slice(count, count + len(rows))
-            features[into], pixels[into], pictures[into] = x[rows].to(dtype), labels[rows], picture
+            features[into], pixels[into], image_indices[into] = x[rows].to(dtype), labels[rows], index
             count += len(rows)
-    gathered = (distributed.gather_rows(part[:count]) for part in (features, pixels, pictures))
+    gathered = (distributed.gather_rows(part[:count]) for part in (features, pixels, image_indices))
     table = PatchTable(*gathered)
-    if not len(table.pictures):
-        raise UserError(f"{passing.source.name}: no patch of {len(passing.chosen)} pictures has a class")
+    if not len(table.image_indices):
+        raise UserError(f"{passing.source.name}: no patch of {len(passing.chosen)} images has a class")
     return table
 
 

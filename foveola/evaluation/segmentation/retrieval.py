@@ -1,4 +1,4 @@
-"""Dense nearest-neighbour retrieval: segment pictures by looking up their patches among labelled ones."""
+"""Dense nearest-neighbour retrieval: segment images by looking up their patches among labelled ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.features.table import choose_pictures
+from foveola.evaluation.features.table import choose_images
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Metric, Outcome
 from foveola.evaluation.search import nearest
@@ -72,7 +72,7 @@ def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
 def label_pixels(
     shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
 ) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
-    """The class of each pixel: shares of a picture's patches, enlarged bilinearly, and the largest taken."""
+    """The class of each pixel: shares of an image's patches, enlarged bilinearly, and the largest taken."""
     field = shares.T.reshape(1, -1, grid, grid)
     return interpolate(field, size, mode="bilinear", align_corners=False)[0].argmax(dim=0).to(torch.uint8)
 
@@ -86,20 +86,20 @@ class DenseRetrievalConfig(DenseConfig):
 
     k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
     temperature: float = key(0.02, "of the attention over neighbours, softmax(cosine / temperature)", above=0)
-    memory: int = key(10_240_000, "patches in the memory bank at most, as many of each picture", at_least=1)
+    memory: int = key(10_240_000, "patches in the memory bank at most, as many of each image", at_least=1)
     subsample: tuple[int, ...] = key(
-        (1,), "the bank is made of one in so many train pictures; each is measured", at_least=1
+        (1,), "the bank is made of one in so many train images; each is measured", at_least=1
     )
     repeats: int = key(1, "draws of a subsampled bank, whose mean IoU is averaged", at_least=1)
     sampling: Literal["rare", "uniform"] = key(
-        "rare", "which patches of a picture are kept where not all fit: those of rare classes, or any"
+        "rare", "which patches of an image are kept where not all fit: those of rare classes, or any"
     )
     void: Literal["drop", "first"] = key(
         "drop", "pixels of no class in the bank: left out, or taken for class 0 (open-hummingbird)"
     )
     absent: Absent = key("skip", "classes neither true nor predicted: left out of the mean, or zero")
-    evaluate_at: Literal["input", "picture"] = key(
-        "input", "pixels that are compared: of the squashed picture (open-hummingbird), or of the original"
+    evaluate_at: Literal["input", "image"] = key(
+        "input", "pixels that are compared: of the squashed image (open-hummingbird), or of the original"
     )
 
     def __post_init__(self) -> None:
@@ -120,8 +120,8 @@ class Bank:
 class DenseRetrieval(DenseProtocol):
     """Labels every pixel of `test` by its patch's neighbours in `train`.
 
-    Numbers, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over pictures),
-    `best_k`, `miou_k30` and so on; with a bank of 1 in n pictures `miou_1of8` ... And `miou_ceiling`: what
+    Numbers, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over images),
+    `best_k`, `miou_k30` and so on; with a bank of 1 in n images `miou_1of8` ... And `miou_ceiling`: what
     perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
     """
 
@@ -151,7 +151,7 @@ class DenseRetrieval(DenseProtocol):
             at.encoder,
             test,
             config,
-            originals=config.evaluate_at == "picture",
+            originals=config.evaluate_at == "image",
             progress=at.progress,
             feed=at.feed,
         )
@@ -161,7 +161,7 @@ class DenseRetrieval(DenseProtocol):
         pixels = at.encoder.patch_size**2
         for batch in _blocks(passing, QUERIES):
             truth = batch.originals or tuple(batch.maps)
-            images.append(batch.pictures)
+            images.append(batch.image_indices)
             own = label_counts(patch_pixels(batch.maps, at.encoder.patch_size).flatten(0, 1), len(classes))[
                 :, :-1
             ]
@@ -191,11 +191,11 @@ class DenseRetrieval(DenseProtocol):
 
 def _banks(at: At, config: DenseRetrievalConfig, classes: int) -> tuple[list[Bank], dict[str, Any]]:
     """A bank for each subsampling and repeat; without a feed each is encoded anew."""
-    every = choose_pictures(len(at.train), config.limit, config.seed)
+    every = choose_images(len(at.train), config.limit, config.seed)
     banks, facts = [], {}
     for divisor in config.subsample:
         for repeat in range(config.repeats if divisor > 1 else 1):
-            some = choose_pictures(len(every), max(1, len(every) // divisor), config.seed + repeat)
+            some = choose_images(len(every), max(1, len(every) // divisor), config.seed + repeat)
             void = 0 if config.void == "first" else IGNORE
             passing = DensePass(
                 at.encoder, at.train, config, every[some], void=void, progress=at.progress, feed=at.feed
@@ -204,8 +204,8 @@ def _banks(at: At, config: DenseRetrievalConfig, classes: int) -> tuple[list[Ban
             counts = label_counts(table.pixels, classes)[:, :-1].contiguous()
             banks.append(Bank(table.features, counts, divisor))
             known = passing.facts()
-            if not facts or known["pictures"] > facts["pictures"]:
-                facts = known | {"bank": len(table.pictures)}
+            if not facts or known["images"] > facts["images"]:
+                facts = known | {"bank": len(table.image_indices)}
     return banks, facts
 
 
@@ -226,14 +226,14 @@ def _join(parts: Sequence[DenseBatch]) -> DenseBatch:
         torch.cat([part.features for part in parts]),
         torch.cat([part.maps for part in parts]),
         tuple(labels for part in parts for labels in part.originals),
-        torch.cat([part.pictures for part in parts]),
+        torch.cat([part.image_indices for part in parts]),
     )
 
 
 def _compare(
     shares: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
 ) -> list[Int64[Tensor, "3 C1"]]:
-    """Areas of each picture, from the class shares of the patches of all."""
+    """Areas of each image, from the class shares of the patches of all."""
     parts = shares.split(grid * grid)
     return [
         region_areas(label_pixels(part, grid, (labels.shape[0], labels.shape[1])), labels, classes)

@@ -91,9 +91,9 @@ def spread(features: Float[Tensor, "n D"]) -> float:
 
 
 def alignments(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Float64[Tensor, "n"]:
-    """Squared distance of the unit features of two views of each picture (Wang and Isola, 2020; alpha = 2).
+    """Squared distance of the unit features of two views of each image (Wang and Isola, 2020; alpha = 2).
 
-    0 = the same; 2 = at right angles, as of unrelated pictures in all directions; at most 4. Their mean is
+    0 = the same; 2 = at right angles, as of unrelated images in all directions; at most 4. Their mean is
     the alignment.
     """
     return (unit_rows(first).double() - unit_rows(second).double()).square().sum(dim=1)

@@ -24,23 +24,23 @@ from foveola.evaluation.views.feature_space import (
     uniformity,
 )
 from foveola.evaluation.views.other_views import LabelFreeConfig, Seen, watch
-from foveola.evaluation.views.retrieval import choose_targets, pictures_of
+from foveola.evaluation.views.retrieval import choose_targets, images_of
 from foveola.models.encoder import Encoder
 
 __all__ = ["LabelFree", "LabelFreeConfig"]
 
-COLLAPSED = 0.99  # mean cosine of features of different pictures from which the notes say so
+COLLAPSED = 0.99  # mean cosine of features of different images from which the notes say so
 
 
 class LabelFree(Protocol):
     """Measures how the features of `test` fill their space, and what stays the same in other views.
 
-    Of the evaluation view: `rankme_picture` (vector of a picture), `rankme_average` (mean of its patches),
-    `rankme_patches` (all patches of all pictures), `rankme_within` (patches of one picture, mean); shares in
+    Of the evaluation view: `rankme_image` (vector of an image), `rankme_average` (mean of its patches),
+    `rankme_patches` (all patches of all images), `rankme_within` (patches of one image, mean); shares in
     percent of the first component's variance; `spread`, `mean_cosine`, `duplicates` in percent. Of two views
-    of each picture: `alignment`, `uniformity`, `rank1_views`, `recall5_views`; of two views of an object of
+    of each image: `alignment`, `uniformity`, `rank1_views`, `recall5_views`; of two views of an object of
     each: `rank1_objects_plain`, `rank1_objects_masks`, ... in percent. `_low` and `_high` are 95 % bootstrap
-    intervals over pictures, of what is a mean over pictures.
+    intervals over images, of what is a mean over images.
     """
 
     name = "label_free"
@@ -48,40 +48,40 @@ class LabelFree(Protocol):
     help = "numbers without labels: rank, alignment, uniformity, other views found again"
     Config = LabelFreeConfig
     metrics = (
-        Metric("rank1_views", "picture found again in another crop and colours", "higher",
+        Metric("rank1_views", "image found again in another crop and colours", "higher",
                chance="chance_rank1_views", main=True),
         Metric("rank1_objects_*", "object found again in another crop ({})", "higher",
                chance="chance_rank1_objects"),
         Metric("recall*_views", "label-free recall@{} (views)", "higher", chance="chance_recall{}_views"),
         Metric("recall*_objects_*", "label-free recall@{} (objects {})", "higher",
                chance="chance_recall{}_objects"),
-        Metric("rankme_picture", "Effective rank of pictures (RankMe)", "neither", ""),
+        Metric("rankme_image", "Effective rank of images (RankMe)", "neither", ""),
         Metric("rankme_average", "Effective rank of mean patches (RankMe)", "neither", ""),
         Metric("rankme_patches", "Effective rank of all patches (RankMe)", "neither", ""),
-        Metric("rankme_within", "Effective rank of the patches of one picture (RankMe)", "neither", ""),
-        Metric("first_component_picture", "Variance of pictures in one direction", "neither"),
+        Metric("rankme_within", "Effective rank of the patches of one image (RankMe)", "neither", ""),
+        Metric("first_component_image", "Variance of images in one direction", "neither"),
         Metric("first_component_patches", "Variance of patches in one direction", "neither"),
-        Metric("spread", "Spread of pictures: 0 one point, 1 all directions", "neither", ""),
+        Metric("spread", "Spread of images: 0 one point, 1 all directions", "neither", ""),
         Metric("mean_cosine", "Mean cosine of the encoder's features of two test images", "neither", ""),
-        Metric("duplicates", "Pictures that another one equals", "neither"),
-        Metric("alignment", "Distance of two views of a picture (alignment)", "neither", ""),
+        Metric("duplicates", "Images that another one equals", "neither"),
+        Metric("alignment", "Distance of two views of an image (alignment)", "neither", ""),
         Metric("uniformity", "Uniformity: lower is more even", "neither", ""),
         Metric("chance_rank1_*", "label-free: chance rank-1 {}"),
         Metric("chance_recall*_*", "label-free: chance recall{} {}"),
     )  # fmt: skip
 
     def measure(self, at: At, config: LabelFreeConfig) -> Outcome:
-        """Encode each picture as it is evaluated, and in two views."""
+        """Encode each image as it is evaluated, and in two views."""
         encoder, test = at.encoder.pooled(config.pool), at.test
         targets = choose_targets(test, min(config.limit, len(test)), 0.0, config.seed)
         began = perf_counter()
         seen, patches, bad = watch(encoder, test, targets, config, at.progress)
         facts = facts_of_bad(torch.tensor(bad, dtype=torch.int64), len(targets), test)
-        count = len(seen.pictures)
+        count = len(seen.image_indices)
         if count < 2:
-            raise UserError(f"{test.name}: {count} pictures, at least 2 are needed")
+            raise UserError(f"{test.name}: {count} images, at least 2 are needed")
         for columns in (seen.features, seen.views.flatten(1)):
-            check_finite(columns, seen.pictures, test)
+            check_finite(columns, seen.image_indices, test)
         check_finite(seen.objects.flatten(1), seen.owners, test)
         metrics = {
             **space_metrics(encoder, seen, patches, config),
@@ -97,8 +97,8 @@ class LabelFree(Protocol):
         facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
         named = {
             "name": test.name,
-            "fingerprint": pictures_of(test, targets).digest,
-            "pictures": len(targets),
+            "fingerprint": images_of(test, targets).digest,
+            "images": len(targets),
         }
         data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
         return Outcome(metrics, data, _notes(metrics, seen, encoder, test, config), scores=scores)
@@ -107,9 +107,9 @@ class LabelFree(Protocol):
 def space_metrics(
     encoder: Encoder, seen: Seen, patches: Moments, config: LabelFreeConfig
 ) -> dict[str, float]:
-    """Of the evaluation view of each picture."""
+    """Of the evaluation view of each image."""
     found = moments(seen.features)
-    metrics = {"rankme_picture": rankme(found.singular_values()).item()}
+    metrics = {"rankme_image": rankme(found.singular_values()).item()}
     if encoder.config.pool != "average":  # else it is the same
         metrics["rankme_average"] = rankme(moments(seen.averages).singular_values()).item()
     nearest = nearest_other(seen.features) >= config.duplicate
@@ -117,7 +117,7 @@ def space_metrics(
         **metrics,
         "rankme_patches": rankme(patches.singular_values()).item(),
         **_mean("rankme_within", seen.within, config.seed),
-        "first_component_picture": first_share(found.variances()),
+        "first_component_image": first_share(found.variances()),
         "first_component_patches": first_share(patches.variances()),
         "spread": spread(seen.features),
         "mean_cosine": mean_cosine(seen.features),
@@ -126,18 +126,18 @@ def space_metrics(
 
 
 def view_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
-    """Of two views of each picture."""
+    """Of two views of each image."""
     first, second = seen.views.unbind(dim=1)
     return {
         **_mean("alignment", alignments(first, second), config.seed),
         "uniformity": (uniformity(first) + uniformity(second)) / 2,
-        **_found("views", first, second, seen.pictures, config),
+        **_found("views", first, second, seen.image_indices, config),
         **_chances("views", len(first), config),
     }
 
 
 def object_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
-    """Of two views of an object of each picture that has one; nothing without two of them."""
+    """Of two views of an object of each image that has one; nothing without two of them."""
     metrics: dict[str, float] = {}
     if len(seen.owners) < 2:
         return metrics
@@ -150,21 +150,21 @@ def _found(
     name: str,
     first: Float[Tensor, "n D"],
     second: Float[Tensor, "n D"],
-    pictures: Int64[Tensor, "n"],
+    image_indices: Int64[Tensor, "n"],
     config: LabelFreeConfig,
 ) -> dict[str, float]:
     """How often a view's other view comes first among those of all, from both sides."""
     ranks = _ranks(first, second)
     k = min(config.recall, len(first))
     return {
-        **_share(f"rank1_{name}", ranks == 0, pictures.repeat(2), config.seed),
+        **_share(f"rank1_{name}", ranks == 0, image_indices.repeat(2), config.seed),
         f"recall{k}_{name}": recall_at(ranks, k),
     }
 
 
 def _pairs(seen: Seen) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """Name, first views, second views and images of everything of which two views were encoded."""
-    found = [("views", seen.views[:, 0], seen.views[:, 1], seen.pictures)]
+    found = [("views", seen.views[:, 0], seen.views[:, 1], seen.image_indices)]
     if len(seen.owners) > 1:
         for place, name in enumerate(("objects_plain", "objects_masks")):
             found.append((name, seen.objects[:, place, 0], seen.objects[:, place, 1], seen.owners))
@@ -188,7 +188,7 @@ def _share(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) 
 
 
 def _mean(name: str, values: Float64[Tensor, "n"], seed: int) -> dict[str, float]:
-    """A mean over pictures, with its interval."""
+    """A mean over images, with its interval."""
     low, high = bootstrap(values, seed=seed)
     return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
 
@@ -196,14 +196,14 @@ def _mean(name: str, values: Float64[Tensor, "n"], seed: int) -> dict[str, float
 def _notes(
     metrics: dict[str, float], seen: Seen, encoder: Encoder, test: Source, config: LabelFreeConfig
 ) -> tuple[str, ...]:
-    count = len(seen.pictures)
-    notes = [f"rankme_picture of {count} pictures is at most {min(count, encoder.width)}"]
+    count = len(seen.image_indices)
+    notes = [f"rankme_image of {count} images is at most {min(count, encoder.width)}"]
     if metrics["mean_cosine"] > COLLAPSED:
         notes.append(
-            f"features of different pictures have a mean cosine of {metrics['mean_cosine']:.4f}: collapsed, "
+            f"features of different images have a mean cosine of {metrics['mean_cosine']:.4f}: collapsed, "
             "or all around one large mean (then rank1_views is far above chance)"
         )
     if config.objects and len(seen.owners) < 2:
         what = "has neither boxes nor masks" if not test.has_objects else "has too few objects"
-        notes.append(f"{test.name} {what}: only numbers of pictures are given")
+        notes.append(f"{test.name} {what}: only numbers of images are given")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""The one pass of `label_free`: each picture decoded once, encoded as it is and in other views."""
+"""The one pass of `label_free`: each image decoded once, encoded as it is and in other views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,31 +33,31 @@ from foveola.views.batch import Streams, make_views
 class LabelFreeConfig(OtherViewsConfig):
     """Settings of `label_free`."""
 
-    limit: int = key(1000, "use at most this many pictures, drawn by seed", at_least=2)
+    limit: int = key(1000, "use at most this many images, drawn by seed", at_least=2)
     objects: bool = key(True, "also find objects again in other crops, where the data have some")
     duplicate: float = key(
-        0.99, "cosine similarity from which two pictures count as told apart by nothing", above=0, below=1
+        0.99, "cosine similarity from which two images count as told apart by nothing", above=0, below=1
     )
 
 
-# -- pictures and views --------------------------------------------------------------------------------------
+# -- images and views --------------------------------------------------------------------------------------
 
 
 class _Canvases(TargetCanvases):
-    """Keeps the evaluation view of each picture that it reads, so that none is decoded twice."""
+    """Keeps the evaluation view of each image that it reads, so that none is decoded twice."""
 
     transform: TransformConfig
     plain: list[Tensor]
 
     def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
-        picture = decode(sample.image)
-        read = super()._read(replace(sample, image=picture), number)
-        self.plain.append(square(picture, self.transform)[None])
+        image = decode(sample.image)
+        read = super()._read(replace(sample, image=image), number)
+        self.plain.append(square(image, self.transform)[None])
         return read
 
 
 class ViewCanvases(Dataset):
-    """Parcels of targets as canvases, and their pictures as they are evaluated."""
+    """Parcels of targets as canvases, and their images as they are evaluated."""
 
     def __init__(
         self, source: Source, targets: Sequence[Target], transform: TransformConfig, config: LabelFreeConfig
@@ -70,19 +70,19 @@ class ViewCanvases(Dataset):
         return len(self.canvases)
 
     def __getitem__(self, parcel: int) -> tuple[Canvases | None, UInt8[Tensor, "b 3 S S"], list[int]]:
-        """Canvases (None for none), evaluation views, and the pictures that could not be read."""
+        """Canvases (None for none), evaluation views, and the images that could not be read."""
         self.canvases.plain = [torch.zeros(0, 3, self.crop, self.crop, dtype=torch.uint8)]
         canvases, bad = self.canvases[parcel]
         return canvases, torch.cat(self.canvases.plain), bad
 
 
-def picture_views(
+def image_views(
     canvases: Canvases, encoder: Encoder, config: LabelFreeConfig, number: int
 ) -> Float[Tensor, "B 2 3 H W"]:
-    """Two crops in two colours of each picture, as in pretraining without objects, normalised for `encoder`.
+    """Two crops in two colours of each image, as in pretraining without objects, normalised for `encoder`.
 
     They are a pure function of (seed, number of the parcel). A view of an object (`retrieval.two_views`) is
-    the picture's view where that holds the object.
+    the image's view where that holds the object.
     """
     views = views_config(encoder, config)
     moved = canvases.to(encoder.device)
@@ -90,14 +90,14 @@ def picture_views(
 
 
 class Seen(NamedTuple):
-    """What the encoder says of n pictures, m of them with an object; float32 on the CPU."""
+    """What the encoder says of n images, m of them with an object; float32 on the CPU."""
 
-    pictures: Int64[Tensor, "n"]
+    image_indices: Int64[Tensor, "n"]
     features: Float32[Tensor, "n D"]  # of the evaluation view
     averages: Float32[Tensor, "n E"]  # of its patches
     within: Float64[Tensor, "n"]  # RankMe of its patches
     views: Float32[Tensor, "n 2 D"]
-    owners: Int64[Tensor, "m"]  # the pictures of the objects
+    owners: Int64[Tensor, "m"]  # the images of the objects
     objects: Float32[Tensor, "m 2 2 D"]  # (without mask, with mask) x two views
 
     def gathered(self) -> "Seen":
@@ -106,7 +106,7 @@ class Seen(NamedTuple):
 
 
 class Watcher:
-    """Encodes parcels of pictures: evaluation view, two views, two views of the object."""
+    """Encodes parcels of images: evaluation view, two views, two views of the object."""
 
     def __init__(self, encoder: Encoder, source: Source, config: LabelFreeConfig) -> None:
         self.encoder, self.source, self.config = encoder, source, config
@@ -117,7 +117,7 @@ class Watcher:
         """Nothing, in the right shapes."""
         width, numbers = self.encoder.width, torch.zeros(0, dtype=torch.int64)
         return Seen(
-            pictures=numbers,
+            image_indices=numbers,
             features=torch.zeros(0, width),
             averages=torch.zeros(0, self.encoder.config.model.shape[0]),
             within=torch.zeros(0, dtype=torch.float64),
@@ -128,7 +128,7 @@ class Watcher:
 
     def __call__(self, canvases: Canvases, plain: UInt8[Tensor, "b 3 S S"], number: int) -> Seen:
         """Everything about one parcel, the `number`-th of all."""
-        views = picture_views(canvases, self.encoder, self.config, number).flatten(0, 1)
+        views = image_views(canvases, self.encoder, self.config, number).flatten(0, 1)
         seen = self._plain(plain, canvases.indices)
         seen = seen._replace(views=self._tokens(views, None).unflatten(0, (len(plain), 2)))
         there = ~canvases.whole[:, 0]
@@ -140,9 +140,9 @@ class Watcher:
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
 
     @torch.inference_mode()
-    def _plain(self, images: UInt8[Tensor, "b 3 S S"], pictures: Int64[Tensor, "b"]) -> Seen:
+    def _plain(self, images: UInt8[Tensor, "b 3 S S"], image_indices: Int64[Tensor, "b"]) -> Seen:
         encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
-        for few, shown in zip(images.split(size), pictures.split(size), strict=True):
+        for few, shown in zip(images.split(size), image_indices.split(size), strict=True):
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 found = encoder(encoder.normalise(few.to(encoder.device)))
             patches = found.patches.float().cpu()
@@ -150,7 +150,9 @@ class Watcher:
             self.patches.add(patches.flatten(0, 1))
             parts.append((found.objects[:, 0].float().cpu(), patches.mean(dim=1), rows_rankme(patches)))
         features, averages, within = (torch.cat(column) for column in zip(*parts, strict=True))
-        return self.none()._replace(pictures=pictures, features=features, averages=averages, within=within)
+        return self.none()._replace(
+            image_indices=image_indices, features=features, averages=averages, within=within
+        )
 
     def _tokens(self, views: Tensor, masks: Tensor | None) -> Float32[Tensor, "b D"]:
         rows = torch.arange(len(views)).split(self.config.batch_size)
@@ -166,7 +168,7 @@ class Watcher:
 def watch(
     encoder: Encoder, source: Source, targets: Sequence[Target], config: LabelFreeConfig, progress: bool
 ) -> tuple[Seen, Moments, list[int]]:
-    """The one pass over the pictures: what is seen, sums over all patches, and unreadable pictures."""
+    """The one pass over the images: what is seen, sums over all patches, and unreadable images."""
     parcels = range(-(-len(targets) // PARCEL))
     mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
     own = targets[mine.start * PARCEL : mine.stop * PARCEL]

@@ -45,7 +45,7 @@ class OtherViewsConfig(ReadingConfig):
 
     recall: int = key(5, "rank up to which `recall` counts", at_least=1)
     scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the picture's area that a view covers", above=0, at_most=1
+        (0.25, 1.0), "share of the image's area that a view covers", above=0, at_most=1
     )
     min_visible: float = key(
         0.0, "share of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
@@ -60,11 +60,11 @@ class OtherViewsConfig(ReadingConfig):
     )
     canvas: int = key(
         512,
-        "pixels a side of the square that holds a picture to cut views from; a longer side is shrunk to it",
+        "pixels a side of the square that holds an image to cut views from; a longer side is shrunk to it",
         at_least=8,
     )
     pool: Literal["token", "average", "predictor"] | None = key(
-        None, "what stands for a picture or object: its token, or the mean of its patches or predictions"
+        None, "what stands for an image or object: its token, or the mean of its patches or predictions"
     )
     mask_canvas: int = key(128, "pixels a side on which masks are drawn", at_least=1)
     min_coverage: float = again(ObjectsConfig, "min_coverage", ObjectsConfig.min_coverage)
@@ -78,57 +78,57 @@ class OtherViewsConfig(ReadingConfig):
 class RetrievalConfig(OtherViewsConfig):
     """Settings of `retrieval`."""
 
-    objects: int = key(1000, "objects to find, at most one a picture while pictures last", at_least=2)
+    objects: int = key(1000, "objects to find, at most one an image while images last", at_least=2)
     masks: Literal["both"] | bool = key(
         "both", "object tokens read only their object's patches: true, false, both"
     )
     min_area: float = key(
-        0.0, "objects smaller than this share of their picture are not used", at_least=0, below=1
+        0.0, "objects smaller than this share of their image are not used", at_least=0, below=1
     )
 
 
 class Target(NamedTuple):
-    """One object to find: its picture in the source, and its number there (-1: the whole picture)."""
+    """One object to find: its image in the source, and its number there (-1: the whole image)."""
 
-    picture: int
+    image: int
     object: int
 
 
 def choose_targets(source: Source, count: int, min_area: float, seed: int) -> list[Target]:
-    """Draw objects: one of each picture in random order, then a second one of each, until there are `count`.
+    """Draw objects: one of each image in random order, then a second one of each, until there are `count`.
 
-    A picture without annotation is one object. Deterministic in `seed`; reads no pixel.
+    An image without annotation is one object. Deterministic in `seed`; reads no pixel.
     """
     chosen: list[Target] = []
     left: list[tuple[int, list[int]]] = []
-    for picture in np.random.default_rng((seed, 0)).permutation(len(source)).tolist():
+    for image in np.random.default_rng((seed, 0)).permutation(len(source)).tolist():
         try:
-            objects = source[picture].objects
-        except BadImage:  # found again, and counted, where the picture is read
+            objects = source[image].objects
+        except BadImage:  # found again, and counted, where the image is read
             objects = None
         large = [-1] if objects is None else np.flatnonzero(objects.areas >= min_area).tolist()
         if len(large):
-            order = np.random.default_rng((seed, 1, picture)).permutation(large).tolist()
-            chosen.append(Target(picture, order[0]))
-            left.append((picture, order[1:]))
+            order = np.random.default_rng((seed, 1, image)).permutation(large).tolist()
+            chosen.append(Target(image, order[0]))
+            left.append((image, order[1:]))
         if len(chosen) == count:
             return chosen
     while any(rest for _, rest in left):
-        for picture, rest in left:
+        for image, rest in left:
             if rest:
-                chosen.append(Target(picture, rest.pop(0)))
+                chosen.append(Target(image, rest.pop(0)))
             if len(chosen) == count:
                 return chosen
     return chosen
 
 
-def pictures_of(source: Source, targets: Sequence[Target]) -> Identity:
+def images_of(source: Source, targets: Sequence[Target]) -> Identity:
     """The identity of the images that hold these objects."""
-    return identity_of(source, np.unique([target.picture for target in targets]))
+    return identity_of(source, np.unique([target.image for target in targets]))
 
 
 class TargetCanvases(Dataset):
-    """Parcels of targets as `Canvases` of one object each; targets of unreadable pictures are left out."""
+    """Parcels of targets as `Canvases` of one object each; targets of unreadable images are left out."""
 
     def __init__(
         self,
@@ -145,13 +145,13 @@ class TargetCanvases(Dataset):
         return -(-len(self.targets) // PARCEL)
 
     def __getitem__(self, parcel: int) -> tuple[Canvases | None, list[int]]:
-        """The canvases, None for none, and the pictures that could not be read."""
+        """The canvases, None for none, and the images that could not be read."""
         entries, bad = [], []
         for target in self.targets[parcel * PARCEL : (parcel + 1) * PARCEL]:
             try:
-                entries.append((target.picture, *self._read(self.source[target.picture], target.object)))
+                entries.append((target.image, *self._read(self.source[target.image], target.object)))
             except BadImage:
-                bad.append(target.picture)
+                bad.append(target.image)
         if not entries:
             return None, bad
         indices, images, aspects, masks, whole = zip(*entries, strict=True)
@@ -174,18 +174,18 @@ class TargetCanvases(Dataset):
         return canvases, bad
 
     def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
-        picture = decode(sample.image)
-        aspect = picture.shape[1] / picture.shape[0]
-        height, width = (min(side, self.canvas) for side in picture.shape[:2])
-        image = resize(picture, height, width, self.interpolation)
+        image = decode(sample.image)
+        aspect = image.shape[1] / image.shape[0]
+        height, width = (min(side, self.canvas) for side in image.shape[:2])
+        canvas = resize(image, height, width, self.interpolation)
         if sample.objects is None or number < 0:
             return (
-                image,
+                canvas,
                 aspect,
                 torch.full((self.mask_canvas, self.mask_canvas), 255, dtype=torch.uint8),
                 True,
             )
-        return image, aspect, torch.from_numpy(sample.objects.draw(number, self.mask_canvas)), False
+        return canvas, aspect, torch.from_numpy(sample.objects.draw(number, self.mask_canvas)), False
 
 
 def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
@@ -220,7 +220,7 @@ class Retrieval(Protocol):
     """Ranks the other crop of each object among one crop of every object, from both sides.
 
     Numbers, in percent, for `plain` (class token of the view) and `masks` (object token): `rank1_*` with its
-    95 % bootstrap interval over pictures (`_low`, `_high`), `recall5_*`; `chance_rank1` and `chance_recall5`.
+    95 % bootstrap interval over images (`_low`, `_high`), `recall5_*`; `chance_rank1` and `chance_recall5`.
     """
 
     name = "retrieval"
@@ -242,13 +242,13 @@ class Retrieval(Protocol):
         if len(targets) < 2:
             raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
         began = perf_counter()
-        features, pictures, bad = _embed(encoder, test, targets, kinds, config, at.progress)
+        features, image_indices, bad = _embed(encoder, test, targets, kinds, config, at.progress)
         if len(bad) > 0.01 * len(targets):
             raise UserError(
-                f"{test.name}: {len(bad)} of {len(targets)} pictures cannot be read, such as "
+                f"{test.name}: {len(bad)} of {len(targets)} images cannot be read, such as "
                 + why_bad(test, bad[0])
             )
-        count = len(pictures)
+        count = len(image_indices)
         if count < config.objects:
             notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
         k = min(config.recall, count)
@@ -256,9 +256,9 @@ class Retrieval(Protocol):
         for place, masked in enumerate(kinds):
             name = "masks" if masked else "plain"
             first, second = features[:, place, 0], features[:, place, 1]
-            check_finite(features[:, place].flatten(0, 1), pictures.repeat_interleave(2), test)
+            check_finite(features[:, place].flatten(0, 1), image_indices.repeat_interleave(2), test)
             ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
-            owners = pictures.repeat(2)
+            owners = image_indices.repeat(2)
             low, high = interval(ranks == 0, owners, seed=config.seed)
             scores |= {
                 f"rank1_{name}": packed(ranks == 0, owners),
@@ -273,9 +273,9 @@ class Retrieval(Protocol):
         metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
         facts: dict[str, Any] = {
             "name": test.name,
-            "fingerprint": pictures_of(test, targets).digest,
+            "fingerprint": images_of(test, targets).digest,
             "objects": count,
-            "pictures": len(pictures.unique()),
+            "images": len(image_indices.unique()),
             "unreadable": len(bad),
         }
         data = {"test": facts, "extract_seconds": round(perf_counter() - began, 2)}
@@ -290,7 +290,7 @@ def _embed(
     config: RetrievalConfig,
     progress: bool,
 ) -> tuple[Float[Tensor, "n kinds 2 D"], Int64[Tensor, "n"], list[int]]:
-    """Features of both views of every target, their pictures, and the pictures that could not be read."""
+    """Features of both views of every target, their images, and the images that could not be read."""
     parcels = range(-(-len(targets) // PARCEL))
     mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
     transform = encoder.config.transform
@@ -302,7 +302,7 @@ def _embed(
         transform.interpolation,
     )
     features = [torch.zeros(0, len(kinds), 2, encoder.width)]
-    pictures, bad = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    image_indices, bad = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     ahead = show(read_ahead(dataset, config.workers), len(dataset), f"objects of {source.name}", progress)
     for number, (canvases, unreadable) in zip(mine, ahead, strict=True):
         bad.append(torch.tensor(unreadable, dtype=torch.int64))
@@ -318,6 +318,6 @@ def _embed(
             ]
             tables.append(torch.cat(parts).unflatten(0, (len(canvases), 2)))
         features.append(torch.stack(tables, dim=1))
-        pictures.append(canvases.indices)
-    gathered = [distributed.gather_rows(torch.cat(parts)) for parts in (features, pictures, bad)]
+        image_indices.append(canvases.indices)
+    gathered = [distributed.gather_rows(torch.cat(parts)) for parts in (features, image_indices, bad)]
     return gathered[0], gathered[1], gathered[2].tolist()

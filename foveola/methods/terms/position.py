@@ -133,25 +133,25 @@ def errors_of_places(
 
 
 def sheet_of_places(
-    pictures: Float[Tensor, "S 3 H W"],
+    images: Float[Tensor, "S 3 H W"],
     guesses: Int64[Tensor, "S N"],
     unplaced: Bool[Tensor, "S N"],
     grid: tuple[int, int],
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Pictures in [0, 1] in columns; below each where its unplaced patches are, and where they were guessed.
+    """Images in [0, 1] in columns; below each where its unplaced patches are, and where they were guessed.
 
     A place is a colour: red grows to the right, green downwards, blue to the top left. Other patches are
     dark.
     """
     rows, columns = grid
     index = torch.arange(rows * columns, device=guesses.device).expand_as(guesses)
-    tiles = [pictures]
+    tiles = [images]
     for places in (index, guesses):
         y, x = (places // columns / max(rows - 1, 1)), (places % columns / max(columns - 1, 1))
         colors = torch.stack((x, y, 1 - (x + y) / 2), dim=1).unflatten(2, grid)
         shown = unplaced.unflatten(1, grid)[:, None]
-        colors, shown = (interpolate(t.float(), pictures.shape[2:], mode="nearest") for t in (colors, shown))
-        tiles.append(torch.where(shown > 0, colors, 0.3 * pictures))
+        colors, shown = (interpolate(t.float(), images.shape[2:], mode="nearest") for t in (colors, shown))
+        tiles.append(torch.where(shown > 0, colors, 0.3 * images))
     pixels = (torch.stack(tiles) * 255).round().clamp(0, 255).byte()  # [3, S, 3, H, W]
     sheet = pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     return sheet.cpu().numpy()

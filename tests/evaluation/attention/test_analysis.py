@@ -1,4 +1,4 @@
-"""The analysis as a whole: against float64 attention of each picture by itself, and its files."""
+"""The analysis as a whole: against float64 attention of each image by itself, and its files."""
 
 import csv
 import json
@@ -68,7 +68,7 @@ def same(a, b, rtol: float = 1e-9) -> None:
     np.testing.assert_allclose(a.head_divergences.mean, b.head_divergences.mean, rtol=rtol, atol=1e-7)
 
 
-def test_means_and_errors_over_pictures(source) -> None:
+def test_means_and_errors_over_images(source) -> None:
     encoder = make(registers=2)
     found = analyze({"mine": encoder}, source, workers=0, batch_size=3)["mine"]
     at = Layout(True, 2, (4, 4), 8)
@@ -80,7 +80,7 @@ def test_means_and_errors_over_pictures(source) -> None:
         values.append([head_statistics(logits_of(a[None]), at).statistics[0].numpy() for a in every])
         row = every[-1][:, 0, 3:].mean(dim=0)
         entropies.append(-(row / row.sum() * (row / row.sum()).log()).sum().item())
-    values = np.array(values)  # [pictures, blocks, heads, statistics]
+    values = np.array(values)  # [images, blocks, heads, statistics]
     for i, name in enumerate(HEAD_STATISTICS):
         if name == "head_divergence":
             continue
@@ -112,7 +112,7 @@ def test_batches_and_company_change_nothing(source) -> None:
 
 
 def test_heads_one_by_one_change_nothing(source, monkeypatch) -> None:
-    """Pictures whose matrices do not fit are read a head at a time."""
+    """Images whose matrices do not fit are read a head at a time."""
     encoder = make(registers=1)
     before = analyze(encoder, source, workers=0, limit=3)
     monkeypatch.setattr("foveola.models.capture.CACHED", 1)
@@ -160,7 +160,7 @@ def test_files_hold_every_number(source, tmp_path) -> None:
     (row,) = [row for row in rows if want.items() <= row.items()]
     assert float(row["mean"]) == pytest.approx(analysis["a"].heads["nmi"].mean[1, 0])
     assert float(row["standard_error"]) == pytest.approx(analysis["a"].heads["nmi"].error[1, 0])
-    assert (row["uniform"], row["low"], row["high"], row["pictures"]) == ("0.0", "0.0", "1.0", "7")
+    assert (row["uniform"], row["low"], row["high"], row["images"]) == ("0.0", "0.0", "1.0", "7")
     want = {"encoder": "b", "block": "mean", "head": "all", "statistic": "patch_norm"}
     (row,) = [row for row in rows if want.items() <= row.items()]
     assert float(row["mean"]) == pytest.approx(float(analysis["b"].whole["patch_norm"].mean))
@@ -168,11 +168,11 @@ def test_files_hold_every_number(source, tmp_path) -> None:
     assert [e["name"] for e in written["encoders"]] == ["a", "b"]
     assert written["data"]["analysed"] == 7
     assert written["settings"]["outlier_norm"] == 3.0
-    assert all(encoder.cost["ratio"] > 0 and encoder.cost["pictures"] == 7 for encoder in analysis.encoders)
+    assert all(encoder.cost["ratio"] > 0 and encoder.cost["images"] == 7 for encoder in analysis.encoders)
     assert "times)" in analysis.table()
 
 
-def test_one_picture_has_no_standard_error(source) -> None:
+def test_one_image_has_no_standard_error(source) -> None:
     analysis = analyze(make(), source, workers=0, limit=1)
     estimate = analysis.encoders[0].heads["nmi"]
     assert np.isfinite(estimate.mean).all()
@@ -219,22 +219,22 @@ def test_names_that_tell_apart(source, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("squash", [None, True])
-def test_size_of_pictures(source, squash) -> None:
-    """A larger size enlarges the same view; `squash` shows all of the picture."""
+def test_size_of_images(source, squash) -> None:
+    """A larger size enlarges the same view; `squash` shows all of the image."""
     analysis = analyze(make(), source, workers=0, limit=2, size=64, squash=squash)
     about = analysis.encoders[0].about
     assert (about["grid"], about["resize"]) == ([8, 8], 64 if squash else 80)
     assert analysis.encoders[0].layout.patches == 64
 
 
-def test_pictures_are_cut_as_the_encoder_does() -> None:
+def test_images_are_cut_as_the_encoder_does() -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for transform in (TransformConfig(resize=40, crop=32), TransformConfig(resize=32, crop=32, squash=True)):
         encoder = Encoder(EncoderConfig(make().config.model, transform))
         geometry = (transform.resize, transform.crop, transform.interpolation, transform.squash)
-        mine = encoder.normalise(cut(picture, geometry)[None])[0]
-        assert (mine - encoder.transform(Image.fromarray(picture))).abs().max() < 0.03  # one step of 255
+        mine = encoder.normalise(cut(image, geometry)[None])[0]
+        assert (mine - encoder.transform(Image.fromarray(image))).abs().max() < 0.03  # one step of 255
 
 
 def test_moments_are_numpys() -> None:
@@ -288,20 +288,20 @@ def test_mistakes(source, list_source, make_sample, tmp_path) -> None:
         analyze(["nowhere", "nowhere"], source)
     with pytest.raises(UserError, match="no model at nowhere"):
         analyze("nowhere", source)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         analyze(encoder, list_source([]), workers=0)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"out=.*file: no folder can be made there: .*choose another place"):
         analyze(encoder, source, out=tmp_path / "file")
     encoder.backbone.blocks[1].norm1.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="mine: its attention on pictures of list: is not finite"):
+    with pytest.raises(UserError, match="mine: its attention on images of list: is not finite"):
         analyze({"mine": encoder}, source, workers=0)
 
 
-def test_unreadable_pictures(list_source, make_sample, monkeypatch) -> None:
+def test_unreadable_images(list_source, make_sample, monkeypatch) -> None:
     good = [make_sample(seed) for seed in range(3)]
-    source = list_source([*good, replace(good[0], image=b"no picture", name="torn")])
-    with pytest.raises(UserError, match="1 of 4 pictures cannot be read, such as torn"):
+    source = list_source([*good, replace(good[0], image=b"no image", name="torn")])
+    with pytest.raises(UserError, match="1 of 4 images cannot be read, such as torn"):
         analyze(make(), source, workers=0)
     monkeypatch.setattr("foveola.evaluation.features.table.MAX_BAD", 0.5)
     analysis = analyze(make(), source, workers=0)

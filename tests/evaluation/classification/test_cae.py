@@ -63,7 +63,7 @@ def joined(x):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_folded_probes_train_like_plain_ones(heads, monkeypatch) -> None:
-    """BatchNorm over 8, 8 and 4 pictures, gradients of all 20, torch's SGD; in parts that change nothing."""
+    """BatchNorm over 8, 8 and 4 images, gradients of all 20, torch's SGD; in parts that change nothing."""
     monkeypatch.setattr("foveola.evaluation.classification.cae.ENTRIES", 3 * heads * WIDTH * 2)
     rates = torch.tensor([0.3, 0.05])
     bank = CaeBank(rates, WIDTH, CLASSES, heads=heads, norm_batch=8)
@@ -137,7 +137,7 @@ def test_as_it_is_called(encoder, list_source, make_sample) -> None:
     assert min(result.metrics["top1_cae"], result.metrics["top1_cae_4"]) > 80
     assert result.chosen["cae_4"]["heads"] == 4
     assert result.chosen["cae"]["parameters"] == 4 * 32**2 + 10 * 32 + 3 * 33
-    assert "cae: batches of 16 pictures" in result.notes
+    assert "cae: batches of 16 images" in result.notes
     for settings, message in [
         ({"heads": (12,)}, "heads=12 do not divide the width of the patches, 32; 8 or 16 do"),
         ({"weight_decay": (0.1,)}, "weight_decay: style=cae has none"),

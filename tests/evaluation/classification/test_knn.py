@@ -106,11 +106,11 @@ def test_k_of_the_whole_bank_and_above_a_class_size() -> None:
 
 def test_a_row_of_ones_own_group_is_no_neighbour() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(2))
-    pictures = torch.arange(30) // 3
-    similarities, indices = nearest(x, x, 29, query_groups=pictures, bank_groups=pictures, bank_chunk=7)
+    images = torch.arange(30) // 3
+    similarities, indices = nearest(x, x, 29, query_groups=images, bank_groups=images, bank_chunk=7)
     for i in range(30):
         found = indices[i][similarities[i] > -torch.inf].tolist()
-        assert sorted(found) == [j for j in range(30) if pictures[j] != pictures[i]]
+        assert sorted(found) == [j for j in range(30) if images[j] != images[i]]
 
 
 def test_leaves_the_precision_of_products_alone(problem) -> None:

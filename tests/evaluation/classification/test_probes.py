@@ -65,7 +65,7 @@ def test_probes_learn_brightness(protocol, encoder, shades, check_scores, tmp_pa
     assert Result.read(tmp_path / "results" / f"{protocol}.json") == result
     check_scores(result)
     assert json.loads((tmp_path / "results" / f"{protocol}.json").read_text())["grid"] == result.grid
-    assert "pass over train: 90 pictures in" in result.table()
+    assert "pass over train: 90 images in" in result.table()
 
 
 def test_styles_of_the_linear_probe(encoder, shades) -> None:
@@ -212,7 +212,7 @@ def test_one_candidate_trains_on_everything(encoder, shades) -> None:
         result = evaluate(encoder, protocol, train=train, test=test, **settings, **QUIET)
         assert result.data["split"] == {"fit": 30 - held, "holdout": held, "scored": 9}
         assert not any("chosen on the test set" in note for note in result.notes)
-    assert any("BatchNorm over 27 pictures (MAE: 512)" in note for note in result.notes)
+    assert any("BatchNorm over 27 images (MAE: 512)" in note for note in result.notes)
     train.samples = train.samples[:3]  # one of each class
     with pytest.raises(UserError, match=r"no class has two .* choose among 52 probes; .* holdout=0"):
         evaluate(encoder, "linear", train=train, test=test, **QUIET)
@@ -231,7 +231,7 @@ def test_small_sets_do_not_train_for_as_long_as_imagenet(encoder, shades, monkey
             encoder, protocol, train=shades(0, 30), test=shades(900, 9), batch=9, **settings, **QUIET
         )
         assert result.data["training"] == {"batch": 9, "steps": 12, "epochs": 4}
-        assert any("12 steps, 4 passes over 27 pictures; published: 12,500" in n for n in result.notes)
+        assert any("12 steps, 4 passes over 27 images; published: 12,500" in n for n in result.notes)
         assert any("published probes train on random crops (views=)" in note for note in result.notes)
 
 
@@ -292,30 +292,30 @@ def test_top5_is_any_right_answer_among_candidates() -> None:
 
 def test_answers() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
-    labels, pictures = torch.tensor([0, 1, -1]), torch.arange(3)
-    assert Answers(labels, pictures).hits(logits).tolist() == [True, False, False]
+    labels, images = torch.tensor([0, 1, -1]), torch.arange(3)
+    assert Answers(labels, images).hits(logits).tolist() == [True, False, False]
     some = (torch.tensor([1, 0]), torch.tensor([2]), torch.tensor([2, 1]))
-    assert Answers(labels, pictures, some).hits(logits).tolist() == [True, False, True]
+    assert Answers(labels, images, some).hits(logits).tolist() == [True, False, True]
     allowed = torch.tensor([False, True, True])
-    restricted = Answers(labels, pictures, None, allowed)
+    restricted = Answers(labels, images, None, allowed)
     assert restricted.hits(logits).tolist() == [False, True, False]
     junk = logits.clone()
     junk[:, 0] = torch.tensor([-9.0, 50.0, 7.0])
     assert torch.equal(restricted.hits(junk), restricted.hits(logits))
     assert torch.equal(restricted.hits(torch.stack((logits, junk)))[1], restricted.hits(logits))
     assert restricted.hits(logits[1:], slice(1, 3)).tolist() == [True, False]
-    assert Answers(labels, pictures).top5(logits).tolist() == [True, True, False]
+    assert Answers(labels, images).top5(logits).tolist() == [True, True, False]
 
 
 def test_classes_by_name_missing_and_empty(encoder, shades) -> None:
     """Test classes are matched by name; one that train lacks is wrong, an empty one never chosen."""
     train = shades(0, 60, classes=("dark", "grey", "bright", "never"))
     test = shades(900, 30, classes=("grey", "bright", "dark"))
-    # The same pictures in the test set's own numbers.
+    # The same images in the test set's own numbers.
     test.samples = [dataclasses.replace(s, label=(s.label + 2) % 3) for s in test.samples]
     result = evaluate(encoder, "logistic", train=train, test=test, values=3, **QUIET)
     assert result.metrics["top1_logistic"] > 80
-    assert "train: 1 of 4 classes have no picture" in result.notes
+    assert "train: 1 of 4 classes have no image" in result.notes
     lacking = shades(900, 30, classes=("dark", "grey", "other"))
     fewer = evaluate(encoder, "logistic", train=train, test=lacking, values=3, **QUIET)
     assert fewer.metrics["top1_logistic"] < 70
@@ -338,8 +338,8 @@ def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample) 
     bare = list_source([make_sample(i) for i in range(9)], name="bare:")
     single = list_source([make_sample(i, label=1) for i in range(9)], name="single:")
     for protocol, settings, message in [
-        ("linear", {"train": bare}, "train: no labels on its pictures, which a probe needs"),
-        ("linear", {"test": bare}, "test: no labels on its pictures, which a probe needs"),
+        ("linear", {"train": bare}, "train: no labels on its images, which a probe needs"),
+        ("linear", {"test": bare}, "test: no labels on its images, which a probe needs"),
         ("linear", {"train": single}, "single:: labels of 1 class; a probe needs two or more"),
         ("linear", {"features": ("tokens",)}, "unknown features 'tokens'; known: token"),
         ("linear", {"features": ("token9",)}, "last 9 blocks: this encoder has 3"),

@@ -20,8 +20,8 @@ from foveola.evaluation.features import passes
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.crops import Crops, random_crop
 from foveola.evaluation.features.names import Reader, lowest_entropy, need, weigh
-from foveola.evaluation.features.reading import Pictures
-from foveola.evaluation.features.table import choose_pictures, extract_tables
+from foveola.evaluation.features.reading import Images
+from foveola.evaluation.features.table import choose_images, extract_tables
 from foveola.models.predictor import PredictorConfig
 
 CONFIG = FeedConfig(batch_size=5, workers=0, seed=3)
@@ -29,16 +29,16 @@ CHANGES = {"limit": 7, "precision": "bf16", "store": "float16", "mask_canvas": 7
 
 
 @pytest.fixture
-def pictures(list_source, make_sample):
+def images(list_source, make_sample):
     boxes = [[(20, 14, 56, 46)], None, [(0, 0, 10, 10), (60, 40, 70, 50)]]
     return list_source([make_sample(i, boxes[i % 3], label=i % 4) for i in range(13)], name="noise:")
 
 
-def test_the_same_rows_as_without_a_store(encoder, pictures, tmp_path: Path) -> None:
+def test_the_same_rows_as_without_a_store(encoder, images, tmp_path: Path) -> None:
     """Tokens with and without masks equal those of `extract_tables`, which the k-NN tests check."""
-    tables, facts = extract_tables(encoder, pictures, (False, True), CONFIG.reading(), progress=False)
+    tables, facts = extract_tables(encoder, images, (False, True), CONFIG.reading(), progress=False)
     with Feed(encoder, tmp_path, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need("token", "masked", "average", "patches", layers=2))
+        store = feed.open(images, CONFIG, need("token", "masked", "average", "patches", layers=2))
         for masked, table in zip((False, True), tables, strict=True):
             mine = store.table("masked" if masked else "token")
             for field in dataclasses.fields(table):
@@ -51,14 +51,16 @@ def test_the_same_rows_as_without_a_store(encoder, pictures, tmp_path: Path) -> 
         assert torch.equal(store.take("token", torch.tensor([4, 1]))[:, 0], store.take("token")[[4, 1], 0])
 
 
-def test_some_pictures_are_the_same_as_among_all(encoder, pictures, tmp_path: Path) -> None:
+def test_some_images_are_the_same_as_among_all(encoder, images, tmp_path: Path) -> None:
     with Feed(encoder, tmp_path, progress=False) as feed:
-        every = feed.open(pictures, CONFIG, need("token"))
-        some = feed.open(pictures, dataclasses.replace(CONFIG, limit=7), need("token"))
+        every = feed.open(images, CONFIG, need("token"))
+        some = feed.open(images, dataclasses.replace(CONFIG, limit=7), need("token"))
     assert len(some) == 7
-    assert some.pictures.tolist() == choose_pictures(13, 7, CONFIG.seed).tolist() != list(range(7))
-    torch.testing.assert_close(some.take("token"), every.take("token")[some.pictures], rtol=1e-4, atol=1e-5)
-    assert torch.equal(some.column("labels"), every.column("labels")[some.pictures])
+    assert some.image_indices.tolist() == choose_images(13, 7, CONFIG.seed).tolist() != list(range(7))
+    torch.testing.assert_close(
+        some.take("token"), every.take("token")[some.image_indices], rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(some.column("labels"), every.column("labels")[some.image_indices])
 
 
 def test_files_written_anew_are_read_again(encoder, tmp_path: Path) -> None:
@@ -88,9 +90,9 @@ def test_a_file_of_the_same_size_written_anew_is_read_again(encoder, tmp_path: P
     path = tmp_path / "a" / "0.bmp"
 
     def token(level: int) -> torch.Tensor:
-        picture = np.full((24, 24, 3), 40, dtype=np.uint8)
-        picture[:12] = level
-        Image.fromarray(picture).save(path)  # without compression: as many bytes for any content
+        image = np.full((24, 24, 3), 40, dtype=np.uint8)
+        image[:12] = level
+        Image.fromarray(image).save(path)  # without compression: as many bytes for any content
         os.utime(path, ns=(10**18, 10**18))
         with Feed(encoder, tmp_path / "cache", progress=False) as feed:
             return feed.open(open_source(f"folder:{tmp_path / 'a'}"), CONFIG, need("token")).take("token")
@@ -103,43 +105,43 @@ def test_a_file_of_the_same_size_written_anew_is_read_again(encoder, tmp_path: P
 
 
 def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
-    encoder, pictures, tmp_path: Path, monkeypatch
+    encoder, images, tmp_path: Path, monkeypatch
 ) -> None:
     with Feed(encoder, tmp_path, progress=False) as feed:
-        first = feed.open(pictures, CONFIG, need("token"))
+        first = feed.open(images, CONFIG, need("token"))
         before = first.take("token")
     assert first.facts["computed"] == 13
     asked = []
     plain = Reader.__call__
     monkeypatch.setattr(Reader, "__call__", lambda s, i, m, n: asked.append(n.kinds) or plain(s, i, m, n))
     with Feed(encoder, tmp_path, progress=False) as feed:
-        again = feed.open(pictures, CONFIG, need("token"))
+        again = feed.open(images, CONFIG, need("token"))
         assert not asked
         assert again.facts["computed"] == 0
         assert torch.equal(again.take("token"), before)
-        both = feed.open(pictures, CONFIG, need("average"))
+        both = feed.open(images, CONFIG, need("average"))
         assert len(asked) == 3
         assert both.facts["computed"] == 13
         assert torch.equal(both.take("token"), before)
 
 
-def test_masks_are_drawn_for_those_who_read_them(encoder, pictures, tmp_path: Path, monkeypatch) -> None:
+def test_masks_are_drawn_for_those_who_read_them(encoder, images, tmp_path: Path, monkeypatch) -> None:
     """And a later pass without them leaves what an earlier one said about them."""
-    drawn, plain = [], Pictures._mask
-    monkeypatch.setattr(Pictures, "_mask", lambda *a: drawn.append(1) or plain(*a))
+    drawn, plain = [], Images._mask
+    monkeypatch.setattr(Images, "_mask", lambda *a: drawn.append(1) or plain(*a))
     with Feed(encoder, tmp_path, progress=False) as feed:
-        bare = feed.open(pictures, CONFIG, need("token"))
+        bare = feed.open(images, CONFIG, need("token"))
         assert not drawn
         assert "rows_with_mask" not in bare.facts
         table = bare.table("token")
         assert not table.has_mask.any()
         assert (table.readable == 1).all()
-        masked = feed.open(pictures, CONFIG, need("masked"))
+        masked = feed.open(images, CONFIG, need("masked"))
         assert len(drawn) == 13
         assert masked.facts["rows_with_mask"] == 9 == int(masked.table("masked").has_mask.sum())
     with Feed(encoder, tmp_path, progress=False) as feed:
-        feed.open(pictures, CONFIG, need("average"))
-        assert feed.open(pictures, CONFIG, need("masked")).facts["rows_with_mask"] == 9
+        feed.open(images, CONFIG, need("average"))
+        assert feed.open(images, CONFIG, need("masked")).facts["rows_with_mask"] == 9
     assert len(drawn) == 13
 
 
@@ -147,10 +149,10 @@ def test_masks_are_drawn_for_those_who_read_them(encoder, pictures, tmp_path: Pa
     "change",
     ["encoder", "data", "limit", "precision", "store", "views", "mask_canvas", "min_coverage", "transform"],
 )
-def test_nothing_stale_is_read(encoder, pictures, tmp_path: Path, change) -> None:
+def test_nothing_stale_is_read(encoder, images, tmp_path: Path, change) -> None:
     """Every part of the key makes a folder of its own."""
     with Feed(encoder, tmp_path, progress=False) as feed:
-        first = feed.open(pictures, CONFIG, need("token"))
+        first = feed.open(images, CONFIG, need("token"))
     config, views = CONFIG, 0
     if change == "encoder":
         encoder.backbone.blocks[0].attn.qkv.weight.mul_(1.01)
@@ -158,7 +160,7 @@ def test_nothing_stale_is_read(encoder, pictures, tmp_path: Path, change) -> Non
         transform = dataclasses.replace(encoder.config.transform, resize=36)
         encoder.config = dataclasses.replace(encoder.config, transform=transform)
     elif change == "data":
-        pictures.samples.append(pictures.samples[0])
+        images.samples.append(images.samples[0])
     elif change == "views":
         views = 1
     else:
@@ -167,15 +169,15 @@ def test_nothing_stale_is_read(encoder, pictures, tmp_path: Path, change) -> Non
         ]
         config = dataclasses.replace(config, **{change: value})
     with Feed(encoder, tmp_path, progress=False) as feed:
-        second = feed.open(pictures, config, need("token"), views)
+        second = feed.open(images, config, need("token"), views)
     assert second.folder != first.folder
     assert second.facts["computed"] == len(second.chosen)
 
 
-def test_a_killed_pass_goes_on(encoder, pictures, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_pass_goes_on(encoder, images, tmp_path: Path, monkeypatch) -> None:
     """Killed in the second batch: only that one is read again, and the result is the same."""
     with Feed(encoder, None, progress=False) as feed:
-        whole = feed.open(pictures, CONFIG, need("token", "patches")).take("patches")
+        whole = feed.open(images, CONFIG, need("token", "patches")).take("patches")
     monkeypatch.setattr(passes, "FLUSH_SECONDS", -1.0)
     plain, calls = Reader.__call__, []
 
@@ -187,48 +189,48 @@ def test_a_killed_pass_goes_on(encoder, pictures, tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(Reader, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
-        Feed(encoder, tmp_path, progress=False).open(pictures, CONFIG, need("token", "patches"))
-    assert calls == [5, 3, 5]  # a parcel of 8 pictures, five at a time
+        Feed(encoder, tmp_path, progress=False).open(images, CONFIG, need("token", "patches"))
+    assert calls == [5, 3, 5]  # a parcel of 8 images, five at a time
     monkeypatch.setattr(Reader, "__call__", plain)
-    store = Feed(encoder, tmp_path, progress=False).open(pictures, CONFIG, need("token", "patches"))
+    store = Feed(encoder, tmp_path, progress=False).open(images, CONFIG, need("token", "patches"))
     assert store.facts["computed"] == 5
     assert torch.equal(store.take("patches"), whole)
 
 
-def test_unreadable_pictures_are_left_out(encoder, list_source, make_sample, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out(encoder, list_source, make_sample, tmp_path: Path) -> None:
     samples = [make_sample(i, label=i) for i in range(120)]
-    samples[50] = Sample(b"no picture", "broken", None, 0)
+    samples[50] = Sample(b"no image", "broken", None, 0)
     source = list_source(samples)
     for _ in range(2):
         store = Feed(encoder, tmp_path, progress=False).open(source, CONFIG, need("token"))
         assert len(store) == 119
         assert store.facts["unreadable_names"] == ["broken"]
-        assert 50 not in store.pictures
-        assert torch.equal(store.pictures, store.column("labels"))
+        assert 50 not in store.image_indices
+        assert torch.equal(store.image_indices, store.column("labels"))
     assert store.facts["computed"] == 0
     samples[51] = samples[50]
-    with pytest.raises(UserError, match="2 of 120 pictures cannot be read, such as broken"):
+    with pytest.raises(UserError, match="2 of 120 images cannot be read, such as broken"):
         Feed(encoder, None, progress=False).open(source, CONFIG, need("token"))
 
 
-def test_features_that_are_not_finite(encoder, pictures) -> None:
+def test_features_that_are_not_finite(encoder, images) -> None:
     encoder.backbone.norm.weight.fill_(1e6)
     half = dataclasses.replace(CONFIG, store="float16")
-    with pytest.raises(UserError, match=r"not finite in float16 \(store=float32 holds more\).*picture-0"):
-        Feed(encoder, None, progress=False).open(pictures, half, need("token"))
+    with pytest.raises(UserError, match=r"not finite in float16 \(store=float32 holds more\).*image-0"):
+        Feed(encoder, None, progress=False).open(images, half, need("token"))
     encoder.backbone.norm.weight.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"not finite \(first: picture-0\): is the encoder damaged"):
-        Feed(encoder, None, progress=False).open(pictures, CONFIG, need("token"))
+    with pytest.raises(UserError, match=r"not finite \(first: image-0\): is the encoder damaged"):
+        Feed(encoder, None, progress=False).open(images, CONFIG, need("token"))
 
 
 @pytest.mark.parametrize(
     "how", ["shorter", "longer", "empty", "zeros", "one bit", "labels", "short labels", "no labels", "marks"]
 )
-def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, capsys, how: str) -> None:
+def test_what_was_damaged_is_computed_again(encoder, images, tmp_path: Path, capsys, how: str) -> None:
     """A partial copy or a crash of the machine: numpy fills up a short file with zeros, and says nothing."""
     wanted = need("token", "patches")
     with Feed(encoder, tmp_path, progress=False) as feed:
-        whole = feed.open(pictures, CONFIG, wanted)
+        whole = feed.open(images, CONFIG, wanted)
         features, labels = whole.take("patches").clone(), whole.column("labels").clone()
     (folder,) = tmp_path.iterdir()
     name = "labels.npy" if "labels" in how else {"marks": "patches.done.npy"}.get(how, "patches.npy")
@@ -248,20 +250,20 @@ def test_what_was_damaged_is_computed_again(encoder, pictures, tmp_path: Path, c
         (folder / name).unlink()
     capsys.readouterr()
     with Feed(encoder, tmp_path, progress=False) as feed:
-        again = feed.open(pictures, CONFIG, wanted)
+        again = feed.open(images, CONFIG, wanted)
         assert torch.equal(again.take("patches"), features)
         assert torch.equal(again.column("labels"), labels)
         alone = {"zeros": 1, "one bit": 1, "labels": 1}.get(how, 13)  # rows
         assert again.facts["computed"] == alone
     assert capsys.readouterr().err.count("computed again") == 1
     with Feed(encoder, tmp_path, progress=False) as feed:
-        assert feed.open(pictures, CONFIG, wanted).facts["computed"] == 0
+        assert feed.open(images, CONFIG, wanted).facts["computed"] == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are sparse")
 def test_the_disk_has_given_its_room_before_anything_is_computed(
-    encoder, pictures, tmp_path: Path, monkeypatch
+    encoder, images, tmp_path: Path, monkeypatch
 ) -> None:
     """A disk that fills up under a memory map ends the process by SIGBUS, without a word."""
     seen: list[int] = []
@@ -273,7 +275,7 @@ def test_the_disk_has_given_its_room_before_anything_is_computed(
 
     monkeypatch.setattr(passes.Pass, "_compute", stopped)
     with Feed(encoder, tmp_path, progress=False) as feed, pytest.raises(UserError, match="enough"):
-        feed.open(pictures, CONFIG, need("patches"))
+        feed.open(images, CONFIG, need("patches"))
     assert seen[0] >= 0
 
 
@@ -290,19 +292,19 @@ def test_temporary_features_of_killed_processes_go(encoder, tmp_path: Path, monk
     assert before - now == {f"foveola-features-{here}-{ended.pid}-x"}
 
 
-def test_a_temporary_folder_ends_with_the_feed(encoder, pictures) -> None:
+def test_a_temporary_folder_ends_with_the_feed(encoder, images) -> None:
     with Feed(encoder, None, progress=False) as feed:
-        feed.open(pictures, CONFIG, need("token"))
+        feed.open(images, CONFIG, need("token"))
         assert feed.folder.is_dir()
     assert not feed.folder.exists()
 
 
-def test_kinds_by_hand(encoder, pictures) -> None:
+def test_kinds_by_hand(encoder, images) -> None:
     """Averages by attention against loops over the captured matrices."""
     kinds = ("token", "average", "attention", "lowest_entropy", "centre", "patches")
     with Feed(encoder, None, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need(*kinds))
-        rows = Crops(pictures, np.arange(4), encoder.config.transform, 8, CONFIG.reading(), 0)[0]
+        store = feed.open(images, CONFIG, need(*kinds))
+        rows = Crops(images, np.arange(4), encoder.config.transform, 8, CONFIG.reading(), 0)[0]
         seen = encoder.capture(encoder.normalise(rows.images), attention=True)
         for i in range(4):
             patches = seen.layers[-1].patches[i]
@@ -319,27 +321,27 @@ def test_kinds_by_hand(encoder, pictures) -> None:
     assert torch.equal(weigh(torch.tensor([[0.0, 3.0, 1.0]]), x), torch.tensor([[2.5, 3.5]]))
 
 
-def test_another_encoders_attention(encoder, pictures, tmp_path: Path) -> None:
+def test_another_encoders_attention(encoder, images, tmp_path: Path) -> None:
     """Its own weights give the class token's attention; other weights give something else."""
     encoder.save(tmp_path / "same")
     kind = f"external:{tmp_path / 'same'}"
     with Feed(encoder, None, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need("attention", kind))
+        store = feed.open(images, CONFIG, need("attention", kind))
         torch.testing.assert_close(store.take(kind), store.take("attention"), rtol=1e-4, atol=1e-5)
     other = f"external:untrained:{tmp_path / 'same'}"
     with Feed(encoder, None, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need("attention", other))
+        store = feed.open(images, CONFIG, need("attention", other))
         assert (store.take(other) - store.take("attention")).abs().max() > 1e-3
 
 
-def test_stored_attention_is_of_the_encoder_that_gave_it(encoder, pictures, tmp_path: Path) -> None:
+def test_stored_attention_is_of_the_encoder_that_gave_it(encoder, images, tmp_path: Path) -> None:
     """Two encoders in one cache, and one that is replaced where it lies."""
     encoder.save(tmp_path / "same")
     kinds = f"external:{tmp_path / 'same'}", f"external:untrained:{tmp_path / 'same'}"
 
     def taken(kind: str) -> torch.Tensor:
         with Feed(encoder, tmp_path / "cache", progress=False) as feed:
-            return feed.open(pictures, CONFIG, need("attention", kind)).take(kind)
+            return feed.open(images, CONFIG, need("attention", kind)).take(kind)
 
     first, second = (taken(kind) for kind in kinds)
     assert (first - second).abs().max() > 1e-3
@@ -348,10 +350,10 @@ def test_stored_attention_is_of_the_encoder_that_gave_it(encoder, pictures, tmp_
     encoder.save(tmp_path / "same")
     third = taken(kinds[0])
     with Feed(encoder, None, progress=False) as feed:
-        torch.testing.assert_close(third, feed.open(pictures, CONFIG, need(kinds[0])).take(kinds[0]))
+        torch.testing.assert_close(third, feed.open(images, CONFIG, need(kinds[0])).take(kinds[0]))
 
 
-def test_predictor_pooling(encoder, pictures) -> None:
+def test_predictor_pooling(encoder, images) -> None:
     from foveola.models.encoder import Encoder
 
     config = dataclasses.replace(encoder.config, predictor=PredictorConfig(depth=1))
@@ -359,24 +361,24 @@ def test_predictor_pooling(encoder, pictures) -> None:
         torch.manual_seed(1)
         made = Encoder(config, encoder.backbone)
     with Feed(made, None, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need("predictor"))
-    tables, _ = extract_tables(made.pooled("predictor"), pictures, (False,), CONFIG.reading(), progress=False)
+        store = feed.open(images, CONFIG, need("predictor"))
+    tables, _ = extract_tables(made.pooled("predictor"), images, (False,), CONFIG.reading(), progress=False)
     torch.testing.assert_close(store.take("predictor"), tables[0].features, rtol=1e-4, atol=1e-5)
 
 
-def test_what_an_encoder_has_not(encoder, pictures) -> None:
+def test_what_an_encoder_has_not(encoder, images) -> None:
     feed = Feed(encoder, None, progress=False)
     with pytest.raises(UserError, match="features=predictor: this encoder has token, average"):
-        feed.want(pictures, CONFIG, need("predictor"))
+        feed.want(images, CONFIG, need("predictor"))
     with pytest.raises(UserError, match="last 4 blocks: this encoder has 3"):
-        feed.want(pictures, CONFIG, need("token", layers=4))
+        feed.want(images, CONFIG, need("token", layers=4))
     with pytest.raises(UserError, match="unknown features 'tokens'; known: token, masked"):
         need("tokens")
     feed.close()
 
 
 def test_crops_follow_seed_flip_and_object(encoder, list_source, tmp_path: Path) -> None:
-    """A picture whose left half is its object: masks of crops are where the bright pixels are."""
+    """An image whose left half is its object: masks of crops are where the bright pixels are."""
     from foveola.data.sample import Objects
 
     image = np.zeros((64, 96, 3), np.uint8)
@@ -402,7 +404,7 @@ def test_crops_follow_seed_flip_and_object(encoder, list_source, tmp_path: Path)
     assert torch.equal(again.images, rows.images)
 
 
-def test_crops_of_dino_are_bilinear_and_the_evaluated_picture_is_not(encoder, pictures, tmp_path) -> None:
+def test_crops_of_dino_are_bilinear_and_the_evaluated_image_is_not(encoder, images, tmp_path) -> None:
     """torchvision's RandomResizedCrop, as DINO and iBOT call it; PIL says what bilinear is."""
     from PIL import Image
 
@@ -413,14 +415,14 @@ def test_crops_of_dino_are_bilinear_and_the_evaluated_picture_is_not(encoder, pi
     assert {wanted_of(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
     chosen, side = np.arange(3), encoder.config.transform.crop
     settings = (encoder.config.transform, 8, CONFIG.reading(), 2, False)
-    plain, crops = Crops(pictures, chosen, *settings)[0], Crops(pictures, chosen, *settings, "bilinear")[0]
+    plain, crops = Crops(images, chosen, *settings)[0], Crops(images, chosen, *settings, "bilinear")[0]
     assert torch.equal(plain.images[::3], crops.images[::3])
     for index in range(3):
-        picture = decode(pictures[index].image)
+        image = decode(images[index].image)
         for view in (1, 2):
             rng = np.random.default_rng([CONFIG.seed, index, view])
             flipped = rng.random() < 0.5
-            cut = Image.fromarray(picture).crop(random_crop(*picture.shape[:2], rng))
+            cut = Image.fromarray(image).crop(random_crop(*image.shape[:2], rng))
             made = np.asarray(cut.resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
             row = 3 * index + view
             found = crops.images[row].flip(-1) if flipped else crops.images[row]
@@ -428,7 +430,7 @@ def test_crops_of_dino_are_bilinear_and_the_evaluated_picture_is_not(encoder, pi
             assert not torch.equal(plain.images[row], crops.images[row])
     with Feed(encoder, tmp_path, progress=False) as feed:
         folders = {
-            feed.open(pictures, CONFIG, dataclasses.replace(need("token"), crops=kernel), views).folder
+            feed.open(images, CONFIG, dataclasses.replace(need("token"), crops=kernel), views).folder
             for kernel in (None, "bilinear")
             for views in (0, 1)
         }
@@ -440,11 +442,11 @@ def test_random_crops_are_distributed_as_torchvisions() -> None:
 
     rng = np.random.default_rng(0)
     ours = np.array([random_crop(120, 200, rng) for _ in range(4000)], float)
-    picture = torch.zeros(3, 120, 200)
+    image = torch.zeros(3, 120, 200)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = np.array(
-            [RandomResizedCrop.get_params(picture, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)], float
+            [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)], float
         )
     size = np.stack([ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], axis=1)
     assert (size > 0).all()
@@ -455,9 +457,9 @@ def test_random_crops_are_distributed_as_torchvisions() -> None:
     np.testing.assert_allclose(ours[:, :2].mean(axis=0), theirs[:, [1, 0]].mean(axis=0), rtol=0.06)
 
 
-def test_sampled_patches(encoder, pictures) -> None:
+def test_sampled_patches(encoder, images) -> None:
     with Feed(encoder, None, progress=False) as feed:
-        store = feed.open(pictures, CONFIG, need("patches"))
+        store = feed.open(images, CONFIG, need("patches"))
         x, rows = store.sample_patches(50, seed=1)
         assert x.shape == (50, 32)
         assert (rows.diff() >= 0).all()

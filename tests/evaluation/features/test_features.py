@@ -7,9 +7,9 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features.reading import ExtractConfig, Pictures, object_crop
+from foveola.evaluation.features.reading import ExtractConfig, Images, object_crop
 from foveola.evaluation.features.table import (
-    choose_pictures,
+    choose_images,
     extract,
     extract_tables,
     mask_kinds,
@@ -22,18 +22,18 @@ TRANSFORM = TransformConfig(resize=40, crop=32)
 LOCAL = {"workers": 0}
 
 
-def pictures_of(source, transform: TransformConfig = TRANSFORM, patch: int = 8, **settings) -> Pictures:
+def images_of(source, transform: TransformConfig = TRANSFORM, patch: int = 8, **settings) -> Images:
     config = ExtractConfig(**LOCAL, **settings)
-    return Pictures(source, np.arange(len(source)), transform, patch, config)
+    return Images(source, np.arange(len(source)), transform, patch, config)
 
 
-# -- the picture ---------------------------------------------------------------------------------------------
+# -- the image ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (80, 60), (37, 111), (40, 40), (20, 30), (900, 33)])
-def test_pictures_equal_the_encoders_own_transform(encoder, list_source, make_sample, shape) -> None:
+def test_images_equal_the_encoders_own_transform(encoder, list_source, make_sample, shape) -> None:
     sample = make_sample(0, height=shape[0], width=shape[1])
-    image = pictures_of(list_source([sample])).read(sample, 0).images
+    image = images_of(list_source([sample])).read(sample, 0).images
     expected = encoder.transform(Image.fromarray(sample.image))
     difference = (encoder.normalise(image)[0] - expected).abs().max()
     assert difference <= 1.01 / 255 / 0.224  # one level
@@ -48,8 +48,8 @@ def square(height: int, width: int, box: tuple[int, int, int, int]) -> Sample:
     return Sample(image, "square", Objects(unit, (unit[:, 2] - unit[:, 0]) * (unit[:, 3] - unit[:, 1])))
 
 
-@pytest.mark.parametrize("view", ["picture", "object"])
-def test_mask_and_picture_are_cut_alike(list_source, view) -> None:
+@pytest.mark.parametrize("view", ["image", "object"])
+def test_mask_and_image_are_cut_alike(list_source, view) -> None:
     """Wherever the crop puts a red square, the mask marks the patches that are red, and no black one."""
     rng, patch, seen = np.random.default_rng(0), 4, 0
     for _ in range(60):
@@ -57,7 +57,7 @@ def test_mask_and_picture_are_cut_alike(list_source, view) -> None:
         x0, y0 = int(rng.integers(0, width - 20)), int(rng.integers(0, height - 20))
         box = (x0, y0, x0 + int(rng.integers(8, 21)), y0 + int(rng.integers(8, 21)))
         sample = square(height, width, box)
-        rows = pictures_of(list_source([sample]), patch=patch, rows="objects", view=view).read(sample, 0)
+        rows = images_of(list_source([sample]), patch=patch, rows="objects", view=view).read(sample, 0)
         red = rows.images[0, 0].float().div(255).unflatten(0, (8, patch)).unflatten(2, (8, patch))
         red = red.mean(dim=(1, 3)).flatten()
         if not rows.has_mask[0]:  # the crop lost it: no whole pixel may be red
@@ -76,10 +76,10 @@ def test_a_patch_is_read_from_the_share_that_the_object_covers(list_source, leas
     """Of 2.5 x 2.25 patches four are covered whole, two by half, two by a quarter, one by an eighth."""
     sample = square(32, 32, (0, 0, 20, 18))
     whole = TransformConfig(resize=32, crop=32)
-    rows = pictures_of(list_source([sample]), whole, min_coverage=least, mask_canvas=32).read(sample, 0)
+    rows = images_of(list_source([sample]), whole, min_coverage=least, mask_canvas=32).read(sample, 0)
     assert int(rows.masks.sum()) == count
     tiny = square(32, 32, (9, 9, 10, 10))
-    rows = pictures_of(list_source([tiny]), whole, min_coverage=least, mask_canvas=32).read(tiny, 0)
+    rows = images_of(list_source([tiny]), whole, min_coverage=least, mask_canvas=32).read(tiny, 0)
     assert rows.masks[0].nonzero().tolist() == [[5]]
 
 
@@ -105,18 +105,18 @@ def test_mirrored_boxes_give_mirrored_masks(list_source, make_sample) -> None:
         surplus = round(width * 40 / min(height, width)) - 32
         if surplus % 2:
             continue
-        a, b = (pictures_of(list_source([s]), patch=4).read(s, 0) for s in (here, there))
+        a, b = (images_of(list_source([s]), patch=4).read(s, 0) for s in (here, there))
         assert torch.equal(a.masks.view(8, 8).flip(1), b.masks.view(8, 8))
         assert torch.equal(a.has_mask, b.has_mask)
 
 
 def test_any_pixel_rule(list_source, make_sample) -> None:
-    """Pictures of 256 x 256 at 16-pixel patches: the crop begins at pixel 16."""
+    """Images of 256 x 256 at 16-pixel patches: the crop begins at pixel 16."""
     transform = TransformConfig(resize=256, crop=224)
 
     def marked(box: tuple[float, float, float, float]) -> list[tuple[int, int]]:
         sample = make_sample(0, [box], 256, 256)
-        rows = pictures_of(list_source([sample]), transform, 16).read(sample, 0)
+        rows = images_of(list_source([sample]), transform, 16).read(sample, 0)
         assert rows.has_mask[0]
         return [tuple(cell) for cell in rows.masks.view(14, 14).nonzero().tolist()]
 
@@ -126,8 +126,8 @@ def test_any_pixel_rule(list_source, make_sample) -> None:
     assert marked((16 + 40.3, 16 + 40.3, 16 + 40.5, 16 + 40.5)) == [(2, 2)]  # less than a pixel
 
 
-def test_edges_between_patches_do_not_leak_for_pictures_of_odd_sizes(list_source, make_sample) -> None:
-    """A box that ends exactly on the edge of a patch of the resized picture marks nothing beyond it."""
+def test_edges_between_patches_do_not_leak_for_images_of_odd_sizes(list_source, make_sample) -> None:
+    """A box that ends exactly on the edge of a patch of the resized image marks nothing beyond it."""
     transform = TransformConfig(resize=256, crop=224)
     for width, height in [(500, 375), (333, 500), (1000, 257)]:
         scale = 256 / min(width, height)
@@ -138,36 +138,36 @@ def test_edges_between_patches_do_not_leak_for_pictures_of_odd_sizes(list_source
             v * full / made for v, full, made in zip(box, [width, height] * 2, resized * 2, strict=True)
         ]
         sample = make_sample(0, [tuple(unscaled)], height, width)
-        mask = pictures_of(list_source([sample]), transform, 16).read(sample, 0).masks.view(14, 14)
+        mask = images_of(list_source([sample]), transform, 16).read(sample, 0).masks.view(14, 14)
         expected = torch.zeros(14, 14, dtype=torch.bool)
         expected[3:5, 2:6] = True
         assert torch.equal(mask, expected)
 
 
-def test_pictures_read_the_union_of_their_objects(list_source, make_sample) -> None:
+def test_images_read_the_union_of_their_objects(list_source, make_sample) -> None:
     boxes = [(20, 20, 30, 30), (44, 36, 60, 52), (22, 40, 26, 44)]
     together = make_sample(0, boxes)
-    union = pictures_of(list_source([together])).read(together, 0)
+    union = images_of(list_source([together])).read(together, 0)
     single = [make_sample(0, [box]) for box in boxes]
-    masks = torch.cat([pictures_of(list_source([s])).read(s, 0).masks for s in single])
+    masks = torch.cat([images_of(list_source([s])).read(s, 0).masks for s in single])
     assert union.masks.shape[0] == 1
     assert torch.equal(union.masks[0], masks.any(dim=0))
     assert 0 < union.masks.sum() < union.masks.numel()
 
 
-def test_pictures_without_visible_objects_are_read_whole(list_source, make_sample) -> None:
+def test_images_without_visible_objects_are_read_whole(list_source, make_sample) -> None:
     """No annotation, or an object that the centre crop removes."""
     outside = make_sample(0, [(0, 0, 4, 60)], height=60, width=120)
     for sample in (outside, make_sample(1)):
-        for rows in ("pictures", "objects"):
-            read = pictures_of(list_source([sample]), rows=rows).read(sample, 0)
+        for rows in ("images", "objects"):
+            read = images_of(list_source([sample]), rows=rows).read(sample, 0)
             assert read.masks.all()
             assert not read.has_mask.any()
             assert len(read.labels) == 1
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
-def test_masks_of_every_kind_follow_the_picture(list_source) -> None:
+def test_masks_of_every_kind_follow_the_image(list_source) -> None:
     """A disc as pixels, as RLE and as a polygon gives the same patches, all of them inside its box's."""
     from pycocotools import mask as coco
 
@@ -182,7 +182,7 @@ def test_masks_of_every_kind_follow_the_picture(list_source) -> None:
     for mask in kinds:
         objects = Objects(box, np.array([0.1], np.float32), masks=(mask,))
         sample = Sample(image, "disc", objects)
-        read.append(pictures_of(list_source([sample]), patch=4).read(sample, 0).masks[0])
+        read.append(images_of(list_source([sample]), patch=4).read(sample, 0).masks[0])
     assert torch.equal(read[0], read[1])
     assert (read[0] ^ read[2]).sum() <= 2  # the polygon's outline is rasterised by another rule
     assert (read[0] & ~read[3]).sum() == 0
@@ -192,7 +192,7 @@ def test_masks_of_every_kind_follow_the_picture(list_source) -> None:
 # -- crops around objects ------------------------------------------------------------------------------------
 
 
-def test_object_crops_are_squares_in_the_picture() -> None:
+def test_object_crops_are_squares_in_the_image() -> None:
     rng = np.random.default_rng(2)
     for _ in range(300):
         height, width = (int(n) for n in rng.integers(8, 300, 2))
@@ -217,23 +217,23 @@ def test_object_crop_by_hand() -> None:
         return object_crop(np.array([x0, y0, x1, y1], np.float32), 100, 200, context)
 
     assert crop(0.4, 0.4, 0.5, 0.6, 0.5) == (75, 35, 105, 65)  # 20 x 20 pixels at (90, 50), side 30
-    assert crop(0.0, 0.0, 0.1, 0.2, 0.5) == (0, 0, 30, 30)  # moved into the picture
+    assert crop(0.0, 0.0, 0.1, 0.2, 0.5) == (0, 0, 30, 30)  # moved into the image
     assert crop(0.95, 0.9, 1.0, 1.0, 1.0) == (180, 80, 200, 100)
     assert crop(0.2, 0.2, 0.8, 0.8, 0.5) == (
         10,
         0,
         190,
         100,
-    )  # 120 x 60, side 180: the picture is only 100 high
+    )  # 120 x 60, side 180: the image is only 100 high
 
 
 def test_object_views_show_the_crop(list_source, make_sample) -> None:
     sample = make_sample(3, [(10, 10, 26, 22), (40, 30, 60, 50)], labels=[4, 5])
-    read = pictures_of(list_source([sample]), rows="objects", view="object", context=0.25).read(sample, 7)
+    read = images_of(list_source([sample]), rows="objects", view="object", context=0.25).read(sample, 7)
     assert read.image_of.tolist() == [0, 1]
     assert read.labels.tolist() == [4, 5]
     assert read.objects.tolist() == [0, 1]
-    assert read.pictures.tolist() == [7, 7]
+    assert read.image_indices.tolist() == [7, 7]
     for image, box in zip(read.images, sample.objects.boxes, strict=True):
         crop = object_crop(box, 60, 80, 0.25)
         expected = Image.fromarray(sample.image).crop(crop).resize((32, 32), Image.Resampling.BICUBIC)
@@ -248,7 +248,7 @@ def test_object_views_show_the_crop(list_source, make_sample) -> None:
 
 @pytest.fixture
 def varied(list_source, make_sample):
-    """Pictures with 3, 0 (annotated as none), 1 and 2 objects, of several shapes."""
+    """Images with 3, 0 (annotated as none), 1 and 2 objects, of several shapes."""
     return list_source(
         [
             make_sample(0, [(20, 10, 40, 30), (30, 20, 60, 50), (12, 40, 20, 48)], label=1, labels=[3, 1, 2]),
@@ -260,13 +260,13 @@ def varied(list_source, make_sample):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rows": "pictures"}, {"rows": "objects"}, {"rows": "objects", "view": "object"}]
+    "settings", [{"rows": "images"}, {"rows": "objects"}, {"rows": "objects", "view": "object"}]
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_features_equal_one_row_at_a_time(encoder, varied, settings, batch_size) -> None:
     config = ExtractConfig(batch_size=batch_size, **LOCAL, **settings)
     (plain, masked), facts = extract_tables(encoder, varied, (False, True), config, progress=False)
-    reader = pictures_of(varied, **settings)
+    reader = images_of(varied, **settings)
     place = 0
     for index, sample in enumerate(varied.samples):
         read = reader.read(sample, index)
@@ -278,7 +278,7 @@ def test_features_equal_one_row_at_a_time(encoder, varied, settings, batch_size)
             torch.testing.assert_close(plain.features[place][None], whole, atol=2e-5, rtol=0)
             if not read.masks[row].all():
                 assert (alone - whole).abs().max() > 1e-3
-            assert masked.pictures[place] == index
+            assert masked.image_indices[place] == index
             assert masked.readable[place] == read.masks[row].float().mean()
             place += 1
     assert place == len(plain.features) == len(masked.features) == facts["rows"]
@@ -287,10 +287,10 @@ def test_features_equal_one_row_at_a_time(encoder, varied, settings, batch_size)
 
 
 def test_rows_and_labels(encoder, varied) -> None:
-    pictures = extract(encoder, varied, masks=False, config=ExtractConfig(**LOCAL), progress=False)
-    assert pictures.labels.tolist() == [1, 0, 2, 3]
-    assert pictures.objects.tolist() == [-1] * 4
-    assert pictures.has_mask.tolist() == [True, False, True, True]
+    images = extract(encoder, varied, masks=False, config=ExtractConfig(**LOCAL), progress=False)
+    assert images.labels.tolist() == [1, 0, 2, 3]
+    assert images.objects.tolist() == [-1] * 4
+    assert images.has_mask.tolist() == [True, False, True, True]
     config = ExtractConfig(rows="objects", **LOCAL)
     objects = extract(encoder, varied, masks=True, config=config, progress=False)
     assert objects.labels.tolist() == [
@@ -301,21 +301,21 @@ def test_rows_and_labels(encoder, varied) -> None:
         0,
         2,
         2,
-    ]  # a picture without annotation keeps its own label
-    assert objects.pictures.tolist() == [0, 0, 0, 1, 2, 3, 3]
+    ]  # an image without annotation keeps its own label
+    assert objects.image_indices.tolist() == [0, 0, 0, 1, 2, 3, 3]
     assert objects.objects.tolist() == [0, 1, 2, -1, 0, 0, 1]
     assert objects.features.dtype == torch.float32
     some = objects.select(objects.labels == 2)
-    assert some.pictures.tolist() == [0, 3, 3]
+    assert some.image_indices.tolist() == [0, 3, 3]
 
 
 def test_what_leaves_a_worker_arrives_as_it_was(list_source, make_sample) -> None:
     """Small tensors travel as arrays, those of a megabyte and more as they are; nothing is lost."""
     source = list_source([make_sample(i, [(10, 10, 40, 40)], label=i) for i in range(11)])
     for side in (32, 256):
-        pictures = pictures_of(source, TransformConfig(resize=side, crop=side))
+        images = images_of(source, TransformConfig(resize=side, crop=side))
         for batch_size in (1, 64):
-            for mine, there in zip(read_ahead(pictures, 0), read_ahead(pictures, 1, batch_size), strict=True):
+            for mine, there in zip(read_ahead(images, 0), read_ahead(images, 1, batch_size), strict=True):
                 for name, expected, found in zip(mine._fields, mine, there, strict=True):
                     assert expected.dtype == found.dtype, name
                     assert torch.equal(expected, found), name
@@ -333,14 +333,14 @@ def test_workers_and_parcels_change_nothing(encoder, list_source, make_sample) -
 
 
 def test_limit_draws_by_seed() -> None:
-    assert choose_pictures(5, None, 0).tolist() == choose_pictures(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
-    some = choose_pictures(1000, 50, 1)
+    assert choose_images(5, None, 0).tolist() == choose_images(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
+    some = choose_images(1000, 50, 1)
     assert len(set(some.tolist())) == 50
     assert (np.diff(some) > 0).all()
-    assert some.tolist() == choose_pictures(1000, 50, 1).tolist() != choose_pictures(1000, 50, 2).tolist()
+    assert some.tolist() == choose_images(1000, 50, 1).tolist() != choose_images(1000, 50, 2).tolist()
 
 
-def test_unreadable_pictures_are_counted_and_too_many_are_an_error(
+def test_unreadable_images_are_counted_and_too_many_are_an_error(
     encoder, list_source, make_sample, tmp_path: Path
 ) -> None:
     broken = Sample(tmp_path / "missing.jpg", "missing.jpg", None, 0)
@@ -351,15 +351,15 @@ def test_unreadable_pictures_are_counted_and_too_many_are_an_error(
     )
     assert facts["unreadable"] == 1
     assert facts["unreadable_names"] == ["missing.jpg"]
-    assert table.pictures.tolist() == [i for i in range(151) if i != 70]
-    with pytest.raises(UserError, match=r"1 of 4 pictures cannot be read, such as missing\.jpg \(No such"):
+    assert table.image_indices.tolist() == [i for i in range(151) if i != 70]
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be read, such as missing\.jpg \(No such"):
         extract(encoder, list_source([broken, *good[:3]]), masks=False, config=config, progress=False)
 
 
 def test_features_that_are_not_finite_are_an_error(encoder, list_source, make_sample) -> None:
     encoder.backbone.norm.weight[3] = torch.nan
     with pytest.raises(
-        UserError, match=r"features of 2 of 2 rows of list: are not finite \(first: picture-5\)"
+        UserError, match=r"features of 2 of 2 rows of list: are not finite \(first: image-5\)"
     ):
         extract(
             encoder,
@@ -396,12 +396,12 @@ def test_what_masks_can_be_had(list_source, make_sample) -> None:
     assert mask_kinds(True, boxed, boxed) == ((True,), [])
     assert mask_kinds(False, boxed, boxed) == ((False,), [])
     assert mask_kinds("both", bare, bare)[0] == (False,)
-    assert "whole pictures" in mask_kinds("both", bare, boxed)[1][0]
+    assert "whole images" in mask_kinds("both", bare, boxed)[1][0]
     with pytest.raises(UserError, match="neither boxes nor masks"):
         mask_kinds(True, boxed, bare)
 
 
-def test_ranks_share_the_pictures_and_keep_their_order(run_ranks) -> None:
+def test_ranks_share_the_images_and_keep_their_order(run_ranks) -> None:
     code = """
 import torch
 from foveola import distributed
@@ -418,7 +418,7 @@ config = ExtractConfig(rows="objects", workers=0)
 alone = extract(encoder, source, masks=True, config=config, progress=False)
 distributed.start("cpu")
 shared = extract(encoder, source, masks=True, config=config, progress=False)
-for name in ("labels", "pictures", "objects", "has_mask", "readable"):
+for name in ("labels", "image_indices", "objects", "has_mask", "readable"):
     assert torch.equal(getattr(alone, name), getattr(shared, name)), name
 torch.testing.assert_close(alone.features, shared.features, atol=1e-5, rtol=0)
 print(len(shared.labels))

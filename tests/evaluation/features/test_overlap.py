@@ -16,7 +16,7 @@ from foveola.data.sources import open_source
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.overlap import content_groups, overlap_of
-from foveola.evaluation.features.table import choose_pictures, extract_tables
+from foveola.evaluation.features.table import choose_images, extract_tables
 
 QUIET = {"workers": 0, "progress": False}
 
@@ -154,7 +154,7 @@ def test_rows_are_of_one_image_where_its_bytes_are(train, mixed) -> None:
     """With several rows of an image, and none of one that could not be read; against the files themselves."""
     sources = open_source(f"folder:{train}"), open_source(f"folder:{mixed}")
     config = KnnConfig(limit=12, seed=3)
-    chosen = [choose_pictures(len(source), 12, 3) for source in sources]
+    chosen = [choose_images(len(source), 12, 3) for source in sources]
     trained, tested = np.repeat(chosen[0][1:], 2), np.repeat(chosen[1][:-1], 3)
     of_train, of_test = content_groups(*sources, config, torch.tensor(trained), torch.tensor(tested))
     one, other = (
@@ -212,7 +212,7 @@ def test_on_the_command_line(encoder, train, mixed, tmp_path, capsys) -> None:
 def test_a_source_of_ones_own(encoder, list_source, make_sample) -> None:
     samples = [make_sample(i, label=i % 2) for i in range(12)]
     train, test = list_source(samples[:8]), list_source(samples[6:])
-    with pytest.raises(UserError, match=r"2 of 6 test images are in train as well .such as picture-6, pic"):
+    with pytest.raises(UserError, match=r"2 of 6 test images are in train as well .such as image-6, ima"):
         evaluate(encoder, "knn", train=train, test=test, k=(2,), **QUIET)
     with pytest.raises(UserError, match=r"overlap=drop: list: has no method keep\(indices\)"):
         evaluate(encoder, "knn", train=train, test=test, k=(2,), overlap="drop", **QUIET)

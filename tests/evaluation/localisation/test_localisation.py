@@ -66,7 +66,7 @@ def iou(a, b, one: float) -> float:
 
 
 def brute_force(maps, boxes, thresholds, ious, side: int, official: bool) -> tuple:
-    """(score, best, largest) by a loop over pictures, thresholds, boxes and IoU levels."""
+    """(score, best, largest) by a loop over images, thresholds, boxes and IoU levels."""
     found = np.zeros((len(ious), len(thresholds)))
     largest_found = np.zeros(len(thresholds))
     for score, truth in zip(maps, boxes, strict=True):
@@ -359,7 +359,7 @@ class Bright(MapReader):
 
 @pytest.fixture
 def white_boxes(list_source):
-    """Black pictures, wide and high, with one or two white boxes of which each is annotated."""
+    """Black images, wide and high, with one or two white boxes of which each is annotated."""
     samples = []
     for i in range(24):
         height, width = ((40, 80), (64, 32), (32, 32))[i % 3]
@@ -394,7 +394,7 @@ def test_who_sees_the_box_finds_it(encoder, white_boxes, monkeypatch: pytest.Mon
     assert metrics["maxboxacc_v2_attention"] > 90 > 2 * metrics["maxboxacc_v2_centred_box"]
     assert metrics["boxacc_v2_attention"] > 80 > 2 * blind["maxboxacc_v2_attention"]
     facts = outcome.data["test"]
-    assert (facts["pictures"], facts["rows"], facts["boxes"], facts["holdout"]) == (24, 24, 36, 9)
+    assert (facts["images"], facts["rows"], facts["boxes"], facts["holdout"]) == (24, 24, 36, 9)
     assert facts["mean_box_area"] == pytest.approx(1 / 12, abs=0.01)
     fast = run(encoder, white_boxes, maps=("attention",), holdout=0.4, batch_size=5, workers=2)
     assert fast.metrics == metrics
@@ -407,7 +407,7 @@ def test_squares_and_hold_out_are_what_they_say(encoder, white_boxes, check_scor
     metrics, chosen = outcome.metrics, outcome.chosen
     hits = np.stack([square_hits(s.objects.boxes, (0.3, 0.5), 224, True) for s in white_boxes.samples])
     assert metrics["maxboxacc_v2_centred_box"] == pytest.approx(100 * hits[:, :2].mean(0).max(1).mean())
-    assert metrics["maxboxacc_30_full_picture"] == pytest.approx(100 * hits[:, 0, -1].mean())
+    assert metrics["maxboxacc_30_full_image"] == pytest.approx(100 * hits[:, 0, -1].mean())
     held = np.zeros(24, bool)
     held[np.random.default_rng(0).permutation(24)[:6]] = True
     best = hits[held, :2].mean(0).argmax(1)
@@ -424,15 +424,15 @@ def test_squares_and_hold_out_are_what_they_say(encoder, white_boxes, check_scor
     assert "published numbers" in run(encoder, white_boxes, official=False).notes[1]
 
 
-def test_pictures_without_boxes_are_left_out(encoder, white_boxes, make_sample) -> None:
+def test_images_without_boxes_are_left_out(encoder, white_boxes, make_sample) -> None:
     expected = run(encoder, white_boxes, maps=("centre",)).metrics
     white_boxes.samples += [make_sample(i) for i in range(3)]
     outcome = run(encoder, white_boxes, maps=("centre",))
     assert outcome.metrics == expected
     assert outcome.data["test"]["without_boxes"] == 3
-    assert outcome.data["test"]["pictures"] == 27
+    assert outcome.data["test"]["images"] == 27
     white_boxes.samples = white_boxes.samples[-4:]
-    with pytest.raises(UserError, match="1 of 4 pictures have a box; 2 are needed"):
+    with pytest.raises(UserError, match="1 of 4 images have a box; 2 are needed"):
         run(encoder, white_boxes)
 
 
@@ -446,7 +446,7 @@ def test_mistakes_are_said_in_a_line(encoder, list_source, make_sample, white_bo
         run(encoder, white_boxes)
 
 
-def test_bad_pictures_are_counted(encoder, white_boxes) -> None:
+def test_bad_images_are_counted(encoder, white_boxes) -> None:
     class Broken(type(white_boxes)):
         def __getitem__(self, index):
             if index == 30:
@@ -470,13 +470,13 @@ def test_built_in_scenes_by_the_command_line(encoder, tmp_path, capsys) -> None:
     assert float(lines["attention"][1]) == pytest.approx(
         result["metrics"]["maxboxacc_v2_attention"], abs=0.01
     )
-    assert {"full_picture", "centred_box", "centre", "lowest_entropy"} <= set(lines)
+    assert {"full_image", "centred_box", "centre", "lowest_entropy"} <= set(lines)
     assert main(["evaluate", "localisation", *words, "maps=[abmilp]"]) == 2
     assert "give train=" in capsys.readouterr().err
 
 
 def test_weights_of_a_trained_abmilp(encoder) -> None:
-    """Trained on labelled pictures, from stored patches; its map is the softmax of its linear score."""
+    """Trained on labelled images, from stored patches; its map is the softmax of its linear score."""
     train, test = open_source("scenes:?count=30", "train"), open_source("scenes:?count=12", "test")
     settings = {"epochs": 2, "lr": (0.01, 0.3), "workers": 0, "limit": 20, "progress": False}
     result = evaluate(encoder, "localisation", train=train, test=test, **settings)

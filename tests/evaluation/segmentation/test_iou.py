@@ -9,9 +9,9 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.segmentation.iou import bootstrap_iou, class_iou, mean_iou, named_iou, region_areas
 
 
-def maps(seed: int, classes: int = 5, pictures: int = 6, void: float = 0.2):
+def maps(seed: int, classes: int = 5, images: int = 6, void: float = 0.2):
     rng = np.random.default_rng(seed)
-    truth = rng.integers(0, classes, (pictures, 9, 7)).astype(np.uint8)
+    truth = rng.integers(0, classes, (images, 9, 7)).astype(np.uint8)
     predicted = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, classes, truth.shape))
     truth[rng.random(truth.shape) < void] = IGNORE
     return torch.from_numpy(predicted.astype(np.uint8)), torch.from_numpy(truth)
@@ -70,8 +70,8 @@ def test_labels_beyond_the_classes_are_an_error():
         region_areas(torch.tensor([0]), torch.tensor([7]), 3)
 
 
-def test_bootstrap_resamples_pictures_and_divides_sums():
-    areas = stacked(*maps(2, pictures=8), 5)
+def test_bootstrap_resamples_images_and_divides_sums():
+    areas = stacked(*maps(2, images=8), 5)
     low, high = bootstrap_iou([areas], samples=200, seed=3)
     rng, values = np.random.default_rng(3), []
     for _ in range(200):
@@ -81,7 +81,7 @@ def test_bootstrap_resamples_pictures_and_divides_sums():
     assert low < float(mean_iou(areas.sum(dim=0).numpy())) < high
     same = areas[:1].expand(4, -1, -1)
     assert bootstrap_iou([same])[0] == pytest.approx(bootstrap_iou([same])[1])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         bootstrap_iou([areas[:0]])
 
 

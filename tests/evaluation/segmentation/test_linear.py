@@ -23,14 +23,14 @@ FAST = {"workers": 0, "steps": 150, "train_batch": 4, "rates": [1e-4, 1e-2]}
 @pytest.fixture
 def coloured(pixel_source):
     def make(seed: int, count: int = 6):
-        rng, pictures, maps = np.random.default_rng(seed), [], []
+        rng, images, maps = np.random.default_rng(seed), [], []
         for _ in range(count):
             labels = np.repeat(np.repeat(rng.integers(0, 3, (2, 2)), 16, 0), 16, 1).astype(np.uint8)
-            pictures.append(COLOURS[labels])
+            images.append(COLOURS[labels])
             labels = labels.copy()
             labels[:, 30:] = IGNORE
             maps.append(labels)
-        return pixel_source(pictures, maps, name=f"coloured-{seed}:")
+        return pixel_source(images, maps, name=f"coloured-{seed}:")
 
     return make
 
@@ -69,7 +69,7 @@ def test_equal_rates_are_told_apart_by_their_loss(encoder, coloured, monkeypatch
     assert chosen == {"linear_segmentation": {"rate": 1e-2}}
 
 
-def test_pictures_without_a_class_give_no_gradient():
+def test_images_without_a_class_give_no_gradient():
     logits = torch.randn(1, 4, 3, requires_grad=True)
     pixel_loss(logits, torch.full((1, 8, 8), IGNORE, dtype=torch.uint8), 2).backward()
     assert logits.grad is not None
@@ -95,7 +95,7 @@ def run(encoder, train, test, config, progress=False):
 
 
 def test_rate_falls_to_zero_as_a_polynomial():
-    """With one head and one picture the first step of AdamW is rate x sign(gradient), unless decayed."""
+    """With one head and one image the first step of AdamW is rate x sign(gradient), unless decayed."""
     features, maps = torch.ones(1, 4, 2), torch.zeros(1, 8, 8, dtype=torch.uint8)
     settings = {"batch": 1, "weight_decay": 0.0, "seed": 0}
     (one,) = train_heads(features, maps, 2, [0.1], steps=1, **settings)
@@ -112,8 +112,8 @@ def test_colour_is_found(encoder, coloured):
     assert [entry["rate"] for entry in outcome.grid["linear_segmentation"]] == [1e-4, 1e-2]
     again = run(encoder, coloured(1), coloured(2), config, progress=False)
     assert again.metrics == outcome.metrics
-    at_picture = build(LinearSegmentationConfig, FAST | {"evaluate_at": "picture"})
-    assert run(encoder, coloured(1), coloured(2), at_picture, False).metrics == outcome.metrics
+    at_image = build(LinearSegmentationConfig, FAST | {"evaluate_at": "image"})
+    assert run(encoder, coloured(1), coloured(2), at_image, False).metrics == outcome.metrics
 
 
 def test_the_choice_knows_nothing_of_test(encoder, coloured):

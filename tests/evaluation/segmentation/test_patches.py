@@ -74,16 +74,16 @@ def test_patterns_inside_a_patch_are_transplanted():
 
 
 def test_hold_out_is_of_whole_images():
-    pictures = torch.arange(20).repeat_interleave(3)
+    images = torch.arange(20).repeat_interleave(3)
     labels = torch.zeros(60, 4, dtype=torch.uint8)
-    held = hold_out(pictures, labels, 2, 0.1, 0)
+    held = hold_out(images, labels, 2, 0.1, 0)
     assert held.sum() == 6
-    assert not set(pictures[held].tolist()) & set(pictures[~held].tolist())
-    assert torch.equal(held, hold_out(pictures, labels, 2, 0.1, 0))
-    assert not torch.equal(held, hold_out(pictures, labels, 2, 0.1, 1))
-    assert hold_out(pictures[:6], labels[:6], 2, 0.01, 0).sum() == 3  # at least one image
-    with pytest.raises(UserError, match="at least two pictures"):
-        hold_out(pictures[:3], labels[:3], 2, 0.1, 0)
+    assert not set(images[held].tolist()) & set(images[~held].tolist())
+    assert torch.equal(held, hold_out(images, labels, 2, 0.1, 0))
+    assert not torch.equal(held, hold_out(images, labels, 2, 0.1, 1))
+    assert hold_out(images[:6], labels[:6], 2, 0.01, 0).sum() == 3  # at least one image
+    with pytest.raises(UserError, match="at least two images"):
+        hold_out(images[:3], labels[:3], 2, 0.1, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,13 +92,13 @@ def test_hold_out_has_its_share_of_every_class(seed, monkeypatch):
     monkeypatch.setattr(choice, "AT_ONCE", 30)  # a few rows at a time
     shows = [{0, 1}] * 40 + [{0, 2}] * 10 + [{0, 2, 3}] * 10 + [{0}] * 140 + [set()] * 10
     order = np.random.default_rng(seed).permutation(len(shows))
-    rows, pictures = [], []
+    rows, images = [], []
     for name, image in enumerate(order.tolist()):
         for row in range(2):  # the classes of an image are spread over its rows; void is in all
             rows.append([*(c for c in sorted(shows[image]) if c % 2 == row), *[IGNORE] * 3][:3])
-            pictures.append(name)
-    held = hold_out(torch.tensor(pictures), torch.tensor(rows, dtype=torch.uint8), 4, 0.2, seed)
-    chosen = {pictures[i] for i in torch.nonzero(held).flatten().tolist()}
+            images.append(name)
+    held = hold_out(torch.tensor(images), torch.tensor(rows, dtype=torch.uint8), 4, 0.2, seed)
+    chosen = {images[i] for i in torch.nonzero(held).flatten().tolist()}
     assert len(chosen) == 42
     counts = [sum(c in shows[order[name]] for name in chosen) for c in range(4)]
     assert counts[1] == 8
@@ -201,7 +201,7 @@ def test_the_choice_knows_nothing_of_test_and_the_scaler_nothing_of_the_hold_out
     fit = Scaler.fit
     monkeypatch.setattr(Scaler, "fit", lambda x: fitted.append(len(x)) or fit(x))
     honest = run(encoder, coloured(1), coloured(2), config, False)
-    assert fitted == [5 * 16]  # one of six pictures is held out
+    assert fitted == [5 * 16]  # one of six images is held out
     poisoned = coloured(2)
     rng = np.random.default_rng(0)
     poisoned.maps = [rng.integers(0, 3, labels.shape).astype(np.uint8) for labels in poisoned.maps]
@@ -230,7 +230,7 @@ def test_mistakes(encoder, coloured):
     void = coloured(1)
     void.maps = [np.full_like(labels, IGNORE) for labels in void.maps]
     config = build(KnnSegmentationConfig, {"workers": 0, "k": [1]})
-    with pytest.raises(UserError, match="no patch of 6 pictures has a class"):
+    with pytest.raises(UserError, match="no patch of 6 images has a class"):
         run_knn(encoder, void, coloured(2), config, False)
     void.name = "void:"
     with pytest.raises(UserError, match="no pixel of test has a class"):

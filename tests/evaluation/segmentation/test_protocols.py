@@ -58,11 +58,11 @@ def test_result_on_disk_repeats_itself(name, encoder, camvid, check_scores, tmp_
     assert Result.read(tmp_path / "run" / "results" / f"{name}.json") == result
     tree = json.loads((tmp_path / "run" / "results" / f"{name}.json").read_text())
     assert tree["settings"]["seed"] == 0
-    assert (tree["data"]["train"]["pictures"], tree["data"]["test"]["pictures"]) == (6, 5)
+    assert (tree["data"]["train"]["images"], tree["data"]["test"]["images"]) == (6, 5)
     assert tree["data"]["class_iou"]["sky"] is not None
     assert tree["data"]["class_iou"]["bicyclist"] is None  # neither true nor predicted
     assert 0 < result.metrics["miou_low"] <= result.metrics["miou"] <= result.metrics["miou_high"] <= 100
-    assert any("has 6 pictures, the official set 367" in note for note in result.notes)
+    assert any("has 6 images, the official set 367" in note for note in result.notes)
     assert "miou" in result.table()
     again = evaluate(encoder, name, **options)
     assert again.metrics == result.metrics
@@ -86,17 +86,17 @@ def test_two_processes_get_what_one_gets(encoder, camvid, tmp_path, run_ranks):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many pictures each call of the encoder had."""
+    """How many images each call of the encoder had."""
     counts, plain = [], Reader.__call__
     monkeypatch.setattr(Reader, "__call__", lambda s, i, m, n: counts.append(len(i)) or plain(s, i, m, n))
     return counts
 
 
 def test_one_pass_for_all_gives_what_each_gets_alone(encoder, camvid, encoded, tmp_path):
-    """The numbers bit for bit, from one encoding of each picture; later calls read them from the folder."""
+    """The numbers bit for bit, from one encoding of each image; later calls read them from the folder."""
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0}
     alone = {name: evaluate(encoder, name, **options, **own) for name, own in SETTINGS.items()}
-    assert sum(encoded) == 4 * (6 + 5) + 3  # and once more every second picture, for a bank of these alone
+    assert sum(encoded) == 4 * (6 + 5) + 3  # and once more every second image, for a bank of these alone
     encoded.clear()
     together = evaluate_all(encoder, list(SETTINGS), cache=tmp_path, **options, **SETTINGS)
     assert sum(encoded) == 6 + 5
@@ -106,7 +106,7 @@ def test_one_pass_for_all_gives_what_each_gets_alone(encoder, camvid, encoded, t
         assert (together[name].chosen, together[name].grid) == (alone[name].chosen, alone[name].grid)
         stored = together[name].data["test"]
         assert {key: stored[key] for key in alone[name].data["test"]} == alone[name].data["test"]
-    assert "pass over test: 5 pictures in" in together["dense_retrieval"].table()
+    assert "pass over test: 5 images in" in together["dense_retrieval"].table()
     encoded.clear()
     for name, own in SETTINGS.items():
         assert evaluate(encoder, name, cache=tmp_path, **options, **own).metrics == alone[name].metrics
@@ -152,7 +152,7 @@ def test_a_killed_pass_of_patches_goes_on(encoder, camvid, tmp_path, monkeypatch
 
 
 def test_patches_that_do_not_fit_on_the_disk(encoder, camvid, tmp_path, monkeypatch):
-    """16 patches of 32 numbers and 32 x 32 labels of 6 pictures."""
+    """16 patches of 32 numbers and 32 x 32 labels of 6 images."""
     usage = type("Usage", (), {"free": 6 * (16 * 32 * 4 + 32 * 32) - 1})
     monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: usage)
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, "cache": tmp_path}
@@ -164,7 +164,7 @@ def test_patches_that_do_not_fit_on_the_disk(encoder, camvid, tmp_path, monkeypa
     evaluate(encoder, "knn_segmentation", k=(1,), **options)
 
 
-def test_a_bad_label_map_names_its_picture_in_the_shared_pass(encoder, camvid, tmp_path):
+def test_a_bad_label_map_names_its_image_in_the_shared_pass(encoder, camvid, tmp_path):
     labels = np.zeros((10, 10), np.uint8)
     Image.fromarray(labels).save(Path(camvid.removeprefix("camvid:")) / "train" / "labels" / "3.png")
     options = {"train": camvid, "test": camvid, "progress": False, "cache": tmp_path}

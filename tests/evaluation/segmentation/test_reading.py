@@ -1,4 +1,4 @@
-"""The pass over labelled pictures: patches and labels cover the same place; the bank is chosen as said."""
+"""The pass over labelled images: patches and labels cover the same place; the bank is chosen as said."""
 
 from dataclasses import replace
 
@@ -31,9 +31,9 @@ def random_source(pixel_source):
 
     def make(count: int = 5, seed: int = 0, **options):
         rng = np.random.default_rng(seed)
-        pictures = [rng.integers(0, 256, (40, 50, 3), np.uint8) for _ in range(count)]
+        images = [rng.integers(0, 256, (40, 50, 3), np.uint8) for _ in range(count)]
         maps = [rng.choice([0, 1, 2, IGNORE], (40, 50)).astype(np.uint8) for _ in range(count)]
-        return pixel_source(pictures, maps, name=f"maps-{seed}:", **options)
+        return pixel_source(images, maps, name=f"maps-{seed}:", **options)
 
     return make
 
@@ -69,46 +69,46 @@ def test_pass_gives_what_the_encoder_gives(encoder, random_source):
     passing = DensePass(encoder, source, CONFIG, progress=False)
     batches = list(passing)
     assert isinstance(source, PixelSource)
-    pictures = torch.cat([batch.pictures for batch in batches])
-    assert pictures.tolist() == list(range(5))
+    images = torch.cat([batch.image_indices for batch in batches])
+    assert images.tolist() == list(range(5))
     features = torch.cat([batch.features for batch in batches])
     for i in range(5):
-        pixels = resize(source.pictures[i], 32, 32)[None]
+        pixels = resize(source.images[i], 32, 32)[None]
         expected = encoder(encoder.normalise(pixels)).patches[0]
         torch.testing.assert_close(features[i], expected, rtol=1e-4, atol=1e-4)
     maps = torch.cat([batch.maps for batch in batches]).numpy()
     np.testing.assert_array_equal(maps[3], squash(source.maps[3], 32))
     facts = passing.facts()
-    assert (facts["pictures"], facts["rows"], facts["unreadable"]) == (5, 5 * 16, 0)
+    assert (facts["images"], facts["rows"], facts["unreadable"]) == (5, 5 * 16, 0)
 
 
-def test_pictures_are_resized_as_the_encoder_has_it(encoder, random_source):
+def test_images_are_resized_as_the_encoder_has_it(encoder, random_source):
     source = random_source()
     (plain,) = list(DensePass(encoder, source, DenseConfig(workers=0), progress=False))
     transform = replace(encoder.config.transform, interpolation="bilinear")
     encoder.config = replace(encoder.config, transform=transform)
     (other,) = list(DensePass(encoder, source, DenseConfig(workers=0), progress=False))
     for i in range(5):
-        pixels = resize(source.pictures[i], 32, 32, "bilinear")[None]
+        pixels = resize(source.images[i], 32, 32, "bilinear")[None]
         expected = encoder(encoder.normalise(pixels)).patches[0]
         torch.testing.assert_close(other.features[i], expected, rtol=1e-4, atol=1e-4)
         assert (plain.features[i] - expected).abs().max() > 0.01
 
 
-def test_a_map_of_another_size_than_its_picture_is_named(encoder, random_source):
+def test_a_map_of_another_size_than_its_image_is_named(encoder, random_source):
     source = random_source()
     source.maps[2] = source.maps[2][:-1]
     for workers in (0, 1):
         passing = DensePass(encoder, source, DenseConfig(workers=workers), progress=False)
-        with pytest.raises(DataError, match=r"picture-2 is 50x40 pixels, its label map 50x39$"):
+        with pytest.raises(DataError, match=r"image-2 is 50x40 pixels, its label map 50x39$"):
             list(passing)
 
 
-def test_too_many_unreadable_pictures_are_an_error(encoder, random_source):
+def test_too_many_unreadable_images_are_an_error(encoder, random_source):
     source = random_source(broken=frozenset({1}))
     passing = DensePass(encoder, source, CONFIG, progress=False)
-    assert torch.cat([batch.pictures for batch in passing]).tolist() == [0, 2, 3, 4]
-    with pytest.raises(UserError, match="1 of 5 pictures cannot be read"):
+    assert torch.cat([batch.image_indices for batch in passing]).tolist() == [0, 2, 3, 4]
+    with pytest.raises(UserError, match="1 of 5 images cannot be read"):
         passing.facts()
 
 
@@ -123,22 +123,22 @@ def test_image_size_must_be_whole_patches(encoder, random_source):
         DensePass(encoder, random_source(), DenseConfig(image_size=30))
 
 
-def test_bank_keeps_as_many_of_each_picture_and_labels_fit_features(encoder, random_source):
+def test_bank_keeps_as_many_of_each_image_and_labels_fit_features(encoder, random_source):
     source = random_source()
     whole = collect(DensePass(encoder, source, CONFIG, progress=False), 3, None, "rare", 0)
-    assert len(whole.pictures) == 5 * 16
+    assert len(whole.image_indices) == 5 * 16
     some = collect(DensePass(encoder, source, CONFIG, progress=False), 3, 37, "rare", 0)
-    assert some.pictures.bincount().tolist() == [37 // 5] * 5
+    assert some.image_indices.bincount().tolist() == [37 // 5] * 5
     again = collect(
         DensePass(encoder, source, DenseConfig(workers=2, batch_size=2), progress=False), 3, 37, "rare", 0
     )
     assert torch.equal(some.pixels, again.pixels)
-    for row in range(len(some.pictures)):  # every kept row is a row of the whole bank, with its labels
+    for row in range(len(some.image_indices)):  # every kept row is a row of the whole bank, with its labels
         same = (whole.features - some.features[row]).abs().amax(dim=1) < 1e-5
         assert any(torch.equal(pixels, some.pixels[row]) for pixels in whole.pixels[same])
     other = collect(DensePass(encoder, source, CONFIG, progress=False), 3, 37, "rare", 1)
     assert not torch.equal(some.pixels, other.pixels)
-    with pytest.raises(UserError, match="memory=4 patches of 5 pictures: less than one"):
+    with pytest.raises(UserError, match="memory=4 patches of 5 images: less than one"):
         collect(DensePass(encoder, source, CONFIG, progress=False), 3, 4, "rare", 0)
 
 
@@ -148,7 +148,7 @@ def test_rows_without_a_class_are_never_kept(encoder, random_source):
     assert choose_rows(counts, 6, "rare", np.random.default_rng(0)).tolist() == [4, 5]
     source = random_source()
     source.maps = [np.full_like(labels, IGNORE) for labels in source.maps]
-    with pytest.raises(UserError, match="no patch of 5 pictures has a class"):
+    with pytest.raises(UserError, match="no patch of 5 images has a class"):
         collect(DensePass(encoder, source, CONFIG, progress=False), 3, None, "rare", 0)
 
 

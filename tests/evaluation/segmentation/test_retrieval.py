@@ -1,4 +1,4 @@
-"""Dense retrieval against a naive loop, and on pictures whose colour is their class."""
+"""Dense retrieval against a naive loop, and on images whose colour is their class."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def run(encoder, train, test, config, progress=False):
 
 
 def test_memory_that_holds_the_queries_gives_the_ceiling(encoder: Encoder, coloured):
-    """k=1 and a bank of the same pictures without void: nothing is lost but what patches cannot say."""
+    """k=1 and a bank of the same images without void: nothing is lost but what patches cannot say."""
     train, test = coloured(1), coloured(1)
     for labels in (*train.maps, *test.maps):
         labels[labels == IGNORE] = 0
@@ -117,9 +117,9 @@ def test_colour_is_found(encoder: Encoder, coloured):
     assert set(outcome.data["class_iou"]) == {"a", "b", "c"}
     # The strip of void takes half of the last column of patches, but no patch as a whole.
     assert outcome.data["train"]["bank"] == 6 * 16
-    at_picture = build(DenseRetrievalConfig, settings | {"evaluate_at": "picture"})
-    again = run(encoder, coloured(1), coloured(2), at_picture, progress=False).metrics
-    assert again["miou"] == metrics["miou"]  # the pictures have the size of the input
+    at_image = build(DenseRetrievalConfig, settings | {"evaluate_at": "image"})
+    again = run(encoder, coloured(1), coloured(2), at_image, progress=False).metrics
+    assert again["miou"] == metrics["miou"]  # the images have the size of the input
 
 
 def test_void_as_the_first_class_is_worse_where_there_is_void(encoder: Encoder, coloured):
@@ -148,6 +148,6 @@ def test_mistakes(encoder: Encoder, coloured):
         run(encoder, coloured(1), empty, build(DenseRetrievalConfig, {"k": [3], "workers": 0}), False)
 
 
-def test_patch_pixels_of_a_picture_follow_its_grid():
+def test_patch_pixels_of_a_image_follow_its_grid():
     labels = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
     assert patch_pixels(labels, 2)[0, 1].tolist() == [2, 3, 6, 7]

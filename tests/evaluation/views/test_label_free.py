@@ -29,7 +29,7 @@ from foveola.evaluation.views.feature_space import (
     uniformity,
 )
 from foveola.evaluation.views.label_free import LabelFree, LabelFreeConfig
-from foveola.evaluation.views.other_views import ViewCanvases, picture_views, watch
+from foveola.evaluation.views.other_views import ViewCanvases, image_views, watch
 from foveola.evaluation.views.retrieval import Retrieval, RetrievalConfig, choose_targets, two_views
 from foveola.models.encoder import Encoder, Features
 
@@ -155,7 +155,7 @@ def test_pairs_need_two_rows() -> None:
 
 @pytest.fixture
 def noise(list_source, make_sample):
-    """40 pictures of noise, every second one with two objects."""
+    """40 images of noise, every second one with two objects."""
     boxes = [(10, 10, 50, 40), (40, 5, 75, 55)]
     return list_source([make_sample(i, boxes if i % 2 else None) for i in range(40)], name="noise:")
 
@@ -166,19 +166,19 @@ def run(encoder, source, **settings):
 
 
 def test_one_pass_sees_what_others_see(encoder, noise) -> None:
-    """Evaluation views as of k-NN, views of objects as of `retrieval`, and views of pictures beside them."""
+    """Evaluation views as of k-NN, views of objects as of `retrieval`, and views of images beside them."""
     config = LabelFreeConfig(workers=0, limit=40)
     targets = choose_targets(noise, 40, 0.0, 0)
     seen, patches, bad = watch(encoder, noise, targets, config, progress=False)
     assert bad == []
-    assert seen.pictures.tolist() == [target.picture for target in targets]
+    assert seen.image_indices.tolist() == [target.image for target in targets]
     table = extract(encoder, noise, masks=False, config=ExtractConfig(workers=0), progress=False)
-    assert seen.features == pytest.approx(table.features[seen.pictures], abs=1e-5)
+    assert seen.features == pytest.approx(table.features[seen.image_indices], abs=1e-5)
     assert patches.count == 40 * 16
     assert patches.sum / 16 == pytest.approx(seen.averages.double().sum(dim=0), rel=1e-5)
-    assert seen.owners.tolist() == [target.picture for target in targets if target.object >= 0]
+    assert seen.owners.tolist() == [target.image for target in targets if target.object >= 0]
     canvases, plain, _ = ViewCanvases(noise, targets, encoder.config.transform, config)[0]
-    views = picture_views(canvases, encoder, config, 0)
+    views = image_views(canvases, encoder, config, 0)
     for view in range(2):
         tokens = encoder(views[:, view]).objects[:, 0]
         assert seen.views[:32, view] == pytest.approx(tokens, abs=1e-5)
@@ -199,7 +199,7 @@ def test_metrics_are_those_of_what_is_seen(encoder, noise, check_scores) -> None
     first, second = seen.views.unbind(dim=1)
     assert metrics["alignment"] == pytest.approx(alignments(first, second).mean().item())
     assert metrics["uniformity"] == pytest.approx((uniformity(first) + uniformity(second)) / 2)
-    assert metrics["rankme_picture"] == pytest.approx(rows_rankme(seen.features).item(), rel=1e-5)
+    assert metrics["rankme_image"] == pytest.approx(rows_rankme(seen.features).item(), rel=1e-5)
     assert metrics["rankme_average"] == pytest.approx(rows_rankme(seen.averages).item(), rel=1e-5)
     assert metrics["rankme_patches"] == pytest.approx(rankme(patches.singular_values()).item())
     assert metrics["rankme_within"] == pytest.approx(seen.within.mean().item())
@@ -214,7 +214,7 @@ def test_metrics_are_those_of_what_is_seen(encoder, noise, check_scores) -> None
     for name in ("alignment", "rank1_views", "rankme_within", "duplicates", "rank1_objects_masks"):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
     averaged = run(encoder, noise, pool="average").metrics
-    assert averaged["rankme_picture"] == pytest.approx(metrics["rankme_average"], rel=1e-5)
+    assert averaged["rankme_image"] == pytest.approx(metrics["rankme_average"], rel=1e-5)
     assert "rankme_average" not in averaged
 
 
@@ -237,7 +237,7 @@ def test_speed_changes_nothing_and_the_seed_does(encoder, noise) -> None:
     assert run(encoder, noise, seed=1).metrics["alignment"] != pytest.approx(expected.metrics["alignment"])
     few = run(encoder, noise, limit=12)
     assert few.data["test"]["rows"] == 12
-    assert few.notes[0] == "rankme_picture of 12 pictures is at most 12"
+    assert few.notes[0] == "rankme_image of 12 images is at most 12"
 
 
 class Blind(Encoder):
@@ -249,7 +249,7 @@ class Blind(Encoder):
 
 
 class Pixels(Encoder):
-    """Knows a picture by its mean colour."""
+    """Knows an image by its mean colour."""
 
     def forward(self, images: torch.Tensor, objects: torch.Tensor | None = None) -> Features:
         colour = torch.zeros(len(images), 16, 32)
@@ -260,9 +260,9 @@ class Pixels(Encoder):
 def test_collapse_shows(encoder, noise) -> None:
     outcome = run(Blind(encoder.config), noise)
     metrics = outcome.metrics
-    for name in ("rankme_picture", "rankme_average", "rankme_patches", "rankme_within"):
+    for name in ("rankme_image", "rankme_average", "rankme_patches", "rankme_within"):
         assert metrics[name] == pytest.approx(1, abs=1e-3)
-    assert metrics["duplicates"] == metrics["first_component_picture"] == 100
+    assert metrics["duplicates"] == metrics["first_component_image"] == 100
     assert metrics["alignment"] == metrics["rank1_views"] == metrics["rank1_objects_plain"] == 0
     assert metrics["uniformity"] == pytest.approx(0, abs=1e-6)
     assert "collapsed, or all around one large mean" in outcome.notes[1]
@@ -285,7 +285,7 @@ def test_who_knows_colours_finds_views_again(encoder, list_source) -> None:
     assert not [name for name in found if "objects" in name]
     assert run(pixels, source).metrics["alignment"] > 10 * found["alignment"]
     notes = run(pixels, source).notes
-    assert "colours: has neither boxes nor masks: only numbers of pictures are given" in notes
+    assert "colours: has neither boxes nor masks: only numbers of images are given" in notes
     assert len(run(pixels, source, objects=False).notes) == 1
 
 
@@ -297,7 +297,7 @@ def test_mistakes_are_said_in_a_line(encoder, noise, make_sample) -> None:
         with pytest.raises(ConfigError):
             build(LabelFreeConfig, wrong)
     noise.samples = noise.samples[:1]
-    with pytest.raises(UserError, match="noise:: 1 pictures, at least 2 are needed"):
+    with pytest.raises(UserError, match="noise:: 1 images, at least 2 are needed"):
         run(encoder, noise)
     noise.samples = [make_sample(i) for i in range(4)]
     encoder.backbone.norm.weight.fill_(float("nan"))
@@ -305,7 +305,7 @@ def test_mistakes_are_said_in_a_line(encoder, noise, make_sample) -> None:
         run(encoder, noise)
 
 
-def test_bad_pictures_are_counted(encoder, noise, make_sample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_images_are_counted(encoder, noise, make_sample, monkeypatch: pytest.MonkeyPatch) -> None:
     from foveola.evaluation.views import other_views
 
     known = other_views.decode
@@ -317,11 +317,11 @@ def test_bad_pictures_are_counted(encoder, noise, make_sample, monkeypatch: pyte
 
     monkeypatch.setattr(other_views, "decode", decode)
     noise.samples[3] = make_sample(3, height=61)
-    with pytest.raises(UserError, match="1 of 40 pictures cannot be read, such as picture-3"):
+    with pytest.raises(UserError, match="1 of 40 images cannot be read, such as image-3"):
         run(encoder, noise)
     noise.samples = [noise.samples[i % 40 if i % 40 != 3 or i == 3 else 0] for i in range(100)]
     facts = run(encoder, noise, limit=100, objects=False).data["test"]
-    assert (facts["pictures"], facts["rows"], facts["unreadable"]) == (100, 99, 1)
+    assert (facts["images"], facts["rows"], facts["unreadable"]) == (100, 99, 1)
 
 
 def test_command_line_and_side_by_side(encoder, tmp_path, capsys) -> None:
@@ -339,7 +339,7 @@ def test_command_line_and_side_by_side(encoder, tmp_path, capsys) -> None:
         f"[{low:.2f},",
         f"{high:.2f}]",
     ]
-    assert lines["rankme_picture"][1] == f"{metrics['rankme_picture']:.2f}"
+    assert lines["rankme_image"][1] == f"{metrics['rankme_image']:.2f}"
     evaluate(
         f"untrained:{tmp_path / 'run'}",
         "label_free",

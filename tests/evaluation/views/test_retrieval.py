@@ -22,7 +22,7 @@ from foveola.models.transform import resize
 
 
 def test_a_damaged_annotation_stops_nothing(list_source, make_sample) -> None:
-    """It is counted where the picture is read; up to one in a hundred may be bad."""
+    """It is counted where the image is read; up to one in a hundred may be bad."""
 
     class Damaged(type(list_source([]))):
         def __getitem__(self, index: int):
@@ -34,22 +34,22 @@ def test_a_damaged_annotation_stops_nothing(list_source, make_sample) -> None:
     assert sorted(choose_targets(source, 5, 0, seed=3)) == [(0, 0), (1, 0), (2, 0), (3, -1), (4, 0)]
 
 
-def test_one_object_a_picture_while_pictures_last(list_source, make_sample) -> None:
+def test_one_object_a_image_while_images_last(list_source, make_sample) -> None:
     boxes = [(0, 0, 20, 20), (30, 10, 60, 50), (40, 0, 44, 3)]
     source = list_source([make_sample(i, boxes[: 1 + i % 3]) for i in range(12)])
     few = choose_targets(source, 12, 0, seed=3)
-    assert sorted(t.picture for t in few) == list(range(12))
+    assert sorted(t.image for t in few) == list(range(12))
     assert few == choose_targets(source, 12, 0, seed=3) != choose_targets(source, 12, 0, seed=4)
     assert choose_targets(source, 5, 0, seed=3) == few[:5]
     every = choose_targets(source, 1000, 0, seed=3)
     assert every[:12] == few
     assert sorted(every) == [(i, j) for i in range(12) for j in range(1 + i % 3)]
-    assert len({t.picture for t in every[12:20]}) == 8  # the second object of each before the third of any
+    assert len({t.image for t in every[12:20]}) == 8  # the second object of each before the third of any
 
 
 def test_small_objects_can_be_left_out(list_source, make_sample) -> None:
     source = list_source([make_sample(0, [(0, 0, 8, 6)]), make_sample(1, [(0, 0, 40, 30)]), make_sample(2)])
-    assert {t.picture for t in choose_targets(source, 9, 0.02, seed=0)} == {1, 2}
+    assert {t.image for t in choose_targets(source, 9, 0.02, seed=0)} == {1, 2}
     assert sorted(choose_targets(source, 9, 0.0, seed=0)) == [(0, 0), (1, 0), (2, -1)]
 
 
@@ -98,7 +98,7 @@ class Painter(Encoder):
 
 @pytest.fixture
 def colours(list_source):
-    """Each picture holds a large object of its own hue, on a background of the same grey."""
+    """Each image holds a large object of its own hue, on a background of the same grey."""
     import colorsys
 
     samples = []
@@ -174,7 +174,7 @@ def test_settings_of_speed_change_nothing(encoder, colours) -> None:
     assert run(encoder, colours, seed=1).metrics != pytest.approx(expected)
 
 
-def test_pictures_keep_their_pixels_or_are_shrunk_as_the_encoder_has_it(
+def test_images_keep_their_pixels_or_are_shrunk_as_the_encoder_has_it(
     encoder, list_source, make_sample, monkeypatch
 ) -> None:
     samples = [make_sample(i, height=60 - 5 * i, width=44 + 9 * i) for i in range(4)]
@@ -215,4 +215,4 @@ def test_settings_are_checked() -> None:
 
 def test_runs_on_the_built_in_scenes(encoder) -> None:
     outcome = run(encoder, open_source("scenes:?count=60", "test"), objects=50, color=retrieval.ColorConfig())
-    assert outcome.data["test"]["objects"] == outcome.data["test"]["pictures"] == 50
+    assert outcome.data["test"]["objects"] == outcome.data["test"]["images"] == 50
