@@ -17,7 +17,7 @@ USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an
 SPREAD = 0.10, 0.03  # of features: cosines between images are then about 0.99, 0.999
 RANK = 0.05, 0.01  # effective rank, as a share of the most possible
 RANK_LOST = 0.5  # share of its own highest value
-PLACE = 0.5, 0.9  # share of the variance of patches that their place explains, beyond the untrained one
+PLACE = 0.5, 0.9  # share of the variance of patches that their position explains, beyond the untrained one
 PLACE_FROM = 32  # images on which that can be measured
 INFORMATION = 0.1, 0.5  # of place and cluster, as a share of the most possible
 WAIT = 0.10, 0.30  # share of the time spent waiting for data
@@ -53,7 +53,7 @@ class Facts:
     width: int | None = None  # their dimensions
     places: int | None = None  # patches of a view
     notes: Sequence[str] = ()  # log.txt
-    # Share of the variance of patches that their place explains: trained, and untrained (measured apart).
+    # Share of the variance of patches that their position explains: trained, and untrained (measured apart).
     place_share: tuple[float, float | None] | None = None
     place_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data
@@ -246,21 +246,20 @@ def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
 
 
 def place(lines: Sequence[Line], facts: Facts) -> Verdict:
-    """Positional collapse: features or clusters that tell the place of a patch and not what is there."""
-    name = "Do patches tell content, not place?"
+    """Positional collapse: features or clusters that tell the position of a patch and not what is there."""
+    name = "Do patches tell content, not position?"
     known = recent(lines, "clustering/position_information")
     clusters = (facts.prototypes or {}).get("clustering")
     if known is not None and clusters and facts.places and facts.places > 1:
         most = math.log(min(clusters, facts.places))
         share, (look, bad) = known / most, INFORMATION
-        text = (
-            f"Place tells {known:.3f} of at most {most:.2f} nats of a patch's cluster ({percent(share, 1)})"
-        )
+        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({percent(share, 1)})"
+        text = f"Position tells {told}"
         return _share_verdict(name, text, share, look, bad)
     overall, content = recent(lines, "targets/std"), recent(lines, "targets/content_std")
     if overall is not None and content is not None and overall > 0:
         share = 1 - min(content / overall, 1.0) ** 2
-        text = f"Place explains {percent(share, 1)} of the variance of the teacher's patches"
+        text = f"Position explains {percent(share, 1)} of the variance of the teacher's patches"
         return _share_verdict(name, text, share, *PLACE)
     if facts.place_share is not None:
         return _measured_place(name, *facts.place_share, facts.place_images)
@@ -270,8 +269,8 @@ def place(lines: Sequence[Line], facts: Facts) -> Verdict:
 
 
 def _measured_place(name: str, trained: float, fresh: float | None, images: int | None) -> Verdict:
-    """Aligned images, such as faces, let place explain much without any collapse, also when untrained."""
-    text = f"Place explains {percent(trained, 1)} of the variance of the encoder's patches"
+    """Aligned images, such as faces, let position explain much without any collapse, also when untrained."""
+    text = f"Position explains {percent(trained, 1)} of the variance of the encoder's patches"
     text += "" if images is None else f" of {images} images"
     if images is not None and images < PLACE_FROM:
         return Verdict(name, "NOT KNOWN", f"{text}: too few, {PLACE_FROM} are needed.")

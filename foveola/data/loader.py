@@ -57,7 +57,10 @@ class LoaderConfig:
     workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(
-        0.01, "share of unreadable images above which, beyond doubt, to stop", at_least=0, at_most=1
+        0.01,
+        "share of unreadable images above which training stops (when the count leaves no doubt)",
+        at_least=0,
+        at_most=1,
     )
     start: Literal["auto", "fork", "forkserver", "spawn"] = key(
         "auto",

@@ -52,4 +52,4 @@ class SquashedConfig(ChosenConfig):
         None, "pixels a side to which images are squashed; null = the encoder's crop", at_least=8
     )
     limit: int | None = again(ChosenConfig, "limit", None, at_least=2)
-    store: Literal["float32", "float16"] = key("float32", "numbers in which patch features are kept")
+    store: Literal["float32", "float16"] = key("float32", "number format of stored patch features")

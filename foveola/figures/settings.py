@@ -24,7 +24,9 @@ class ImagesConfig(SheetConfig):
     """Which images, and how large."""
 
     count: int = key(8, "images to show, evenly over the data", at_least=1)
-    images: tuple[int, ...] | int | str | None = key(None, "their places in the data instead, as in '0,5,9'")
+    images: tuple[int, ...] | int | str | None = key(
+        None, "indices of the images in the data instead, as in '0,5,9'"
+    )
     size: int | None = key(
         None, "pixels of the longer side as encoded; null = twice that of the encoder's transform", at_least=8
     )
@@ -115,9 +117,11 @@ class PositionsConfig(SheetConfig):
 @dataclass(frozen=True)
 class NeighboursConfig(ExtractConfig):
     count: int = key(8, "query images, evenly over the data", at_least=1)
-    images: tuple[int, ...] | int | str | None = key(None, "their places in the data instead, as in '0,5,9'")
+    images: tuple[int, ...] | int | str | None = key(
+        None, "indices of the images in the data instead, as in '0,5,9'"
+    )
     found: int = key(5, "neighbours of each", at_least=1)
     masks: Literal["both"] | bool = key("both", "object tokens that read the objects, class tokens, or both")
-    limit: int | None = key(LIMIT, "at most so many images of train=, drawn by seed", at_least=1)
+    limit: int | None = key(LIMIT, "use at most this many images of train=, drawn by seed", at_least=1)
     cell: int = key(TILE, "pixels a side of a tile in the sheet", at_least=32)
     each: bool = key(False, "also write every tile as a file of its own, at full size")

@@ -18,7 +18,7 @@ TITLES = {
     "momentum": "Momentum of the teacher",
     "feature_spread": "Feature spread",
     "effective_rank": "Effective rank",
-    "clustering/position_information": "What place tells of clusters (nats)",
+    "clustering/position_information": "What position tells of clusters (nats)",
     "grad_norm": "Gradient norm",
     "images_per_second": "Images a second",
     "data_wait": "Time spent waiting for data",

@@ -32,7 +32,7 @@ ABOUT = {  # what to make of a sheet
         "Of the last block. Alone it is no proof of anything: good encoders may read the background, too."
     ),
     "neighbours": "Same things should find each other.",
-    "positions": "What the network learned of places; next to each other they should be alike.",
+    "positions": "What the network learned of positions; neighbouring positions should be alike.",
 }
 FRAMES = "Green: the label of the query. Red: another one."
 LEARNED = ("learned", "field")  # kinds of positions that training changes

@@ -30,7 +30,9 @@ class ReportConfig:
     reference: str | None = key(
         None, "another encoder to measure: timm:NAME, hf:NAME, a run, a file of weights"
     )
-    checkpoints: int = key(4, "kept encoders to measure at most, besides the last one", at_least=0)
+    checkpoints: int = key(
+        4, "encoders saved on the way to measure at most, besides the last one", at_least=0
+    )
     images: int = key(6, "images to draw in each panel; 0 = none", at_least=0)
     limit: int | None = key(
         None, "images of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1

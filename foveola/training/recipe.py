@@ -113,7 +113,7 @@ class RunConfig:
         None, "also keep the checkpoint of each such period for good, and its encoder in encoders/"
     )
     evaluate_every: str | None = key(None, "time between k-NN evaluations; null = none")
-    evaluate_train: str | None = key(None, "labelled data of the k-NN bank; null = data")
+    evaluate_train: str | None = key(None, "labelled reference set of k-NN, as a data string; null = data")
     evaluate_test: str | None = key(
         None, "labelled data of the k-NN queries; null = the test split of evaluate_train"
     )

@@ -76,10 +76,10 @@ class KnnConfig(ExtractConfig):
     )
     temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
     exclude_self: bool = key(
-        False, "rows of a query's own image (same contents) do not vote; for test images that train holds"
+        False, "features of a query's own image (same contents) do not vote; for test images that train holds"
     )
     store: Literal["float32", "float16"] = key(
-        "float32", "numbers in which features are kept, where they are (cache=, several protocols)"
+        "float32", "number format of stored features; features are stored with cache= or several protocols"
     )
 
     def __post_init__(self) -> None:

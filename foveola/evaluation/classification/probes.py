@@ -88,7 +88,7 @@ class Probes(Protocol):
     """
 
     name = "probes"
-    help = "all of these side by side on the same features"
+    help = "all classification protocols side by side on the same features"
     Config = ProbesConfig
     train = "needed"
     metrics = (*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats"))

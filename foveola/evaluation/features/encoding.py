@@ -25,7 +25,7 @@ from foveola.models.encoder import Encoder
 class FeedConfig(MaskedConfig):
     """How images become stored features."""
 
-    store: Literal["float32", "float16"] = key("float32", "numbers in which features are kept")
+    store: Literal["float32", "float16"] = key("float32", "number format of stored features")
 
     def reading(self) -> ExtractConfig:
         """The same as settings of the reading of images."""

@@ -31,9 +31,9 @@ Box = tuple[float, float, float, float]
 class ExtractConfig(MaskedConfig):
     """Which rows a source gives and how they are computed. Defaults: one row an image, as published."""
 
-    rows: Literal["images", "objects"] = key("images", "one row for each image, or for each object")
+    rows: Literal["images", "objects"] = key("images", "one feature for each image, or for each object")
     view: Literal["image", "object"] = key(
-        "image", "what an object's row sees: its whole image, or a crop of it"
+        "image", "what the encoder sees of an object: its whole image, or a crop of it"
     )
     context: float = key(
         0.5, "view=object: the crop's side is 1 + this times the longer side of the object's box", at_least=0

@@ -72,7 +72,7 @@ class LocalisationConfig(SquashedConfig):
     )
     epochs: int = key(90, "abmilp: passes over the training images", at_least=1)
     lr: tuple[float, ...] = key((0.1,), "abmilp: learning rates to try, of a batch of 256", above=0)
-    store: Literal["float32", "float16"] = key("float32", "abmilp: numbers in which patches are kept")
+    store: Literal["float32", "float16"] = key("float32", "abmilp: number format of stored patches")
 
     def __post_init__(self) -> None:
         for name in ("maps", "iou", "lr"):
@@ -174,7 +174,7 @@ class Localisation(Protocol):
     """
 
     name = "localisation"
-    help = "boxes around what attention (or another map) lights up, against annotated boxes"
+    help = "boxes around the bright parts of attention (or another map), against annotated boxes"
     Config = LocalisationConfig
     train = "optional"
     metrics = (

@@ -95,7 +95,9 @@ def transplant(
 class PatchSegmentationConfig(DenseConfig):
     """What both protocols share."""
 
-    memory: int | None = key(None, "training patches at most, as many of each image; null = all", at_least=1)
+    memory: int | None = key(
+        None, "training patches at most, the same number of each image; null = all", at_least=1
+    )
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
     holdout: float = key(0.1, "share of the training images that choose the settings", above=0, below=1)
 

@@ -86,16 +86,18 @@ class DenseRetrievalConfig(DenseConfig):
 
     k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
     temperature: float = key(0.02, "of the attention over neighbours, softmax(cosine / temperature)", above=0)
-    memory: int = key(10_240_000, "patches in the memory bank at most, as many of each image", at_least=1)
-    subsample: tuple[int, ...] = key(
-        (1,), "the bank is made of one in so many train images; each is measured", at_least=1
+    memory: int = key(
+        10_240_000, "patches in the reference set at most, the same number of each image", at_least=1
     )
-    repeats: int = key(1, "draws of a subsampled bank, whose mean IoU is averaged", at_least=1)
+    subsample: tuple[int, ...] = key(
+        (1,), "the reference set takes one in this many train images; each is measured", at_least=1
+    )
+    repeats: int = key(1, "draws of a subsampled reference set, whose mIoU is averaged", at_least=1)
     sampling: Literal["rare", "uniform"] = key(
-        "rare", "which patches of an image are kept where not all fit: those of rare classes, or any"
+        "rare", "which patches of an image are taken where not all fit: those of rare classes, or any"
     )
     void: Literal["drop", "first"] = key(
-        "drop", "pixels of no class in the bank: left out, or taken for class 0 (open-hummingbird)"
+        "drop", "pixels of no class in the reference set: left out, or taken for class 0 (open-hummingbird)"
     )
     absent: Absent = key("skip", "classes neither true nor predicted: left out of the mean, or zero")
     evaluate_at: Literal["input", "image"] = key(
@@ -145,7 +147,7 @@ class DenseRetrieval(DenseProtocol):
         bank_seconds = round(perf_counter() - began, 2)
         smallest = min(len(bank.features) for bank in banks)
         if max(config.k) > smallest:
-            raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the memory bank")
+            raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the reference set")
         began = perf_counter()
         passing = DensePass(
             at.encoder,

@@ -36,7 +36,7 @@ class LabelFreeConfig(OtherViewsConfig):
     limit: int = key(1000, "use at most this many images, drawn by seed", at_least=2)
     objects: bool = key(True, "also find objects again in other crops, where the data have some")
     duplicate: float = key(
-        0.99, "cosine similarity from which two images count as told apart by nothing", above=0, below=1
+        0.99, "cosine similarity from which two images count as duplicates", above=0, below=1
     )
 
 

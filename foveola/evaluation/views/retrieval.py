@@ -225,7 +225,7 @@ class Retrieval(Protocol):
 
     name = "retrieval"
     title = "same-object retrieval"
-    help = "find the other crop of an object among those of others"
+    help = "find the other crop of an object among crops of other objects"
     Config = RetrievalConfig
     metrics = (
         Metric("rank1_*", "same-object retrieval rank-1 ({})", "higher", chance="chance_rank1", main=True),

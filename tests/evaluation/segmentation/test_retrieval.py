@@ -138,7 +138,7 @@ def test_void_as_the_first_class_is_worse_where_there_is_void(encoder: Encoder, 
 
 
 def test_mistakes(encoder: Encoder, coloured):
-    with pytest.raises(UserError, match="k=200 is more than the 96 patches in the memory bank"):
+    with pytest.raises(UserError, match="k=200 is more than the 96 patches in the reference set"):
         run(encoder, coloured(1), coloured(2), build(DenseRetrievalConfig, {"k": [200], "workers": 0}), False)
     with pytest.raises(UserError, match="k: needs different numbers"):
         build(DenseRetrievalConfig, {"k": [3, 3]})
