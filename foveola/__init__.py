@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
     from foveola.evaluation.result import Result
     from foveola.figures.visualize import visualize
+    from foveola.methods.method import Method, MethodConfig, Output
+    from foveola.methods.terms.term import Term
     from foveola.models.encoder import Encoder, Features
     from foveola.reports.report import report
     from foveola.training.recipe import recipes
@@ -29,16 +31,20 @@ __all__ = [
     "Comparison",
     "Encoder",
     "Features",
+    "Method",
+    "MethodConfig",
     "Metric",
     "Needs",
     "Objects",
     "Outcome",
+    "Output",
     "Protocol",
     "Reading",
     "Result",
     "Run",
     "Sample",
     "Source",
+    "Term",
     "__version__",
     "analyze_attention",
     "compare",
@@ -74,6 +80,10 @@ _HOMES = {
     "Reading": "foveola.evaluation.protocol",
     "Metric": "foveola.evaluation.protocol",
     "Outcome": "foveola.evaluation.protocol",
+    "Method": "foveola.methods.method",
+    "MethodConfig": "foveola.methods.method",
+    "Output": "foveola.methods.method",
+    "Term": "foveola.methods.terms.term",
     "report": "foveola.reports.report",
     "visualize": "foveola.figures.visualize",
     "load": "foveola.zoo.load",

@@ -8,7 +8,7 @@ How trees are read and written (YAML, `key=value`) is in `trees`.
 import re
 import sys
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -63,17 +63,25 @@ TYPES = {
 }
 
 
-def key(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **ranges: float | None) -> Any:
+def key(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    factory: Any = MISSING,
+    among: Callable[[dict], type] | None = None,
+    **ranges: float | None,
+) -> Any:
     """Declare a field of a configuration dataclass; without `default` and `factory` the key must be given.
 
-    `help` is one line of meaning for --help. `ranges` are any of `above`, `at_least`, `below`, `at_most`;
-    `build` checks them on numbers, on each number of a tuple, and on what a group returns as its `numbers()`.
-    Numbers that are not finite are refused everywhere.
+    `help` is one line of meaning for --help. `among` tells the class of a group from its tree, where that
+    depends on what the tree names; it raises UserError where nothing has that name. `ranges` are any of
+    `above`, `at_least`, `below`, `at_most`; `build` checks them on numbers, on each number of a tuple, and on
+    what a group returns as its `numbers()`. Numbers that are not finite are refused everywhere.
     """
     if unknown := ranges.keys() - RANGES:
         raise TypeError(f"key() has no range named {sorted(unknown)}")
     limits = {name: limit for name, limit in ranges.items() if limit is not None}
-    metadata = {"help": help, "ranges": limits}
+    metadata = {"help": help, "ranges": limits, "among": among}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -106,7 +114,10 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
         path = _join(where, name)
         if name in tree:
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            values[name] = _convert(hints[name], _over_default(default, tree[name]), path)
+            value = _over_default(default, tree[name])
+            among = f.metadata.get("among")
+            hint = hints[name] if among is None else _chosen(among, value, path)
+            values[name] = _convert(hint, value, path)
             _check_range(values[name], f.metadata.get("ranges", {}), path)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(
@@ -127,8 +138,19 @@ def _renewed(word: Any, known: Container[Any], where: str) -> Any:
     return today
 
 
+def _chosen(among: Callable[[dict], type], value: Any, path: str) -> type:
+    """The class of a group whose tree says what it is of."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a group of keys, one of them name, got {shown(value)}")
+    try:
+        return among(value)
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _over_default(default: Any, value: Any) -> Any:
     """Lay the given keys of a group over its default, unless they name another kind of group."""
+    value = to_dict(value)
     if is_dataclass(default) and isinstance(value, dict):
         base = to_dict(default)
         return merge(base, value) if value.get("name", base.get("name")) == base.get("name") else value

@@ -2,6 +2,9 @@
 
 import importlib
 import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -43,3 +46,68 @@ def imported(text: str) -> Any:
 def announced(group: str) -> dict[str, EntryPoint]:
     """What installed packages announce in an entry point group, by name; the value is an importable name."""
     return {entry.name: entry for entry in entry_points(group=group)}
+
+
+def name_of(found: type) -> str:
+    """The importable name of a class. Raises UserError for one that no name leads to, such as a local one."""
+    name = f"{found.__module__}:{found.__qualname__}"
+    here: Any = sys.modules.get(found.__module__)
+    for part in found.__qualname__.split("."):
+        here = getattr(here, part, None)
+    if here is not found:
+        raise UserError(
+            f"{name} cannot be imported, which going on with a run needs: define it at the top of a module"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where things of one sort are found by name: foveola's own, then importable ones, then announced ones.
+
+    Attributes:
+        what: one of these things in a word, for messages.
+        group: the entry point group in which installed packages announce theirs.
+        own: foveola's own, by name; a text is an importable name.
+        example: an importable name, for messages.
+    """
+
+    what: str
+    group: str
+    own: Mapping[str, Any]
+    example: str
+
+    def find(self, name: str) -> Any:
+        """What has this name. Raises UserError where nothing has it, or where it cannot be imported."""
+        if name in self.own:
+            found = self.own[name]
+            return imported(found) if isinstance(found, str) else found
+        if is_importable(name):
+            return imported(name)
+        others = announced(self.group)
+        if name in others:
+            return imported(others[name].value)
+        near = nearest(name, [*self.own, *others])
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join([*self.own, *others])}"
+        raise UserError(f"unknown {self.what} {name!r}; {hint} (one of your own: {self.example})")
+
+    def names(self) -> list[str]:
+        """All names without a colon that lead to something."""
+        return list(dict.fromkeys([*self.own, *announced(self.group)]))
+
+    def others(self) -> list[str]:
+        """Names that installed packages announce."""
+        return [name for name in self.names() if name not in self.own]
+
+
+def check_class(found: Any, base: type, asked: str, what: str) -> None:
+    """Raise UserError unless this is a whole subclass of `base` with a frozen dataclass as its `Config`."""
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{asked} is no {what}: a class with the base foveola.{base.__name__} is needed")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"{asked}: a {what} needs {', '.join(missing)}")
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and is_dataclass(config) and config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(f"{asked}: a {what} needs a frozen dataclass as Config")
+    if vars(config).get("__annotations__") and "__dataclass_fields__" not in vars(config):
+        raise UserError(f"{asked}: {config.__name__} needs @dataclass(frozen=True)")

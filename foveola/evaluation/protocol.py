@@ -10,13 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from foveola.config import UserError, nearest
+from foveola.config import UserError
 from foveola.data.sources import Source
 from foveola.evaluation.features.cache import Feed, Need, Store
 from foveola.models.encoder import Encoder
-from foveola.outside import announced, imported, is_importable
-
-GROUP = "foveola.protocols"  # the entry point group in which other packages announce protocols
+from foveola.outside import Door, is_importable
 
 # By importable name, in the order in which they count: where several were measured, the first one answers
 # whether training helped. Labels of people come before what needs none, what is not trained before what is.
@@ -35,6 +33,7 @@ PROTOCOLS = {
     "retrieval": "foveola.evaluation.views.retrieval:Retrieval",
     "label_free": "foveola.evaluation.views.label_free:LabelFree",
 }
+DOOR = Door("protocol", "foveola.protocols", PROTOCOLS, "my_module:MyProtocol")
 
 
 # -- numbers -------------------------------------------------------------------------------------------------
@@ -215,26 +214,15 @@ def find(protocol: "str | Protocol | type[Protocol]") -> Protocol:
     """
     if not isinstance(protocol, str):
         return _checked(protocol, getattr(protocol, "__name__", type(protocol).__name__))
-    if protocol in PROTOCOLS:
-        return _checked(imported(PROTOCOLS[protocol]), protocol)
-    if is_importable(protocol):
-        return _checked(imported(protocol), protocol)
-    others = announced(GROUP)
-    if protocol not in others:
-        known = [*PROTOCOLS, *others]
-        near = nearest(protocol, known)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"unknown protocol {protocol!r}; {hint}")
-    found = _checked(imported(others[protocol].value), protocol)
-    if found.name != protocol:
+    found = _checked(DOOR.find(protocol), protocol)
+    if found.name != protocol and not is_importable(protocol):
         raise UserError(f"protocol {protocol!r} of an installed package calls itself {found.name!r}")
     return found
 
 
 def every() -> Iterator[Protocol]:
     """All protocols that can be asked for by name."""
-    for name in dict.fromkeys([*PROTOCOLS, *announced(GROUP)]):
-        yield find(name)
+    yield from map(find, DOOR.names())
 
 
 def _checked(found: Any, asked: str) -> Protocol:

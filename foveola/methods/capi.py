@@ -24,6 +24,7 @@ from foveola.config import key
 from foveola.losses import assignment_loss, entropy, sinkhorn
 from foveola.methods.method import (
     Method,
+    MethodConfig,
     Output,
     check_single_view,
     ema_update,
@@ -57,7 +58,7 @@ class ClusteringConfig:
 
 
 @dataclass(frozen=True)
-class CapiConfig:
+class CapiConfig(MethodConfig):
     """Defaults: CAPI. The other targets, heads and predictors are those of the paper's Tables 1a and 1c."""
 
     name: Literal["capi"] = key("capi", "which method this is")
@@ -104,6 +105,11 @@ class CapiConfig:
     def pool(self) -> Literal["average", "predictor"]:
         """What best stands for an image (CAPI, Table 5)."""
         return "average" if self.predictor is None else "predictor"
+
+    @property
+    def kept_predictor(self) -> PredictorConfig | None:
+        """Its first block."""
+        return self.predictor
 
 
 class Branch(nn.Module):
@@ -202,6 +208,8 @@ class Clustering(nn.Module):
 
 class Capi(Method):
     """Student, predictor, teacher and clustering."""
+
+    Config = CapiConfig
 
     def __init__(self, config: CapiConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
@@ -343,7 +351,8 @@ class Capi(Method):
         if self.config.predictor is not None:
             parts["predictor"] = student.predictor
         parts["head"] = student.head
-        return parts if self.clustering is None else parts | {"clustering": self.clustering}
+        # Some targets have no clusters: an empty part, so that a recipe may say how it would learn.
+        return parts | {"clustering": nn.Identity() if self.clustering is None else self.clustering}
 
     def prototypes(self) -> list[nn.Parameter]:
         if self.clustering is None:

@@ -6,28 +6,31 @@ object masks, which terms.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, make_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from foveola.config import key
-from foveola.methods.method import Method, Output, ema_update, freeze, learns, spread_and_rank
-from foveola.methods.terms import TERMS
+from foveola.config import ConfigError, build, key, to_dict
+from foveola.methods.method import Method, MethodConfig, Output, ema_update, freeze, spread_and_rank
+from foveola.methods.terms import TERMS, Named, named
 from foveola.methods.terms.term import Heads, Seen, Setting, Term, Tokens
 from foveola.models.heads import HeadConfig, ProjectionHead
 from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, Views, ViewsConfig
 
+ATTRIBUTES = ("student", "teacher", "terms", "config", "has_field", "seen", "training")  # of a Distillation
+
 
 @dataclass(frozen=True)
-class _First:
+class _First(MethodConfig):
     name: Literal["distillation"] = key("distillation", "which method this is")
     heads: dict[str, HeadConfig] = key(
         factory=lambda: {"main": HeadConfig()}, help="projection heads by name"
@@ -53,8 +56,12 @@ else:  # a key for each term, in their order
 class DistillationConfig(_Terms):
     """Terms and teacher; a term that is null costs nothing. Defaults: iBOT.
 
-    Keys: `name`, `heads`, one of each term in `TERMS`, `momentum`.
+    Keys: `name`, `heads`, one of each term in `TERMS`, `momentum`, and one of each term from outside that a
+    recipe names.
     """
+
+    knows_field = True
+    known: ClassVar[Mapping[str, type[Term]]] = TERMS  # by their keys
 
     momentum: Schedule = key(
         factory=lambda: Schedule(value=0.996, end=1.0, shape="cosine"),
@@ -63,11 +70,18 @@ class DistillationConfig(_Terms):
         at_most=1,
     )
 
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> type["DistillationConfig"]:
+        """This class, with a key for each term from outside that the tree names."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        found = {name: value for name, value in tree.items() if name not in own}
+        return _with_terms(named(found))
+
     def __post_init__(self) -> None:
         if not self.terms():
             raise ValueError("all terms are null: nothing to learn")
         for name, term in self.terms().items():
-            for head in TERMS[name].heads(term):
+            for head in self.known[name].heads(term):
                 if head not in self.heads:
                     raise ValueError(f"{name}.head={head!r} is not among heads: {', '.join(self.heads)}")
         for name, head in self.heads.items():
@@ -91,27 +105,18 @@ class DistillationConfig(_Terms):
                 )
 
     def terms(self) -> dict[str, Any]:
-        """The configurations of the terms that are not null, by name, in the order of `TERMS`."""
-        found = {name: getattr(self, name, None) for name in TERMS}
+        """The configurations of the terms that are not null, by name, in the order of `known`."""
+        found = {name: getattr(self, name, None) for name in self.known}
         return {name: term for name, term in found.items() if term is not None}
 
     def used_heads(self) -> set[str]:
         """Names of the heads that some term projects with."""
-        return {head for name, term in self.terms().items() for head in TERMS[name].heads(term)}
+        return {head for name, term in self.terms().items() for head in self.known[name].heads(term)}
 
     def unread(self) -> dict[str, str]:
         """Keys that nothing reads with these settings, and why."""
         used = self.used_heads()
         return {f"heads.{name}": "no term names this head" for name in self.heads if name not in used}
-
-    @property
-    def pool(self) -> Literal["token"]:
-        """What stands for an image."""
-        return "token"
-
-    @property
-    def predictor(self) -> None:
-        """There is none."""
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views or the network cannot serve the terms."""
@@ -122,7 +127,7 @@ class DistillationConfig(_Terms):
         if not model.class_token:
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         for name, term in self.terms().items():
-            TERMS[name].check(term, Setting(name, self.heads, views, model))
+            self.known[name].check(term, Setting(name, self.heads, views, model))
         if views.position_masking is not None and model.positions == "rope":
             raise ValueError(
                 "views.position_masking hides what is added to patches: model.positions=field, or learned"
@@ -132,9 +137,34 @@ class DistillationConfig(_Terms):
                 "views.placement moves views in a position field: set model.positions=field, "
                 "or views.placement=null"
             )
-        read = any(TERMS[name].reads_image_token(term) for name, term in self.terms().items())
+        read = any(self.known[name].reads_image_token(term) for name, term in self.terms().items())
         if read != (views.objects is not None and views.objects.image_token):
             raise ValueError("a term with token=image and views.objects.image_token=true go together")
+
+
+@cache
+def _with_terms(terms: tuple[Named, ...]) -> type[DistillationConfig]:
+    """The configuration of distillation with further terms; the same class for the same terms."""
+    if not terms:
+        return DistillationConfig
+    taken = {*dir(Distillation), *dir(DistillationConfig), *ATTRIBUTES}
+    for term in terms:
+        if not term.key.isidentifier() or term.key in taken:
+            raise ConfigError(f"{term.key}: a term of your own needs another key, a word that is not taken")
+    return make_dataclass(
+        "DistillationConfig",
+        [(term.key, term.config | None, key(None, term.term.help)) for term in terms],
+        bases=(DistillationConfig,),
+        frozen=True,
+        namespace={
+            "known": {**TERMS, **{term.key: term.term for term in terms}},
+            "__reduce__": lambda self: (_rebuilt, (to_dict(self),)),  # pickle finds no class made here
+        },
+    )
+
+
+def _rebuilt(tree: dict[str, Any]) -> DistillationConfig:
+    return build(DistillationConfig.of(tree), tree)
 
 
 class Branch(nn.Module):
@@ -161,6 +191,8 @@ class Branch(nn.Module):
 class Distillation(Method):
     """Student, teacher and terms. Each term is the submodule of its name."""
 
+    Config = DistillationConfig
+
     def __init__(self, config: DistillationConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()
         self.config = config
@@ -173,7 +205,7 @@ class Distillation(Method):
             self.student.backbone.learn_position_mask()
         self.terms: dict[str, Term] = {}
         for name, term in config.terms().items():
-            self.terms[name] = TERMS[name](term, Setting(name, config.heads, views, model))
+            self.terms[name] = config.known[name](term, Setting(name, config.heads, views, model))
             self.register_module(name, self.terms[name])
         self.has_field = model.positions == "field"
         self.seen: Tensor | None = None
@@ -271,8 +303,7 @@ class Distillation(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         heads = {f"heads.{name}": head for name, head in self.student.heads.items()}
-        learn = {name: term for name, term in self.terms.items() if learns(term)}
-        return {"encoder": self.student.backbone, **heads, **learn}
+        return {"encoder": self.student.backbone, **heads, **self.terms}
 
     def prototypes(self) -> list[nn.Parameter]:
         return [p for name in self.student.heads for p in self.student.head(name).last_layer.parameters()]

@@ -20,6 +20,7 @@ from foveola.config import key
 from foveola.losses import huber_loss
 from foveola.methods.method import (
     Method,
+    MethodConfig,
     Output,
     check_single_view,
     ema_update,
@@ -37,7 +38,7 @@ AT_ONCE = 0.9  # a momentum below which the teacher is the student of some steps
 
 
 @dataclass(frozen=True)
-class IJepaConfig:
+class IJepaConfig(MethodConfig):
     """Defaults: I-JEPA ViT-B."""
 
     name: Literal["ijepa"] = key("ijepa", "which method this is")
@@ -98,6 +99,8 @@ class Student(nn.Module):
 
 class IJepa(Method):
     """Student and teacher."""
+
+    Config = IJepaConfig
 
     def __init__(self, config: IJepaConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()

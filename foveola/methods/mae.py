@@ -17,7 +17,7 @@ from torch.nn.init import xavier_uniform_
 
 from foveola.config import key
 from foveola.losses import pixel_loss, pixel_targets
-from foveola.methods.method import Method, Output, check_single_view, spread_and_rank
+from foveola.methods.method import Method, MethodConfig, Output, check_single_view, spread_and_rank
 from foveola.models.attention import PackedLinear
 from foveola.models.blocks import initialise
 from foveola.models.embedding import patchify, unpatchify
@@ -32,7 +32,7 @@ EASY = 0.5  # share of hidden patches below which their neighbours tell most of 
 
 
 @dataclass(frozen=True)
-class MaeConfig:
+class MaeConfig(MethodConfig):
     """Defaults: MAE."""
 
     name: Literal["mae"] = key("mae", "which method this is")
@@ -55,10 +55,6 @@ class MaeConfig:
     def pool(self) -> Literal["average"]:
         """The mean patch: no loss reads the class token."""
         return "average"
-
-    @property
-    def predictor(self) -> None:
-        """The decoder pools nothing, so it is not kept."""
 
 
 class Autoencoder(nn.Module):
@@ -101,6 +97,8 @@ def _with_rows(x: Tensor, indices: Int64[Tensor, "B K"], rows: Tensor) -> Float[
 
 class Mae(Method):
     """One autoencoder; the target is the image itself."""
+
+    Config = MaeConfig
 
     def __init__(self, config: MaeConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__()

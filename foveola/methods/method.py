@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from foveola.models.predictor import Predictor
-from foveola.models.vit import VisionTransformer
+from foveola.config import key
+from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
 
@@ -27,12 +28,42 @@ class Output:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MethodConfig:
+    """The keys of a method, and what follows from them before it is built; each inherits this one."""
+
+    name: str = key("", "which method this is")
+
+    knows_field: ClassVar[bool] = False  # whether it tells the network positions of views: positions=field
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> "type[MethodConfig]":
+        """The class that has the keys of this tree: this one, unless keys can be had from elsewhere."""
+        return cls
+
+    def check(self, views: ViewsConfig, model: ViTConfig) -> None:
+        """Raise ValueError where the views or the network cannot serve the method."""
+
+    @property
+    def pool(self) -> Literal["token", "average", "predictor"]:
+        """What stands for an image in the encoder that is kept: the class token, unless a method says so."""
+        return "token"
+
+    @property
+    def kept_predictor(self) -> PredictorConfig | None:
+        """The predictor whose first block pools features, where `pool` is "predictor" (CAPI)."""
+        return None
+
+
 class Method(nn.Module, ABC):
     """One way of pretraining. Owns student, teacher, heads, temperatures; knows no optimiser and no file.
 
-    The loop needs `forward`, `backbone` and `trained`; what a method lacks of the rest stays as it is here.
-    Nothing else of it is looked at: the names of its submodules are its own.
+    It is built as `method(config, model, views)`, from its `Config`, the `ViTConfig` and the `ViewsConfig` of
+    a run. The loop needs `forward`, `backbone` and `trained`; what a method lacks of the rest stays as it is
+    here. Nothing else of it is looked at: the names of its submodules are its own.
     """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig  # a frozen dataclass of its keys
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:

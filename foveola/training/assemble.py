@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from foveola import distributed
 from foveola.config import ConfigError
-from foveola.methods import METHODS
+from foveola.methods import find
 from foveola.methods.method import Method
 from foveola.models.encoder import Encoder
 from foveola.schedules import Progress
@@ -68,7 +68,7 @@ def untrained(config: RunConfig) -> Encoder:
 def _check_memory(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
     with torch.device("meta"):
-        method = METHODS[config.method.name](config.method, config.model, config.views)
+        method = _build(config)
     # A weight that trains has a gradient and two averages of AdamW beside it.
     numbers = sum(p.numel() * (4 if p.requires_grad else 1) for p in method.parameters())
     needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))
@@ -85,4 +85,9 @@ def _check_memory(config: RunConfig, device: torch.device) -> None:
 
 def _method(config: RunConfig) -> Method:
     torch.manual_seed(config.seed)
-    return METHODS[config.method.name](config.method, config.model, config.views)
+    return _build(config)
+
+
+def _build(config: RunConfig) -> Method:
+    make: Any = find(config.method.name)
+    return make(config.method, config.model, config.views)

@@ -49,7 +49,7 @@ class OptimizerConfig:
     patch_embed_lr: float = key(1.0, "times the learning rate, for the patch embedding", above=0)
     norm_decay: float = key(0.0, "share of the weight decay that weights of norms get", at_least=0)
     parts: dict[str, PartConfig] = key(
-        factory=dict, help="parts of the method that learn in their own way, by name"
+        factory=dict, help="parts of the method that learn in their own way, by their names in --dry-run"
     )
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
@@ -70,10 +70,7 @@ class Optimizer:
         self.config = config
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         rates = _rates(model, config)
-        for part in config.parts:
-            if not hasattr(model, part):  # one without trained parameters is no mistake: a variant lacks them
-                known = ", ".join(sorted({name.partition(".")[0] for name in self.named}))
-                raise ConfigError(f"optimizer.parts: this method has no {part!r}, but {known}")
+        parts = _parts(model, config)
         norms = {
             id(module.weight)
             for module in model.modules()
@@ -81,7 +78,7 @@ class Optimizer:
         }
         groups: dict[tuple, dict[str, Any]] = {}
         for name, p in self.named.items():
-            part = next((part for part in config.parts if name.startswith(f"{part}.")), None)
+            part = parts.get(id(p))
             decay = 1.0 if p.ndim > 1 else config.norm_decay if id(p) in norms else 0.0
             if part is not None and name.endswith("bias"):
                 decay = config.parts[part].bias_decay
@@ -154,6 +151,23 @@ class Optimizer:
         if progress.step < self.frozen_steps:
             for parameter in self.last_layers:
                 parameter.grad = None
+
+
+def _parts(method: Method, config: OptimizerConfig) -> dict[int, str]:
+    """The name in `config.parts` of each parameter that one of them has, by its id.
+
+    "heads" is all of "heads.main", "heads.patch". What two parts share is of the first that is named; one
+    without trained parameters is no mistake: a variant of the method lacks them.
+    """
+    networks, found = method.networks(), {}
+    for part in config.parts:
+        own = [network for name, network in networks.items() if f"{name}.".startswith(f"{part}.")]
+        if not own:
+            raise ConfigError(f"optimizer.parts: this method has no {part!r}, but {', '.join(networks)}")
+        for network in own:
+            for p in network.parameters():
+                found.setdefault(id(p), part)
+    return found
 
 
 def _rates(method: Method, config: OptimizerConfig) -> dict[int, float]:

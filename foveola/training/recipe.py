@@ -26,12 +26,15 @@ from foveola.config import (
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.files import RunFolder
+from foveola.methods import config_class
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.methods.ijepa import IJepaConfig
 from foveola.methods.mae import MaeConfig
+from foveola.methods.method import MethodConfig
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import SIZES, ViTConfig
+from foveola.outside import name_of
 from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
@@ -97,8 +100,9 @@ class RunConfig:
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     device: str = key("auto", "cpu, cuda, cuda:N; auto = a GPU if there is one")
     model: ViTConfig = key(factory=ViTConfig, help="the network")
-    method: DistillationConfig | CapiConfig | MaeConfig | IJepaConfig = key(
-        factory=DistillationConfig, help="what is learned"
+    # One of foveola's own, or of a method from outside.
+    method: DistillationConfig | CapiConfig | MaeConfig | IJepaConfig | MethodConfig = key(
+        factory=DistillationConfig, help="what is learned", among=config_class
     )
     views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each image")
     loader: LoaderConfig = key(factory=LoaderConfig, help="how images are read")
@@ -125,7 +129,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)
         self.method.check(self.views, self.model)
-        if self.method.name != "distillation":
+        if not self.method.knows_field:
             field = self.model.positions == "field"
             if field or self.views.placement is not None or self.views.position_masking is not None:
                 raise ValueError(
@@ -151,8 +155,8 @@ class RunConfig:
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         model = dataclasses.replace(self.model, drop_path=0.0)
-        predictor = self.method.predictor if self.method.pool == "predictor" else None
-        return EncoderConfig(model, transform, self.recipe, self.method.pool, predictor)
+        pool, predictor = self.method.pool, self.method.kept_predictor
+        return EncoderConfig(model, transform, self.recipe, pool, predictor)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
@@ -186,21 +190,34 @@ def change(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
 
 
 def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`merge`, but that a `model.size` wins over the width, depth and heads of the layer below.
+    """`merge`, but for what a layer says as a whole.
 
-    Who asks a small recipe for size=base means all of it. `model.width`, ... in the same layer still count.
+    A `model.size` wins over the width, depth and heads of the layer below: who asks a small recipe for
+    size=base means all of it. `model.width`, ... in the same layer still count. Another `method.name` begins
+    with that method's defaults. A term from outside that is null is not there: without it there is no key.
     """
     model, new = tree.get("model"), changes.get("model")
     if isinstance(model, dict) and isinstance(new, dict) and new.get("size") is not None:
         tree = tree | {"model": {k: v for k, v in model.items() if k not in ("width", "depth", "heads")}}
-    return merge(tree, changes)
+    method, new = tree.get("method") or {}, changes.get("method")
+    if not isinstance(method, dict) or not isinstance(new, dict):
+        return merge(tree, changes)
+    usual = method.get("name", DistillationConfig.name)
+    if new.get("name", usual) != usual:
+        about = {k: v for k, v in (tree.get("about") or {}).items() if k not in ("method", "aim")}
+        return merge(tree | {"method": {}, "about": about}, changes)
+    own = {k for k, v in method.items() if isinstance(v, dict) and "name" in v}
+    off = {k for k in own if new.get(k, own) is None}
+    kept = {"method": {k: v for k, v in method.items() if k not in off}}
+    return merge(tree | kept, changes | {"method": {k: v for k, v in new.items() if k not in off}})
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """`{"model.size": "base"}` to `{"model": {"size": "base"}}`; nested dicts stay."""
+    """`{"model.size": "base"}` to `{"model": {"size": "base"}}`; dicts stay, a class becomes its name."""
     tree: dict[str, Any] = {}
     for name, value in changes.items():
-        branch = nested(value) if isinstance(value, dict) else value
+        branch: Any = name_of(value) if isinstance(value, type) else value
+        branch = nested(branch) if isinstance(branch, dict) else branch
         for part in reversed(name.split(".")):
             branch = {part: branch}
         tree = merge(tree, branch)

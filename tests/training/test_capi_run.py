@@ -165,7 +165,7 @@ def test_mistakes_are_named(changes, message):
 
 
 def test_parts_that_do_not_train_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has no 'clusters', but clustering, student"):
+    with pytest.raises(UserError, match="has no 'clusters', but encoder, predictor, head, clustering"):
         pretrain(capi(**{"optimizer.parts.clusters.lr": 0.5}), out=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"drops no patches: views\.dropping=null"):
         build(RunConfig, {"views": {"dropping": {}}})

@@ -38,7 +38,7 @@ def made(recipe: str, changes: dict) -> RunConfig:
 
 
 def rows(text: str) -> dict[str, str]:
-    return {line[:20].strip(): line[20:].strip() for line in text.splitlines()}
+    return dict(re.split("  +", line, maxsplit=1) for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -119,7 +119,7 @@ def test_without_data_the_built_in_images_stand_in():
 def test_what_can_be_foreseen_is_said():
     changes = {"duration": "3 epochs", "data": "scenes:?size=32&count=64", "batch_size": 16}
     text = dry_run(made("odis-vits16-in1k", SMALL | HEADS | changes | {"views.objects.aware": False}))
-    found = [line[20:].strip() for line in text.splitlines() if line.startswith("advice")]
+    found = [line.removeprefix("advice").strip() for line in text.splitlines() if line.startswith("advice")]
     assert len(found) == 6
     assert found[0].startswith("64 images are few: below 1,000")
     assert found[1].startswith("12 steps are too few")
