@@ -76,12 +76,19 @@ ANALYZE = [
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
 VISUALIZE = [
-    KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas: columns"),
+    KeyInfo(
+        "model", "text", "(needed)", "encoders, each as for evaluate, joined by commas; each has a column"
+    ),
     KeyInfo("data", "text", "(needed)", "images, as a data string; not for positions"),
     KeyInfo("out", "text", "figures", "folder for KIND.png, or a file that ends in .png"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
-TRAIN = KeyInfo("train", "text or null", None, "where neighbours are looked for; null = data's split train")
+TRAIN = KeyInfo(
+    "train",
+    "text or null",
+    None,
+    "images among which neighbours are searched, as a data string; null = the train split of data",
+)
 EXPORT = [
     KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
     KeyInfo(
@@ -293,7 +300,7 @@ def _report(arguments: list[str]) -> None:
         print(
             f"usage: {usage}\n\n"
             "Writes one web page that opens anywhere: whether training helped, whether the run is healthy,\n"
-            "curves, images and the exact configuration (docs/report.md). Further keys are settings of\n"
+            "curves, figures and the exact configuration (docs/report.md). Further keys are settings of\n"
             "the protocols: objects=200, knn.k=[20].\n"
         )
         print_keys(describe(ReportConfig()))

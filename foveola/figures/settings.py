@@ -23,7 +23,7 @@ class SheetConfig:
 class ImagesConfig(SheetConfig):
     """Which images, and how large."""
 
-    count: int = key(8, "images to show, evenly over the data", at_least=1)
+    count: int = key(8, "how many images to show, evenly over the data", at_least=1)
     images: tuple[int, ...] | int | str | None = key(
         None, "indices of the images in the data instead, as in '0,5,9'"
     )
@@ -36,7 +36,7 @@ class ImagesConfig(SheetConfig):
 class DenseConfig(ImagesConfig):
     tile: int | None = key(
         None,
-        "pixels a side of overlapping tiles; 0 = encode at once; null = tiles above 4096 patches",
+        "pixels a side of overlapping tiles to encode; 0 = all at once; null = tiles above 4096 patches",
         at_least=0,
     )
 
@@ -116,11 +116,11 @@ class PositionsConfig(SheetConfig):
 
 @dataclass(frozen=True)
 class NeighboursConfig(ExtractConfig):
-    count: int = key(8, "query images, evenly over the data", at_least=1)
+    count: int = key(8, "how many query images, evenly over the data", at_least=1)
     images: tuple[int, ...] | int | str | None = key(
         None, "indices of the images in the data instead, as in '0,5,9'"
     )
-    found: int = key(5, "neighbours of each", at_least=1)
+    found: int = key(5, "neighbours of each query", at_least=1)
     masks: Literal["both"] | bool = key("both", "object tokens that read the objects, class tokens, or both")
     limit: int | None = key(LIMIT, "use at most this many images of train=, drawn by seed", at_least=1)
     cell: int = key(TILE, "pixels a side of a tile in the sheet", at_least=32)

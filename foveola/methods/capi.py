@@ -46,9 +46,9 @@ class ClusteringConfig:
     balance: Literal["position", "all"] = key(
         "position", "use all clusters alike at each position (no positional collapse), or over all patches"
     )
-    temperature: float = key(0.06, "of the logits that are balanced", above=0)
+    temperature: float = key(0.06, "temperature of the logits that are balanced", above=0)
     student_temperature: float = key(0.12, "of predictions, and of the loss of the clusters", above=0)
-    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
+    iterations: int = key(3, "iterations of Sinkhorn-Knopp", at_least=1, at_most=1000)
     queue: int = key(
         0,
         "past images whose patches are balanced along, over all processes: for small batches",

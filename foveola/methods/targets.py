@@ -39,8 +39,8 @@ class TargetConfig:
         above=0,
     )
     student_temperature: float = key(0.1, "temperature of predictions", above=0)
-    momentum: float = key(0.9, "of the running mean", at_least=0, at_most=1)
-    iterations: int = key(3, "of Sinkhorn-Knopp", at_least=1, at_most=1000)
+    momentum: float = key(0.9, "momentum of the running mean of logits", at_least=0, at_most=1)
+    iterations: int = key(3, "iterations of Sinkhorn-Knopp", at_least=1, at_most=1000)
 
     def unread(self) -> dict[str, str]:
         """Keys that nothing reads with these settings, and why."""

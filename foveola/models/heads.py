@@ -16,7 +16,7 @@ from foveola.config import key
 class HeadConfig:
     """Defaults: iBOT."""
 
-    prototypes: int = key(8192, "rows of the last layer", at_least=2, at_most=2**24)
+    prototypes: int = key(8192, "number of prototypes, the rows of the last layer", at_least=2, at_most=2**24)
     hidden: int = key(2048, "width of the hidden layers", at_least=1, at_most=2**16)
     bottleneck: int = key(256, "width of the unit sphere in which prototypes live", at_least=1, at_most=2**16)
     layers: int = key(3, "linear layers before the prototypes", at_least=1, at_most=100)

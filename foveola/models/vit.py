@@ -63,9 +63,11 @@ class ViTConfig:
     )
     final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
     bias: bool = key(True, "biases in attention and MLP")
-    drop_path: float = key(0.1, "stochastic depth in training, of the last block", at_least=0, below=1)
+    drop_path: float = key(
+        0.1, "rate of stochastic depth in the last block, in training", at_least=0, below=1
+    )
     drop_path_rule: Literal["linear", "constant"] = key(
-        "linear", "rising from 0 over the blocks, or the same in all"
+        "linear", "the rate rises from 0 over the blocks, or is the same in all"
     )
     drop_path_subset: bool = key(
         False, "drop a fixed share of images and skip their work (DINOv2, CAPI), not each by chance"
@@ -77,7 +79,9 @@ class ViTConfig:
     field_size: tuple[int, int] = key(
         (50, 50), "rows and columns of positions=field", at_least=2, at_most=2**12
     )
-    field_interpolation: Literal["linear", "bicubic"] = key("linear", "between the nodes of the field")
+    field_interpolation: Literal["linear", "bicubic"] = key(
+        "linear", "interpolation between the nodes of the field"
+    )
     field_alignment: Literal["cells", "corners"] = key(
         "cells", "nodes of the field are centres of cells, as pixels are, or reach the image's borders"
     )

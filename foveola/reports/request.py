@@ -33,7 +33,7 @@ class ReportConfig:
     checkpoints: int = key(
         4, "encoders saved on the way to measure at most, besides the last one", at_least=0
     )
-    images: int = key(6, "images to draw in each panel; 0 = none", at_least=0)
+    images: int = key(6, "images to show in each figure; 0 = none", at_least=0)
     limit: int | None = key(
         None, "images of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1
     )

@@ -40,7 +40,7 @@ class OptimizerConfig:
     weight_decay: Schedule = key(
         factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay", at_least=0
     )
-    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's", at_least=0, below=1)
+    betas: tuple[float, float] = key((0.9, 0.999), "betas of AdamW", at_least=0, below=1)
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
     clip_each: Literal["parameter", "module", "all"] = key(
         "parameter", "clip each tensor alone (DINO, iBOT), each network and head alone (DINOv2), or all"

@@ -91,9 +91,9 @@ class RunConfig:
     )
     seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
-    batch_size: int = key(1024, "images a step, over all processes", at_least=1, at_most=2**24)
+    batch_size: int = key(1024, "images of a step, over all processes", at_least=1, at_most=2**24)
     accumulate: int = key(
-        1, "parts in which each process goes through its share of a step", at_least=1, at_most=2**24
+        1, "number of parts in which each process computes its images of a step", at_least=1, at_most=2**24
     )
     precision: Precision = key("fp32", "arithmetic of the networks; losses and averages are always fp32")
     compile: bool = key(False, "torch.compile the networks")

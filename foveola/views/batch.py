@@ -52,7 +52,8 @@ class ViewsConfig:
     objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
     masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
     placement: PlacementConfig | None = key(
-        None, "views moved in the position field, all of an image together; null = where they were cut"
+        None,
+        "moves views in the position field, all of an image together; null = they stay where they were cut",
     )
     position_masking: PositionMaskingConfig | None = key(
         None, "patches of global views whose position is hidden from the student; null = none"

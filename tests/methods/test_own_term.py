@@ -25,7 +25,7 @@ HEADS = {"main": HeadConfig(prototypes=7, hidden=16, bottleneck=5)}
 
 @dataclass(frozen=True)
 class GramConfig:
-    weight: float = key(2.0, "of this term in the sum", at_least=0)
+    weight: float = key(2.0, "weight of this term in the sum of losses", at_least=0)
     every: int = key(2, "steps after which the anchor is taken anew", at_least=1)
 
 

@@ -38,7 +38,9 @@ class AnalysisConfig(ChosenConfig):
     """Which images are read, and how. Defaults: as every encoder sees images in evaluation."""
 
     limit: int | None = again(ChosenConfig, "limit", 1000)
-    size: int | None = key(None, "pixels a side of what encoders see; null = each its own crop", at_least=1)
+    size: int | None = key(
+        None, "pixels a side of the encoders' input; null = the crop of each encoder", at_least=1
+    )
     squash: bool | None = key(
         None, "true: the whole image squashed to a square (position-field paper, with size=480)"
     )

@@ -43,7 +43,7 @@ class LinearSegmentationConfig(DenseConfig):
     )
     steps: int = key(1000, "steps of AdamW; the rate falls to 0 as (1 - step / steps)^0.9", at_least=1)
     train_batch: int = key(16, "images in a step", at_least=1)
-    weight_decay: float = key(0.01, "of the weights, not of the bias", at_least=0)
+    weight_decay: float = key(0.01, "weight decay of the weights, not of the bias", at_least=0)
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
     holdout: float = key(0.1, "share of the training images that choose the rate", above=0, below=1)
     evaluate_at: Literal["input", "image"] = key(

@@ -85,7 +85,9 @@ class DenseRetrievalConfig(DenseConfig):
     """Settings of `dense_retrieval`. Defaults: open-hummingbird, without its mistakes."""
 
     k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
-    temperature: float = key(0.02, "of the attention over neighbours, softmax(cosine / temperature)", above=0)
+    temperature: float = key(
+        0.02, "temperature of the attention over neighbours, softmax(cosine / temperature)", above=0
+    )
     memory: int = key(
         10_240_000, "patches in the reference set at most, the same number of each image", at_least=1
     )

@@ -14,8 +14,8 @@ from foveola.methods.terms.term import Seen, Setting
 class PatchTermConfig:
     """Masked patches of the same view. Defaults: iBOT."""
 
-    weight: float = key(1.0, "of this term in the sum", at_least=0)
-    head: str = key("main", "name of its head; terms that name the same one share it")
+    weight: float = key(1.0, "weight of this term in the sum of losses", at_least=0)
+    head: str = key("main", "name of the term's head; terms that name the same head share it")
     center: Literal["masked", "all"] = key(
         "masked", "teacher patches whose mean is the centre; iBOT's code takes all"
     )

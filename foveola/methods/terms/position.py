@@ -23,8 +23,8 @@ LOOKED_AT = 16  # large views of a step whose patches are kept to be looked at
 class PositionTermConfig:
     """Masked positions of the same view. Defaults: the position field paper."""
 
-    weight: float = key(1.0, "of this term in the sum", at_least=0)
-    head: str = key("positions", "name of its head; terms that name the same one share it")
+    weight: float = key(1.0, "weight of this term in the sum of losses", at_least=0)
+    head: str = key("positions", "name of the term's head; terms that name the same head share it")
     target: TargetConfig = key(
         factory=lambda: TargetConfig(temperature=Schedule(value=0.04)), help="targets and temperatures"
     )

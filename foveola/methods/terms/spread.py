@@ -14,7 +14,7 @@ from foveola.methods.terms.term import Seen, Term
 class SpreadTermConfig:
     """KoLeo on the student's object tokens before the head. Defaults: DINOv2."""
 
-    weight: float = key(0.1, "of this term in the sum", at_least=0)
+    weight: float = key(0.1, "weight of this term in the sum of losses", at_least=0)
 
 
 class SpreadTerm(Term):

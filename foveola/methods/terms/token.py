@@ -19,8 +19,8 @@ from foveola.methods.terms.term import Seen, Setting
 class TokenTermConfig:
     """Object or class tokens across views. Defaults: DINO and iBOT."""
 
-    weight: float = key(1.0, "of this term in the sum", at_least=0)
-    head: str = key("main", "name of its head; terms that name the same one share it")
+    weight: float = key(1.0, "weight of this term in the sum of losses", at_least=0)
+    head: str = key("main", "name of the term's head; terms that name the same head share it")
     token: Literal["object", "image"] = key(
         "object", "which tokens: the objects', or views.objects.image_token's"
     )
