@@ -63,9 +63,7 @@ class ViTConfig:
     )
     final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
     bias: bool = key(True, "biases in attention and MLP")
-    drop_path: float = key(
-        0.1, "rate of stochastic depth in the last block, in training", at_least=0, below=1
-    )
+    drop_path: float = key(0.1, "stochastic depth in training: rate of the last block", at_least=0, below=1)
     drop_path_rule: Literal["linear", "constant"] = key(
         "linear", "the rate rises from 0 over the blocks, or is the same in all"
     )
