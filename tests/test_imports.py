@@ -48,7 +48,7 @@ ALLOWED = {
         "models.encoder",
     },
     "training": {"methods", "data", "views", "zoo", "distributed", "models.encoder", "models.vit"},
-    "training.evaluations": {"evaluation.evaluate", "evaluation.features.overlap"},
+    "training.evaluations": {"evaluation.evaluate", "evaluation.features.overlap", "evaluation.result"},
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},

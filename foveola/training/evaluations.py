@@ -7,6 +7,7 @@ from foveola.config import ConfigError, to_dict
 from foveola.data.sources import Source, as_source
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.overlap import separate
+from foveola.evaluation.result import Result
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training.log import Log
@@ -32,7 +33,7 @@ class Evaluations:
         """Whether the run in `folder` ended between its checkpoint of `step` and the evaluation of it."""
         return bool(step) and self.due(step) and not distributed.on_main(lambda: _has(folder, step))
 
-    def run(self, encoder: Encoder, step: int, log: Log) -> None:
+    def run(self, encoder: Encoder, step: int, log: Log) -> Result:
         """Measure, log, and say once what is to be said of it."""
         assert self.labelled is not None
         train, test = self.labelled
@@ -43,6 +44,7 @@ class Evaluations:
                 log.note(f"knn: {text}")
         self.said.update(result.notes)
         log.step(step, {f"knn/{name}": value for name, value in result.metrics.items()})
+        return result
 
 
 def _has(folder: Path, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, share, untrained
+from foveola.training.callbacks import Callbacks
 from foveola.training.evaluations import Evaluations
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
@@ -61,11 +63,14 @@ class Run:
         return RunFolder(self.folder).read_metrics()
 
 
-def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
+def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), **overrides: Any) -> Run:
     """Train as a recipe says, or go on with the run in its folder; returns when done or stopped by a signal.
 
     Args:
         recipe: name, YAML path, or a resolved configuration.
+        callbacks: objects with any of `on_step(step, metrics)`, `on_checkpoint(step, folder)` and
+            `on_evaluation(step, result)` (docs/extend.md). They are called in the first process only; what
+            one raises ends the run as any fault does, with a checkpoint.
         overrides: any key of `RunConfig`; nested ones as dicts (`model={"size": "base"}`) or through
             `**{"model.size": "base"}`. `data`, `evaluate_train` and `evaluate_test` may also be sources of
             the caller's own (docs/data.md); going on with the run then needs the same object again.
@@ -74,6 +79,7 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
     then goes on.
     Raises UserError for mistakes in the configuration and the data, and `Diverged`.
     """
+    told_of = Callbacks(callbacks)
     sources: dict[str, Source] = {}
     for name in ("data", "evaluate_train", "evaluate_test"):
         if not isinstance(value := overrides.get(name), str | None):
@@ -83,14 +89,16 @@ def pretrain(recipe: str | Path | RunConfig, **overrides: Any) -> Run:
     if isinstance(recipe, RunConfig) and overrides:
         config = change(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device, saying(distributed.is_main()):
-        return _Session(config, device, sources).run()
+        return _Session(config, device, sources, told_of).run()
 
 
 class _Session:
     """One process's work on a run, between its start and the next interruption."""
 
-    def __init__(self, config: RunConfig, device: torch.device, sources: dict[str, Source]) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: RunConfig, device: torch.device, sources: dict[str, Source], callbacks: Callbacks
+    ) -> None:
+        self.config, self.device, self.callbacks = config, device, callbacks
         if config.data is None:
             hint = config.about.data or "folder:/my/images"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
@@ -136,7 +144,7 @@ class _Session:
             self._greet(log, start)
             try:
                 if missed:  # interrupted between its checkpoint and its evaluation
-                    self.evaluations.run(self._encoder(), start, log)
+                    self._evaluate(start, log)
                 metrics = self._train(start, log)
             except Exception as error:
                 raise self._ended(error, log) from error
@@ -228,6 +236,7 @@ class _Session:
                     metrics["images_per_second"] = steps * config.batch_size / seconds
                     metrics["data_wait"] = min(supply.waited / seconds, 1.0)
                     log.step(step, metrics)
+                    self.callbacks.on_step(step, metrics)
                     for text in self.watch.add(step, metrics):
                         log.note(text)
                     steps, seconds, supply.waited = 0, 0.0, 0.0
@@ -241,7 +250,7 @@ class _Session:
                     self._save(step)
                     log.flush()
                 if evaluating:
-                    self.evaluations.run(self._encoder(), step, log)
+                    self._evaluate(step, log)
                     batches = None if self.stop.agreed() else batches
                 began = time.perf_counter()
             if supply.failure is not None:
@@ -332,7 +341,11 @@ class _Session:
         if distributed.is_main():
             with told(f"step {step} cannot be saved in {self.folder}"):
                 self._write(step)
+        self.callbacks.on_checkpoint(step, RunFolder(self.folder).checkpoint(step))
         distributed.barrier()
+
+    def _evaluate(self, step: int, log: Log) -> None:
+        self.callbacks.on_evaluation(step, self.evaluations.run(self._encoder(), step, log))
 
     def _write(self, step: int) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again.
