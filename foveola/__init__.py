@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foveola.evaluation.evaluate import evaluate, evaluate_all
     from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
     from foveola.evaluation.result import Result
-    from foveola.figures.visualize import visualize
+    from foveola.figures.visualize import Figure, visualize
     from foveola.methods.method import Method, MethodConfig, Output
     from foveola.methods.terms.term import Term
     from foveola.models.encoder import Encoder, Features
@@ -31,6 +31,7 @@ __all__ = [
     "Comparison",
     "Encoder",
     "Features",
+    "Figure",
     "Method",
     "MethodConfig",
     "Metric",
@@ -86,6 +87,7 @@ _HOMES = {
     "Term": "foveola.methods.terms.term",
     "report": "foveola.reports.report",
     "visualize": "foveola.figures.visualize",
+    "Figure": "foveola.figures.visualize",
     "load": "foveola.zoo.load",
     "Encoder": "foveola.models.encoder",
     "Features": "foveola.models.encoder",

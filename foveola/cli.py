@@ -264,20 +264,19 @@ def _analyze(arguments: list[str]) -> None:
 
 def _visualize(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.figures.visualize import KINDS, configure, visualize
+    from foveola.figures.visualize import DOOR, KINDS, configure, find, visualize
 
-    known = ", ".join(KINDS)
     usage = "foveola visualize KIND model=A[,B ...] data=... [out=figures] [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola visualize KIND --help` lists the keys of a kind:")
-        print_table([(f"  {name}", kind.help) for name, kind in KINDS.items()])
+        print_table([(f"  {figure.name}", figure.help) for figure in map(find, DOOR.names())])
         return
-    kind = only(names, f"kind ({known})", usage)
-    places = [*VISUALIZE, TRAIN] if kind == "neighbours" else VISUALIZE
+    kind = only(names, f"kind ({', '.join(KINDS)})", usage)
+    figure = find(kind)
+    places = [*VISUALIZE, TRAIN] if figure.train else VISUALIZE
     if "--help" in flags:
-        config = configure(kind, {})
-        print(f"foveola visualize {kind} [key=value ...]: {KINDS[kind].help}\n")
-        print_keys([*places, *describe(config)])
+        print(f"foveola visualize {kind} [key=value ...]: {figure.help}\n")
+        print_keys([*places, *describe(figure.config())])
         return
     settings = parse_overrides(overrides)
     given = {info.path: settings.pop(info.path) for info in places if info.path in settings}

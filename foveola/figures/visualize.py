@@ -1,14 +1,15 @@
 """`foveola visualize`: what encoders make of images, drawn to PNG files."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foveola import distributed
-from foveola.config import UserError, build, nearest
+from foveola.config import UserError, build, kind_of
 from foveola.data.sources import Source, open_source
 from foveola.drawing.sheet import Sheet, save
 from foveola.figures import gallery
@@ -27,6 +28,7 @@ from foveola.figures.settings import (
 )
 from foveola.figures.tiles import images_of, named, size_of
 from foveola.models.encoder import Encoder
+from foveola.outside import Door
 from foveola.zoo.load import load
 
 # Other files of images, which are not written; a folder's name may have another dot.
@@ -34,16 +36,29 @@ OTHERS = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".bmp", ".tif", ".ti
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One entry of `KINDS`."""
+class Figure:
+    """One kind of figure. docs/extend.md shows one of your own.
 
+    Attributes:
+        name: how it is asked for; it is written to `<name>.png`.
+        config: a frozen dataclass of its keys, each with a default, with the base
+            `foveola.figures.settings.SheetConfig`, or `ImagesConfig`.
+        draw: makes the sheet, from encoders by name, the source of images, and the configuration.
+        help: one line on what it shows.
+        data: whether it needs images; without, the source is None.
+        train: whether it also looks into training images, which `draw` gets as a fourth argument, `bank`.
+    """
+
+    name: str
     config: type
     draw: Callable[..., Sheet]
     help: str
+    data: bool = True
+    train: bool = False
 
 
 def visualize(
-    kind: str,
+    kind: str | Figure,
     model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
     data: Source | str | None = None,
     *,
@@ -52,9 +67,11 @@ def visualize(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> list[Path]:
-    """Draw one of `KINDS` to `out`, a folder (`out/<kind>.png`) or a file ending in .png.
+    """Draw a figure to `out`, a folder (`out/<kind>.png`) or a file ending in .png.
 
     Args:
+        kind: a name (`foveola visualize --help` lists them), an importable name such as
+            `my_module:my_figure`, or a `Figure`.
         model: an `Encoder`, several by name, or what `foveola.load` takes (several as a list, or in one text
             with commas between). Several are columns side by side.
         data: a data string (opened with the split "test") or a source; not needed for positions.
@@ -65,12 +82,12 @@ def visualize(
     `foveola.figures.gallery`. Raises UserError for unknown kinds and keys, bad values, and what an encoder
     or the data does not have.
     """
-    out, config = Path(out), configure(kind, settings)
+    out, figure, config = Path(out), find(kind), configure(kind, settings)
     alone = out.suffix.lower() == ".png"
     if out.suffix.lower() in OTHERS and not out.is_dir():
         raise UserError(f"out={out}: expected a folder, or a file that ends in .png")
-    sheet = draw(kind, model, data, train=train, device=device, **settings)
-    path = out if alone else out / f"{kind}.png"
+    sheet = draw(figure, model, data, train=train, device=device, **settings)
+    path = out if alone else out / f"{figure.name}.png"
     written = [save(sheet.draw(config.cell), path)]
     if config.each:
         for number, row in enumerate(sheet.rows):
@@ -81,7 +98,7 @@ def visualize(
 
 
 def draw(
-    kind: str,
+    kind: str | Figure,
     model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
     data: Source | str | None = None,
     *,
@@ -90,30 +107,46 @@ def draw(
     **settings: Any,
 ) -> Sheet:
     """The sheet that `visualize` writes: its tiles are arrays, at full size."""
-    config = configure(kind, settings)
-    if data is None and kind != "positions":
-        raise UserError(f"visualize {kind} needs data=, such as data=folder:/images or data=scenes:")
+    figure, config = find(kind), configure(kind, settings)
+    if data is None and figure.data:
+        raise UserError(f"visualize {figure.name} needs data=, such as data=folder:/images or data=scenes:")
     source = open_source(data, "test") if isinstance(data, str) else data
     bank = train
-    if kind == "neighbours" and (train is not None or isinstance(data, str)):
+    if figure.train and (train is not None or isinstance(data, str)):
         bank = open_source(str(train or data), "train") if not isinstance(train, Source) else train
     encoders = open_models(model, device)
-    more = {"bank": bank or source} if kind == "neighbours" else {}
-    if len(encoders) > 1:
-        return KINDS[kind].draw(encoders, source, config, **more)
-    (name, encoder), *_ = encoders.items()
-    sheet = KINDS[kind].draw({"": encoder}, source, config, **more)
-    return replace(sheet, title=f"{sheet.title}: {name}" if name else sheet.title)
-
-
-def configure(kind: str, settings: Mapping[str, Any]) -> Any:
-    """The configuration of a kind. Raises UserError for unknown kinds and keys, and bad values."""
-    if kind not in KINDS:
-        near = nearest(kind, KINDS)
+    more = {"bank": bank or source} if figure.train else {}
+    (name, encoder), *others = encoders.items()
+    sheet = figure.draw(encoders if others else {"": encoder}, source, config, **more)
+    if not isinstance(sheet, Sheet):
         raise UserError(
-            f"unknown kind {kind!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(KINDS)}")
+            f"{figure.name}: draw returns {kind_of(sheet)}, expected a foveola.drawing.sheet.Sheet"
         )
-    return build(KINDS[kind].config, dict(settings))
+    return replace(sheet, title=f"{sheet.title}: {name}") if name and not others else sheet
+
+
+def find(kind: str | Figure) -> Figure:
+    """A figure by its name, by an importable name (`my_package.my_module:my_figure`), or as it is.
+
+    Names are those of `KINDS`, then those that packages announce in the group `foveola.figures`. Raises
+    UserError for a name that nothing has, and for what is no figure.
+    """
+    found = DOOR.find(kind) if isinstance(kind, str) else kind
+    asked = kind if isinstance(kind, str) else "visualize"
+    if not isinstance(found, Figure):
+        raise UserError(f"{asked}: expected a foveola.Figure, got {kind_of(found)}")
+    if not is_dataclass(found.config) or not {"cell", "each"} <= {f.name for f in fields(found.config)}:
+        raise UserError(f"{asked}: a figure needs a dataclass with the base SheetConfig as its config")
+    if not re.fullmatch(r"[A-Za-z]\w*", found.name, re.ASCII):
+        raise UserError(f"{asked}: the name {found.name!r} is needed in letters, digits and _, for its file")
+    if found.name in KINDS and found is not KINDS[found.name]:
+        raise UserError(f"{asked}: {found.name!r} is a figure of foveola; another one needs another name")
+    return found
+
+
+def configure(kind: str | Figure, settings: Mapping[str, Any]) -> Any:
+    """The configuration of a figure. Raises UserError for unknown kinds and keys, and bad values."""
+    return build(find(kind).config, dict(settings))
 
 
 def open_models(
@@ -206,32 +239,53 @@ def _positions(encoders: dict[str, Encoder], source: Source | None, config: Posi
     return gallery.position_sheet(encoders, config.some)
 
 
-KINDS = {
-    "pca": Kind(PcaConfig, _pca, "principal components of patch features as red, green, blue"),
-    "attention": Kind(
+_OWN = (
+    Figure("pca", PcaConfig, _pca, "principal components of patch features as red, green, blue"),
+    Figure(
+        "attention",
         AttentionConfig,
         _of_samples(gallery.attention_sheet, "size", "block", "mass", "heads", "min_coverage"),
         "what the class token reads, with and without an object's mask",
     ),
-    "objects": Kind(ObjectsConfig, _objects, "what each head of an object token reads inside its mask"),
-    "query": Kind(
+    Figure("objects", ObjectsConfig, _objects, "what each head of an object token reads inside its mask"),
+    Figure(
+        "query",
         QueryConfig,
         _of_samples(gallery.query_sheet, "points", "size", "block", "heads"),
         "what the patch under a point reads",
     ),
-    "similarity": Kind(
+    Figure(
+        "similarity",
         SimilarityConfig,
         _of_samples(gallery.similarity_sheet, "points", "size", "tile"),
         "cosine of all patches with the one under a point",
     ),
-    "correspondences": Kind(
-        CorrespondenceConfig, _correspondences, "patches of two images that are each other's nearest"
+    Figure(
+        "correspondences",
+        CorrespondenceConfig,
+        _correspondences,
+        "patches of two images that are each other's nearest",
     ),
-    "neighbours": Kind(NeighboursConfig, _neighbours, "nearest images or objects, with and without masks"),
-    "dictionary": Kind(
+    Figure(
+        "neighbours",
+        NeighboursConfig,
+        _neighbours,
+        "nearest images or objects, with and without masks",
+        train=True,
+    ),
+    Figure(
+        "dictionary",
         DictionaryConfig,
         _of_samples(gallery.dictionary_sheet, "size", "components", "alpha", "joint", "tile"),
         "a sparse dictionary of patch features, a colour for each direction",
     ),
-    "positions": Kind(PositionsConfig, _positions, "position embeddings, field or angles; needs no data"),
-}
+    Figure(
+        "positions",
+        PositionsConfig,
+        _positions,
+        "position embeddings, field or angles; needs no data",
+        data=False,
+    ),
+)
+KINDS = {figure.name: figure for figure in _OWN}
+DOOR = Door("kind", "foveola.figures", KINDS, "my_module:my_figure")
