@@ -170,7 +170,7 @@ def _pretrain(arguments: list[str]) -> None:
     recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
     from foveola import distributed
     from foveola.training import dryrun, run
-    from foveola.training.recipe import resolve
+    from foveola.training.recipe import installed, resolve
 
     config = resolve(recipe, overrides)
     if "--help" in flags:
@@ -178,6 +178,8 @@ def _pretrain(arguments: list[str]) -> None:
             f"foveola pretrain {recipe} [key=value ...]: every key, its value in this recipe, its meaning\n"
         )
         print_keys(describe(config))
+        for line in installed():
+            print(line)
     elif "--dry-run" in flags:
         with distributed.joined(config.device):
             report = dryrun.dry_run(config)

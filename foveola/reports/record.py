@@ -15,7 +15,8 @@ from foveola.schedules import steps_of
 Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 FIGURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
 IMAGES = re.compile(r": \d+ steps of \d+ images, out of (\d+)$")  # as a run notes it at its start
-TERMS = ("token", "image", "patch", "position")  # of a distillation method, each with targets of its own
+TARGETS = re.compile(r" prototypes of targets: (.+)$")  # as a run notes it at its start
+TERMS = ("token", "image", "patch", "position")  # of a distillation method, whose older logs do not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,13 @@ class Record:
         return {name: path for name, _, path in sorted(numbered)}
 
     def prototypes(self) -> dict[str, int]:
-        """Prototypes of each kind of targets, by its name in the metrics ("token", "clustering")."""
+        """Prototypes of each kind of targets, by its name in the metrics ("token", "clustering").
+
+        The log names them, of any method. In older logs they follow from the configuration.
+        """
+        for match in filter(None, map(TARGETS.search, reversed(self.notes))):
+            pairs = (text.rpartition(" ") for text in match[1].split(", "))
+            return {name: int(count) for name, _, count in pairs if count.isdecimal()}
         counts = {}
         for term in TERMS:
             head = self.get(f"method.{term}.head")

@@ -26,12 +26,14 @@ from foveola.config import (
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.files import RunFolder
+from foveola.methods import DOOR as METHOD_DOOR
 from foveola.methods import config_class
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.methods.ijepa import IJepaConfig
 from foveola.methods.mae import MaeConfig
 from foveola.methods.method import MethodConfig
+from foveola.methods.terms import DOOR as TERM_DOOR
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import SIZES, ViTConfig
 from foveola.outside import name_of
@@ -165,6 +167,12 @@ class RunConfig:
 def recipes() -> dict[str, About]:
     """The recipes that come with the package."""
     return {name: build(About, _read_recipe(name).get("about", {}), "about") for name in _shipped()}
+
+
+def installed() -> list[str]:
+    """How a recipe asks for each method and term that installed packages announce, a line each."""
+    found = [f"installed: method.name={name}" for name in METHOD_DOOR.others()]
+    return found + [f"installed: method.{name}={{}} (for distillation)" for name in TERM_DOOR.others()]
 
 
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:

@@ -194,6 +194,9 @@ class _Session:
         length = f"{self.total - start} steps of {self.config.batch_size} images, out of {len(self.source)}"
         log.note(f"{what} in {self.folder}: {length}")
         log.note(surroundings(self.device), show=False)
+        if targets := self.trainer.method.targets():
+            counts = ", ".join(f"{name} {count}" for name, count in targets.items())
+            log.note(f"prototypes of targets: {counts}", show=False)  # as the report reads it
         for text in self.changes:
             log.note(text)
         for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):

@@ -105,6 +105,13 @@ method:
     (record,) = read_runs([folder(tmp_path / "run", config)])
     assert record.prototypes() == {"token": 64, "patch": 32, "clustering": 16}
     assert read_runs([folder(tmp_path / "old", "method: dino\n")])[0].prototypes() == {}
+    log = tmp_path / "run" / "log.txt"
+    log.write_text(
+        "2026-01-01 10:00:00  prototypes of targets: mine 7\n"
+        "2026-01-01 10:00:01  training\n"
+        "2026-01-01 10:05:00  prototypes of targets: token 64, mine 12\n"
+    )
+    assert read_runs([tmp_path / "run"])[0].prototypes() == {"token": 64, "mine": 12}
 
 
 def test_encoders_and_images_on_the_way(tmp_path: Path) -> None:

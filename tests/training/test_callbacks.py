@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import foveola
+from foveola import distributed
 from foveola.config import UserError
 from foveola.training import checkpoint
+from foveola.training.callbacks import Callbacks
 from foveola.training.run import pretrain
 
 DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
@@ -111,3 +113,14 @@ def test_the_example_of_the_page_ends_a_run(tiny, tmp_path, monkeypatch):
 def test_what_cannot_be_called_is_refused_at_once(tmp_path, callbacks, message):
     with pytest.raises(UserError, match=message):
         pretrain("no such recipe", out=str(tmp_path / "run"), callbacks=callbacks)
+
+
+def test_only_the_first_process_calls(monkeypatch):
+    witness = Witness()
+    callbacks = Callbacks([witness])
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    callbacks.on_step(1, {"loss": 1.0})
+    assert not witness.seen
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    callbacks.on_step(2, {"loss": 1.0})
+    assert witness.seen == [("step", 2)]

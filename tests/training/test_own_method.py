@@ -105,7 +105,8 @@ def test_it_resumes_bit_for_bit_and_its_encoder_needs_no_module(
     trained = newest(tmp_path / "parts")["trainer"]["method"]
     assert torch.equal(encoder.backbone.norm.weight, trained["network.norm.weight"])
     foveola.export(tmp_path / "parts", tmp_path / "weights.pth", "torch")
-    assert read_runs([tmp_path / "parts"])[0].method == NAME
+    (record,) = read_runs([tmp_path / "parts"])
+    assert (record.method, record.prototypes()) == (NAME, {})
     page = foveola.report(tmp_path / "parts", protocols="label_free", limit=8)
     assert NAME in Path(page).read_text()
 
