@@ -18,7 +18,7 @@ from foveola.data.identity import looked_at_once, say
 from foveola.data.sources import Source, as_source, notes_of
 from foveola.evaluation.features.cache import Feed, where_of
 from foveola.evaluation.features.overlap import POLICIES, separate
-from foveola.evaluation.features.table import identity_for
+from foveola.evaluation.images import identity_for
 from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import store

@@ -1,9 +1,36 @@
-"""Which images an evaluation reads, and how: the keys that all protocols have in common."""
+"""The one reader of evaluations: which images are read, how, and what becomes of those that cannot be.
 
+A protocol gives a source, the images chosen of it, and a cut, which makes of a sample what the protocol
+encodes. `Images` applies it in worker processes; `Batches` joins what they send, counts the images that
+cannot be read, and shows progress. The configurations are those from which the protocols' own inherit.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from time import monotonic, perf_counter
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from foveola.config import again, key
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from foveola import distributed
+from foveola.config import UserError, again, key
+from foveola.data.identity import Identity, identity_of
+from foveola.data.loader import begin_worker
+from foveola.data.sample import BadImage, DataError
+from foveola.data.segmentation import PixelSource
+from foveola.data.sources import Source, decode
+
+PARCEL = 8  # images that travel together from a worker
+SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
+MAX_BAD = 0.01  # share of unreadable images above which a number would not be what it says
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,3 +80,225 @@ class SquashedConfig(ChosenConfig):
     )
     limit: int | None = again(ChosenConfig, "limit", None, at_least=2)
     store: Literal["float32", "float16"] = key("float32", "number format of stored patch features")
+
+
+# -- which images --------------------------------------------------------------------------------------------
+
+
+def choose_images(count: int, limit: int | None, seed: int) -> Int64[np.ndarray, "n"]:
+    """All indices, or `limit` of them drawn without replacement by a generator of their own; ascending."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
+def identity_for(source: Source, config: Any) -> Identity:
+    """The identity of the images that a protocol with these settings (`limit`, `seed`) reads of a source."""
+    limit, seed = getattr(config, "limit", None), getattr(config, "seed", 0)
+    return identity_of(source, choose_images(len(source), limit, seed))
+
+
+def share(count: int) -> slice:
+    """The contiguous share of this rank of `count` items: shares in rank order are the whole in order."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return slice(rank * count // world, (rank + 1) * count // world)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+class Parcel(NamedTuple):
+    """Some images as a worker makes them."""
+
+    made: Any  # columns of what the cut makes of those that could be read; None for none
+    bad: tuple[int, ...]  # indices of those that could not
+    problem: str  # why the data cannot be used at all; empty where they can
+
+
+class Images(Dataset):
+    """Images of a source in parcels, each as a cut makes it, decoded once and answered in order.
+
+    Args:
+        chosen: indices in the source; or rows of numbers of which the first is the index.
+        cut: gets a sample and its row of `chosen`. It gives a named tuple of columns (tensors, tuples, or
+            dicts of them, with one entry for each row), or None for an image that takes no part. It raises
+            BadImage for one that cannot be read, which is counted, and DataError for data that cannot be
+            used. Workers get a copy of it, so it must be possible to pickle it.
+        parcel: images that travel together from a worker.
+    """
+
+    def __init__(
+        self, source: Any, chosen: Int64[np.ndarray, "n *m"], cut: Callable[..., Any], parcel: int = PARCEL
+    ) -> None:
+        self.source, self.chosen, self.cut, self.parcel = source, chosen, cut, parcel
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // self.parcel)
+
+    def __getitem__(self, number: int) -> Parcel:
+        parts, bad = [], []
+        for entry in self.chosen[number * self.parcel : (number + 1) * self.parcel]:
+            index, *others = entry.reshape(-1).tolist()
+            try:  # damaged annotations show when a sample is asked for
+                made = self.cut(self.source[index], index, *others)
+            except BadImage:
+                bad.append(index)
+            except DataError as error:  # which would lose its message on the way out of a worker
+                return Parcel(None, tuple(bad), str(error))
+            else:
+                parts += [] if made is None else [made]
+        return Parcel(join(parts) if parts else None, tuple(bad), "")
+
+
+class Batches(Generic[T]):
+    """Iterates over what the cut makes of images, joined to batches, in the order of the images.
+
+    A batch has `config.batch_size` rows at least (those of the first column), but for the last one. `bad` are
+    the images so far that could not be read, and `waited` the seconds in which they were waited for. Raises
+    DataError for data that cannot be used.
+    """
+
+    def __init__(self, images: Images, config: ReadingConfig, label: str, progress: bool = True) -> None:
+        self.images, self.config, self.label, self.progress = images, config, label, progress
+        self.bad: list[int] = []
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        waiting: list[Any] = []
+        for _, made in self.parcels():
+            waiting.append(made)
+            if sum(len(part[0]) for part in waiting) >= self.config.batch_size:
+                yield join(waiting)
+                waiting = []
+        if waiting:
+            yield join(waiting)
+
+    def parcels(self) -> Iterator[tuple[int, T]]:
+        """The number of each parcel and what is made of it; none of one without a readable image."""
+        ahead = read_ahead(self.images, self.config.workers, self.config.batch_size)
+        shown = show(ahead, len(self.images), self.label, self.progress)
+        began = perf_counter()
+        for number, parcel in enumerate(shown):
+            self.waited += perf_counter() - began
+            if parcel.problem:
+                raise DataError(parcel.problem)
+            self.bad += parcel.bad
+            if parcel.made is not None:
+                yield number, parcel.made
+            began = perf_counter()
+
+    def gathered_bad(self) -> Int64[Tensor, "b"]:
+        """The images of all processes that could not be read."""
+        return distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Several named tuples of columns, at least one, as one."""
+    return type(parts[0])(*(_joined(column) for column in zip(*parts, strict=True)))
+
+
+def _joined(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], dict):
+        return {name: _joined([part[name] for part in column]) for name in column[0]}
+    return torch.cat(list(column)) if isinstance(column[0], Tensor) else tuple(chain(*column))
+
+
+def read_ahead(images: Images, workers: int, batch_size: int = 0) -> Iterator[Parcel]:
+    """Parcels in order, made by worker processes. Leaves the global random state alone.
+
+    Batches of `batch_size` are encoded: workers read two batches ahead, so that none of them stands idle
+    while one is encoded.
+    """
+    workers = min(workers, len(images))
+    loader = DataLoader(
+        images,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=max(2, -(-2 * batch_size // (images.parcel * workers))) if workers else None,
+        collate_fn=_packed if workers else _as_is,
+        worker_init_fn=begin_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for parcel in loader:
+        yield _unpacked(parcel) if workers else parcel
+
+
+class _Small(NamedTuple):
+    """A small tensor on its way from a worker: as an array, as each tensor costs a millisecond."""
+
+    array: np.ndarray
+
+
+def _packed(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return _Small(item.numpy()) if item.nbytes < 2**20 else item
+    return _each(item, _packed)
+
+
+def _unpacked(item: Any) -> Any:
+    return torch.from_numpy(item.array) if isinstance(item, _Small) else _each(item, _unpacked)
+
+
+def _each(item: Any, change: Callable[[Any], Any]) -> Any:
+    """A tree of tuples and dicts with every leaf changed."""
+    if isinstance(item, dict):
+        return {name: change(value) for name, value in item.items()}
+    if isinstance(item, tuple):
+        parts = [change(value) for value in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+    return item
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
+    """Iterate with a progress bar on standard error; without a terminal, with a line there every minute."""
+    if not progress or not distributed.is_main():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(items, label, total, console=console, transient=True)
+        return
+    began = said = monotonic()
+    for done, item in enumerate(items):
+        if monotonic() - said >= SAY_SECONDS:
+            said = monotonic()
+            print(f"{label}: {done} of {total} in {(said - began) / 60:.0f} min", file=sys.stderr, flush=True)
+        yield item
+
+
+def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[str, Any]:
+    """Count and name images that could not be read; too many are an error."""
+    names = [_name_of(source, int(index)) for index in bad[:10]]
+    if len(bad) > MAX_BAD * count:
+        raise UserError(
+            f"{source.name}: {len(bad)} of {count} images cannot be read, such as "
+            + why_bad(source, int(bad[0]))
+        )
+    return {"unreadable": len(bad), "unreadable_names": names}
+
+
+def _name_of(source: Source, index: int) -> str:
+    """The name of an image that cannot be read, perhaps not even asked for."""
+    try:
+        return source[index].name
+    except BadImage as error:
+        return str(error)
+
+
+def why_bad(source: Any, index: int) -> str:
+    """The name of an image that cannot be used, and the reason: of its file, or of what annotates it."""
+    name = _name_of(source, index)
+    try:
+        decode(source[index].image)
+        if isinstance(source, PixelSource):
+            source.label_map(index)
+    except BadImage as error:
+        return str(error) if str(error).startswith(name) else f"{name} ({error})"
+    return name

@@ -16,15 +16,9 @@ from foveola.data.sample import BadImage
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
 from foveola.drawing.sheet import Pixels, Row, Sheet
-from foveola.evaluation.features.reading import ExtractConfig, Images
-from foveola.evaluation.features.table import (
-    FeatureTable,
-    choose_images,
-    extract_tables,
-    identity_for,
-    mask_kinds,
-    object_tokens,
-)
+from foveola.evaluation.features.reading import ExtractConfig, RowsCut
+from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds, object_tokens
+from foveola.evaluation.images import choose_images, identity_for
 from foveola.figures.tiles import FULL, TILE, Encoders, head_of, named
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
@@ -95,14 +89,10 @@ def neighbour_panel(
     return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE)
 
 
-def _reader(encoder: Encoder, source: Source, config: ExtractConfig) -> Images:
-    return Images(source, np.zeros(0, np.int64), encoder.config.transform, encoder.patch_size, config)
-
-
 def _query(encoder: Encoder, source: Source, image: int, config: ExtractConfig) -> _Query:
     try:
         sample = source[image]
-        rows = _reader(encoder, source, config).read(sample, image)
+        rows = RowsCut(encoder.config.transform, encoder.patch_size, config)(sample, image)
     except BadImage as error:
         raise UserError(f"{source.name}, image {image}: {error}") from error
     row = int(rows.masks.sum(dim=1).argmax())
@@ -149,13 +139,13 @@ def _row(
     config: ExtractConfig,
 ) -> Row:
     bank, queries = sources
-    read = _reader(encoder, bank, config)
+    cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
     tiles = [_tile(query.pixels, query.mask, masked and query.has_mask, encoder.grid)]
     captions = [_name(queries, query.label)]
     right: list[bool | None] = [None]
     for row in near:
         image, number = int(table.image_indices[row]), int(table.objects[row])
-        rows = read.read(bank[image], image)
+        rows = cut(bank[image], image)
         own = int((rows.objects == number).nonzero()[0])
         with_mask = masked and bool(rows.has_mask[own])
         tiles.append(_tile(rows.images[rows.image_of[own]], rows.masks[own], with_mask, encoder.grid))

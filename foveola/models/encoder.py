@@ -18,7 +18,7 @@ from foveola.data.decode import pixels_of
 from foveola.geometry import covered_patches
 from foveola.models.capture import BlockAttention, Capture, attention_of, block_index, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
-from foveola.models.transform import TransformConfig, square
+from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 
 __all__ = [
@@ -245,7 +245,7 @@ class Encoder(nn.Module):
         half of them at most, if there is no `range`. Raises UserError, with the reason, for what cannot be
         read.
         """
-        pixels = square(pixels_of(image, range), self.config.transform)
+        pixels = evaluation_view(pixels_of(image, range), self.config.transform).pixels
         return self.normalise(pixels[None].to(self.device))[0]
 
     def fingerprint(self) -> str:

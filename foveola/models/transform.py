@@ -1,7 +1,11 @@
-"""What is done to an image before it is encoded, in Python as in evaluations: resize, then cut the centre."""
+"""What is done to an image before it is encoded, in Python as in evaluations.
 
-from dataclasses import dataclass
-from typing import Literal
+Pixels become what an encoder sees by `evaluation_view` (resize, then cut the centre; with
+`TransformConfig.squashed` the whole image as a square) or by `crop_view` (a box of it, resized).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from foveola.config import key
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the unit square
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,36 @@ class TransformConfig:
         if self.crop > self.resize:
             raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
 
+    def squashed(self, side: int) -> "TransformConfig":
+        """The same for whole images, squashed to `side` x `side` pixels."""
+        return replace(self, resize=side, crop=side, squash=True)
 
-def square(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> UInt8[Tensor, "3 crop crop"]:
-    """The pixels of an image that are encoded, before they are normalised."""
+
+class View(NamedTuple):
+    """Pixels of an image that are encoded, before they are normalised, and where they are in it."""
+
+    pixels: UInt8[Tensor, "3 S S2"]
+    box: Box
+
+
+def evaluation_view(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> View:
+    """The image as evaluations see it: resized, and the centre of it cut out."""
     (height, width), (top, left) = image_crop(image.shape[0], image.shape[1], transform)
     whole, side = resize(image, height, width, transform.interpolation), transform.crop
-    return whole[:, top : top + side, left : left + side]
+    box = (left / width, top / height, (left + side) / width, (top + side) / height)
+    return View(whole[:, top : top + side, left : left + side], box)
+
+
+def crop_view(
+    image: UInt8[np.ndarray, "H W 3"],
+    corners: tuple[int, int, int, int],
+    transform: TransformConfig,
+    interpolation: Literal["bicubic", "bilinear"] | None = None,
+) -> View:
+    """A box of whole pixels (x0, y0, x1, y1), resized to the transform's crop; None = as it interpolates."""
+    (height, width), (x0, y0, x1, y1), side = image.shape[:2], corners, transform.crop
+    pixels = resize(image[y0:y1, x0:x1], side, side, interpolation or transform.interpolation)
+    return View(pixels, (x0 / width, y0 / height, x1 / width, y1 / height))
 
 
 def image_crop(

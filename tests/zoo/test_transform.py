@@ -9,9 +9,9 @@ from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sources import open_source
-from foveola.evaluation.features.reading import ExtractConfig, Images
+from foveola.evaluation.features.reading import ExtractConfig, RowsCut
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
-from foveola.models.transform import image_crop, square
+from foveola.models.transform import evaluation_view, image_crop
 from foveola.models.vit import ViTConfig
 
 MODEL = ViTConfig(width=24, depth=1, heads=3, patch_size=4, image_size=16)
@@ -30,7 +30,7 @@ def test_images_as_pil_makes_them(interpolation, squash: bool, resized: int):
     cut = torch.from_numpy(whole[top : top + 16, left : left + 16].copy()).permute(2, 0, 1)
     (rows, columns), (upper, start) = image_crop(30, 60, settings)
     assert ((columns, rows), (start, upper)) == (size, (left, top))
-    evaluated = square(pixels, settings)
+    evaluated = evaluation_view(pixels, settings).pixels
     assert (evaluated.int() - cut.int()).abs().max() <= 1
     assert torch.equal(encoder.transform(pixels), encoder.normalise(evaluated[None])[0])
 
@@ -66,12 +66,12 @@ def test_one_way_from_files_and_images_to_pixels(tmp_path: Path):
     settings = TransformConfig(resize=20, crop=16)
     encoder = Encoder(EncoderConfig(model=MODEL, transform=settings))
     source = open_source(f"folder:{tmp_path}")
-    read = Images(source, np.arange(len(source)), settings, MODEL.patch_size, ExtractConfig())
+    cut = RowsCut(settings, MODEL.patch_size, ExtractConfig())
     assert len(source) == len(list(tmp_path.iterdir())) >= 14
     for index in range(len(source)):
         sample = source[index]
         path = tmp_path / sample.name
-        evaluated = encoder.normalise(read.read(sample, index).images)[0]
+        evaluated = encoder.normalise(cut(sample, index).images)[0]
         with Image.open(path) as opened:
             for image in (path, str(path), path.read_bytes(), opened):
                 assert torch.equal(encoder.transform(image), evaluated), (sample.name, type(image))
@@ -96,8 +96,8 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
     Image.fromarray(twelve).save(path)
     for text in ("0-4095", "-100-3000", "container"):
         source = open_source(f"folder:{tmp_path}?range={text}")
-        read = Images(source, np.arange(1), settings, MODEL.patch_size, ExtractConfig())
-        evaluated = encoder.normalise(read.read(source[0], 0).images)[0]
+        cut = RowsCut(settings, MODEL.patch_size, ExtractConfig())
+        evaluated = encoder.normalise(cut(source[0], 0).images)[0]
         with Image.open(path) as opened:
             for image in (path, str(path), path.read_bytes(), twelve, opened):
                 assert torch.equal(encoder.transform(image, range=text), evaluated), (text, type(image))

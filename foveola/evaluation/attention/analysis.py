@@ -3,22 +3,21 @@
 Nothing of an image is kept but its share in the means, so memory does not grow with their number.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import UserError, build, to_dict
 from foveola.data.identity import identity_of
-from foveola.data.sample import BadImage
+from foveola.data.sample import Sample
 from foveola.data.sources import Source, decode, notes_of, open_source
 from foveola.evaluation.attention.reader import (
     AnalysisConfig,
@@ -28,12 +27,11 @@ from foveola.evaluation.attention.reader import (
     group_readers,
 )
 from foveola.evaluation.attention.result import AttentionAnalysis, Moments
-from foveola.evaluation.features.reading import PARCEL
-from foveola.evaluation.features.table import choose_images, facts_of_bad, read_ahead, share, show
+from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share
 from foveola.evaluation.result import versions
 from foveola.failures import told
 from foveola.models.encoder import Encoder
-from foveola.models.transform import TransformConfig, square
+from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.zoo.load import UNTRAINED, load
 
 
@@ -94,15 +92,13 @@ def _run(
     """Show all images to all readers, and each rank's means to the others; returns facts about the data."""
     chosen = choose_images(len(source), config.limit, config.seed)
     geometries = tuple(dict.fromkeys(reader.geometry for reader in readers))
-    squares = Squares(source, chosen[share(len(chosen))], geometries)
-    bad, problem = torch.zeros(0, dtype=torch.int64), ""
+    images = Images(source, chosen[share(len(chosen))], SquaresCut(geometries))
+    batches: Batches[Squares] = Batches(images, config, f"attention on {source.name}", progress)
+    problem = ""
     try:
-        for number, (images, unread) in enumerate(_batches(squares, config, source, progress)):
-            bad = torch.cat((bad, unread))
-            if not len(images[geometries[0]]):
-                continue
+        for number, seen in enumerate(batches):
             for reader in readers:
-                reader.read(images[reader.geometry], number, source.name)
+                reader.read(seen.images[reader.geometry], number, source.name)
             for group in groups:
                 group.add()
     except UserError as error:
@@ -110,7 +106,7 @@ def _run(
     for found in distributed.gather_objects(problem):  # a rank that gave up must not leave others waiting
         if found:
             raise UserError(found)
-    facts = facts_of_bad(distributed.gather_rows(bad), len(chosen), source)
+    facts = facts_of_bad(batches.gathered_bad(), len(chosen), source)
     for part in (*readers, *groups):
         for moments in part.moments():
             _gather(moments)
@@ -169,33 +165,23 @@ def _open(model: Encoder | str | Path, device: torch.device) -> Encoder:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-class Squares(Dataset):
-    """Parcels of images, each decoded once and cut for every geometry; and those that cannot be read."""
+class Squares(NamedTuple):
+    """Some images, each cut for every geometry."""
 
-    def __init__(
-        self, source: Source, chosen: Int64[np.ndarray, "n"], geometries: tuple[Geometry, ...]
-    ) -> None:
-        self.source, self.chosen, self.geometries = source, chosen, geometries
+    image_indices: Int64[Tensor, "k"]
+    images: dict[Geometry, UInt8[Tensor, "k 3 S S"]]
 
-    def __len__(self) -> int:
-        return -(-len(self.chosen) // PARCEL)
 
-    def __getitem__(self, parcel: int) -> tuple[dict[Geometry, UInt8[Tensor, "k 3 S S"]], Int64[Tensor, "b"]]:
-        images: dict[Geometry, list[Tensor]] = {geometry: [] for geometry in self.geometries}
-        bad = []
-        for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
-            try:
-                image = decode(self.source[index].image)
-            except BadImage:
-                bad.append(index)
-                continue
-            for geometry, made in images.items():
-                made.append(cut(image, geometry))
-        stacked = {
-            geometry: torch.stack(made) if made else torch.zeros(0, 3, geometry[1], geometry[1]).byte()
-            for geometry, made in images.items()
-        }
-        return stacked, torch.tensor(bad, dtype=torch.int64)
+class SquaresCut:
+    """Cuts an image, decoded once, as encoders of several geometries see it before normalisation."""
+
+    def __init__(self, geometries: tuple[Geometry, ...]) -> None:
+        self.geometries = geometries
+
+    def __call__(self, sample: Sample, index: int) -> Squares:
+        """One image. Raises BadImage."""
+        image = decode(sample.image)
+        return Squares(torch.tensor([index]), {each: cut(image, each)[None] for each in self.geometries})
 
 
 def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
@@ -203,24 +189,7 @@ def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, 
     size, crop, interpolation, squash = geometry
     kind = "bicubic" if interpolation == "bicubic" else "bilinear"
     transform = TransformConfig(resize=size, crop=crop, squash=squash, interpolation=kind)
-    return square(image, transform)
-
-
-def _batches(
-    squares: Squares, config: AnalysisConfig, source: Source, progress: bool
-) -> Iterator[tuple[dict[Geometry, Tensor], Int64[Tensor, "b"]]]:
-    waiting: list[dict[Geometry, Tensor]] = []
-    bad = [torch.zeros(0, dtype=torch.int64)]
-    left = len(squares)
-    parcels = show(read_ahead(squares, config.workers), len(squares), f"attention on {source.name}", progress)
-    for images, unread in parcels:
-        waiting.append(images)
-        bad.append(unread)
-        left -= 1
-        if not left or sum(len(next(iter(part.values()))) for part in waiting) >= config.batch_size:
-            joined = {name: torch.cat([part[name] for part in waiting]) for name in squares.geometries}
-            yield joined, torch.cat(bad)
-            waiting, bad = [], bad[:1]
+    return evaluation_view(image, transform).pixels
 
 
 # -- the end -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from foveola.evaluation.classification.solvers import Factor
 from foveola.evaluation.classification.task import Batch, Columns, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
-from foveola.evaluation.features.table import show
+from foveola.evaluation.images import show
 from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import Metric, Needs, Outcome, Reading

@@ -17,7 +17,8 @@ from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.overlap import content_groups
 from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import FeatureTable, extract_tables, identity_for, mask_kinds, share
+from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds
+from foveola.evaluation.images import identity_for, share
 from foveola.evaluation.metrics import effective_rank, interval, percent, ranking, vote
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading

@@ -25,7 +25,7 @@ from foveola.evaluation.classification.linear import assemble, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.table import show
+from foveola.evaluation.images import show
 from foveola.evaluation.metrics import percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder

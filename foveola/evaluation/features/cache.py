@@ -23,7 +23,8 @@ from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import FeedConfig
 from foveola.evaluation.features.names import EXTERNAL, Need, Reader, check_kinds
 from foveola.evaluation.features.passes import COLUMNS, READ, Pass
-from foveola.evaluation.features.table import FeatureTable, choose_images, identity_for
+from foveola.evaluation.features.table import FeatureTable
+from foveola.evaluation.images import choose_images, identity_for
 from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]

@@ -5,17 +5,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from foveola.data.sample import Objects, Sample
-from foveola.data.sources import Source
-from foveola.evaluation.features.reading import Box, ExtractConfig, Images, Rows
-from foveola.models.transform import TransformConfig, resize
+from foveola.data.sample import Sample
+from foveola.data.sources import decode
+from foveola.evaluation.features.reading import PatchMasks, Rows, rows_of
+from foveola.evaluation.images import MaskedConfig
+from foveola.models.transform import TransformConfig, crop_view, evaluation_view
 
 
-class Crops(Images):
-    """Each image as 1 + `views` rows: the evaluation view, then random crops, half of them flipped.
+class CropsCut:
+    """Makes 1 + `views` rows of an image: the evaluation view, then random crops, half of them flipped.
 
     A crop is a random-resized crop (area 0.08 to 1 of the image, ratio 3/4 to 4/3) resized to the encoder's
     crop by `interpolation` (None = as the encoder resizes). It depends on (seed, image, number of the crop)
@@ -25,51 +25,35 @@ class Crops(Images):
 
     def __init__(
         self,
-        source: Source,
-        chosen: Int64[np.ndarray, "n"],
         transform: TransformConfig,
         patch_size: int,
-        config: ExtractConfig,
+        config: MaskedConfig,
         views: int,
         masks: bool = True,
         interpolation: Literal["bicubic", "bilinear"] | None = None,
     ) -> None:
-        super().__init__(source, chosen, transform, patch_size, config)
-        self.views, self.masks, self.index = views, masks, -1
-        self.interpolation: Literal["bicubic", "bilinear"] = interpolation or transform.interpolation
+        self.transform, self.seed, self.views, self.masked = transform, config.seed, views, masks
+        self.masks = PatchMasks(transform, patch_size, config)
+        self.interpolation: Literal["bicubic", "bilinear"] | None = interpolation
 
-    def read(self, sample: Sample, index: int) -> Rows:
+    def __call__(self, sample: Sample, index: int) -> Rows:
         """All rows of one image. Raises BadImage."""
-        self.index = index  # whose crops `_views` draws
-        rows = super().read(sample, index)
-        for view in range(1, 1 + self.views):
-            if self._random(view).random() < 0.5:
-                rows.images[view] = rows.images[view].flip(-1)
-                rows.masks[view] = rows.masks[view].view(self.grid).flip(-1).flatten()
-        return rows
-
-    def _random(self, view: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.index, view])
-
-    def _targets(self, sample: Sample) -> list[tuple[int, ...]]:
-        return super()._targets(sample) * (1 + self.views)
-
-    def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Tensor | None:
-        return super()._mask(objects, target, box) if self.masks else None
-
-    def _views(
-        self, image: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
-    ) -> tuple[list[Tensor], list[Box], list[int]]:
-        images, boxes, _ = super()._views(image, objects, targets[:1])
-        height, width = image.shape[:2]
-        for view in range(1, 1 + self.views):
-            rng = self._random(view)
-            rng.random()  # the flip's
-            x0, y0, x1, y1 = random_crop(height, width, rng)
-            side = self.transform.crop
-            images.append(resize(image[y0:y1, x0:x1], side, side, self.interpolation))
-            boxes.append((x0 / width, y0 / height, x1 / width, y1 / height))
-        return images, boxes, list(range(1 + self.views))
+        image, objects = decode(sample.image), sample.objects if self.masked else None
+        every = tuple(range(0 if objects is None else len(objects)))
+        views = [evaluation_view(image, self.transform)]
+        masks = [self.masks(objects, every, views[0].box)]
+        for number in range(1, 1 + self.views):
+            rng = np.random.default_rng([self.seed, index, number])
+            flipped = rng.random() < 0.5
+            corners = random_crop(image.shape[0], image.shape[1], rng)
+            view = crop_view(image, corners, self.transform, self.interpolation)
+            mask = self.masks(objects, every, view.box)
+            if flipped:
+                view = view._replace(pixels=view.pixels.flip(-1))
+                mask = None if mask is None else mask.view(self.masks.grid).flip(-1).flatten()
+            views.append(view)
+            masks.append(mask)
+        return rows_of(sample, index, views, masks, self.masks.grid)
 
 
 def random_crop(

@@ -1,7 +1,7 @@
 """Images to features, batch by batch: what a pass computes, before it is stored or used."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.features.crops import Crops, by_image
-from foveola.evaluation.features.names import Need, Reader, shape_of
-from foveola.evaluation.features.reading import ExtractConfig, Rows, join
-from foveola.evaluation.features.table import read_ahead, show
-from foveola.evaluation.images import MaskedConfig
-from foveola.evaluation.segmentation.labelled import Squashed
+from foveola.evaluation.features.crops import CropsCut, by_image
+from foveola.evaluation.features.names import Need, Reader
+from foveola.evaluation.features.reading import Rows
+from foveola.evaluation.images import Batches, Images, MaskedConfig
+from foveola.evaluation.segmentation.labelled import LabelledCut
 from foveola.models.encoder import Encoder
 
 
@@ -27,10 +26,6 @@ class FeedConfig(MaskedConfig):
 
     store: Literal["float32", "float16"] = key("float32", "number format of stored features")
 
-    def reading(self) -> ExtractConfig:
-        """The same as settings of the reading of images."""
-        return ExtractConfig(**{f.name: getattr(self, f.name) for f in fields(MaskedConfig)})
-
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -39,13 +34,13 @@ class Encoded:
     image_indices: Int64[Tensor, "p"]  # index in the source
     kinds: dict[str, Tensor]  # of each wanted kind [p, wide, ...]; `maps` are uint8, the others float32
     columns: dict[str, Tensor]  # `labels`; with kind `masked` `has_mask` and `readable` of the first view
-    bad: Int64[Tensor, "b"]  # images that could not be read
 
 
 class Encoding:
     """The images of a source in `1 + views` views, or squashed to `need.side`, encoded batch by batch.
 
-    `seconds` says how long images were waited for, and how long they were encoded.
+    `seconds` says how long images were waited for, and how long they were encoded; `bad` are the images that
+    could not be read.
     """
 
     def __init__(
@@ -60,16 +55,21 @@ class Encoding:
         self.encoder, self.source, self.config, self.need = encoder, source, config, need
         self.views, self.progress = views, progress
         self.masked = "masked" in need.kinds  # otherwise no object mask is drawn
+        self.bad: list[int] = []
         self.seconds = {"data_wait": 0.0, "encoder": 0.0}
 
     def batches(self, mine: Int64[np.ndarray, "t"]) -> Iterator[Encoded]:
         """Features of the images `mine`, in their order. Raises DataError for a label map of no use."""
         reader, training = Reader(self.encoder, self.config.precision), self.encoder.training
-        dataset = self._dataset(mine)
-        for rows in self._joined(dataset):
-            if isinstance(dataset, Squashed):
-                for index in rows.bad.tolist():
-                    dataset.explain(index)
+        batches: Batches[Rows] = Batches(
+            Images(self.source, mine, self._cut()),
+            self.config,
+            f"features of {self.source.name}",
+            self.progress,
+        )
+        self.bad = batches.bad
+        for rows in batches:
+            self.seconds["data_wait"] = batches.waited
             began = perf_counter()
             images, masks, first = by_image(rows, self.views)
             kinds = self._encode(reader, images, masks)
@@ -81,46 +81,17 @@ class Encoding:
             if self.masked:
                 columns["has_mask"] = rows.has_mask[first]
                 columns["readable"] = masks[:, 0].float().mean(dim=1)
-            yield Encoded(rows.image_indices[first], kinds, columns, rows.bad)
+            yield Encoded(rows.image_indices[first], kinds, columns)
 
-    def _dataset(self, mine: Int64[np.ndarray, "t"]) -> Crops | Squashed:
-        transform, patch, side = self.encoder.config.transform, self.encoder.patch_size, self.need.side
-        if side is None:
-            reading = self.config.reading()
-            return Crops(
-                self.source, mine, transform, patch, reading, self.views, self.masked, self.need.crops
-            )
-        whole = replace(transform, resize=side, crop=side, squash=True)
-        return Squashed(self.source, mine, whole, patch, self.config.reading())
-
-    def _joined(self, dataset: Crops | Squashed) -> Iterator[Rows]:
-        """Parcels joined until they hold a batch of images; the time waited for them is counted."""
-        if not len(dataset):
-            return
-        parcels = read_ahead(dataset, self.config.workers, self.config.batch_size)
-        waiting: list[Rows] = []
-        shown = iter(show(parcels, len(dataset), f"features of {self.source.name}", self.progress))
-        while True:
-            began = perf_counter()
-            parcel = next(shown, None)
-            self.seconds["data_wait"] += perf_counter() - began
-            if parcel is not None:
-                waiting.append(parcel)
-            full = sum(len(part.images) for part in waiting) >= self.config.batch_size
-            if waiting and (full or parcel is None):
-                yield join(waiting)
-                waiting = []
-            if parcel is None:
-                return
+    def _cut(self) -> CropsCut | LabelledCut:
+        transform, patch = self.encoder.config.transform, self.encoder.patch_size
+        if self.need.side is None:
+            return CropsCut(transform, patch, self.config, self.views, self.masked, self.need.crops)
+        return LabelledCut(self.source, transform.squashed(self.need.side), patch)
 
     def _encode(self, reader: Reader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """Features of p images in 1 + views views each, encoded `batch_size` at a time."""
         wanted = replace(self.need, kinds=self.need.kinds - {"maps"})
-        if not len(images):
-            wide = 1 + self.views
-            return {
-                kind: torch.zeros(0, wide, *shape_of(self.encoder, kind, wanted)) for kind in wanted.kinds
-            }
         flat, read = images.flatten(0, 1), masks.flatten(0, 1)
         size = self.config.batch_size
         parts = [reader(i, m, wanted) for i, m in zip(flat.split(size), read.split(size), strict=True)]

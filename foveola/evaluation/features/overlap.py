@@ -12,7 +12,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.identity import identity_of, shared
 from foveola.data.sources import WHOLE, Source
-from foveola.evaluation.features.table import choose_images
+from foveola.evaluation.images import choose_images
 
 POLICIES = ("refuse", "drop", "allow")  # what to do with them
 SPLIT = [f"{kind}:" for kind in WHOLE]  # data strings that take holdout=

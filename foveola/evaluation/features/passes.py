@@ -26,7 +26,7 @@ from foveola.data.identity import identity_of
 from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import Encoding, FeedConfig, checked
 from foveola.evaluation.features.names import Need, shape_of
-from foveola.evaluation.features.table import choose_images, facts_of_bad, share
+from foveola.evaluation.images import choose_images, facts_of_bad, share
 from foveola.models.encoder import Encoder
 
 FORMAT = 3  # of the folder: another one is another key
@@ -199,12 +199,13 @@ class Pass:
             for name, values in found.columns.items():
                 arrays[name][where] = values.numpy()
                 sums[name][where] = _sums(arrays[name][where])
-            waiting += [(where, READ), (np.searchsorted(self.chosen, found.bad.numpy()), UNREADABLE)]
+            waiting.append((where, READ))
             if perf_counter() - last > FLUSH_SECONDS:
                 commit()
                 last = perf_counter()
             self.writing += perf_counter() - began
         began = perf_counter()
+        waiting.append((np.searchsorted(self.chosen, np.array(self.encoding.bad, np.int64)), UNREADABLE))
         commit()
         self.writing += perf_counter() - began
 

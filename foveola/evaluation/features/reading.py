@@ -1,10 +1,9 @@
-"""Images to rows, in worker processes: decode, resize, crop, and the patch masks of the rows' objects.
+"""Images to rows: decode, resize, crop, and the patch masks of the rows' objects.
 
 An image is decoded and resized once, however many rows it gives. The mask of a row follows the image's own
 geometry: the crop is a box in the unit square of the image, and the object mask is resampled at that box.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,19 +11,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from foveola.config import key
-from foveola.data.sample import BadImage, Objects, Sample
-from foveola.data.sources import Source, decode
+from foveola.data.sample import Objects, Sample
+from foveola.data.sources import decode
 from foveola.evaluation.images import MaskedConfig
 from foveola.geometry import covered_patches
 from foveola.geometry import sample as resample
-from foveola.models.transform import TransformConfig, image_crop, resize
-
-PARCEL = 8  # images that travel together from a worker
-
-Box = tuple[float, float, float, float]
+from foveola.models.transform import Box, TransformConfig, View, crop_view, evaluation_view
 
 
 @dataclass(frozen=True)
@@ -84,128 +78,44 @@ def _overlapped(
 
 
 class Rows(NamedTuple):
-    """The rows of some images, as a worker makes them: V images, R rows."""
+    """The rows of some images, as a worker makes them: V views, R rows."""
 
-    images: UInt8[Tensor, "V 3 S S2"]
-    image_of: Int64[Tensor, "R"]  # the image that a row sees
-    masks: Bool[Tensor, "R N"]  # the patches that its object token may read
-    labels: Int64[Tensor, "R"]
     image_indices: Int64[Tensor, "R"]
     objects: Int64[Tensor, "R"]
+    labels: Int64[Tensor, "R"]
+    masks: Bool[Tensor, "R N"]  # the patches that its object token may read
     has_mask: Bool[Tensor, "R"]
-    bad: Int64[Tensor, "b"]  # images that could not be read
+    images: UInt8[Tensor, "V 3 S S2"]
+    rows: Int64[Tensor, "V"]  # how many rows see each view, one after the other
     maps: UInt8[Tensor, "V2 H W"] = torch.zeros(0, 0, 0, dtype=torch.uint8)  # classes of pixels, if asked for
 
-    def without_pixels(self) -> "Rows":
-        """Without images and masks, which are large."""
-        large = ("images", "image_of", "masks", "maps")
-        return self._replace(**{name: getattr(self, name)[:0].clone() for name in large})
+    @property
+    def image_of(self) -> Int64[Tensor, "R"]:
+        """The view that a row sees."""
+        return torch.arange(len(self.rows)).repeat_interleave(self.rows)
 
 
-def join(parts: Sequence[Rows]) -> Rows:
-    """Several `Rows`, at least one, as one."""
-    columns = {name: [getattr(part, name) for part in parts] for name in Rows._fields}
-    starts = np.cumsum([0, *(len(part.images) for part in parts)]).tolist()
-    columns["image_of"] = [part.image_of + start for part, start in zip(parts, starts, strict=False)]
-    return Rows(**{name: torch.cat(column) for name, column in columns.items()})
+class PatchMasks:
+    """The rule from the masks of objects to the patches that their token may read."""
 
-
-class Images(Dataset):
-    """Parcels of images, decoded and cropped, with the patch masks of their rows. An item is `Rows`."""
-
-    def __init__(
-        self,
-        source: Source,
-        chosen: Int64[np.ndarray, "n"],
-        transform: TransformConfig,
-        patch_size: int,
-        config: ExtractConfig,
-    ) -> None:
-        self.source, self.chosen, self.transform, self.config = source, chosen, transform, config
+    def __init__(self, transform: TransformConfig, patch_size: int, config: MaskedConfig) -> None:
         self.grid = (transform.crop // patch_size, transform.crop // patch_size)
         half = 0.5 / patch_size**2  # of a pixel
         self.min_coverage = half if config.min_coverage is None else config.min_coverage
+        self.canvas = config.mask_canvas or max(transform.resize, min(2 * transform.resize, 256))
 
-    def __len__(self) -> int:
-        return -(-len(self.chosen) // PARCEL)
-
-    def __getitem__(self, parcel: int) -> Rows:
-        rows = [self.none()]
-        for index in self.chosen[parcel * PARCEL : (parcel + 1) * PARCEL].tolist():
-            try:  # damaged annotations show when a sample is asked for
-                rows.append(self.read(self.source[index], index))
-            except BadImage:
-                rows.append(self.none()._replace(bad=torch.tensor([index])))
-        return join(rows)
-
-    def none(self) -> Rows:
-        """No rows, in the right shapes."""
-        numbers, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
-        images = torch.zeros(0, 3, self.transform.crop, self.transform.crop, dtype=torch.uint8)
-        masks = torch.zeros(0, self.grid[0] * self.grid[1], dtype=torch.bool)
-        return Rows(images, numbers, masks, numbers, numbers, numbers, flags, numbers)
-
-    def read(self, sample: Sample, index: int) -> Rows:
-        """All rows of one image. Raises BadImage."""
-        image = decode(sample.image)
-        targets = self._targets(sample)
-        if not targets:
-            return self.none()
-        images, boxes, image_of = self._views(image, sample.objects, targets)
-        masks = [self._mask(sample.objects, target, box) for target, box in zip(targets, boxes, strict=True)]
-        whole = torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)
-        single = self.config.rows == "objects" and sample.objects is not None
-        return Rows(
-            images=torch.stack(images),
-            image_of=torch.tensor(image_of),
-            masks=torch.stack([whole if mask is None else mask for mask in masks]),
-            labels=torch.tensor([self._label(sample, target) for target in targets]),
-            image_indices=torch.full((len(targets),), index),
-            objects=torch.tensor([target[0] if single else -1 for target in targets]),
-            has_mask=torch.tensor([mask is not None for mask in masks]),
-            bad=torch.zeros(0, dtype=torch.int64),
-        )
-
-    def _targets(self, sample: Sample) -> list[tuple[int, ...]]:
-        """The objects that each row of an image stands for; an image without annotation is one row."""
-        if sample.objects is None:
-            return [()]
-        every = range(len(sample.objects.boxes))
-        return [(j,) for j in every] if self.config.rows == "objects" else [tuple(every)]
-
-    def _label(self, sample: Sample, target: tuple[int, ...]) -> int:
-        if self.config.rows == "objects" and sample.objects is not None and sample.objects.labels is not None:
-            return int(sample.objects.labels[target[0]])
-        return -1 if sample.label is None else sample.label
-
-    def _views(
-        self, image: UInt8[np.ndarray, "H W 3"], objects: Objects | None, targets: list[tuple[int, ...]]
-    ) -> tuple[list[Tensor], list[Box], list[int]]:
-        """Images; the box of each row's image in the unit square of the image; the image of each row."""
-        height, width = image.shape[:2]
-        side, kind = self.transform.crop, self.transform.interpolation
-        if self.config.view == "object" and objects is not None:
-            crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
-            images = [resize(image[y0:y1, x0:x1], side, side, kind) for x0, y0, x1, y1 in crops]
-            boxes = [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in crops]
-            return images, boxes, list(range(len(targets)))
-        (rows, columns), (top, left) = image_crop(height, width, self.transform)
-        view = resize(image, rows, columns, kind)[:, top : top + side, left : left + side]
-        box = (left / columns, top / rows, (left + side) / columns, (top + side) / rows)
-        return [view], [box] * len(targets), [0] * len(targets)
-
-    def _mask(self, objects: Objects | None, target: tuple[int, ...], box: Box) -> Bool[Tensor, "N"] | None:
+    def __call__(
+        self, objects: Objects | None, target: tuple[int, ...], box: Box
+    ) -> Bool[Tensor, "N"] | None:
         """Patches of a view that the objects `target` cover from `min_coverage` on, or None for no object.
 
         An object that covers less than that of every patch (a tiny one) keeps the patch that it covers most.
         """
         if objects is None or not target:
             return None
-        resize = self.transform.resize
-        size = self.config.mask_canvas or max(resize, min(2 * resize, 256))
-        canvas, near = np.zeros((size, size), np.uint8), np.zeros(self.grid, bool)
+        canvas, near = np.zeros((self.canvas, self.canvas), np.uint8), np.zeros(self.grid, bool)
         for j in target:
-            canvas = np.maximum(canvas, objects.draw(j, size))
+            canvas = np.maximum(canvas, objects.draw(j, self.canvas))
             near |= touched(objects.boxes[j], box, self.grid)
         field = torch.from_numpy(canvas)[None, None].float() / 255
         coverage = resample(field, torch.tensor([[box]]), None, self.grid, kernel="area")[0, 0, 0]
@@ -213,3 +123,51 @@ class Images(Dataset):
         coverage = torch.where(torch.from_numpy(near), coverage, 0.0)
         mask = covered_patches(coverage, self.min_coverage, keep_most=True)
         return mask if mask.any() else None
+
+
+class RowsCut:
+    """Makes the rows of an image that an `ExtractConfig` asks for."""
+
+    def __init__(self, transform: TransformConfig, patch_size: int, config: ExtractConfig) -> None:
+        self.transform, self.config = transform, config
+        self.masks = PatchMasks(transform, patch_size, config)
+
+    def __call__(self, sample: Sample, index: int) -> Rows:
+        """All rows of one image; one without annotation is one row. Raises BadImage."""
+        image, objects = decode(sample.image), sample.objects
+        single = self.config.rows == "objects" and objects is not None
+        every = range(0 if objects is None else len(objects))
+        targets = [(j,) for j in every] if single else [tuple(every)]
+        if self.config.view == "object" and objects is not None:
+            height, width = image.shape[:2]
+            crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
+            views = [crop_view(image, crop, self.transform) for crop in crops]
+        else:
+            views = [evaluation_view(image, self.transform)]
+        seen = views if len(views) == len(targets) else views * len(targets)
+        masks = [self.masks(objects, target, view.box) for target, view in zip(targets, seen, strict=True)]
+        rows = rows_of(sample, index, views, masks, self.masks.grid)
+        if not single or objects is None:
+            return rows
+        rows = rows._replace(objects=torch.arange(len(objects)))
+        return rows if objects.labels is None else rows._replace(labels=torch.from_numpy(objects.labels))
+
+
+def rows_of(
+    sample: Sample,
+    index: int,
+    views: list[View],
+    masks: list[Bool[Tensor, "N"] | None],
+    grid: tuple[int, int],
+) -> Rows:
+    """The rows of an image with its label: as many as `masks`, one for each view or all of the only view."""
+    whole, count = torch.ones(grid[0] * grid[1], dtype=torch.bool), len(masks)
+    return Rows(
+        image_indices=torch.full((count,), index),
+        objects=torch.full((count,), -1),
+        labels=torch.full((count,), -1 if sample.label is None else sample.label),
+        masks=torch.stack([whole if mask is None else mask for mask in masks]),
+        has_mask=torch.tensor([mask is not None for mask in masks]),
+        images=torch.stack([view.pixels for view in views]),
+        rows=torch.full((len(views),), count // len(views)),
+    )

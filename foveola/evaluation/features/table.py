@@ -1,29 +1,20 @@
 """Encoder x source -> rows of features: images or objects, with and without masks, in a fixed order."""
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from foveola import distributed
 from foveola.config import UserError
-from foveola.data.identity import Identity, identity_of
-from foveola.data.loader import begin_worker
-from foveola.data.sample import BadImage
-from foveola.data.segmentation import PixelSource
-from foveola.data.sources import Source, decode
-from foveola.evaluation.features.reading import PARCEL, ExtractConfig, Images, Rows, join
+from foveola.data.identity import identity_of
+from foveola.data.sources import Source
+from foveola.evaluation.features.reading import ExtractConfig, Rows, RowsCut
+from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share
 from foveola.models.encoder import Encoder
-
-SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
-MAX_BAD = 0.01  # share of unreadable images above which a number would not be what it says
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,27 +63,21 @@ def extract_tables(
     """
     encoder = encoder.pooled(config.pool)
     chosen = choose_images(len(source), config.limit, config.seed)
-    dataset = Images(source, chosen[share(len(chosen))], encoder.config.transform, encoder.patch_size, config)
-    features = [_Growing(len(dataset.chosen), encoder.width) for _ in masks]
-    done, readable = [dataset.none()], [torch.zeros(0)]
-    parcels = show(
-        read_ahead(dataset, config.workers, config.batch_size),
-        len(dataset),
-        f"features of {source.name}",
-        progress,
-    )
-    for batch in _batches(parcels, config.batch_size):
+    cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
+    images = Images(source, chosen[share(len(chosen))], cut)
+    batches: Batches[Rows] = Batches(images, config, f"features of {source.name}", progress)
+    features = [_Growing(len(images.chosen), encoder.width) for _ in masks]
+    numbers, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+    done = [(numbers, numbers, numbers, flags, torch.zeros(0))]
+    for batch in batches:
         for table, part in zip(features, _encode(encoder, batch, masks, config), strict=True):
             table.add(part)
-        readable.append(batch.masks.float().mean(dim=1))
-        done.append(batch.without_pixels())
-    rows = join(done)._asdict()
-    facts = facts_of_bad(distributed.gather_rows(rows["bad"]), len(chosen), source)
-    columns = {
-        name: distributed.gather_rows(rows[name])
-        for name in ("labels", "image_indices", "objects", "has_mask")
-    }
-    columns["readable"] = distributed.gather_rows(torch.cat(readable))
+        readable = batch.masks.float().mean(dim=1)
+        done.append((batch.labels, batch.image_indices, batch.objects, batch.has_mask, readable))
+    facts = facts_of_bad(batches.gathered_bad(), len(chosen), source)
+    names = ("labels", "image_indices", "objects", "has_mask", "readable")
+    joined = (distributed.gather_rows(torch.cat(column)) for column in zip(*done, strict=True))
+    columns = dict(zip(names, joined, strict=True))
     if not len(columns["labels"]):
         raise UserError(f"{source.name}: no {config.rows} in {len(chosen)} images")
     tables = tuple(FeatureTable(distributed.gather_rows(table.rows()), **columns) for table in features)
@@ -129,18 +114,6 @@ class _Growing:
 
     def rows(self) -> Float32[Tensor, "n D"]:
         return self.block[: self.count]
-
-
-def _batches(parcels: Iterator[Rows], size: int) -> Iterator[Rows]:
-    """Parcels joined until they hold `size` rows: images with few rows wait for each other."""
-    waiting: list[Rows] = []
-    for parcel in parcels:
-        waiting.append(parcel)
-        if sum(len(part.labels) for part in waiting) >= size:
-            yield join(waiting)
-            waiting = []
-    if waiting:
-        yield join(waiting)
 
 
 def _encode(
@@ -190,26 +163,7 @@ def object_tokens(
         encoder.train(training)
 
 
-# -- shares, order, trouble ----------------------------------------------------------------------------------
-
-
-def choose_images(count: int, limit: int | None, seed: int) -> Int64[np.ndarray, "n"]:
-    """All indices, or `limit` of them drawn without replacement by a generator of their own; ascending."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
-
-
-def identity_for(source: Source, config: Any) -> Identity:
-    """The identity of the images that a protocol with these settings (`limit`, `seed`) reads of a source."""
-    limit, seed = getattr(config, "limit", None), getattr(config, "seed", 0)
-    return identity_of(source, choose_images(len(source), limit, seed))
-
-
-def share(count: int) -> slice:
-    """The contiguous share of this rank of `count` items: shares in rank order are the whole in order."""
-    rank, world = distributed.rank(), distributed.world_size()
-    return slice(rank * count // world, (rank + 1) * count // world)
+# -- what is asked for, and trouble --------------------------------------------------------------------------
 
 
 def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[tuple[bool, ...], list[str]]:
@@ -224,90 +178,6 @@ def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[t
     if train is not None and not train.has_objects:
         notes.append(f"{train.name} has neither boxes nor masks: its features are of whole images")
     return ((False, True) if masks == "both" else (True,)), notes
-
-
-def read_ahead(dataset: Dataset, workers: int, batch_size: int = 0) -> Iterator[Any]:
-    """Items of a dataset in order, made by worker processes. Leaves the global random state alone.
-
-    The items are parcels of images, of which batches of `batch_size` are encoded: workers read two batches
-    ahead, so that none of them stands idle while one is encoded.
-    """
-    workers = min(workers, len(dataset))  # type: ignore[arg-type]
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=max(2, -(-2 * batch_size // (PARCEL * workers))) if workers else None,
-        collate_fn=_packed if workers else _as_is,
-        worker_init_fn=begin_worker,
-        generator=torch.Generator().manual_seed(0),
-    )
-    for item in loader:
-        yield Rows(*map(_tensor, item)) if isinstance(item, list) else item
-
-
-def _packed(item: Any) -> Any:
-    """Rows with their small tensors as arrays: each tensor that leaves a worker costs a millisecond."""
-    return [x.numpy() if x.nbytes < 2**20 else x for x in item] if isinstance(item, Rows) else item
-
-
-def _tensor(x: Any) -> Tensor:
-    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
-    """Iterate with a progress bar on standard error; without a terminal, with a line there every minute."""
-    if not progress or not distributed.is_main():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(items, label, total, console=console, transient=True)
-        return
-    began = said = monotonic()
-    for done, item in enumerate(items):
-        if monotonic() - said >= SAY_SECONDS:
-            said = monotonic()
-            print(f"{label}: {done} of {total} in {(said - began) / 60:.0f} min", file=sys.stderr, flush=True)
-        yield item
-
-
-def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[str, Any]:
-    """Count and name images that could not be read; too many are an error."""
-    names = [_name_of(source, int(index)) for index in bad[:10]]
-    if len(bad) > MAX_BAD * count:
-        raise UserError(
-            f"{source.name}: {len(bad)} of {count} images cannot be read, such as "
-            + why_bad(source, int(bad[0]))
-        )
-    return {"unreadable": len(bad), "unreadable_names": names}
-
-
-def _name_of(source: Source, index: int) -> str:
-    """The name of an image that cannot be read, perhaps not even asked for."""
-    try:
-        return source[index].name
-    except BadImage as error:
-        return str(error)
-
-
-def why_bad(source: Any, index: int) -> str:
-    """The name of an image that cannot be used, and the reason: of its file, or of what annotates it."""
-    name = _name_of(source, index)
-    try:
-        decode(source[index].image)
-        if isinstance(source, PixelSource):
-            source.label_map(index)
-    except BadImage as error:
-        return str(error) if str(error).startswith(name) else f"{name} ({error})"
-    return name
 
 
 def check_finite(features: Float32[Tensor, "R D"], image_indices: Int64[Tensor, "R"], source: Source) -> None:

@@ -15,16 +15,16 @@ from foveola.data.sources import Source
 from foveola.evaluation.classification.task import held_out
 from foveola.evaluation.features.cache import feeding
 from foveola.evaluation.features.names import need
-from foveola.evaluation.features.table import (
-    check_finite,
+from foveola.evaluation.features.table import check_finite
+from foveola.evaluation.images import (
+    Batches,
+    Images,
+    SquashedConfig,
     choose_images,
     facts_of_bad,
     identity_for,
-    read_ahead,
     share,
-    show,
 )
-from foveola.evaluation.images import SquashedConfig
 from foveola.evaluation.localisation.box_accuracy import (
     IOUS,
     SIDE,
@@ -38,7 +38,7 @@ from foveola.evaluation.localisation.box_accuracy import (
     max_box_acc,
     square_hits,
 )
-from foveola.evaluation.localisation.boxed import BoxedImages
+from foveola.evaluation.localisation.boxed import Boxed, BoxedCut
 from foveola.evaluation.localisation.components import LEVELS
 from foveola.evaluation.localisation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
 from foveola.evaluation.metrics import interval
@@ -115,39 +115,34 @@ def find(
 ) -> Found:
     """The pass over the images: maps of each, and at once whether their boxes are right."""
     chosen = choose_images(len(source), config.limit, config.seed)
-    kind = encoder.config.transform.interpolation
-    dataset = BoxedImages(source, chosen[share(len(chosen))], side, kind)
+    images = Images(source, chosen[share(len(chosen))], BoxedCut(encoder.config.transform.squashed(side)))
+    batches: Batches[Boxed] = Batches(images, config, f"maps of {source.name}", progress)
     rows = len(config.iou) + 1
     maps = [torch.zeros(0, len(reader.names), rows, -(-LEVELS // 8), dtype=torch.uint8)]
     squares, image_indices = (
         [torch.zeros(0, rows, STEPS, dtype=torch.bool)],
         [torch.zeros(0, dtype=torch.int64)],
     )
-    counts, areas, bad, bare = [], [], [], 0
-    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"maps of {source.name}", progress)
-    for parcel in ahead:
-        bad += parcel.bad
-        bare += parcel.bare
-        if not len(parcel.image_indices):
-            continue
-        for at in torch.arange(len(parcel.image_indices)).split(config.batch_size):
-            found = reader(parcel.images[at])
-            check_finite(found.flatten(1), parcel.image_indices[at], source)
-            boxes = [parcel.boxes[i] for i in at.tolist()]
+    counts, areas = [], []
+    for batch in batches:
+        for at in torch.arange(len(batch.image_indices)).split(config.batch_size):
+            found = reader(batch.images[at])
+            check_finite(found.flatten(1), batch.image_indices[at], source)
+            boxes = [batch.boxes[i] for i in at.tolist()]
             maps.append(torch.from_numpy(_packed_hits(found, boxes, config)))
-        for boxes in parcel.boxes:
+        for boxes in batch.boxes:
             squares.append(torch.from_numpy(square_hits(boxes, config.iou, SIDE, config.official))[None])
             counts.append(len(boxes))
             areas.append(float((boxes[:, 2:] - boxes[:, :2]).prod(axis=1).mean()))
-        image_indices.append(parcel.image_indices)
+        image_indices.append(batch.image_indices)
     return Found(
         maps=distributed.gather_rows(torch.cat(maps)),
         squares=distributed.gather_rows(torch.cat(squares)),
         image_indices=distributed.gather_rows(torch.cat(image_indices)),
         counts=distributed.gather_rows(torch.tensor(counts, dtype=torch.int64)),
         areas=distributed.gather_rows(torch.tensor(areas, dtype=torch.float32)),
-        bad=distributed.gather_rows(torch.tensor(bad, dtype=torch.int64)),
-        bare=sum(distributed.gather_objects(bare)),
+        bad=batches.gathered_bad(),
+        bare=sum(distributed.gather_objects(len(images.chosen) - len(counts) - len(batches.bad))),
     )
 
 

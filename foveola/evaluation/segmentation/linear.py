@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.features.table import show
+from foveola.evaluation.images import show
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Outcome
 from foveola.evaluation.segmentation.choice import choose, hold_out

@@ -21,8 +21,7 @@ from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
-from foveola.evaluation.features.table import choose_images, facts_of_bad, share
-from foveola.evaluation.images import SquashedConfig
+from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share
 from foveola.evaluation.protocol import Needs, Protocol, Reading
 from foveola.models.encoder import Encoder
 
@@ -169,10 +168,9 @@ class DensePass:
             self.encoder, self.source, feeding(self.config), self.need, progress=self.progress
         )
         for found in encoding.batches(self.mine):
-            self.bad += found.bad.tolist()
-            if len(found.image_indices):
-                patches = checked(found.kinds["patches"], self.config.store, found.image_indices, self.source)
-                yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.image_indices
+            patches = checked(found.kinds["patches"], self.config.store, found.image_indices, self.source)
+            yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.image_indices
+        self.bad += encoding.bad
 
     def _stored(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         store = feed.open(self.source, self.config, self.need)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.features.table import choose_images
+from foveola.evaluation.images import choose_images
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Metric, Outcome
 from foveola.evaluation.search import nearest

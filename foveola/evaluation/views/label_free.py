@@ -8,7 +8,8 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.sources import Source
-from foveola.evaluation.features.table import check_finite, facts_of_bad
+from foveola.evaluation.features.table import check_finite
+from foveola.evaluation.images import facts_of_bad
 from foveola.evaluation.metrics import bootstrap, interval, partner_ranks, percent, recall_at
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol

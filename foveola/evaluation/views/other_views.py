@@ -1,31 +1,29 @@
 """The one pass of `label_free`: each image decoded once, encoded as it is and in other views."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import key
-from foveola.data.sample import Canvases, Sample
-from foveola.data.sources import Source, decode
-from foveola.evaluation.features.table import check_finite, object_tokens, read_ahead, share, show
+from foveola.data.sample import Canvases
+from foveola.data.sources import Source
+from foveola.evaluation.features.table import check_finite, object_tokens
 from foveola.evaluation.views.feature_space import Moments, rows_rankme
 from foveola.evaluation.views.retrieval import (
-    PARCEL,
+    CanvasCut,
     OtherViewsConfig,
     Target,
-    TargetCanvases,
+    drawn_targets,
     two_views,
     views_config,
 )
 from foveola.models.encoder import Encoder
-from foveola.models.transform import TransformConfig, square
 from foveola.views.batch import Streams, make_views
 
 
@@ -40,40 +38,7 @@ class LabelFreeConfig(OtherViewsConfig):
     )
 
 
-# -- images and views --------------------------------------------------------------------------------------
-
-
-class _Canvases(TargetCanvases):
-    """Keeps the evaluation view of each image that it reads, so that none is decoded twice."""
-
-    transform: TransformConfig
-    plain: list[Tensor]
-
-    def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
-        image = decode(sample.image)
-        read = super()._read(replace(sample, image=image), number)
-        self.plain.append(square(image, self.transform)[None])
-        return read
-
-
-class ViewCanvases(Dataset):
-    """Parcels of targets as canvases, and their images as they are evaluated."""
-
-    def __init__(
-        self, source: Source, targets: Sequence[Target], transform: TransformConfig, config: LabelFreeConfig
-    ) -> None:
-        kind = transform.interpolation
-        self.canvases = _Canvases(source, targets, config.canvas, config.mask_canvas, kind)
-        self.canvases.transform, self.crop = transform, transform.crop
-
-    def __len__(self) -> int:
-        return len(self.canvases)
-
-    def __getitem__(self, parcel: int) -> tuple[Canvases | None, UInt8[Tensor, "b 3 S S"], list[int]]:
-        """Canvases (None for none), evaluation views, and the images that could not be read."""
-        self.canvases.plain = [torch.zeros(0, 3, self.crop, self.crop, dtype=torch.uint8)]
-        canvases, bad = self.canvases[parcel]
-        return canvases, torch.cat(self.canvases.plain), bad
+# -- views --------------------------------------------------------------------------------------------------
 
 
 def image_views(
@@ -169,17 +134,12 @@ def watch(
     encoder: Encoder, source: Source, targets: Sequence[Target], config: LabelFreeConfig, progress: bool
 ) -> tuple[Seen, Moments, list[int]]:
     """The one pass over the images: what is seen, sums over all patches, and unreadable images."""
-    parcels = range(-(-len(targets) // PARCEL))
-    mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
-    own = targets[mine.start * PARCEL : mine.stop * PARCEL]
-    dataset = ViewCanvases(source, own, encoder.config.transform, config)
+    cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform, plain=True)
+    mine, batches = drawn_targets(source, targets, cut, config, progress)
     watcher = Watcher(encoder, source, config)
-    seen, bad = [watcher.none()], []
-    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"views of {source.name}", progress)
-    for number, (canvases, plain, unreadable) in zip(mine, ahead, strict=True):
-        bad += unreadable
-        if canvases is not None:
-            seen.append(watcher(canvases, plain, number))
+    seen = [watcher.none()]
+    for place, drawn in batches.parcels():
+        seen.append(watcher(drawn.canvases(), torch.stack(drawn.plain), mine[place]))
     joined = Seen(*(torch.cat(column) for column in zip(*seen, strict=True))).gathered()
     patches = reduce(Moments.plus, distributed.gather_objects(watcher.patches))
-    return joined, patches, distributed.gather_rows(torch.tensor(bad, dtype=torch.int64)).tolist()
+    return joined, patches, batches.gathered_bad().tolist()

@@ -7,31 +7,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
 from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
-from foveola.evaluation.features.table import (
-    check_finite,
-    mask_kinds,
-    object_tokens,
-    read_ahead,
-    share,
-    show,
-    why_bad,
-)
-from foveola.evaluation.images import ReadingConfig
+from foveola.evaluation.features.table import check_finite, mask_kinds, object_tokens
+from foveola.evaluation.images import Batches, Images, ReadingConfig, share, why_bad
 from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.encoder import Encoder
-from foveola.models.transform import resize
+from foveola.models.transform import TransformConfig, evaluation_view, resize
 from foveola.views.batch import Streams, ViewsConfig, make_views
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig
@@ -127,65 +118,73 @@ def images_of(source: Source, targets: Sequence[Target]) -> Identity:
     return identity_of(source, np.unique([target.image for target in targets]))
 
 
-class TargetCanvases(Dataset):
-    """Parcels of targets as `Canvases` of one object each; targets of unreadable images are left out."""
+class Drawn(NamedTuple):
+    """Targets, each drawn on a canvas of a size of its own, with the mask of its object."""
 
-    def __init__(
-        self,
-        source: Source,
-        targets: Sequence[Target],
-        canvas: int,
-        mask_canvas: int,
-        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-    ) -> None:
-        self.source, self.targets, self.canvas, self.mask_canvas = source, targets, canvas, mask_canvas
-        self.interpolation: Literal["bicubic", "bilinear"] = interpolation
+    indices: Int64[Tensor, "n"]
+    images: tuple[UInt8[Tensor, "3 _ _"], ...]
+    aspects: Float32[Tensor, "n"]  # width / height of the true images
+    masks: UInt8[Tensor, "n s s"]
+    whole: Bool[Tensor, "n"]  # whether the object is the whole image
+    plain: tuple[UInt8[Tensor, "3 S S"], ...]  # their images as they are evaluated, where asked for
 
-    def __len__(self) -> int:
-        return -(-len(self.targets) // PARCEL)
-
-    def __getitem__(self, parcel: int) -> tuple[Canvases | None, list[int]]:
-        """The canvases, None for none, and the images that could not be read."""
-        entries, bad = [], []
-        for target in self.targets[parcel * PARCEL : (parcel + 1) * PARCEL]:
-            try:
-                entries.append((target.image, *self._read(self.source[target.image], target.object)))
-            except BadImage:
-                bad.append(target.image)
-        if not entries:
-            return None, bad
-        indices, images, aspects, masks, whole = zip(*entries, strict=True)
-        extents = torch.tensor([image.shape[1:] for image in images])
+    def canvases(self) -> Canvases:
+        """All of them as `Canvases` of one object each."""
+        extents = torch.tensor([image.shape[1:] for image in self.images])
         high, wide = extents.amax(dim=0).tolist()
-        unknown = torch.full((len(entries),), -1)
-        canvases = Canvases(
+        unknown = torch.full((len(self.images),), -1)
+        return Canvases(
             images=torch.stack(
-                [pad(image, (0, wide - image.shape[2], 0, high - image.shape[1])) for image in images]
+                [pad(image, (0, wide - image.shape[2], 0, high - image.shape[1])) for image in self.images]
             ),
             extents=extents,
-            aspects=torch.tensor(aspects, dtype=torch.float32),
-            object_masks=torch.stack(masks)[:, None],
-            whole=torch.tensor(whole)[:, None],
+            aspects=self.aspects,
+            object_masks=self.masks[:, None],
+            whole=self.whole[:, None],
             object_labels=unknown[:, None],
             labels=unknown,
-            indices=torch.tensor(indices),
-            skipped=len(bad),
+            indices=self.indices,
         )
-        return canvases, bad
 
-    def _read(self, sample: Sample, number: int) -> tuple[Tensor, float, Tensor, bool]:
+
+class CanvasCut:
+    """Draws a target on a canvas; with `plain` also its image as it is evaluated, decoded once for both."""
+
+    def __init__(
+        self, canvas: int, mask_canvas: int, transform: TransformConfig, plain: bool = False
+    ) -> None:
+        self.canvas, self.mask_canvas, self.transform, self.plain = canvas, mask_canvas, transform, plain
+
+    def __call__(self, sample: Sample, index: int, number: int) -> Drawn:
+        """Object `number` of an image (-1: the whole image). Raises BadImage."""
         image = decode(sample.image)
-        aspect = image.shape[1] / image.shape[0]
         height, width = (min(side, self.canvas) for side in image.shape[:2])
-        canvas = resize(image, height, width, self.interpolation)
+        whole = sample.objects is None or number < 0
         if sample.objects is None or number < 0:
-            return (
-                canvas,
-                aspect,
-                torch.full((self.mask_canvas, self.mask_canvas), 255, dtype=torch.uint8),
-                True,
-            )
-        return canvas, aspect, torch.from_numpy(sample.objects.draw(number, self.mask_canvas)), False
+            mask = torch.full((self.mask_canvas, self.mask_canvas), 255, dtype=torch.uint8)
+        else:
+            mask = torch.from_numpy(sample.objects.draw(number, self.mask_canvas))
+        return Drawn(
+            indices=torch.tensor([index]),
+            images=(resize(image, height, width, self.transform.interpolation),),
+            aspects=torch.tensor([image.shape[1] / image.shape[0]], dtype=torch.float32),
+            masks=mask[None],
+            whole=torch.tensor([whole]),
+            plain=(evaluation_view(image, self.transform).pixels,) if self.plain else (),
+        )
+
+
+def drawn_targets(
+    source: Source, targets: Sequence[Target], cut: CanvasCut, config: OtherViewsConfig, progress: bool
+) -> tuple[range, Batches[Drawn]]:
+    """This rank's part of the targets, in whole parcels, and the number of each parcel among all.
+
+    Views are a pure function of a parcel and its number, so they are the same for any number of ranks.
+    """
+    every = range(-(-len(targets) // PARCEL))
+    mine = every[share(len(every))]
+    own = np.array(targets[mine.start * PARCEL : mine.stop * PARCEL], dtype=np.int64).reshape(-1, 2)
+    return mine, Batches(Images(source, own, cut, PARCEL), config, f"views of {source.name}", progress)
 
 
 def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
@@ -291,24 +290,13 @@ def _embed(
     progress: bool,
 ) -> tuple[Float[Tensor, "n kinds 2 D"], Int64[Tensor, "n"], list[int]]:
     """Features of both views of every target, their images, and the images that could not be read."""
-    parcels = range(-(-len(targets) // PARCEL))
-    mine = parcels[share(len(parcels))]  # whole parcels: the views are the same for any number of ranks
-    transform = encoder.config.transform
-    dataset = TargetCanvases(
-        source,
-        targets[mine.start * PARCEL : mine.stop * PARCEL],
-        config.canvas,
-        config.mask_canvas,
-        transform.interpolation,
-    )
+    cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform)
+    mine, batches = drawn_targets(source, targets, cut, config, progress)
     features = [torch.zeros(0, len(kinds), 2, encoder.width)]
-    image_indices, bad = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-    ahead = show(read_ahead(dataset, config.workers), len(dataset), f"objects of {source.name}", progress)
-    for number, (canvases, unreadable) in zip(mine, ahead, strict=True):
-        bad.append(torch.tensor(unreadable, dtype=torch.int64))
-        if canvases is None:
-            continue
-        views, masks = two_views(canvases, encoder, config, number)
+    image_indices = [torch.zeros(0, dtype=torch.int64)]
+    for place, drawn in batches.parcels():
+        canvases = drawn.canvases()
+        views, masks = two_views(canvases, encoder, config, mine[place])
         views, masks = views.flatten(0, 1), masks.flatten(0, 1)
         tables = []
         for masked in kinds:
@@ -319,5 +307,5 @@ def _embed(
             tables.append(torch.cat(parts).unflatten(0, (len(canvases), 2)))
         features.append(torch.stack(tables, dim=1))
         image_indices.append(canvases.indices)
-    gathered = [distributed.gather_rows(torch.cat(parts)) for parts in (features, image_indices, bad)]
-    return gathered[0], gathered[1], gathered[2].tolist()
+    gathered = [distributed.gather_rows(torch.cat(parts)) for parts in (features, image_indices)]
+    return gathered[0], gathered[1], batches.gathered_bad().tolist()

@@ -303,7 +303,7 @@ def test_unreadable_images(list_source, make_sample, monkeypatch) -> None:
     source = list_source([*good, replace(good[0], image=b"no image", name="torn")])
     with pytest.raises(UserError, match="1 of 4 images cannot be read, such as torn"):
         analyze(make(), source, workers=0)
-    monkeypatch.setattr("foveola.evaluation.features.table.MAX_BAD", 0.5)
+    monkeypatch.setattr("foveola.evaluation.images.MAX_BAD", 0.5)
     analysis = analyze(make(), source, workers=0)
     assert (analysis.data["analysed"], analysis.data["unreadable"]) == (3, 1)
     same(analysis.encoders[0], analyze(make(), list_source(good), workers=0).encoders[0])

@@ -14,17 +14,19 @@ import torch
 from PIL import Image
 
 from foveola.config import UserError
-from foveola.data.sample import Sample
+from foveola.data.sample import Objects, Sample
 from foveola.data.sources import decode, open_source
 from foveola.evaluation.features import passes
 from foveola.evaluation.features.cache import Feed, FeedConfig
-from foveola.evaluation.features.crops import Crops, random_crop
+from foveola.evaluation.features.crops import CropsCut, random_crop
 from foveola.evaluation.features.names import Reader, lowest_entropy, need, weigh
-from foveola.evaluation.features.reading import Images
-from foveola.evaluation.features.table import choose_images, extract_tables
+from foveola.evaluation.features.reading import ExtractConfig
+from foveola.evaluation.features.table import extract_tables
+from foveola.evaluation.images import Images, choose_images
 from foveola.models.predictor import PredictorConfig
 
 CONFIG = FeedConfig(batch_size=5, workers=0, seed=3)
+READING = ExtractConfig(batch_size=5, workers=0, seed=3)
 CHANGES = {"limit": 7, "precision": "bf16", "store": "float16", "mask_canvas": 77, "min_coverage": 0.5}
 
 
@@ -36,7 +38,7 @@ def images(list_source, make_sample):
 
 def test_the_same_rows_as_without_a_store(encoder, images, tmp_path: Path) -> None:
     """Tokens with and without masks equal those of `extract_tables`, which the k-NN tests check."""
-    tables, facts = extract_tables(encoder, images, (False, True), CONFIG.reading(), progress=False)
+    tables, facts = extract_tables(encoder, images, (False, True), READING, progress=False)
     with Feed(encoder, tmp_path, progress=False) as feed:
         store = feed.open(images, CONFIG, need("token", "masked", "average", "patches", layers=2))
         for masked, table in zip((False, True), tables, strict=True):
@@ -127,8 +129,8 @@ def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
 
 def test_masks_are_drawn_for_those_who_read_them(encoder, images, tmp_path: Path, monkeypatch) -> None:
     """And a later pass without them leaves what an earlier one said about them."""
-    drawn, plain = [], Images._mask
-    monkeypatch.setattr(Images, "_mask", lambda *a: drawn.append(1) or plain(*a))
+    drawn, plain = [], Objects.draw
+    monkeypatch.setattr(Objects, "draw", lambda *a: drawn.append(1) or plain(*a))
     with Feed(encoder, tmp_path, progress=False) as feed:
         bare = feed.open(images, CONFIG, need("token"))
         assert not drawn
@@ -304,7 +306,7 @@ def test_kinds_by_hand(encoder, images) -> None:
     kinds = ("token", "average", "attention", "lowest_entropy", "centre", "patches")
     with Feed(encoder, None, progress=False) as feed:
         store = feed.open(images, CONFIG, need(*kinds))
-        rows = Crops(images, np.arange(4), encoder.config.transform, 8, CONFIG.reading(), 0)[0]
+        rows = Images(images, np.arange(4), CropsCut(encoder.config.transform, 8, CONFIG, 0))[0].made
         seen = encoder.capture(encoder.normalise(rows.images), attention=True)
         for i in range(4):
             patches = seen.layers[-1].patches[i]
@@ -362,7 +364,7 @@ def test_predictor_pooling(encoder, images) -> None:
         made = Encoder(config, encoder.backbone)
     with Feed(made, None, progress=False) as feed:
         store = feed.open(images, CONFIG, need("predictor"))
-    tables, _ = extract_tables(made.pooled("predictor"), images, (False,), CONFIG.reading(), progress=False)
+    tables, _ = extract_tables(made.pooled("predictor"), images, (False,), READING, progress=False)
     torch.testing.assert_close(store.take("predictor"), tables[0].features, rtol=1e-4, atol=1e-5)
 
 
@@ -379,15 +381,11 @@ def test_what_an_encoder_has_not(encoder, images) -> None:
 
 def test_crops_follow_seed_flip_and_object(encoder, list_source, tmp_path: Path) -> None:
     """An image whose left half is its object: masks of crops are where the bright pixels are."""
-    from foveola.data.sample import Objects
-
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :48] = 250
     box = np.array([[0, 0, 0.5, 1]], np.float32)
     source = list_source([Sample(image, "half", Objects(boxes=box, areas=np.array([0.5], np.float32)), 0)])
-    chosen = np.array([0])
-    crops = Crops(source, chosen, encoder.config.transform, 8, CONFIG.reading(), 40)
-    rows = crops[0]
+    rows = CropsCut(encoder.config.transform, 8, CONFIG, 40)(source[0], 0)
     assert len(rows.images) == len(rows.labels) == 41
     bright = rows.images.float().mean(dim=1).unflatten(1, (4, 8)).unflatten(3, (4, 8)).amax(dim=(2, 4)) > 30
     seen = bright.flatten(1).any(dim=1)
@@ -400,7 +398,7 @@ def test_crops_follow_seed_flip_and_object(encoder, list_source, tmp_path: Path)
     rights = [bool(r.view(4, 4)[:, 3].all() and not r.all()) for r in rows.masks[1:]]
     assert sum(lefts) > 3
     assert sum(rights) > 3
-    again = Crops(source, chosen, encoder.config.transform, 8, CONFIG.reading(), 40)[0]
+    again = CropsCut(encoder.config.transform, 8, CONFIG, 40)(source[0], 0)
     assert torch.equal(again.images, rows.images)
 
 
@@ -414,8 +412,9 @@ def test_crops_of_dino_are_bilinear_and_the_evaluated_image_is_not(encoder, imag
     assert wanted.crops == "bilinear"
     assert {wanted_of(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
     chosen, side = np.arange(3), encoder.config.transform.crop
-    settings = (encoder.config.transform, 8, CONFIG.reading(), 2, False)
-    plain, crops = Crops(images, chosen, *settings)[0], Crops(images, chosen, *settings, "bilinear")[0]
+    settings = (encoder.config.transform, 8, CONFIG, 2, False)
+    cuts = CropsCut(*settings), CropsCut(*settings, "bilinear")
+    plain, crops = (Images(images, chosen, cut)[0].made for cut in cuts)
     assert torch.equal(plain.images[::3], crops.images[::3])
     for index in range(3):
         image = decode(images[index].image)

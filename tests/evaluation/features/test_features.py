@@ -7,24 +7,17 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features.reading import ExtractConfig, Images, object_crop
-from foveola.evaluation.features.table import (
-    choose_images,
-    extract,
-    extract_tables,
-    mask_kinds,
-    read_ahead,
-    show,
-)
+from foveola.evaluation.features.reading import ExtractConfig, Rows, RowsCut, object_crop
+from foveola.evaluation.features.table import extract, extract_tables, mask_kinds
+from foveola.evaluation.images import Images, choose_images, read_ahead, show
 from foveola.models.encoder import TransformConfig
 
 TRANSFORM = TransformConfig(resize=40, crop=32)
 LOCAL = {"workers": 0}
 
 
-def images_of(source, transform: TransformConfig = TRANSFORM, patch: int = 8, **settings) -> Images:
-    config = ExtractConfig(**LOCAL, **settings)
-    return Images(source, np.arange(len(source)), transform, patch, config)
+def cut_of(transform: TransformConfig = TRANSFORM, patch: int = 8, **settings) -> RowsCut:
+    return RowsCut(transform, patch, ExtractConfig(**LOCAL, **settings))
 
 
 # -- the image ---------------------------------------------------------------------------------------------
@@ -33,7 +26,7 @@ def images_of(source, transform: TransformConfig = TRANSFORM, patch: int = 8, **
 @pytest.mark.parametrize("shape", [(60, 80), (80, 60), (37, 111), (40, 40), (20, 30), (900, 33)])
 def test_images_equal_the_encoders_own_transform(encoder, list_source, make_sample, shape) -> None:
     sample = make_sample(0, height=shape[0], width=shape[1])
-    image = images_of(list_source([sample])).read(sample, 0).images
+    image = cut_of()(sample, 0).images
     expected = encoder.transform(Image.fromarray(sample.image))
     difference = (encoder.normalise(image)[0] - expected).abs().max()
     assert difference <= 1.01 / 255 / 0.224  # one level
@@ -57,7 +50,7 @@ def test_mask_and_image_are_cut_alike(list_source, view) -> None:
         x0, y0 = int(rng.integers(0, width - 20)), int(rng.integers(0, height - 20))
         box = (x0, y0, x0 + int(rng.integers(8, 21)), y0 + int(rng.integers(8, 21)))
         sample = square(height, width, box)
-        rows = images_of(list_source([sample]), patch=patch, rows="objects", view=view).read(sample, 0)
+        rows = cut_of(patch=patch, rows="objects", view=view)(sample, 0)
         red = rows.images[0, 0].float().div(255).unflatten(0, (8, patch)).unflatten(2, (8, patch))
         red = red.mean(dim=(1, 3)).flatten()
         if not rows.has_mask[0]:  # the crop lost it: no whole pixel may be red
@@ -76,17 +69,17 @@ def test_a_patch_is_read_from_the_share_that_the_object_covers(list_source, leas
     """Of 2.5 x 2.25 patches four are covered whole, two by half, two by a quarter, one by an eighth."""
     sample = square(32, 32, (0, 0, 20, 18))
     whole = TransformConfig(resize=32, crop=32)
-    rows = images_of(list_source([sample]), whole, min_coverage=least, mask_canvas=32).read(sample, 0)
+    rows = cut_of(whole, min_coverage=least, mask_canvas=32)(sample, 0)
     assert int(rows.masks.sum()) == count
     tiny = square(32, 32, (9, 9, 10, 10))
-    rows = images_of(list_source([tiny]), whole, min_coverage=least, mask_canvas=32).read(tiny, 0)
+    rows = cut_of(whole, min_coverage=least, mask_canvas=32)(tiny, 0)
     assert rows.masks[0].nonzero().tolist() == [[5]]
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch) -> None:
     assert list(show(range(3), 3, "things", progress=True)) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # less than a minute
-    monkeypatch.setattr("foveola.evaluation.features.table.SAY_SECONDS", 0.0)
+    monkeypatch.setattr("foveola.evaluation.images.SAY_SECONDS", 0.0)
     assert list(show(range(3), 3, "things", progress=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     list(show(range(3), 3, "things", progress=True))
@@ -105,7 +98,7 @@ def test_mirrored_boxes_give_mirrored_masks(list_source, make_sample) -> None:
         surplus = round(width * 40 / min(height, width)) - 32
         if surplus % 2:
             continue
-        a, b = (images_of(list_source([s]), patch=4).read(s, 0) for s in (here, there))
+        a, b = (cut_of(patch=4)(s, 0) for s in (here, there))
         assert torch.equal(a.masks.view(8, 8).flip(1), b.masks.view(8, 8))
         assert torch.equal(a.has_mask, b.has_mask)
 
@@ -116,7 +109,7 @@ def test_any_pixel_rule(list_source, make_sample) -> None:
 
     def marked(box: tuple[float, float, float, float]) -> list[tuple[int, int]]:
         sample = make_sample(0, [box], 256, 256)
-        rows = images_of(list_source([sample]), transform, 16).read(sample, 0)
+        rows = cut_of(transform, 16)(sample, 0)
         assert rows.has_mask[0]
         return [tuple(cell) for cell in rows.masks.view(14, 14).nonzero().tolist()]
 
@@ -138,7 +131,7 @@ def test_edges_between_patches_do_not_leak_for_images_of_odd_sizes(list_source, 
             v * full / made for v, full, made in zip(box, [width, height] * 2, resized * 2, strict=True)
         ]
         sample = make_sample(0, [tuple(unscaled)], height, width)
-        mask = images_of(list_source([sample]), transform, 16).read(sample, 0).masks.view(14, 14)
+        mask = cut_of(transform, 16)(sample, 0).masks.view(14, 14)
         expected = torch.zeros(14, 14, dtype=torch.bool)
         expected[3:5, 2:6] = True
         assert torch.equal(mask, expected)
@@ -147,9 +140,9 @@ def test_edges_between_patches_do_not_leak_for_images_of_odd_sizes(list_source, 
 def test_images_read_the_union_of_their_objects(list_source, make_sample) -> None:
     boxes = [(20, 20, 30, 30), (44, 36, 60, 52), (22, 40, 26, 44)]
     together = make_sample(0, boxes)
-    union = images_of(list_source([together])).read(together, 0)
+    union = cut_of()(together, 0)
     single = [make_sample(0, [box]) for box in boxes]
-    masks = torch.cat([images_of(list_source([s])).read(s, 0).masks for s in single])
+    masks = torch.cat([cut_of()(s, 0).masks for s in single])
     assert union.masks.shape[0] == 1
     assert torch.equal(union.masks[0], masks.any(dim=0))
     assert 0 < union.masks.sum() < union.masks.numel()
@@ -160,7 +153,7 @@ def test_images_without_visible_objects_are_read_whole(list_source, make_sample)
     outside = make_sample(0, [(0, 0, 4, 60)], height=60, width=120)
     for sample in (outside, make_sample(1)):
         for rows in ("images", "objects"):
-            read = images_of(list_source([sample]), rows=rows).read(sample, 0)
+            read = cut_of(rows=rows)(sample, 0)
             assert read.masks.all()
             assert not read.has_mask.any()
             assert len(read.labels) == 1
@@ -182,7 +175,7 @@ def test_masks_of_every_kind_follow_the_image(list_source) -> None:
     for mask in kinds:
         objects = Objects(box, np.array([0.1], np.float32), masks=(mask,))
         sample = Sample(image, "disc", objects)
-        read.append(images_of(list_source([sample]), patch=4).read(sample, 0).masks[0])
+        read.append(cut_of(patch=4)(sample, 0).masks[0])
     assert torch.equal(read[0], read[1])
     assert (read[0] ^ read[2]).sum() <= 2  # the polygon's outline is rasterised by another rule
     assert (read[0] & ~read[3]).sum() == 0
@@ -229,7 +222,7 @@ def test_object_crop_by_hand() -> None:
 
 def test_object_views_show_the_crop(list_source, make_sample) -> None:
     sample = make_sample(3, [(10, 10, 26, 22), (40, 30, 60, 50)], labels=[4, 5])
-    read = images_of(list_source([sample]), rows="objects", view="object", context=0.25).read(sample, 7)
+    read = cut_of(rows="objects", view="object", context=0.25)(sample, 7)
     assert read.image_of.tolist() == [0, 1]
     assert read.labels.tolist() == [4, 5]
     assert read.objects.tolist() == [0, 1]
@@ -266,10 +259,10 @@ def varied(list_source, make_sample):
 def test_features_equal_one_row_at_a_time(encoder, varied, settings, batch_size) -> None:
     config = ExtractConfig(batch_size=batch_size, **LOCAL, **settings)
     (plain, masked), facts = extract_tables(encoder, varied, (False, True), config, progress=False)
-    reader = images_of(varied, **settings)
+    reader = cut_of(**settings)
     place = 0
     for index, sample in enumerate(varied.samples):
-        read = reader.read(sample, index)
+        read = reader(sample, index)
         for row in range(len(read.labels)):
             pixels = encoder.normalise(read.images[read.image_of[row]][None])
             alone = encoder(pixels, read.masks[row][None, None]).objects[:, 0]
@@ -313,13 +306,14 @@ def test_what_leaves_a_worker_arrives_as_it_was(list_source, make_sample) -> Non
     """Small tensors travel as arrays, those of a megabyte and more as they are; nothing is lost."""
     source = list_source([make_sample(i, [(10, 10, 40, 40)], label=i) for i in range(11)])
     for side in (32, 256):
-        images = images_of(source, TransformConfig(resize=side, crop=side))
+        images = Images(source, np.arange(len(source)), cut_of(TransformConfig(resize=side, crop=side)))
         for batch_size in (1, 64):
             for mine, there in zip(read_ahead(images, 0), read_ahead(images, 1, batch_size), strict=True):
-                for name, expected, found in zip(mine._fields, mine, there, strict=True):
+                assert (there.bad, there.problem) == ((), "")
+                for name, expected, found in zip(Rows._fields, mine.made, there.made, strict=True):
                     assert expected.dtype == found.dtype, name
                     assert torch.equal(expected, found), name
-                there.labels.add_(1)  # its own memory, which may be written to
+                there.made.labels.add_(1)  # its own memory, which may be written to
 
 
 def test_workers_and_parcels_change_nothing(encoder, list_source, make_sample) -> None:

@@ -16,7 +16,8 @@ from foveola.data.sources import open_source
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.overlap import content_groups, overlap_of
-from foveola.evaluation.features.table import choose_images, extract_tables
+from foveola.evaluation.features.table import extract_tables
+from foveola.evaluation.images import choose_images
 
 QUIET = {"workers": 0, "progress": False}
 

@@ -15,6 +15,7 @@ from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
+from foveola.evaluation.images import Images
 from foveola.evaluation.protocol import At
 from foveola.evaluation.views.feature_space import (
     Moments,
@@ -29,8 +30,15 @@ from foveola.evaluation.views.feature_space import (
     uniformity,
 )
 from foveola.evaluation.views.label_free import LabelFree, LabelFreeConfig
-from foveola.evaluation.views.other_views import ViewCanvases, image_views, watch
-from foveola.evaluation.views.retrieval import Retrieval, RetrievalConfig, choose_targets, two_views
+from foveola.evaluation.views.other_views import image_views, watch
+from foveola.evaluation.views.retrieval import (
+    PARCEL,
+    CanvasCut,
+    Retrieval,
+    RetrievalConfig,
+    choose_targets,
+    two_views,
+)
 from foveola.models.encoder import Encoder, Features
 
 
@@ -177,7 +185,9 @@ def test_one_pass_sees_what_others_see(encoder, noise) -> None:
     assert patches.count == 40 * 16
     assert patches.sum / 16 == pytest.approx(seen.averages.double().sum(dim=0), rel=1e-5)
     assert seen.owners.tolist() == [target.image for target in targets if target.object >= 0]
-    canvases, plain, _ = ViewCanvases(noise, targets, encoder.config.transform, config)[0]
+    cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform, plain=True)
+    drawn = Images(noise, np.array(targets), cut, PARCEL)[0].made
+    canvases, plain = drawn.canvases(), torch.stack(drawn.plain)
     views = image_views(canvases, encoder, config, 0)
     for view in range(2):
         tokens = encoder(views[:, view]).objects[:, 0]
@@ -306,16 +316,16 @@ def test_mistakes_are_said_in_a_line(encoder, noise, make_sample) -> None:
 
 
 def test_bad_images_are_counted(encoder, noise, make_sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveola.evaluation.views import other_views
+    from foveola.evaluation.views import retrieval
 
-    known = other_views.decode
+    known = retrieval.decode
 
     def decode(image):
         if image.shape[0] == 61:
             raise BadImage("damaged")
         return known(image)
 
-    monkeypatch.setattr(other_views, "decode", decode)
+    monkeypatch.setattr(retrieval, "decode", decode)
     noise.samples[3] = make_sample(3, height=61)
     with pytest.raises(UserError, match="1 of 40 images cannot be read, such as image-3"):
         run(encoder, noise)

@@ -7,13 +7,14 @@ import torch
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sample import BadImage, Objects, Sample
 from foveola.data.sources import open_source
+from foveola.evaluation.images import Images
 from foveola.evaluation.protocol import At
 from foveola.evaluation.views import retrieval
 from foveola.evaluation.views.retrieval import (
     PARCEL,
+    CanvasCut,
     Retrieval,
     RetrievalConfig,
-    TargetCanvases,
     choose_targets,
     two_views,
 )
@@ -66,8 +67,10 @@ def test_views_hold_their_object(encoder, list_source) -> None:
     targets = choose_targets(source, 40, 0, 0)
     color = retrieval.ColorConfig(jitter=0, grayscale=0, blur=(0, 0, 0), solarize=(0, 0, 0))
     config = RetrievalConfig(color=color, min_visible=0.5)
-    canvases, bad = TargetCanvases(source, targets, 64, 64)[0]
-    assert bad == []
+    cut = CanvasCut(64, 64, encoder.config.transform)
+    parcel = Images(source, np.array(targets), cut, PARCEL)[0]
+    canvases = parcel.made.canvases()
+    assert parcel.bad == ()
     assert len(canvases) == PARCEL
     views, masks = two_views(canvases, encoder, config, 0)
     assert views.shape == (PARCEL, 2, 3, 32, 32)
