@@ -36,7 +36,7 @@ QUIET = {"workers": 0, "progress": False}
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The code of docs/extend.md as a module that Python finds."""
-    (code,) = re.findall(r"```python\n(.*?class Centroids\(.*?)```", DOCS.read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n([^`]*?class Centroids\(.*?)```", DOCS.read_text(), re.DOTALL)
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "centroids_of_docs.py").write_text(code)
