@@ -25,9 +25,8 @@ from foveola.evaluation.classification.task import (
     Columns,
     ProbeConfig,
     batches,
-    length_of,
-    note_training,
     open_task,
+    plan_training,
 )
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need
@@ -243,9 +242,7 @@ class Abmilp(Protocol):
         task = open_task(at, config, wanted, len(config.lr))
         columns = Columns(task.train, task.fit, wanted, task.device, config.views)
         config = config.sized(len(task.fit))
-        length = length_of(len(task.fit), config.batch or 1, config.epochs, None)
-        batch, each, steps = length
-        note_training(task, length, config.views, None)
+        batch, each, steps = plan_training(task, config)
         if config.attention:
             task.notes.append(
                 "attention=true: a layer with residual and biases, without output map (Rymarczyk et al.); "

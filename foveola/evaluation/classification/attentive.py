@@ -19,16 +19,15 @@ from foveola.evaluation.classification.grids import (
     probe_needs,
     train_banks,
 )
-from foveola.evaluation.classification.linear import PUBLISHED
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import (
+    PUBLISHED,
     Columns,
     ProbeConfig,
     Task,
     batches,
-    length_of,
-    note_training,
     open_task,
+    plan_training,
 )
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
@@ -230,12 +229,7 @@ class Attentive(Protocol):
         task = open_task(at, config, wanted, candidates)
         columns = Columns(task.train, task.fit, wanted, task.device, config.views)
         config = config.resolved(len(task.fit))
-        published = (
-            PUBLISHED if config.style == "capi" and config.epochs is config.iterations is None else None
-        )
-        length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
-        batch, _, steps = length
-        note_training(task, length, config.views, published)
+        batch, _, steps = plan_training(task, config, PUBLISHED if config.style == "capi" else None)
         if config.style == "cae" and batch < STYLES["cae"]["batch"]:
             task.notes.append(f"cae: batches of {batch} images")
         width = task.train.take("patches", slice(1)).shape[2]

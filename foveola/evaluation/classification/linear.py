@@ -26,12 +26,12 @@ from foveola.evaluation.classification.solvers import (
     warm_cosine,
 )
 from foveola.evaluation.classification.task import (
+    PUBLISHED,
     Columns,
     ProbeConfig,
     batches,
-    length_of,
-    note_training,
     open_task,
+    plan_training,
 )
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import EXTERNAL, need
@@ -173,7 +173,6 @@ def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Flo
 
 # -- protocol ------------------------------------------------------------------------------------------------
 
-PUBLISHED = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -257,12 +256,7 @@ class Linear(Protocol):
         candidates = len(rates) * (1 if mae else len(features))
         task = open_task(at, config, wanted, candidates)
         columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-        published = (
-            PUBLISHED if config.style == "dinov2" and config.epochs is config.iterations is None else None
-        )
-        length = length_of(len(task.fit), config.batch or 1, config.epochs, config.iterations, published)
-        batch, each, steps = length
-        note_training(task, length, config.views, published)
+        batch, each, steps = plan_training(task, config, PUBLISHED if config.style == "dinov2" else None)
         if mae:
             task.notes.append(
                 f"style=mae: BatchNorm over {min(batch, config.norm_batch)} images (MAE: 512), measured "

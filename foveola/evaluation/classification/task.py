@@ -18,6 +18,7 @@ from foveola.evaluation.classification.truth import Answers, answers_of, shared_
 from foveola.evaluation.features.cache import FeedConfig, Need, Store
 from foveola.evaluation.protocol import At
 
+PUBLISHED = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
 HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
 EPOCHS = 100  # passes over the training images after which a published number of steps ends at the latest
 PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
@@ -161,8 +162,15 @@ def length_of(
     return batch, each, each * (epochs or 1)
 
 
-def note_training(task: Task, length: tuple[int, int, int], views: int, published: int | None) -> None:
-    """Keep batch and steps with the task's facts, and say what is not as published: length, augmentation."""
+def plan_training(task: Task, config: Any, published: int | None = None) -> tuple[int, int, int]:
+    """Batch, steps of an epoch and steps of training that a probe's settings ask for, as `length_of`.
+
+    The task keeps batch and steps with its facts, and notes what is not as published: length, augmentation.
+    """
+    views, iterations = config.views, getattr(config, "iterations", None)
+    if config.epochs is not None or iterations is not None:
+        published = None
+    length = length_of(len(task.fit), config.batch or 1, config.epochs, iterations, published)
     batch, each, steps = length
     task.training.update(batch=batch, steps=steps, epochs=-(-steps // each))
     if published is not None and steps < published:
@@ -174,6 +182,7 @@ def note_training(task: Task, length: tuple[int, int, int], views: int, publishe
         task.notes.append("trained on the evaluation view; published probes train on random crops (views=)")
     elif views < task.training["epochs"]:
         task.notes.append(f"trained on {views} crops of each image in turn; published: new ones each epoch")
+    return length
 
 
 # -- features by batch ---------------------------------------------------------------------------------------
