@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
-from foveola.console import Ended, ended_by_signals, is_path, only, print_keys, print_table, split
+from foveola.console import Ended, as_command, is_path, only, print_keys, print_table, split
 from foveola.failures import explain
 
 USAGE = """\
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal n.
     """
     try:
-        with ended_by_signals():
+        with as_command():
             return _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
@@ -191,8 +191,8 @@ def _pretrain(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.evaluation.evaluate import configure, evaluate_all
-    from foveola.evaluation.protocol import PROTOCOLS, every, find
+    from foveola.evaluation.evaluate import evaluate_all, protocol_configs
+    from foveola.evaluation.protocol import PROTOCOLS, every, find_protocol
     from foveola.evaluation.result import Result
 
     usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
@@ -204,7 +204,7 @@ def _evaluate(arguments: list[str]) -> None:
     known = f"protocol ({', '.join(PROTOCOLS)})"
     chosen = [name.strip() for name in only(names, known, usage).split(",")]
     if "--help" in flags:
-        for protocol in map(find, chosen):
+        for protocol in map(find_protocol, chosen):
             print(f"foveola evaluate {protocol.name} [key=value ...]: {protocol.help}\n")
             print_keys([*PLACES, *describe(protocol.Config())])
         return
@@ -213,7 +213,7 @@ def _evaluate(arguments: list[str]) -> None:
     places = {path: None if value is None else str(value) for path, value in places.items()}
     model = places.pop("model")
     places["overlap"] = places["overlap"] or "refuse"
-    configure(chosen, settings)  # mistakes first, before anything is loaded
+    protocol_configs(chosen, settings)  # mistakes first, before anything is loaded
     if model is None:
         raise UserError(f"evaluate {chosen[0]} needs model=: a run folder, an encoder folder, or weights")
     from foveola import distributed
@@ -266,15 +266,15 @@ def _analyze(arguments: list[str]) -> None:
 
 def _visualize(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    from foveola.figures.visualize import DOOR, KINDS, configure, find, visualize
+    from foveola.figures.visualize import DOOR, FIGURES, configure, find_figure, visualize
 
     usage = "foveola visualize KIND model=A[,B ...] data=... [out=figures] [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola visualize KIND --help` lists the keys of a kind:")
-        print_table([(f"  {figure.name}", figure.help) for figure in map(find, DOOR.names())])
+        print_table([(f"  {figure.name}", figure.help) for figure in map(find_figure, DOOR.names())])
         return
-    kind = only(names, f"kind ({', '.join(KINDS)})", usage)
-    figure = find(kind)
+    kind = only(names, f"kind ({', '.join(FIGURES)})", usage)
+    figure = find_figure(kind)
     places = [*VISUALIZE, TRAIN] if figure.train else VISUALIZE
     if "--help" in flags:
         print(f"foveola visualize {kind} [key=value ...]: {figure.help}\n")

@@ -142,7 +142,8 @@ class _Cluster(torch.autograd.Function):
 def position_information(
     seen: Float[Tensor, "N K"], usage: Float[Tensor, "N K"], floor: float = 0.1
 ) -> Float[Tensor, ""]:
-    """Nats by which a patch's position tells its assignment: 0 for none, at most ln N (positional collapse).
+    """Return nats by which a patch's position tells its assignment: 0 for none, at most ln N (positional
+    collapse).
 
     The mean over the assignments `usage` of a batch of log p(k | position) / p(k), where p comes from `seen`,
     the mean assignments at each position in *earlier* batches. A lower bound of the mutual information: as it

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from foveola.trees import (
     FLOAT,
+    FORMER_CHOICES,
+    FORMER_NAMES,
     ConfigError,
     UserError,
     dump_tree,
@@ -88,7 +90,9 @@ def key(
 
 
 def again(config: type, name: str, default: Any, **ranges: float | None) -> Any:
-    """The key `name` of a configuration class for a class that inherits it: another default or range."""
+    """Return the key `name` of a configuration class for a class that inherits it: another default or
+    range.
+    """
     known = next(f for f in fields(config) if f.name == name).metadata
     return key(default, known["help"], **known["ranges"] | ranges)
 
@@ -104,7 +108,7 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
     """
     known, hints, values = {f.name: f for f in fields(cls) if f.init}, get_type_hints(cls), {}  # type: ignore[arg-type]
     tree = {
-        name if name in known else _renewed(name, known, _join(where, name)): value
+        name if name in known else _renewed(name, FORMER_NAMES, known, where or "configuration"): value
         for name, value in tree.items()
     }
     for name in tree:
@@ -129,12 +133,12 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
 
 
-def _renewed(word: Any, known: Container[Any], where: str) -> Any:
+def _renewed(word: Any, former: dict[str, str], known: Container[Any], where: str) -> Any:
     """What a key or a choice of an earlier version is called today, or the word itself."""
-    today = renewed(word)
+    today = former.get(word, word) if isinstance(word, str) else word
     if today == word or today not in known:
         return word
-    warnings.warn(f"{where}: {word!r} is now called {today!r}", FutureWarning, stacklevel=2)
+    warnings.warn(f"{where}: {word!r} is now called {today!r}", FutureWarning, stacklevel=1)
     return today
 
 
@@ -237,7 +241,7 @@ def _convert_literal(choices: tuple, value: Any, path: str) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    if (today := _renewed(value, choices, path)) != value:
+    if (today := _renewed(value, FORMER_CHOICES, choices, path)) != value:
         return today
     near = nearest(str(value), map(str, choices))
     hint = f"; did you mean {near!r}?" if near else ""
@@ -286,7 +290,7 @@ def _check_range(value: Any, ranges: dict, path: str) -> None:
 
 
 def unread(config: Any, where: str = "") -> dict[str, str]:
-    """Keys that nothing reads with these settings, by path, and why: the `unread()` of every group."""
+    """Return keys that nothing reads with these settings, by path, and why: the `unread()` of every group."""
     found: dict[str, str] = {}
     inner = config if isinstance(config, dict) else {}
     if is_dataclass(config):
@@ -333,7 +337,9 @@ class KeyInfo:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain YAML types (dict, list, scalars) of a configuration; `build(type(config), ...)` gives it back."""
+    """Return plain YAML types (dict, list, scalars) of a configuration; `build(type(config), ...)` gives it
+    back.
+    """
     if is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in fields(config) if f.init}
     if isinstance(config, dict):
@@ -344,12 +350,12 @@ def to_dict(config: Any) -> Any:
 
 
 def dump_yaml(config: Any) -> str:
-    """The configuration (a dataclass or a tree) as YAML text, keys in declared order."""
+    """Return the configuration (a dataclass or a tree) as YAML text, keys in declared order."""
     return dump_tree(to_dict(config))
 
 
 def describe(config: Any, where: str = "") -> list[KeyInfo]:
-    """Every key of a configuration instance, in declared order, nested keys as dotted paths."""
+    """Return every key of a configuration instance, in declared order, nested keys as dotted paths."""
     hints, lines = get_type_hints(type(config)), []
     for f in (f for f in fields(config) if f.init):
         path, value = _join(where, f.name), getattr(config, f.name)

@@ -5,6 +5,7 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ WIDEST = 36  # characters of a column after the first; a longer cell pushes the 
 
 
 def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
-    """Words without and with `=`, and the flags given.
+    """Return words without and with `=`, and the flags given.
 
     A path that exists, such as runs/lr=0.1, is a name; keys have no slash, so ./lr=0.1 can be told from one.
     """
@@ -32,7 +33,7 @@ def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list
 
 
 def is_path(word: str) -> bool:
-    """Whether this names a file or folder that exists; False for what cannot, such as long words."""
+    """Return whether this names a file or folder that exists; False for what cannot, such as long words."""
     try:
         return Path(word).exists()
     except (OSError, ValueError):
@@ -54,18 +55,20 @@ def only(names: list[str], what: str, usage: str) -> str:
 
 
 def print_keys(keys: list[KeyInfo]) -> None:
-    rows = [(info.path, shown(info.value), info.type, info.help) for info in keys]
+    rows = [(info.path, cell_text(info.value), info.type, info.help) for info in keys]
     print_table([("key", "value", "type", "meaning"), *rows])
 
 
-def shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return "[" + ", ".join(map(shown, value)) + "]" if isinstance(value, list) else str(value)
+    return "[" + ", ".join(map(cell_text, value)) + "]" if isinstance(value, list) else str(value)
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Aligned columns; the last one wraps within a terminal. In a file or a pipe one row is one line."""
+    """Print aligned columns; the last one wraps within a terminal. In a file or a pipe one row is one
+    line.
+    """
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     widths = [first, *(min(width, WIDEST) for width in others)]
     indent = sum(widths) + 2 * len(widths)
@@ -81,8 +84,33 @@ class Ended(BaseException):
 
 
 @contextmanager
+def as_command() -> Iterator[None]:
+    """Let signals end what runs within, and say warnings of this package in one line."""
+    with ended_by_signals(), warnings_in_one_line():
+        yield
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Let warnings of this package be said as its errors are, in one line; others stay as Python has them."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+            if Path(filename).is_relative_to(Path(__file__).parent):
+                sys.stderr.write(f"foveola: {message}\n")
+            else:
+                plain(message, category, filename, *where)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind a command as Ctrl-C does. Training answers them itself, with a checkpoint."""
+    """Let SIGTERM and SIGHUP unwind a command as Ctrl-C does. Training answers them itself, with a
+    checkpoint.
+    """
 
     def end(number: int, _: object) -> None:
         raise Ended(number)

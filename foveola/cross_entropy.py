@@ -19,7 +19,7 @@ PrototypeWeights = tuple[Float[Tensor, "K D"], Float[Tensor, "K 1"]]  # v and g
 
 
 @runtime_checkable
-class Rows(Protocol):
+class TargetRows(Protocol):
     """Targets of n rows, float32: a tensor [n, K], or what makes them when a loss asks, for each row once.
 
     What is made stands until anything else is asked for, and is not written to.
@@ -31,14 +31,14 @@ class Rows(Protocol):
 
 
 def rows_in_cache(device: torch.device, prototypes: int) -> int:
-    """How many rows of logits to take at a time where one elementwise operation follows another."""
+    """Return how many rows of logits to take at a time where one elementwise operation follows another."""
     return max((2**18 if device.type == "cpu" else 2**26) // prototypes, 1)
 
 
 def room_for(
     use: Literal["logits", "targets"], rows: int, prototypes: int, device: torch.device
 ) -> Float32[Tensor, "rows K"]:
-    """Memory for some rows of logits or targets, until the next ones of this thread are made.
+    """Return the memory for some rows of logits or targets, until the next ones of this thread are made.
 
     On a CPU it is kept from step to step, since fresh memory costs as much as the work on it, and there is a
     gap after each row: rows a power of two apart would share a few sets of the caches, which slows matrix
@@ -58,7 +58,7 @@ def room_for(
 def multiply(
     features: Float[Tensor, "b D"], v: Float[Tensor, "K D"], out: Float32[Tensor, "b K"]
 ) -> Float32[Tensor, "b K"]:
-    """features v^T, written to `out`; rounded as autocast would."""
+    """Return features v^T, written to `out`; rounded as autocast would."""
     dtype = precision(features)
     with torch.autocast(features.device.type, enabled=False):
         if dtype == torch.float32:
@@ -67,19 +67,19 @@ def multiply(
 
 
 def precision(features: Tensor) -> torch.dtype:
-    """In which products with features are taken."""
+    """Return the dtype in which products with features are taken."""
     kind = features.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
 
 
 def scales_of(prototypes: PrototypeWeights) -> Float32[Tensor, "K"]:
-    """g_k / |v_k|, by which a product with v_k becomes a logit."""
+    """Return g_k / |v_k|, by which a product with v_k becomes a logit."""
     v, g = prototypes
     return (g.detach()[:, 0] / torch.linalg.vector_norm(v.detach(), dim=1)).float()
 
 
 def first_choice(rows: Float[Tensor, "n K"]) -> Int64[Tensor, "n"]:
-    """The place of the largest entry of each row."""
+    """Return the place of the largest entry of each row."""
     block = 256
     if rows.device.type != "cpu" or rows.shape[1] % block:
         return rows.argmax(dim=1)
@@ -92,12 +92,13 @@ def first_choice(rows: Float[Tensor, "n K"]) -> Int64[Tensor, "n"]:
 def cross_entropy(
     predictions: Float[Tensor, "B S D"],
     prototypes: PrototypeWeights | None,
-    targets: Rows,
+    targets: TargetRows,
     own: int,
     weights: Float[Tensor, "B"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Sum over b and s of weights[b] * -sum_k target_k log softmax(logits[b, s] / temperature)_k, in float32.
+    """Return the sum over b and s of weights[b] * -sum_k target_k log softmax(logits[b, s] / temperature)_k,
+    in float32.
 
     Args:
         predictions: features, or the logits themselves where there are no `prototypes`.
@@ -126,7 +127,7 @@ class _CrossEntropy(torch.autograd.Function):
         predictions: Tensor,
         v: Tensor | None,
         g: Tensor | None,
-        targets: Rows,
+        targets: TargetRows,
         own: int,
         weights: Tensor,
         temperature: float,

@@ -10,7 +10,7 @@ import torch
 from foveola.config import to_dict
 from foveola.data.sources import open_source
 from foveola.drawing.overlays import heat, outline
-from foveola.drawing.sheet import Pixels, Row, panel, save
+from foveola.drawing.sheet import Pixels, Row, panel, save_png
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
@@ -24,7 +24,7 @@ from foveola.training.run import pretrain, untrained
 from foveola.views.batch import Streams, make_views
 from foveola.zoo.load import load
 
-OBJECTS = 1000  # to find among each other
+DEMO_OBJECTS = 1000  # to find among each other
 REPORTED = 200  # objects and images of the measurements that the report makes at each kept step
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
@@ -34,14 +34,14 @@ MEASURES = {  # of the table: (protocol, metric)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class DemoTable:
     """Untrained against trained, in percent, for each seed."""
 
     before: dict[str, list[float]]
     after: dict[str, list[float]]
 
     def table(self) -> str:
-        """One line a measure: mean and standard deviation over seeds."""
+        """Return one line a measure: mean and standard deviation over seeds."""
         count = len(next(iter(self.before.values())))
         title = "objects never seen in training, %"
         wide = max(len(title), *map(len, MEASURES))
@@ -60,7 +60,7 @@ def _spread(values: np.ndarray) -> str:
 
 def demo(
     out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None
-) -> Comparison | None:
+) -> DemoTable | None:
     """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png` and
     `report.html`.
 
@@ -78,19 +78,19 @@ def demo(
         if not run.finished:
             return None
         for table, encoder in ((before, untrained(run.config)), (after, run.folder)):
-            for name, value in measure(encoder, run.config).items():
+            for name, value in measure_demo(encoder, run.config).items():
                 table[name].append(value)
-    comparison = Comparison(before, after)
-    image = save(figure_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
+    comparison = DemoTable(before, after)
+    image = save_png(figure_of(Path(out) / "seed-0", config), Path(out) / "demo.png")
     page = _report(Path(out), seeds, config)
     print(f"\n{comparison.table()}\n\nimage: {image}\nreport:  {page}")
     print(f"encoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
     return comparison
 
 
-def measure(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
-    """The measures of the demo's table, in percent, for one encoder."""
-    settings = {"knn": _knn(config), "retrieval": _find(config, OBJECTS)}
+def measure_demo(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
+    """Return the measures of the demo's table, in percent, for one encoder."""
+    settings = {"knn": _knn(config), "retrieval": _find(config, DEMO_OBJECTS)}
     results = {
         name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
         for name in ("knn", "retrieval")
@@ -125,7 +125,9 @@ def _report(out: Path, seeds: int, config: RunConfig) -> Path:
 
 
 def figure_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Pixels:
-    """Crops of both views with the object's mask, attention, and nearest neighbours of held-out objects."""
+    """Draw crops of both views with the object's mask, attention, and nearest neighbours of held-out
+    objects.
+    """
     encoder = load(folder)
     test, train = (
         open_source(config.data or "scenes:", "test"),
@@ -160,10 +162,9 @@ def _row(
     near: list[int],
 ) -> Row:
     names = test.classes
-    target = retrieval.Target(int(queries.image_indices[row]), int(queries.objects[row]))
-    size = config.loader.canvas
-    canvases, _ = retrieval.TargetCanvases(test, [target], size, size)[0]
-    assert canvases is not None
+    index, size = int(queries.image_indices[row]), config.loader.canvas
+    cut = retrieval.CanvasCut(size, size, encoder.config.transform)
+    canvases = cut(test[index], index, int(queries.objects[row])).canvases()
     views = make_views(canvases, config.views, encoder.patch_size, Streams(1, row)).large
     assert views.objects is not None
     patches = views.objects[0, :, 0]

@@ -28,22 +28,22 @@ def _active() -> bool:
 
 
 def rank() -> int:
-    """Index of this process among all, 0 with one process."""
+    """Return the index of this process among all, 0 with one process."""
     return dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _active() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Return whether this is the process that writes files and talks to the user."""
     return rank() == 0
 
 
 def find_device(device: str | torch.device | None = None, local: int = 0) -> torch.device:
-    """`cpu`, `cuda` (that of index `local`), `cuda:1`; None and `auto`: a GPU if there is one.
+    """Return `cpu`, `cuda` (that of index `local`), `cuda:1`; None and `auto`: a GPU if there is one.
 
     Raises UserError when there is no such device.
     """
@@ -137,22 +137,22 @@ def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
 
 
 def all_reduce_sum(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Elementwise sum over the processes."""
+    """Return elementwise sum over the processes."""
     return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Elementwise maximum over the processes."""
+    """Return elementwise maximum over the processes."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def all_reduce_mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Elementwise mean over the processes, each counting the same."""
+    """Return elementwise mean over the processes, each counting the same."""
     return all_reduce_sum(tensor) / world_size()
 
 
 def gather_rows(tensor: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "all_rows *rest"]:
-    """The rows of all processes in rank order. Row counts may differ (and be zero), `rest` may not."""
+    """Return the rows of all processes in rank order. Row counts may differ (and be zero), `rest` may not."""
     if world_size() == 1:
         return tensor.detach()
     rows = _travelling(torch.tensor([tensor.shape[0]], device=tensor.device))
@@ -174,7 +174,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The picklable `value` of rank 0; what the other ranks pass is ignored."""
+    """Return the picklable `value` of rank 0; what the other ranks pass is ignored."""
     if world_size() == 1:
         return value
     box = [value]
@@ -183,7 +183,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The picklable values of all processes, in rank order."""
+    """Return the picklable values of all processes, in rank order."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -192,7 +192,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on all of them. A UserError, too, is raised on all.
+    """Return what `work` returns on the main process, on all of them. A UserError, too, is raised on all.
 
     So is a fault of the machine (a full disk, a lack of memory), as a UserError.
     """

@@ -45,7 +45,7 @@ _OF_TORCH = {
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for a fault of the machine: what, where, and what to do. None for any other error."""
+    """Return one line for a fault of the machine: what, where, and what to do. None for any other error."""
     if isinstance(error, MemoryError):
         return f"out of memory: {str(error) or 'nothing is left'}; {_MEMORY}"
     if isinstance(error, OSError):

@@ -18,7 +18,8 @@ STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a pr
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path to write to, in the folder of `path` (made if needed), which becomes `path` when the block ends.
+    """Give a path to write to, in the folder of `path` (made if needed), which becomes `path` when the block
+    ends.
 
     An error or a kill inside the block leaves the file that was there before, or none. The file gets the
     permissions that any new file gets (0666 & ~umask), also from libraries that write private ones, and is on
@@ -81,7 +82,7 @@ class EncoderFolder:
         return self.path / "model.safetensors"
 
     def is_whole(self) -> bool:
-        """Whether both files are there."""
+        """Return whether both files are there."""
         return self.config.is_file() and self.weights.is_file()
 
 
@@ -159,26 +160,26 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def kept_encoder(self, step: int) -> EncoderFolder:
-        """The encoder of an earlier step."""
+        """Return the encoder of an earlier step."""
         return EncoderFolder(self.path / "encoders" / f"step-{step:08d}")
 
     def kept_encoders(self) -> list[tuple[int, EncoderFolder]]:
-        """The encoders of earlier steps that are whole, by rising step."""
+        """Return the encoders of earlier steps that are whole, by rising step."""
         kept = (self.path / "encoders").glob("step-*")
         found = [(STEP.fullmatch(path.name), EncoderFolder(path)) for path in kept]
         whole = [(int(match[1]), folder) for match, folder in found if match and folder.is_whole()]
         return sorted(whole, key=lambda pair: pair[0])
 
     def is_run(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether a run was begun here."""
         return self.config.is_file()
 
     def began_to_train(self) -> bool:
-        """Whether there are traces of a checkpoint."""
+        """Return whether there are traces of a checkpoint."""
         return any(self.checkpoints.glob("step-*")) or self.encoder.config.exists()
 
     def read_metrics(self, odd: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
-        """The metrics by rising step; lines of one step (training and evaluation) are laid together.
+        """Return the metrics by rising step; lines of one step (training and evaluation) are laid together.
 
         The last line may be torn by an interruption and is left out then; so is any other that is not as
         metrics are, whose number (from 1) is given to `odd`.
@@ -198,12 +199,13 @@ class RunFolder:
 
 
 def results_in(folder: str | Path) -> Path:
-    """The folder of the results, one file for each protocol, beside an encoder or in a run folder."""
+    """Return the folder of the results, one file for each protocol, beside an encoder or in a run folder."""
     return Path(folder) / "results"
 
 
 def home_of(model: str | Path) -> Path | None:
-    """The folder whose `results/` are those of a model; None for a model that has no folder of its own.
+    """Return the folder whose `results/` are those of a model; None for a model that has no folder of its
+    own.
 
     That is a run folder itself, RUN/untrained for `untrained:RUN`, and RUN/encoders/step-N for an encoder
     that was kept on the way.

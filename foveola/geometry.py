@@ -61,7 +61,7 @@ def resampling_weights(
     blur: Float[Tensor, "*N"] | None = None,
     extent: Int64[Tensor, "*N"] | None = None,
 ) -> Float[Tensor, "*N {size} {source}"]:
-    """Antialiased interpolation weights of one axis; each row sums to one.
+    """Return antialiased interpolation weights of one axis; each row sums to one.
 
     Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit
     interval; 0 <= low < high <= 1. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as
@@ -105,7 +105,9 @@ def resampling_weights(
 
 
 def bicubic(x: Float[Tensor, "*N"], a: float = -0.5) -> Float[Tensor, "*N"]:
-    """Keys' kernel at distances x >= 0 in cells; a = -0.5 is PIL's, -0.75 torch's without antialiasing."""
+    """Return Keys' kernel at distances x >= 0 in cells; a = -0.5 is PIL's, -0.75 torch's without
+    antialiasing.
+    """
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
@@ -157,7 +159,8 @@ def sample(
 def covered_patches(
     coverage: Float[Tensor, "*B h w"], min_coverage: float, keep_most: bool = False
 ) -> Bool[Tensor, "*B N"]:
-    """Which patches belong to an object, from the share of each that it covers, in [0, 1]; may be none.
+    """Return which patches belong to an object, from the share of each that it covers, in [0, 1]; may be
+    none.
 
     A patch counts from `min_coverage` on. With `keep_most` an object that covers less than that of every
     patch keeps those that it covers most.
@@ -169,7 +172,7 @@ def covered_patches(
 
 
 def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) -> Float[Tensor, "B M T"]:
-    """Sum of a field over each of T boxes, in units of field cells, through a summed-area table.
+    """Return the sum of a field over each of T boxes, in units of field cells, through a summed-area table.
 
     Box edges fall between cells: the table is interpolated linearly, which is exact for a field that is
     constant inside each cell.

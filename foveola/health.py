@@ -7,10 +7,10 @@ from statistics import fmean
 from typing import Literal
 
 State = Literal["OK", "LOOK", "BAD", "NOT KNOWN"]
-Line = Mapping[str, float | None]
+StepMetrics = Mapping[str, float | None]
 
 # Where LOOK begins, and where BAD does. docs/report.md says where each comes from.
-FLAT = 0.90, 0.98  # entropy of targets, as a share of log K
+FLAT_FROM = 0.90, 0.98  # entropy of targets, as a share of log K
 SHARP = 0.01  # the same, from below
 ALIVE = 4.0, 2.0  # prototypes that the targets of a batch amount to: exp(entropy of their mean)
 USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an epoch
@@ -27,7 +27,7 @@ OVERFLOW = 0.10  # the same of gradients with precision=fp16, where some are ord
 ONE = 1.5  # effective rank below which one direction tells all images apart
 
 SHORT = 500  # steps below which a run tells nothing of its method
-FEW = 1000  # images, likewise
+FEW_IMAGES = 1000  # images, likewise
 
 FIXED_TARGETS = ("mae",)  # methods whose loss can be read as progress: the target does not move
 
@@ -60,14 +60,14 @@ class Facts:
     processes: int | None = None  # over which `features` are those of one; None: not noted
 
 
-def health(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
-    """All verdicts that the metrics allow, in the order in which they are worth reading."""
+def health(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
+    """Return all verdicts that the metrics allow, in the order in which they are worth reading."""
     return [
         ended(lines, facts),
         enough(lines, facts),
         *targets(lines, facts),
-        spread(lines),
-        rank(lines, facts),
+        feature_spread(lines),
+        rank_health(lines, facts),
         place(lines, facts),
         finite(lines, facts),
         loss(lines, facts),
@@ -77,7 +77,7 @@ def health(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
 
 
 def worst(verdicts: Sequence[Verdict]) -> State:
-    """BAD before LOOK before OK; NOT KNOWN where nothing is known."""
+    """Return BAD before LOOK before OK; NOT KNOWN where nothing is known."""
     states = {verdict.state for verdict in verdicts}
     order: tuple[State, ...] = ("BAD", "LOOK", "OK", "NOT KNOWN")
     for state in order:
@@ -86,26 +86,28 @@ def worst(verdicts: Sequence[Verdict]) -> State:
     return "NOT KNOWN"
 
 
-def values(lines: Sequence[Line], name: str) -> list[float]:
-    """The finite values of a metric, in order."""
+def values(lines: Sequence[StepMetrics], name: str) -> list[float]:
+    """Return the finite values of a metric, in order."""
     found = (line.get(name) for line in lines)
     return [value for value in found if value is not None and math.isfinite(value)]
 
 
-def recent(lines: Sequence[Line], name: str) -> float | None:
-    """The mean of a metric over the last tenth of its values, at least three of them where there are."""
+def recent(lines: Sequence[StepMetrics], name: str) -> float | None:
+    """Return the mean of a metric over the last tenth of its values, at least three of them where there
+    are.
+    """
     found = values(lines, name)
     return fmean(found[-max(3, len(found) // 10) :]) if found else None
 
 
-def percent(share: float, digits: int = 0) -> str:
+def as_percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
 # -- one verdict each ----------------------------------------------------------------------------------------
 
 
-def ended(lines: Sequence[Line], facts: Facts) -> Verdict:
+def ended(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     name = "Is the run finished?"
     if not lines:
         return Verdict(name, "NOT KNOWN", "No step was logged.")
@@ -120,26 +122,26 @@ def ended(lines: Sequence[Line], facts: Facts) -> Verdict:
     return Verdict(
         name,
         "LOOK",
-        f"{step:,} of {facts.total_steps:,} steps are logged ({percent(share)}). The schedules have not run "
-        "out, so numbers will still move; the same command goes on.",
+        f"{step:,} of {facts.total_steps:,} steps are logged ({as_percent(share)}). The schedules have not "
+        "run out, so numbers will still move; the same command goes on.",
     )
 
 
-def enough(lines: Sequence[Line], facts: Facts) -> Verdict:
-    """Steps and images that allow an answer at all, whatever the other verdicts say."""
+def enough(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
+    """Judge whether steps and images allow an answer at all, whatever the other verdicts say."""
     name = "Is it long enough to tell?"
     if not lines or not (step := int(lines[-1]["step"] or 0)):
         return Verdict(name, "NOT KNOWN", "No step was logged.")
     text = f"{step:,} steps" + ("" if facts.images is None else f" on {facts.images:,} images")
-    limits = f"LOOK below {SHORT} steps" + ("" if facts.images is None else f" or {FEW:,} images")
-    if step < SHORT or (facts.images is not None and facts.images < FEW):
+    limits = f"LOOK below {SHORT} steps" + ("" if facts.images is None else f" or {FEW_IMAGES:,} images")
+    if step < SHORT or (facts.images is not None and facts.images < FEW_IMAGES):
         few = "too short" if step < SHORT else "too few images"
         return Verdict(name, "LOOK", f"{text}: {few} to tell whether the method works. {limits}.")
     return Verdict(name, "OK", f"{text}. {limits}.")
 
 
-def targets(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
-    """For each kind of targets: neither flat nor all alike, and prototypes in use."""
+def targets(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
+    """Judge each kind of targets: neither flat nor all alike, and prototypes in use."""
     kinds = dict.fromkeys(
         name.partition("/")[0] for line in lines for name in line if name.endswith("/target_entropy")
     )
@@ -157,23 +159,22 @@ def targets(lines: Sequence[Line], facts: Facts) -> list[Verdict]:
     return verdicts
 
 
-def _entropy(lines: Sequence[Line], kind: str, count: int) -> Verdict:
+def _entropy(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
     name, most = f"Do the targets of {kind} say something?", math.log(count)
     entropy, apart = recent(lines, f"{kind}/target_entropy"), recent(lines, f"{kind}/kl_to_uniform")
     if entropy is None:
         return Verdict(name, "NOT KNOWN", "No finite entropy was logged.")
     share = entropy / most
-    text = (
-        f"Mean entropy {entropy:.2f} of at most {most:.2f} nats ({percent(share, 1)}; {count:,} prototypes)"
-    )
-    if share >= FLAT[0]:
-        state = "BAD" if share >= FLAT[1] else "LOOK"
+    text = f"Mean entropy {entropy:.2f} of at most {most:.2f} nats "
+    text += f"({as_percent(share, 1)}; {count:,} prototypes)"
+    if share >= FLAT_FROM[0]:
+        state = "BAD" if share >= FLAT_FROM[1] else "LOOK"
         return Verdict(
             name,
             state,
             f"{text}: close to uniform, so this term teaches little or nothing. LOOK from "
-            f"{percent(FLAT[0])}, BAD from {percent(FLAT[1])}. A lower teacher temperature, fewer prototypes "
-            "or a larger batch may help.",
+            f"{as_percent(FLAT_FROM[0])}, BAD from {as_percent(FLAT_FROM[1])}. "
+            "A lower teacher temperature, fewer prototypes or a larger batch may help.",
         )
     if apart is not None and (alive := math.exp(max(most - apart, 0.0))) < ALIVE[0]:
         state = "BAD" if alive < ALIVE[1] else "LOOK"
@@ -187,13 +188,13 @@ def _entropy(lines: Sequence[Line], kind: str, count: int) -> Verdict:
         return Verdict(
             name,
             "LOOK",
-            f"{text}: one-hot, without any doubt left. LOOK below {percent(SHARP)}. Harmless while many "
+            f"{text}: one-hot, without any doubt left. LOOK below {as_percent(SHARP)}. Harmless while many "
             "prototypes are in use; else a higher teacher temperature.",
         )
-    return Verdict(name, "OK", f"{text}. OK from {percent(SHARP)} to {percent(FLAT[0])}.")
+    return Verdict(name, "OK", f"{text}. OK from {as_percent(SHARP)} to {as_percent(FLAT_FROM[0])}.")
 
 
-def _usage(lines: Sequence[Line], kind: str, count: int) -> Verdict:
+def _usage(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
     name = f"Are the prototypes of {kind} in use?"
     last = values(lines, "epoch")[-1:] or [0.0]
     # They are counted anew in each epoch: the highest count since the start of the one before the last.
@@ -202,8 +203,10 @@ def _usage(lines: Sequence[Line], kind: str, count: int) -> Verdict:
     if not found:
         return Verdict(name, "NOT KNOWN", "Their use was not logged.")
     share = max(found)
-    text = f"{percent(share, 1)} of {count:,} prototypes were the first choice of something within an epoch"
-    limits = f"LOOK below {percent(USED[0])}, BAD below {percent(USED[1])}"
+    text = (
+        f"{as_percent(share, 1)} of {count:,} prototypes were the first choice of something within an epoch"
+    )
+    limits = f"LOOK below {as_percent(USED[0])}, BAD below {as_percent(USED[1])}"
     if share < USED[0]:
         return Verdict(
             name, "BAD" if share < USED[1] else "LOOK", f"{text}. {limits}. Fewer would do as well."
@@ -211,7 +214,7 @@ def _usage(lines: Sequence[Line], kind: str, count: int) -> Verdict:
     return Verdict(name, "OK", f"{text}. {limits}.")
 
 
-def spread(lines: Sequence[Line]) -> Verdict:
+def feature_spread(lines: Sequence[StepMetrics]) -> Verdict:
     name, value = "Do images have different features?", recent(lines, "feature_spread")
     if value is None:
         return Verdict(name, "NOT KNOWN", "The spread of features was not logged.")
@@ -222,7 +225,7 @@ def spread(lines: Sequence[Line]) -> Verdict:
     return Verdict(name, state, f"{text}. {limits}")
 
 
-def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
+def rank_health(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     name, value = "Do features use many directions?", recent(lines, "effective_rank")
     if value is None:
         return Verdict(name, "NOT KNOWN", "The effective rank was not logged.")
@@ -233,8 +236,8 @@ def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
     text = f"Effective rank {value:.1f} of at most {most}"
     if most == facts.features:
         text += " (rows of a batch of one process" + ("" if facts.processes else ", if there was one") + ")"
-    limits = f"LOOK below {percent(RANK[0])} of that or {percent(RANK_LOST)} of its own peak"
-    limits += f", BAD below {percent(RANK[1])}"
+    limits = f"LOOK below {as_percent(RANK[0])} of that or {as_percent(RANK_LOST)} of its own peak"
+    limits += f", BAD below {as_percent(RANK[1])}"
     if value < max(RANK[1] * most, ONE):
         few = "one direction tells all images apart" if value < ONE else "hardly any directions"
         return Verdict(name, "BAD", f"{text}: {few}. {limits} (or {ONE}).")
@@ -245,21 +248,23 @@ def rank(lines: Sequence[Line], facts: Facts) -> Verdict:
     return Verdict(name, "OK", f"{text}. {limits}.")
 
 
-def place(lines: Sequence[Line], facts: Facts) -> Verdict:
-    """Positional collapse: features or clusters that tell the position of a patch and not what is there."""
+def place(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
+    """Return positional collapse: features or clusters that tell the position of a patch and not what is
+    there.
+    """
     name = "Do patches tell content, not position?"
     known = recent(lines, "clustering/position_information")
     clusters = (facts.prototypes or {}).get("clustering")
     if known is not None and clusters and facts.places and facts.places > 1:
         most = math.log(min(clusters, facts.places))
         share, (look, bad) = known / most, INFORMATION
-        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({percent(share, 1)})"
+        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({as_percent(share, 1)})"
         text = f"Position tells {told}"
         return _share_verdict(name, text, share, look, bad)
     overall, content = recent(lines, "targets/std"), recent(lines, "targets/content_std")
     if overall is not None and content is not None and overall > 0:
         share = 1 - min(content / overall, 1.0) ** 2
-        text = f"Position explains {percent(share, 1)} of the variance of the teacher's patches"
+        text = f"Position explains {as_percent(share, 1)} of the variance of the teacher's patches"
         return _share_verdict(name, text, share, *PLACE)
     if facts.place_share is not None:
         return _measured_place(name, *facts.place_share, facts.place_images)
@@ -270,23 +275,24 @@ def place(lines: Sequence[Line], facts: Facts) -> Verdict:
 
 def _measured_place(name: str, trained: float, fresh: float | None, images: int | None) -> Verdict:
     """Aligned images, such as faces, let position explain much without any collapse, also when untrained."""
-    text = f"Position explains {percent(trained, 1)} of the variance of the encoder's patches"
+    text = f"Position explains {as_percent(trained, 1)} of the variance of the encoder's patches"
     text += "" if images is None else f" of {images} images"
     if images is not None and images < PLACE_FROM:
         return Verdict(name, "NOT KNOWN", f"{text}: too few, {PLACE_FROM} are needed.")
     if fresh is None:
         return _share_verdict(name, text, trained, *PLACE)
     excess = (trained - fresh) / (1 - fresh) if fresh < 1 else 0.0
-    text += f", {percent(fresh, 1)} untrained: {percent(max(excess, 0.0), 1)} of what was left to explain"
+    left = as_percent(max(excess, 0.0), 1)
+    text += f", {as_percent(fresh, 1)} untrained: {left} of what was left to explain"
     return _share_verdict(name, text, excess, *PLACE)
 
 
 def _share_verdict(name: str, text: str, share: float, look: float, bad: float) -> Verdict:
     state = "BAD" if share >= bad else "LOOK" if share >= look else "OK"
-    return Verdict(name, state, f"{text}. LOOK from {percent(look)}, BAD from {percent(bad)}.")
+    return Verdict(name, state, f"{text}. LOOK from {as_percent(look)}, BAD from {as_percent(bad)}.")
 
 
-def finite(lines: Sequence[Line], facts: Facts) -> Verdict:
+def finite(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     name = "Was every step finite?"
     if not lines:
         return Verdict(name, "NOT KNOWN", "No step was logged.")
@@ -300,10 +306,10 @@ def finite(lines: Sequence[Line], facts: Facts) -> Verdict:
         return Verdict(name, "BAD", "The last loss that was logged is not finite.")
     share = max(losses, norms) / max(len(trained), 1)
     text = f"{losses} losses and {norms} gradient norms of {len(trained)} logged steps are not finite"
-    limits = f"LOOK from the first, BAD from the second that are {percent(NOT_FINITE)} of the logged steps"
+    limits = f"LOOK from the first, BAD from the second that are {as_percent(NOT_FINITE)} of the logged steps"
     if facts.precision == "fp16" and not losses:
         state = "OK" if share < OVERFLOW else "LOOK"
-        why = f"with precision=fp16 gradients overflow now and then. LOOK from {percent(OVERFLOW)}"
+        why = f"with precision=fp16 gradients overflow now and then. LOOK from {as_percent(OVERFLOW)}"
         return Verdict(name, state, f"{text}; {why}.")
     if share >= NOT_FINITE and max(losses, norms) > 1:
         return Verdict(name, "BAD", f"{text}. {limits}.")
@@ -312,7 +318,7 @@ def finite(lines: Sequence[Line], facts: Facts) -> Verdict:
     return Verdict(name, "OK", f"{text}, no step was skipped. {limits}.")
 
 
-def loss(lines: Sequence[Line], facts: Facts) -> Verdict:
+def loss(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     name, found = "Does the loss fall?", values(lines, "loss")
     if len(found) < 4:
         return Verdict(name, "NOT KNOWN", f"{len(found)} losses were logged, at least 4 are needed.")
@@ -321,20 +327,20 @@ def loss(lines: Sequence[Line], facts: Facts) -> Verdict:
     share = (first - last) / max(abs(first), 1e-12)
     text = f"From {first:.3g} in the first tenth of the log to {last:.3g} in the last"
     if share >= FALL:
-        return Verdict(name, "OK", f"{text}. OK from a fall of {percent(FALL)} on.")
+        return Verdict(name, "OK", f"{text}. OK from a fall of {as_percent(FALL)} on.")
     if facts.method in FIXED_TARGETS:
         return Verdict(
-            name, "BAD", f"{text}, with targets that do not move. OK from a fall of {percent(FALL)} on."
+            name, "BAD", f"{text}, with targets that do not move. OK from a fall of {as_percent(FALL)} on."
         )
     return Verdict(
         name,
         "LOOK",
-        f"{text}. OK from a fall of {percent(FALL)} on. Here targets move with the teacher, so a loss may "
-        "stay or rise while features improve: trust the measurements below more.",
+        f"{text}. OK from a fall of {as_percent(FALL)} on. Here targets move with the teacher, so a loss "
+        "may stay or rise while features improve: trust the measurements below more.",
     )
 
 
-def loader(lines: Sequence[Line]) -> Verdict:
+def loader(lines: Sequence[StepMetrics]) -> Verdict:
     name, found = "Does data come fast enough?", values(lines, "data_wait")
     if not found:
         return Verdict(name, "NOT KNOWN", "The time spent waiting for data was not logged.")
@@ -344,13 +350,13 @@ def loader(lines: Sequence[Line]) -> Verdict:
         )
     share = fmean(found[1:])
     state = "BAD" if share >= WAIT[1] else "LOOK" if share >= WAIT[0] else "OK"
-    text = f"{percent(share, 1)} of the time was spent waiting for data"
-    text += f". LOOK from {percent(WAIT[0])}, BAD from {percent(WAIT[1])}."
+    text = f"{as_percent(share, 1)} of the time was spent waiting for data"
+    text += f". LOOK from {as_percent(WAIT[0])}, BAD from {as_percent(WAIT[1])}."
     more = " More loader.workers, or smaller files on a faster disk help."
     return Verdict(name, state, text + (more if state != "OK" else ""))
 
 
-def readable(lines: Sequence[Line]) -> Verdict:
+def readable(lines: Sequence[StepMetrics]) -> Verdict:
     name, found = "Could all images be read?", values(lines, "bad_images")
     if not found:
         return Verdict(name, "NOT KNOWN", "Unreadable images were not counted.")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss, normalize, smooth_l1_loss
 
-from foveola.cross_entropy import PrototypeWeights, Rows, cross_entropy
+from foveola.cross_entropy import PrototypeWeights, TargetRows, cross_entropy
 from foveola.distributed import all_reduce_max, all_reduce_sum
 
 
@@ -19,7 +19,8 @@ from foveola.distributed import all_reduce_max, all_reduce_sum
 def sinkhorn(
     logits: Float[Tensor, "*P n K"], temperature: float, iterations: int = 3
 ) -> Float[Tensor, "*P n K"]:
-    """Soft assignments in which all prototypes are used alike: Sinkhorn-Knopp on exp(logits / temperature).
+    """Return soft assignments in which all prototypes are used alike: Sinkhorn-Knopp on exp(logits /
+    temperature).
 
     Naively: A = exp(logits / temperature); repeat: divide each column of A by its sum over *all* rows of all
     ranks, then each row by its sum. Rows end as distributions; columns are equal only up to what the last row
@@ -98,12 +99,12 @@ class Centering(nn.Module):
 
 
 def cross_view_loss(
-    targets: Float[Tensor, "B T K"] | Rows,
+    targets: Float[Tensor, "B T K"] | TargetRows,
     predictions: Float[Tensor, "B S D"],
     temperature: float,
     prototypes: PrototypeWeights | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
+    """Return the mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
 
     Naively: mean over pairs (t, s), s != t, and images of -sum_k targets[t] log softmax(logits[s] /
     temperature). The targets of a student view's partners are summed first, so the cost grows with views, not
@@ -129,13 +130,14 @@ def cross_view_loss(
 
 
 def masked_patch_loss(
-    targets: Float[Tensor, "n K"] | Rows,
+    targets: Float[Tensor, "n K"] | TargetRows,
     predictions: Float[Tensor, "n D"],
     weights: Float[Tensor, "n"],
     temperature: float,
     prototypes: PrototypeWeights | None = None,
 ) -> Float[Tensor, ""]:
-    """Weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for none, with zero gradient.
+    """Return weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for none, with zero
+    gradient.
 
     `predictions` are logits, or features for `prototypes`, as in `cross_view_loss`.
     """
@@ -147,13 +149,14 @@ def masked_patch_loss(
 def assignment_loss(
     targets: Float[Tensor, "n K"], predictions: Float[Tensor, "n K"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of predictions / temperature against soft assignments (CAPI, loss 1)."""
+    """Return the mean cross-entropy of predictions / temperature against soft assignments (CAPI, loss 1)."""
     weights = predictions.new_full((len(targets),), 1 / max(len(targets), 1), dtype=torch.float32)
     return masked_patch_loss(targets, predictions, weights, temperature)
 
 
 def mask_weights(masked: Bool[Tensor, "C N"], indices: Int64[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Weight of each masked patch, given by its index in [C * N]: 1 / (masked patches of its view) / (views).
+    """Return the weight of each masked patch, given by its index in [C * N]: 1 / (masked patches of its view)
+    / (views).
 
     Views without masked patches add nothing but stay in the mean, as in iBOT's code.
     """
@@ -163,7 +166,8 @@ def mask_weights(masked: Bool[Tensor, "C N"], indices: Int64[Tensor, "n"]) -> Fl
 
 @torch.no_grad()
 def pixel_targets(pixels: Float[Tensor, "*n C"], normalised: bool = True, eps: float = 1e-6) -> Tensor:
-    """What is to be reconstructed of patches with C numbers each: (x - mean) / sqrt(var + eps), in float32.
+    """Return what is to be reconstructed of patches with C numbers each: (x - mean) / sqrt(var + eps), in
+    float32.
 
     Mean and unbiased variance are each patch's own, over pixels and channels (MAE, Section 3, and its code).
     Not `normalised`: the pixels as they are (SimMIM).
@@ -180,7 +184,7 @@ def pixel_loss(
     targets: Float[Tensor, "*n C"],
     kind: Literal["squared", "absolute"] = "squared",
 ) -> Float[Tensor, ""]:
-    """Mean squared (MAE) or absolute (SimMIM) error over patches and their pixels."""
+    """Return the mean squared (MAE) or absolute (SimMIM) error over patches and their pixels."""
     compare = mse_loss if kind == "squared" else l1_loss
     return compare(predictions.float(), targets)
 
@@ -188,12 +192,15 @@ def pixel_loss(
 def huber_loss(
     predictions: Float[Tensor, "*n D"], targets: Float[Tensor, "*n D"], beta: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Mean over all numbers of e^2 / (2 beta) for errors |e| < beta, else |e| - beta / 2 (I-JEPA: beta 1)."""
+    """Return the mean over all numbers of e^2 / (2 beta) for errors |e| < beta, else |e| - beta / 2 (I-JEPA:
+    beta 1).
+    """
     return smooth_l1_loss(predictions.float(), targets.float(), beta=beta)
 
 
 def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Tensor, ""]:
-    """Kozachenko-Leonenko estimator: -mean_i log distance(x_i, nearest other x_j), x unit vectors (DINOv2).
+    """Return Kozachenko-Leonenko estimator: -mean_i log distance(x_i, nearest other x_j), x unit vectors
+    (DINOv2).
 
     Pushes each feature away from its nearest neighbour, both ways. Zero for fewer than two rows.
 
@@ -214,7 +221,7 @@ def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Ten
 
 
 def entropy(probabilities: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
-    """Shannon entropy in nats of distributions along the last axis."""
+    """Return shannon entropy in nats of distributions along the last axis."""
     # Twice as fast on a CPU as torch.special.entr; what is clamped adds nothing.
     logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
     return -(logs * probabilities).sum(dim=-1)

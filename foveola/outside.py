@@ -14,12 +14,12 @@ NAME = re.compile(r"(?P<module>[A-Za-z_]\w*(\.\w+)*):(?P<path>[A-Za-z_]\w*(\.\w+
 
 
 def is_importable(text: str) -> bool:
-    """Whether the text has the form of an importable name: `my_package.my_module:MyClass`."""
+    """Return whether the text has the form of an importable name: `my_package.my_module:MyClass`."""
     return NAME.fullmatch(text) is not None
 
 
 def imported(text: str) -> Any:
-    """The object with this importable name.
+    """Return the object with this importable name.
 
     Raises UserError where the module cannot be imported, or has no such object.
     """
@@ -44,12 +44,16 @@ def imported(text: str) -> Any:
 
 
 def announced(group: str) -> dict[str, EntryPoint]:
-    """What installed packages announce in an entry point group, by name; the value is an importable name."""
+    """Return what installed packages announce in an entry point group, by name; the value is an importable
+    name.
+    """
     return {entry.name: entry for entry in entry_points(group=group)}
 
 
 def name_of(found: type) -> str:
-    """The importable name of a class. Raises UserError for one that no name leads to, such as a local one."""
+    """Return the importable name of a class. Raises UserError for one that no name leads to, such as a local
+    one.
+    """
     name = f"{found.__module__}:{found.__qualname__}"
     here: Any = sys.modules.get(found.__module__)
     for part in found.__qualname__.split("."):
@@ -78,7 +82,9 @@ class Door:
     example: str
 
     def find(self, name: str) -> Any:
-        """What has this name. Raises UserError where nothing has it, or where it cannot be imported."""
+        """Return what has this name. Raises UserError where nothing has it, or where it cannot be
+        imported.
+        """
         if name in self.own:
             found = self.own[name]
             return imported(found) if isinstance(found, str) else found
@@ -92,11 +98,11 @@ class Door:
         raise UserError(f"unknown {self.what} {name!r}; {hint} (one of your own: {self.example})")
 
     def names(self) -> list[str]:
-        """All names without a colon that lead to something."""
+        """Return all names without a colon that lead to something."""
         return list(dict.fromkeys([*self.own, *announced(self.group)]))
 
     def others(self) -> list[str]:
-        """Names that installed packages announce."""
+        """Return names that installed packages announce."""
         return [name for name in self.names() if name not in self.own]
 
 

@@ -12,7 +12,9 @@ from foveola.config import ConfigError, key
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([kM]?)\s*(steps?|epochs?|samples?|%|)\s*")
 
-LONGEST = 0.3  # of a run, for a warm-up that does not fit: no published recipe has a longer one (DINOv2)
+LONGEST_WARMUP = (
+    0.3  # of a run, for a warm-up that does not fit: no published recipe has a longer one (DINOv2)
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Progress:
 
 
 def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: int, batch_size: int) -> int:
-    """Steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", or an int.
+    """Return the steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", or an
+    int.
 
     `batch_size` is the global one. Fractions of a step are rounded. `total_steps` may be None while the
     length of the run itself is being computed. Raises ConfigError for anything else.
@@ -86,7 +89,9 @@ class Schedule:
             raise ConfigError(f"shape={self.shape} needs an `end`")
 
     def numbers(self) -> dict[str, float]:
-        """The numbers that it runs between, by name: what a range of the key that holds it applies to."""
+        """Return the numbers that it runs between, by name: what a range of the key that holds it
+        applies to.
+        """
         found = {"value": self.value}
         if self.warms_up:
             found["start"] = self.start or 0.0
@@ -98,7 +103,7 @@ class Schedule:
         return any(digit in "123456789" for digit in str(self.warmup).lower().partition("e")[0])
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         if self.warms_up:
             return {}
         idle = {"start": f"there is no warm-up to start from it (warmup={str(self.warmup)!r})"}
@@ -107,7 +112,9 @@ class Schedule:
         return idle
 
     def at(self, progress: Progress) -> float:
-        """The value that the step `progress.step` uses (0-based; beyond the last step the schedule rests)."""
+        """Return the value that the step `progress.step` uses (0-based; beyond the last step the schedule
+        rests).
+        """
         step, total, warmup = self._clock(progress)
         if step < warmup:
             start = self.start or 0.0
@@ -120,13 +127,15 @@ class Schedule:
         return self.end + 0.5 * (self.value - self.end) * (1 + math.cos(math.pi * done))
 
     def shortened(self, progress: Progress) -> str | None:
-        """What to say of a warm-up that is longer than the run, so takes a part of it; None if it fits."""
+        """Return what to say of a warm-up that is longer than the run, so takes a part of it; None if it
+        fits.
+        """
         steps = self._warmup(progress)
         if steps <= progress.total_steps:
             return None
         return (
             f"warmup '{self.warmup}' is {steps:,} steps, longer than the run of {progress.total_steps:,}: it "
-            f"takes {LONGEST:.0%} of it"
+            f"takes {LONGEST_WARMUP:.0%} of it"
         )
 
     def _warmup(self, progress: Progress) -> int:
@@ -141,7 +150,7 @@ class Schedule:
         """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""
         warmup = self._warmup(progress)
         if warmup > progress.total_steps:
-            warmup = round(LONGEST * progress.total_steps)
+            warmup = round(LONGEST_WARMUP * progress.total_steps)
         if not self.per_epoch:
             return progress.step, progress.total_steps, warmup
         length = progress.steps_per_epoch

@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-LEVELS = 32  # of nested groups and lists; more is a mistake, and thousands would exhaust the stack
+DEEPEST = 32  # of nested groups and lists; more is a mistake, and thousands would exhaust the stack
+# What versions before 28 November 2026 called otherwise: keys, metrics and facts; and choices of some keys.
+FORMER_NAMES = {
+    former: former.replace("picture", "image")
+    for former in ("pictures", "per_picture", "bad_pictures", "rankme_picture", "first_component_picture")
+}
+FORMER_METRIC = re.compile(r"(\w*boxacc_\w+)_full_picture(_low|_high|)")  # of the protocol `localisation`
+FORMER_CHOICES = {"picture": "image", "pictures": "images"}
+CHOICE_KEYS = ("rows", "view", "evaluate_at", "around")
 
 
 class UserError(Exception):
@@ -23,14 +31,16 @@ class ConfigError(UserError):
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate spelled most like `word` (case ignored), or None when none comes close."""
+    """Return the candidate spelled most like `word` (case ignored), or None when none comes close."""
     spellings = {candidate.lower(): candidate for candidate in candidates}
     found = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
     return spellings[found[0]] if found else None
 
 
 def meant(path: str | Path) -> str:
-    """The end of a message on a path that does not exist: the nearest one that does, if one comes close."""
+    """Return the end of a message on a path that does not exist: the nearest one that does, if one comes
+    close.
+    """
     path = Path(path)
     try:
         missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
@@ -44,7 +54,7 @@ def meant(path: str | Path) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value with its article, for messages."""
+    """Return the type of a value with its article, for messages."""
     name = type(value).__name__
     return (
         "None"
@@ -53,19 +63,26 @@ def kind_of(value: Any) -> str:
     )
 
 
-def renewed(tree: Any) -> Any:
-    """A tree of an earlier version with the names of today: its keys and choices said "picture" for image."""
+def renewed(tree: Any, key: str = "") -> Any:
+    """Return a tree that an earlier version wrote, under `key`, with the names of today.
+
+    An image was called a picture then. Only names and choices that there were are renamed, and none where
+    the new name is there as well: all else is a user's own.
+    """
     if isinstance(tree, dict):
-        return {renewed(name): renewed(value) for name, value in tree.items()}
+        today = {
+            name: FORMER_NAMES.get(name, FORMER_METRIC.sub(r"\1_full_image\2", str(name))) for name in tree
+        }
+        return {
+            name if today[name] in tree else today[name]: renewed(value, name) for name, value in tree.items()
+        }
     if isinstance(tree, list):
-        return [renewed(value) for value in tree]
-    # Keys and choices are single words; sentences and paths, which have spaces and slashes, stay as they are.
-    word = isinstance(tree, str) and re.fullmatch(r"\w*picture\w*", tree)
-    return tree.replace("picture", "image") if word else tree
+        return [renewed(value, key) for value in tree]
+    return FORMER_CHOICES.get(tree, tree) if key in CHOICE_KEYS and isinstance(tree, str) else tree
 
 
 def shown(value: Any) -> str:
-    """A value in a message, as it would be written, shortened."""
+    """Return a value in a message, as it would be written, shortened."""
     try:
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
@@ -79,9 +96,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
-        if self.depth > LEVELS:
+        if self.depth > DEEPEST:
             mark = self.peek_event().start_mark  # type: ignore[union-attr]
-            raise yaml.MarkedYAMLError(None, None, f"more than {LEVELS} levels", mark)
+            raise yaml.MarkedYAMLError(None, None, f"more than {DEEPEST} levels", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -147,11 +164,11 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict:
-    """`["a.b=1", "c=[2, 3]"]` -> `{"a": {"b": 1}, "c": [2, 3]}`. Values are YAML; a later one wins."""
+    """Return `["a.b=1", "c=[2, 3]"]` -> `{"a": {"b": 1}, "c": [2, 3]}`. Values are YAML; a later one wins."""
     tree: dict = {}
     for text in overrides:
         path, equals, value = text.partition("=")
-        if not equals or not all(parts := path.strip().split(".")) or len(parts) > LEVELS:
+        if not equals or not all(parts := path.strip().split(".")) or len(parts) > DEEPEST:
             raise ConfigError(f"expected key=value, got {shown(text)}")
         branch = _parse_value(path, value.strip())
         for part in reversed(parts):
@@ -180,7 +197,7 @@ def _parse_value(path: str, text: str) -> Any:
 
 
 def merge(base: dict, override: dict) -> dict:
-    """A new tree: `override` laid over `base`, dictionaries key by key, everything else replaced."""
+    """Return a new tree: `override` laid over `base`, dictionaries key by key, everything else replaced."""
     merged = dict(base)
     for name, value in override.items():
         both = isinstance(value, dict) and isinstance(base.get(name), dict)
@@ -189,5 +206,5 @@ def merge(base: dict, override: dict) -> dict:
 
 
 def dump_tree(tree: Any) -> str:
-    """YAML text of a tree, keys in their order."""
+    """Return YAML text of a tree, keys in their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -278,3 +278,12 @@ def test_a_closed_pipe_is_no_error():
     reader = f"{sys.executable} -m foveola.cli --help | head -n 1"
     done = subprocess.run(["bash", "-c", reader], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_former_spelling_is_said_in_one_line(capsys):
+    """What follows is the mistake that the command was asked with."""
+    assert cli.main(["evaluate", "knn", "model=nowhere", "test=scenes:", "rows=pictures"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "foveola: rows: 'pictures' is now called 'images'"
+    assert second.startswith("foveola: error: ")

@@ -340,11 +340,14 @@ def test_keys_and_choices_that_said_picture_are_understood():
         assert build(Rows, {"per_picture": False, "rows": "pictures"}) == Rows(False, "images")
     told = [str(warning.message) for warning in said]
     assert told == [
-        "per_picture: 'per_picture' is now called 'per_image'",
+        "configuration: 'per_picture' is now called 'per_image'",
         "rows: 'pictures' is now called 'images'",
     ]
     with pytest.raises(ConfigError, match="per_pictures"):
         build(Rows, {"per_pictures": False})
-    tree = {"pictures": [1, {"rows": "pictures"}], "note": "two pictures", "data": "folder:/pictures"}
-    new = {"images": [1, {"rows": "images"}], "note": "two pictures", "data": "folder:/pictures"}
-    assert renewed(tree) == new
+    tree = {"pictures": [1, {"rows": "pictures"}], "out": "my_pictures", "my_picture": "picture"}
+    new = {"images": [1, {"rows": "images"}], "out": "my_pictures", "my_picture": "picture"}
+    assert renewed(tree) == new, "names of one's own stay"
+    metrics = {"maxboxacc_v2_full_picture_low": 1.0, "rankme_picture": 2.0}
+    assert list(renewed(metrics)) == ["maxboxacc_v2_full_image_low", "rankme_image"]
+    assert renewed({"pictures": 1, "images": 2}) == {"pictures": 1, "images": 2}, "nothing is lost"

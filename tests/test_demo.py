@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from foveola import demo as module
-from foveola.demo import MEASURES, Comparison, demo
+from foveola.demo import MEASURES, DemoTable, demo
 
 SHORT = [
     "duration=2 steps",
@@ -23,7 +23,7 @@ SHORT = [
 
 
 def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(module, "OBJECTS", 16)
+    monkeypatch.setattr(module, "DEMO_OBJECTS", 16)
     monkeypatch.setattr(module, "REPORTED", 8)
     comparison = demo(tmp_path, seeds=2, overrides=SHORT)
     assert comparison is not None
@@ -53,6 +53,6 @@ def test_the_table_gives_mean_spread_and_factor() -> None:
     names = list(MEASURES)
     before = {name: [2.0, 3.0, 4.0] for name in names}
     after = {name: [10.0, 12.0, 14.0] for name in names}
-    line = Comparison(before, after).table().splitlines()[1]
+    line = DemoTable(before, after).table().splitlines()[1]
     assert line.startswith(names[0])
     assert line.split()[-8:] == ["3.0", "±", "1.0", "12.0", "±", "2.0", "+9.0", "x", "4.0"][-8:]

@@ -59,10 +59,10 @@ def test_the_end(total: int | None, state: str, words: str) -> None:
     [
         (h.SHARP - EPS, "LOOK"),
         (h.SHARP + EPS, "OK"),
-        (h.FLAT[0] - EPS, "OK"),
-        (h.FLAT[0] + EPS, "LOOK"),
-        (h.FLAT[1] - EPS, "LOOK"),
-        (h.FLAT[1] + EPS, "BAD"),
+        (h.FLAT_FROM[0] - EPS, "OK"),
+        (h.FLAT_FROM[0] + EPS, "LOOK"),
+        (h.FLAT_FROM[1] - EPS, "LOOK"),
+        (h.FLAT_FROM[1] + EPS, "BAD"),
     ],
 )
 def test_entropy_of_targets(share: float, state: str) -> None:
@@ -131,7 +131,13 @@ def test_targets_of_which_too_little_is_known() -> None:
     ],
 )
 def test_spread(value: float, state: str) -> None:
-    check(h.spread(series("feature_spread", 1.0, value, value, value)), state, f"{value:.3f}", "0.1", "0.03")
+    check(
+        h.feature_spread(series("feature_spread", 1.0, value, value, value)),
+        state,
+        f"{value:.3f}",
+        "0.1",
+        "0.03",
+    )
 
 
 def test_spread_and_cosine_belong_together() -> None:
@@ -145,7 +151,7 @@ def test_spread_and_cosine_belong_together() -> None:
     )
     spread, _ = spread_and_rank(x)
     cosine = x.mean(dim=0).square().sum().item()
-    check(h.spread(series("feature_spread", spread)), "OK", f"cosine of about {cosine:.2f}")
+    check(h.feature_spread(series("feature_spread", spread)), "OK", f"cosine of about {cosine:.2f}")
 
 
 @pytest.mark.parametrize(
@@ -161,18 +167,18 @@ def test_spread_and_cosine_belong_together() -> None:
 )
 def test_effective_rank(value: float, peak: float, state: str) -> None:
     lines = series("effective_rank", peak, value, value, value)
-    check(h.rank(lines, Facts(width=96, features=128)), state, "of at most 96")
+    check(h.rank_health(lines, Facts(width=96, features=128)), state, "of at most 96")
 
 
 def test_effective_rank_is_bounded_by_rows_too() -> None:
     lines = series("effective_rank", 15.0)
-    check(h.rank(lines, Facts(width=384, features=16)), "OK", "of at most 16")
-    check(h.rank(lines, Facts(width=384)), "LOOK", "of at most 384")
-    check(h.rank(series("effective_rank", 9.9), Facts(width=1000, features=2000)), "BAD", "hardly any")
-    check(h.rank(series("effective_rank", 1.4), Facts(width=96)), "BAD", "one direction")
-    check(h.rank(lines, Facts(features=16, processes=2)), "OK", "of one process)")
-    check(h.rank(lines, Facts()), "NOT KNOWN", "15.0")
-    check(h.rank([], Facts(width=3)), "NOT KNOWN")
+    check(h.rank_health(lines, Facts(width=384, features=16)), "OK", "of at most 16")
+    check(h.rank_health(lines, Facts(width=384)), "LOOK", "of at most 384")
+    check(h.rank_health(series("effective_rank", 9.9), Facts(width=1000, features=2000)), "BAD", "hardly any")
+    check(h.rank_health(series("effective_rank", 1.4), Facts(width=96)), "BAD", "one direction")
+    check(h.rank_health(lines, Facts(features=16, processes=2)), "OK", "of one process)")
+    check(h.rank_health(lines, Facts()), "NOT KNOWN", "15.0")
+    check(h.rank_health([], Facts(width=3)), "NOT KNOWN")
 
 
 @pytest.mark.parametrize(
@@ -265,8 +271,8 @@ def test_unreadable_images() -> None:
         (h.SHORT - 1, None, "LOOK", "499 steps: too short to tell"),
         (h.SHORT, None, "OK", "500 steps."),
         (20, 143, "LOOK", "20 steps on 143 images: too short to tell"),
-        (h.SHORT, h.FEW - 1, "LOOK", "500 steps on 999 images: too few images"),
-        (h.SHORT, h.FEW, "OK", "500 steps on 1,000 images."),
+        (h.SHORT, h.FEW_IMAGES - 1, "LOOK", "500 steps on 999 images: too few images"),
+        (h.SHORT, h.FEW_IMAGES, "OK", "500 steps on 1,000 images."),
     ],
 )
 def test_too_short_to_tell_is_a_verdict(step: int, images: int | None, state: str, words: str) -> None:

@@ -43,7 +43,8 @@ class Asker:
 
 
 def room(needed: int, workers: int, prefetch: int) -> tuple[int, int]:
-    """How many workers may prepare how many batches each, of `needed` bytes, in the shared memory there is.
+    """Return how many workers may prepare how many batches each, of `needed` bytes, in the shared memory
+    there is.
 
     `(workers, prefetch)` where all fit; less of both otherwise, down to (0, prefetch): read without workers.
     The processes that torchrun started on this machine share what there is.
@@ -66,7 +67,7 @@ def check_room(needed: int) -> None:
 def read_ahead(
     items: Dataset, start: int, make: Callable[[int, bool], DataLoader | None], asker: Asker
 ) -> Generator[Any]:
-    """`items[start]`, `items[start + 1]`, ... for ever; ends when the asker says stop while it waits.
+    """Yield `items[start]`, `items[start + 1]`, ... for ever; ends when the asker says stop while it waits.
 
     `make(step, careful)` gives a DataLoader that counts from that step; None: a thread of this process reads.
     Workers that die are replaced by `careful` ones, which read one batch ahead: what a dead one had read is

@@ -24,7 +24,7 @@ from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
 
 @runtime_checkable
-class Reader(Protocol):
+class ObjectReader(Protocol):
     """Finds the objects of an image."""
 
     def __call__(
@@ -36,7 +36,7 @@ class Reader(Protocol):
         ...
 
     def path(self, file: str) -> Path | None:
-        """The file that annotates one image alone, if there is one."""
+        """Return the file that annotates one image alone, if there is one."""
         ...
 
 
@@ -66,12 +66,12 @@ class BoxTable:
         self.labels = np.array([box[4] for box in flat], np.int64)
 
     def of(self, row: int) -> tuple[Float32[np.ndarray, "K 4"], Int64[np.ndarray, "K"]]:
-        """The boxes and labels of one image."""
+        """Return the boxes and labels of one image."""
         part = slice(self.ends[row - 1] if row else 0, self.ends[row])
         return self.boxes[part], self.labels[part]
 
     def digest(self) -> str:
-        """A hash of all of it."""
+        """Return a hash of all of it."""
         parts = (self.ends, self.boxes, self.labels)
         return hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
 
@@ -83,11 +83,11 @@ class PixelBoxes:
         self.table, self.size = table, size
 
     def digest(self) -> str:
-        """Of all boxes and labels."""
+        """Return the digest of all boxes and labels."""
         return f"{self.table.digest()} {self.size}"
 
     def path(self, file: str) -> None:
-        """All boxes are in memory."""
+        """Return None: all boxes are in memory."""
 
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
         boxes, labels = self.table.of(row)
@@ -116,11 +116,11 @@ class LabelMaps:
         self.folder, self.ignore = folder, ignore
 
     def digest(self) -> str:
-        """Of the rule of reading."""
+        """Return the digest of the rule of reading."""
         return f"ignore {self.ignore}"
 
     def path(self, file: str) -> Path:
-        """Where the label map of an image would be."""
+        """Return where the label map of an image would be."""
         return self.folder / Path(file).with_suffix(".png")
 
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
@@ -152,11 +152,11 @@ class XmlBoxes:
         self.folder = folder
 
     def digest(self) -> str:
-        """There is only one rule of reading."""
+        """Return an empty digest: there is only one rule of reading."""
         return "xml"
 
     def path(self, file: str) -> Path | None:
-        """The XML file of an image, if there is one."""
+        """Return the XML file of an image, if there is one."""
         name = Path(file).with_suffix(".xml")
         return next((p for p in (self.folder / name, self.folder / name.name) if p.is_file()), None)
 
@@ -176,7 +176,9 @@ class XmlBoxes:
         return data, Objects.from_boxes(boxes, np.full(len(boxes), label))
 
     def size_of(self, file: str) -> tuple[int, int] | None:
-        """Width and height that the XML file of an image states; None where there is none to be read."""
+        """Return the width and height that the XML file of an image states; None where there is none to be
+        read.
+        """
         where = self.path(file)
         try:
             return None if where is None else read_xml(where)[0]
@@ -207,13 +209,13 @@ class CocoObjects:
         self.areas = np.array(areas, np.float32)
 
     def digest(self) -> str:
-        """Of sizes, boxes, labels, areas, polygons and RLE."""
+        """Return the digest of sizes, boxes, labels, areas, polygons and RLE."""
         parts = (self.sizes, self.areas, self.masks.ends, self.masks.bytes)
         own = hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
         return f"{self.table.digest()} {own}"
 
     def path(self, file: str) -> None:
-        """All annotations are in memory."""
+        """Return None: all annotations are in memory."""
 
     def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
         boxes, labels = self.table.of(row)
@@ -247,7 +249,7 @@ def _opened(path: Path) -> tuple[Path | bytes, Header | None]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file. Raises DataError with the line of what is wrong."""
+    """Return a JSON file. Raises DataError with the line of what is wrong."""
     if not path.is_file():
         raise DataError(f"no annotation file {path}")
     try:
@@ -264,7 +266,7 @@ XML_ERRORS = (ElementTree.ParseError, AttributeError, TypeError, ValueError)  # 
 
 
 def read_xml(path: Path) -> tuple[tuple[int, int], Float[np.ndarray, "K 4"]]:
-    """The width and height that an ILSVRC2012 XML file states, and all boxes in units of them."""
+    """Return the width and height that an ILSVRC2012 XML file states, and all boxes in units of them."""
     root = ElementTree.parse(path).getroot()
     size = [int(float(root.find(f"size/{side}").text)) for side in ("width", "height")]  # type: ignore[union-attr, arg-type]
     if min(size) <= 0:
@@ -275,7 +277,8 @@ def read_xml(path: Path) -> tuple[tuple[int, int], Float[np.ndarray, "K 4"]]:
 
 
 def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
-    """The values of a PNG label map (grey of 8 or 16 bits, or palette: its indices). `file` is its image.
+    """Return the values of a PNG label map (grey of 8 or 16 bits, or palette: its indices). `file` is its
+    image.
 
     Raises BadImage for a map that is missing or damaged, DataError for one with several channels.
     """
@@ -296,8 +299,8 @@ def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
     return values
 
 
-def size_of(where: Path) -> tuple[int, int] | None:
-    """Width and height of a label map, from its header; None where it cannot be read."""
+def map_size(where: Path) -> tuple[int, int] | None:
+    """Return the width and height of a label map, from its header; None where it cannot be read."""
     _, header = _opened(where)
     return None if header is None else header.upright
 
@@ -306,7 +309,7 @@ def size_of(where: Path) -> tuple[int, int] | None:
 
 
 def mask_objects(masks: Sequence[Bool[np.ndarray, "H W"]], labels: Int64[np.ndarray, "K"]) -> Objects:
-    """Objects of masks that are not empty: boxes around them, and their true areas."""
+    """Return objects of masks that are not empty: boxes around them, and their true areas."""
     height, width = masks[0].shape
     boxes = np.empty((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks, strict=True):

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from foveola.data.decode import MAX_PIXELS
 from foveola.data.sample import DataError
 
-LONGEST = 6  # characters of a number in compressed RLE: 30 bits
+RLE_DIGITS = 6  # characters of a number in compressed RLE: 30 bits
 
 
 def check_size(image: dict) -> None:
@@ -74,7 +74,7 @@ def _check_rle(mask: dict, width: int, height: int) -> None:
 
 
 def rle_counts(text: bytes) -> Int64[np.ndarray, "n"]:
-    """The counts of compressed RLE. Raises ValueError.
+    """Return the counts of compressed RLE. Raises ValueError.
 
     5 bits a character from "0" on, the lowest first, and a sixth for "more follows"; numbers have a sign, and
     from the fourth on they are the difference to the last but one.
@@ -86,7 +86,7 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, "n"]:
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > LONGEST:
+    if lengths.max() > RLE_DIGITS:
         raise ValueError("compressed RLE holds a number beyond 30 bits")
     places = np.arange(len(bits)) - np.repeat(starts, lengths)
     counts = np.add.reduceat((bits & 31) << (5 * places), starts)

@@ -19,13 +19,13 @@ from torch import Tensor
 from foveola.config import kind_of
 from foveola.data.depth import CONTAINER, is_dark, is_deep, states_range, to_bytes, values_of
 from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
-from foveola.data.sample import BadImage, DataError, ImageFile, Reading
+from foveola.data.sample import BadImage, DataError, Decoding, ImageFile
 
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels, icons and broken exports
 MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-FEW = 16  # stray bytes before the end of a JPEG that are no sign of damage
-PLAIN = Reading()
+STRAY_BYTES = 16  # stray bytes before the end of a JPEG that are no sign of damage
+PLAIN = Decoding()
 
 
 class Scratch:
@@ -35,7 +35,7 @@ class Scratch:
         self.memory = np.empty(0, np.uint8)
 
     def room(self, count: int) -> UInt8[np.ndarray, "count"]:
-        """At least `count` bytes, the same as last time."""
+        """Return at least `count` bytes, the same as last time."""
         if len(self.memory) < count:
             self.memory = np.empty(count, np.uint8)
         return self.memory[:count]
@@ -44,7 +44,7 @@ class Scratch:
 def decode(
     image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"], scratch: Scratch | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
+    """Return RGB pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
 
     EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8, from the range
     of an `ImageFile` or from all of them; transparent parts are laid on white; of an animation the first
@@ -76,7 +76,8 @@ def decode(
 
 
 def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 h w"]:
-    """Pixels that fit on a canvas of `size` a side: an axis that is longer is shrunk to it, another stays.
+    """Return pixels that fit on a canvas of `size` a side: an axis that is longer is shrunk to it, another
+    stays.
 
     So no detail is lost that the canvas has room for. Antialiased bicubic, PIL's BICUBIC within 1 level. The
     result is the memory of `pixels` where nothing is shrunk.
@@ -113,10 +114,10 @@ def _is_padded(data: bytes, complaint: str) -> bool:
         return False
     count = int(found[1])
     end = data.rfind(b"\xff\xd9")
-    return count <= FEW or len(set(data[max(end - count, 0) : end])) == 1
+    return count <= STRAY_BYTES or len(set(data[max(end - count, 0) : end])) == 1
 
 
-def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _decode_other(data: bytes, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
     image = open_image(data)
     try:
         with warnings.catch_warnings():
@@ -132,7 +133,8 @@ def _decode_other(data: bytes, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has them.
+    """Return RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has
+    them.
 
     It may also be the image of a source's sample, whose data string says how it is read. `values` is the
     `range=` of a data string, for images of more than 8 bits. Without one, those that use half of 16 bits at
@@ -142,7 +144,7 @@ def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3
     if isinstance(image, ImageFile) and values is not None:
         raise DataError(f"range={values}: the data string of this image says how it is read")
     try:
-        reading = PLAIN if values is None else Reading(**Reading.values(values))
+        reading = PLAIN if values is None else Decoding(**Decoding.values(values))
     except ValueError as error:
         raise DataError(f"range={values}: expected {error}") from None
     try:
@@ -165,7 +167,7 @@ def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3
         raise DataError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _of_pil(image: Any, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _of_pil(image: Any, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     grey = image.mode.startswith("I") or image.mode == "F"
@@ -193,13 +195,13 @@ def _warn_of_dark() -> None:
     )
 
 
-def _upright(image: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _upright(image: Image.Image, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of an image that PIL has opened. Raises as PIL does."""
     image.load()
     return turn(_to_rgb(image, reading), orientation_of(image))
 
 
-def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _scaled(values: np.ndarray | None, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
     assert values is not None
     pixels = to_bytes(values[:, :, :3] if values.ndim == 3 else values, reading)
     if values.ndim == 2:
@@ -210,7 +212,7 @@ def _scaled(values: np.ndarray | None, reading: Reading) -> UInt8[np.ndarray, "H
     return pixels
 
 
-def _to_rgb(image: Image.Image, reading: Reading) -> UInt8[np.ndarray, "H W 3"]:
+def _to_rgb(image: Image.Image, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip to 255 rather than scale
         return np.repeat(to_bytes(np.asarray(image), reading)[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

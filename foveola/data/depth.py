@@ -7,19 +7,23 @@ import numpy as np
 from PIL import Image
 
 from foveola.data.formats import open_image
-from foveola.data.sample import BadImage, Reading
+from foveola.data.sample import BadImage, Decoding
 
 CONTAINER = 65535  # the largest value of 16 bits
-ENDS = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+BYTE_ORDERS = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image, its pixels not yet loaded, has more than 8 bits a channel."""
-    return image.mode.startswith("I") or image.mode == "F" or any(_raw(t)[-4:] in ENDS for t in _tiles(image))
+    """Return whether an image, its pixels not yet loaded, has more than 8 bits a channel."""
+    return (
+        image.mode.startswith("I")
+        or image.mode == "F"
+        or any(_raw(t)[-4:] in BYTE_ORDERS for t in _tiles(image))
+    )
 
 
 def values_of(data: bytes) -> np.ndarray | None:
-    """The values of a file as they are stored, [H, W] or [H, W, channels]; None for 8 bits a channel.
+    """Return the values of a file as they are stored, [H, W] or [H, W, channels]; None for 8 bits a channel.
 
     PIL has no colour of 16 bits: it keeps the upper bytes. The lower ones are those that it keeps when told
     that the bytes of a value come in the other order. Raises BadImage, and what PIL raises.
@@ -34,12 +38,12 @@ def values_of(data: bytes) -> np.ndarray | None:
             return np.rint(values * (float(_arguments(tiles[0])[-1]) / CONTAINER)).astype(np.int32)
         return values
     names = [_raw(tile) for tile in tiles]
-    if any(name[:-4] != image.mode or name[-4:] not in ENDS for name in names):
+    if any(name[:-4] != image.mode or name[-4:] not in BYTE_ORDERS for name in names):
         raise BadImage("16-bit colour that is stored in a way of which no range can be taken")
     upper = np.asarray(image).astype(np.uint16)
     twin = open_image(data)
     changed = [
-        tile._replace(args=_with(tile.args, name[:-4] + ENDS[name[-4:]]))
+        tile._replace(args=_with(tile.args, name[:-4] + BYTE_ORDERS[name[-4:]]))
         for tile, name in zip(_tiles(twin), names, strict=True)
     ]
     twin.tile = changed  # type: ignore[attr-defined]
@@ -47,17 +51,21 @@ def values_of(data: bytes) -> np.ndarray | None:
 
 
 def states_range(image: Image.Image) -> bool:
-    """Whether a file, its pixels not yet loaded, says which value is white (PGM), and it is not 16 bits'."""
+    """Return whether a file, its pixels not yet loaded, says which value is white (PGM), and it is not 16
+    bits'.
+    """
     return any(t.codec_name == "ppm" and float(_arguments(t)[-1]) < CONTAINER for t in _tiles(image))
 
 
 def is_dark(values: np.ndarray) -> bool:
-    """Whether whole numbers, taken to fill 16 bits, use no more than half of them."""
+    """Return whether whole numbers, taken to fill 16 bits, use no more than half of them."""
     return bool(values.dtype.kind != "f" and values.size and values.max() <= CONTAINER // 2)
 
 
-def to_bytes(values: np.ndarray, reading: Reading) -> np.ndarray:
-    """uint8: the range's low end becomes 0, its high end 255; beyond, it is cut off. Raises BadImage."""
+def to_bytes(values: np.ndarray, reading: Decoding) -> np.ndarray:
+    """Return uint8: the range's low end becomes 0, its high end 255; beyond, it is cut off. Raises
+    BadImage.
+    """
     if reading.low is not None and reading.high is not None:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise BadImage("floating-point values that are not finite")

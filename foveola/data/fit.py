@@ -17,7 +17,7 @@ Size = tuple[int, int]  # width, height
 
 
 def views_of(size: Size, header: Header) -> tuple[bool, bool]:
-    """Whether an annotation of this size fits the pixels as stored, and the image the right way up.
+    """Return whether an annotation of this size fits the pixels as stored, and the image the right way up.
 
     Exactly, or where it fits neither exactly, at another resolution: sides that are as one to the other, each
     rounded to whole pixels.
@@ -33,7 +33,7 @@ def _is_scaled(size: Size, image: Size) -> bool:
 
 
 def turn_of(size: Size, header: Header, raw: bool, file: str) -> int:
-    """The EXIF orientation by which an annotation of `size` is to be turned: that of the image, or 1.
+    """Return the EXIF orientation by which an annotation of `size` is to be turned: that of the image, or 1.
 
     `raw`: where sizes do not tell, it was drawn on the pixels as they are stored. Raises BadImage for a size
     that fits the image in neither way.
@@ -49,7 +49,9 @@ def turn_of(size: Size, header: Header, raw: bool, file: str) -> int:
 def upright_map(
     labels: UInt8[np.ndarray, "H W"], image: Path | bytes, raw: bool, file: str
 ) -> UInt8[np.ndarray, "h w"]:
-    """A label map turned as its image is. One of another size stays as it is: whoever needs both compares."""
+    """Return a label map turned as its image is. One of another size stays as it is: whoever needs both
+    compares.
+    """
     try:
         header = read_header(image.read_bytes() if isinstance(image, Path) else image)
     except (OSError, BadImage):

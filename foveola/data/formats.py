@@ -46,7 +46,7 @@ class Header:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image file of which only the header is read. Raises BadImage, with the reason on one line."""
+    """Return an image file of which only the header is read. Raises BadImage, with the reason on one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
@@ -56,7 +56,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def reason(data: bytes, error: Exception) -> str:
-    """What PIL's error means, on one line."""
+    """Return what PIL's error means, on one line."""
     if not data:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
@@ -65,7 +65,7 @@ def reason(data: bytes, error: Exception) -> str:
 
 
 def read_header(data: bytes) -> Header:
-    """Size and orientation of an image file, from its header alone. Raises BadImage."""
+    """Return the size and orientation of an image file, from its header alone. Raises BadImage."""
     jpeg = jpeg_header(data)
     if jpeg is not None:
         return jpeg
@@ -74,8 +74,9 @@ def read_header(data: bytes) -> Header:
 
 
 def orientation_of(image: Image.Image, late: bool = True) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, and where its block is damaged: no image is lost
-    for that. `late`: look also behind the pixels of a PNG, which decodes it."""
+    """Return the EXIF orientation, 1 to 8; 1 where there is none, and where its block is damaged: no image is
+    lost for that. `late`: look also behind the pixels of a PNG, which decodes it.
+    """
     try:
         exif = image.getexif() if late else Image.Image.getexif(image)
         found = exif.get(ORIENTATION, 1)
@@ -85,7 +86,7 @@ def orientation_of(image: Image.Image, late: bool = True) -> int:
 
 
 def jpeg_header(data: bytes) -> Header | None:
-    """Of a JPEG of 8 bits a channel in grey or colour, without PIL; else None."""
+    """Read the header of a JPEG of 8 bits a channel in grey or colour, without PIL; else None."""
     at, size, orientation = 2, None, None
     if data[:2] != b"\xff\xd8":
         return None
@@ -138,7 +139,7 @@ def _has_late_metadata(data: bytes) -> bool:
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels [H, W, ...] the right way up: EXIF 2 to 8 are the flips and quarter turns."""
+    """Return pixels [H, W, ...] the right way up: EXIF 2 to 8 are the flips and quarter turns."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -149,7 +150,7 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Boxes [K, 4] in the unit square, turned as `turn` turns the pixels that they were drawn on."""
+    """Return boxes [K, 4] in the unit square, turned as `turn` turns the pixels that they were drawn on."""
     x0, y0, x1, y1 = boxes.T
     if orientation >= 5:
         x0, y0, x1, y1 = y0, x0, y1, x1

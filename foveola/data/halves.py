@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 
-def held_out(
+def test_half(
     contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
-    """Which images are for test: `share` of the different ones, one at least, drawn by (seed, content) alone.
+    """Return which images are for test: `share` of the different ones, one at least, drawn by (seed, content)
+    alone.
 
     `contents` are equal for copies of one image: these go together, and count once, in the class that is
     first of their labels. Each class (-1: of none) gives its share, as evenly as whole images allow, and

@@ -12,8 +12,8 @@ from foveola.data.annotations import read_values
 from foveola.data.fit import upright_map
 from foveola.data.formats import read_header
 from foveola.data.identity import HASH, Identity, hash_of
-from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
-from foveola.data.segmentation import MAX_CLASSES, check_present, declared, to_classes
+from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
+from foveola.data.segmentation import MAX_CLASSES, check_present, declared_classes, to_classes
 
 
 class HubImages:
@@ -27,7 +27,7 @@ class HubImages:
         self.rows = np.arange(len(dataset))
         self.has_objects = False
         self.notes: tuple[str, ...] = ()
-        self.reading, self.raw, self.reader = Reading(), False, None
+        self.reading, self.raw, self.reader = Decoding(), False, None
         self.classes: tuple[str, ...] | None = None
         self.labels = np.full(len(dataset), -1)
         if label is not None:
@@ -40,16 +40,16 @@ class HubImages:
         row = int(self.rows[index])
         label = int(self.labels[row])
         image: Any = self._file(row, self.image)
-        if self.reading != Reading():
+        if self.reading != Decoding():
             image = ImageFile(image, self.reading)
         return Sample(image, f"row {row}", None, None if label < 0 else label)
 
     def data(self, index: int) -> bytes:
-        """The bytes of the file of an image. Raises OSError and BadImage."""
+        """Return the bytes of the file of an image. Raises OSError and BadImage."""
         file = self._file(int(self.rows[index]), self.image)
         return file.read_bytes() if isinstance(file, Path) else file
 
-    def read_as(self, reading: Reading) -> None:
+    def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""
         self.reading = reading
 
@@ -58,7 +58,7 @@ class HubImages:
         self.raw = raw
 
     def annotation_size(self, index: int) -> tuple[int, int] | None:
-        """Width and height of the label map of an image, if there are any."""
+        """Return the width and height of the label map of an image, if there are any."""
         return None
 
     def _file(self, row: int, column: str) -> Path | bytes:
@@ -76,13 +76,15 @@ class HubImages:
         self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Contents of the cells, and labels. What the library knows of a version says nothing of pixels."""
+        """Return contents of the cells, and labels. What the library knows of a version says nothing of
+        pixels.
+        """
         rows = self.rows if chosen is None else self.rows[chosen]
         about = self.classes, self.labels[rows], self.reading, self.raw
         return Identity.of(self.cells(rows, self.image), *about)
 
     def cells(self, rows: Int64[np.ndarray, "n"], column: str) -> np.ndarray:
-        """Hashes (S16 [n]) of the files in the cells of a column."""
+        """Return hashes (S16 [n]) of the files in the cells of a column."""
         found = np.zeros(len(rows), HASH)
         for i, row in enumerate(rows.tolist()):
             with suppress(BadImage):
@@ -105,14 +107,14 @@ class HubPixels(HubImages):
         self.values = values
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of an image. Raises BadImage and DataError."""
+        """Return classes of the pixels of an image. Raises BadImage and DataError."""
         row = int(self.rows[index])
         where = f"{self.name}, row {row}"
         labels = to_classes(read_values(self._file(row, self.pixels), where), self.values, where)
         return upright_map(labels, self._file(row, self.image), self.raw, where)
 
     def annotation_size(self, index: int) -> tuple[int, int] | None:
-        """Width and height of the label map of an image; None where it cannot be read."""
+        """Return the width and height of the label map of an image; None where it cannot be read."""
         try:
             file = self._file(int(self.rows[index]), self.pixels)
             return read_header(file.read_bytes() if isinstance(file, Path) else file).upright
@@ -120,7 +122,7 @@ class HubPixels(HubImages):
             return None
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Contents of images and label maps, and what their values mean."""
+        """Return contents of images and label maps, and what their values mean."""
         plain = super().identity(chosen)
         maps = self.cells(self.rows if chosen is None else self.rows[chosen], self.pixels)
         return Identity.of(plain.contents, plain.digest, maps, self.values)
@@ -139,7 +141,8 @@ def open_hub(
     values: tuple[int, ...] | None = None,
     absent: bool = False,
 ) -> HubImages:
-    """A split of a data set. Columns are found by their kind where only one fits; `label=` none: `label=-`.
+    """Return a split of a data set. Columns are found by their kind where only one fits; `label=` none:
+    `label=-`.
 
     `pixels` is a column of label maps with `classes`, `ignore`, `values` and `absent` as of `masks:`.
     """
@@ -150,7 +153,7 @@ def open_hub(
         pixels = _column(place, kinds, pixels, "Image", "pixels")
         if classes is None:
             raise DataError("hf: pixels= needs classes=, a number or a file of names")
-        names, table = declared("hf", classes, ignore, values)
+        names, table = declared_classes("hf", classes, ignore, values)
         source = HubPixels(name, dataset, image, pixels, tuple(names), table)
         if not absent:
             check_present(name, source.label_map, len(source), source.classes or ())

@@ -28,7 +28,7 @@ PREFIX = "content:"  # of the digests here; those of earlier versions were made 
 MAGIC = b"foveola hashes 1"
 SETTLED = 2.0  # seconds: what was written later than that before it was read may change within one time stamp
 SAVE_SECONDS = 30.0  # what a kill may cost
-BLOCK = 1024  # files hashed between two looks at the clock
+FILES_AT_ONCE = 1024  # files hashed between two looks at the clock
 LARGE = 2**31  # bytes from which on reading them takes long enough to be said
 
 
@@ -41,7 +41,9 @@ class Identity:
 
     @classmethod
     def of(cls, contents: np.ndarray, *about: Any) -> "Identity":
-        """Of the images' contents, and of what tells the rest (arrays, bytes, values): labels, boxes, ..."""
+        """Make the identity of the images' contents, and of what tells the rest (arrays, bytes, values):
+        labels, boxes, ...
+        """
         whole = hashlib.sha256(contents.tobytes())
         for part in about:
             data = part.tobytes() if isinstance(part, np.ndarray) else part
@@ -56,7 +58,7 @@ _SAYING: ContextVar[bool] = ContextVar("saying", default=False)
 
 @contextmanager
 def looked_at_once() -> Iterator[None]:
-    """Within this (it also decorates a function) `identity_of` looks at each source once."""
+    """Let `identity_of`, within this (it also decorates a function), look at each source once."""
     kept = _KEPT.get()
     tokens = _KEPT.set({} if kept is None else kept), _SAYING.set(_SAYING.get())
     try:
@@ -67,13 +69,13 @@ def looked_at_once() -> Iterator[None]:
 
 
 def say(progress: bool) -> None:
-    """Whether, until the end of `looked_at_once`, what takes long is said on standard error."""
+    """Set whether, until the end of `looked_at_once`, what takes long is said on standard error."""
     _SAYING.set(progress)
 
 
 @contextmanager
 def saying(progress: bool) -> Iterator[None]:
-    """Whether, within this, what takes long is said on standard error."""
+    """Set whether, within this, what takes long is said on standard error."""
     token = _SAYING.set(progress)
     try:
         yield
@@ -82,7 +84,7 @@ def saying(progress: bool) -> Iterator[None]:
 
 
 def identity_of(source: Any, chosen: np.ndarray | None = None) -> Identity:
-    """The identity of a source, or of its images `chosen` (indices, ascending).
+    """Return the identity of a source, or of its images `chosen` (indices, ascending).
 
     Equal digests: the same images in the same order with the same labels, classes and annotations; names and
     places do not count. A source says it in `identity(chosen)`; of one that has no such method all samples
@@ -102,12 +104,14 @@ def identity_of(source: Any, chosen: np.ndarray | None = None) -> Identity:
 
 
 def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which of the contents `a` are among `b`: bool [len(a)]; what cannot be read is not."""
+    """Return which of the contents `a` are among `b`: bool [len(a)]; what cannot be read is not."""
     return np.isin(a, b) & (a != b"")
 
 
 def hash_of(data: Any) -> bytes:
-    """The hash of a file (a Path), of the bytes of one, or of an array; empty for a file that is missing."""
+    """Return the hash of a file (a Path), of the bytes of one, or of an array; empty for a file that is
+    missing.
+    """
     if isinstance(data, ImageFile):
         return hash_of(data.data)
     if isinstance(data, Path):
@@ -152,7 +156,9 @@ def _parts(objects: Objects | None) -> Iterator[Any]:
 
 
 def hash_files(root: Path, files: Sequence[str], name: str) -> np.ndarray:
-    """Hashes (S16 [n]) of files below `root`, read where the table does not have them. `name` is shown."""
+    """Return hashes (S16 [n]) of files below `root`, read where the table does not have them. `name` is
+    shown.
+    """
     with ThreadPoolExecutor(_threads()) as pool:
         table, paths, states, keys = _look_up(root, files, pool)
         found = np.zeros(len(paths), HASH)
@@ -160,8 +166,8 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> np.ndarray:
         size = sum(state[0] for i in missing.tolist() if (state := states[i]))
         saying = _said(missing, size, name, table.path.parent)
         began = time.monotonic()
-        for start in saying(range(0, len(missing), BLOCK)):
-            block = missing[start : start + BLOCK]
+        for start in saying(range(0, len(missing), FILES_AT_ONCE)):
+            block = missing[start : start + FILES_AT_ONCE]
             found[block] = list(pool.map(_hash_file, (paths[i] for i in block.tolist())))
             now = time.time_ns() - int(SETTLED * 1e9)
             settled = [i for i in block.tolist() if (s := states[i]) and max(s[1:]) < now and found[i]]
@@ -182,7 +188,7 @@ class Stated(NamedTuple):
 
 
 def stated(root: Path, files: Sequence[str]) -> Stated:
-    """Sizes, times, and those hashes that the table has, of files below `root`."""
+    """Return sizes, times, and those hashes that the table has, of files below `root`."""
     with ThreadPoolExecutor(_threads()) as pool:
         table, _, states, keys = _look_up(root, files, pool)
     found = np.zeros(len(files), HASH)
@@ -194,14 +200,14 @@ def stated(root: Path, files: Sequence[str]) -> Stated:
 def _look_up(root: Path, files: Sequence[str], pool: ThreadPoolExecutor) -> Any:
     """The table of a folder, and of its files: paths, states and keys."""
     paths = [os.path.join(root, file) for file in files]  # noqa: PTH118 (speed)
-    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
+    blocks = [paths[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE)]
     states = [state for some in pool.map(lambda block: [*map(_state, block)], blocks) for state in some]
     keys = np.array([_key(f, s) for f, s in zip(files, states, strict=True)], HASH)
     return Table(root), paths, states, keys
 
 
 def tables() -> Path:
-    """Where the tables of hashes are: below FOVEOLA_CACHE, or in the user's own cache folder."""
+    """Return where the tables of hashes are: below FOVEOLA_CACHE, or in the user's own cache folder."""
     own = os.environ.get("FOVEOLA_CACHE")
     if own:
         return Path(own).expanduser() / "contents"

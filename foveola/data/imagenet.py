@@ -43,7 +43,9 @@ class Variant(ImageFiles):
         self.flat = np.array([label for some in answers for label in some], np.int64)
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Of images and labels, and of what counts as right, what may be predicted and what is cut off."""
+        """Return the identity of images and labels, and of what counts as right, what may be predicted and
+        what is cut off.
+        """
         plain = super().identity(chosen)
         rows = self.rows if chosen is None else self.rows[chosen]
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
@@ -51,7 +53,7 @@ class Variant(ImageFiles):
         return Identity.of(plain.contents, plain.digest, right, self.candidates, self.border)
 
     def answers(self, index: int) -> Int64[np.ndarray, "a"]:
-        """All labels that count as right for an image; the first is the sample's label."""
+        """Return all labels that count as right for an image; the first is the sample's label."""
         row = int(self.rows[index])
         return self.flat[self.ends[row - 1] if row else 0 : self.ends[row]]
 
@@ -69,12 +71,14 @@ class Variant(ImageFiles):
 
 
 def wnids() -> list[str]:
-    """ImageNet-1k's classes in order."""
+    """Return ImageNet-1k's classes in order."""
     return read_names(WNIDS)
 
 
 def open_imagenet_v2(name: str, root: Path) -> Variant:
-    """ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10, 100)."""
+    """Return ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10,
+    100).
+    """
     files, notes = find_images(root)
     folders = [file.split("/", 1)[0] for file in files]
     wrong = [folder for folder in folders if not folder.isdecimal() or int(folder) > 999]
@@ -86,7 +90,9 @@ def open_imagenet_v2(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_a(name: str, root: Path) -> Variant:
-    """ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are candidates."""
+    """Return ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are
+    candidates.
+    """
     (files, notes), classes = find_images(root), wnids()
     index = {wnid: number for number, wnid in enumerate(classes)}
     folders = [file.split("/", 1)[0] for file in files]
@@ -99,7 +105,7 @@ def open_imagenet_a(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Variant:
-    """ImageNet's validation images with ReaL's label lists; images with an empty list are left out."""
+    """Return ImageNet's validation images with ReaL's label lists; images with an empty list are left out."""
     if labels is None:
         raise DataError("imagenet-real: needs labels=, as in imagenet-real:/imagenet?labels=/real.json")
     lists = read_json(labels)
@@ -125,7 +131,7 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
 
 
 def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
-    """ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
+    """Return ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
     places = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
     if not places:
         raise misfit("objectnet", f"no folder mappings in {root}")
@@ -177,7 +183,8 @@ def _numbers(tables: Path, words: str) -> list[int]:
 
 
 def open_listed(name: str, root: Path, files: Path | None = None, classes: str | None = None) -> ImageFiles:
-    """Images that a list names, a line each: `path label` (Places205), or `path` in class folders (SUN397).
+    """Return images that a list names, a line each: `path label` (Places205), or `path` in class folders
+    (SUN397).
 
     Fields are apart by a comma, a tab, or the last space. Labels are numbers from 0, or names. Without
     labels the class is the folder of the image, however deep. `classes` is a file of class names, in order.

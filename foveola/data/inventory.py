@@ -18,7 +18,7 @@ from foveola import files
 from foveola.data.identity import HASH, hash_files, stated
 
 KEPT = np.dtype("S8")  # of a hash: two of a million images share the first half with a probability of 10^-7
-NAMED = 3  # images that are named of each kind of change
+CHANGES_NAMED = 3  # images that are named of each kind of change
 PARTS = ("names", "sizes", "times", "hashes")
 
 
@@ -39,7 +39,7 @@ class Inventory:
         return len(self.hashes)
 
     def name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """Return what an image is called in messages."""
         if not self.names:
             return f"image {index}"
         return self.names[index].decode("utf-8", "backslashreplace")
@@ -52,7 +52,9 @@ class Inventory:
 
 
 def inventory_of(source: Any, read: Int64[np.ndarray, "r"], contents: np.ndarray) -> Inventory:
-    """Of a source, of which the images `read` (indices) have the hashes `contents` (S16 [r])."""
+    """Make the inventory of a source, of which the images `read` (indices) have the hashes `contents` (S16
+    [r]).
+    """
     n = len(source)
     names, hashes, root = [], np.zeros(n, HASH), None
     sizes, times = np.full(n, -1), np.zeros(n, np.int64)
@@ -65,8 +67,8 @@ def inventory_of(source: Any, read: Int64[np.ndarray, "r"], contents: np.ndarray
     return Inventory(names, sizes, times, hashes.astype(KEPT), root)
 
 
-def load(path: Path) -> Inventory | None:
-    """What `Inventory.save` wrote; None for a file that is missing or damaged."""
+def load_inventory(path: Path) -> Inventory | None:
+    """Return what `Inventory.save` wrote; None for a file that is missing or damaged."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             text, *rest = (file[part] for part in PARTS)
@@ -81,7 +83,7 @@ def load(path: Path) -> Inventory | None:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ImageDifference:
     """Names of the images that differ, of each kind all of them; `untold`: perhaps replaced, perhaps not."""
 
     added: Sequence[str]
@@ -94,7 +96,7 @@ class Difference:
     def __str__(self) -> str:
         """How many images of each kind, and the first names; empty where all are the same."""
         return ", ".join(
-            f"{len(names):,} {kind} ({named(names)})"
+            f"{len(names):,} {kind} ({first_names(names)})"
             for kind, names in (
                 ("added", self.added),
                 ("removed", self.removed),
@@ -106,13 +108,13 @@ class Difference:
         )
 
 
-def named(names: Sequence[str]) -> str:
-    """The first of some names."""
-    return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
+def first_names(names: Sequence[str]) -> str:
+    """Return the first of some names."""
+    return ", ".join([*names[:CHANGES_NAMED], *(["..."] if len(names) > CHANGES_NAMED else [])])
 
 
-def difference(before: Inventory, now: Inventory, most: int) -> Difference | None:
-    """Which images are others; None where that cannot be told.
+def compare_inventories(before: Inventory, now: Inventory, most: int) -> ImageDifference | None:
+    """Return which images are others; None where that cannot be told.
 
     Images of files are compared by name: their sizes, and their hashes where both are known. Where a hash was
     kept and the time of the file is another, the file is read (at most `most` of such files, spread evenly).
@@ -133,7 +135,7 @@ def difference(before: Inventory, now: Inventory, most: int) -> Difference | Non
     def names(chosen: Bool[np.ndarray, "p"]) -> list[str]:
         return [now.name(index) for index in b[chosen].tolist()]
 
-    return Difference(
+    return ImageDifference(
         added=[now.name(j) for j in new if j not in right],
         removed=[before.name(i) for i in gone if i not in left],
         replaced=names(other & ~lost),
@@ -155,13 +157,13 @@ def _paired(before: Inventory, now: Inventory) -> tuple[np.ndarray, np.ndarray, 
     return a, b, gone, [j for name, j in today.items() if name not in then]
 
 
-def _of_contents(before: Inventory, now: Inventory) -> Difference | None:
+def _of_contents(before: Inventory, now: Inventory) -> ImageDifference | None:
     """Of images without names, all of which must have been read."""
     if (before.hashes == b"").any() or (now.hashes == b"").any():
         return None
     added = np.flatnonzero(~np.isin(now.hashes, before.hashes)).tolist()
     removed = np.flatnonzero(~np.isin(before.hashes, now.hashes)).tolist()
-    return Difference([now.name(j) for j in added], [before.name(i) for i in removed], (), (), (), ())
+    return ImageDifference([now.name(j) for j in added], [before.name(i) for i in removed], (), (), (), ())
 
 
 def _read_again(

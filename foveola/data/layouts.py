@@ -13,18 +13,18 @@ from foveola.data.annotations import (
     BoxTable,
     CocoObjects,
     LabelMaps,
+    ObjectReader,
     Packed,
     PixelBoxes,
-    Reader,
     XmlBoxes,
+    map_size,
     read_json,
-    size_of,
 )
 from foveola.data.coco import check_size
-from foveola.data.halves import held_out
+from foveola.data.halves import test_half
 from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
-from foveola.data.sample import BadImage, DataError, ImageFile, Reading, Sample
+from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
 from foveola.data.tables import read_boxes
 
 PROBES = 500  # images looked at to see whether a folder of annotations belongs to them
@@ -40,7 +40,7 @@ class ImageFiles:
         files: Sequence[str],
         labels: Sequence[int] | None = None,
         classes: Sequence[str] | None = None,
-        reader: Reader | None = None,
+        reader: ObjectReader | None = None,
     ) -> None:
         self.name, self.root, self.reader = name, root, reader
         self.classes = None if classes is None else tuple(classes)
@@ -50,7 +50,7 @@ class ImageFiles:
         self.annotations = ""  # tells what a subclass knows about its images from what another might
         self.has_objects = reader is not None
         self.notes: tuple[str, ...] = ()  # what whoever uses the data should know
-        self.reading, self.raw = Reading(), False
+        self.reading, self.raw = Decoding(), False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,26 +61,26 @@ class ImageFiles:
         image, objects = self.root / file, None
         if self.reader is not None:
             image, objects = self.reader(row, file, image, label)
-        if self.reading != Reading():
+        if self.reading != Decoding():
             image = ImageFile(image, self.reading)
         return Sample(image, printable(file), objects, None if label < 0 else label)
 
     def path(self, index: int) -> Path:
-        """The file of an image."""
+        """Return the file of an image."""
         return self.root / os.fsdecode(self.files[int(self.rows[index])])
 
     def files_below(self) -> tuple[Path, list[str]]:
-        """The folder, and the paths of the images below it, in order."""
+        """Return the folder, and the paths of the images below it, in order."""
         return self.root, [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
 
     def data(self, index: int) -> bytes:
-        """The bytes of the file of an image. Raises OSError, and BadImage for what is no file."""
+        """Return the bytes of the file of an image. Raises OSError, and BadImage for what is no file."""
         path = self.path(index)
         if not path.is_file():  # a pipe would be waited for
             raise BadImage("no file")
         return path.read_bytes()
 
-    def read_as(self, reading: Reading) -> None:
+    def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""
         self.reading = reading
         self.annotations += f" {reading}"
@@ -92,25 +92,27 @@ class ImageFiles:
             self.reader.raw = raw
 
     def annotation_size(self, index: int) -> tuple[int, int] | None:
-        """Width and height that the annotation of an image states, if it states any."""
+        """Return the width and height that the annotation of an image states, if it states any."""
         row = int(self.rows[index])
         if isinstance(self.reader, CocoObjects):
             return int(self.reader.sizes[row, 0]), int(self.reader.sizes[row, 1])
         if isinstance(self.reader, LabelMaps):
-            return size_of(self.reader.path(os.fsdecode(self.files[row])))
+            return map_size(self.reader.path(os.fsdecode(self.files[row])))
         if isinstance(self.reader, XmlBoxes):
             return self.reader.size_of(os.fsdecode(self.files[row]))
         return None
 
     def with_objects(self) -> int | None:
-        """How many images have an annotated object; None where the file of each would have to be read."""
+        """Return how many images have an annotated object; None where the file of each would have to be
+        read.
+        """
         table = getattr(self.reader, "table", None)
         if table is None:
             return None
         return int((np.diff(table.ends, prepend=0)[self.rows] > 0).sum())
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Contents of the image files, labels and annotations, in order; not names nor places."""
+        """Return contents of the image files, labels and annotations, in order; not names nor places."""
         rows = self.rows if chosen is None else self.rows[chosen]
         files = [os.fsdecode(self.files[row]) for row in rows.tolist()]
         about = [self.classes, self.labels[rows], self.annotations, self.raw]
@@ -124,7 +126,9 @@ class ImageFiles:
         return Identity.of(hash_files(self.root, files, self.name), *about)
 
     def beside(self, row: int) -> str | None:
-        """The path (from the root, or absolute) of the file that annotates one image alone, if it has one."""
+        """Return the path (from the root, or absolute) of the file that annotates one image alone, if it has
+        one.
+        """
         path = None if self.reader is None else self.reader.path(os.fsdecode(self.files[row]))
         return None if path is None else str(path.absolute())
 
@@ -141,7 +145,7 @@ class ImageFiles:
         files = [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
         hashes = hash_files(self.root, files, self.name).tolist()
         contents = [found or b"name " + os.fsencode(file) for found, file in zip(hashes, files, strict=True)]
-        held = held_out(contents, self.labels[self.rows], self.classes or (), share, seed)
+        held = test_half(contents, self.labels[self.rows], self.classes or (), share, seed)
         if not held.any():
             raise DataError(
                 f"{self.name}: no class has two different images, so holdout={share:g} holds out none"
@@ -156,7 +160,7 @@ class ImageFiles:
 def open_folder(
     name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
 ) -> ImageFiles:
-    """Images below a folder: class subfolders make labels; own boxes or label maps make objects."""
+    """Return images below a folder: class subfolders make labels; own boxes or label maps make objects."""
     files, notes = find_images(root, without=masks)
     tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     folders = {top for top in tops if top is not None}
@@ -189,7 +193,7 @@ def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
 
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
-    """Tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
+    """Return tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
     words = _read_table(root, "words.txt", 2) if (root / "words.txt").is_file() else []
     wnids = sorted(row[0] for row in _read_table(root, "wnids.txt", 1))
     index = {wnid: number for number, wnid in enumerate(wnids)}
@@ -225,7 +229,7 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
 
 
 def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> ImageFiles:
-    """ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
+    """Return ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
     half = "train" if split == "train" else "val"
     places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
     base = next((place for place in places if place.is_dir()), None)
@@ -263,7 +267,7 @@ def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
 
 
 def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFiles:
-    """COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
+    """Return COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
     tree = read_json(annotations)

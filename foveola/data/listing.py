@@ -23,18 +23,18 @@ LAYOUTS = {
     "cityscapes": ("leftImg8bit/<split>/<city> and gtFine/<split>/<city>", OWN_MAPS),
     "camvid": ("<split>/images and <split>/labels, or <split> and <split>annot", OWN_MAPS),
 }
-NAMED = 6  # suffixes of other files that a note names
+SUFFIXES_NAMED = 6  # suffixes of other files that a note names
 
 
-class Found(NamedTuple):
+class Listing(NamedTuple):
     """Image files below a folder, sorted; and what was left out, in words."""
 
     files: list[str]
     notes: tuple[str, ...]
 
 
-def find_images(root: Path, without: Path | None = None) -> Found:
-    """All image files below a folder, by extension; hidden ones and the folder `without` are left out.
+def find_images(root: Path, without: Path | None = None) -> Listing:
+    """Return all image files below a folder, by extension; hidden ones and the folder `without` are left out.
 
     Links are followed. Each folder is read once, by its own path rather than by that of a link, so that a
     link upwards ends and one beside its folder doubles nothing. Raises DataError for a folder that cannot be
@@ -70,11 +70,13 @@ def find_images(root: Path, without: Path | None = None) -> Found:
             raise DataError(f"folder {root} {'holds no images' if any(root.iterdir()) else 'is empty'}")
         known = " ".join(sorted(SUFFIXES))
         raise DataError(f"folder {root} holds no images ({known}), but {_named(others)}")
-    return Found(sorted(found), _left_out(root, others, repeated))
+    return Listing(sorted(found), _left_out(root, others, repeated))
 
 
 def misfit(kind: str, what: str) -> DataError:
-    """The error for a folder that is not as data of this kind lie: `what` is wrong, and what was expected."""
+    """Return the error for a folder that is not as data of this kind lie: `what` is wrong, and what was
+    expected.
+    """
     layout, otherwise = LAYOUTS[kind]
     return DataError(f"{kind}: {what}; expected {layout} ({otherwise})")
 
@@ -98,13 +100,17 @@ def _left_out(root: Path, others: Counter[str], repeated: int) -> tuple[str, ...
 
 
 def _named(others: Counter[str]) -> str:
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:NAMED]
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:SUFFIXES_NAMED]
     named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in most]
-    return ", ".join(named) + (f" and {len(others) - NAMED} more kinds" if len(others) > NAMED else "")
+    return ", ".join(named) + (
+        f" and {len(others) - SUFFIXES_NAMED} more kinds" if len(others) > SUFFIXES_NAMED else ""
+    )
 
 
 def check_listed(root: Path, files: Sequence[str], what: str = "annotated images") -> None:
-    """Every listed file is there. One look into each folder: a million separate questions take minutes."""
+    """Check that every listed file is there. One look into each folder: a million separate questions take
+    minutes.
+    """
     present: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -120,7 +126,7 @@ def check_listed(root: Path, files: Sequence[str], what: str = "annotated images
 
 
 def check_inside(where: Path, files: Sequence[str]) -> None:
-    """No name that a file gives leaves the folder of images: lists of others may name anything."""
+    """Check that no name that a file gives leaves the folder of images: lists of others may name anything."""
     for file in files:
         path = posixpath.normpath(file.replace("\\", "/"))
         if path.startswith(("/", "../")) or path in (".", "..") or "\0" in path:
@@ -128,5 +134,7 @@ def check_inside(where: Path, files: Sequence[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that any file and terminal takes: bytes of a name that are not UTF-8 become backslashes."""
+    """Return the text that any file and terminal takes: bytes of a name that are not UTF-8 become
+    backslashes.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from foveola.config import key
 from foveola.data.ahead import POLL_SECONDS, Asker, OutOfSharedMemory, check_room, read_ahead, room
 from foveola.data.decode import Scratch, decode, to_canvas
-from foveola.data.sample import BadImage, Canvases, Choice, DataError, Objects, Sample
+from foveola.data.sample import BadImage, Canvases, DataError, ObjectChoice, Objects, Sample
 from foveola.data.sources import Source
 from foveola.failures import explain
 
@@ -53,7 +53,7 @@ class LoaderConfig:
         128, "pixels a side of the square that object masks are drawn on", at_least=8, at_most=2**13
     )
     objects_per_image: int = key(1, "objects drawn from each image", at_least=1, at_most=1000)
-    choose: Choice = key("area", "which objects are drawn: by area, uniform, or the largest")
+    choose: ObjectChoice = key("area", "which objects are drawn: by area, uniform, or the largest")
     workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(
@@ -68,12 +68,12 @@ class LoaderConfig:
     )
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {} if self.workers else dict.fromkeys(("prefetch", "start"), "workers=0")
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
-    """The order in which an epoch visits `count` samples."""
+    """Return the order in which an epoch visits `count` samples."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
@@ -140,7 +140,8 @@ class Loader:
             batches.close()
 
     def judge(self, bad: int, seen: int, different: int = 0) -> str:
-        """Why to stop, given `bad` of `seen` images of all ranks and `different` ones among them; or "".
+        """Return why to stop, given `bad` of `seen` images of all ranks and `different` ones among them; or
+        "".
 
         The share among all is above `max_bad` when more different images are bad than it allows, which is
         certain, or when the lower end of Wilson's interval of the share in those seen is above it.
@@ -194,7 +195,9 @@ class Loader:
 
 
 def too_many(bad: int, seen: int, allowed: float) -> bool:
-    """Whether the share of bad ones is above `allowed` beyond doubt: the lower end of Wilson's interval."""
+    """Return whether the share of bad ones is above `allowed` beyond doubt: the lower end of Wilson's
+    interval.
+    """
     if not bad:
         return False
     share, z2 = bad / seen, BEYOND_DOUBT**2
@@ -360,7 +363,7 @@ def _trim(images: UInt8[Tensor, "B 3 S S"], extents: Int64[Tensor, "B 2"]) -> UI
 
 
 def bytes_of(canvases: Canvases) -> int:
-    """Of a batch, as it goes from a worker to the training process."""
+    """Return the bytes of a batch, as it goes from a worker to the training process."""
     return sum(x.nbytes for x in vars(canvases).values() if isinstance(x, Tensor))
 
 
@@ -369,7 +372,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def begin_worker(_: int) -> None:
-    """One thread each, and deaf to the signals that the training process answers by saving and leaving.
+    """Give a worker one thread, and make it deaf to the signals that the training process answers by saving
+    and leaving.
 
     Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
     the last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers

@@ -25,7 +25,7 @@ Looked = ImageFiles | HubImages
 
 
 @dataclass
-class Seen:
+class Looks:
     """What a look has found."""
 
     images: int = 0
@@ -44,7 +44,7 @@ class Seen:
 
 def look(source: Looked) -> None:
     """Look at `LOOKS` images of a source and add notes to it. Raises DataError for what cannot be meant."""
-    seen = Seen()
+    seen = Looks()
     for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
         _look_at(source, index, seen)
     source.drawn(seen.stored > seen.upright)
@@ -64,7 +64,7 @@ def look(source: Looked) -> None:
         )
 
 
-def _look_at(source: Looked, index: int, seen: Seen) -> None:
+def _look_at(source: Looked, index: int, seen: Looks) -> None:
     try:
         data = source.data(index)
         header = read_header(data)
@@ -89,7 +89,7 @@ def _look_at(source: Looked, index: int, seen: Seen) -> None:
             seen.misfits.append(str(error))
 
 
-def _look_at_depth(data: bytes, seen: Seen) -> None:
+def _look_at_depth(data: bytes, seen: Looks) -> None:
     if not is_deep(open_image(data)):
         return
     seen.deep += 1
@@ -105,14 +105,14 @@ def _look_at_depth(data: bytes, seen: Seen) -> None:
         seen.floating = seen.floating or values.dtype.kind == "f"
 
 
-def _vote(size: tuple[int, int], header: Header, seen: Seen) -> None:
+def _vote(size: tuple[int, int], header: Header, seen: Looks) -> None:
     stored, upright = views_of(size, header)
     seen.stored += stored and not upright
     seen.upright += upright and not stored
     seen.unclear += stored and upright
 
 
-def _judge_annotations(source: Looked, seen: Seen) -> None:
+def _judge_annotations(source: Looked, seen: Looks) -> None:
     if seen.misfits:
         count = (
             f"{len(seen.misfits)} of {seen.annotated} annotated images looked at do not fit their annotations"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveola.config import UserError
 
-Choice = Literal["area", "uniform", "largest"]
+ObjectChoice = Literal["area", "uniform", "largest"]
 
 SLIVER = 1e-4  # of a mask pixel: what rounding of a box leaves over its neighbour; counts as not covered
 
@@ -54,7 +54,8 @@ class Objects:
         masks: Sequence[Any] | None = None,
         areas: Float[np.ndarray, "K"] | None = None,
     ) -> "Objects | None":
-        """Objects from boxes in units of the image, corners in any order. Clips; drops what has no area.
+        """Return objects from boxes in units of the image, corners in any order. Clips; drops what has no
+        area.
 
         Returns None when nothing is left. `areas` (shares of the image) defaults to the boxes' areas.
         """
@@ -73,7 +74,8 @@ class Objects:
         )
 
     def draw(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
-        """The covered share of each pixel of a square mask canvas, times 255; exact for boxes and masks.
+        """Return the covered share of each pixel of a square mask canvas, times 255; exact for boxes and
+        masks.
 
         A pixel that is touched at all gets at least 1, so that no object vanishes, however small. A mask
         without a pixel (polygons can be thinner than one) is drawn as its box.
@@ -91,7 +93,7 @@ class Objects:
         drawn = np.rint(255 * coverage).clip(0, 255)
         return np.where(coverage > SLIVER**2, np.maximum(drawn, 1), 0).astype(np.uint8)
 
-    def choose(self, rng: np.random.Generator, count: int, by: Choice) -> Int64[np.ndarray, "count"]:
+    def choose(self, rng: np.random.Generator, count: int, by: ObjectChoice) -> Int64[np.ndarray, "count"]:
         """Draw `count` objects, none twice before all were drawn once.
 
         "area": with a probability proportional to the area in the whole image (ODIS, section 3: large
@@ -108,7 +110,7 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Decoding:
     """How files become pixels where a data string says it.
 
     `low` and `high` are the values of images of more than 8 bits that become black and white (None: those of
@@ -123,7 +125,7 @@ class Reading:
 
     @staticmethod
     def values(text: str) -> dict[str, Any]:
-        """The fields that a range of values sets: `LOW-HIGH` or `container`. Raises ValueError."""
+        """Return the fields that a range of values sets: `LOW-HIGH` or `container`. Raises ValueError."""
         if text == "container":
             return {"container": True}
         found = re.fullmatch(r"(-?[\d.]+(?:e[+-]?\d+)?)-(-?[\d.]+(?:e[+-]?\d+)?)", text)
@@ -138,7 +140,7 @@ class ImageFile:
     """A file, or the bytes of one, and how to read it."""
 
     data: Path | bytes
-    reading: Reading
+    reading: Decoding
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +178,11 @@ class Canvases:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> "Canvases":
-        """The same batch on `device`; asynchronous where the memory is pinned."""
+        """Return the same batch on `device`; asynchronous where the memory is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Canvases":
-        """The same batch in page-locked memory, from which a copy to a GPU overlaps with compute."""
+        """Return the same batch in page-locked memory, from which a copy to a GPU overlaps with compute."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Any) -> "Canvases":
@@ -189,7 +191,7 @@ class Canvases:
 
 
 def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
-    """Any kind of mask that `Objects.masks` may hold, as pixels of the image it was drawn on."""
+    """Return any kind of mask that `Objects.masks` may hold, as pixels of the image it was drawn on."""
     if isinstance(mask, np.ndarray):
         return mask
     from pycocotools import mask as coco
@@ -205,7 +207,9 @@ def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
 
 @lru_cache(maxsize=256)
 def area_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inputs"]:
-    """The share of each output cell that each input cell covers, both dividing the same unit interval."""
+    """Return the share of each output cell that each input cell covers, both dividing the same unit
+    interval.
+    """
     edges_in, edges_out = np.arange(inputs + 1) / inputs, np.arange(outputs + 1)[:, None] / outputs
     shared = np.minimum(edges_in[1:], edges_out[1:]) - np.maximum(edges_in[:-1], edges_out[:-1])
     weights = shared.clip(0) * outputs

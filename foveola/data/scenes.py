@@ -36,9 +36,9 @@ SCALES = (0.35, 0.8)  # side of a product's frame in the image's; products fill 
 OUTSIDE = 0.2  # at most this share of a product's width and height lies outside the image
 MIN_VISIBLE = 0.25  # an object of which less is seen is not placed; share of its whole silhouette
 MIN_PIXELS = 8
-MOST = 100_000_000  # scenes: an epoch draws an order of all
+MOST_SCENES = 100_000_000  # scenes: an epoch draws an order of all
 SHADOW = 0.5  # of the light that a shadow takes away, at most
-TRIES = 8  # places tried at one size before the product is made smaller
+PLACEMENT_TRIES = 8  # places tried at one size before the product is made smaller
 SHRINKS = 5
 
 Colour = Float32[np.ndarray, "3"]
@@ -122,8 +122,10 @@ class Scenes:
             raise DataError(
                 f"scenes: objects={objects[0]}-{objects[1]} must be a range within 1-9, such as 2-5"
             )
-        if not 1 <= count <= MOST or seed < 0:
-            raise DataError(f"scenes: count={count} must be from 1 to {MOST} and seed={seed} at least 0")
+        if not 1 <= count <= MOST_SCENES or seed < 0:
+            raise DataError(
+                f"scenes: count={count} must be from 1 to {MOST_SCENES} and seed={seed} at least 0"
+            )
         self.split, self.size, self.count, self.seed, self.objects = split, size, count, seed, objects
         self.name = (
             f"scenes:?size={size}&count={count}&seed={seed}&objects={objects[0]}-{objects[1]}&split={split}"
@@ -145,7 +147,9 @@ class Scenes:
         return Sample(scene.image, f"scenes/{self.split}/{index}", scene.objects, label)
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """A scene is what its parameters say: one of the same parameters and index is the same image."""
+        """Return the identity of scenes, which are what their parameters say: one of the same parameters and
+        index is the same image.
+        """
         own = f"{VERSION} {self.stock.digest} {self.split} {self.size} {self.seed} {self.objects}"
         indices = range(self.count) if chosen is None else chosen.tolist()
         return Identity.of(np.array([hash_of(f"scene {own} {i}".encode()) for i in indices], HASH), own)
@@ -191,7 +195,7 @@ class Scenes:
         for item in rng.choice(len(stock.images), wanted, replace=False):
             scale = SCALES[0] * (SCALES[1] / SCALES[0]) ** rng.random()
             mirrored = bool(rng.random() < 0.5)
-            spots = rng.random((SHRINKS, TRIES, 2))
+            spots = rng.random((SHRINKS, PLACEMENT_TRIES, 2))
             for shrink in range(SHRINKS):
                 grey, opacity = _resize(stock, int(item), scale * self.size * 0.85**shrink, mirrored)
                 solid = opacity >= 0.5
@@ -283,7 +287,7 @@ def _colours(
 
 
 def background(rng: np.random.Generator, size: int) -> Float32[np.ndarray, "3 S S"]:
-    """A texture between two colours: clouds of two sizes, and on most images stripes or checks."""
+    """Return a texture between two colours: clouds of two sizes, and on most images stripes or checks."""
     pattern = rng.uniform(0.1, 0.5) * _clouds(rng, size, 2, 6) + rng.uniform(0, 0.3) * _clouds(
         rng, size, 6, 20
     )
@@ -321,7 +325,7 @@ def _lighting(rng: np.random.Generator, size: int) -> Plane:
 
 @lru_cache(maxsize=4096)
 def linear_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inputs"]:
-    """Antialiased linear interpolation along one side; rows sum to 1."""
+    """Return antialiased linear interpolation along one side; rows sum to 1."""
     scale = inputs / outputs
     reach = max(scale, 1.0)
     centres = (np.arange(outputs)[:, None] + 0.5) * scale

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from foveola.data.annotations import Packed, read_values, size_of
+from foveola.data.annotations import Packed, map_size, read_values
 from foveola.data.fit import upright_map
 from foveola.data.layouts import ImageFiles
 from foveola.data.listing import check_listed, find_images, misfit, printable
@@ -21,7 +21,7 @@ from foveola.data.sample import DataError, Sample
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
 UNKNOWN = 254  # in a table of values: one that the data set does not have
-MAPS = 500  # looked at for a class without a pixel
+MAPS_LOOKED_AT = 500  # looked at for a class without a pixel
 MAX_CLASSES = UNKNOWN  # a byte a pixel: a bank of patches holds some hundred labels for each
 
 
@@ -48,7 +48,7 @@ class PixelSource(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
     def label_map(self, index: int, /) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of an image; IGNORE for none. Raises BadImage and DataError."""
+        """Return classes of the pixels of an image; IGNORE for none. Raises BadImage and DataError."""
         ...
 
 
@@ -75,11 +75,13 @@ class LabelledImages(ImageFiles):
         self.annotations = f"pixels {values.tobytes().hex()}"
 
     def beside(self, row: int) -> str:
-        """The label map of an image."""
+        """Return the label map of an image."""
         return os.fsdecode(self.maps[row])
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "H W"]:
-        """Classes of the pixels of an image. Raises BadImage (damaged), DataError (values of no class)."""
+        """Return classes of the pixels of an image. Raises BadImage (damaged), DataError (values of no
+        class).
+        """
         row = int(self.rows[index])
         where = self.root / os.fsdecode(self.maps[row])
         file = printable(os.fsdecode(self.files[row]))
@@ -87,14 +89,16 @@ class LabelledImages(ImageFiles):
         return upright_map(labels, self.path(index), self.raw, file)
 
     def annotation_size(self, index: int) -> tuple[int, int] | None:
-        """Width and height of a label map."""
-        return size_of(self.root / os.fsdecode(self.maps[int(self.rows[index])]))
+        """Return the width and height of a label map."""
+        return map_size(self.root / os.fsdecode(self.maps[int(self.rows[index])]))
 
 
 def to_classes(
     found: Integer[np.ndarray, "H W"], values: UInt8[np.ndarray, "256"], where: str
 ) -> UInt8[np.ndarray, "H W"]:
-    """Class indices of the values of a label map. Raises DataError, naming one that stands for nothing."""
+    """Return the class indices of the values of a label map. Raises DataError, naming one that stands for
+    nothing.
+    """
     low, high = int(found.min(initial=0)), int(found.max(initial=0))
     if low < 0 or high > 255:
         raise DataError(f"{where}: holds the value {low if low < 0 else high}; label maps end at 255")
@@ -109,7 +113,9 @@ def to_classes(
 
 
 def value_table(classes: Mapping[int, int], ignore: Sequence[int] = (), other: int = UNKNOWN) -> np.ndarray:
-    """uint8 [256]: the class of each value on disk; IGNORE for `ignore`, `other` for what is not named."""
+    """Return uint8 [256]: the class of each value on disk; IGNORE for `ignore`, `other` for what is not
+    named.
+    """
     values = np.full(256, other, np.uint8)
     for value, label in classes.items():
         values[value] = label
@@ -129,7 +135,7 @@ def open_masks(
     values: tuple[int, ...] | None = None,
     absent: bool = False,
 ) -> LabelledImages:
-    """A folder of images, and one of PNG label maps with the same names.
+    """Return a folder of images, and one of PNG label maps with the same names.
 
     `classes` is the number of classes, or a file that names one a line. `values` are their values on disk, in
     order; 0, 1, ... without. A class that no map looked at holds is an error unless `absent` allows it.
@@ -139,7 +145,7 @@ def open_masks(
             "masks: needs labels= and classes= (a number, or a file of names), as in "
             "masks:/images?labels=/labels&classes=21"
         )
-    names, table = declared("masks", classes, ignore, values)
+    names, table = declared_classes("masks", classes, ignore, values)
     files, notes = find_images(root, without=labels)
     pairs = _pairs(root, files, lambda file: os.path.relpath(labels / Path(file).with_suffix(".png"), root))
     source = LabelledImages(name, root, pairs, table, names)
@@ -149,10 +155,12 @@ def open_masks(
     return source
 
 
-def declared(
+def declared_classes(
     kind: str, classes: str, ignore: int | None, values: tuple[int, ...] | None
 ) -> tuple[list[str], UInt8[np.ndarray, "256"]]:
-    """Names of own classes, and the class of each value on disk. Raises DataError for what cannot be."""
+    """Return names of own classes, and the class of each value on disk. Raises DataError for what
+    cannot be.
+    """
     if not classes.isdecimal():
         names = read_names(Path(classes).expanduser())
     elif 0 < int(classes) <= MAX_CLASSES:
@@ -174,12 +182,13 @@ def declared(
 def check_present(
     name: str, label_map: Callable[[int], np.ndarray], count: int, classes: Sequence[str]
 ) -> None:
-    """Every declared class is somewhere in the maps. Raises DataError: it may be a value that is ignored.
+    """Check that every declared class is somewhere in the maps. Raises DataError: it may be a value that is
+    ignored.
 
     Looks at maps until all classes are found, at most at `MAPS`, in an order that a seed draws.
     """
     missing = set(range(len(classes)))
-    order = np.random.default_rng(0).permutation(count)[:MAPS]
+    order = np.random.default_rng(0).permutation(count)[:MAPS_LOOKED_AT]
     for index in order.tolist():
         try:
             missing -= set(np.unique(label_map(index)).tolist())
@@ -195,7 +204,7 @@ def check_present(
 
 
 def read_names(path: Path) -> list[str]:
-    """Names of classes, one a line. Raises DataError for a file that is missing or names none."""
+    """Return names of classes, one a line. Raises DataError for a file that is missing or names none."""
     if not path.is_file():
         raise DataError(f"no file of class names {path}")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -221,7 +230,9 @@ VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
 
 
 def open_voc(name: str, root: Path, split: str) -> LabelledImages:
-    """PASCAL VOC 2012: train, trainaug (with SBD's label maps), val (also as `test`: that has no labels)."""
+    """Return PASCAL VOC 2012: train, trainaug (with SBD's label maps), val (also as `test`: that has no
+    labels).
+    """
     which = "val" if split == "test" else split
     base = next((folder for folder in (root, root / "VOC2012", root / "VOCdevkit/VOC2012")
                  if (folder / "SegmentationClass").is_dir()), None)  # fmt: skip
@@ -258,7 +269,7 @@ def _voc_set(base: Path, which: str) -> list[str]:
 
 
 def open_ade20k(name: str, root: Path, split: str) -> LabelledImages:
-    """ADE20K of the scene parsing challenge (2016): 150 classes; 0 (other, unlabelled) is ignored."""
+    """Return ADE20K of the scene parsing challenge (2016): 150 classes; 0 (other, unlabelled) is ignored."""
     half = "training" if split == "train" else "validation"
     base = root if (root / "images").is_dir() else root / "ADEChallengeData2016"
     if not (base / "images" / half).is_dir():
@@ -285,7 +296,9 @@ CITYSCAPES = {
 
 
 def open_cityscapes(name: str, root: Path, split: str) -> LabelledImages:
-    """Cityscapes, fine annotations, the 19 classes of the benchmark; from labelIds or labelTrainIds."""
+    """Return cityscapes, fine annotations, the 19 classes of the benchmark; from labelIds or
+    labelTrainIds.
+    """
     half = "train" if split == "train" else "val"
     folder = root / "leftImg8bit" / half
     if not folder.is_dir():
@@ -314,7 +327,9 @@ COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # things that COCO 2
 def open_coco_stuff(
     name: str, root: Path, labels: Path | None = None, classes: str | None = None
 ) -> LabelledImages:
-    """COCO-Stuff: images of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of id."""
+    """Return COCO-Stuff: images of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of
+    id.
+    """
     if labels is None:
         raise DataError(
             "cocostuff: needs labels=, as in cocostuff:/train2017?labels=/stuffthingmaps/train2017"
@@ -335,7 +350,9 @@ CAMVID_WORDS = "sky building pole road pavement tree sign fence car pedestrian b
 
 
 def open_camvid(name: str, root: Path, split: str) -> LabelledImages:
-    """CamVid in 11 classes (11 = void): train/images with train/labels, or SegNet's train with trainannot."""
+    """Return CamVid in 11 classes (11 = void): train/images with train/labels, or SegNet's train with
+    trainannot.
+    """
     images, labels = f"{split}/images", f"{split}/labels"
     if not (root / images).is_dir():
         images, labels = split, f"{split}annot"

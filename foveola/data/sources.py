@@ -19,7 +19,7 @@ from foveola.data.imagenet import (
 )
 from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.look import look
-from foveola.data.sample import BadImage, DataError, Reading, Sample
+from foveola.data.sample import BadImage, DataError, Decoding, Sample
 from foveola.data.scenes import Scenes
 from foveola.data.segmentation import (
     PixelSource,
@@ -35,9 +35,9 @@ from foveola.outside import announced, imported, is_importable
 __all__ = ["BadImage", "DataError", "PixelSource", "Source", "decode", "open_source"]
 
 Split = Literal["train", "test"]
-GROUP = "foveola.sources"  # of entry points
+SOURCE_ENTRY_POINTS = "foveola.sources"  # of entry points
 OBJECT = "python"  # kind of the names under which configurations mention a caller's own source
-NEEDED = ("name", "classes", "has_objects", "__len__", "__getitem__")  # by a source
+SOURCE_MEMBERS = ("name", "classes", "has_objects", "__len__", "__getitem__")  # by a source
 
 
 @runtime_checkable
@@ -71,7 +71,9 @@ class Source(Protocol):
 
 
 def notes_of(source: Any) -> tuple[str, ...]:
-    """What a source says about its data that whoever uses them should know; nothing of a source without."""
+    """Return what a source says about its data that whoever uses them should know; nothing of a source
+    without.
+    """
     return tuple(getattr(source, "notes", ()))
 
 
@@ -90,8 +92,8 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise DataError(_unknown_kind(spec, kind))
     opener, own = KINDS[kind]
     allowed = dict(own) | ({} if kind == "scenes" else {"limit": _some, "seed": _whole})
-    allowed |= {} if kind == "scenes" else {"range": Reading.values, "pages": _first}
-    allowed |= {"holdout": _share, "split": _split} if kind in WHOLE else {}
+    allowed |= {} if kind == "scenes" else {"range": Decoding.values, "pages": _first}
+    allowed |= {"holdout": _share, "split": _split} if kind in WITHOUT_HALVES else {}
     options = _parse_options(kind, query, allowed)
     if kind == "scenes":
         if place:
@@ -103,18 +105,18 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if kind != "hf" and not root.is_dir():
         raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
-    reading = Reading(**options.pop("range", {}), first_page=options.pop("pages", False))
+    reading = Decoding(**options.pop("range", {}), first_page=options.pop("pages", False))
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
-    half = options.pop("split", split) if kind in WHOLE else split
+    half = options.pop("split", split) if kind in WITHOUT_HALVES else split
     holdout = options.pop("holdout", None)
     if holdout is not None:
         spec += "" if "split=" in query else f"&split={half}"
-    elif kind in WHOLE and "split=" in query:
+    elif kind in WITHOUT_HALVES and "split=" in query:
         raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
     source = opener(spec, unquote(place) if kind == "hf" else root, **options)
-    if reading != Reading():
+    if reading != Decoding():
         source.read_as(reading)
     look(source)  # at all of it: each part of one folder is read alike
     if holdout is not None:
@@ -130,7 +132,7 @@ def _from_outside(kind: str, place: str) -> tuple[Any, dict[str, str]] | None:
     An entry point of the group `foveola.sources` is a kind of its own, and gets what follows the colon as
     `path`; `my_package.my_module:open` is the function itself.
     """
-    if kind in (own := announced(GROUP)):
+    if kind in (own := announced(SOURCE_ENTRY_POINTS)):
         return imported(own[kind].value), {"path": unquote(place)} if place else {}
     name = f"{kind}:{place}"
     if kind == OBJECT or not is_importable(name) or ("." not in kind and not find_spec(kind)):
@@ -162,13 +164,13 @@ def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split
 
 
 def as_source(data: Any, split: Split, what: str) -> Source:
-    """A data string opened, or a source of the caller's own as it is.
+    """Return a data string opened, or a source of the caller's own as it is.
 
     Raises DataError, which begins with `what` (the name of an argument), for an object that is no source.
     """
     if isinstance(data, str):
         return open_source(data, split)
-    if lacks := [name for name in NEEDED if not hasattr(data, name)]:
+    if lacks := [name for name in SOURCE_MEMBERS if not hasattr(data, name)]:
         raise DataError(
             f"{what}: expected a data string or a source, got {kind_of(data)}, which has no "
             f"{', '.join(lacks)}; docs/data.md shows a source of your own"
@@ -269,14 +271,14 @@ def _first(text: str) -> bool:
 def _path(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.exists():
-        raise ValueError("a path that exists")
+        raise ValueError(f"a path that exists{meant(path)}")
     return path
 
 
 def _folder(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_dir():
-        raise ValueError("a folder that exists")
+        raise ValueError(f"a folder that exists{meant(path)}")
     return path
 
 
@@ -287,8 +289,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-WHOLE = ("folder", "coco", "masks", "listed")  # kinds without halves of their own, which holdout= makes
-MAPS: Mapping[str, Callable[[str], Any]] = {
+WITHOUT_HALVES = (
+    "folder",
+    "coco",
+    "masks",
+    "listed",
+)  # kinds without halves of their own, which holdout= makes
+LABEL_MAP_KEYS: Mapping[str, Callable[[str], Any]] = {
     "ignore": _whole,
     "values": _numbers,
     "absent": lambda text: bool(_one_of("allow")(text)),
@@ -299,7 +306,7 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
     "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
     "coco": (open_coco, {"annotations": _path}),
-    "masks": (open_masks, {"labels": _folder, "classes": str, **MAPS}),
+    "masks": (open_masks, {"labels": _folder, "classes": str, **LABEL_MAP_KEYS}),
     "voc": (open_voc, {"split": _one_of("train", "trainaug", "val", "test")}),
     "ade20k": (open_ade20k, {"split": _split}),
     "cityscapes": (open_cityscapes, {"split": _split}),
@@ -312,6 +319,6 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "listed": (open_listed, {"files": _path, "classes": str}),
     "hf": (
         open_hub,
-        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | MAPS,
+        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,
     ),
 }

@@ -9,20 +9,31 @@ from typing import Any
 from foveola.data.annotations import read_json
 from foveola.data.sample import DataError
 
-NAMES = ("name", "filename", "file_name", "file", "image", "image_name", "image_path", "path", "filepath")
-LABELS = ("label", "class", "category", "class_name", "category_name", "label_name")
+NAME_COLUMNS = (
+    "name",
+    "filename",
+    "file_name",
+    "file",
+    "image",
+    "image_name",
+    "image_path",
+    "path",
+    "filepath",
+)
+LABEL_COLUMNS = ("label", "class", "category", "class_name", "category_name", "label_name")
 CORNERS = (
     *(("x0", "y0", "x1", "y1"), ("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max")),
     *(("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom")),
 )
 STARTS = (("x", "y"), ("xmin", "ymin"), ("x_min", "y_min"), ("left", "top"), ("bbox_x", "bbox_y"))
-SIZES = (("w", "h"), ("width", "height"), ("bbox_w", "bbox_h"), ("bbox_width", "bbox_height"))
-Box = tuple[float, float, float, float, str]
+SIZE_COLUMNS = (("w", "h"), ("width", "height"), ("bbox_w", "bbox_h"), ("bbox_width", "bbox_height"))
+LabelledBox = tuple[float, float, float, float, str]
 WITHOUT = "name, x0, y0, x1, y1 and perhaps a label"
 
 
-def read_boxes(path: Path) -> dict[str, list[Box]]:
-    """Own boxes in pixels by image name, from CSV or JSON. Raises DataError with what is wrong, and where.
+def read_boxes(path: Path) -> dict[str, list[LabelledBox]]:
+    """Return own boxes in pixels by image name, from CSV or JSON. Raises DataError with what is wrong, and
+    where.
 
     CSV: with a header, its names say what the columns are (corners, or a corner with width and height), and
     columns of other names are left out; without one, lines are `name,x0,y0,x1,y1[,label]`. JSON:
@@ -31,7 +42,7 @@ def read_boxes(path: Path) -> dict[str, list[Box]]:
     """
     if not path.is_file():
         raise DataError(f"no file of boxes {path}")
-    found: dict[str, list[Box]] = {}
+    found: dict[str, list[LabelledBox]] = {}
     highest = 0.0
     for where, name, fields, sized in _json_boxes(path) if path.suffix == ".json" else _csv_boxes(path):
         try:
@@ -104,16 +115,16 @@ def _understand(header: list[str], where: str) -> tuple[list[int], bool]:
     names = [name.lower().replace(" ", "_") for name in header]
     if len(set(names)) < len(names):
         raise DataError(f"{where}: the header names a column twice")
-    image = [name for name in NAMES if name in names]
+    image = [name for name in NAME_COLUMNS if name in names]
     corners = [four for four in CORNERS if set(four) <= set(names)]
-    sizes = [(*a, *b) for a, b in product(STARTS, SIZES) if {*a, *b} <= set(names)]
+    sizes = [(*a, *b) for a, b in product(STARTS, SIZE_COLUMNS) if {*a, *b} <= set(names)]
     numbers = (corners or sizes)[:1]
     if not image or not numbers:
         raise DataError(
             f"{where}: header {','.join(header)} is not understood; name the columns name,x0,y0,x1,y1,label "
             "or name,x,y,w,h,label"
         )
-    label = [name for name in LABELS if name in names][:1]
+    label = [name for name in LABEL_COLUMNS if name in names][:1]
     return [names.index(name) for name in (image[0], *numbers[0], *label)], not corners
 
 

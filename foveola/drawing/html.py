@@ -11,16 +11,16 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from foveola.drawing.plots import Chart, draw, stroke, to_svg
+from foveola.drawing.plots import Chart, draw_charts, stroke, to_svg
 from foveola.drawing.sheet import Bar, Pixels, Sheet
 
 CHART = 3.5, 2.1  # inches; with TEXT its letters are 12 pixels high on a phone
 TEXT = 1.22
-DASHES = {"-": "", "--": "6 4", ":": "2 3", "-.": "7 3 2 3"}
-LEVELS = "2 3", "6 4", "7 3 2 3"  # dashes of the levels of a chart, as `plots` draws them
+SVG_DASHES = {"-": "", "--": "6 4", ":": "2 3", "-.": "7 3 2 3"}
+LEVEL_DASHES = "2 3", "6 4", "7 3 2 3"  # dashes of the levels of a chart, as `plots` draws them
 PNG_UP_TO = 30_000  # bytes; a larger image becomes a JPEG
 ON_A_PHONE = 4  # columns that do not fit the width of a phone
-TILE = 256  # pixels that a side of a tile has at most: twice what is shown, for sharp screens
+LARGEST_TILE = 256  # pixels that a side of a tile has at most: twice what is shown, for sharp screens
 
 PAGE = Template("""\
 <!doctype html>
@@ -44,13 +44,13 @@ $body
 
 
 def page(title: str, body: str, generator: str) -> str:
-    """A whole page; `body` is HTML, the rest is text."""
+    """Return a whole page; `body` is HTML, the rest is text."""
     style = (resources.files("foveola") / "drawing" / "page.css").read_text(encoding="utf-8")
     return PAGE.substitute(title=escape(title), body=body, generator=escape(generator), style=style)
 
 
 def tag(name: str, inner: str, kind: str = "", **attributes: str) -> str:
-    """An element around HTML; attributes are text."""
+    """Return an element around HTML; attributes are text."""
     pairs = ({"class": kind} if kind else {}) | attributes
     words = "".join(f' {key.replace("_", "-")}="{escape(value)}"' for key, value in pairs.items())
     return f"<{name}{words}>{inner}</{name}>"
@@ -61,18 +61,18 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def items(texts: Iterable[str], kind: str = "") -> str:
-    """A list of texts; nothing for none."""
+    """Return a list of texts; nothing for none."""
     found = "".join(tag("li", escape(text)) for text in texts)
     return tag("ul", found, kind) if found else ""
 
 
 def chip(state: str) -> str:
-    """A coloured word."""
+    """Return a coloured word."""
     return tag("span", escape(state), f"chip {state.lower().replace(' ', '-')}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table that scrolls in its own box. Cells are HTML; the first of each row names it."""
+    """Return a table that scrolls in its own box. Cells are HTML; the first of each row names it."""
     heads = "".join(tag("th", cell, scope="col") for cell in head)
     lines = "".join(
         tag("tr", tag("th", row[0], scope="row") + "".join(tag("td", cell) for cell in row[1:]))
@@ -84,7 +84,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
 
 
 def scroll(inner: str, name: str, columns: int = 1) -> str:
-    """HTML in a box of its own that scrolls sideways, also by keyboard; `name` says what is in it.
+    """Return HTML in a box of its own that scrolls sideways, also by keyboard; `name` says what is in it.
 
     From ON_A_PHONE columns on, a line above says on narrow screens that there is more to the right.
     """
@@ -93,7 +93,7 @@ def scroll(inner: str, name: str, columns: int = 1) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and values, as a list that stacks on a phone; both are text."""
+    """Return names and values, as a list that stacks on a phone; both are text."""
     inner = "".join(tag("div", tag("dt", escape(name)) + tag("dd", escape(value))) for name, value in pairs)
     return tag("dl", inner, "facts")
 
@@ -103,24 +103,24 @@ def code(text: str) -> str:
 
 
 def folded(summary: str, inner: str) -> str:
-    """HTML that opens on a click."""
+    """Return HTML that opens on a click."""
     return tag("details", tag("summary", escape(summary)) + inner)
 
 
 def section(name: str, title: str, *parts: str) -> str:
-    """A part of the page that links can point at."""
+    """Return a part of the page that links can point at."""
     return tag("section", tag("h2", escape(title)) + "\n".join(filter(None, parts)), id=name)
 
 
 def image(pixels: Pixels, alt: str, width: int | None = None) -> str:
-    """An image as a data URI, PNG or, where that is large, JPEG."""
+    """Return an image as a data URI, PNG or, where that is large, JPEG."""
     size = {"width": str(width or pixels.shape[1]), "height": str(_height(pixels, width))}
     words = "".join(f' {key}="{value}"' for key, value in size.items())
     return f'<img src="{data_uri(pixels)}" alt="{escape(alt)}"{words}>'
 
 
 def data_uri(pixels: Pixels) -> str:
-    """`data:image/...;base64,...` of pixels."""
+    """Return `data:image/...;base64,...` of pixels."""
     kinds = (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0}))
     written: bytes = b""
     for kind, options in kinds:
@@ -137,7 +137,7 @@ def _height(pixels: Pixels, width: int | None) -> int:
 
 
 def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
-    """Tiles of a sheet as a table of images; `names` of its rows go into the alternative texts."""
+    """Return tiles of a sheet as a table of images; `names` of its rows go into the alternative texts."""
     head = tag("tr", "".join(tag("th", escape(column), scope="col") for column in drawn.columns))
     lines = []
     for number, row in enumerate(drawn.rows):
@@ -165,7 +165,7 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
 
 
 def bar(drawn: Bar) -> str:
-    """What colours mean: a strip with its marks below."""
+    """Return what colours mean: a strip with its marks below."""
     told = f"colours from {drawn.marks[0][1]} to {drawn.marks[-1][1]}"
     size = f'width="{drawn.colors.shape[1]}" height="12"'
     strip = f'<img src="{data_uri(drawn.colors)}" alt="{escape(told)}" {size}>'
@@ -181,7 +181,7 @@ def bar(drawn: Bar) -> str:
 
 
 def _shrunk(tile: Pixels) -> Pixels:
-    scale = TILE / max(tile.shape[:2])
+    scale = LARGEST_TILE / max(tile.shape[:2])
     if scale >= 1:
         return tile
     size = max(round(tile.shape[1] * scale), 1), max(round(tile.shape[0] * scale), 1)
@@ -189,17 +189,17 @@ def _shrunk(tile: Pixels) -> Pixels:
 
 
 def chart(drawn: Chart, salt: str, lines: bool = True) -> str:
-    """A chart with its title and legend as text beside it, so that both wrap and stay readable.
+    """Return a chart with its title and legend as text beside it, so that both wrap and stay readable.
 
     Without `lines` the legend names levels alone, for charts that share their curves' names.
     """
     plain = Chart("", drawn.lines, drawn.x, drawn.y, drawn.levels, drawn.log)
-    svg = to_svg(draw([plain], size=CHART, text=TEXT, legend=False), salt)
+    svg = to_svg(draw_charts([plain], size=CHART, text=TEXT, legend=False), salt)
     told = f"{drawn.title}: {', '.join(line.name for line in drawn.lines if len(line.x))} over {drawn.x}"
     svg = re.sub(r"^<svg", lambda _: f'<svg role="img" aria-label="{escape(told)}"', svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     keys = _keys([line.name for line in drawn.lines]) if lines and len(drawn.lines) > 1 else []
-    keys += [_key(name, "#888888", LEVELS[n % 3]) for n, name in enumerate(drawn.levels)]
+    keys += [_key(name, "#888888", LEVEL_DASHES[n % 3]) for n, name in enumerate(drawn.levels)]
     legend = tag("div", "".join(keys), "legend") if keys else ""
     return tag("figure", tag("figcaption", escape(drawn.title)) + legend + svg, "chart")
 
@@ -207,7 +207,7 @@ def chart(drawn: Chart, salt: str, lines: bool = True) -> str:
 def _keys(names: Sequence[str]) -> list[str]:
     """Curves of a legend, in the order of a chart's."""
     strokes = [stroke(number) for number in range(len(names))]
-    return [_key(name, color, DASHES[dash]) for name, (color, dash) in zip(names, strokes, strict=True)]
+    return [_key(name, color, SVG_DASHES[dash]) for name, (color, dash) in zip(names, strokes, strict=True)]
 
 
 def _key(name: str, color: str, dash: str) -> str:
@@ -218,7 +218,7 @@ def _key(name: str, color: str, dash: str) -> str:
 
 
 def charts(drawn: Sequence[Chart], salt: str, names: Sequence[str] = ()) -> str:
-    """Charts side by side, as many as there is room for; `names`: a legend that all of them share."""
+    """Return charts side by side, as many as there is room for; `names`: a legend that all of them share."""
     inner = "".join(chart(each, f"{salt}{number}", not names) for number, each in enumerate(drawn))
     legend = tag("div", "".join(_keys(names)), "legend shared") if names and drawn else ""
     return legend + tag("div", inner, "charts")

@@ -7,11 +7,12 @@ from foveola.drawing.sheet import Bar
 
 BORDER = 160  # a border has one pixel for so many of an image
 DARK, BRIGHT = 0.25, 16.0  # multiples of uniform attention at both ends of the scale of `heat`
-HEADS = ((230, 75, 60), (70, 140, 235), (60, 180, 90), (250, 190, 40), (170, 90, 210), (60, 200, 210))
+HEAD_COLORS = ((230, 75, 60), (70, 140, 235), (60, 180, 90), (250, 190, 40), (170, 90, 210), (60, 200, 210))
 
 
 def heat(pixels: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """An image in gray with `weights` as warm light over it, on a scale that is the same for all images.
+    """Return an image in gray with `weights` as warm light over it, on a scale that is the same for all
+    images.
 
     See `brightness`: equal weights give an even, weak light.
     """
@@ -27,7 +28,8 @@ def heat(pixels: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]) 
 
 
 def brightness(weights: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
-    """Attention in [0, 1] by its multiple of uniform attention, which is the mean of what is read at all.
+    """Return the attention in [0, 1] by its multiple of uniform attention, which is the mean of what is read
+    at all.
 
     0 up to DARK times uniform, 1 from BRIGHT times on, by the logarithm between; uniform itself is 1/3.
     """
@@ -39,7 +41,7 @@ def brightness(weights: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
 
 
 def heat_bar() -> Bar:
-    """The colours of `heat`, with multiples of uniform attention."""
+    """Return the colours of `heat`, with multiples of uniform attention."""
     share = np.linspace(0, 1, 121)[None, :, None]
     warm = np.concatenate((np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3), axis=2)
     colors = 255 * (0.275 * (1 - 0.8 * share) + 0.8 * share * warm)
@@ -48,7 +50,7 @@ def heat_bar() -> Bar:
 
 
 def cosine_bar() -> Bar:
-    """The colours of `cool_to_warm` from the lowest cosine of a tile to 1."""
+    """Return the colours of `cool_to_warm` from the lowest cosine of a tile to 1."""
     return Bar(
         cool_to_warm(np.linspace(0, 1, 121)[None], 0.0, 1.0), ((0.0, "lowest of the tile"), (1.0, "1"))
     )
@@ -59,7 +61,7 @@ def outline(
     mask: Bool[np.ndarray, "h w"],
     color: tuple[int, int, int] = (255, 220, 0),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """An image with everything outside `mask` darkened and the border of the mask drawn, inside it."""
+    """Return an image with everything outside `mask` darkened and the border of the mask drawn, inside it."""
     height, width = pixels.shape[:2]
     rows, columns = np.arange(height) * mask.shape[0] // height, np.arange(width) * mask.shape[1] // width
     full = mask[rows][:, columns]
@@ -80,7 +82,7 @@ def _eroded(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
 def magnify(
     plane: UInt8[np.ndarray, "h w *C"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} *C"]:
-    """Nearest interpolation: every patch stays one square of one colour."""
+    """Return nearest interpolation: every patch stays one square of one colour."""
     rows, columns = np.arange(height) * plane.shape[0] // height, np.arange(width) * plane.shape[1] // width
     return plane[rows][:, columns]
 
@@ -90,7 +92,8 @@ def paint_heads(
     weights: Float[np.ndarray, "heads h w"],
     kept: Bool[np.ndarray, "heads h w"],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """An image in gray with a colour for each head over the patches that this head keeps (iBOT's figures).
+    """Return an image in gray with a colour for each head over the patches that this head keeps (iBOT's
+    figures).
 
     A patch kept by several heads has the colour of the one with the largest share of its own attention there.
     Six colours go round.
@@ -98,7 +101,7 @@ def paint_heads(
     shares = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
     winner = np.where(kept, shares, -1.0).argmax(axis=0)
     height, width = pixels.shape[:2]
-    palette = np.array(HEADS, dtype=np.uint8)[winner % len(HEADS)]
+    palette = np.array(HEAD_COLORS, dtype=np.uint8)[winner % len(HEAD_COLORS)]
     color = magnify(palette, height, width)
     any_head = magnify(np.asarray(kept.any(axis=0), dtype=np.uint8), height, width)[:, :, None]
     gray = pixels.mean(axis=2, keepdims=True)
@@ -109,7 +112,7 @@ def paint_heads(
 def cool_to_warm(
     values: Float[np.ndarray, "h w"], low: float = -1.0, high: float = 1.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Values as matplotlib's coolwarm: blue at `low`, gray between, red at `high`."""
+    """Return values as matplotlib's coolwarm: blue at `low`, gray between, red at `high`."""
     import matplotlib
 
     share = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
@@ -121,7 +124,7 @@ def mark(
     point: tuple[float, float],
     color: tuple[int, int, int] = (255, 30, 30),
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """An image with a dot at (x, y) of the unit square, with a white rim."""
+    """Return an image with a dot at (x, y) of the unit square, with a white rim."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(pixels)
@@ -140,7 +143,9 @@ def link(
     starts: Float[np.ndarray, "n 2"],
     ends: Float[np.ndarray, "n 2"],
 ) -> UInt8[np.ndarray, "H3 W3 3"]:
-    """Two images side by side with a line from each start, (x, y) of the left unit square, to its end."""
+    """Return two images side by side with a line from each start, (x, y) of the left unit square, to
+    its end.
+    """
     import matplotlib
     from PIL import Image, ImageDraw
 

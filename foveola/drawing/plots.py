@@ -43,14 +43,14 @@ class Chart:
     log: bool = False  # logarithmic y axis
 
 
-def draw(
+def draw_charts(
     charts: Sequence[Chart],
     columns: int = 1,
     size: tuple[float, float] = (6.4, 2.8),
     text: float = 1.0,
     legend: bool = True,
 ) -> Any:
-    """A matplotlib Figure with the charts in rows of `columns`.
+    """Return a matplotlib Figure with the charts in rows of `columns`.
 
     `size` is that of one chart in inches, `text` multiplies the size of letters (1: 8 to 10 points). Without
     `legend` whoever shows the figure says which curve is which; `stroke` tells their colours and dashes.
@@ -68,7 +68,7 @@ def draw(
 
 
 def stroke(number: int) -> tuple[str, str]:
-    """Colour and dash (of matplotlib) of a chart's curve by its number."""
+    """Return colour and dash (of matplotlib) of a chart's curve by its number."""
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
@@ -104,7 +104,7 @@ def _shorten(axis: Any) -> None:
 
 
 def to_svg(figure: Any, salt: str = "foveola") -> str:
-    """An `<svg>` element that scales with its place; figures of one page need different salts."""
+    """Return an `<svg>` element that scales with its place; figures of one page need different salts."""
     import matplotlib
 
     text = io.StringIO()

@@ -45,7 +45,7 @@ class Sheet:
     bar: Bar | None = None  # where colours are numbers
 
     def draw(self, tile: int = TILE) -> Pixels:
-        """The sheet as pixels; tiles are scaled to fit squares of `tile` pixels, their shape kept."""
+        """Return the sheet as pixels; tiles are scaled to fit squares of `tile` pixels, their shape kept."""
         return panel(self.title, self.columns, self.rows, tile, self.note, self.bar)
 
 
@@ -57,7 +57,7 @@ def panel(
     note: str = "",
     bar: Bar | None = None,
 ) -> Pixels:
-    """Tiles in rows under column heads; green frames are right, red ones wrong."""
+    """Return tiles in rows under column heads; green frames are right, red ones wrong."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     titles = [_wrap(row.title, small, LEFT - 2 * GAP) for row in rows]
     left = GAP + max((_length(line, small) + 2 * GAP for lines in titles for line in lines), default=0)
@@ -165,7 +165,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return text + "..."
 
 
-def save(pixels: Pixels, path: Path) -> Path:
+def save_png(pixels: Pixels, path: Path) -> Path:
     """Write a PNG."""
     with files.whole(path) as part:
         Image.fromarray(pixels).save(part, "PNG")

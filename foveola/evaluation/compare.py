@@ -7,7 +7,7 @@ from pathlib import Path
 
 from foveola.config import UserError, meant, nearest
 from foveola.evaluation.paired import difference
-from foveola.evaluation.protocol import ENDS
+from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, results_of
 from foveola.files import home_of
@@ -23,13 +23,13 @@ class Comparison:
     notes: tuple[str, ...] = ()  # which of several results these are
 
     def table(self) -> str:
-        """A line for each metric, a column for each encoder; of two also the difference.
+        """Return a line for each metric, a column for each encoder; of two also the difference.
 
         The best is marked `*` where its paired interval over every other encoder lies above 0; all intervals
         stand in brackets.
         """
         every = {name for result in self.results for name in result.metrics}
-        ends = {name + end for name in every for end in ENDS}
+        ends = {name + end for name in every for end in INTERVAL_ENDS}
         metrics = dict.fromkeys(name for result in self.results for name in result.metrics)
         shown = [name for name in metrics if name not in ends]
         two = len(self.results) == 2
@@ -100,7 +100,7 @@ def _cell(result: Result, metric: str, best: bool) -> str:
 
 
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
-    """Comparisons of the protocols that all of `places` share, of results that were measured alike.
+    """Return comparisons of the protocols that all of `places` share, of results that were measured alike.
 
     A place is a run folder, an `out=` folder, a result file, or `untrained:RUN` for what was measured of
     the untrained network of a run. Where there are several results of a protocol, the newest that all have

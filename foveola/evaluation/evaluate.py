@@ -19,7 +19,7 @@ from foveola.data.sources import Source, as_source, notes_of
 from foveola.evaluation.features.cache import Feed, where_of
 from foveola.evaluation.features.overlap import POLICIES, separate
 from foveola.evaluation.images import identity_for
-from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find
+from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find_protocol
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import store
 from foveola.failures import told
@@ -46,7 +46,7 @@ class Job:
         return self.protocol.train == "needed" or (optional and bool(self.needs.train))
 
     def readings(self) -> list[tuple[Source, Reading, int]]:
-        """What is read from the shared pass: sources, features, and random crops beside."""
+        """Return what is read from the shared pass: sources, features, and random crops beside."""
         train = self.needs.train if self.learns else ()
         read = [(self.train, reading, reading.views) for reading in train]
         return read + [(self.test, reading, 0) for reading in self.needs.test]
@@ -88,7 +88,7 @@ def evaluate(
     Raises UserError for unknown protocols and keys, bad values, data without what the protocol needs, and
     encoders whose features are not finite.
     """
-    found = find(protocol)
+    found = find_protocol(protocol)
     places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
     places["overlap"] = overlap
     return evaluate_all(model, (found,), progress=progress, **places, **settings)[found.name]
@@ -116,8 +116,8 @@ def evaluate_all(
     computed. A setting counts for every protocol that knows it; `linear={"epochs": 5}` for that one alone.
     Raises UserError for a setting that none of them knows, and as `evaluate`.
     """
-    found = {protocol.name: protocol for protocol in map(find, protocols)}
-    configs = configure(protocols, settings)
+    found = {protocol.name: protocol for protocol in map(find_protocol, protocols)}
+    configs = protocol_configs(protocols, settings)
     bank, queries = _open(list(found.values()), train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder):
@@ -154,12 +154,12 @@ def evaluate_all(
     return results
 
 
-def configure(protocols: Sequence[str | Protocol | type], settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of each protocol, by its name.
+def protocol_configs(protocols: Sequence[str | Protocol | type], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of each protocol, by its name.
 
     Raises UserError for unknown protocols and keys, and bad values.
     """
-    found = [find(protocol) for protocol in protocols]
+    found = [find_protocol(protocol) for protocol in protocols]
     names = [protocol.name for protocol in found]
     if not names or len(set(names)) < len(names):
         raise UserError(f"expected different protocols, got {', '.join(names) or 'none'}")

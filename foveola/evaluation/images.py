@@ -86,20 +86,26 @@ class SquashedConfig(ChosenConfig):
 
 
 def choose_images(count: int, limit: int | None, seed: int) -> Int64[np.ndarray, "n"]:
-    """All indices, or `limit` of them drawn without replacement by a generator of their own; ascending."""
+    """Return all indices, or `limit` of them drawn without replacement by a generator of their own;
+    ascending.
+    """
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
 def identity_for(source: Source, config: Any) -> Identity:
-    """The identity of the images that a protocol with these settings (`limit`, `seed`) reads of a source."""
+    """Return the identity of the images that a protocol with these settings (`limit`, `seed`) reads of a
+    source.
+    """
     limit, seed = getattr(config, "limit", None), getattr(config, "seed", 0)
     return identity_of(source, choose_images(len(source), limit, seed))
 
 
-def share(count: int) -> slice:
-    """The contiguous share of this rank of `count` items: shares in rank order are the whole in order."""
+def share_of_rank(count: int) -> slice:
+    """Return the contiguous share of this rank of `count` items: shares in rank order are the whole in
+    order.
+    """
     rank, world = distributed.rank(), distributed.world_size()
     return slice(rank * count // world, (rank + 1) * count // world)
 
@@ -174,8 +180,8 @@ class Batches(Generic[T]):
             yield join(waiting)
 
     def parcels(self) -> Iterator[tuple[int, T]]:
-        """The number of each parcel and what is made of it; none of one without a readable image."""
-        ahead = read_ahead(self.images, self.config.workers, self.config.batch_size)
+        """Yield the number of each parcel and what is made of it; none of one without a readable image."""
+        ahead = read_parcels(self.images, self.config.workers, self.config.batch_size)
         shown = show(ahead, len(self.images), self.label, self.progress)
         began = perf_counter()
         for number, parcel in enumerate(shown):
@@ -188,12 +194,12 @@ class Batches(Generic[T]):
             began = perf_counter()
 
     def gathered_bad(self) -> Int64[Tensor, "b"]:
-        """The images of all processes that could not be read."""
+        """Return the images of all processes that could not be read."""
         return distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """Several named tuples of columns, at least one, as one."""
+    """Return several named tuples of columns, at least one, as one."""
     return type(parts[0])(*(_joined(column) for column in zip(*parts, strict=True)))
 
 
@@ -203,8 +209,8 @@ def _joined(column: Sequence[Any]) -> Any:
     return torch.cat(list(column)) if isinstance(column[0], Tensor) else tuple(chain(*column))
 
 
-def read_ahead(images: Images, workers: int, batch_size: int = 0) -> Iterator[Parcel]:
-    """Parcels in order, made by worker processes. Leaves the global random state alone.
+def read_parcels(images: Images, workers: int, batch_size: int = 0) -> Iterator[Parcel]:
+    """Yield parcels in order, made by worker processes. Leaves the global random state alone.
 
     Batches of `batch_size` are encoded: workers read two batches ahead, so that none of them stands idle
     while one is encoded.
@@ -293,7 +299,9 @@ def _name_of(source: Source, index: int) -> str:
 
 
 def why_bad(source: Any, index: int) -> str:
-    """The name of an image that cannot be used, and the reason: of its file, or of what annotates it."""
+    """Return the name of an image that cannot be used, and the reason: of its file, or of what
+    annotates it.
+    """
     name = _name_of(source, index)
     try:
         decode(source[index].image)

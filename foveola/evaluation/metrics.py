@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
-    """Rows of length one in float32; a row of zeros stays zero.
+    """Return rows of length one in float32; a row of zeros stays zero.
 
     Each row is divided by its largest entry first: squares of 1e-30 or 1e30 leave the range of float32, and a
     positive factor must change nothing.
@@ -26,7 +26,8 @@ def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
 def vote(
     similarities: Float[Tensor, "n k"], labels: Int64[Tensor, "n k"], classes: int, temperature: float
 ) -> Float[Tensor, "n {classes}"]:
-    """Weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j / temperature).
+    """Return weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j /
+    temperature).
 
     Scores are divided by the largest weight of their row, so that no temperature overflows; the ranking
     stays. A similarity of -inf (no neighbour) has no vote. Labels lie in [0, classes).
@@ -39,7 +40,9 @@ def vote(
 
 
 def ranking(scores: Float[Tensor, "n C"], top: int) -> Int64[Tensor, "n r"]:
-    """The r = min(top, C) classes of highest score, best first; -1 where no score is left above zero."""
+    """Return the r = min(top, C) classes of highest score, best first; -1 where no score is left above
+    zero.
+    """
     values, classes = scores.topk(min(top, scores.shape[1]), dim=1)
     return torch.where(values > 0, classes, -1)
 
@@ -47,7 +50,8 @@ def ranking(scores: Float[Tensor, "n C"], top: int) -> Int64[Tensor, "n r"]:
 def partner_ranks(
     queries: Float[Tensor, "n D"], gallery: Float[Tensor, "n D"], chunk: int = 1024
 ) -> Int64[Tensor, "n"]:
-    """For each query, how many gallery rows besides its own (the one of the same index) are at least as near.
+    """Return, for each query, how many gallery rows besides its own (the one of the same index) are at least
+    as near.
 
     0 = found first. Cosine similarity. Ties count against the query: an encoder that gives the same feature
     for everything finds nothing.
@@ -62,12 +66,12 @@ def partner_ranks(
 
 
 def recall_at(ranks: Int64[Tensor, "n"], k: int) -> float:
-    """Share of ranks below k, in percent."""
+    """Return the share of ranks below k, in percent."""
     return percent(ranks < k)
 
 
 def percent(hit: Bool[Tensor, "n"]) -> float:
-    """Share of True, in percent. Raises ValueError for no row at all."""
+    """Return the share of True, in percent. Raises ValueError for no row at all."""
     if not len(hit):
         raise ValueError("a share of no rows")
     return 100.0 * hit.double().mean().item()
@@ -81,7 +85,8 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` [n]: what it might be on other rows of the kind.
+    """Return the percentile bootstrap interval of the mean of `values` [n]: what it might be on other rows of
+    the kind.
 
     `groups` names what is drawn with replacement: rows of one group (objects of one image) come and go
     together, because they are not independent. Without it, rows are drawn. Deterministic in `seed`.
@@ -104,7 +109,7 @@ def bootstrap(
 
 
 def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share in [0, 1] of `count` independent rows (Wilson, 1927).
+    """Return Wilson's score interval of a share in [0, 1] of `count` independent rows (Wilson, 1927).
 
     It holds what it promises near 0 and 1, too, where a bootstrap of equal values has no width: all right of
     100 gives (0.963, 1).
@@ -120,7 +125,7 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, f
 def interval(
     values: Tensor, groups: Int64[Tensor, "n"] | None = None, *, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval of the mean of `values` [n] in [0, 1], in the way that fits them.
+    """Return the interval of the mean of `values` [n] in [0, 1], in the way that fits them.
 
     Wilson's where each value is true or false and no two rows belong to one group. Otherwise a bootstrap over
     groups (see `bootstrap`); where all values are 0, or all are 1, of which a bootstrap says nothing,
@@ -144,7 +149,7 @@ def paired_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(difference, low, high) of mean(b) - mean(a), where `a` and `b` [n] are of the same n rows.
+    """Return (difference, low, high) of mean(b) - mean(a), where `a` and `b` [n] are of the same n rows.
 
     Rows that both have right, or both wrong, say nothing: this interval is far narrower than two intervals of
     their own. Where both are true or false and no two rows belong to one group: Tango's score interval
@@ -165,7 +170,8 @@ def paired_interval(
 
 
 def tango(gained: int, lost: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of (gained - lost) / count, of `count` pairs of which so many differ (Tango, 1998).
+    """Return the score interval of (gained - lost) / count, of `count` pairs of which so many differ (Tango,
+    1998).
 
     Its ends are the differences D with (gained - lost - n D)^2 = z^2 n (2 q + D (1 - D)), where q is the most
     likely share of lost pairs if D is the true difference.
@@ -189,7 +195,7 @@ def tango(gained: int, lost: int, count: int, confidence: float = 0.95) -> tuple
 
 
 def effective_rank(features: Float[Tensor, "n D"], chunk: int = 65536) -> float:
-    """exp(entropy) of the normalised singular values of the centred features (Roy and Vetterli, 2007).
+    """Return exp(entropy) of the normalised singular values of the centred features (Roy and Vetterli, 2007).
 
     Between 1 and D for features that vary at all: 1 = all on a line, D = spread alike in all directions; 0
     when every row is the same (collapse). Accumulated in float64 through the D x D covariance.

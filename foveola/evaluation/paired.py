@@ -21,7 +21,7 @@ from foveola.evaluation.metrics import paired_interval
 from foveola.evaluation.result import Result
 from foveola.evaluation.segmentation.iou import Absent, paired_iou
 
-Packed = dict[str, Any]
+PackedScores = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Difference:
         return Difference(-self.value, -self.high, -self.low)
 
     def text(self, digits: int = 2) -> str:
-        """As in: +1.50 [+0.20, +2.80]."""
+        """Return the difference as text, as in: +1.50 [+0.20, +2.80]."""
         value, low, high = (f"{x:+.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
-def packed(values: Tensor, images: Int64[Tensor, "n"]) -> Packed:
-    """The score of each row and the image it is of, as JSON can hold it.
+def packed(values: Tensor, images: Int64[Tensor, "n"]) -> PackedScores:
+    """Return the score of each row and the image it is of, as JSON can hold it.
 
     A score is a hit, a share in [0, 1] of a metric in percent, or a number in the unit of its metric.
 
@@ -60,13 +60,15 @@ def packed(values: Tensor, images: Int64[Tensor, "n"]) -> Packed:
     return {"kind": kind, **_about(values.cpu().numpy(), images, "?" if kind == "bool" else "<f4"), **groups}
 
 
-def packed_areas(runs: Sequence[Tensor], images: Int64[Tensor, "n"], absent: Absent = "skip") -> Packed:
-    """The same of areas [P, 3, C + 1] of each image (see `iou.region_areas`), of one or several runs."""
+def packed_areas(runs: Sequence[Tensor], images: Int64[Tensor, "n"], absent: Absent = "skip") -> PackedScores:
+    """Return the same of areas [P, 3, C + 1] of each image (see `iou.region_areas`), of one or several
+    runs.
+    """
     areas = torch.stack(list(runs)).numpy()
     return {"kind": "areas", "absent": absent, **_about(areas, images, "<i4")}
 
 
-def _about(values: np.ndarray, images: Tensor, dtype: str) -> Packed:
+def _about(values: np.ndarray, images: Tensor, dtype: str) -> PackedScores:
     rows = hashlib.sha256(images.numpy().astype("<i8").tobytes()).hexdigest()[:16]
     bits = np.packbits(values) if dtype == "?" else values.astype(dtype)
     return {"rows": rows, "shape": list(values.shape), "data": _text(bits)}
@@ -81,7 +83,7 @@ def _numbers(text: str, dtype: str) -> np.ndarray:
 
 
 def unpacked(entry: Mapping[str, Any]) -> tuple[Tensor, Int64[Tensor, "n"] | None]:
-    """(values, groups) of what `packed` or `packed_areas` made. Raises UserError for anything else."""
+    """Return (values, groups) of what `packed` or `packed_areas` made. Raises UserError for anything else."""
     try:
         shape = tuple(entry["shape"])
         if entry["kind"] == "bool":
@@ -98,7 +100,8 @@ def unpacked(entry: Mapping[str, Any]) -> tuple[Tensor, Int64[Tensor, "n"] | Non
 
 
 def difference(a: Result, b: Result, metric: str) -> Difference | None:
-    """How much higher `metric` is in `b` than in `a`, which measured the same rows of the same test set.
+    """Return how much higher `metric` is in `b` than in `a`, which measured the same rows of the same test
+    set.
 
     None where that cannot be said: one of them kept no score of each row (results of earlier versions, other
     metrics), or their test sets or rows differ, or are not known to be the same, or the two declare

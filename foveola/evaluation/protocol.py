@@ -39,7 +39,7 @@ DOOR = Door("protocol", "foveola.protocols", PROTOCOLS, "my_module:MyProtocol")
 # -- numbers -------------------------------------------------------------------------------------------------
 
 WORDS = {"masks": "object masks", "plain": "whole image"}  # how a token reads, in names of metrics
-ENDS = ("_low", "_high")  # of the interval of a metric, which are no metrics themselves
+INTERVAL_ENDS = ("_low", "_high")  # of the interval of a metric, which are no metrics themselves
 
 
 Better = Literal["higher", "lower", "neither"]
@@ -81,13 +81,15 @@ class Metric:
         return self.better in ("higher", "lower")
 
     def stars(self, name: str) -> tuple[str, ...] | None:
-        """What each `*` stands for in this name; None for a name that does not fit."""
+        """Return what each `*` stands for in this name; None for a name that does not fit."""
         pattern = "(.+?)".join(map(re.escape, self.name.split("*")))
         match = re.fullmatch(pattern, name)
         return None if match is None else match.groups()
 
     def title(self, name: str, masks: bool = True) -> str:
-        """The number of this name for people; without `masks` it goes without saying that none was used."""
+        """Return the number of this name for people; without `masks` it goes without saying that none was
+        used.
+        """
         words = []
         for star in self.stars(name) or ():
             parts = [WORDS.get(part, part) for part in star.split("_") if masks or part != "plain"]
@@ -97,7 +99,9 @@ class Metric:
 
 
 def declared(metrics: Sequence[Metric], protocol: str, name: str) -> Metric:
-    """The declaration of a number; for one that a protocol does not declare, one that says nothing of it."""
+    """Return the declaration of a number; for one that a protocol does not declare, one that says nothing of
+    it.
+    """
     fitting = [metric for metric in metrics if metric.stars(name) is not None]
     label = f"{protocol.replace('_', ' ')}: {name.replace('_', ' ')}"
     letters = max((len(metric.name.replace("*", "")) for metric in fitting), default=0)
@@ -144,7 +148,9 @@ class At:
     progress: bool = True
 
     def open(self, source: Source, config: Any, need: Need, views: int = 0) -> Store:
-        """Stored features of a source, which `needs` announced; computed now where they are missing."""
+        """Return stored features of a source, which `needs` announced; computed now where they are
+        missing.
+        """
         if self.feed is None:
             raise ValueError(
                 "stored features are opened that `needs` does not announce, or announces as once"
@@ -189,7 +195,7 @@ class Protocol(ABC):
             cls.title = cls.name.replace("_", " ")
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
-        """What is read from the shared pass; nothing, unless a protocol says so.
+        """Return what is read from the shared pass; nothing, unless a protocol says so.
 
         Raises UserError for settings that this encoder cannot serve.
         """
@@ -197,7 +203,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def measure(self, at: At, config: Any) -> Outcome:
-        """The numbers. All ranks call it, and the numbers of the first count.
+        """Return the numbers. All ranks call it, and the numbers of the first count.
 
         Raises UserError for data that lack what it needs.
         """
@@ -206,8 +212,8 @@ class Protocol(ABC):
 # -- finding one ---------------------------------------------------------------------------------------------
 
 
-def find(protocol: "str | Protocol | type[Protocol]") -> Protocol:
-    """A protocol by its name, by an importable name (`my_package.my_module:MyProtocol`), or as it is.
+def find_protocol(protocol: "str | Protocol | type[Protocol]") -> Protocol:
+    """Return a protocol by its name, by an importable name (`my_package.my_module:MyProtocol`), or as it is.
 
     Names are those of `PROTOCOLS`, then those that packages announce in the group `foveola.protocols`. Raises
     UserError for a name that nothing has, and for what is no protocol.
@@ -221,8 +227,8 @@ def find(protocol: "str | Protocol | type[Protocol]") -> Protocol:
 
 
 def every() -> Iterator[Protocol]:
-    """All protocols that can be asked for by name."""
-    yield from map(find, DOOR.names())
+    """Yield all protocols that can be asked for by name."""
+    yield from map(find_protocol, DOOR.names())
 
 
 def _checked(found: Any, asked: str) -> Protocol:

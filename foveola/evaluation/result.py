@@ -13,11 +13,11 @@ import torch
 import foveola
 from foveola import files
 from foveola.config import UserError, renewed
-from foveola.evaluation.protocol import ENDS, PROTOCOLS, Metric, declared, find
+from foveola.evaluation.protocol import INTERVAL_ENDS, PROTOCOLS, Metric, declared, find_protocol
 
 
 def versions() -> dict[str, str]:
-    """Of what numbers depend on."""
+    """Return the versions of everything that numbers depend on."""
     return {
         "foveola": foveola.__version__,
         "torch": torch.__version__,
@@ -53,7 +53,7 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> "Result":
-        """The result that `save` wrote, without keys that a newer version adds.
+        """Return the result that `save` wrote, without keys that a newer version adds.
 
         Raises UserError for a file that holds none.
         """
@@ -88,24 +88,24 @@ class Result:
     def declarations(self) -> tuple[Metric, ...]:
         """What the protocol declares; of a result of a version that did not keep it, what it declares now."""
         known = self.protocol in PROTOCOLS and not self.described
-        return find(self.protocol).metrics if known else self.described
+        return find_protocol(self.protocol).metrics if known else self.described
 
     def metric(self, name: str) -> Metric:
-        """What the number of this name is."""
+        """Return what the number of this name is."""
         return declared(self.declarations, self.protocol, name)
 
     def names(self) -> list[str]:
-        """The names of the numbers, without those that are the ends of intervals."""
-        ends = {name + end for name in self.metrics for end in ENDS}
+        """Return the names of the numbers, without those that are the ends of intervals."""
+        ends = {name + end for name in self.metrics for end in INTERVAL_ENDS}
         return [name for name in self.metrics if name not in ends]
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """The 95 % interval of a number, where it has one."""
-        low, high = (self.metrics.get(name + end) for end in ENDS)
+        """Return the 95 % interval of a number, where it has one."""
+        low, high = (self.metrics.get(name + end) for end in INTERVAL_ENDS)
         return None if low is None or high is None else (low, high)
 
     def table(self) -> str:
-        """Aligned plain text: a line for each probe or metric with its interval, then notes."""
+        """Return aligned plain text: a line for each probe or metric with its interval, then notes."""
         cells = self._cells()
         inside = {name for row in cells.values() for name in row.values()}
         rest = [name for name in self.names() if name not in inside]
@@ -185,7 +185,9 @@ class Result:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    """Cells in columns as wide as their widest one, on the left of these columns, on the right of others."""
+    """Return cells in columns as wide as their widest one, on the left of these columns, on the right of
+    others.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

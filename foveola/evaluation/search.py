@@ -17,12 +17,12 @@ BANK_CHUNK = 32768  # bank rows on the device at a time
 # Similarities in memory at a time, and bank rows that they are of: on a CPU a tile should stay in its cache.
 TILE, TILE_COLUMNS = 2**21, 2048
 TILE_GPU = 2**24
-GROUP = 8  # columns of which only the largest number is compared first
+COLUMN_GROUP = 8  # columns of which only the largest number is compared first
 SLAB = 1024  # candidates of a row that are merged at once, or 4 k of them
 
 
 @torch.no_grad()
-def nearest(
+def nearest_rows(
     queries: Float[Tensor, "m D"],
     bank: Float[Tensor, "N D"],
     k: int,
@@ -34,7 +34,7 @@ def nearest(
     bank_chunk: int = BANK_CHUNK,
     tile: int | None = None,
 ) -> tuple[Float32[Tensor, "m k"], Int64[Tensor, "m k"]]:
-    """The k nearest bank rows of each query, nearest first: (similarities, indices), on the CPU.
+    """Return the k nearest bank rows of each query, nearest first: (similarities, indices), on the CPU.
 
     Naively: `(unit_rows(queries) @ unit_rows(bank).T).topk(k)`. Here the matrix of similarities exists only
     in tiles of `tile` entries, and the bank goes to `device` in chunks. Products are float32 (no TF32, no
@@ -106,7 +106,7 @@ class Best:
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # (row, column, value) of single numbers
 
     def offer(self, s: Float[Tensor, "n W"], first: int) -> None:
-        """Columns `first` and on."""
+        """Offer the columns from `first` on."""
         if self.seen < self.k or not self._filter(s, first):
             values, columns = top(s, self.k, ordered=False)
             self._merge(values, columns + first)
@@ -116,8 +116,8 @@ class Best:
 
     def _filter(self, s: Tensor, first: int) -> bool:
         """Let what is above the k-th largest wait; False, and nothing done, where that is most of it."""
-        floor, whole = self.floor, s.shape[1] // GROUP * GROUP
-        groups = s[:, :whole].unflatten(1, (GROUP, -1)) if whole else s[:, None, :0]
+        floor, whole = self.floor, s.shape[1] // COLUMN_GROUP * COLUMN_GROUP
+        groups = s[:, :whole].unflatten(1, (COLUMN_GROUP, -1)) if whole else s[:, None, :0]
         row, group = (groups.amax(dim=1) > floor).nonzero(as_tuple=True)
         if 2 * len(row) > len(s) * groups.shape[2]:
             return False
@@ -129,7 +129,7 @@ class Best:
         return True
 
     def result(self) -> tuple[Float[Tensor, "n r"], Int64[Tensor, "n r"]]:
-        """(values, columns), largest first, of all that was offered."""
+        """Return (values, columns), largest first, of all that was offered."""
         self._settle()
         values, order = self.values.sort(dim=1, descending=True)
         return values, self.columns.gather(1, order)
@@ -174,7 +174,7 @@ class Best:
 def top(
     x: Float[Tensor, "n W"], k: int, ordered: bool = True
 ) -> tuple[Float[Tensor, "n r"], Int64[Tensor, "n r"]]:
-    """`x.topk(min(k, W), sorted=ordered)` along rows, several times faster for wide rows.
+    """Return `x.topk(min(k, W), sorted=ordered)` along rows, several times faster for wide rows.
 
     Columns are dealt into groups; the k groups of the highest maxima hold the k highest entries. So the
     selection, which is slow, sees W / g maxima and k g candidates, and only the maximum, which is fast, sees
@@ -196,7 +196,9 @@ def top(
 
 @contextmanager
 def exact_products(device: str) -> Iterator[None]:
-    """Float32 products in full precision: TF32 or bf16 reorders neighbours that are nearly alike."""
+    """Compute float32 products in full precision within this block: TF32 or bf16 reorders neighbours that are
+    nearly alike.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

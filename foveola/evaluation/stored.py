@@ -31,7 +31,8 @@ class Stored(NamedTuple):
 
 
 def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
-    """The results of a run folder, an `out=` folder, its `results/`, `untrained:RUN` or a file, newest first.
+    """Return the results of a run folder, an `out=` folder, its `results/`, `untrained:RUN` or a file, newest
+    first.
 
     Also a line for each file that holds none. Raises UserError for a single file that holds none.
     """
@@ -94,7 +95,7 @@ def _key(result: Result) -> str:
 
 
 def differences(a: Result, b: Result) -> list[str]:
-    """What was not the same in two measurements, apart from the encoder; one line each."""
+    """Return what was not the same in two measurements, apart from the encoder; one line each."""
     found = []
     mine, theirs = (json.loads(json.dumps(result.settings)) for result in (a, b))  # a file has no tuples
     for key in sorted((mine.keys() | theirs.keys()) - SPEED):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from foveola.drawing.plots import COLORS, Chart, Line, draw, save_figure, stroke
+from foveola.drawing.plots import COLORS, Chart, Line, draw_charts, save_figure, stroke
 from foveola.evaluation.attention.result import AttentionAnalysis, EncoderAttention, Vectors
 from foveola.evaluation.attention.statistics import BLOCK_STATISTICS, HEAD_STATISTICS, Reference
 
-SHOWN = (  # of the figure over blocks
+PLOTTED = (  # of the figure over blocks
     "class_to_class",
     "class_entropy",
     "head_divergence",
@@ -24,7 +24,7 @@ SHOWN = (  # of the figure over blocks
     "outlier_share",
 )
 OF_HEADS = ("class_entropy", "patch_self", "patch_entropy", "nmi", "distance")
-FEW = 3  # encoders whose spread over heads can still be told apart in one chart
+FEW_ENCODERS = 3  # encoders whose spread over heads can still be told apart in one chart
 
 
 def save_attention_plots(analysis: AttentionAnalysis, folder: str | Path) -> list[Path]:
@@ -40,8 +40,8 @@ def save_attention_plots(analysis: AttentionAnalysis, folder: str | Path) -> lis
     return made
 
 
-def over_blocks(analysis: AttentionAnalysis, names: Sequence[str] = SHOWN, columns: int = 3) -> Any:
-    """A matplotlib Figure: a chart for each statistic that any encoder has, a line for each encoder.
+def over_blocks(analysis: AttentionAnalysis, names: Sequence[str] = PLOTTED, columns: int = 3) -> Any:
+    """Return a matplotlib Figure: a chart for each statistic that any encoder has, a line for each encoder.
 
     Up to three encoders have a band from their lowest to their highest head. Dotted: uniform attention.
     """
@@ -51,7 +51,7 @@ def over_blocks(analysis: AttentionAnalysis, names: Sequence[str] = SHOWN, colum
         having = [e for e in analysis.encoders if np.isfinite(e.blocks[name].mean).any()]
         if not having:
             continue
-        lines = [_line(encoder, name, len(having) <= FEW) for encoder in having]
+        lines = [_line(encoder, name, len(having) <= FEW_ENCODERS) for encoder in having]
         uniform = {_reference(encoder, name).uniform for encoder in having}
         level = uniform.pop() if len(uniform) == 1 else None
         charts.append(
@@ -63,13 +63,15 @@ def over_blocks(analysis: AttentionAnalysis, names: Sequence[str] = SHOWN, colum
                 levels={} if level is None else {"uniform": level},
             )
         )
-    figure = draw(charts, columns, size=(4.6, 2.9), legend=False)
+    figure = draw_charts(charts, columns, size=(4.6, 2.9), legend=False)
     _one_legend(figure, [encoder.name for encoder in analysis.encoders])
     return figure
 
 
 def over_heads(analysis: AttentionAnalysis, names: Sequence[str] = OF_HEADS) -> Any:
-    """A matplotlib Figure: a row for each encoder, a column for each statistic, a dot for each head."""
+    """Return a matplotlib Figure: a row for each encoder, a column for each statistic, a dot for each
+    head.
+    """
     from matplotlib.figure import Figure
 
     rows, columns = len(analysis.encoders), len(names)
@@ -88,7 +90,7 @@ def over_heads(analysis: AttentionAnalysis, names: Sequence[str] = OF_HEADS) -> 
 
 
 def between_vectors(groups: Sequence[Vectors]) -> Any:
-    """A matplotlib Figure: KL(row || column) of any two vectors of the same grid, in nats."""
+    """Return a matplotlib Figure: KL(row || column) of any two vectors of the same grid, in nats."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 

@@ -10,8 +10,8 @@ from foveola.data.sources import Source
 SEARCHED = 2000  # images after another in which one of its class is looked for
 
 
-def choose(source: Source, count: int, images: tuple[int, ...] | int | str | None = None) -> list[int]:
-    """Places of images in a source: those named, or `count` of them evenly from the first on."""
+def image_numbers(source: Source, count: int, images: tuple[int, ...] | int | str | None = None) -> list[int]:
+    """Return places of images in a source: those named, or `count` of them evenly from the first on."""
     total = len(source)
     if images is None:
         count = min(count, total)
@@ -31,7 +31,7 @@ def choose(source: Source, count: int, images: tuple[int, ...] | int | str | Non
 
 
 def points_of(points: Any) -> list[tuple[float, float]]:
-    """`"0.2,0.3;0.5,0.5"`, one pair or a list of pairs. Raises UserError outside the unit square."""
+    """Return `"0.2,0.3;0.5,0.5"`, one pair or a list of pairs. Raises UserError outside the unit square."""
     if isinstance(points, str):
         points = [pair.split(",") for pair in points.split(";")]
     try:
@@ -49,7 +49,7 @@ def points_of(points: Any) -> list[tuple[float, float]]:
 
 
 def samples_of(source: Source, chosen: Sequence[int]) -> list[Sample]:
-    """Samples at these places. Raises UserError for one that cannot be had."""
+    """Return the samples at these indices. Raises UserError for one that cannot be had."""
     samples = []
     for index in chosen:
         try:
@@ -62,15 +62,17 @@ def samples_of(source: Source, chosen: Sequence[int]) -> list[Sample]:
 def pairs_of(
     source: Source, count: int, images: tuple[int, ...] | int | str | None = None
 ) -> list[tuple[Sample, Sample]]:
-    """Images named two by two; or evenly spaced ones, each with the next one of its class (or the next)."""
+    """Return images named two by two; or evenly spaced ones, each with the next one of its class (or the
+    next).
+    """
     if images is not None:
-        chosen = choose(source, 0, images)
+        chosen = image_numbers(source, 0, images)
         if len(chosen) % 2:
             raise UserError(f"images: correspondences are of pairs, but {len(chosen)} are named")
         samples = samples_of(source, chosen)
         return list(zip(samples[::2], samples[1::2], strict=True))
     pairs = []
-    for start in choose(source, count):
+    for start in image_numbers(source, count):
         (first,) = samples_of(source, [start])
         after = [(start + step) % len(source) for step in range(1, min(len(source), SEARCHED + 1))]
         if not after:

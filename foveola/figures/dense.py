@@ -10,22 +10,26 @@ from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 from foveola.models.vit import Inputs
 
-WHOLE = 4096  # patches of an image that is encoded at once when nobody says how; more are cut into tiles
+PATCHES_AT_ONCE = (
+    4096  # patches of an image that is encoded at once when nobody says how; more are cut into tiles
+)
 OVERLAP = 0.5  # of a tile's side that it shares with the next
 
 
 def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
-    """(height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a patch."""
+    """Return (height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a
+    patch.
+    """
     height, width = image.shape[:2]
     longer = max(round(size / patch), 1)
     rows, columns = (max(round(longer * side / max(height, width)), 1) for side in (height, width))
     return rows * patch, columns * patch
 
 
-def fit(
+def fit_to_patches(
     image: UInt8[np.ndarray, "H W 3"], encoder: Encoder, size: int | None = None
 ) -> UInt8[Tensor, "3 h w"]:
-    """An image resized, antialiased, to whole patches of the encoder with the longer side `size`.
+    """Return an image resized, antialiased, to whole patches of the encoder with the longer side `size`.
 
     `size` is in pixels, None that of the encoder's transform; it is rounded to whole patches.
     """
@@ -41,7 +45,7 @@ def patch_map(
     tile: int | None = None,
     overlap: float = OVERLAP,
 ) -> Float32[np.ndarray, "h w D"]:
-    """Features of the h x w patches of an image, after the final norm.
+    """Return features of the h x w patches of an image, after the final norm.
 
     The image is resized so that its longer side has `size` pixels, in whole patches, its aspect ratio kept.
     Positions are interpolated, computed anew or rotary, as the encoder has them.
@@ -61,10 +65,10 @@ def patch_map(
         raise UserError(f"size={size}: a patch of this encoder has {encoder.patch_size} pixels a side")
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap}: expected a share of a tile, at least 0 and below 1")
-    pixels = fit(image, encoder, size)
+    pixels = fit_to_patches(image, encoder, size)
     grid = tuple(side // encoder.patch_size for side in pixels.shape[1:])
     if tile is None:
-        tile = 0 if grid[0] * grid[1] <= WHOLE else encoder.config.transform.crop
+        tile = 0 if grid[0] * grid[1] <= PATCHES_AT_ONCE else encoder.config.transform.crop
     side = round(tile / encoder.patch_size)
     if tile and not side:
         raise UserError(f"tile={tile}: a patch of this encoder has {encoder.patch_size} pixels a side")
@@ -74,7 +78,7 @@ def patch_map(
 
 
 def starts(length: int, side: int, overlap: float) -> list[int]:
-    """Where tiles of `side` patches begin along an axis of `length`: evenly, from end to end."""
+    """Return where tiles of `side` patches begin along an axis of `length`: evenly, from end to end."""
     if length <= side:
         return [0]
     step = max(int(side * (1 - overlap)), 1)
@@ -91,7 +95,7 @@ def _tiled(
     corners = [(y, x) for y in starts(rows, high, overlap) for x in starts(columns, wide, overlap)]
     weights = np.outer(_ramp(high), _ramp(wide))[:, :, None]
     total, shares = np.zeros((rows, columns, 0), np.float32), np.zeros((rows, columns, 1), np.float32)
-    few = max(WHOLE // (high * wide), 1)
+    few = max(PATCHES_AT_ONCE // (high * wide), 1)
     for start in range(0, len(corners), few):
         some = corners[start : start + few]
         cuts = [pixels[:, patch * y : patch * (y + high), patch * x : patch * (x + wide)] for y, x in some]

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from foveola.config import UserError
-from foveola.figures.pca import FLAT, Basis
+from foveola.figures.pca import FLAT_VARIANCE, Basis
 
 ROUNDS = 30  # of codes and atoms in turn; fewer where nothing changes any more
 SWEEPS = 200  # over the atoms for the codes of a round, at most
@@ -44,7 +44,7 @@ class Dictionary:
         mean, square = rows.mean(axis=0), float((rows**2).mean())
         scale = float(np.sqrt(((rows - mean) ** 2).mean()))
         start = Basis.fit(rows, components).components
-        if scale**2 <= FLAT * square:  # nothing to explain
+        if scale**2 <= FLAT_VARIANCE * square:  # nothing to explain
             return cls(mean, 1.0, start, alpha)
         rows = (rows - mean) / scale
         atoms, last = _unit(start, rows), np.inf
@@ -58,7 +58,7 @@ class Dictionary:
         return cls(mean, scale, atoms, alpha)
 
     def codes(self, features: Float[np.ndarray, "*S D"]) -> Float64[np.ndarray, "*S k"]:
-        """The sparse codes of features."""
+        """Return the sparse codes of features."""
         rows = (features.reshape(-1, features.shape[-1]).astype(np.float64) - self.mean) / self.scale
         return sparse_codes(rows, self.atoms, self.alpha).reshape(*features.shape[:-1], len(self.atoms))
 
@@ -69,7 +69,9 @@ def sparse_codes(
     alpha: float,
     start: Float64[np.ndarray, "N k"] | None = None,
 ) -> Float64[np.ndarray, "N k"]:
-    """The minimum of |x - c A|^2 / 2 + alpha |c|_1 over c for each row x, by cyclic coordinate descent."""
+    """Return the minimum of |x - c A|^2 / 2 + alpha |c|_1 over c for each row x, by cyclic coordinate
+    descent.
+    """
     gram, match = atoms @ atoms.T, rows @ atoms.T
     codes = np.zeros_like(match) if start is None else start.copy()
     for _ in range(SWEEPS):
@@ -92,7 +94,7 @@ def objective(
     atoms: Float64[np.ndarray, "k D"],
     alpha: float,
 ) -> float:
-    """What `fit` minimises."""
+    """Return what `fit` minimises."""
     return float(((rows - codes @ atoms) ** 2).sum() / 2 + alpha * np.abs(codes).sum())
 
 
@@ -116,14 +118,14 @@ def _unit(atoms: Float64[np.ndarray, "k D"], rows: Float64[np.ndarray, "N D"]) -
     """Atoms of length one; one that is zero (there are fewer directions than atoms) becomes a feature."""
     atoms = atoms.copy()
     for j in np.flatnonzero(~atoms.any(axis=1)):
-        atoms[j] = rows[j] / max(float(np.linalg.norm(rows[j])), FLAT)
+        atoms[j] = rows[j] / max(float(np.linalg.norm(rows[j])), FLAT_VARIANCE)
     return atoms
 
 
 def dictionary_rgb(
     codes: Float64[np.ndarray, "*S k"], largest: float | None = None
 ) -> Float32[np.ndarray, "*S 3"]:
-    """Colours in [0, 1]: each atom has one, and shows by the size of its code (CAPI's code).
+    """Return colours in [0, 1]: each atom has one, and shows by the size of its code (CAPI's code).
 
     clip(|codes| / largest @ palette, 0, 1) with red, green, blue, then cyan, magenta, yellow, or ten colours
     of matplotlib (tab10) for more than six. `largest` is that of these codes where None. Raises UserError for
@@ -138,4 +140,4 @@ def dictionary_rgb(
 
         palette = np.array(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
     largest = float(np.abs(codes).max(initial=0)) if largest is None else largest
-    return (np.abs(codes) / max(largest, FLAT) @ palette[:count]).clip(0, 1).astype(np.float32)
+    return (np.abs(codes) / max(largest, FLAT_VARIANCE) @ palette[:count]).clip(0, 1).astype(np.float32)

@@ -28,19 +28,19 @@ from foveola.figures.positions import position_panel, position_sheet
 from foveola.figures.tiles import (
     LIGHT,
     MIN_COVERAGE,
-    TILE,
+    TILE_SIDE,
     Encoders,
     Tile,
+    as_encoded,
     encoded,
+    encoders_by_name,
     grid_of,
     head_of,
     images_of,
     light,
-    named,
-    object_patches,
+    patches_of_object,
     row_of,
-    shown,
-    size_of,
+    shown_size,
 )
 from foveola.models.encoder import Encoder
 
@@ -77,16 +77,16 @@ def pca_sheet(
     basis: Basis | None = None,
     tile: int | None = None,
 ) -> Sheet:
-    """Images, and the first three principal components of their patches as red, green and blue.
+    """Return images, and the first three principal components of their patches as red, green and blue.
 
     `size` is in pixels of the longer side; None = twice that of each encoder's transform. The others are
     those of `pca_images`.
     """
-    images, names = images_of(samples), named(encoders)
-    columns = [[shown(next(iter(names.values())), image, size) for image in images]]
+    images, names = images_of(samples), encoders_by_name(encoders)
+    columns = [[as_encoded(next(iter(names.values())), image, size) for image in images]]
     for encoder in names.values():
-        drawn = pca_images(encoder, images, joint, size_of(encoder, size), foreground, basis, tile)
-        sizes = [shown(encoder, image, size).shape[:2] for image in images]
+        drawn = pca_images(encoder, images, joint, shown_size(encoder, size), foreground, basis, tile)
+        sizes = [as_encoded(encoder, image, size).shape[:2] for image in images]
         columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
     rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
     how = "one basis for all images" if joint or basis is not None else "a basis for each image"
@@ -95,8 +95,8 @@ def pca_sheet(
 
 
 def pca_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
-    """`pca_sheet`, drawn."""
-    return pca_sheet(encoders, samples, **settings).draw(TILE)
+    """Return `pca_sheet`, drawn."""
+    return pca_sheet(encoders, samples, **settings).draw(TILE_SIDE)
 
 
 def dictionary_sheet(
@@ -108,14 +108,14 @@ def dictionary_sheet(
     joint: bool = False,
     tile: int | None = None,
 ) -> Sheet:
-    """Images, and a colour for each atom of a dictionary of their patch features, where it is used."""
-    images, names = images_of(samples), named(encoders)
-    columns = [[shown(next(iter(names.values())), image, size) for image in images]]
+    """Return images, and a colour for each atom of a dictionary of their patch features, where it is used."""
+    images, names = images_of(samples), encoders_by_name(encoders)
+    columns = [[as_encoded(next(iter(names.values())), image, size) for image in images]]
     for encoder in names.values():
-        maps = [patch_map(encoder, image, size_of(encoder, size), tile) for image in images]
+        maps = [patch_map(encoder, image, shown_size(encoder, size), tile) for image in images]
         groups = [maps] if joint else [[features] for features in maps]
         drawn = [plane for group in groups for plane in _dictionary_planes(group, components, alpha)]
-        sizes = [shown(encoder, image, size).shape[:2] for image in images]
+        sizes = [as_encoded(encoder, image, size).shape[:2] for image in images]
         columns.append([magnify(plane, *shape) for plane, shape in zip(drawn, sizes, strict=True)])
     rows = [Row("", tiles) for tiles in zip(*columns, strict=True)]
     how = "one dictionary for all images" if joint else "a dictionary for each image"
@@ -124,8 +124,8 @@ def dictionary_sheet(
 
 
 def dictionary_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
-    """`dictionary_sheet`, drawn."""
-    return dictionary_sheet(encoders, samples, **settings).draw(TILE)
+    """Return `dictionary_sheet`, drawn."""
+    return dictionary_sheet(encoders, samples, **settings).draw(TILE_SIDE)
 
 
 def _dictionary_planes(maps: Sequence[np.ndarray], components: int, alpha: float) -> list[Pixels]:
@@ -149,15 +149,15 @@ def attention_sheet(
     heads: bool = False,
     min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
-    """What the class token reads, with and without the mask of the largest object; and its heads.
+    """Return what the class token reads, with and without the mask of the largest object; and its heads.
 
     Of an encoder without class token: what all patches read on average. `heads`: a column for each head.
     """
-    images, names = images_of(samples), named(encoders)
+    images, names = images_of(samples), encoders_by_name(encoders)
     masks = any(sample.objects is not None for sample in samples)
     first = next(iter(names.values()))
     columns: list[str] = ["image"]
-    rows: list[list[Tile]] = [[(shown(first, image, size), "")] for image in images]
+    rows: list[list[Tile]] = [[(as_encoded(first, image, size), "")] for image in images]
     for name, encoder in names.items():
         token = encoder.config.model.class_token
         columns.append(head_of(name, "class token" if token else "read by all patches"))
@@ -173,8 +173,8 @@ def attention_sheet(
 
 
 def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
-    """`attention_sheet`, drawn."""
-    return attention_sheet(encoders, samples, **settings).draw(TILE)
+    """Return `attention_sheet`, drawn."""
+    return attention_sheet(encoders, samples, **settings).draw(TILE_SIDE)
 
 
 def _attention_tiles(
@@ -186,7 +186,7 @@ def _attention_tiles(
 ) -> list[Tile]:
     """Tiles of one image; with `min_coverage` also of the token that reads its largest object alone."""
     size, block, mass, heads = how
-    images, base = encoded(encoder, image, size), shown(encoder, image, size)
+    images, base = encoded(encoder, image, size), as_encoded(encoder, image, size)
     if encoder.config.model.class_token:
         weights = token_attention(encoder, images, None, block)[0, 0]
     else:
@@ -196,7 +196,7 @@ def _attention_tiles(
         grid = grid_of(encoder, image, size)
         patches = torch.ones(grid[0] * grid[1], dtype=torch.bool)
         if sample.objects is not None:
-            patches = object_patches(sample, int(sample.objects.areas.argmax()), grid, min_coverage)
+            patches = patches_of_object(sample, int(sample.objects.areas.argmax()), grid, min_coverage)
         inside = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
         lit, peak = light(base, inside.mean(dim=0))
         tiles.append((outline(lit, patches.view(grid).numpy()), peak))
@@ -214,8 +214,10 @@ def objects_sheet(
     each: int = 3,
     min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
-    """The largest objects of each image, and what each head of the object token reads inside the mask."""
-    images, names = images_of(samples), named(encoders)
+    """Return the largest objects of each image, and what each head of the object token reads inside the
+    mask.
+    """
+    images, names = images_of(samples), encoders_by_name(encoders)
     if not any(sample.objects is not None for sample in samples):
         raise UserError("objects: these images have neither boxes nor masks; see kind attention")
     first = next(iter(names.values()))
@@ -228,12 +230,12 @@ def objects_sheet(
             continue
         for index in np.argsort(-sample.objects.areas, kind="stable")[:each].tolist():
             grid = grid_of(first, image, size)
-            own = object_patches(sample, index, grid, min_coverage).view(grid).numpy()
-            tiles: list[Tile] = [(outline(shown(first, image, size), own), "")]
+            own = patches_of_object(sample, index, grid, min_coverage).view(grid).numpy()
+            tiles: list[Tile] = [(outline(as_encoded(first, image, size), own), "")]
             for encoder in names.values():
                 grid = grid_of(encoder, image, size)
-                patches = object_patches(sample, index, grid, min_coverage)
-                inputs, base = encoded(encoder, image, size), shown(encoder, image, size)
+                patches = patches_of_object(sample, index, grid, min_coverage)
+                inputs, base = encoded(encoder, image, size), as_encoded(encoder, image, size)
                 weights = token_attention(encoder, inputs, patches[None, None].to(inputs.device), block)[0, 0]
                 tiles += [light(base, one) for one in (weights.mean(dim=0), *weights)]
             rows.append(row_of(tiles))

@@ -12,7 +12,7 @@ from foveola.config import UserError
 from foveola.models.encoder import Encoder
 
 MASS = 0.6  # of a token's attention that its strongest patches hold together (DINO's and iBOT's images)
-ENTRIES = 2**25  # cosines in memory at a time (128 MiB)
+COSINES_AT_ONCE = 2**25  # cosines in memory at a time (128 MiB)
 
 
 @torch.no_grad()
@@ -22,7 +22,8 @@ def token_attention(
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> Float[Tensor, "B M heads h w"]:
-    """Attention of each object token over the patches in a block, of each head; sums to at most one.
+    """Return the attention of each object token over the patches in a block, of each head; sums to at most
+    one.
 
     What is missing from one goes to the token itself and to registers.
 
@@ -48,7 +49,7 @@ def object_attention(
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> Float[Tensor, "B M h w"]:
-    """`token_attention`, averaged over heads."""
+    """Return `token_attention`, averaged over heads."""
     return token_attention(encoder, images, objects, block).mean(dim=2)
 
 
@@ -59,7 +60,7 @@ def query_attention(
     points: Float[Tensor, "B 2"],
     block: int = -1,
 ) -> Float[Tensor, "B heads h w"]:
-    """What the patch under a point reads of the patches, of each head; every map sums to one.
+    """Return what the patch under a point reads of the patches, of each head; every map sums to one.
 
     `points` are (x, y) in the unit square. Object tokens and registers are left out, and the rest of the
     patch's row of the attention matrix is divided by its sum (position field paper, Figure 6, which shows the
@@ -77,7 +78,8 @@ def query_attention(
 def received_attention(
     encoder: Encoder, images: Float[Tensor, "B 3 H W"], block: int = -1
 ) -> Float[Tensor, "B heads h w"]:
-    """How much of the patches' attention to patches each patch receives, of each head; maps sum to one.
+    """Return how much of the patches' attention to patches each patch receives, of each head; maps sum to
+    one.
 
     The mean of the rows of all patches: for encoders without a class token, what everybody looks at.
     """
@@ -86,7 +88,7 @@ def received_attention(
 
 
 def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tensor, "*S h w"]:
-    """The fewest patches that hold at least the share `mass` of each map, the strongest first.
+    """Return the fewest patches that hold at least the share `mass` of each map, the strongest first.
 
     Of equal patches the upper left ones first. A map of zeros has none.
     """
@@ -100,13 +102,13 @@ def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tens
 
 
 def patch_under(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[int, int]:
-    """(row, column) of the patch that holds the point (x, y) of the unit square."""
+    """Return (row, column) of the patch that holds the point (x, y) of the unit square."""
     row, column = (min(max(int(place * n), 0), n - 1) for place, n in zip(point[::-1], grid, strict=True))
     return row, column
 
 
 def centre_of(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[float, float]:
-    """The centre (x, y) of the patch under a point."""
+    """Return the centre (x, y) of the patch under a point."""
     row, column = patch_under(point, grid)
     return (column + 0.5) / grid[1], (row + 0.5) / grid[0]
 
@@ -117,7 +119,7 @@ def centre_of(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[float,
 def neighbours(
     queries: Float[Tensor, "n D"], bank: Float[Tensor, "N D"], count: int
 ) -> Int64[Tensor, "n count"]:
-    """Rows of the bank by falling cosine similarity to each query."""
+    """Return rows of the bank by falling cosine similarity to each query."""
     queries, bank = (normalize(x.float(), dim=1) for x in (queries, bank))
     return (queries @ bank.T).topk(count, dim=1).indices
 
@@ -125,7 +127,9 @@ def neighbours(
 def similarity(
     features: Float[np.ndarray, "h w D"], point: tuple[float, float]
 ) -> Float32[np.ndarray, "h w"]:
-    """Cosine of the features of every patch with those of the patch under the point (x, y), unit square."""
+    """Return the cosine of the features of every patch with those of the patch under the point (x, y), unit
+    square.
+    """
     unit = _unit(features)
     return unit @ unit[patch_under(point, features.shape[:2])]
 
@@ -141,7 +145,7 @@ class Pairs(NamedTuple):
 def correspondences(
     first: Float[np.ndarray, "h w D"], second: Float[np.ndarray, "h2 w2 D"], count: int = 12
 ) -> Pairs:
-    """The best pairs of patches of two images that are each other's nearest neighbours, by cosine.
+    """Return the best pairs of patches of two images that are each other's nearest neighbours, by cosine.
 
     At most `count` of them (iBOT shows 12): there can be fewer that agree. Of equals, the upper left first.
     """
@@ -163,7 +167,7 @@ def _nearest(
 ) -> tuple[Int64[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
     """The row of b of highest cosine for each row of a, and that cosine; some rows of a at a time."""
     best, cosines = np.zeros(len(a), np.int64), np.zeros(len(a), np.float32)
-    few = max(ENTRIES // len(b), 1)
+    few = max(COSINES_AT_ONCE // len(b), 1)
     for start in range(0, len(a), few):
         part = a[start : start + few] @ b.T
         best[start : start + few] = part.argmax(axis=1)

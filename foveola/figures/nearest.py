@@ -19,11 +19,11 @@ from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.evaluation.features.reading import ExtractConfig, RowsCut
 from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds, object_tokens
 from foveola.evaluation.images import choose_images, identity_for
-from foveola.figures.tiles import FULL, TILE, Encoders, head_of, named
+from foveola.figures.tiles import FULL, TILE_SIDE, Encoders, encoders_by_name, head_of
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 
-LIMIT = 2000  # images of the bank, where nobody says how many
+REFERENCE_LIMIT = 2000  # images of the bank, where nobody says how many
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,8 @@ def neighbour_sheet(
     config: ExtractConfig | None = None,
     progress: bool = False,
 ) -> Sheet:
-    """Images of `queries` and the `found` rows of `bank` whose features have the highest cosine with them.
+    """Return images of `queries` and the `found` rows of `bank` whose features have the highest cosine with
+    them.
 
     Args:
         chosen: indices of query images; of rows="objects" the largest object of each is the query.
@@ -60,12 +61,12 @@ def neighbour_sheet(
     image is never found. Tiles are what the network saw. Raises UserError as
     `evaluation.features.table.extract`.
     """
-    config = config or ExtractConfig(limit=LIMIT)
+    config = config or ExtractConfig(limit=REFERENCE_LIMIT)
     kinds, notes = mask_kinds(masks, bank, queries)
     contents = identity_for(bank, config).contents
     chosen_of = choose_images(len(bank), config.limit, config.seed)
     rows = []
-    names = named(encoders)
+    names = encoders_by_name(encoders)
     tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
     for image in chosen:
         for name, encoder in names.items():
@@ -85,8 +86,8 @@ def neighbour_sheet(
 def neighbour_panel(
     encoders: Encoders, bank: Source, queries: Source, chosen: Sequence[int], **settings: Any
 ) -> Pixels:
-    """`neighbour_sheet`, drawn."""
-    return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE)
+    """Return `neighbour_sheet`, drawn."""
+    return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE_SIDE)
 
 
 def _query(encoder: Encoder, source: Source, image: int, config: ExtractConfig) -> _Query:

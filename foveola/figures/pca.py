@@ -15,7 +15,7 @@ from foveola.figures.dense import OVERLAP, patch_map
 from foveola.models.encoder import Encoder
 
 RANGE = 2.3  # standard deviations that span a colour (CAPI's code)
-FLAT = 1e-12  # of the mean square of features: a variance below it is rounding
+FLAT_VARIANCE = 1e-12  # of the mean square of features: a variance below it is rounding
 TIE = 1e-6  # a skewness below it is none
 HELD = 2**28  # numbers of features that are held in memory (1 GiB); of more, images are encoded again
 
@@ -39,7 +39,7 @@ class Basis:
 
     @classmethod
     def fit(cls, features: Float[np.ndarray, "*S D"], components: int = 3) -> "Basis":
-        """The components of largest variance, by eigenvectors of the float64 covariance.
+        """Return the components of largest variance, by eigenvectors of the float64 covariance.
 
         Their signs, which are arbitrary, are such that the projections have a skewness of at least 0 (CAPI);
         where it is 0 (within 1e-6), the largest entry of the component is positive.
@@ -49,14 +49,16 @@ class Basis:
 
     @classmethod
     def fit_chunks(cls, chunks: Chunks, components: int = 3) -> "Basis":
-        """As `fit`, of rows in chunks, which are asked for twice; memory is that of a chunk and D x D."""
+        """Do as `fit`, with rows in chunks, which are asked for twice; memory is that of a chunk and D
+        x D.
+        """
         count, mean, scatter, square = _moments(chunks())
         if components > len(mean):
             raise UserError(f"{components} components of features of {len(mean)} numbers")
         values, vectors = torch.linalg.eigh(torch.from_numpy(scatter / max(count - 1, 1)))
         values = values.numpy()[::-1][:components]
         vectors = np.ascontiguousarray(vectors.numpy()[:, ::-1][:, :components].T)
-        there = values > FLAT * square
+        there = values > FLAT_VARIANCE * square
         scale = np.where(there, np.sqrt(np.where(there, values, 1.0)), 1.0)
         basis = cls(mean, np.where(there[:, None], vectors, 0.0), scale)
         second, third = np.zeros(components), np.zeros(components)
@@ -64,13 +66,13 @@ class Basis:
             projected = basis.project(rows)
             second += (projected**2).sum(axis=0)
             third += (projected**3).sum(axis=0)
-        skewness = third / count / np.maximum(second / count, FLAT) ** 1.5
+        skewness = third / count / np.maximum(second / count, FLAT_VARIANCE) ** 1.5
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=1)[:, None], axis=1)[:, 0]
         sign = np.where(np.where(np.abs(skewness) > TIE, skewness, largest) < 0, -1.0, 1.0)
         return replace(basis, components=basis.components * sign[:, None] + 0.0)
 
     def project(self, features: Float[np.ndarray, "*S D"]) -> Float64[np.ndarray, "*S k"]:
-        """Components of features, in standard deviations of what the basis was fitted to."""
+        """Return components of features, in standard deviations of what the basis was fitted to."""
         if features.shape[-1] != len(self.mean):
             raise UserError(
                 f"a basis for features of {len(self.mean)} numbers, but these have {features.shape[-1]}"
@@ -78,7 +80,9 @@ class Basis:
         return (features.astype(np.float64) - self.mean) @ self.components.T / self.scale
 
     def foreground(self, features: Float[np.ndarray, "*S D"]) -> Bool[np.ndarray, "*S"]:
-        """Patches on the side of the divider that counts as foreground; all of them without a divider."""
+        """Return patches on the side of the divider that counts as foreground; all of them without a
+        divider.
+        """
         if self.divider is None:
             return np.ones(features.shape[:-1], dtype=bool)
         return features.astype(np.float64) @ self.divider > self.threshold
@@ -137,7 +141,8 @@ def _moments(
 
 
 def pca_rgb(features: Float[np.ndarray, "*S D"], basis: Basis) -> Float32[np.ndarray, "*S 3"]:
-    """Colours in [0, 1]: red, green and blue are the first three components from -2.3 to 2.3 deviations.
+    """Return colours in [0, 1]: red, green and blue are the first three components from -2.3 to 2.3
+    deviations.
 
     All components are divided by their own deviation, then by that of the first (which is then 1), and
     clip((x + 2.3) / 4.6, 0, 1) is the colour (CAPI's code). Background of a basis with a divider is black.
@@ -153,7 +158,7 @@ def pca_rgb(features: Float[np.ndarray, "*S D"], basis: Basis) -> Float32[np.nda
 def fit_basis(
     maps: Callable[[], Iterable[Float[np.ndarray, "_ _ D"]]], foreground: bool = False, components: int = 3
 ) -> Basis:
-    """A basis of all patches of some maps, or of their foreground alone.
+    """Return a basis of all patches of some maps, or of their foreground alone.
 
     Foreground as in DINOv2 (Figure 1): the patches on one side of zero of the first component of all; the
     components are then those of these patches. Which side: the one to which fewer of the patches along the
@@ -195,7 +200,7 @@ def pca_images(
     tile: int | None = None,
     overlap: float = OVERLAP,
 ) -> list[Pixels]:
-    """Each image as the colours of its patches, one pixel a patch.
+    """Return each image as the colours of its patches, one pixel a patch.
 
     Args:
         joint: one basis for all images, so that a colour means the same in each of them; otherwise each

@@ -12,18 +12,18 @@ from foveola.figures.dense import patch_map
 from foveola.figures.maps import centre_of, correspondences, query_attention, similarity
 from foveola.figures.tiles import (
     LIGHT,
-    TILE,
+    TILE_SIDE,
     Encoders,
     Tile,
+    as_encoded,
     encoded,
+    encoders_by_name,
     grid_of,
     head_of,
     images_of,
     light,
-    named,
     row_of,
-    shown,
-    size_of,
+    shown_size,
 )
 from foveola.models.encoder import Encoder
 
@@ -39,15 +39,15 @@ def query_sheet(
     block: int = -1,
     heads: bool = False,
 ) -> Sheet:
-    """What the patch under a red dot reads, averaged over heads; with `heads` also of each head."""
-    columns, names = ["image"], named(encoders)
+    """Return what the patch under a red dot reads, averaged over heads; with `heads` also of each head."""
+    columns, names = ["image"], encoders_by_name(encoders)
     for name, encoder in names.items():
         columns.append(head_of(name, "all heads"))
         if heads:
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
 
     def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
-        images, base = encoded(encoder, image, size), shown(encoder, image, size)
+        images, base = encoded(encoder, image, size), as_encoded(encoder, image, size)
         weights = query_attention(encoder, images, torch.tensor([point]), block)[0]
         maps = (weights.mean(dim=0), *(weights if heads else ()))
         lit = [light(base, one) for one in maps]
@@ -64,12 +64,12 @@ def similarity_sheet(
     size: int | None = None,
     tile: int | None = None,
 ) -> Sheet:
-    """Cosine of the features of all patches with those of the patch under a red dot."""
-    names = named(encoders)
+    """Return the cosine of the features of all patches with those of the patch under a red dot."""
+    names = encoders_by_name(encoders)
 
     def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
-        features = patch_map(encoder, image, size_of(encoder, size), tile)
-        height, width = shown(encoder, image, size).shape[:2]
+        features = patch_map(encoder, image, shown_size(encoder, size), tile)
+        height, width = as_encoded(encoder, image, size).shape[:2]
         cosines = similarity(features, point)
         low = float(cosines.min())
         colors = magnify(cool_to_warm(cosines, low, 1.0), height, width)
@@ -82,8 +82,8 @@ def similarity_sheet(
 
 
 def similarity_panel(encoders: Encoders, samples: Sequence[Sample], **settings: Any) -> Pixels:
-    """`similarity_sheet`, drawn."""
-    return similarity_sheet(encoders, samples, **settings).draw(TILE)
+    """Return `similarity_sheet`, drawn."""
+    return similarity_sheet(encoders, samples, **settings).draw(TILE_SIDE)
 
 
 def _rows_of_points(
@@ -98,7 +98,7 @@ def _rows_of_points(
     for image in images_of(samples):
         for point in points:
             dot = centre_of(point, grid_of(first, image, size))
-            row: list[Tile] = [(mark(shown(first, image, size), dot), "")]
+            row: list[Tile] = [(mark(as_encoded(first, image, size), dot), "")]
             for encoder in names.values():
                 row += tiles(encoder, image, point)
             rows.append(row_of(row))
@@ -112,14 +112,16 @@ def correspondence_sheet(
     count: int = 12,
     tile: int | None = None,
 ) -> Sheet:
-    """Pairs of images with lines between the patches that are each other's nearest, the best `count`."""
-    names, rows = named(encoders), []
+    """Return pairs of images with lines between the patches that are each other's nearest, the best
+    `count`.
+    """
+    names, rows = encoders_by_name(encoders), []
     for pair in pairs:
         images, tiles = images_of(pair), []
         for encoder in names.values():
-            maps = [patch_map(encoder, image, size_of(encoder, size), tile) for image in images]
+            maps = [patch_map(encoder, image, shown_size(encoder, size), tile) for image in images]
             found = correspondences(maps[0], maps[1], count)
-            bases = [shown(encoder, image, size) for image in images]
+            bases = [as_encoded(encoder, image, size) for image in images]
             centres = [
                 (places[:, ::-1] + 0.5) / (features.shape[1], features.shape[0])
                 for places, features in zip(found[:2], maps, strict=True)

@@ -9,10 +9,10 @@ from jaxtyping import Float32
 from foveola.drawing.overlays import cool_to_warm, cosine_bar, magnify
 from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.pca import Basis, pca_rgb
-from foveola.figures.tiles import TILE, Encoders, named
+from foveola.figures.tiles import TILE_SIDE, Encoders, encoders_by_name
 from foveola.models.encoder import Encoder
 
-KINDS = {
+POSITION_KINDS = {
     "learned": "learned table",
     "sincos": "fixed sines and cosines",
     "field": "learned field",
@@ -22,7 +22,8 @@ KINDS = {
 
 @torch.no_grad()
 def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float32[np.ndarray, "h w D"]:
-    """The position of each patch of a whole image of (rows, columns) patches, the transform's by default.
+    """Return the position of each patch of a whole image of (rows, columns) patches, the transform's by
+    default.
 
     What is added to the patches; with rotary positions, where nothing is, the cosines and sines of the angles
     by which queries and keys are turned: their dot product depends on the difference of two places alone
@@ -44,15 +45,17 @@ def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float
 
 
 def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
-    """Positions as colours (PCA), and how alike `some` x `some` of them are to all, one row each encoder."""
+    """Return positions as colours (PCA), and how alike `some` x `some` of them are to all, one row each
+    encoder.
+    """
     rows = []
-    for name, encoder in named(encoders).items():
+    for name, encoder in encoders_by_name(encoders).items():
         field = encoder.backbone.pos_field
         grid = encoder.grid if field is None else (field.values.shape[0], field.values.shape[1])
         table = position_map(encoder, grid)
         rgb = np.rint(255 * pca_rgb(table, Basis.fit(table, min(3, table.shape[2])))).astype(np.uint8)
-        times = max(TILE * 2 // max(grid), 1)
-        title = f"{name}\n{KINDS[encoder.config.model.positions]}".strip()
+        times = max(TILE_SIDE * 2 // max(grid), 1)
+        title = f"{name}\n{POSITION_KINDS[encoder.config.model.positions]}".strip()
         maps, low = alike(table, some)
         colors = magnify(rgb, times * grid[0], times * grid[1])
         rows.append(Row(title, [colors, maps], [f"{grid[0]} x {grid[1]} positions", f"{low:.2f} to 1"]))
@@ -62,7 +65,7 @@ def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
 
 
 def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, float]:
-    """Maps of cosines of some x some evenly spaced positions with all, each where that position is.
+    """Return maps of cosines of some x some evenly spaced positions with all, each where that position is.
 
     Returns them in one image, and the lowest cosine of two positions, where the colours begin.
     """
@@ -75,7 +78,7 @@ def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, f
         line = []
         for j in range(some):
             row, column = (round((k + 0.5) * n / some - 0.5) for k, n in ((i, height), (j, width)))
-            times = max(TILE * 2 // (some * max(height, width)), 1)
+            times = max(TILE_SIDE * 2 // (some * max(height, width)), 1)
             tile = magnify(cool_to_warm(unit @ unit[row, column], low, 1.0), times * height, times * width)
             line.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))
         lines.append(np.concatenate(line, axis=1))
@@ -83,5 +86,5 @@ def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, f
 
 
 def position_panel(encoders: Encoders, **settings: Any) -> Pixels:
-    """`position_sheet`, drawn."""
-    return position_sheet(encoders, **settings).draw(TILE * 3 // 2)
+    """Return `position_sheet`, drawn."""
+    return position_sheet(encoders, **settings).draw(TILE_SIDE * 3 // 2)

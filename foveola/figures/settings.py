@@ -7,15 +7,15 @@ from typing import Any, Literal
 from foveola.config import key
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.figures.maps import MASS
-from foveola.figures.nearest import LIMIT
-from foveola.figures.tiles import MIN_COVERAGE, TILE
+from foveola.figures.nearest import REFERENCE_LIMIT
+from foveola.figures.tiles import MIN_COVERAGE, TILE_SIDE
 
 
 @dataclass(frozen=True)
 class SheetConfig:
     """How a sheet is drawn."""
 
-    cell: int = key(TILE, "pixels a side of a tile in the sheet", at_least=32)
+    cell: int = key(TILE_SIDE, "pixels a side of a tile in the sheet", at_least=32)
     each: bool = key(False, "also write every tile as a file of its own, at full size")
 
 
@@ -33,7 +33,7 @@ class ImagesConfig(SheetConfig):
 
 
 @dataclass(frozen=True)
-class DenseConfig(ImagesConfig):
+class DenseFigureConfig(ImagesConfig):
     tile: int | None = key(
         None,
         "pixels a side of overlapping tiles to encode; 0 = all at once; null = tiles above 4096 patches",
@@ -42,7 +42,7 @@ class DenseConfig(ImagesConfig):
 
 
 @dataclass(frozen=True)
-class PcaConfig(DenseConfig):
+class PcaConfig(DenseFigureConfig):
     joint: bool = key(False, "one basis for all images, so that a colour means the same in all of them")
     foreground: bool = key(False, "components of foreground patches alone; the others are black (DINOv2)")
     basis: Path | None = key(None, "file of an earlier save_basis=, to repeat its colours exactly")
@@ -56,7 +56,7 @@ class PcaConfig(DenseConfig):
 
 
 @dataclass(frozen=True)
-class DictionaryConfig(DenseConfig):
+class DictionaryConfig(DenseFigureConfig):
     components: int = key(6, "directions, each with a colour", at_least=1, at_most=10)
     alpha: float = key(1.0, "weight of the sum of absolute codes; more makes them sparser", at_least=0)
     joint: bool = key(False, "one dictionary for all images")
@@ -76,7 +76,7 @@ class AttentionConfig(ImagesConfig):
 
 
 @dataclass(frozen=True)
-class ObjectsConfig(ImagesConfig):
+class ObjectsFigureConfig(ImagesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
     objects: int = key(3, "at most so many objects of each image, the largest", at_least=1)
     min_coverage: float = key(
@@ -95,12 +95,12 @@ class QueryConfig(ImagesConfig):
 
 
 @dataclass(frozen=True)
-class SimilarityConfig(DenseConfig):
+class SimilarityConfig(DenseFigureConfig):
     points: Any = key("0.5,0.5", "x,y in the unit square; several: '0.2,0.3;0.5,0.5'")
 
 
 @dataclass(frozen=True)
-class CorrespondenceConfig(DenseConfig):
+class CorrespondenceConfig(DenseFigureConfig):
     """Images are taken in pairs; those not named are paired with the next one of their class."""
 
     cell: int = key(360, "pixels a side of a tile in the sheet", at_least=32)
@@ -110,7 +110,7 @@ class CorrespondenceConfig(DenseConfig):
 
 @dataclass(frozen=True)
 class PositionsConfig(SheetConfig):
-    cell: int = key(TILE * 3 // 2, "pixels a side of a tile in the sheet", at_least=32)
+    cell: int = key(TILE_SIDE * 3 // 2, "pixels a side of a tile in the sheet", at_least=32)
     some: int = key(5, "maps of cosines of some x some positions", at_least=1, at_most=12)
 
 
@@ -122,6 +122,8 @@ class NeighboursConfig(ExtractConfig):
     )
     found: int = key(5, "neighbours of each query", at_least=1)
     masks: Literal["both"] | bool = key("both", "object tokens that read the objects, class tokens, or both")
-    limit: int | None = key(LIMIT, "use at most this many images of train=, drawn by seed", at_least=1)
-    cell: int = key(TILE, "pixels a side of a tile in the sheet", at_least=32)
+    limit: int | None = key(
+        REFERENCE_LIMIT, "use at most this many images of train=, drawn by seed", at_least=1
+    )
+    cell: int = key(TILE_SIDE, "pixels a side of a tile in the sheet", at_least=32)
     each: bool = key(False, "also write every tile as a file of its own, at full size")

@@ -12,7 +12,7 @@ from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
 from foveola.drawing.overlays import heat
 from foveola.drawing.sheet import Pixels, Row
-from foveola.figures.dense import fit, fitted_size
+from foveola.figures.dense import fit_to_patches, fitted_size
 from foveola.models.encoder import Encoder, patch_mask
 from foveola.models.transform import resize
 
@@ -22,24 +22,24 @@ LIGHT = (
     "Light: attention as a multiple of uniform attention, on one scale for all tiles. Below a tile: its "
     "peak. An even, weak light is uniform attention, as an untrained network has it."
 )
-TILE = 160  # pixels a side of a tile in a sheet
+TILE_SIDE = 160  # pixels a side of a tile in a sheet
 FULL = 320  # pixels of the longer side of a tile at full size, at least
 MIN_COVERAGE = 1 / 256  # share of a patch that makes it the object's: any pixel of 16 x 16
 CANVAS = 512  # pixels a side on which masks are drawn before they are read patch by patch
 
 
-def named(encoders: Encoders) -> dict[str, Encoder]:
-    """Encoders by name; the name of a single one is empty."""
+def encoders_by_name(encoders: Encoders) -> dict[str, Encoder]:
+    """Return encoders by name; the name of a single one is empty."""
     return {"": encoders} if isinstance(encoders, Encoder) else dict(encoders)
 
 
 def head_of(name: str, what: str) -> str:
-    """The head of a column: the encoder's name, if it has one, and what is shown of it."""
+    """Return the head of a column: the encoder's name, if it has one, and what is shown of it."""
     return f"{name}: {what}" if name and what else name or what
 
 
 def images_of(samples: Sequence[Sample]) -> list[Pixels]:
-    """The pixels of samples. Raises UserError where one cannot be read, and where there is none."""
+    """Return the pixels of samples. Raises UserError where one cannot be read, and where there is none."""
     if not samples:
         raise UserError("no images to show")
     images = []
@@ -51,32 +51,36 @@ def images_of(samples: Sequence[Sample]) -> list[Pixels]:
     return images
 
 
-def size_of(encoder: Encoder, size: int | None) -> int:
-    """Pixels of the longer side: `size`, or twice that of the encoder's transform, as figures show."""
+def shown_size(encoder: Encoder, size: int | None) -> int:
+    """Return pixels of the longer side: `size`, or twice that of the encoder's transform, as figures show."""
     return 2 * encoder.config.transform.crop if size is None else size
 
 
 def encoded(encoder: Encoder, image: Pixels, size: int | None) -> Float[Tensor, "1 3 H W"]:
-    """An image as the network gets it: whole patches, the aspect ratio kept, normalised."""
-    pixels = fit(image, encoder, size_of(encoder, size))
+    """Return an image as the network gets it: whole patches, the aspect ratio kept, normalised."""
+    pixels = fit_to_patches(image, encoder, shown_size(encoder, size))
     return encoder.normalise(pixels[None].to(encoder.device))
 
 
 def grid_of(encoder: Encoder, image: Pixels, size: int | None) -> tuple[int, int]:
-    """(rows, columns) of patches of `encoded`."""
-    height, width = fitted_size(image, encoder.patch_size, size_of(encoder, size))
+    """Return (rows, columns) of patches of `encoded`."""
+    height, width = fitted_size(image, encoder.patch_size, shown_size(encoder, size))
     return height // encoder.patch_size, width // encoder.patch_size
 
 
-def shown(encoder: Encoder, image: Pixels, size: int | None) -> Pixels:
-    """An image as it is encoded, or a whole number of times as large, so that patches are whole squares."""
+def as_encoded(encoder: Encoder, image: Pixels, size: int | None) -> Pixels:
+    """Return an image as it is encoded, or a whole number of times as large, so that patches are whole
+    squares.
+    """
     rows, columns = grid_of(encoder, image, size)
     times = max(-(-FULL // (max(rows, columns) * encoder.patch_size)), 1) * encoder.patch_size
     return resize(image, rows * times, columns * times).permute(1, 2, 0).numpy()
 
 
 def light(base: Pixels, weights: Float[Tensor, "h w"]) -> Tile:
-    """`heat`, and the brightest patch as a multiple of uniform attention, the mean of what is read at all."""
+    """Return `heat`, and the brightest patch as a multiple of uniform attention, the mean of what is read at
+    all.
+    """
     values = weights.float().cpu().numpy()
     read = values[values > 0]
     times = float(read.max() / read.mean()) if len(read) else 0.0
@@ -84,14 +88,16 @@ def light(base: Pixels, weights: Float[Tensor, "h w"]) -> Tile:
 
 
 def row_of(tiles: Sequence[Tile], title: str = "") -> Row:
-    """A line of a sheet from tiles with their captions."""
+    """Return a line of a sheet from tiles with their captions."""
     return Row(title, [tile for tile, _ in tiles], [caption for _, caption in tiles])
 
 
-def object_patches(
+def patches_of_object(
     sample: Sample, index: int, grid: tuple[int, int], min_coverage: float = MIN_COVERAGE
 ) -> Bool[Tensor, "N"]:
-    """The patches of a whole image that an object covers from `min_coverage` on; row-major over `grid`."""
+    """Return the patches of a whole image that an object covers from `min_coverage` on; row-major over
+    `grid`.
+    """
     assert sample.objects is not None
     drawn = sample.objects.draw(index, CANVAS).astype(np.float32) / 255
     coverage = area_weights(CANVAS, grid[0]) @ drawn @ area_weights(CANVAS, grid[1]).T

@@ -11,22 +11,22 @@ import torch
 from foveola import distributed
 from foveola.config import UserError, build, kind_of
 from foveola.data.sources import Source, open_source
-from foveola.drawing.sheet import Sheet, save
+from foveola.drawing.sheet import Sheet, save_png
 from foveola.figures import gallery
-from foveola.figures.choice import choose, pairs_of, points_of, samples_of
+from foveola.figures.choice import image_numbers, pairs_of, points_of, samples_of
 from foveola.figures.pca import Basis, Maps, fit_basis
 from foveola.figures.settings import (
     AttentionConfig,
     CorrespondenceConfig,
     DictionaryConfig,
     NeighboursConfig,
-    ObjectsConfig,
+    ObjectsFigureConfig,
     PcaConfig,
     PositionsConfig,
     QueryConfig,
     SimilarityConfig,
 )
-from foveola.figures.tiles import images_of, named, size_of
+from foveola.figures.tiles import encoders_by_name, images_of, shown_size
 from foveola.models.encoder import Encoder
 from foveola.outside import Door
 from foveola.zoo.load import load
@@ -82,18 +82,18 @@ def visualize(
     `foveola.figures.gallery`. Raises UserError for unknown kinds and keys, bad values, and what an encoder
     or the data does not have.
     """
-    out, figure, config = Path(out), find(kind), configure(kind, settings)
+    out, figure, config = Path(out), find_figure(kind), configure(kind, settings)
     alone = out.suffix.lower() == ".png"
     if out.suffix.lower() in OTHERS and not out.is_dir():
         raise UserError(f"out={out}: expected a folder, or a file that ends in .png")
     sheet = draw(figure, model, data, train=train, device=device, **settings)
     path = out if alone else out / f"{figure.name}.png"
-    written = [save(sheet.draw(config.cell), path)]
+    written = [save_png(sheet.draw(config.cell), path)]
     if config.each:
         for number, row in enumerate(sheet.rows):
             for column, (head, image) in enumerate(zip(sheet.columns, row.tiles, strict=False)):
                 name = f"{path.stem}-{number:03d}-{column}-{_slug(head)}.png"
-                written.append(save(image, path.parent / name))
+                written.append(save_png(image, path.parent / name))
     return written
 
 
@@ -106,8 +106,8 @@ def draw(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> Sheet:
-    """The sheet that `visualize` writes: its tiles are arrays, at full size."""
-    figure, config = find(kind), configure(kind, settings)
+    """Return the sheet that `visualize` writes: its tiles are arrays, at full size."""
+    figure, config = find_figure(kind), configure(kind, settings)
     if data is None and figure.data:
         raise UserError(f"visualize {figure.name} needs data=, such as data=folder:/images or data=scenes:")
     source = open_source(data, "test") if isinstance(data, str) else data
@@ -125,8 +125,8 @@ def draw(
     return replace(sheet, title=f"{sheet.title}: {name}") if name and not others else sheet
 
 
-def find(kind: str | Figure) -> Figure:
-    """A figure by its name, by an importable name (`my_package.my_module:my_figure`), or as it is.
+def find_figure(kind: str | Figure) -> Figure:
+    """Return a figure by its name, by an importable name (`my_package.my_module:my_figure`), or as it is.
 
     Names are those of `KINDS`, then those that packages announce in the group `foveola.figures`. Raises
     UserError for a name that nothing has, and for what is no figure.
@@ -139,23 +139,23 @@ def find(kind: str | Figure) -> Figure:
         raise UserError(f"{asked}: a figure needs a dataclass with the base SheetConfig as its config")
     if not re.fullmatch(r"[A-Za-z]\w*", found.name, re.ASCII):
         raise UserError(f"{asked}: the name {found.name!r} is needed in letters, digits and _, for its file")
-    if found.name in KINDS and found is not KINDS[found.name]:
+    if found.name in FIGURES and found is not FIGURES[found.name]:
         raise UserError(f"{asked}: {found.name!r} is a figure of foveola; another one needs another name")
     return found
 
 
 def configure(kind: str | Figure, settings: Mapping[str, Any]) -> Any:
-    """The configuration of a figure. Raises UserError for unknown kinds and keys, and bad values."""
-    return build(find(kind).config, dict(settings))
+    """Return the configuration of a figure. Raises UserError for unknown kinds and keys, and bad values."""
+    return build(find_figure(kind).config, dict(settings))
 
 
 def open_models(
     model: Encoder | str | Path | Sequence[str | Path] | Mapping[str, Encoder],
     device: str | torch.device | None = None,
 ) -> dict[str, Encoder]:
-    """Encoders by a short name each: the last part of their path that tells them apart."""
+    """Return encoders by a short name each: the last part of their path that tells them apart."""
     if isinstance(model, Encoder | Mapping):
-        return named(model)
+        return encoders_by_name(model)
     if isinstance(model, str | Path):
         model = [model] if Path(model).exists() else [part.strip() for part in str(model).split(",")]
     where = distributed.find_device(device)
@@ -189,7 +189,7 @@ def _slug(text: str) -> str:
 
 
 def _pca(encoders: dict[str, Encoder], source: Source, config: PcaConfig) -> Sheet:
-    samples = samples_of(source, choose(source, config.count, config.images))
+    samples = samples_of(source, image_numbers(source, config.count, config.images))
     basis = None
     if (config.basis or config.save_basis) and len(encoders) > 1:
         raise UserError("a basis belongs to one encoder: give one model= with basis and save_basis")
@@ -197,7 +197,7 @@ def _pca(encoders: dict[str, Encoder], source: Source, config: PcaConfig) -> She
         basis = Basis.load(config.basis)
     if config.save_basis is not None:
         encoder = next(iter(encoders.values()))
-        maps = Maps(encoder, images_of(samples), size_of(encoder, config.size), config.tile)
+        maps = Maps(encoder, images_of(samples), shown_size(encoder, config.size), config.tile)
         basis = fit_basis(maps, config.foreground)
         basis.save(config.save_basis)
     return gallery.pca_sheet(
@@ -212,7 +212,9 @@ def _of_samples(sheet: Callable[..., Sheet], *names: str) -> Callable[..., Sheet
         values = {name: getattr(config, name) for name in names}
         if "points" in values:
             values["points"] = points_of(values["points"])
-        return sheet(encoders, samples_of(source, choose(source, config.count, config.images)), **values)
+        return sheet(
+            encoders, samples_of(source, image_numbers(source, config.count, config.images)), **values
+        )
 
     return run
 
@@ -225,12 +227,12 @@ def _correspondences(encoders: dict[str, Encoder], source: Source, config: Corre
 def _neighbours(
     encoders: dict[str, Encoder], source: Source, config: NeighboursConfig, bank: Source
 ) -> Sheet:
-    chosen = choose(source, config.count, config.images)
+    chosen = image_numbers(source, config.count, config.images)
     return gallery.neighbour_sheet(encoders, bank, source, chosen, config.found, config.masks, config, True)
 
 
-def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsConfig) -> Sheet:
-    samples = samples_of(source, choose(source, config.count, config.images))
+def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsFigureConfig) -> Sheet:
+    samples = samples_of(source, image_numbers(source, config.count, config.images))
     how = config.size, config.block, config.objects, config.min_coverage
     return gallery.objects_sheet(encoders, samples, *how)
 
@@ -247,7 +249,9 @@ _OWN = (
         _of_samples(gallery.attention_sheet, "size", "block", "mass", "heads", "min_coverage"),
         "what the class token reads, with and without an object's mask",
     ),
-    Figure("objects", ObjectsConfig, _objects, "what each head of an object token reads inside its mask"),
+    Figure(
+        "objects", ObjectsFigureConfig, _objects, "what each head of an object token reads inside its mask"
+    ),
     Figure(
         "query",
         QueryConfig,
@@ -287,5 +291,5 @@ _OWN = (
         data=False,
     ),
 )
-KINDS = {figure.name: figure for figure in _OWN}
-DOOR = Door("kind", "foveola.figures", KINDS, "my_module:my_figure")
+FIGURES = {figure.name: figure for figure in _OWN}
+DOOR = Door("kind", "foveola.figures", FIGURES, "my_module:my_figure")

@@ -22,8 +22,8 @@ METHODS: dict[str, type[Method]] = {
 DOOR = Door("method", "foveola.methods", METHODS, "my_module:MyMethod")
 
 
-def find(name: str) -> type[Method]:
-    """A method by its name, or by an importable name (`my_package.my_module:MyMethod`).
+def find_method(name: str) -> type[Method]:
+    """Return a method by its name, or by an importable name (`my_package.my_module:MyMethod`).
 
     Names are those of `METHODS`, then those that packages announce in the group `foveola.methods`. Raises
     UserError for a name that nothing has, and for what is no method.
@@ -36,5 +36,7 @@ def find(name: str) -> type[Method]:
 
 
 def config_class(tree: dict[str, Any]) -> type[MethodConfig]:
-    """The class of the configuration of the method that a tree names, with the keys that it asks for."""
-    return find(str(tree.get("name"))).Config.of(tree)
+    """Return the class of the configuration of the method that a tree names, with the keys that it asks
+    for.
+    """
+    return find_method(str(tree.get("name"))).Config.of(tree)

@@ -91,7 +91,7 @@ class CapiConfig(MethodConfig):
         check_single_view(self.name, views)
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         if self.targets == "features":
             return dict.fromkeys(("clustering", "head", "mlp"), "targets=features has no clusters")
         idle = {"mlp.prototypes": "those of the clustering count"}
@@ -112,7 +112,7 @@ class CapiConfig(MethodConfig):
         return self.predictor
 
 
-class Branch(nn.Module):
+class CapiNetworks(nn.Module):
     """A backbone, a predictor and a head, as far as there are any: the student, or what the teacher needs."""
 
     def __init__(
@@ -157,7 +157,7 @@ class Clustering(nn.Module):
         self.filled, self.epoch = 0, -1
 
     def forward(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
-        """Clusters of the teacher's patches; assignments of the wanted ones."""
+        """Return clusters of the teacher's patches; assignments of the wanted ones."""
         config = self.config
         unit = normalize(patches.float(), dim=-1, eps=1e-7).transpose(0, 1).contiguous()
         clusters = cluster(
@@ -219,14 +219,14 @@ class Capi(Method):
         predictor = None if config.predictor is None else Predictor(config.predictor, model)
         out = width if predictor is None else predictor.width
         head = self._head(config, out, width)
-        self.student = Branch(backbone, predictor, head)
+        self.student = CapiNetworks(backbone, predictor, head)
         # The teacher keeps the first block of the predictor: it pools features later (CAPI, Table 5).
         first = None
         if config.predictor is not None and predictor is not None:
             first = Predictor(dataclasses.replace(config.predictor, depth=1), model)
             first.load_state_dict({name: predictor.state_dict()[name] for name in first.state_dict()})
         copied = deepcopy(head) if config.targets == "teacher_head" else None
-        self.teacher = freeze(Branch(deepcopy(backbone), first, copied))
+        self.teacher = freeze(CapiNetworks(deepcopy(backbone), first, copied))
         if predictor is not None:  # never used: data-parallel training would wait for its gradient
             backbone.mask_token.requires_grad_(False)
         self.clustering = None

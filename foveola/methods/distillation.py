@@ -72,7 +72,7 @@ class DistillationConfig(_Terms):
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> type["DistillationConfig"]:
-        """This class, with a key for each term from outside that the tree names."""
+        """Return this class, with a key for each term from outside that the tree names."""
         own = {field.name for field in dataclasses.fields(cls)}
         found = {name: value for name, value in tree.items() if name not in own}
         return _with_terms(named(found))
@@ -105,16 +105,16 @@ class DistillationConfig(_Terms):
                 )
 
     def terms(self) -> dict[str, Any]:
-        """The configurations of the terms that are not null, by name, in the order of `known`."""
+        """Return the configurations of the terms that are not null, by name, in the order of `known`."""
         found = {name: getattr(self, name, None) for name in self.known}
         return {name: term for name, term in found.items() if term is not None}
 
     def used_heads(self) -> set[str]:
-        """Names of the heads that some term projects with."""
+        """Return names of the heads that some term projects with."""
         return {head for name, term in self.terms().items() for head in self.known[name].heads(term)}
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         used = self.used_heads()
         return {f"heads.{name}": "no term names this head" for name in self.heads if name not in used}
 
@@ -276,7 +276,7 @@ class Distillation(Method):
         return logs
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """The teacher's position field, if there is one, and the figures of the terms."""
+        """Return the teacher's position field, if there is one, and the figures of the terms."""
         field = self.backbone.pos_field
         found = {} if field is None else {"position_field": field.image()}
         for term in self.terms.values():

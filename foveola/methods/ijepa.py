@@ -34,7 +34,7 @@ from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
 
-AT_ONCE = 0.9  # a momentum below which the teacher is the student of some steps ago
+FAST_MOMENTUM = 0.9  # a momentum below which the teacher is the student of some steps ago
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Student(nn.Module):
         wanted: Int64[Tensor, "B Q"],
         groups: int,
     ) -> Float[Tensor, "B Q D"]:
-        """Features of the wanted patches, which are `groups` blocks of equal size."""
+        """Return features of the wanted patches, which are `groups` blocks of equal size."""
         return self.head(self.predictor(self.backbone(images, Inputs(kept=keep)), wanted, keep, groups))
 
 
@@ -156,7 +156,7 @@ class IJepa(Method):
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
         momentum = self.config.momentum.value
-        if momentum >= AT_ONCE:
+        if momentum >= FAST_MOMENTUM:
             return []
         return [
             f"method.momentum.value={momentum}: nothing but a slow teacher keeps the features of I-JEPA from "

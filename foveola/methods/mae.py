@@ -27,7 +27,7 @@ from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
 
-SHOWN = 8  # images of a step that are kept to be looked at
+IMAGES_KEPT = 8  # images of a step that are kept to be looked at
 EASY = 0.5  # share of hidden patches below which their neighbours tell most of them
 
 
@@ -80,7 +80,7 @@ class Autoencoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"], wanted: Int64[Tensor, "B Q"]
     ) -> tuple[Float[Tensor, "B Q CPP"], Float[Tensor, "B K D"]]:
-        """Pixels of the wanted patches, in the order of `patchify`, and the encoder's kept patches."""
+        """Return pixels of the wanted patches, in the order of `patchify`, and the encoder's kept patches."""
         if not self.fused:
             features: Features = self.backbone(images, Inputs(kept=keep))
             return self.head(self.decoder(features, wanted, keep)), features.patches
@@ -118,7 +118,7 @@ class Mae(Method):
         predictions, patches = self.student(images, keep, wanted)
         targets = pixel_targets(take_rows(patchify(images, self.patch_size), wanted), self.config.normalise)
         self.seen = patches.detach().mean(dim=1)
-        self.shown = tuple(t[:SHOWN].detach().clone() for t in (images, keep, wanted, predictions))
+        self.shown = tuple(t[:IMAGES_KEPT].detach().clone() for t in (images, keep, wanted, predictions))
         loss = pixel_loss(predictions, targets, self.config.loss)
         return Output({"reconstruction": loss}, dict(batch.facts))
 
@@ -130,7 +130,8 @@ class Mae(Method):
 
     @torch.no_grad()
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Some views of the last step in columns: as they are, as the encoder got them, and reconstructed.
+        """Return some views of the last step in columns: as they are, as the encoder got them, and
+        reconstructed.
 
         Where targets are normalised, a reconstructed patch has the true mean and deviation, which the method
         does not learn; its kept patches are the true ones.

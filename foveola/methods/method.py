@@ -38,7 +38,9 @@ class MethodConfig:
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "type[MethodConfig]":
-        """The class that has the keys of this tree: this one, unless keys can be had from elsewhere."""
+        """Return the class that has the keys of this tree: this one, unless keys can be had from
+        elsewhere.
+        """
         return cls
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
@@ -67,7 +69,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        """Losses of a batch; updates nothing but running statistics."""
+        """Return losses of a batch; updates nothing but running statistics."""
 
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         """Update what follows the student (teacher, centres), after each optimiser step; scalars to log.
@@ -77,11 +79,11 @@ class Method(nn.Module, ABC):
         return {}
 
     def diagnose(self) -> dict[str, float]:
-        """Signals of collapse since the last call; called when a step is logged."""
+        """Return signals of collapse since the last call; called when a step is logged."""
         return {}
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Images of the last step that are worth a look, by name; called with each checkpoint."""
+        """Return images of the last step that are worth a look, by name; called with each checkpoint."""
         return {}
 
     @property
@@ -95,7 +97,7 @@ class Method(nn.Module, ABC):
         return None
 
     def targets(self) -> dict[str, int]:
-        """Prototypes behind each kind of targets, by the name under which it logs `target_entropy`."""
+        """Return prototypes behind each kind of targets, by the name under which it logs `target_entropy`."""
         return {}
 
     def check_batch(self, images: int, objects: int) -> None:
@@ -105,7 +107,7 @@ class Method(nn.Module, ABC):
         """
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
-        """What is unwise about this configuration, one line each.
+        """Return what is unwise about this configuration, one line each.
 
         Args:
             batch_size: images that are taken at once, over all processes: of a step, its part.
@@ -116,27 +118,31 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def trained(self) -> Iterable[VisionTransformer]:
-        """The networks that see images in training, a teacher included; they compile and checkpoint."""
+        """Return the networks that see images in training, a teacher included; they compile and
+        checkpoint.
+        """
 
     def networks(self) -> dict[str, nn.Module]:
-        """The parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.
+        """Return the parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.
 
         A name may have a part after a dot ("heads.main"), which `--dry-run` sums up.
         """
         return {name: child for name, child in self.named_children() if learns(child)}
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """Parameters of the encoder that learns by depth, what embeds first; for `optimizer.layer_decay`."""
+        """Return parameters of the encoder that learns by depth, what embeds first; for
+        `optimizer.layer_decay`.
+        """
         found = [network.layers() for network in self.trained() if learns(network)]
         return [[p for layer in same for p in layer] for same in zip(*found, strict=True)]
 
     def prototypes(self) -> list[nn.Parameter]:
-        """Parameters that `optimizer.freeze_last_layer` holds at first; none by default."""
+        """Return parameters that `optimizer.freeze_last_layer` holds at first; none by default."""
         return []
 
 
 def learns(module: nn.Module) -> bool:
-    """Whether any parameter of it trains."""
+    """Return whether any parameter of it trains."""
     return any(p.requires_grad for p in module.parameters())
 
 
@@ -154,14 +160,14 @@ def check_single_view(name: str, views: ViewsConfig) -> None:
 
 
 def freeze(module: M) -> M:
-    """A teacher: no gradient ever, and never in training mode (no stochastic depth)."""
+    """Return a teacher: no gradient ever, and never in training mode (no stochastic depth)."""
     module.requires_grad_(False)
     return module.eval()
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision."""
+    """Set theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision."""
     pairs = dict(student.named_parameters())
     old: list[Tensor] = [parameter.detach() for parameter in teacher.parameters()]
     new: list[Tensor] = [pairs[name].detach() for name, _ in teacher.named_parameters()]
@@ -170,7 +176,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 @torch.no_grad()
 def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
-    """Collapse signals of unit-length features.
+    """Return collapse signals of unit-length features.
 
     Spread: standard deviation per dimension times sqrt(D); about 1 for features in all directions, 0 for one
     point. Effective rank: exponential of the entropy of the normalised singular values (RankMe); at most

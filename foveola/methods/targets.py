@@ -43,7 +43,7 @@ class TargetConfig:
     iterations: int = key(3, "iterations of Sinkhorn-Knopp", at_least=1, at_most=1000)
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         if self.kind == "sinkhorn":
             return {"momentum": "kind=sinkhorn has no running mean"}
         return {"iterations": "kind=centering does not iterate"}
@@ -69,7 +69,7 @@ class Targets(nn.Module):
         progress: Progress,
         everyone: Float[Tensor, "m P"] | None = None,
     ) -> "TeacherTargets":
-        """Targets of n rows, from what the teacher's head projects and its prototypes.
+        """Return targets of n rows, from what the teacher's head projects and its prototypes.
 
         The centre learns the mean logits of `everyone` instead of those of `features`, if given.
         """
@@ -92,7 +92,9 @@ class Targets(nn.Module):
             self.centering.step()
 
     def prototypes_used(self) -> float:
-        """Share of prototypes that were the first choice of some row since the epoch began (on this rank)."""
+        """Return the share of prototypes that were the first choice of some row since the epoch began (on
+        this rank).
+        """
         return self.used.float().mean().item()
 
 
@@ -142,7 +144,7 @@ class TeacherTargets:
         return made
 
     def logs(self) -> dict[str, Tensor]:
-        """Of the rows that were asked for; nothing if there are none."""
+        """Return the logs of the rows that were asked for; nothing if there are none."""
         if not len(self):
             return {}
         return {

@@ -30,7 +30,8 @@ class Attention(nn.Module):
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend; the first `objects` tokens only to those named in `readable`, all others to every token.
+        """Return attend; the first `objects` tokens only to those named in `readable`, all others to every
+        token.
 
         The restriction concerns a few rows of the attention matrix, so they make a second, small call and the
         patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a
@@ -47,7 +48,7 @@ class Attention(nn.Module):
     def heads_of(
         self, x: Float[Tensor, "B T D"], rotation: Float[Tensor, "#B 2 T d"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, heads, T, D / heads]."""
+        """Return queries, keys and values, each [B, heads, T, D / heads]."""
         query, key, value = split_heads(self.qkv(x), 3, self.heads)
         return rotate(query, rotation), rotate(key, rotation), value
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B heads T T"]:
-        """The attention matrix of `forward`, softmax(q k^T / sqrt(d)), for inspection."""
+        """Return the attention matrix of `forward`, softmax(q k^T / sqrt(d)), for inspection."""
         query, key, _ = self.heads_of(x, rotation)
         logits = (query @ key.mT) * query.shape[-1] ** -0.5
         if readable is not None:
@@ -91,7 +92,7 @@ class CrossAttention(nn.Module):
 
 
 def split_heads(x: Float[Tensor, "B T PD"], parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Packed projections to `parts` tensors, each [B, heads, T, D / heads]."""
+    """Return packed projections to `parts` tensors, each [B, heads, T, D / heads]."""
     batch, tokens, width = x.shape
     x = x.view(batch, tokens, parts, heads, width // (parts * heads))
     return x.permute(2, 0, 3, 1, 4).unbind(0)
@@ -100,7 +101,8 @@ def split_heads(x: Float[Tensor, "B T PD"], parts: int, heads: int) -> tuple[Ten
 def rotate(
     x: Float[Tensor, "B heads T d"], rotation: Float[Tensor, "#B 2 T d"] | None
 ) -> Float[Tensor, "B heads T d"]:
-    """Rotary positions: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a head.
+    """Return rotary positions: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a
+    head.
 
     Channel j and channel j + d/2 thus make a pair; whether it turns by one angle is up to `rotation`, which
     holds cosines and sines (of one row where they are the same for all images). None leaves x as it is.
@@ -113,7 +115,8 @@ def rotate(
 
 
 def readable_tokens(objects: Bool[Tensor, "B M N"], registers: int) -> Bool[Tensor, "B 1 M T"]:
-    """What each object token may read in [object tokens, registers, patches]: itself, registers, its patches.
+    """Return what each object token may read in [object tokens, registers, patches]: itself, registers, its
+    patches.
 
     An object without a patch reads everything: the softmax is never over nothing but the token itself.
     """

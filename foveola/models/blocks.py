@@ -180,7 +180,7 @@ def _mlp(shape: BlockShape) -> nn.Module:
 
 
 def initialise(network: nn.Module, kind: Literal["normal", "xavier"]) -> None:
-    """Fresh weights: linear layers truncated normal of std 0.02 (DINO) or Xavier uniform (MAE, CAPI)."""
+    """Draw fresh weights: linear layers truncated normal of std 0.02 (DINO) or Xavier uniform (MAE, CAPI)."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             if kind == "normal":

@@ -15,9 +15,9 @@ from torch.nn.functional import linear
 from foveola.config import UserError
 from foveola.models.attention import rotate, split_heads
 from foveola.models.blocks import Block
-from foveola.models.vit import Features, Tokens, VisionTransformer
+from foveola.models.vit import Features, TokenLayout, VisionTransformer
 
-ENTRIES = 2**25  # entries of attention matrices in memory at a time: 128 MiB
+ATTENTION_AT_ONCE = 2**25  # entries of attention matrices in memory at a time: 128 MiB
 CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over them again and again
 
 
@@ -28,7 +28,7 @@ class BlockAttention:
     rotary positions included; products and softmax are float32 also under autocast.
     """
 
-    def __init__(self, block: Block, x: Float[Tensor, "B T D"], tokens: Tokens) -> None:
+    def __init__(self, block: Block, x: Float[Tensor, "B T D"], tokens: TokenLayout) -> None:
         attn, width = block.attn, x.shape[-1]
         bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
         both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
@@ -47,30 +47,30 @@ class BlockAttention:
         return self.tokens.grid
 
     def objects(self) -> Float32[Tensor, "B heads M T"]:
-        """What each object token reads; nothing outside its object."""
+        """Return what each object token reads; nothing outside its object."""
         logits = self._logits(self.query[:, :, : self.tokens.objects], self.key)
         if self.tokens.readable is not None:
             logits.masked_fill_(~self.tokens.readable, -torch.inf)
         return logits.softmax(dim=-1)
 
     def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
-        """What some patches (indices, row-major) of each image read."""
+        """Return what some patches (indices, row-major) of each image read."""
         at = (index + self.special)[:, None, :, None]
         return self._rows(self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3])))
 
     def centre(self) -> Float32[Tensor, "B heads T"]:
-        """What the central patch reads: of an even grid the upper left one of the four."""
+        """Return what the central patch reads: of an even grid the upper left one of the four."""
         rows, columns = self.grid
         at = self.special + (rows - 1) // 2 * columns + (columns - 1) // 2
         return self._rows(self.query[:, :, at : at + 1])[:, :, 0]
 
     def received(self) -> Float32[Tensor, "B heads N"]:
-        """How much of the patches' attention to patches each patch receives: the mean of their rows.
+        """Return how much of the patches' attention to patches each patch receives: the mean of their rows.
 
         Each row is divided by its sum over the patches first. Some rows are computed at a time.
         """
         batch, heads, count, _ = self.query.shape
-        few = max(ENTRIES // (batch * heads * count), 1)
+        few = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
         total = self.query.new_zeros(batch, heads, count - self.special)
         for part in self.query[:, :, self.special :].split(few, dim=2):
             weights = self._rows(part)[..., self.special :]
@@ -80,7 +80,7 @@ class BlockAttention:
     def matrices(
         self, entries: int | None = None
     ) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
-        """All logits, whose softmax is the attention, a few matrices at a time.
+        """Yield all logits, whose softmax is the attention, a few matrices at a time.
 
         Yields (images, heads, logits): some images with all heads, or, where one image has more than
         `entries` numbers, one with some of its heads. What an object token may not read is -inf. The receiver
@@ -88,7 +88,7 @@ class BlockAttention:
         """
         batch, heads, count, _ = self.query.shape
         if entries is None:
-            entries = CACHED if self.query.device.type == "cpu" else ENTRIES
+            entries = CACHED if self.query.device.type == "cpu" else ATTENTION_AT_ONCE
         together = max(1, entries // count**2)  # matrices at a time
         few, some = max(1, together // heads), min(together, heads)
         for start in range(0, batch, few):
@@ -128,7 +128,9 @@ class Capture:
 
 
 def block_index(network: VisionTransformer, block: int) -> int:
-    """The index of a block: negative numbers count from the last. Raises UserError where there is none."""
+    """Return the index of a block: negative numbers count from the last. Raises UserError where there is
+    none.
+    """
     depth = len(network.blocks)
     if not -depth <= block < depth:
         raise UserError(f"block={block}: this encoder has {depth} blocks, 0 to {depth - 1}")
@@ -143,7 +145,8 @@ def capture(
     attention: bool = False,
     block: int = -1,
 ) -> Capture:
-    """Outputs of the last n blocks from one pass; with `attention` also that of a block, by default the last.
+    """Return outputs of the last n blocks from one pass; with `attention` also that of a block, by default
+    the last.
 
     `layers[-1]` is what `network(images, objects)` gives. Raises ValueError unless the network has n blocks,
     UserError for a `block` that there is not.
@@ -168,7 +171,9 @@ def attention_of(
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> BlockAttention:
-    """The attention of a block; what comes after it is not computed. Raises UserError as `block_index`."""
+    """Return the attention of a block; what comes after it is not computed. Raises UserError as
+    `block_index`.
+    """
     index = block_index(network, block)
     x, tokens = network.prepare(images, objects)
     for layer in _blocks(network)[:index]:
@@ -182,7 +187,7 @@ def visit(
     attention: Callable[[int, slice, slice, Tensor], None],
     output: Callable[[int, Tensor], None] | None = None,
 ) -> Features:
-    """One pass that hands out the attention of every block, a few matrices at a time.
+    """Return one pass that hands out the attention of every block, a few matrices at a time.
 
     Calls `attention(block, images, heads, logits)` for all blocks from 0, with `logits` as in
     `BlockAttention.matrices`, and then `output(block, x)` with what the block gives, [B, T, D], not yet

@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 H W"], kept: Int64[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B N2 D"]:
-        """All patches, or the kept ones without any work on the others."""
+        """Return all patches, or the kept ones without any work on the others."""
         if kept is None:
             return self.proj(images).flatten(2).mT
         return linear(
@@ -28,7 +28,9 @@ class PatchEmbed(nn.Module):
 
 
 def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N CPP"]:
-    """The pixels of each patch, channel by channel as a convolution kernel has them; patches row-major."""
+    """Return the pixels of each patch, channel by channel as a convolution kernel has them; patches
+    row-major.
+    """
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     x = images.view(batch, channels, rows, patch_size, columns, patch_size)
@@ -38,7 +40,9 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
 def unpatchify(
     patches: Float[Tensor, "B N CPP"], patch_size: int, grid: tuple[int, int]
 ) -> Float[Tensor, "B C H W"]:
-    """Images from the pixels of all their patches, row-major over (rows, columns): undoes `patchify`."""
+    """Return images from the pixels of all their patches, row-major over (rows, columns): undoes
+    `patchify`.
+    """
     rows, columns = grid
     x = patches.view(len(patches), rows, columns, -1, patch_size, patch_size)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, rows * patch_size, columns * patch_size)
@@ -47,7 +51,8 @@ def unpatchify(
 def token_rotation(
     rope: Rope, grid: tuple[int, int], kept: Int64[Tensor, "B K"] | None, objects: int, registers: int
 ) -> Float[Tensor, "B 2 T d"]:
-    """Rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay put.
+    """Return rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay
+    put.
 
     One row serves all images unless each keeps its own patches, which then also place its registers.
     """

@@ -135,7 +135,7 @@ class Encoder(nn.Module):
     def tokens(
         self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
     ) -> Float[Tensor, "B M C"]:
-        """What stands for each object (without `objects`, each image) alone: `forward(...).objects`.
+        """Return what stands for each object (without `objects`, each image) alone: `forward(...).objects`.
 
         All protocols that read objects ask here. A subclass need only have its own `forward`.
         """
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         attention: bool = False,
         block: int = -1,
     ) -> Capture:
-        """`layers`, and on request who reads what in a block, from one pass."""
+        """Return `layers`, and on request who reads what in a block, from one pass."""
         if objects is not None and objects.shape[1] != 1:
             raise ValueError(f"{objects.shape[1]} objects of each image in a pass: expected one")
         return capture(self.backbone, images, n, objects, attention, block)
@@ -183,11 +183,15 @@ class Encoder(nn.Module):
         objects: Bool[Tensor, "B M N"] | None = None,
         block: int = -1,
     ) -> BlockAttention:
-        """Who reads what in a block; the pass ends there. Raises UserError for a block that there is not."""
+        """Return who reads what in a block; the pass ends there. Raises UserError for a block that there is
+        not.
+        """
         return attention_of(self.backbone, images, objects, block)
 
     def block_index(self, block: int) -> int:
-        """The index of a block, where negative numbers count from the last. UserError where there is none."""
+        """Return the index of a block, where negative numbers count from the last. UserError where there is
+        none.
+        """
         return block_index(self.backbone, block)
 
     def visit(
@@ -196,11 +200,15 @@ class Encoder(nn.Module):
         attention: Callable[[int, slice, slice, Tensor], None],
         output: Callable[[int, Tensor], None] | None = None,
     ) -> Features:
-        """A pass that hands out the attention of every block, a few matrices at a time: `capture.visit`."""
+        """Return a pass that hands out the attention of every block, a few matrices at a time:
+        `capture.visit`.
+        """
         return visit(self.backbone, images, attention, output)
 
     def predictions(self, features: Features) -> Float[Tensor, "B N C"]:
-        """What the predictor's first block expects at every place. Raises UserError where there is none."""
+        """Return what the predictor's first block expects at every place. Raises UserError where there is
+        none.
+        """
         if self.predictor is None:
             raise UserError(f"pool=predictor: this encoder has {', '.join(self.config.pools)}")
         return self.predictor(features)
@@ -208,7 +216,8 @@ class Encoder(nn.Module):
     def layers(
         self, images: Float[Tensor, "B 3 H W"], n: int = 1, objects: Bool[Tensor, "B M N"] | None = None
     ) -> tuple[Features, ...]:
-        """The outputs of the last n blocks, the last one last, each through the final norm (DINO, iBOT).
+        """Return the outputs of the last n blocks, the last one last, each through the final norm (DINO,
+        iBOT).
 
         One object for each image, since patches read its token: repeat the images for more. `objects` of
         each are object tokens, whatever `config.pool` says: M = 0 without class token. Raises ValueError
@@ -217,7 +226,9 @@ class Encoder(nn.Module):
         return self.capture(images, n, objects).layers
 
     def pooled(self, pool: str | None) -> "Encoder":
-        """The same networks with another `config.pool`; None: this one. Raises UserError for one it lacks."""
+        """Return the same networks with another `config.pool`; None: this one. Raises UserError for one it
+        lacks.
+        """
         if pool is None or pool == self.config.pool:
             return self
         if pool not in self.config.pools:
@@ -232,7 +243,8 @@ class Encoder(nn.Module):
         return (images.float() / 255 - mean) / std
 
     def transform(self, image: Any, range: str | None = None) -> Float[Tensor, "3 crop crop"]:
-        """An image to the normalised square that is encoded: decode, resize, cut the centre, normalise.
+        """Return an image to the normalised square that is encoded: decode, resize, cut the centre,
+        normalise.
 
         Args:
             image: a path (text, too), the bytes of a file, a PIL image, or an array [H, W, 3] of uint8. Files
@@ -249,7 +261,7 @@ class Encoder(nn.Module):
         return self.normalise(pixels[None].to(self.device))[0]
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any weight or setting."""
+        """Return 16 hex digits that change with any weight or setting."""
         digest = hashlib.sha256(json.dumps(_settings(self.config), sort_keys=True).encode())
         for name, value in sorted(self.weights().items()):
             digest.update(name.encode())
@@ -257,7 +269,9 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors as they are saved: the backbone's by timm's names, others behind `predictor.`."""
+        """Return all tensors as they are saved: the backbone's by timm's names, others behind
+        `predictor.`.
+        """
         state = dict(self.backbone.state_dict())
         if self.predictor is not None:
             state |= {f"predictor.{name}": value for name, value in self.predictor.state_dict().items()}
@@ -270,7 +284,7 @@ class Encoder(nn.Module):
             own[name].copy_(value)
 
     def check(self, state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
-        """`weights`, whose names and shapes `state` must have. Raises UserError where it has not."""
+        """Return `weights`, whose names and shapes `state` must have. Raises UserError where it has not."""
         own = self.weights()
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
@@ -301,7 +315,7 @@ def _settings(config: EncoderConfig) -> dict[str, Any]:
 def patch_mask(
     coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256, keep_most: bool = False
 ) -> Bool[Tensor, "*B N"]:
-    """Which patches belong to an object, from the share of each patch that it covers, in [0, 1].
+    """Return which patches belong to an object, from the share of each patch that it covers, in [0, 1].
 
     A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). With `keep_most`
     an object that covers less than that of every patch keeps those that it covers most. An object that
@@ -312,7 +326,9 @@ def patch_mask(
 
 
 def filled(config: EncoderConfig, weights: dict[str, Tensor], where: Path) -> Encoder:
-    """An encoder with these weights. Raises UserError, before memory is taken, where they do not fit."""
+    """Return an encoder with these weights. Raises UserError, before memory is taken, where they do not
+    fit.
+    """
     with torch.device("meta"):  # a damaged configuration may ask for any amount
         Encoder(config).check(weights, where)
     encoder = Encoder(config)

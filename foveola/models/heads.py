@@ -26,7 +26,7 @@ class HeadConfig:
     )
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {"hidden": "a head of one layer has no hidden ones"} if self.layers == 1 else {}
 
 
@@ -40,7 +40,8 @@ class Prototypes(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """As linear layers of torch start, which the official codes leave alone: U(-a, a), a = 1 / sqrt(D).
+        """Start as linear layers of torch do, which the official codes leave alone: U(-a, a), a = 1 /
+        sqrt(D).
 
         Directions alone count, but AdamW turns long vectors more slowly than short ones.
         """

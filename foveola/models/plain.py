@@ -10,7 +10,7 @@ from foveola.models.vit import VisionTransformer
 
 @torch.no_grad()
 def as_plain(encoder: Encoder, image_size: int | None = None) -> Encoder:
-    """The same encoder with a learned table of positions (`pos_embed`) in place of its position field.
+    """Return the same encoder with a learned table of positions (`pos_embed`) in place of its position field.
 
     Its outputs are the same for images of `image_size` pixels a side, the transform's by default; at other
     sizes the table is resized where the field would be read anew. Its tensors are timm's, by name and shape,

@@ -49,7 +49,7 @@ def resize_positions(
 
 
 def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) -> Float[Tensor, "1 N D"]:
-    """Sines and cosines of the column in the first half of the channels, of the row in the second.
+    """Return sines and cosines of the column in the first half of the channels, of the row in the second.
 
     Frequencies fall geometrically from 1 to 1/100 per patch: enough for grids of some hundred patches a side.
     Raises ValueError unless width is a multiple of 4.
@@ -61,7 +61,8 @@ def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) 
 def fixed_positions(
     grid: tuple[int, int], width: int, fitted: tuple[int, int] | None = None
 ) -> Float[Tensor, "1 N D"]:
-    """The table of MAE and I-JEPA, which is not trained: sines and cosines of frequencies from 1 to 1/10000.
+    """Return the table of MAE and I-JEPA, which is not trained: sines and cosines of frequencies from 1 to
+    1/10000.
 
     Columns come first, then rows; of each first the sines, then the cosines. For another grid than the
     `fitted` one the waves are evaluated where the centres of its patches lie on that one: nothing is
@@ -114,7 +115,9 @@ class PositionField(nn.Module):
 
     @torch.no_grad()
     def reset(self, waves: tuple[int, int] | None = None) -> None:
-        """Noise of 0.02; or the sines that a learned table of (rows, columns) patches may start from."""
+        """Start from noise of 0.02; or from the sines that a learned table of (rows, columns) patches may
+        start from.
+        """
         if waves is None:
             trunc_normal_(self.values, std=0.02)
             return
@@ -132,7 +135,7 @@ class PositionField(nn.Module):
         boxes: Float[Tensor, "B 4"] | None = None,
         flips: Bool[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "#B N D"]:
-        """Positions of (rows, columns) patches of B views, row-major; one row for all without `boxes`.
+        """Return positions of (rows, columns) patches of B views, row-major; one row for all without `boxes`.
 
         Args:
             boxes: (x0, y0, x1, y1) of the views in the unit square; None = the whole image.
@@ -185,7 +188,7 @@ class PositionField(nn.Module):
 
     @torch.no_grad()
     def image(self, height: int = 200) -> UInt8[np.ndarray, "H W 3"]:
-        """Three principal components of the field as red, green and blue, about `height` pixels high.
+        """Return three principal components of the field as red, green and blue, about `height` pixels high.
 
         Each from its 1st to its 99th percentile. Neighbours of like colour: the field is smooth.
         """
@@ -205,7 +208,7 @@ class PositionField(nn.Module):
 
 
 def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:
-    """(row, column) of each patch, row-major, in [0, 1] from the first patch to the last of each axis.
+    """Return (row, column) of each patch, row-major, in [0, 1] from the first patch to the last of each axis.
 
     The range is the same for any grid, so positions stretch with the resolution (CAPI).
     """
@@ -214,13 +217,14 @@ def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) 
 
 
 def centre_coordinates(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 N 2"]:
-    """(row, column) of the centre of each patch, row-major, in an image from -1 to 1 (DINOv3)."""
+    """Return (row, column) of the centre of each patch, row-major, in an image from -1 to 1 (DINOv3)."""
     axes = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in grid)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 2)
 
 
 def border_coordinates(count: int, patches: Float[Tensor, "B K 2"]) -> Float[Tensor, "B R 2"]:
-    """Where registers stand: evenly around the border of the smallest box that holds the given patches.
+    """Return where registers stand: evenly around the border of the smallest box that holds the given
+    patches.
 
     Four sides of R / 4 each, clockwise from the top left in (row, column): (c, 0), (1, c), (1 - c, 1), (0, 1
     - c) with c = 0, 4 / R, 8 / R ... (CAPI's code). Raises ValueError unless R is a multiple of 4.
@@ -265,12 +269,12 @@ class Rope(nn.Module):
         self.register_buffer("angles", torch.cat(order, dim=1), persistent=False)  # [2, width]
 
     def places(self, grid: tuple[int, int]) -> Float[Tensor, "1 N 2"]:
-        """(row, column) of each patch, row-major, as this kind of positions counts them."""
+        """Return (row, column) of each patch, row-major, as this kind of positions counts them."""
         place = centre_coordinates if self.kind == "dinov3" else grid_coordinates
         return place(grid, self.angles.device)
 
     def forward(self, coordinates: Float[Tensor, "B T 2"]) -> Float[Tensor, "B 2 T d"]:
-        """Cosines and sines of the angles of each token, for `attention.rotate`, in float32."""
+        """Return cosines and sines of the angles of each token, for `attention.rotate`, in float32."""
         with torch.autocast(coordinates.device.type, enabled=False):
             row, column = coordinates.float().unsqueeze(-1).unbind(dim=2)
             angles = row * self.angles[0] + column * self.angles[1]
@@ -278,5 +282,5 @@ class Rope(nn.Module):
 
 
 def take_rows(x: Float[Tensor, "#B N D"], indices: Int64[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """Rows of each image by index; x may have one row of N for all images."""
+    """Return rows of each image by index; x may have one row of N for all images."""
     return x.expand(len(indices), -1, -1).gather(1, indices[..., None].expand(-1, -1, x.shape[2]))

@@ -36,7 +36,9 @@ class PredictorConfig:
     drop_path: float | None = key(None, "stochastic depth; null = the encoder's", at_least=0, below=1)
 
     def network(self, encoder: ViTConfig) -> ViTConfig:
-        """The predictor's blocks as the configuration of a network. Raises ValueError where that is none."""
+        """Return the predictor's blocks as the configuration of a network. Raises ValueError where that is
+        none.
+        """
         width, depth, heads = encoder.shape
         mine = self.width or width
         try:

@@ -34,7 +34,7 @@ class TransformConfig:
             raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
 
     def squashed(self, side: int) -> "TransformConfig":
-        """The same for whole images, squashed to `side` x `side` pixels."""
+        """Return the same for whole images, squashed to `side` x `side` pixels."""
         return replace(self, resize=side, crop=side, squash=True)
 
 
@@ -46,7 +46,7 @@ class View(NamedTuple):
 
 
 def evaluation_view(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> View:
-    """The image as evaluations see it: resized, and the centre of it cut out."""
+    """Return the image as evaluations see it: resized, and the centre of it cut out."""
     (height, width), (top, left) = image_crop(image.shape[0], image.shape[1], transform)
     whole, side = resize(image, height, width, transform.interpolation), transform.crop
     box = (left / width, top / height, (left + side) / width, (top + side) / height)
@@ -59,7 +59,9 @@ def crop_view(
     transform: TransformConfig,
     interpolation: Literal["bicubic", "bilinear"] | None = None,
 ) -> View:
-    """A box of whole pixels (x0, y0, x1, y1), resized to the transform's crop; None = as it interpolates."""
+    """Return a box of whole pixels (x0, y0, x1, y1), resized to the transform's crop; None = as it
+    interpolates.
+    """
     (height, width), (x0, y0, x1, y1), side = image.shape[:2], corners, transform.crop
     pixels = resize(image[y0:y1, x0:x1], side, side, interpolation or transform.interpolation)
     return View(pixels, (x0 / width, y0 / height, x1 / width, y1 / height))
@@ -68,7 +70,8 @@ def crop_view(
 def image_crop(
     height: int, width: int, transform: TransformConfig
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size (height, width) to which an image is resized, and (top, left) of its centre crop in that size.
+    """Return the size (height, width) to which an image is resized, and (top, left) of its centre crop in
+    that size.
 
     As torchvision's `Resize` and `CenterCrop`, with which published evaluations are made: the longer side is
     rounded down, and an offset of half a pixel to the nearest even number.
@@ -87,7 +90,7 @@ def resize(
     width: int,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[Tensor, "3 {height} {width}"]:
-    """Antialiased, the rounding to uint8 included, as PIL does it within one level."""
+    """Return antialiased, the rounding to uint8 included, as PIL does it within one level."""
     # torch warns about memory that it could write to by mistake, and reads none from right to left.
     if not image.flags.writeable or min(image.strides) < 0:
         image = image.copy()

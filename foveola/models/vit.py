@@ -129,7 +129,7 @@ class ViTConfig:
                 )
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         idle: dict[str, str] = {}
         if self.width and self.depth and self.heads:
             idle["size"] = "width, depth and heads are all given; set those that `size` is to give to null"
@@ -172,7 +172,7 @@ class ViTConfig:
         return depth * (4 + 2 * self.mlp_ratio) * width**2 + (3 * self.patch_size**2 + entries) * width
 
     def block(self, index: int) -> BlockShape:
-        """What the block of this index is made of."""
+        """Return what the block of this index is made of."""
         width, depth, heads = self.shape
         share = 1.0 if self.drop_path_rule == "constant" else index / max(depth - 1, 1)
         return BlockShape(
@@ -217,7 +217,7 @@ NOTHING = Inputs()
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class TokenLayout:
     """What the blocks need to know about their tokens: [object tokens, registers, patches]."""
 
     objects: int
@@ -268,7 +268,7 @@ class VisionTransformer(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Fresh weights. `normal`: as DINO and iBOT, mask token zero; `xavier`: as MAE and CAPI."""
+        """Draw fresh weights. `normal`: as DINO and iBOT, mask token zero; `xavier`: as MAE and CAPI."""
         initialise(self, self.config.init)
         xavier = self.config.init == "xavier"
         self.patch_embed.proj.reset_parameters()
@@ -292,7 +292,7 @@ class VisionTransformer(nn.Module):
             normal_(self.reg_token, std=0.02 if xavier else 1e-6)
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """Parameters by depth: those of what embeds patches, tokens and positions, then those of each block.
+        """Return parameters by depth: those of all that embeds, then those of each block.
 
         The final norm is in none: what is after the last block learns at the full rate.
         """
@@ -328,8 +328,8 @@ class VisionTransformer(nn.Module):
 
     def prepare(
         self, images: Float[Tensor, "B 3 H W"], inputs: "Inputs | Bool[Tensor, 'B M N'] | None" = None
-    ) -> tuple[Float[Tensor, "B T D"], "Tokens"]:
-        """What enters the first block, and what every block needs to know about it; as `forward`."""
+    ) -> tuple[Float[Tensor, "B T D"], "TokenLayout"]:
+        """Return what enters the first block, and what every block needs to know about it; as `forward`."""
         inputs = inputs if isinstance(inputs, Inputs) else Inputs(objects=inputs)
         objects, kept = inputs.objects, inputs.kept
         if objects is not None and self.cls_token is None:
@@ -349,10 +349,10 @@ class VisionTransformer(nn.Module):
         x = torch.cat((*(s.to(x.dtype) for s in special), x), dim=1)
         readable = None if objects is None else readable_tokens(objects, registers)
         rotation = None if self.rope is None else token_rotation(self.rope, grid, kept, count, registers)
-        return x, Tokens(count, registers, grid, readable, rotation)
+        return x, TokenLayout(count, registers, grid, readable, rotation)
 
-    def finish(self, x: Float[Tensor, "B T D"], tokens: "Tokens") -> Features:
-        """The output of a block through the final norm, token by kind."""
+    def finish(self, x: Float[Tensor, "B T D"], tokens: "TokenLayout") -> Features:
+        """Return the output of a block through the final norm, token by kind."""
         x = self.norm(x)
         special = (tokens.objects, tokens.registers)
         objects, registers, patches = x.split((*special, x.shape[1] - sum(special)), dim=1)
@@ -361,7 +361,7 @@ class VisionTransformer(nn.Module):
     def embed(
         self, images: Float[Tensor, "B 3 H W"], inputs: Inputs = NOTHING
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
-        """Tokens of the kept patches, with positions if those are added, and the (rows, columns) of all."""
+        """Return tokens of the kept patches, with added positions, and the (rows, columns) of all."""
         patch = self.config.patch_size
         height, width = map(int, images.shape[-2:])  # traced sizes are tensors
         if height % patch or width % patch or not height or not width:
@@ -380,7 +380,7 @@ class VisionTransformer(nn.Module):
         return x, grid
 
     def positions(self, grid: tuple[int, int], inputs: Inputs = NOTHING) -> Float[Tensor, "#B N D"] | None:
-        """What is added to the patches of views; None with rotary positions."""
+        """Return what is added to the patches of views; None with rotary positions."""
         unplaced = inputs.unplaced
         positions = None
         if self.pos_field is not None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from foveola.reports import verdicts
 from foveola.reports.findings import Findings
 
-EPOCHS = 20.0  # below which a longer run comes first; published recipes train for 100 and more
-PUBLISHED = 10_000  # images; methods without labels were published on a million and more
+SHORT_RUN = 20.0  # below which a longer run comes first; published recipes train for 100 and more
+PUBLISHED_IMAGES = 10_000  # images; methods without labels were published on a million and more
 PUBLIC = "timm:vit_small_patch14_dinov2.lvd142m"
 
 
 def next_steps(each: Findings, reference: str | None, seeds: bool) -> list[tuple[str, str]]:
-    """(what to do and why, the command) for a run, the most useful first; the command may be empty.
+    """Return (what to do and why, the command) for a run, the most useful first; the command may be empty.
 
     Args:
         reference: another encoder that was measured as well.
@@ -58,7 +58,7 @@ def _train(each: Findings) -> Iterator[tuple[str, str]]:
             "The run is not finished. The same command goes on where it stopped:",
             f"foveola pretrain {run}/config.yaml out={run}",
         )
-    elif record.lines and epochs < EPOCHS:
+    elif record.lines and epochs < SHORT_RUN:
         yield (
             f"Each image was seen {epochs:.1f} times, which is too short to tell what the method can do: "
             "published recipes train for 100 epochs and more. A longer run starts anew:",
@@ -69,7 +69,7 @@ def _train(each: Findings) -> Iterator[tuple[str, str]]:
 def _compare(each: Findings, reference: str | None, seeds: bool) -> Iterator[tuple[str, str]]:
     run = shlex.quote(str(each.record.folder))
     known = each.record.image_count
-    few = f" on {known:,} images" if known and known < PUBLISHED else ""
+    few = f" on {known:,} images" if known and known < PUBLISHED_IMAGES else ""
     if reference is None:
         yield (
             f"See whether training your own network{few} is worth it: measure a public one in the same way. "

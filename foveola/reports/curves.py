@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from foveola.drawing.plots import Chart, Line
-from foveola.health import FLAT, SHARP, USED, WAIT, percent
+from foveola.health import FLAT_FROM, SHARP, USED, WAIT, as_percent
 from foveola.reports.record import Record
 
 MOST_POINTS = 240  # of a curve; more are drawn as means of neighbours in the band of their extremes
@@ -40,7 +40,9 @@ class Group:
 
 
 def curves(records: Sequence[Record]) -> list[Group]:
-    """All charts of the runs, one line a run where there are several; groups without a chart are left out."""
+    """Return all charts of the runs, one line a run where there are several; groups without a chart are left
+    out.
+    """
     names = sorted({name for record in records for line in record.lines for name in line} - HIDDEN)
     taken: set[str] = set()
 
@@ -149,7 +151,7 @@ def _kinds(records: Sequence[Record], ending: str) -> list[str]:
 def _entropies(records: Sequence[Record], taken: set[str]) -> list[Chart]:
     """Entropies as shares of log K, of runs that say what K is; of the others in nats, with other metrics."""
     charts, lines = [], []
-    levels = {f"flat: {percent(FLAT[0])}": FLAT[0], f"one-hot: {percent(SHARP)}": SHARP}
+    levels = {f"flat: {as_percent(FLAT_FROM[0])}": FLAT_FROM[0], f"one-hot: {as_percent(SHARP)}": SHARP}
     for kind in _kinds(records, "/target_entropy"):
         if not any(record.prototypes().get(kind, 0) > 1 for record in records):
             continue

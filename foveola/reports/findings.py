@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveola.health import Verdict
-from foveola.reports.progress import Progress
+from foveola.reports.progress import MeasuredRun
 from foveola.reports.record import Record
 from foveola.reports.request import Data
 
-FREE = ("seed", "out", "about", "device")  # may differ between seeds of one run
+SEED_KEYS = ("seed", "out", "about", "device")  # may differ between seeds of one run
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Findings:
 
     record: Record
     data: Data
-    progress: Progress
+    progress: MeasuredRun
     verdicts: list[Verdict]
 
 
@@ -26,7 +26,7 @@ def by_seed(found: Sequence[Findings]) -> list[list[Findings]]:
     """Groups of two or more runs of the same settings and length that differ in their seed."""
     groups: dict[str, list[Findings]] = {}
     for each in found:
-        rest = {name: value for name, value in each.record.config.items() if name not in FREE}
+        rest = {name: value for name, value in each.record.config.items() if name not in SEED_KEYS}
         groups.setdefault(json.dumps([rest, each.record.encoder_step], sort_keys=True), []).append(each)
     return [
         group

@@ -17,7 +17,7 @@ from foveola.figures.nearest import neighbour_sheet
 from foveola.figures.positions import position_sheet
 from foveola.models.encoder import Encoder
 from foveola.reports import kept
-from foveola.reports.progress import LIMIT, UNTRAINED, Progress
+from foveola.reports.progress import LIMIT, UNTRAINED, MeasuredRun
 from foveola.reports.record import Record
 from foveola.reports.request import Data, ReportConfig, choose_samples
 from foveola.zoo.load import load
@@ -38,12 +38,14 @@ FRAMES = "Green: the label of the query. Red: another one."
 LEARNED = ("learned", "field")  # kinds of positions that training changes
 
 
-def sheets(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
-    """HTML of the images of one run; those of its encoder are kept beside its results and used again."""
+def sheets(record: Record, data: Data, progress: MeasuredRun, config: ReportConfig) -> str:
+    """Return HTML of the images of one run; those of its encoder are kept beside its results and used
+    again.
+    """
     return _encoder(record, data, progress, config) + _drawn(record)
 
 
-def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfig) -> str:
+def _encoder(record: Record, data: Data, progress: MeasuredRun, config: ReportConfig) -> str:
     if not config.images:
         return html.paragraph("No images were asked for (images=0).", "note")
     if data.test is None or data.train is None:
@@ -73,7 +75,7 @@ def _encoder(record: Record, data: Data, progress: Progress, config: ReportConfi
     return html.tag("div", text, "sheets")
 
 
-def _rows(progress: Progress, config: ReportConfig) -> dict[str, Any]:
+def _rows(progress: MeasuredRun, config: ReportConfig) -> dict[str, Any]:
     """Which rows k-NN reads, and so the neighbours: images or objects."""
     known = ExtractConfig.__dataclass_fields__
     settings = {k: v for k, v in progress.settings.get("knn", {}).items() if k in known}

@@ -13,7 +13,7 @@ from foveola.data.sources import Source
 
 
 def home(run: Path) -> Path:
-    """Where what is measured of a run is kept: in it, or in the user's cache."""
+    """Return where what is measured of a run is kept: in it, or in the user's cache."""
     own = files.RunFolder(run).measured
     try:
         files.check_place(own, "")
@@ -24,17 +24,17 @@ def home(run: Path) -> Path:
 
 
 def identity(source: Source) -> str:
-    """Changes with images, labels and annotations."""
+    """Return changes with images, labels and annotations."""
     return identity_of(source).digest
 
 
 def key_of(about: Any) -> str:
-    """A short name of anything that JSON can hold: part of a path."""
+    """Return a short name of anything that JSON can hold: part of a path."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read(path: Path) -> str | None:
-    """The text of a kept file; None for one that is missing, empty or unreadable: it is made anew."""
+    """Return the text of a kept file; None for one that is missing, empty or unreadable: it is made anew."""
     try:
         return path.read_text(encoding="utf-8") or None
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def read(path: Path) -> str | None:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The JSON object in a kept file; empty for one that is missing or torn."""
+    """Return the JSON object in a kept file; empty for one that is missing or torn."""
     try:
         tree = json.loads(read(path) or "{}")
     except ValueError:

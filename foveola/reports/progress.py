@@ -17,8 +17,8 @@ import foveola
 from foveola import distributed, files
 from foveola.config import UserError, merge, to_dict
 from foveola.data.sources import Source
-from foveola.evaluation.evaluate import configure, evaluate_all
-from foveola.evaluation.protocol import PROTOCOLS, find
+from foveola.evaluation.evaluate import evaluate_all, protocol_configs
+from foveola.evaluation.protocol import PROTOCOLS, find_protocol
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder
@@ -28,13 +28,13 @@ from foveola.reports.request import LIMIT, Data, ReportConfig, each_sample
 from foveola.zoo.load import load
 
 PLACES_OF = 128  # images on which the share of places is measured
-OBJECTS = 500  # that are to be found among each other
+OBJECTS_TO_FIND = 500  # that are to be found among each other
 UNTRAINED, END = "untrained", "end"
 NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class MeasuredStep:
     """What one encoder gave; `step` is None for one that is not of this run."""
 
     label: str
@@ -45,25 +45,25 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
+class MeasuredRun:
     """Points of one run: untrained, kept steps, the last encoder, the reference; those that could be had."""
 
-    points: tuple[Point, ...] = ()
+    points: tuple[MeasuredStep, ...] = ()
     notes: tuple[str, ...] = ()
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each protocol
     classes: int | None = None  # of the test data, where they have labels
 
-    def point(self, label: str) -> Point | None:
+    def point(self, label: str) -> MeasuredStep | None:
         return next((point for point in self.points if point.label == label), None)
 
 
 # -- protocols -----------------------------------------------------------------------------------------------
 
 
-def plan(
+def plan_protocols(
     record: Record, data: Data, config: ReportConfig, changes: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Settings of each protocol to run: those of the recipe's own evaluation, then `changes`.
+    """Return settings of each protocol to run: those of the recipe's own evaluation, then `changes`.
 
     Raises UserError for unknown protocols and keys, and for bad values.
     """
@@ -74,10 +74,10 @@ def plan(
         there = {"label_free": True, "knn": data.labels is not None, "retrieval": data.test.has_objects}
         names = tuple(name for name, use in there.items() if use)
         changes = {k: v for k, v in changes.items() if k not in PROTOCOLS or k in names}
-    configure(names, changes)
+    protocol_configs(names, changes)
     settings = {}
     for name in names:
-        protocol = find(name)
+        protocol = find_protocol(name)
         known = set(protocol.Config.__dataclass_fields__)
         mine = {k: v for k, v in changes.items() if k in known and k not in names}
         own = changes.get(protocol.name) if isinstance(changes.get(protocol.name), dict) else {}
@@ -92,7 +92,7 @@ def _defaults(
     name: str, names: Sequence[str], record: Record, data: Data, config: ReportConfig
 ) -> dict[str, Any]:
     """Settings of one of the protocols where nobody asks for others."""
-    known = set(find(name).Config.__dataclass_fields__)
+    known = set(find_protocol(name).Config.__dataclass_fields__)
     settings: dict[str, Any] = {}
     if name == "knn":
         settings |= {k: v for k, v in (record.get("evaluate") or {}).items() if k in known}
@@ -105,21 +105,21 @@ def _defaults(
     if "workers" in known and isinstance(record.get("evaluate.workers"), int):
         settings["workers"] = record.get("evaluate.workers")
     if name == "retrieval":
-        settings["objects"] = OBJECTS
+        settings["objects"] = OBJECTS_TO_FIND
     if name == "label_free" and "retrieval" in names:
         settings["objects"] = False  # that is what retrieval measures
     return settings
 
 
-def measure(
+def measure_run(
     record: Record,
     data: Data,
     config: ReportConfig,
     changes: dict[str, Any],
     kept: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
-) -> Progress:
-    """All points of a run, each encoder loaded once; results that would be the same are used again.
+) -> MeasuredRun:
+    """Return all points of a run, each encoder loaded once; results that would be the same are used again.
 
     Args:
         changes: settings of protocols, as `evaluate_all` takes them.
@@ -129,14 +129,14 @@ def measure(
     Raises UserError for unknown protocols and keys, a device that is not there, and a reference that cannot
     be loaded, before anything is measured. What the run itself lacks becomes a note.
     """
-    settings = plan(record, data, config, changes)
+    settings = plan_protocols(record, data, config, changes)
     device = distributed.find_device(config.device)
     reference = load(config.reference, device) if config.reference else None
     if data.test is None:
-        return Progress(notes=data.notes)
+        return MeasuredRun(notes=data.notes)
     if not record.has_encoder:
         why = "The run has no encoder yet: the first checkpoint writes it."
-        return Progress(notes=(*data.notes, why), settings=settings)
+        return MeasuredRun(notes=(*data.notes, why), settings=settings)
     points, notes = [], list(data.notes)
     own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
     encoders = _encoders(record, config)
@@ -151,9 +151,9 @@ def measure(
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
         share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)
-        points.append(Point(label, step, results, *share))
+        points.append(MeasuredStep(label, step, results, *share))
     classes = len(data.test.classes or ()) if data.labels else None
-    return Progress(tuple(points), tuple(dict.fromkeys(notes)), settings, classes)
+    return MeasuredRun(tuple(points), tuple(dict.fromkeys(notes)), settings, classes)
 
 
 def _encoders(record: Record, config: ReportConfig) -> list[tuple[str, int | None, str | Path]]:
@@ -175,9 +175,9 @@ def _results(
     results: dict[str, Result] = {}
     failed, missing = [], []
     for name, wanted in settings.items():
-        own = find(name).name
+        own = find_protocol(name).name
         try:
-            configure((name,), {own: wanted})
+            protocol_configs((name,), {own: wanted})
         except UserError as error:  # settings of another version's recipe
             failed.append(f"{name} was not measured: {error}")
             continue
@@ -204,7 +204,7 @@ def _results(
 def _evaluate(
     encoder: Encoder, names: Sequence[str], data: Data, settings: dict[str, Any], out: Path
 ) -> dict[str, Result]:
-    changes: dict[str, Any] = {find(name).name: settings[name] for name in names}
+    changes: dict[str, Any] = {find_protocol(name).name: settings[name] for name in names}
     return evaluate_all(encoder, names, train=data.train, test=data.test, out=out, progress=False, **changes)
 
 
@@ -212,7 +212,7 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
     """An earlier result of the encoder and images whose folder this is, if all else is the same as well."""
     if data.test is None:
         return None
-    name, config = next(iter(configure((name,), {find(name).name: wanted}).items()))
+    name, config = next(iter(protocol_configs((name,), {find_protocol(name).name: wanted}).items()))
     settings = json.loads(json.dumps(to_dict(config)))
     found = [stored.result for stored in results_of(folder)[0]]  # without those of another version
     same = (result for result in found if result.protocol == name and result.settings == settings)
@@ -223,7 +223,8 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
 
 
 def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
-    """Share of the variance of patches that their place explains, in [0, 1], and of how many images.
+    """Return the share of the variance of patches that their place explains, in [0, 1], and of how many
+    images.
 
     Components of variance of a one-way analysis with the N places as groups of all images, at least 2: the
     variance of the places' means, less what it would have by chance (within / images), over its sum with

@@ -12,11 +12,16 @@ from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
 from foveola.files import STEP, RunFolder
 from foveola.schedules import steps_of
 
-Line = dict[str, float | None]  # the metrics of one step by name; None: was not finite
+LoggedStep = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 FIGURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
 IMAGES = re.compile(r": \d+ steps of \d+ images, out of (\d+)$")  # as a run notes it at its start
 TARGETS = re.compile(r" prototypes of targets: (.+)$")  # as a run notes it at its start
-TERMS = ("token", "image", "patch", "position")  # of a distillation method, whose older logs do not say it
+TERM_NAMES = (
+    "token",
+    "image",
+    "patch",
+    "position",
+)  # of a distillation method, whose older logs do not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +31,11 @@ class Record:
     folder: Path
     name: str  # tells it apart from the other runs of a report
     config: dict[str, Any]
-    lines: list[Line]
+    lines: list[LoggedStep]
     notes: list[str]
 
     def get(self, path: str, default: Any = None) -> Any:
-        """A setting by its dotted path; `default` where this run has none."""
+        """Return a setting by its dotted path; `default` where this run has none."""
         return setting(self.config, path, default)
 
     @cached_property
@@ -94,18 +99,18 @@ class Record:
         return RunFolder(self.folder).encoder.is_whole()
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the encoders that were kept on the way, by rising step."""
+        """Return (step, folder) of the encoders that were kept on the way, by rising step."""
         return [(step, folder.path) for step, folder in RunFolder(self.folder).kept_encoders()]
 
     def figures(self) -> dict[str, Path]:
-        """The newest of the figures that training drew, by name."""
+        """Return the newest of the figures that training drew, by name."""
         drawn = RunFolder(self.folder).figures.glob("*-*.png")
         found = [(FIGURE.fullmatch(path.name), path) for path in drawn]
         numbered = [(match["name"], int(match["step"]), path) for match, path in found if match]
         return {name: path for name, _, path in sorted(numbered)}
 
     def prototypes(self) -> dict[str, int]:
-        """Prototypes of each kind of targets, by its name in the metrics ("token", "clustering").
+        """Return prototypes of each kind of targets, by its name in the metrics ("token", "clustering").
 
         The log names them, of any method. In older logs they follow from the configuration.
         """
@@ -113,7 +118,7 @@ class Record:
             pairs = (text.rpartition(" ") for text in match[1].split(", "))
             return {name: int(count) for name, _, count in pairs if count.isdecimal()}
         counts = {}
-        for term in TERMS:
+        for term in TERM_NAMES:
             head = self.get(f"method.{term}.head")
             count = None if head is None else self.get(f"method.heads.{head}.prototypes")
             if isinstance(count, int):
@@ -123,7 +128,7 @@ class Record:
 
 
 def setting(tree: Any, path: str, default: Any = None) -> Any:
-    """A value in a tree of dicts by its dotted path."""
+    """Return a value in a tree of dicts by its dotted path."""
     for part in path.split("."):
         if not isinstance(tree, dict) or part not in tree:
             return default
@@ -132,7 +137,9 @@ def setting(tree: Any, path: str, default: Any = None) -> Any:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Record]:
-    """Records of run folders. Raises UserError for what is none, damaged files, and one given twice."""
+    """Return records of run folders. Raises UserError for what is none, damaged files, and one given
+    twice.
+    """
     if not folders:
         raise UserError("report needs a run folder, such as runs/demo/seed-0")
     paths = [Path(folder).expanduser() for folder in folders]
@@ -156,7 +163,7 @@ def _names(paths: list[Path]) -> list[str]:
     raise UserError(f"{next(p for p in paths if parts.count(p.resolve().parts) > 1)} is given twice")
 
 
-def _lines(folder: Path) -> list[Line]:
+def _lines(folder: Path) -> list[LoggedStep]:
     """The numbers among the metrics, by rising step."""
     run = RunFolder(folder)
 

@@ -11,12 +11,12 @@ import foveola
 from foveola import files
 from foveola.config import UserError, build
 from foveola.drawing import html
-from foveola.evaluation.protocol import every, find
+from foveola.evaluation.protocol import every, find_protocol
 from foveola.files import RunFolder
 from foveola.health import Facts, health
 from foveola.reports import sections
 from foveola.reports.findings import Findings
-from foveola.reports.progress import END, UNTRAINED, Progress, measure
+from foveola.reports.progress import END, UNTRAINED, MeasuredRun, measure_run
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import ReportConfig, open_data
 from foveola.zoo.load import load
@@ -46,7 +46,7 @@ def report(
     itself lacks is said on the page.
     """
     records = read_runs([runs] if isinstance(runs, str | Path) else list(runs))
-    config, changes = configure(settings | ({} if out is None else {"out": str(out)}))
+    config, changes = report_configs(settings | ({} if out is None else {"out": str(out)}))
     path = Path(config.out) if config.out else RunFolder(records[0].folder).report
     if path.is_dir():
         raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
@@ -61,23 +61,27 @@ def report(
         say("reading")
         data = open_data(record, config)
         others = [RunFolder(other.record.folder).measured for other in found]
-        measured = measure(record, data, config, changes, others, say)
+        measured = measure_run(record, data, config, changes, others, say)
         say("drawing")
-        found.append(Findings(record, data, measured, health(record.lines, facts_of(record, measured))))
+        found.append(
+            Findings(record, data, measured, health(record.lines, facts_of_record(record, measured)))
+        )
     text = render(found, config)
     files.write_text(path, text)
     return path
 
 
-def configure(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, Any]]:
-    """The report's own settings, and those of protocols. Raises UserError for unknown keys and bad values."""
+def report_configs(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, Any]]:
+    """Return the report's own settings, and those of protocols. Raises UserError for unknown keys and bad
+    values.
+    """
     own = set(ReportConfig.__dataclass_fields__)
     others = {key: value for key, value in settings.items() if key not in own}
     mine = {key: value for key, value in settings.items() if key in own}
     if isinstance(mine.get("protocols"), str):
         mine["protocols"] = [name.strip() for name in mine["protocols"].split(",")]
     config = build(ReportConfig, mine)
-    protocols = [*every(), *map(find, config.protocols or ())]
+    protocols = [*every(), *map(find_protocol, config.protocols or ())]
     known = {protocol.name for protocol in protocols}
     known |= {key for protocol in protocols for key in protocol.Config.__dataclass_fields__}
     if stray := {key: value for key, value in others.items() if key not in known}:
@@ -85,8 +89,8 @@ def configure(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, Any]]:
     return config, others
 
 
-def facts_of(record: Record, progress: Progress) -> Facts:
-    """What the verdicts need of a run's configuration, and the measured share of places."""
+def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
+    """Return what the verdicts need of a run's configuration, and the measured share of places."""
     size, patch = record.get("views.global_size"), record.get("model.patch_size")
     first, last = progress.point(UNTRAINED), progress.point(END)
     share = None if last is None else last.place_share
@@ -129,7 +133,7 @@ def _width(record: Record) -> int | None:
 
 
 def render(found: Sequence[Findings], config: ReportConfig) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     names = [each.record.name for each in found]
     title = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
     made = f"{datetime.now():%Y-%m-%d %H:%M}"
@@ -137,11 +141,11 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
         ("verdict", "In short", sections.verdict(found)),
         ("setup", "What was trained on what", sections.setup(found)),
         ("helped", "Did it help?", sections.helped(found)),
-        ("health", "Is the run healthy?", sections.health(found)),
+        ("health", "Is the run healthy?", sections.health_section(found)),
         ("images", "What it sees", sections.images(found, config)),
         ("curves", "Curves", sections.curve_charts([each.record for each in found])),
         ("config", "Exact configuration", sections.configuration(found)),
-        ("next", "What to do next", sections.advice(found, config)),
+        ("next", "What to do next", sections.advice_section(found, config)),
         ("use", "How to use the encoder", sections.usage(found[0])),
     ]
     links = "".join(html.tag("a", heading, href=f"#{name}") for name, heading, _ in parts[1:])

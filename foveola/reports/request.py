@@ -11,7 +11,7 @@ from foveola.data.sources import Source, decode, open_source
 from foveola.evaluation.features.overlap import overlap_of
 from foveola.reports.record import Record
 
-LOOKED_AT = 32  # images of which labels are looked for
+LABELS_LOOKED_AT = 32  # images of which labels are looked for
 LIMIT = 1000  # images of each set to use, where nobody says how many
 
 
@@ -50,14 +50,16 @@ class Data:
     notes: tuple[str, ...] = ()
 
     def shares(self, limit: int | None = LIMIT, seed: int = 0) -> bool:
-        """Whether images that a protocol with these settings measures are among those that it learns from."""
+        """Return whether images that a protocol with these settings measures are among those that it learns
+        from.
+        """
         if self.train is None or self.test is None:
             return False
         return overlap_of(self.train, self.test, limit, seed).count > 0
 
 
 def open_data(record: Record, config: ReportConfig) -> Data:
-    """The images of a run, or those asked for. UserError for these; the run's own may be gone."""
+    """Return the images of a run, or those asked for. UserError for these; the run's own may be gone."""
     asked = config.train or config.data, config.test or config.data or config.train
     own = record.get("evaluate_train") or record.get("data")
     train, test = asked[0] or own, asked[1] or record.get("evaluate_test") or own
@@ -79,7 +81,7 @@ def _labelled(source: Source) -> set[str]:
     found: set[str] = set()
     if source.classes is None:
         return found
-    for sample in _samples(source, range(min(LOOKED_AT, len(source)))):
+    for sample in _samples(source, range(min(LABELS_LOOKED_AT, len(source)))):
         if sample.label is not None and sample.label >= 0:
             found.add("images")
         if sample.objects is not None and sample.objects.labels is not None:
@@ -99,12 +101,14 @@ def _samples(source: Source, indices: Sequence[int]) -> list[Sample]:
 
 
 def choose_samples(source: Source, count: int, seed: int = 0) -> list[tuple[int, Sample]]:
-    """`count` images of a source drawn by seed: index and sample with pixels; fewer where some are bad."""
+    """Return `count` images of a source drawn by seed: index and sample with pixels; fewer where some are
+    bad.
+    """
     return list(each_sample(source, count, seed))
 
 
 def each_sample(source: Source, count: int, seed: int = 0) -> Iterator[tuple[int, Sample]]:
-    """What `choose_samples` chooses, one by one: no more than one image is in memory."""
+    """Yield what `choose_samples` chooses, one by one: no more than one image is in memory."""
     left = count
     for index in np.random.default_rng(seed).permutation(len(source)).tolist():
         if not left:

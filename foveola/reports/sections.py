@@ -15,7 +15,7 @@ from foveola.reports.advice import next_steps
 from foveola.reports.curves import curves
 from foveola.reports.findings import Findings, by_seed
 from foveola.reports.images import sheets
-from foveola.reports.progress import END, UNTRAINED, Progress
+from foveola.reports.progress import END, UNTRAINED, MeasuredRun
 from foveola.reports.record import Record
 from foveola.reports.request import ReportConfig
 from foveola.zoo.load import load
@@ -24,7 +24,7 @@ from foveola.zoo.load import load
 def verdict(found: Sequence[Findings]) -> str:
     parts = [_seeds_verdict(group) for group in by_seed(found)]
     for each in found:
-        state, sentence = verdicts.summary(verdicts.changes(each.progress))
+        state, sentence = verdicts.in_short(verdicts.changes(each.progress))
         name = html.tag("b", html.escape(each.record.name)) + "<br>" if len(found) > 1 else ""
         bad, look = ([v for v in each.verdicts if v.state == s] for s in ("BAD", "LOOK"))
         told = [*each.progress.notes] if state == "OPEN" else []
@@ -142,7 +142,7 @@ def helped(found: Sequence[Findings]) -> str:
         *(html.paragraph(text, "note") for text in dict.fromkeys(_amounts(each.progress) for each in found)),
     ]
     parts += [_seeds(group) for group in by_seed(found)]
-    drawn = verdicts.charts([each.record.name for each in found], [each.progress for each in found])
+    drawn = verdicts.measure_charts([each.record.name for each in found], [each.progress for each in found])
     parts.append(html.charts(drawn, "helped", _names([each.record for each in found])))
     for each in found:
         if len(found) > 1:
@@ -153,7 +153,7 @@ def helped(found: Sequence[Findings]) -> str:
     return "".join(parts)
 
 
-def _amounts(progress: Progress) -> str:
+def _amounts(progress: MeasuredRun) -> str:
     """Why numbers here are not those of a terminal."""
     last = progress.point(END)
     told = []
@@ -161,7 +161,7 @@ def _amounts(progress: Progress) -> str:
         train = result.data.get("train")
         rows = train.get("rows", train.get("images")) if isinstance(train, dict) else None
         bank = "" if rows is None else f" with {rows:,} of the training data"
-        told.append(f"{verdicts.titled(name)} on {verdicts.rows_of(result)}{bank}")
+        told.append(f"{verdicts.titled(name)} on {verdicts.number_of_rows(result)}{bank}")
     if not told:
         return ""
     return (
@@ -198,10 +198,10 @@ def _unit(metric: Metric) -> str:
 
 
 def _guess(chance: float | None) -> str:
-    return "-" if chance is None else verdicts.shown(chance)
+    return "-" if chance is None else verdicts.number_text(chance)
 
 
-def _answers(progress: Progress) -> str:
+def _answers(progress: MeasuredRun) -> str:
     """A sentence for each main metric, with a word of what came out."""
     words = {"better": "HELPED", "worse": "WORSE", "open": "OPEN"}
     rows = [
@@ -211,7 +211,7 @@ def _answers(progress: Progress) -> str:
     return html.tag("div", "".join(rows), "health") if rows else ""
 
 
-def _results(progress: Progress) -> str:
+def _results(progress: MeasuredRun) -> str:
     """A table of the main metrics, and a folded one of all numbers."""
     points = [point for point in progress.points if point.results]
     if not points:
@@ -253,7 +253,7 @@ def _results(progress: Progress) -> str:
     return shown + folded
 
 
-def _more(progress: Progress, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+def _more(progress: MeasuredRun, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     """The change by training and the chance level of each metric, as cells."""
     known = {(change.protocol, change.metric): change for change in verdicts.changes(progress)}
     rows = []
@@ -276,11 +276,11 @@ def _cell(number: verdicts.Number | None) -> str:
         return "-"
     if number.low is None or number.high is None:
         return html.escape(str(number))
-    interval = f"[{verdicts.shown(number.low)}, {verdicts.shown(number.high)}]"
+    interval = f"[{verdicts.number_text(number.low)}, {verdicts.number_text(number.high)}]"
     return html.escape(str(number)) + html.tag("small", html.escape(interval))
 
 
-def health(found: Sequence[Findings]) -> str:
+def health_section(found: Sequence[Findings]) -> str:
     parts = [
         html.paragraph(
             "Each answer names its number and the threshold it was held to. They are rules of thumb: LOOK "
@@ -304,7 +304,7 @@ def health(found: Sequence[Findings]) -> str:
 
 
 def images(found: Sequence[Findings], config: ReportConfig) -> str:
-    """Of several runs all but the first are folded."""
+    """Show the figures; of several runs all but the first are folded."""
     parts = []
     for number, each in enumerate(found):
         inner = sheets(each.record, each.data, each.progress, config)
@@ -341,8 +341,8 @@ def configuration(found: Sequence[Findings]) -> str:
     return "".join(parts)
 
 
-def advice(found: Sequence[Findings], config: ReportConfig) -> str:
-    """What to do next, with commands; of several runs for the first."""
+def advice_section(found: Sequence[Findings], config: ReportConfig) -> str:
+    """Return what to do next, with commands; of several runs for the first."""
     each, parts = found[0], []
     if len(found) > 1:
         parts.append(

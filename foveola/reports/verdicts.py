@@ -8,11 +8,11 @@ from typing import Literal
 
 from foveola.drawing.plots import Chart, Line
 from foveola.evaluation.paired import Difference, difference
-from foveola.evaluation.protocol import PROTOCOLS, Metric, find
+from foveola.evaluation.protocol import PROTOCOLS, Metric, find_protocol
 from foveola.evaluation.result import Result
-from foveola.reports.progress import END, UNTRAINED, Point, Progress
+from foveola.reports.progress import END, UNTRAINED, MeasuredRun, MeasuredStep
 
-Outcome = Literal["better", "worse", "open"]
+Direction = Literal["better", "worse", "open"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Number:
     whole: bool = False  # a count
 
     def __str__(self) -> str:
-        return f"{self.value:.0f}" if self.whole else shown(self.value)
+        return f"{self.value:.0f}" if self.whole else number_text(self.value)
 
 
 @dataclass(frozen=True)
-class Change:
+class MetricChange:
     """One metric before and after training; `about` is what its protocol declares."""
 
     protocol: str
@@ -44,7 +44,7 @@ class Change:
     rows: str = "test images"  # what it was measured on, such as "200 test images"
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Direction:
         """By the paired interval; without one, better or worse only where the intervals do not overlap."""
         lower = self.about.better == "lower"
         if self.difference is None:
@@ -59,13 +59,13 @@ class Change:
         return self.difference is not None and self.difference.low == self.difference.high == 0
 
     def numbers(self) -> str:
-        """As in: from 27.5 % untrained to 21.0 % after training (chance 10.0 %)."""
+        """Return text, as in: from 27.5 % untrained to 21.0 % after training (chance 10.0 %)."""
         unit = f" {self.about.unit}" * bool(self.about.unit)
-        guess = "" if self.chance is None else f" (chance {shown(self.chance)}{unit})"
+        guess = "" if self.chance is None else f" (chance {number_text(self.chance)}{unit})"
         return f"from {self.before}{unit} untrained to {self.after}{unit} after training{guess}"
 
     def told(self) -> str:
-        """How sure the change is, as a part of a sentence."""
+        """Return how sure the change is, as a part of a sentence."""
         if self.difference is None:
             if self.outcome == "open":
                 return "the intervals overlap, and these results hold no scores of images to tell more"
@@ -73,7 +73,7 @@ class Change:
         if self.unmoved:
             return f"not one of the same {self.rows} is scored differently"
         numbers = self.difference.value, self.difference.low, self.difference.high
-        digits, points = digits_of(self.about, *numbers), points_of(self.about)
+        digits, points = digits_of(self.about, *numbers), unit_suffix(self.about)
         value, low, high = (f"{x:+.{digits}f}" for x in numbers)
         change = f"the change on the same {self.rows} is {value}{points}, 95 % interval {low} to {high}"
         if self.outcome != "open":
@@ -86,13 +86,14 @@ class Change:
         return f"{self.name} went {self.numbers()}; {self.told()}{ends[self.outcome]}."
 
 
-def points_of(metric: Metric) -> str:
-    """The unit of a difference, behind its number."""
+def unit_suffix(metric: Metric) -> str:
+    """Return the unit of a difference, behind its number."""
     return " points" if metric.unit == "%" else f" {metric.unit}" * bool(metric.unit)
 
 
 def digits_of(metric: Metric, *numbers: float) -> int:
-    """How many digits after the point differences and deviations of a metric have, those of one line alike.
+    """Return how many digits after the point differences and deviations of a metric have, those of one line
+    alike.
 
     One in percent; of other units so many that the largest of the `numbers` has two digits of its own.
     """
@@ -102,8 +103,10 @@ def digits_of(metric: Metric, *numbers: float) -> int:
     return min(max(1, 1 - math.floor(math.log10(largest))), 9)
 
 
-def compared(before: Number, after: Number, lower: bool = False) -> Outcome:
-    """Whether `after` is better (higher, or `lower`) or worse; open where intervals overlap or lack."""
+def compared(before: Number, after: Number, lower: bool = False) -> Direction:
+    """Return whether `after` is better (higher, or `lower`) or worse; open where intervals overlap or
+    lack.
+    """
     if before.low is None or before.high is None or after.low is None or after.high is None:
         return "open"
     if lower:
@@ -111,24 +114,28 @@ def compared(before: Number, after: Number, lower: bool = False) -> Outcome:
     return "better" if after.low > before.high else "worse" if after.high < before.low else "open"  # type: ignore[operator]
 
 
-def shown(value: float) -> str:
-    """A number with as many digits as it deserves."""
+def number_text(value: float) -> str:
+    """Return a number with as many digits as it deserves."""
     size = abs(value)
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def label(result: Result, metric: str, masks: bool = True) -> str:
-    """A metric in words: "k-NN top-1 (object masks)"; without `masks` nobody asks whether masks were used."""
+    """Return a metric in words: "k-NN top-1 (object masks)"; without `masks` nobody asks whether masks were
+    used.
+    """
     return result.metric(metric).title(metric, masks)
 
 
 def titled(protocol: str) -> str:
-    """A protocol in words, where it is one of foveola's."""
-    return find(protocol).title if protocol in PROTOCOLS else protocol
+    """Return a protocol in words, where it is one of foveola's."""
+    return find_protocol(protocol).title if protocol in PROTOCOLS else protocol
 
 
 def numbers(result: Result) -> dict[str, Number]:
-    """The metrics of a result with their intervals, in its order; the ends of intervals are no metrics."""
+    """Return the metrics of a result with their intervals, in its order; the ends of intervals are no
+    metrics.
+    """
     found = {}
     for name in result.names():
         ends = result.interval(name) or (None, None)
@@ -136,8 +143,8 @@ def numbers(result: Result) -> dict[str, Number]:
     return found
 
 
-def measured(progress: Progress) -> dict[tuple[str, str], Result]:
-    """A result with each (protocol, metric) that any point has."""
+def measured(progress: MeasuredRun) -> dict[tuple[str, str], Result]:
+    """Return a result with each (protocol, metric) that any point has."""
     return {
         (protocol, name): result
         for point in progress.points
@@ -146,8 +153,8 @@ def measured(progress: Progress) -> dict[tuple[str, str], Result]:
     }
 
 
-def main_metrics(progress: Progress) -> list[tuple[str, str]]:
-    """(protocol, metric) of what has an interval and a better direction; the main one first.
+def main_metrics(progress: MeasuredRun) -> list[tuple[str, str]]:
+    """Return (protocol, metric) of what has an interval and a better direction; the main one first.
 
     In the order of `PROTOCOLS`; of one protocol, what it declares as its main metrics comes first, and of
     these object masks where its rows are objects.
@@ -169,13 +176,15 @@ def main_metrics(progress: Progress) -> list[tuple[str, str]]:
     return sorted(pairs, key=place)
 
 
-def has_masks(progress: Progress) -> bool:
-    """Whether anything was measured with object masks, so that numbers without them must say so."""
+def has_masks(progress: MeasuredRun) -> bool:
+    """Return whether anything was measured with object masks, so that numbers without them must say so."""
     return any("masks" in name for p in progress.points for r in p.results.values() for name in r.metrics)
 
 
 def chance(result: Result, metric: str, classes: int | None) -> float | None:
-    """What guessing gives, in the metric's unit: noted by the protocol, or so many guesses of the classes."""
+    """Return what guessing gives, in the metric's unit: noted by the protocol, or so many guesses of the
+    classes.
+    """
     about = result.metric(metric)
     if isinstance(about.chance, int):
         return min(100.0, 100.0 * about.chance / classes) if classes else None
@@ -183,8 +192,8 @@ def chance(result: Result, metric: str, classes: int | None) -> float | None:
     return None if named is None else result.metrics.get(named)
 
 
-def rows_of(result: Result) -> str:
-    """On what a result was measured: "200 test images", "412 test objects"."""
+def number_of_rows(result: Result) -> str:
+    """Return on what a result was measured: "200 test images", "412 test objects"."""
     facts = result.data.get("test")
     facts = facts if isinstance(facts, dict) else {}
     objects = result.settings.get("rows") == "objects" or ("objects" in facts and "rows" not in facts)
@@ -193,18 +202,20 @@ def rows_of(result: Result) -> str:
     return f"{counts[0]:,} {what}" if counts else what
 
 
-def descriptions(progress: Progress) -> list[tuple[str, str]]:
-    """(protocol, metric) of the numbers that describe features, of which neither direction is better."""
+def descriptions(progress: MeasuredRun) -> list[tuple[str, str]]:
+    """Return (protocol, metric) of the numbers that describe features, of which neither direction is
+    better.
+    """
     return [pair for pair, result in measured(progress).items() if result.metric(pair[1]).better == "neither"]
 
 
-def number(point: Point, protocol: str, metric: str) -> Number | None:
+def number(point: MeasuredStep, protocol: str, metric: str) -> Number | None:
     result = point.results.get(protocol)
     return None if result is None else numbers(result).get(metric)
 
 
-def changes(progress: Progress) -> list[Change]:
-    """The main metrics of the untrained and the last encoder, the main one first."""
+def changes(progress: MeasuredRun) -> list[MetricChange]:
+    """Return the main metrics of the untrained and the last encoder, the main one first."""
     first, last = progress.point(UNTRAINED), progress.point(END)
     if first is None or last is None:
         return []
@@ -213,14 +224,16 @@ def changes(progress: Progress) -> list[Change]:
         before, after = number(first, protocol, metric), number(last, protocol, metric)
         if before is not None and after is not None:
             a, b = first.results[protocol], last.results[protocol]
-            more = difference(a, b, metric), chance(b, metric, progress.classes), rows_of(b)
+            more = difference(a, b, metric), chance(b, metric, progress.classes), number_of_rows(b)
             name = label(b, metric, masks)
-            found.append(Change(protocol, metric, b.metric(metric), before, after, name, *more))
+            found.append(MetricChange(protocol, metric, b.metric(metric), before, after, name, *more))
     return found
 
 
-def summary(found: Sequence[Change]) -> tuple[str, str]:
-    """(state, sentence) for the changes of a run: HELPED, WORSE or OPEN, as the first, the main one, is."""
+def in_short(found: Sequence[MetricChange]) -> tuple[str, str]:
+    """Return (state, sentence) for the changes of a run: HELPED, WORSE or OPEN, as the first, the main one,
+    is.
+    """
     if not found:
         return "OPEN", "Whether training helped was not measured."
     main, *rest = found
@@ -237,7 +250,7 @@ def summary(found: Sequence[Change]) -> tuple[str, str]:
     return state, f"{start}: {main.name} went {main.numbers()}; {main.told()}.{_others(rest)}"
 
 
-def _others(rest: Sequence[Change]) -> str:
+def _others(rest: Sequence[MetricChange]) -> str:
     """What became of the other measurements, in a sentence."""
     if not rest:
         return ""
@@ -260,20 +273,20 @@ class OverSeeds:
     after: tuple[float, float]
     change: tuple[float, float]
     chance: float | None
-    outcomes: tuple[Outcome, ...]  # of each run
+    outcomes: tuple[Direction, ...]  # of each run
 
     def text(self, pair: tuple[float, float]) -> str:
-        """A mean and its standard deviation."""
+        """Return a mean and its standard deviation."""
         digits = digits_of(self.about, *pair)
         return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
 
     def sentence(self) -> str:
         before, after, change = (self.text(pair) for pair in (self.before, self.after, self.change))
         unit = f" {self.about.unit}" * bool(self.about.unit)
-        guess = "" if self.chance is None else f" (chance {shown(self.chance)}{unit})"
+        guess = "" if self.chance is None else f" (chance {number_text(self.chance)}{unit})"
         return (
             f"Over {len(self.outcomes)} seeds {self.name} went from {before}{unit} to {after}{unit}{guess}, "
-            f"a change of {change}{points_of(self.about)}: mean ± standard deviation over the seeds."
+            f"a change of {change}{unit_suffix(self.about)}: mean ± standard deviation over the seeds."
         )
 
     @property
@@ -288,8 +301,8 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values)
 
 
-def over_seeds(runs: Sequence[Sequence[Change]]) -> list[OverSeeds]:
-    """What all of several runs measured, in the order of the first; at least two runs."""
+def over_seeds(runs: Sequence[Sequence[MetricChange]]) -> list[OverSeeds]:
+    """Return what all of several runs measured, in the order of the first; at least two runs."""
     tables = [{(change.protocol, change.metric): change for change in run} for run in runs]
     found = []
     for pair, first in tables[0].items() if len(tables) > 1 else ():
@@ -298,7 +311,7 @@ def over_seeds(runs: Sequence[Sequence[Change]]) -> list[OverSeeds]:
         each = [table[pair] for table in tables]
         before, after = [change.before.value for change in each], [change.after.value for change in each]
         gains = [b - a for a, b in zip(before, after, strict=True)]
-        outcomes: tuple[Outcome, ...] = tuple(change.outcome for change in each)
+        outcomes: tuple[Direction, ...] = tuple(change.outcome for change in each)
         found.append(
             OverSeeds(
                 name=first.name,
@@ -313,8 +326,8 @@ def over_seeds(runs: Sequence[Sequence[Change]]) -> list[OverSeeds]:
     return found
 
 
-def charts(names: Sequence[str], progresses: Sequence[Progress]) -> list[Chart]:
-    """Each main metric over the steps of every run, with its interval; other encoders as levels."""
+def measure_charts(names: Sequence[str], progresses: Sequence[MeasuredRun]) -> list[Chart]:
+    """Return each main metric over the steps of every run, with its interval; other encoders as levels."""
     drawn, masks = [], any(map(has_masks, progresses))
     results = {pair: result for p in progresses for pair, result in measured(p).items()}
     for protocol, metric in dict.fromkeys(pair for p in progresses for pair in main_metrics(p)):

@@ -3,7 +3,7 @@
 import math
 
 from foveola.data.sources import Source
-from foveola.health import FEW, SHORT
+from foveola.health import FEW_IMAGES, SHORT
 from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.recipe import RunConfig, schedules
@@ -13,13 +13,15 @@ FASTEST = 0.9  # momentum below which none is proposed: what follows a student a
 
 
 def advice(config: RunConfig, method: Method, progress: Progress, images: int) -> list[str]:
-    """One line for each thing that is unwise about a run on this many images, with what to write instead."""
+    """Return one line for each thing that is unwise about a run on this many images, with what to write
+    instead.
+    """
     at_once = config.batch_size // config.accumulate
     found = method.advice(at_once, images, config.loader.objects_per_image)
-    if images < FEW:
+    if images < FEW_IMAGES:
         found.append(
-            f"{images:,} images are few: below {FEW:,} a network learns little that an untrained one lacks; "
-            "the recipes *-tiny-tinyimagenet are the smallest"
+            f"{images:,} images are few: below {FEW_IMAGES:,} a network learns little that an untrained one "
+            "lacks; the recipes *-tiny-tinyimagenet are the smallest"
         )
     if progress.total_steps < SHORT:
         found.append(
@@ -64,7 +66,7 @@ def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
 
 
 def objects_line(source: Source) -> str:
-    """How many images have objects, as far as that can be told without reading every file."""
+    """Return how many images have objects, as far as that can be told without reading every file."""
     if not source.has_objects:
         return f"none: {source.name} has no objects, so each image counts as one object"
     count = getattr(source, "with_objects", lambda: None)()

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from foveola import distributed
 from foveola.config import ConfigError
-from foveola.methods import find
+from foveola.methods import find_method
 from foveola.methods.method import Method
 from foveola.models.encoder import Encoder
 from foveola.schedules import Progress
@@ -19,8 +19,8 @@ from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig
 
 
-def share(config: RunConfig) -> int:
-    """Images that a process takes at once: its share of the batch, in `accumulate` parts."""
+def batch_share(config: RunConfig) -> int:
+    """Return images that a process takes at once: its share of the batch, in `accumulate` parts."""
     world = distributed.world_size()
     part, rest = divmod(config.batch_size, world * config.accumulate)
     if rest:
@@ -32,11 +32,11 @@ def share(config: RunConfig) -> int:
 
 
 def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Trainer:
-    """Networks, optimiser and views of a run, from its seed."""
+    """Return networks, optimiser and views of a run, from its seed."""
     _check_memory(config, device)
     method = _method(config).to(device).train()
     try:
-        method.check_batch(share(config), config.loader.objects_per_image)
+        method.check_batch(batch_share(config), config.loader.objects_per_image)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if device.type == "cuda":
@@ -60,7 +60,7 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
 
 
 def untrained(config: RunConfig) -> Encoder:
-    """The encoder that a run begins with: same shape, same seed, no step taken."""
+    """Return the encoder that a run begins with: same shape, same seed, no step taken."""
     method = _method(config)
     return Encoder(config.encoder(), method.backbone, method.predictor)
 
@@ -89,5 +89,5 @@ def _method(config: RunConfig) -> Method:
 
 
 def _build(config: RunConfig) -> Method:
-    make: Any = find(config.method.name)
+    make: Any = find_method(config.method.name)
     return make(config.method, config.model, config.views)

@@ -29,15 +29,17 @@ class Callbacks:
         self.objects = tuple(objects)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        """A step was logged: after it, with what metrics.jsonl has of it."""
+        """Take note that a step was logged: after it, with what metrics.jsonl has of it."""
         self._tell("on_step", step, dict(metrics))
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """The checkpoint of a step is whole, in this folder, and `encoder/` of the run is of that step."""
+        """Take note that the checkpoint of a step is whole, in this folder, and `encoder/` of the run is of
+        that step.
+        """
         self._tell("on_checkpoint", step, folder)
 
     def on_evaluation(self, step: int, result: Any) -> None:
-        """The encoder of a step was measured (`evaluate_every`); a `foveola.Result`."""
+        """Take note that the encoder of a step was measured (`evaluate_every`); a `foveola.Result`."""
         self._tell("on_evaluation", step, result)
 
     def _tell(self, event: str, step: int, what: Any) -> None:

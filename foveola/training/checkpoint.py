@@ -39,27 +39,37 @@ def save(
     path = RunFolder(folder).checkpoint(step)
     temporary = checkpoints / f"{_TEMPORARY}{path.name}"
     temporary.mkdir()
+    try:
+        _write(state, step, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may fill the disk that was too small for it
+        raise
+    _put(temporary, path)
+    _prune(checkpoints, step, keep, keep_every)
+    return path
+
+
+def _write(state: dict[str, Any], step: int, temporary: Path) -> None:
+    """The files of a checkpoint, on the disk when this returns."""
     torch.save(state, temporary / "state.pt")
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / "state.pt"):
-        shutil.rmtree(temporary)
         raise TypeError(f"a checkpoint cannot hold objects of {', '.join(unsafe)}")
     _sync(temporary / "state.pt")
     manifest = {"step": step, "files": {"state.pt": _facts(temporary / "state.pt")}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     _sync(temporary / "manifest.json")
     _sync(temporary)
-    _put(temporary, path)
-    _prune(checkpoints, step, keep, keep_every)
-    return path
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None. Half-written and damaged ones are passed over."""
+    """Return the newest whole checkpoint of a run folder, or None. Half-written and damaged ones are passed
+    over.
+    """
     return next((path for path in _found(RunFolder(folder).checkpoints) if is_whole(path)), None)
 
 
-def look(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest whole checkpoint of a run folder, and the damaged ones that are newer.
+def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Return the newest whole checkpoint of a run folder, and the damaged ones that are newer.
 
     Raises UserError where the run had checkpoints and none is whole: to begin again would overwrite what is
     left of it.
@@ -81,7 +91,7 @@ def look(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, []
 
 
-def load(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint folder back, tensors on the CPU. Raises UserError when it is missing or damaged."""
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}")
@@ -96,7 +106,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file of the checkpoint is as its manifest says, byte for byte."""
+    """Return whether every file of the checkpoint is as its manifest says, byte for byte."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
         return "state.pt" in files and all(_facts(path / name) == facts for name, facts in files.items())
@@ -116,7 +126,7 @@ def _found(checkpoints: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint folder, from its name."""
+    """Return the step of a checkpoint folder, from its name."""
     match = _NAME.fullmatch(path.name)
     assert match, path
     return int(match[1])

@@ -14,7 +14,7 @@ from foveola.data.sources import Source, notes_of, open_source
 from foveola.methods.method import Method
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, share
+from foveola.training.assemble import assemble, batch_share
 from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig, plan
 from foveola.views.blocks import draw_blocks
@@ -37,7 +37,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
     images = len(source) if config.data else 100 * config.batch_size
     progress = plan(config, images, distributed.world_size())
-    part = share(config)
+    part = batch_share(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
     trainer = assemble(config, progress, device)
     trainer.accumulate = 1

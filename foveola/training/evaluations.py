@@ -26,11 +26,13 @@ class Evaluations:
         self.said: set[str] = set()
 
     def due(self, step: int) -> bool:
-        """Whether there is one after this step."""
+        """Return whether there is one after this step."""
         return self.every is not None and (step % self.every == 0 or step == self.total)
 
     def missed(self, folder: Path, step: int) -> bool:
-        """Whether the run in `folder` ended between its checkpoint of `step` and the evaluation of it."""
+        """Return whether the run in `folder` ended between its checkpoint of `step` and the evaluation
+        of it.
+        """
         return bool(step) and self.due(step) and not distributed.on_main(lambda: _has(folder, step))
 
     def run(self, encoder: Encoder, step: int, log: Log) -> Result:

@@ -15,7 +15,7 @@ from foveola.training import checkpoint, same_data
 from foveola.training.recipe import RunConfig, plan
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
-FREE = (
+FREE_KEYS = (
     "about",
     "out",
     "data_changed",
@@ -43,8 +43,9 @@ class Choice(NamedTuple):
     said: str = ""
 
 
-def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Choice:
-    """The folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one there.
+def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImages) -> Choice:
+    """Return the folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one
+    there.
 
     The same `images` at another place are the same data. A run there that was finished on images which
     changed since is left alone, unless `data_changed` allows to go on.
@@ -55,7 +56,7 @@ def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Cho
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"out={folder} is a file, not a folder")
         if RunFolder(folder).config.exists():
-            if different := difference(folder, config, images):
+            if different := setting_difference(folder, config, images):
                 raise ConfigError(
                     f"{folder} holds another run ({different}): choose another out=, or repeat its settings"
                 )
@@ -77,8 +78,8 @@ def choose(config: RunConfig, total_steps: int, images: same_data.Images) -> Cho
     return Choice(new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}"), said)
 
 
-def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
-    """The first setting in which the run in `folder` differs from `config`, or None."""
+def setting_difference(folder: Path, config: RunConfig, images: same_data.RunImages) -> str | None:
+    """Return the first setting in which the run in `folder` differs from `config`, or None."""
     path = RunFolder(folder).config
     try:
         theirs = build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
@@ -86,14 +87,14 @@ def difference(folder: Path, config: RunConfig, images: same_data.Images) -> str
         raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
     old, new = _flat(to_dict(theirs)), _flat(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
-        free = any(name == part or name.startswith(f"{part}.") for part in FREE)
+        free = any(name == part or name.startswith(f"{part}.") for part in FREE_KEYS)
         free = free or (name == "data" and same_data.are_of(folder, images))
         if not free and old.get(name) != new.get(name):
             return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
     return None
 
 
-def begin(folder: Path, config: RunConfig, images: same_data.Images) -> str | None:
+def begin(folder: Path, config: RunConfig, images: same_data.RunImages) -> str | None:
     """Write the configuration into the folder, unless there is one already, and what its images are.
 
     What is to be said where the run goes on with other images than before, if that is allowed.
@@ -102,7 +103,7 @@ def begin(folder: Path, config: RunConfig, images: same_data.Images) -> str | No
     if not run.config.exists():
         files.write_text(run.config, dump_yaml(to_dict(config) | {"out": None}))
     if run.began_to_train():
-        return same_data.change(folder, images, config.data_changed == "allow")
+        return same_data.note_change(folder, images, config.data_changed == "allow")
     same_data.keep(folder, images)
     return None
 
@@ -124,10 +125,10 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _is_of(folder: Path, config: RunConfig, images: same_data.Images) -> bool:
+def _is_of(folder: Path, config: RunConfig, images: same_data.RunImages) -> bool:
     """Whether a folder holds a run of these settings."""
     try:
-        return RunFolder(folder).config.exists() and not difference(folder, config, images)
+        return RunFolder(folder).config.exists() and not setting_difference(folder, config, images)
     except ConfigError:  # of another version, or not a run: not this run, in any case
         return False
 

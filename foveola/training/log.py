@@ -130,14 +130,16 @@ class Log:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """As `note`, from whatever process it concerns: one that reads another's disk, say."""
+        """Say something as `note` does, from whatever process it concerns: one that reads another's disk,
+        say.
+        """
         if distributed.world_size() > 1:
             text = f"process {distributed.rank()}: {text}"
         self._write(text)
         self._print(text)
 
     def failure(self, text: str) -> None:
-        """Why the run ends, into log.txt, from whatever process. Never an error: the disk may be why."""
+        """Write why the run ends into log.txt, from whatever process. Never an error: the disk may be why."""
         if distributed.world_size() > 1:
             text = f"process {distributed.rank()}: {text}"
         with suppress(OSError):
@@ -193,7 +195,7 @@ class Log:
 
 
 def surroundings(device: torch.device) -> str:
-    """What a run is made with, on one line: versions, processes and their device, machine."""
+    """Return what a run is made with, on one line: versions, processes and their device, machine."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     world = distributed.world_size()
     return (

@@ -101,7 +101,7 @@ class Trainer:
             )
 
     def state_dict(self) -> dict:
-        """Everything that a resumed run needs besides its configuration and step."""
+        """Return everything that a resumed run needs besides its configuration and step."""
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -54,11 +54,11 @@ class OptimizerConfig:
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {} if self.clip else {"clip_each": "clip=null: gradients are not clipped"}
 
     def peak(self, batch_size: int) -> float:
-        """The learning rate after warm-up for this (global) batch size."""
+        """Return the learning rate after warm-up for this (global) batch size."""
         reference, power = RULES[self.lr_rule]
         return self.lr.value * (batch_size / reference) ** power
 
@@ -109,7 +109,9 @@ class Optimizer:
             )
 
     def state_dict(self) -> dict[int, Any]:
-        """What AdamW knows of each parameter. Rates and decays follow from the step: they are not state."""
+        """Return what AdamW knows of each parameter. Rates and decays follow from the step: they are not
+        state.
+        """
         return self.adamw.state_dict()["state"]
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
@@ -129,7 +131,9 @@ class Optimizer:
         return {"lr": lr, "weight_decay": decay}
 
     def clip(self) -> Tensor:
-        """Clip gradients in place; the global norm before clipping. Not finite if any gradient is not."""
+        """Return clip gradients in place; the global norm before clipping. Not finite if any gradient
+        is not.
+        """
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         total = torch.linalg.vector_norm(norms)

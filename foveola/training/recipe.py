@@ -145,7 +145,7 @@ class RunConfig:
             )
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         idle: dict[str, str] = {}
         if self.views.objects is None:
             drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
@@ -153,7 +153,7 @@ class RunConfig:
         return idle
 
     def encoder(self) -> EncoderConfig:
-        """The encoder that this run makes."""
+        """Return the encoder that this run makes."""
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         model = dataclasses.replace(self.model, drop_path=0.0)
@@ -165,24 +165,26 @@ class RunConfig:
 
 
 def recipes() -> dict[str, About]:
-    """The recipes that come with the package."""
+    """Return the recipes that come with the package."""
     return {name: build(About, _read_recipe(name).get("about", {}), "about") for name in _shipped()}
 
 
 def installed() -> list[str]:
-    """How a recipe asks for each method and term that installed packages announce, a line each."""
+    """Return how a recipe asks for each method and term that installed packages announce, a line each."""
     found = [f"installed: method.name={name}" for name in METHOD_DOOR.others()]
     return found + [f"installed: method.{name}={{}} (for distillation)" for name in TERM_DOOR.others()]
 
 
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
-    """A recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict laid over it."""
+    """Return a recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict laid over
+    it.
+    """
     changes = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
-    return change(_read_recipe(str(recipe)), changes)
+    return with_changes(_read_recipe(str(recipe)), changes)
 
 
-def change(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
-    """A configuration as a tree, with what a user asks for laid over it.
+def with_changes(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
+    """Return a configuration as a tree, with what a user asks for laid over it.
 
     Raises ConfigError for what cannot be, and for likely words that mean something else here.
     """
@@ -221,7 +223,9 @@ def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """`{"model.size": "base"}` to `{"model": {"size": "base"}}`; dicts stay, a class becomes its name."""
+    """Return `{"model.size": "base"}` to `{"model": {"size": "base"}}`; dicts stay, a class becomes its
+    name.
+    """
     tree: dict[str, Any] = {}
     for name, value in changes.items():
         branch: Any = name_of(value) if isinstance(value, type) else value
@@ -279,7 +283,7 @@ def _unknown_recipe(recipe: str) -> str:
 
 
 def plan(config: RunConfig, images: int, processes: int = 1) -> Progress:
-    """The start of a run on this many images.
+    """Return the start of a run on this many images.
 
     Raises ConfigError for what does not fit the data, all of it in one message with what to write instead.
     """
@@ -330,7 +334,7 @@ def _misfits(config: RunConfig, progress: Progress) -> list[str]:
 
 
 def period(config: RunConfig, name: str, progress: Progress) -> int | None:
-    """Steps of one of `PERIODS`, at least 1; None where it is null."""
+    """Return the steps of one of `PERIODS`, at least 1; None where it is null."""
     duration = getattr(config, name)
     if duration is None:
         return None
@@ -341,7 +345,7 @@ def period(config: RunConfig, name: str, progress: Progress) -> int | None:
 
 
 def schedules(config: Any, where: str = "") -> Iterator[tuple[str, Schedule]]:
-    """All schedules of a configuration with their paths, wherever they stand."""
+    """Yield all schedules of a configuration with their paths, wherever they stand."""
     if isinstance(config, Schedule):
         yield where, config
         return

@@ -24,15 +24,15 @@ from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, share, untrained
+from foveola.training.assemble import assemble, batch_share, untrained
 from foveola.training.callbacks import Callbacks
 from foveola.training.evaluations import Evaluations
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
-from foveola.training.recipe import RunConfig, change, nested, period, plan, resolve
+from foveola.training.recipe import RunConfig, nested, period, plan, resolve, with_changes
 from foveola.training.signals import Stop
 from foveola.training.supply import Supply
-from foveola.training.watch import Watch, facts_of, warmup_of
+from foveola.training.watch import Watch, facts_of_run, warmup_of
 from foveola.zoo.load import load
 
 __all__ = ["Run", "pretrain", "untrained"]
@@ -56,7 +56,8 @@ class Run:
         return load(self.folder)
 
     def history(self) -> list[dict[str, float | None]]:
-        """The metrics of every logged step, in order, as `metrics.jsonl` has them (None: was not finite).
+        """Return the metrics of every logged step, in order, as `metrics.jsonl` has them (None: was not
+        finite).
 
         What was logged of one step in several lines, by training and by an evaluation, is laid together.
         """
@@ -87,7 +88,7 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
             overrides[name], sources[name] = f"{OBJECT}:{source.name}", source
     config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
-        config = change(to_dict(config), nested(overrides))
+        config = with_changes(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device, saying(distributed.is_main()):
         return _Session(config, device, sources, told_of).run()
 
@@ -104,7 +105,7 @@ class _Session:
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         self.source = as_source(sources.get("data", config.data), "train", "data")
         self.progress = plan(config, len(self.source), distributed.world_size())
-        self.part = share(config)
+        self.part = batch_share(config)
         self.total = self.progress.total_steps
         self.every, self.keep_every, evaluate_every = (
             period(config, name, self.progress)
@@ -137,7 +138,7 @@ class _Session:
                     batch_size=self.config.batch_size,
                 )
             )
-            facts = facts_of(
+            facts = facts_of_run(
                 self.config, self.trainer.method, self.progress, len(self.source), distributed.world_size()
             )
             self.watch = Watch(facts, log.kept, warmup_of(self.config, self.progress))
@@ -156,18 +157,18 @@ class _Session:
         images = same_data.agreed(self.source)  # not beyond here: an inventory of a million files is large
         return distributed.on_main(lambda: self._claim(stack, images))
 
-    def _claim(self, stack: ExitStack, images: same_data.Images) -> Path:
-        path, said = folder.choose(self.config, self.total, images)
+    def _claim(self, stack: ExitStack, images: same_data.RunImages) -> Path:
+        path, said = folder.choose_folder(self.config, self.total, images)
         stack.enter_context(folder.lock(path))
         self.changes += filter(None, (said, folder.begin(path, self.config, images)))
         return path
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; how many steps are done."""
-        newest, damaged = distributed.on_main(lambda: checkpoint.look(self.folder))
+        newest, damaged = distributed.on_main(lambda: checkpoint.newest_whole(self.folder))
         if newest is None:
             return 0
-        state = checkpoint.load(newest)
+        state = checkpoint.read_checkpoint(newest)
         try:
             self.trainer.load_state_dict(state["trainer"])
             start = int(state["step"])

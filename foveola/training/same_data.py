@@ -13,7 +13,14 @@ import numpy as np
 from foveola import distributed, files
 from foveola.config import ConfigError, UserError
 from foveola.data.identity import identity_of
-from foveola.data.inventory import Difference, Inventory, difference, inventory_of, load, named
+from foveola.data.inventory import (
+    ImageDifference,
+    Inventory,
+    compare_inventories,
+    first_names,
+    inventory_of,
+    load_inventory,
+)
 from foveola.data.sources import Source
 from foveola.failures import explain
 from foveola.files import RunFolder
@@ -27,7 +34,7 @@ OF_BEFORE = (
 
 
 @dataclass(frozen=True)
-class Images:
+class RunImages:
     """How many images there are, and what tells them from others, in order."""
 
     count: int
@@ -36,18 +43,18 @@ class Images:
     inventory: Inventory | None = field(default=None, repr=False, compare=False)
 
     @property
-    def told(self) -> "Images":
+    def told(self) -> "RunImages":
         """Without the inventory, which may be large."""
         return replace(self, inventory=None)
 
-    def agrees(self, other: "Images") -> bool:
-        """Whether both are the same images, as far as both are known."""
+    def agrees(self, other: "RunImages") -> bool:
+        """Return whether both are the same images, as far as both are known."""
         sizes = None in (self.sizes, other.sizes) or self.sizes == other.sizes
         return sizes and (self.count, self.contents) == (other.count, other.contents)
 
 
-def look(source: Source) -> Images:
-    """What the images of a source are. Where they lie does not count."""
+def images_of_run(source: Source) -> RunImages:
+    """Return what the images of a source are. Where they lie does not count."""
     count = len(source)
     read = np.arange(count)
     if count > READ:
@@ -55,18 +62,18 @@ def look(source: Source) -> Images:
     found = identity_of(source, read)
     inventory = inventory_of(source, read, found.contents)
     sizes = hashlib.sha256(inventory.sizes.tobytes()).hexdigest()[:24] if inventory.names else None
-    return Images(count, found.digest, sizes, inventory)
+    return RunImages(count, found.digest, sizes, inventory)
 
 
-def agreed(source: Source) -> Images:
-    """`look`, on all processes; the inventory on the main one alone.
+def agreed(source: Source) -> RunImages:
+    """Look as `look` does, on all processes; the inventory on the main one alone.
 
     Raises UserError where a process sees others: images are drawn by their index.
     """
-    own: list[Images] = []
+    own: list[RunImages] = []
 
-    def on_main() -> Images:
-        own.append(look(source))
+    def on_main() -> RunImages:
+        own.append(images_of_run(source))
         return own[0].told
 
     first = distributed.on_main(on_main)
@@ -85,22 +92,22 @@ def agreed(source: Source) -> Images:
     return own[0] if own else first
 
 
-def kept(folder: Path) -> Images | None:
-    """What a run began with; None where that was not noted."""
+def kept(folder: Path) -> RunImages | None:
+    """Return what a run began with; None where that was not noted."""
     try:
         tree = json.loads(RunFolder(folder).data.read_text(encoding="utf-8"))
-        return Images(**tree, inventory=load(RunFolder(folder).inventory))
+        return RunImages(**tree, inventory=load_inventory(RunFolder(folder).inventory))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def are_of(folder: Path, images: Images) -> bool:
-    """Whether these images are those that the run in `folder` is on."""
+def are_of(folder: Path, images: RunImages) -> bool:
+    """Return whether these images are those that the run in `folder` is on."""
     before = kept(folder)
     return before is not None and before.agrees(images)
 
 
-def keep(folder: Path, images: Images) -> None:
+def keep(folder: Path, images: RunImages) -> None:
     """Note what a run is on from here on."""
     tree = {"count": images.count, "contents": images.contents, "sizes": images.sizes}
     files.write_text(RunFolder(folder).data, json.dumps(tree, indent=2) + "\n")
@@ -109,23 +116,25 @@ def keep(folder: Path, images: Images) -> None:
 
 
 @dataclass(frozen=True)
-class Change:
+class DataChange:
     """What became of the images of a run, in words; empty where nothing did."""
 
     what: str = ""
     perhaps: str = ""
 
 
-def changed(before: Images, now: Images) -> Change:
-    """What is to be said of images that were noted before: how they differ, and what cannot be told."""
+def changed(before: RunImages, now: RunImages) -> DataChange:
+    """Return what is to be said of images that were noted before: how they differ, and what cannot be
+    told.
+    """
     if before.agrees(now) and now.count <= READ:  # all contents have been compared
-        return Change()
+        return DataChange()
     found = None
     if before.inventory is not None and now.inventory is not None:
-        found = difference(before.inventory, now.inventory, READ)
+        found = compare_inventories(before.inventory, now.inventory, READ)
     which = str(found or "")
     if before.agrees(now) and not (found and (found.replaced or found.unreadable)):  # names do not count
-        return Change(perhaps=_perhaps(found, now.count))
+        return DataChange(perhaps=_perhaps(found, now.count))
     if before.count != now.count:
         what = f"its data had {before.count:,} images, and have {now.count:,} now"
     else:
@@ -134,16 +143,18 @@ def changed(before: Images, now: Images) -> Change:
         which = "contents, order or annotations; or some cannot be read"
         if found is not None:
             which = "not the images, but their order, labels or annotations"
-    return Change(f"{what} ({which})" if which else what)
+    return DataChange(f"{what} ({which})" if which else what)
 
 
-def changed_since(folder: Path, images: Images) -> str:
-    """How these images differ from those of the run in `folder`; empty where nothing tells that they do."""
+def changed_since(folder: Path, images: RunImages) -> str:
+    """Return how these images differ from those of the run in `folder`; empty where nothing tells that they
+    do.
+    """
     before = kept(folder)
     return "" if before is None else changed(before, images).what
 
 
-def change(folder: Path, images: Images, allowed: bool) -> str | None:
+def note_change(folder: Path, images: RunImages, allowed: bool) -> str | None:
     """Note the images of the run in `folder`, which goes on; returns what is to be said of them.
 
     Raises ConfigError where they are others than before, unless that is `allowed`.
@@ -158,26 +169,26 @@ def change(folder: Path, images: Images, allowed: bool) -> str | None:
             f"{folder}: {found.what}. For a run of their own, choose another out=; to go on with them, write "
             "data_changed=allow, and steps and epochs are counted by what is there now"
         )
-    if found != Change() or before.inventory is None:
+    if found != DataChange() or before.inventory is None:
         keep(folder, images)
     if found.what:
         return f"data_changed=allow: {found.what}; steps and epochs are counted by what is there now"
     return found.perhaps or None
 
 
-def _perhaps(found: Difference | None, count: int) -> str:
+def _perhaps(found: ImageDifference | None, count: int) -> str:
     untold = [] if found is None else [*found.untold, *found.added]
     if not untold:
         return ""
     return (
         f"{len(untold):,} of {count:,} images have other times or names than when the run began, and the "
         "same sizes; their contents were not noted, so whether they were replaced is not known "
-        f"({named(untold)})"
+        f"({first_names(untold)})"
     )
 
 
-def _attempt(source: Source) -> Images | str:
+def _attempt(source: Source) -> RunImages | str:
     try:
-        return look(source).told
+        return images_of_run(source).told
     except Exception as error:
         return explain(error) or str(error)

@@ -11,7 +11,7 @@ import torch
 
 from foveola import distributed
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 IMPATIENT = (
     1.0  # seconds after which a second Ctrl-C counts; torchrun passes on the one that workers got, too
 )
@@ -31,7 +31,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
             self._previous = {
                 number: signal.signal(number, self._note)
                 for number in numbers
@@ -44,7 +44,9 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self) -> bool:
-        """Whether any process was told to stop; all get the same answer, so all stop after the same step."""
+        """Return whether any process was told to stop; all get the same answer, so all stop after the same
+        step.
+        """
         return bool(distributed.all_reduce_max(torch.tensor(float(self.told))))
 
     def _note(self, number: int, frame: Any) -> None:

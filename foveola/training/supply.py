@@ -27,7 +27,7 @@ class Supply:
         self.failure: Exception | None = None
 
     def next(self) -> list[Canvases] | None:
-        """The batches of a step; None on all ranks where one was told to stop, or cannot go on."""
+        """Return the batches of a step; None on all ranks where one was told to stop, or cannot go on."""
         taken, failure = [], None
         began = time.perf_counter()
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from foveola.health import Facts, Line, State, Verdict, health
+from foveola.health import Facts, State, StepMetrics, Verdict, health
 from foveola.methods.method import Method
 from foveola.schedules import Progress, steps_of
 from foveola.training.recipe import RunConfig
@@ -13,14 +13,16 @@ EARLIEST = 100  # steps before which nothing is said: every method begins with f
 class Watch:
     """Verdicts on the lines of metrics.jsonl; `lines` are those of a run that goes on."""
 
-    def __init__(self, facts: Facts, lines: Sequence[Line], warmup: int) -> None:
+    def __init__(self, facts: Facts, lines: Sequence[StepMetrics], warmup: int) -> None:
         """`warmup`: steps of the learning rate's, which are not judged either."""
         self.facts, self.lines, self.earliest = facts, list(lines), max(warmup, EARLIEST)
         self.next = 0
         self.states: dict[str, State] = {verdict.name: verdict.state for verdict in self._judge()}
 
     def add(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What to say after this line, if a verdict has become BAD or has ceased to be; mostly nothing."""
+        """Return what to say after this line, if a verdict has become BAD or has ceased to be; mostly
+        nothing.
+        """
         self.lines.append({"step": step, **metrics})
         if step < self.earliest or len(self.lines) < self.next:
             return []
@@ -37,7 +39,7 @@ class Watch:
         return said
 
     def summary(self) -> list[str]:
-        """What is to be said at the end: every answer that is not good, or that all are."""
+        """Return what is to be said at the end: every answer that is not good, or that all are."""
         verdicts = health(self.lines, self.facts)
         bad = [v for state in ("BAD", "LOOK") for v in verdicts if v.state == state]
         if not bad:
@@ -53,8 +55,8 @@ class Watch:
         return [v for v in health(self.lines, self.facts)[2:] if v.state != "NOT KNOWN"]
 
 
-def facts_of(config: RunConfig, method: Method, progress: Progress, images: int, processes: int) -> Facts:
-    """What the verdicts need of a run on this many images."""
+def facts_of_run(config: RunConfig, method: Method, progress: Progress, images: int, processes: int) -> Facts:
+    """Return what the verdicts need of a run on this many images."""
     return Facts(
         method=config.method.name,
         precision=config.precision,
@@ -69,7 +71,7 @@ def facts_of(config: RunConfig, method: Method, progress: Progress, images: int,
 
 
 def warmup_of(config: RunConfig, progress: Progress) -> int:
-    """Steps of the learning rate's warm-up."""
+    """Return the steps of the learning rate's warm-up."""
     return steps_of(
         config.optimizer.lr.warmup,
         total_steps=progress.total_steps,

@@ -76,7 +76,7 @@ class ViewsConfig:
             raise ValueError("dropping and blocks both choose what the student gets: set one of them to null")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         idle: dict[str, str] = {}
         if not self.local_count:
             local = ["local_size", "local_scale"]
@@ -119,7 +119,7 @@ class Hidden:
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "B V N"], device: torch.device) -> "Hidden":
-        """A mask that was drawn on the CPU, and its indices, on the training device."""
+        """Return a mask that was drawn on the CPU, and its indices, on the training device."""
         # Found on the CPU, where the mask was drawn: counting on a GPU would make every step wait for it.
         indices = mask.flatten().nonzero()[:, 0]
         return cls(mask.to(device, non_blocking=True), indices.to(device, non_blocking=True))
@@ -347,7 +347,7 @@ class _Cutter:
     ) -> Float[Tensor, "B V 3 H W"]:
         """The pixels of the views, in their colours."""
         looks = kind.looks.expand(boxes.shape[:2])
-        drawn = color.draw(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
+        drawn = color.draw_colors(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
         blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
         views = sample(self.pixels, boxes, flips, kind.size, "bicubic", blur, self.canvases.extents)
         return color.apply(views.flatten(0, 1), drawn, self.config.color).unflatten(0, boxes.shape[:2])

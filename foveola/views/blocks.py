@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveola.config import key
 
-TRIES = 20  # draws of a view before it gets along with one block less
+BLOCK_TRIES = 20  # draws of a view before it gets along with one block less
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class BlocksConfig:
     def sizes(
         self, grid: tuple[int, int], scale: float, aspect: float, context: float
     ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(height, width) of the blocks to predict and of the context's, from three numbers in [0, 1)."""
+        """Return (height, width) of the blocks to predict and of the context's, from three numbers in
+        [0, 1).
+        """
         low, high = self.target_aspect
         ratio = low + (high - low) * aspect
         return self._sides(grid, self.target_scale, scale, ratio), self._sides(
@@ -73,7 +75,7 @@ class BlocksConfig:
 def draw_blocks(
     config: BlocksConfig, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> tuple[Int64[Tensor, "n K"], Int64[Tensor, "n P"]]:
-    """Context and targets of n views over a (rows, columns) patch grid, as patch indices.
+    """Return context and targets of n views over a (rows, columns) patch grid, as patch indices.
 
     Sizes are drawn once for all views: one of the blocks to predict, one of the context's. Each view places
     `targets` blocks, which may overlap, and the context's; its context is the latter without the former. A
@@ -97,11 +99,11 @@ def draw_blocks(
     blocks = _place(size, (views, count), grid, published, generator)
     windows = _place(around, (views,), grid, published, generator)
     contexts = windows & ~blocks.any(dim=1)
-    for attempt in range(1, TRIES * count + 1):
+    for attempt in range(1, BLOCK_TRIES * count + 1):
         poor = (contexts.sum(dim=1) <= config.min_context).nonzero()[:, 0]
         if not len(poor):
             break
-        spared = count - attempt // TRIES  # blocks that the context still avoids
+        spared = count - attempt // BLOCK_TRIES  # blocks that the context still avoids
         windows[poor] = _place(around, (len(poor),), grid, published, generator)
         if not published:
             fresh = _place(size, (len(poor), count), grid, published, generator)

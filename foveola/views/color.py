@@ -48,7 +48,7 @@ class ColorConfig:
             raise ValueError("std: must be positive")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         jitter = ("brightness", "contrast", "saturation", "hue")
         idle: dict[str, str] = {}
         if not self.jitter:
@@ -69,7 +69,7 @@ class ColorDraw:
     blur: Float[Tensor, "n"]  # sigma in view pixels, 0 = no blur
 
 
-def draw(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
+def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
     """Draw colour parameters; `kinds` is 0 for the first global view, 1 for other globals, 2 for locals."""
     n = kinds.shape[0]
     uniform = torch.rand(n, 12, generator=generator)
@@ -93,7 +93,9 @@ def draw(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Genera
 def apply(
     images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig
 ) -> Float[Tensor, "n 3 H W"]:
-    """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling first."""
+    """Return colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling
+    first.
+    """
     images.clamp_(0, 1)
     operations = (_brightness, _contrast, _saturation, _hue)
     for place in range(4):

@@ -35,7 +35,7 @@ class ObjectsConfig:
             raise ValueError("attention_local: needs attention=true; without it there are no object tokens")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         idle: dict[str, str] = {}
         if not (self.aware or self.aware_local):
             idle |= dict.fromkeys(("candidates", "min_visible"), "aware=false: no view looks for an object")
@@ -54,7 +54,8 @@ def object_boxes(
     config: ObjectsConfig,
     generators: tuple[torch.Generator, torch.Generator],
 ) -> tuple[Float[Tensor, "B V 4"], Float[Tensor, "B V"]]:
-    """Boxes that hold every target object of their image, and how many draws each took (0 = none held it).
+    """Return boxes that hold every target object of their image, and how many draws each took (0 = none held
+    it).
 
     All candidates are drawn at once; a view takes its first one in which each object shows more than
     `min_visible` of its area. If there is none it takes the one that shows most of the object shown least.
@@ -88,6 +89,8 @@ def object_patches(
     grid: tuple[int, int],
     min_coverage: float,
 ) -> Bool[Tensor, "B V M N"]:
-    """The patches of each view that belong to each object: covered share >= `min_coverage`; may be empty."""
+    """Return the patches of each view that belong to each object: covered share >= `min_coverage`; may be
+    empty.
+    """
     coverage = sample(masks, boxes, flips, grid, kernel="area")
     return covered_patches(coverage, min_coverage)

@@ -36,12 +36,12 @@ class PlacementConfig:
             raise ValueError("area: needs low <= high")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {} if self.distribution == "beta" else {"beta": f"distribution={self.distribution}"}
 
 
 def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) -> Float64[Tensor, "n"]:
-    """Shares s of the field's area: s = low + (high - low) x, x ~ Beta(a, b) or uniform in [0, 1).
+    """Return shares s of the field's area: s = low + (high - low) x, x ~ Beta(a, b) or uniform in [0, 1).
 
     The paper gives Beta(2, 5) and the ends 0.2 and 1; cut off at 0.2 instead, a third of the draws would be
     0.2.
@@ -62,7 +62,7 @@ def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) 
 def place_views(
     config: PlacementConfig, boxes: Float[Tensor, "B V 4"], generator: torch.Generator
 ) -> Float[Tensor, "B V 4"]:
-    """Boxes in the position field of all V views of each of B images, given their boxes in the image.
+    """Return boxes in the position field of all V views of each of B images, given their boxes in the image.
 
     One factor for both axes and one shift for all views of an image: the rectangle A around them, of area
     |A|, gets the area s by the factor sqrt(s / |A|), less where A would be longer or wider than the field,

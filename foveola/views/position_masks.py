@@ -11,7 +11,7 @@ from torch import Tensor
 from foveola.config import key
 from foveola.views.tokens import MaskingConfig, block_masks, draw_masks, stratified_targets
 
-BLOCK = {"smallest": 4, "largest": 0.5}  # of shape=block, as DINOv2 masks contents
+BLOCK_SIZES = {"smallest": 4, "largest": 0.5}  # of shape=block, as DINOv2 masks contents
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def draw_both(
     grid: tuple[int, int],
     streams: Callable[[str], torch.Generator],
 ) -> tuple[Bool[Tensor, "B V N"] | None, Bool[Tensor, "B V N"]]:
-    """Patches of global views without contents, and those without position; never both in a view.
+    """Return patches of global views without contents, and those without position; never both in a view.
 
     `share` x B images (or share x B V views) are drawn for position masks, rounded at random where that is
     no whole number. The contents of the others are masked as `contents` says, as if they were the batch. The
     first result is None without `contents`.
     """
     units, each = (batch, views) if positions.per_image else (batch * views, 1)
-    choice = choose(positions.share, units, streams("position choice"))
+    choice = exact_share(positions.share, units, streams("position choice"))
     patches = grid[0] * grid[1]
     unplaced = torch.zeros(units, each, patches, dtype=torch.bool)
     drawn = position_masks(positions, int(choice.sum()) * each, grid, streams("position masks"))
@@ -64,8 +64,10 @@ def draw_both(
     return masked, unplaced.view(batch, views, patches)
 
 
-def choose(share: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
-    """share x count of n, exactly where that is whole, else one more by chance, so that the mean is right."""
+def exact_share(share: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
+    """Return the share x count of n, exactly where that is whole, else one more by chance, so that the mean
+    is right.
+    """
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
     chosen = int(share * count + uniform)
     return torch.randperm(count, generator=generator) < chosen
@@ -74,19 +76,21 @@ def choose(share: float, count: int, generator: torch.Generator) -> Bool[Tensor,
 def position_masks(
     config: PositionMaskingConfig, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "n N"]:
-    """Masks of n views with ratios spread evenly over the range, in random order (as DINOv2 deals out)."""
+    """Return masks of n views with ratios spread evenly over the range, in random order (as DINOv2 deals
+    out).
+    """
     patches = grid[0] * grid[1]
     dealt = MaskingConfig(probability=1.0, ratio=config.ratio, stratified=True)
     targets = stratified_targets(dealt, views, patches, generator)
     if config.shape == "cross":
         return cross_masks(targets.long(), grid, generator)
-    return block_masks(targets / patches, grid, generator, BLOCK["smallest"], BLOCK["largest"])
+    return block_masks(targets / patches, grid, generator, BLOCK_SIZES["smallest"], BLOCK_SIZES["largest"])
 
 
 def cross_masks(
     targets: Int64[Tensor, "n"], grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "n N"]:
-    """Crosses until exactly `targets` [n] patches of each view are masked.
+    """Return crosses until exactly `targets` [n] patches of each view are masked.
 
     The centre of a cross is uniform among the patches that are not masked yet; it takes their whole row and
     column. Of what the last cross adds to the others, as many random patches stay out as are too many. (The

@@ -16,7 +16,7 @@ from torch import Tensor
 from foveola.config import key
 
 ASPECT = 0.3  # blocks have height / width in [0.3, 1 / 0.3]
-TRIES = 10
+MASK_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MaskingConfig:
             raise ValueError("stratified masks are dealt out over all views: per_image=false")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         if self.shape == "block":
             return {}
         return dict.fromkeys(("smallest_block", "largest_block"), "shape=random has no blocks")
@@ -57,7 +57,7 @@ class MaskingConfig:
 def draw_masks(
     config: MaskingConfig, batch: int, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "B V N"]:
-    """Masks for `views` views of each of `batch` images over a (rows, columns) patch grid."""
+    """Return masks for `views` views of each of `batch` images over a (rows, columns) patch grid."""
     patches = grid[0] * grid[1]
     if config.stratified:
         targets = stratified_targets(config, batch * views, patches, generator)
@@ -76,7 +76,8 @@ def draw_masks(
 def stratified_targets(
     config: MaskingConfig, views: int, patches: int, generator: torch.Generator
 ) -> Float[Tensor, "n"]:
-    """Whole numbers of patches to mask in each view, 0 for views left alone (DINOv2's collate function).
+    """Return whole numbers of patches to mask in each view, 0 for views left alone (DINOv2's collate
+    function).
 
     m = int(probability * views) views are masked. The range of ratios is cut into m equal intervals, each
     gives one ratio, uniform in it; int(ratio * patches) each, shuffled over the views. So every batch has
@@ -96,7 +97,7 @@ def stratified_targets(
 def random_masks(
     ratios: Float[Tensor, "n"], grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "n N"]:
-    """Exactly int(ratio * N) patches of each view, uniformly at random."""
+    """Return exactly int(ratio * N) patches of each view, uniformly at random."""
     return _spread(ratios * (grid[0] * grid[1]), grid[0] * grid[1], generator)
 
 
@@ -112,7 +113,8 @@ def block_masks(
     smallest: int | None = None,
     largest: float = 1.0,
 ) -> Bool[Tensor, "n N"]:
-    """Unions of rectangles that never exceed ratio * N patches and end slightly below (facts of iBOT's code).
+    """Return unions of rectangles that never exceed ratio * N patches and end slightly below (facts of iBOT's
+    code).
 
     A block's area is uniform between `smallest` and what is still missing, its aspect log-uniform in [0.3,
     1/0.3]. It is placed if it is smaller than the grid and adds at least one and at most the missing number
@@ -158,7 +160,7 @@ def _grow(
         mask[active] |= block & placed[:, None, None]
         count[active] += torch.where(placed, new, 0)
         failures[active] = torch.where(placed, 0, failures[active] + 1)
-        active = active[(count[active] < target[active]) & (failures[active] < TRIES)]
+        active = active[(count[active] < target[active]) & (failures[active] < MASK_TRIES)]
     return mask.flatten(1)
 
 
@@ -176,11 +178,13 @@ class DroppingConfig:
     predict: float = key(0.05, "share of the dropped patches that are predicted", above=0, at_most=1)
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {"roll": "shape=random has no rectangles"} if self.shape == "random" else {}
 
     def counts(self, patches: int) -> tuple[int, int]:
-        """(kept, predicted) patches of a view. Raises ValueError where nothing would be dropped or kept."""
+        """Return (kept, predicted) patches of a view. Raises ValueError where nothing would be dropped or
+        kept.
+        """
         dropped = int(self.ratio * patches)
         if not 0 < dropped < patches:
             what = "no patch is dropped" if not dropped else "no patch is kept"
@@ -191,7 +195,7 @@ class DroppingConfig:
 def draw_drops(
     config: DroppingConfig, views: int, grid: tuple[int, int], generator: torch.Generator
 ) -> tuple[Int64[Tensor, "n K"], Int64[Tensor, "n P"]]:
-    """Indices of the kept and of the predicted patches of n views, ascending and in random order."""
+    """Return indices of the kept and of the predicted patches of n views, ascending and in random order."""
     patches = grid[0] * grid[1]
     kept, predicted = config.counts(patches)
     if config.shape == "random":

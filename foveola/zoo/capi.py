@@ -6,7 +6,9 @@ from foveola.zoo.sizes import WRAPPERS, depth_of, mlp_ratio, patch_kernel, publi
 
 
 def capi_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """The tensors of a CAPI encoder and decoder, from a bare state dict or the wrappers of a training run."""
+    """Return the tensors of a CAPI encoder and decoder, from a bare state dict or the wrappers of a training
+    run.
+    """
     prefixes = ("", "module.", "backbone.", "teacher.", "student_ema.")
     for state in (checkpoint, *(checkpoint[w] for w in WRAPPERS if isinstance(checkpoint.get(w), dict))):
         for prefix in prefixes:
@@ -16,7 +18,7 @@ def capi_weights(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def capi(state: dict[str, Any], heads: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and settings from the state dict of CAPI's released models.
+    """Return weights and settings from the state dict of CAPI's released models.
 
     Its blocks hold `residual1` (attention with q_proj, k_proj, v_proj, proj) and `residual2` (MLP), each with
     a norm. Of the decoder the first block is kept, which pools. Frequencies of rotary positions are

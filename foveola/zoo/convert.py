@@ -27,7 +27,7 @@ NETWORKS = (
     "base_encoder.",
     "momentum_encoder.",
 )  # several in one dict, by preference
-LABELS = ("head.weight", "head.bias")  # a classifier: the file is of supervised training
+CLASSIFIER = ("head.weight", "head.bias")  # a classifier: the file is of supervised training
 TRAINING = (  # what only training reads, at the top level
     *("head.", "head_dist.", "last_layer", "mlp.", "dino_head.", "ibot_head.", "instance_head."),
     *("local_group_head.", "group_head.", "relation_blocks.", "mem.", "fc.", "prototypes", "mask_pos_token"),
@@ -41,7 +41,7 @@ OURS = (  # names of DINOv2, DINOv3 and iBOT to timm's, which are ours
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
-NEEDED = (  # and the dimensions of each
+NEEDED_TENSORS = (  # and the dimensions of each
     ("patch_embed.proj.weight", 4),
     ("blocks.0.attn.qkv.weight", 2),
     ("blocks.0.mlp.fc1.weight", 2),
@@ -66,7 +66,7 @@ REASONS = (  # of networks that ours cannot express: what tells them, what to sa
     (r"\.attn\.(q|k)_norm\.", "it has norms of queries and keys, which our ViT has not"),
 )
 RESIZED = {"dino": {"position_offset": 0.1}, "timm": {"position_antialias": True}, "plain": {}}
-PIXELS: dict[str, dict[str, list[float]]] = {
+PIXEL_STATISTICS: dict[str, dict[str, list[float]]] = {
     "imagenet": {},  # the default mean and deviation
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     "sat493m": {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]},
@@ -102,7 +102,7 @@ class Backbone:
 
 
 def convert(checkpoint: dict[str, Any], said: FileConfig = UNSAID) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and settings of an encoder (a tree for EncoderConfig) from a public checkpoint.
+    """Return weights and settings of an encoder (a tree for EncoderConfig) from a public checkpoint.
 
     Args:
         said: what the user says of the file.
@@ -128,7 +128,7 @@ def convert(checkpoint: dict[str, Any], said: FileConfig = UNSAID) -> tuple[dict
         _check_size(said, shape, found)
         kind = said.preprocess or _pixels_of(found)
     side = said.image_size or side
-    settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXELS[kind]}
+    settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXEL_STATISTICS[kind]}
     return weights, settings
 
 
@@ -163,7 +163,7 @@ def _pixels_of(found: Backbone) -> str:
 def plain_vit(
     found: Backbone, said: FileConfig = UNSAID, rotary: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and shape of a plain ViT from the tensors of a public checkpoint.
+    """Return weights and shape of a plain ViT from the tensors of a public checkpoint.
 
     Blocks may have LayerScale and gated MLPs; there may be registers, and positions with or without rows for
     the class token and registers, which are then added to these. Heads of training and decoders are left out.
@@ -272,7 +272,7 @@ def _check(weights: dict[str, Any], tensors: dict[str, Any], rotary: bool) -> No
     for pattern, reason in REASONS:
         if name := next((name for name in sorted(tensors) if re.search(pattern, name)), None):
             raise ValueError(f"not a ViT that can be loaded ({name}): {reason}")
-    needed = NEEDED if rotary else (*NEEDED, ("pos_embed", 3))
+    needed = NEEDED_TENSORS if rotary else (*NEEDED_TENSORS, ("pos_embed", 3))
     for name, dimensions in needed:
         if name in weights and weights[name].ndim != dimensions:
             shape = tuple(weights[name].shape)
@@ -286,7 +286,7 @@ def _check(weights: dict[str, Any], tensors: dict[str, Any], rotary: bool) -> No
 
 
 def backbone_of(checkpoint: dict[str, Any]) -> Backbone:
-    """Tensors of the backbone by bare names, the teacher's if there are two."""
+    """Return tensors of the backbone by bare names, the teacher's if there are two."""
     state: dict[str, Any] = checkpoint
     wrapped = False
     while wrapper := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None):
@@ -307,11 +307,11 @@ def backbone_of(checkpoint: dict[str, Any]) -> Backbone:
     if dinos:  # what else is there are heads, of any name
         state = {name: value for name, value in state.items() if "backbone." in _prefix(name)}
     tensors = {name.removeprefix(_prefix(name)): v for name, v in state.items() if hasattr(v, "shape")}
-    return Backbone(tensors, all(name in tensors for name in LABELS), wrapped, dinos)
+    return Backbone(tensors, all(name in tensors for name in CLASSIFIER), wrapped, dinos)
 
 
 def bare(tensors: dict[str, Any]) -> Backbone:
-    """A backbone of a library, whose settings are known otherwise."""
+    """Return a backbone of a library, whose settings are known otherwise."""
     return Backbone(tensors, labels=False, wrapped=True, dinos=False)
 
 

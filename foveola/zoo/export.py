@@ -24,7 +24,7 @@ from foveola.zoo.load import load
 from foveola.zoo.sizes import mlp_ratio
 from foveola.zoo.weights import SETTINGS
 
-FORMATS = ("timm", "hf", "torch")
+EXPORT_FORMATS = ("timm", "hf", "torch")
 PACKED = {  # one matrix of ours, several of Hugging Face's
     ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
     ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj."),
@@ -45,8 +45,8 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     exists, and where the library is missing; nothing is then left at `out`.
     """
     out = Path(out)
-    if format not in FORMATS:
-        raise UserError(f"format={format}: expected {', '.join(FORMATS)}")
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"format={format}: expected {', '.join(EXPORT_FORMATS)}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} exists; export writes to a new place")
     if format == "torch" and out.suffix == ".safetensors":  # as which every reader would take it

@@ -13,7 +13,7 @@ from foveola.zoo.weights import SETTINGS, read_weights
 
 
 def load_file(name: str) -> Encoder:
-    """The encoder in a checkpoint file of a public ViT: `FILE` or `FILE?heads=12&image_size=448`.
+    """Return the encoder in a checkpoint file of a public ViT: `FILE` or `FILE?heads=12&image_size=448`.
 
     What the layout of the file does not tell must be said (`FileConfig`). Raises UserError, in one line, for
     files that are no ViT of ours, for unknown options, and for settings that have to be said.
@@ -49,7 +49,9 @@ def _exported(state: dict[str, Any], path: Path) -> Encoder:
 
 
 def options_of(name: str, query: str) -> dict[str, str]:
-    """What stands behind the `?` of a model's name. Raises UserError for an option that is given twice."""
+    """Return what stands behind the `?` of a model's name. Raises UserError for an option that is given
+    twice.
+    """
     pairs = parse_qsl(query, keep_blank_values=True)
     options = dict(pairs)
     if len(options) < len(pairs):
@@ -59,7 +61,7 @@ def options_of(name: str, query: str) -> dict[str, str]:
 
 
 def split_options(name: str) -> tuple[Path, str]:
-    """The path, and what stands behind its `?`; a file whose name holds one is taken as it is."""
+    """Return the path, and what stands behind its `?`; a file whose name holds one is taken as it is."""
     if Path(name).exists():
         return Path(name), ""
     path, _, query = name.partition("?")

@@ -30,7 +30,7 @@ class Foreign:
 
 
 def adopt(foreign: Foreign, name: str) -> Encoder:
-    """An encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
+    """Return an encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
     encoder = Encoder(build(EncoderConfig, foreign.settings | {"origin": name}, where=name))
     encoder.fill({key: value.detach() for key, value in foreign.weights.items()}, Path(name))
     side = encoder.config.transform.crop
@@ -60,7 +60,7 @@ def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: st
 
 
 def import_library(module: str, extra: str) -> Any:
-    """An optional library. Raises UserError that names the extra which installs it."""
+    """Return an optional library. Raises UserError that names the extra which installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -71,6 +71,6 @@ def import_library(module: str, extra: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Return the first line of what an exception says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

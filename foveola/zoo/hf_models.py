@@ -11,9 +11,9 @@ from foveola.zoo.convert import FileConfig, bare, plain_vit
 from foveola.zoo.foreign import Foreign, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 
-KINDS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")
+MODEL_TYPES = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-NAMES = (  # of transformers 4 and 5 to timm's, which are ours
+TIMM_NAMES = (  # of transformers 4 and 5 to timm's, which are ours
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.register_tokens$", "reg_token"),
     (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
@@ -38,7 +38,7 @@ NAMES = (  # of transformers 4 and 5 to timm's, which are ours
 def from_hf(
     name: str, revision: str | None = None, preprocess: str | None = None, size: int | None = None
 ) -> Foreign:
-    """A model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
+    """Return a model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
 
     Args:
         preprocess, size: how images are made (`preprocess.transform_of`); by default as the settings of its
@@ -54,8 +54,8 @@ def from_hf(
         config = transformers.AutoConfig.from_pretrained(name, **found)
     except Exception as error:  # of the library, of its hub, of the network: there is no list of them
         raise UserError(f"{where}: {one_line(error)}") from error
-    if config.model_type not in KINDS:
-        raise UserError(f"{where} is a {config.model_type!r}; known: {', '.join(KINDS)}")
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{where} is a {config.model_type!r}; known: {', '.join(MODEL_TYPES)}")
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "ijepa") else {}
     speech = transformers.utils.logging
     loudness = speech.get_verbosity()
@@ -71,11 +71,13 @@ def from_hf(
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
     transform = transform_of("hf", name, preprocess, size, lambda size: _transform(name, where, found, size))
-    return from_module(model.eval(), where, transform)
+    return from_hf_module(model.eval(), where, transform)
 
 
-def from_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
-    """A module of transformers in our terms. Raises UserError for those that our ViT cannot express."""
+def from_hf_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
+    """Return a module of transformers in our terms. Raises UserError for those that our ViT cannot
+    express.
+    """
     config = model.config
     kind = config.model_type
     rotary = kind == "dinov3_vit"
@@ -127,8 +129,10 @@ def _check(config: Any, name: str, rotary: bool, gated: bool) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name in timm, where `attn.q`, `attn.k`, `attn.v`, `mlp.gate_proj`, `mlp.up_proj` are one."""
-    for pattern, ours in NAMES:
+    """Return a tensor's name in timm, where `attn.q`, `attn.k`, `attn.v`, `mlp.gate_proj`, `mlp.up_proj` are
+    one.
+    """
+    for pattern, ours in TIMM_NAMES:
         name = re.sub(pattern, ours, name)
     return name
 

@@ -16,7 +16,7 @@ from foveola.zoo.timm_models import from_timm
 from foveola.zoo.weights import read_config
 
 LARGEST = 8192  # pixels a side
-SIZES = {  # of ViTConfig, and how timm and transformers call them
+SIZE_KEYS = {  # of ViTConfig, and how timm and transformers call them
     "width": ("embed_dim", "hidden_size"),
     "depth": ("depth", "num_hidden_layers"),
     "image_size": ("img_size", "image_size"),
@@ -78,7 +78,7 @@ def check_folder(folder: Path, name: str) -> None:
     settings = read_config(folder / "config.json")
     found = settings | (inner if isinstance(inner := settings.get("model_args"), dict) else {})
     sizes: dict[str, Any] = {"heads": 1, "image_size": 1, "patch_size": 1, "depth": 1}
-    for ours, theirs in SIZES.items():
+    for ours, theirs in SIZE_KEYS.items():
         if isinstance(value := next((found[word] for word in theirs if word in found), None), int):
             sizes[ours] = value
     side = sizes["patch_size"] = max(sizes["patch_size"], 1)

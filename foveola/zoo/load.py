@@ -17,7 +17,7 @@ from foveola.zoo.weights import read_config
 
 UNTRAINED = "untrained:"
 LIBRARIES = ("timm:", "hf:")
-PIXELS = "pixels:"
+PIXELS_PREFIX = "pixels:"
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
@@ -36,7 +36,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
 
 
 def _load(name: str) -> Encoder:
-    if name.startswith(PIXELS):
+    if name.startswith(PIXELS_PREFIX):
         return pixel_encoder(name)
     if name.startswith(LIBRARIES):
         return load_library(name)

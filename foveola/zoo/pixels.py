@@ -9,11 +9,12 @@ from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.zoo.files import options_of
 
 DEFAULTS = {"size": 32, "patch": 32}
-MOST = 64  # pixels a side of a patch: 2.4 GB
+LARGEST_PATCH = 64  # pixels a side of a patch: 2.4 GB
 
 
 def pixel_encoder(name: str) -> Encoder:
-    """An encoder that hands on each patch as its 3 p^2 normalised pixels, divided by their root mean square.
+    """Return an encoder that hands on each patch as its 3 p^2 normalised pixels, divided by their root mean
+    square.
 
     Of an image that is one patch (the default, 32 of 32 pixels) the feature is the whole image; with
     smaller patches they are features for dense protocols, and what stands for an image is their mean. It is
@@ -33,10 +34,11 @@ def pixel_encoder(name: str) -> Encoder:
     if size % patch:
         raise UserError(f"{name}: size={size} is not a multiple of patch={patch}")
     width = 3 * patch**2
-    if patch > MOST:  # the block that adds nothing has 4 width^2 numbers
+    if patch > LARGEST_PATCH:  # the block that adds nothing has 4 width^2 numbers
         raise UserError(
             f"{name}: patches of {patch} pixels a side have {width:,} numbers, more than a network can be "
-            f"made for: at most {MOST}; for an image in one patch size={MOST}&patch={MOST} shrinks it"
+            f"made for: at most {LARGEST_PATCH}; for an image in one patch "
+            f"size={LARGEST_PATCH}&patch={LARGEST_PATCH} shrinks it"
         )
     settings: dict[str, Any] = {
         "model": {

@@ -6,7 +6,10 @@ from typing import Any
 
 from foveola.config import UserError
 
-KINDS = {"timm": ("timm", "official", "imagenet"), "hf": ("own", "official", "imagenet")}  # defaults first
+PREPROCESSING = {
+    "timm": ("timm", "official", "imagenet"),
+    "hf": ("own", "official", "imagenet"),
+}  # defaults first
 # Families by the names of their models; the square that their authors' evaluations encode (None: the model's
 # size), and the shorter side of the resized image over it. All resize bicubically and cut the centre.
 OFFICIAL: tuple[tuple[str, int | None, float], ...] = (
@@ -21,14 +24,14 @@ OFFICIAL: tuple[tuple[str, int | None, float], ...] = (
 
 def check_kind(library: str, name: str, kind: str | None) -> None:
     """Raise UserError unless the library's models know this kind of `preprocess`."""
-    if kind is not None and kind not in KINDS[library]:
-        raise UserError(f"{library}:{name}: preprocess={kind}: expected {', '.join(KINDS[library])}")
+    if kind is not None and kind not in PREPROCESSING[library]:
+        raise UserError(f"{library}:{name}: preprocess={kind}: expected {', '.join(PREPROCESSING[library])}")
 
 
 def transform_of(
     library: str, name: str, kind: str | None, size: int | None, own: Callable[[int | None], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A tree for TransformConfig.
+    """Return a tree for TransformConfig.
 
     Args:
         name: of the model, in its library.
@@ -39,14 +42,14 @@ def transform_of(
 
     Raises UserError where the authors' evaluations are not known.
     """
-    kind = kind or KINDS[library][0]
+    kind = kind or PREPROCESSING[library][0]
     if kind == "imagenet":
         return _square(size or 224, 8 / 7)
     if kind != "official":
         return own(size)
     known = next(((side, ratio) for family, side, ratio in OFFICIAL if re.search(family, name.lower())), None)
     if known is None:
-        others = " or ".join(other for other in KINDS[library] if other != "official")
+        others = " or ".join(other for other in PREPROCESSING[library] if other != "official")
         raise UserError(
             f"{library}:{name}: preprocess=official is known of DINO, DINOv2, DINOv3, MAE and DeiT, by the "
             f"model's name; take {others}"

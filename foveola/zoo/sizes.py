@@ -22,13 +22,13 @@ MAE = {shape: heads for shape, heads in HEADS.items() if shape[0] >= 768}  # sma
 
 
 def size_of(width: int, heads: int) -> dict[str, Any]:
-    """Size, width and heads as keys of ViTConfig."""
+    """Return size, width and heads as keys of ViTConfig."""
     known = {"size": WIDTHS[width]} if width in WIDTHS else {"size": "small", "width": width}
     return known | {"heads": heads}
 
 
 def published_heads(shape: tuple[int, int, int], published: dict[tuple[int, int, int], int] = HEADS) -> int:
-    """Heads of the published network of this (width, depth, hidden channels).
+    """Return heads of the published network of this (width, depth, hidden channels).
 
     Tensors do not tell how many heads share a width. Raises ValueError for a shape that is not published.
     """
@@ -43,19 +43,21 @@ def published_heads(shape: tuple[int, int, int], published: dict[tuple[int, int,
 
 
 def depth_of(names: Iterable[str], prefix: str = "blocks.") -> int:
-    """Blocks, by the highest number after `prefix`; 0 where there is none."""
+    """Return blocks, by the highest number after `prefix`; 0 where there is none."""
     numbers = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in names)
     return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """A ratio that gives `hidden` back as int(width * ratio), which rounding may bring below."""
+    """Return a ratio that gives `hidden` back as int(width * ratio), which rounding may bring below."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def patch_kernel(kernel: Any, name: str) -> tuple[int, int]:
-    """(width, side of a patch) of the weights of a patch embedding. Raises ValueError unless they fit."""
+    """Return (width, side of a patch) of the weights of a patch embedding. Raises ValueError unless
+    they fit.
+    """
     shape = tuple(kernel.shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise ValueError(f"{name} is {shape}, expected (width, 3, side, side)")

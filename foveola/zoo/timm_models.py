@@ -14,7 +14,7 @@ from foveola.zoo.foreign import Foreign, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 from foveola.zoo.weights import read_weights
 
-WRAPPERS = ("state_dict", "model")
+TIMM_WRAPPERS = ("state_dict", "model")
 EVA = (  # names of timm's Eva, which DINOv3 is there, to those of its ViT
     (r"\.gamma_([12])$", r".ls\1.gamma"),
     (r"\.mlp\.fc1_g\.", ".mlp.gate."),
@@ -25,7 +25,7 @@ EVA = (  # names of timm's Eva, which DINOv3 is there, to those of its ViT
 def from_timm(
     name: str, pretrained: str = "true", preprocess: str | None = None, size: int | None = None
 ) -> Foreign:
-    """A model of timm's by name or from a folder that timm wrote (`config.json` and weights).
+    """Return a model of timm's by name or from a folder that timm wrote (`config.json` and weights).
 
     Args:
         pretrained: "true" for timm's own weights, "false" for random ones, or a file of weights
@@ -50,11 +50,13 @@ def from_timm(
         raise UserError(f"timm:{name}: {one_line(error)}") from error
     if pretrained not in ("true", "false"):
         _fill(model, Path(pretrained), name)
-    return from_module(model.eval(), f"timm:{name}", preprocess, size)
+    return from_timm_module(model.eval(), f"timm:{name}", preprocess, size)
 
 
-def from_module(model: Any, name: str, preprocess: str | None = None, size: int | None = None) -> Foreign:
-    """A module of timm's in our terms. Raises UserError for those that our ViT cannot express."""
+def from_timm_module(
+    model: Any, name: str, preprocess: str | None = None, size: int | None = None
+) -> Foreign:
+    """Return a module of timm's in our terms. Raises UserError for those that our ViT cannot express."""
     rotary = _check(model, name)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
     if rotary:
@@ -149,7 +151,7 @@ def _fill(model: Any, path: Path, name: str) -> None:
     if not path.is_file():
         raise UserError(f"timm:{name}: pretrained={path}: expected true, false or a file of weights")
     state: Any = read_weights(path)
-    while wrapper := next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None):
+    while wrapper := next((w for w in TIMM_WRAPPERS if isinstance(state.get(w), dict)), None):
         state = state[wrapper]
     state = {key.removeprefix("module."): value for key, value in state.items() if hasattr(value, "shape")}
     state = {key: value for key, value in state.items() if not key.startswith("head.")}

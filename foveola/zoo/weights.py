@@ -17,7 +17,7 @@ NESTED = 8  # dicts in dicts; official files have 3
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The nested dict of tensors by name in a `.safetensors` or torch file; other things are left out.
+    """Return the nested dict of tensors by name in a `.safetensors` or torch file; other things are left out.
 
     Never runs code from it. Raises UserError, in one line, for files that are damaged, are no dicts or hold
     themselves.
@@ -50,7 +50,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A `config.json` beside weights. Raises UserError, in one line, unless it holds an object."""
+    """Return a `config.json` beside weights. Raises UserError, in one line, unless it holds an object."""
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise UserError(f"{path.parent} is damaged: {path.name} is larger than any configuration")

@@ -45,9 +45,9 @@ def test_a_module_of_this_folder_that_python_does_not_find(tmp_path: Path, monke
 
 def test_a_package_announces_a_kind_of_its_own(frames, monkeypatch):
     spec, pixels = frames
-    entry = EntryPoint("frames", "frames_of_docs:open_frames", sources.GROUP)
+    entry = EntryPoint("frames", "frames_of_docs:open_frames", sources.SOURCE_ENTRY_POINTS)
     monkeypatch.setattr(
-        sources, "announced", lambda group: {"frames": entry} if group == sources.GROUP else {}
+        sources, "announced", lambda group: {"frames": entry} if group == sources.SOURCE_ENTRY_POINTS else {}
     )
     path = re.search(r"path=([^&]*)", spec)
     assert path is not None

@@ -11,7 +11,7 @@ from foveola.config import UserError
 from foveola.evaluation.compare import compare
 from foveola.evaluation.metrics import tango
 from foveola.evaluation.paired import packed
-from foveola.evaluation.protocol import Metric, find
+from foveola.evaluation.protocol import Metric, find_protocol
 from foveola.evaluation.result import Result
 
 PLAIN = Result(
@@ -49,7 +49,7 @@ def test_a_line_for_each_metric_and_the_best_marked(tmp_path: Path, capsys) -> N
         metrics={"top1_linear": 27.5, "entropy_x": 9.0, "best_k": 20.0},
         versions={"torch": "2.15"},
         scores=hits(55),
-        described=(*find("linear").metrics, Metric("best_k", unit="", digits=0)),
+        described=(*find_protocol("linear").metrics, Metric("best_k", unit="", digits=0)),
     )
     (only,) = compare([a, b])
     lines = [line.split() for line in only.table().splitlines()]

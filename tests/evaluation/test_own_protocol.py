@@ -22,10 +22,10 @@ from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
 from foveola.evaluation.paired import difference, packed
-from foveola.evaluation.protocol import Metric, declared, find
+from foveola.evaluation.protocol import Metric, declared, find_protocol
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import differences
-from foveola.reports.progress import Point, Progress
+from foveola.reports.progress import MeasuredRun, MeasuredStep
 from foveola.reports.verdicts import changes
 
 DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
@@ -100,7 +100,7 @@ def test_the_command_line_knows_it(module, encoder, tmp_path: Path, capsys, monk
     monkeypatch.setattr(outside, "entry_points", lambda group: [entry] * (group == entry.group))
     assert main(["evaluate", "--help"]) == 0
     assert f"centroids  {module.Centroids.help}" in re.sub("  +", "  ", capsys.readouterr().out)
-    assert type(find("centroids")) is module.Centroids
+    assert type(find_protocol("centroids")) is module.Centroids
 
 
 def test_a_contract_that_is_not_kept_is_refused(module, encoder) -> None:
@@ -143,8 +143,11 @@ def test_the_lower_one_is_better_where_a_metric_says_so(module, tmp_path: Path) 
     assert "2.50*" not in table
     assert "-0.50 [-0.50, -0.50]" in table
     assert "* is better than each other one" in table
-    ends = Point("untrained", 0, {"centroids": points[0]}), Point("end", 9, {"centroids": points[1]})
-    (change,) = changes(Progress(ends))
+    ends = (
+        MeasuredStep("untrained", 0, {"centroids": points[0]}),
+        MeasuredStep("end", 9, {"centroids": points[1]}),
+    )
+    (change,) = changes(MeasuredRun(ends))
     assert change.outcome == "better"
     assert change.sentence().startswith(
         "distance to the mean of the own class went from 2.50 untrained to 2.00 after training; the change"
@@ -194,7 +197,7 @@ def test_what_a_protocol_leaves_out_is_made_up_for(encoder) -> None:
     for metrics, message in ((single, "tuple of foveola.Metric"), ((typo,), "Lower")):
         odd = type("Odd", (Mean,), {"metrics": metrics})
         with pytest.raises(UserError, match=message):
-            find(odd())
+            find_protocol(odd())
 
 
 def test_right_and_wrong_are_in_percent_also_undeclared(encoder) -> None:

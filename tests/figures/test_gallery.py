@@ -17,11 +17,11 @@ from foveola.drawing.sheet import Row, Sheet, panel
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
 from foveola.figures import gallery
-from foveola.figures.choice import choose, pairs_of, points_of
+from foveola.figures.choice import image_numbers, pairs_of, points_of
 from foveola.figures.pca import pca_images
 from foveola.figures.positions import position_map
-from foveola.figures.tiles import FULL, object_patches
-from foveola.figures.visualize import KINDS, draw, open_models
+from foveola.figures.tiles import FULL, patches_of_object
+from foveola.figures.visualize import FIGURES, draw, open_models
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -91,14 +91,14 @@ def test_object_tokens_light_only_their_object(wide):
 
 
 def test_patches_of_an_object_follow_the_grid(wide):
-    patches = object_patches(wide, 0, (5, 8)).view(5, 8)
+    patches = patches_of_object(wide, 0, (5, 8)).view(5, 8)
     assert patches[:3, :4].all()
     assert patches.sum() == 12
     tiny = Sample(wide.image, "tiny", Objects.from_boxes(np.array([[0.5, 0.5, 0.503, 0.503]], np.float32)))
-    assert object_patches(tiny, 0, (4, 4)).sum() == 1, "an object of a hundredth of a patch has that patch"
+    assert patches_of_object(tiny, 0, (4, 4)).sum() == 1, "an object of a hundredth of a patch has that patch"
     third = Sample(wide.image, "third", Objects.from_boxes(np.array([[0, 0, 0.625, 0.25]], np.float32)))
     for least, count in ((0.4, 3), (0.6, 2)):  # two patches and a half in one row of four
-        assert object_patches(third, 0, (4, 4), least).sum() == count
+        assert patches_of_object(third, 0, (4, 4), least).sum() == count
 
 
 def test_sheets_about_points(wide):
@@ -204,10 +204,10 @@ def test_long_words_stay_inside_their_place():
 
 
 def test_images_points_and_pairs(scenes):
-    assert choose(scenes, 4) == [0, 3, 6, 9]
-    assert choose(scenes, 100) == list(range(12))
-    assert choose(scenes, 4, "5, 2") == [5, 2]
-    assert choose(scenes, 4, (1,)) == choose(scenes, 4, 1) == [1]
+    assert image_numbers(scenes, 4) == [0, 3, 6, 9]
+    assert image_numbers(scenes, 100) == list(range(12))
+    assert image_numbers(scenes, 4, "5, 2") == [5, 2]
+    assert image_numbers(scenes, 4, (1,)) == image_numbers(scenes, 4, 1) == [1]
     assert points_of("0.2,0.3;1,0") == [(0.2, 0.3), (1, 0)]
     assert points_of([0.2, 0.3]) == points_of([[0.2, 0.3]]) == [(0.2, 0.3)]
     labels = [(a.label, b.label) for a, b in pairs_of(scenes, 3)]
@@ -241,7 +241,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIGURES)
 def test_every_kind_writes_one_image_twice_the_same(kind, tmp_path):
     settings = OWN.get(kind, {"count": 2})
     paths = [
@@ -295,7 +295,7 @@ def test_words_that_are_paths_are_names(tmp_path):
 def test_help(capsys):
     assert cli.main(["visualize", "--help"]) == 0
     out = capsys.readouterr().out
-    for kind in KINDS:
+    for kind in FIGURES:
         assert f"  {kind} " in out
         assert cli.main(["visualize", kind, "--help"]) == 0
         keys = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]

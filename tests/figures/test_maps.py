@@ -8,7 +8,7 @@ import torch
 
 from foveola.config import UserError
 from foveola.drawing.overlays import (
-    HEADS,
+    HEAD_COLORS,
     brightness,
     cool_to_warm,
     heat,
@@ -191,7 +191,7 @@ def test_heads_of_the_class_token_and_blocks_before_the_last():
 
 @pytest.mark.parametrize("entries", [1, 2**25])
 def test_what_everybody_looks_at_is_the_mean_of_all_rows(entries, monkeypatch):
-    monkeypatch.setattr("foveola.models.capture.ENTRIES", entries)  # one row at a time, all at once
+    monkeypatch.setattr("foveola.models.capture.ATTENTION_AT_ONCE", entries)  # one row at a time, all at once
     encoder, images = small_encoder(4), torch.randn(2, 3, 32, 48)
     rows = rows_by_hand(encoder, images, 1)[:, :, 5:, 5:]
     expected = (rows / rows.sum(dim=-1, keepdim=True)).mean(dim=2)
@@ -263,7 +263,7 @@ def test_correspondences_of_a_shifted_image_are_the_shift(monkeypatch):
     assert (np.diff(pairs.cosines) <= 0).all()
     few = correspondences(first, second)
     assert len(few.cosines) == 12
-    monkeypatch.setattr("foveola.figures.maps.ENTRIES", 1)
+    monkeypatch.setattr("foveola.figures.maps.COSINES_AT_ONCE", 1)
     again = correspondences(first, second, 100)
     both = [np.concatenate((p.first, p.second), axis=1).tolist() for p in (pairs, again)]
     assert sorted(both[0]) == sorted(both[1])
@@ -299,7 +299,7 @@ def test_heads_are_painted_where_they_look():
     weights[1] = [[0.3, 0.0], [0.3, 0.4]]
     kept = weights > 0.2
     drawn = paint_heads(image, weights, kept)
-    red, blue = np.array(HEADS[0], float), np.array(HEADS[1], float)
+    red, blue = np.array(HEAD_COLORS[0], float), np.array(HEAD_COLORS[1], float)
 
     def hue(pixel: np.ndarray) -> np.ndarray:
         return np.argsort(pixel.astype(int))

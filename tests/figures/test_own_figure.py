@@ -18,7 +18,7 @@ from foveola.cli import main
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.figures.settings import ImagesConfig
-from foveola.figures.visualize import draw, find
+from foveola.figures.visualize import draw, find_figure
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -82,7 +82,7 @@ def test_the_command_line_knows_it(module, encoder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(outside, "entry_points", lambda group: [entry] * (group == entry.group))
     assert main(["visualize", "--help"]) == 0
     assert f"norms {module.norms.help}" in re.sub(" +", " ", capsys.readouterr().out)
-    assert find("norms") is module.norms
+    assert find_figure("norms") is module.norms
 
 
 def test_a_contract_that_is_not_kept_is_refused(module, encoder):

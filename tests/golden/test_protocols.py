@@ -12,7 +12,7 @@ from PIL import Image
 
 from foveola.evaluation.attention.analysis import analyze_attention
 from foveola.evaluation.evaluate import evaluate
-from foveola.evaluation.protocol import PROTOCOLS, find
+from foveola.evaluation.protocol import PROTOCOLS, find_protocol
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
@@ -80,12 +80,12 @@ def test_metrics(name: str, encoder: Encoder, camvid: str, golden: Callable):
     data = SCENES
     if name in PIXELS:
         data = camvid
-    elif "rows" in find(name).Config.__dataclass_fields__:
+    elif "rows" in find_protocol(name).Config.__dataclass_fields__:
         settings = OBJECTS | settings
-    train = data if find(name).train == "needed" else None
+    train = data if find_protocol(name).train == "needed" else None
     found = evaluate(encoder, name, train=train, test=data, progress=False, workers=0, **settings)
     for metric in found.names():
-        assert found.metric(metric) in find(name).metrics, f"{metric} is not declared"
+        assert found.metric(metric) in find_protocol(name).metrics, f"{metric} is not declared"
     golden(f"protocol-{name}", {"metrics": found.metrics, "chosen": found.chosen})
 
 

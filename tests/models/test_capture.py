@@ -81,7 +81,7 @@ def test_an_object_token_reads_only_its_object() -> None:
 @pytest.mark.parametrize("entries", [1, 2**25])
 def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkeypatch) -> None:
     """Of every block, from a pass that ends there and from one that goes on, against its own matrix."""
-    monkeypatch.setattr("foveola.models.capture.ENTRIES", entries)
+    monkeypatch.setattr("foveola.models.capture.ATTENTION_AT_ONCE", entries)
     vit, index = network(registers=2), torch.tensor([[0, 7], [15, 3], [5, 5]])
     for block in range(3):
         seen = attention_of(vit, random_images(), masks(), block - 3)

@@ -7,18 +7,18 @@ import pytest
 
 from foveola.drawing.plots import Chart
 from foveola.reports.curves import MOST_POINTS, curves
-from foveola.reports.record import Line, Record
+from foveola.reports.record import LoggedStep, Record
 
 HEADS = {
     "method": {"heads": {"main": {"prototypes": 8}}, "token": {"head": "main"}, "patch": {"head": "main"}}
 }
 
 
-def record(name: str, lines: list[Line], **config: object) -> Record:
+def record(name: str, lines: list[LoggedStep], **config: object) -> Record:
     return Record(Path(name), name, {"batch_size": 4, **HEADS, **config}, lines, [])
 
 
-def lines(count: int = 3, **values: float) -> list[Line]:
+def lines(count: int = 3, **values: float) -> list[LoggedStep]:
     return [{"step": 10.0 * (i + 1), "epoch": 1.0, "seconds": 2.0, **values} for i in range(count)]
 
 

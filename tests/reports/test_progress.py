@@ -15,7 +15,7 @@ from foveola.data.sources import open_source
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.reports import progress as module
-from foveola.reports.progress import measure, place_share, plan
+from foveola.reports.progress import measure_run, place_share, plan_protocols
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import Data, ReportConfig, choose_samples, open_data
 from foveola.zoo.load import load
@@ -105,18 +105,18 @@ def test_labels_decide_what_is_measured(tmp_path: Path) -> None:
     def plans(data: str, config: ReportConfig | None = None, **changes: object) -> dict:
         run = record(data=data)
         found = open_data(run, config or ReportConfig())
-        return plan(run, found, config or ReportConfig(), changes)
+        return plan_protocols(run, found, config or ReportConfig(), changes)
 
     scenes = plans(SCENES)
     assert list(scenes) == ["label_free", "knn", "retrieval"]
     assert scenes["knn"].get("rows", "images") == "images"
     both = open_source(SCENES, "train"), open_source(SCENES, "test")
-    objects = plan(record(), Data(*both, labels="objects"), ReportConfig(), {})["knn"]
+    objects = plan_protocols(record(), Data(*both, labels="objects"), ReportConfig(), {})["knn"]
     assert (objects["rows"], objects["view"]) == ("objects", "object")
     turned = record(evaluate={"rows": "objects", "view": "object"})
-    images = plan(turned, Data(*both, labels="images"), ReportConfig(), {})["knn"]
+    images = plan_protocols(turned, Data(*both, labels="images"), ReportConfig(), {})["knn"]
     assert (images["rows"], images["view"]) == ("images", "image")
-    assert list(plan(turned, Data(*both), ReportConfig(), {})) == ["label_free", "retrieval"]
+    assert list(plan_protocols(turned, Data(*both), ReportConfig(), {})) == ["label_free", "retrieval"]
     assert scenes["knn"]["exclude_self"] is False
     assert scenes["label_free"]["objects"] is False, "retrieval does that"
     labelled = plans(f"folder:{images_in(tmp_path / 'labelled', 2)}")
@@ -132,7 +132,7 @@ def test_settings_of_the_recipe_and_of_the_user() -> None:
         run = record(
             data=SCENES, evaluate={"rows": "objects", "view": "image", "limit": 30, "old": 1} | (own or {})
         )
-        return plan(run, open_data(run, config), config, changes)["knn"]
+        return plan_protocols(run, open_data(run, config), config, changes)["knn"]
 
     assert knn(ReportConfig())["limit"] == 30
     assert knn(ReportConfig(limit=5))["limit"] == 5
@@ -188,7 +188,7 @@ def test_each_encoder_is_measured_once(run: Path, monkeypatch: pytest.MonkeyPatc
     (found,) = read_runs([run])
     config = ReportConfig(device="cpu")
     data = open_data(found, config)
-    first = measure(found, data, config, SMALL)
+    first = measure_run(found, data, config, SMALL)
     assert [point.label for point in first.points] == ["untrained", "step 25", "step 50", "end"]
     assert [point.step for point in first.points] == [0, 25, 50, 100]
     assert [set(point.results) for point in first.points] == [{"label_free", "knn", "retrieval"}] * 4
@@ -198,13 +198,15 @@ def test_each_encoder_is_measured_once(run: Path, monkeypatch: pytest.MonkeyPatc
     assert first.points[0].place_share is not None
     assert not first.notes
 
-    again = measure(found, data, config, SMALL)
+    again = measure_run(found, data, config, SMALL)
     assert len(calls) == 4
     assert again.points[-1].results["knn"].metrics == first.points[-1].results["knn"].metrics
     assert again.points[-1].place_share == first.points[-1].place_share
 
     # Another setting of one protocol measures that one again; fewer checkpoints measure nothing.
-    measure(found, data, ReportConfig(device="cpu", checkpoints=1), SMALL | {"knn": {"k": [2], "limit": 8}})
+    measure_run(
+        found, data, ReportConfig(device="cpu", checkpoints=1), SMALL | {"knn": {"k": [2], "limit": 8}}
+    )
     assert [names for _, names in calls[4:]] == [("knn",)] * 3
 
 
@@ -213,20 +215,20 @@ def test_results_of_another_version_or_of_other_data_are_not_used(run: Path, tmp
     (found,) = read_runs([copy])
     config, changes = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0, limit=6), {"k": [3]}
     data = open_data(found, config)
-    measure(found, data, config, changes)
+    measure_run(found, data, config, changes)
     (path,) = (copy / "report" / load(copy).fingerprint()).glob("*/results/knn.json")
     kept = json.loads(path.read_text())
 
     def spoiled(**change: object) -> float:
         path.write_text(json.dumps(kept | change | {"metrics": {"top1_plain": -1.0}}))
-        return measure(found, data, config, changes).points[-1].results["knn"].metrics["top1_plain"]
+        return measure_run(found, data, config, changes).points[-1].results["knn"].metrics["top1_plain"]
 
     assert spoiled() == -1, "as it is, it is used"
     assert spoiled(versions=kept["versions"] | {"foveola": "0.0"}) != -1
     assert spoiled(settings=kept["settings"] | {"temperature": 0.5}) != -1
     for torn in ("", "{", "[1]"):
         path.write_text(torn)
-        assert measure(found, data, config, changes).points[-1].results["knn"].metrics["top1_plain"] >= 0
+        assert measure_run(found, data, config, changes).points[-1].results["knn"].metrics["top1_plain"] >= 0
         (place,) = path.parents[1].glob("place.json")
         place.write_text(torn)
 
@@ -236,8 +238,8 @@ def test_the_same_names_with_other_pixels_are_measured_again(run: Path, tmp_path
     (found,) = read_runs([copy])
     config = ReportConfig(device="cpu", data=f"folder:{flat}", protocols=("label_free",), checkpoints=0)
 
-    def point() -> module.Point:
-        return measure(found, open_data(found, config), config, {"limit": 6}).points[-1]
+    def point() -> module.MeasuredStep:
+        return measure_run(found, open_data(found, config), config, {"limit": 6}).points[-1]
 
     first = point()
     assert point().results == first.results
@@ -256,7 +258,7 @@ def test_an_interrupted_run_and_a_damaged_encoder(run: Path, tmp_path: Path) -> 
     (copy / "encoders" / "step-00000025" / "model.safetensors").write_bytes(b"torn")
     (found,) = read_runs([copy])
     config = ReportConfig(device="cpu", protocols=("knn",))
-    measured = measure(found, open_data(found, config), config, {"k": [3]})
+    measured = measure_run(found, open_data(found, config), config, {"k": [3]})
     assert [(p.label, p.step) for p in measured.points] == [("untrained", 0), ("step 50", 50), ("end", 60)]
     (note,) = measured.notes
     assert note.startswith("step 25 was not measured: ")
@@ -272,7 +274,7 @@ def test_a_device_that_is_not_there(run: Path) -> None:
     ):
         config = ReportConfig(device=name)
         with pytest.raises(UserError, match=words):
-            measure(found, open_data(found, config), config, {})
+            measure_run(found, open_data(found, config), config, {})
     assert distributed.find_device("cpu") == torch.device("cpu")
     assert distributed.find_device("auto") == distributed.find_device(None)
 
@@ -282,14 +284,14 @@ def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) 
     (found,) = read_runs([copy])
     flat = f"folder:{images_in(tmp_path / 'flat', 0)}"
     config = ReportConfig(device="cpu", data=flat, protocols=("knn", "label_free"), checkpoints=0)
-    measured = measure(found, open_data(found, config), config, {})
+    measured = measure_run(found, open_data(found, config), config, {})
     assert [set(point.results) for point in measured.points] == [{"label_free"}] * 2
     (note,) = measured.notes
     assert note.startswith("knn was not measured: ")
     (copy / "config.yaml").write_text(f"data: {SCENES!r}\nevaluate: {{workers: 0, k: many}}\n")
     (found,) = read_runs([copy])
     config = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0)
-    assert measure(found, open_data(found, config), config, {}).notes == (
+    assert measure_run(found, open_data(found, config), config, {}).notes == (
         "knn was not measured: k: expected [int, ...], got 'many'",
     )
 
@@ -297,14 +299,14 @@ def test_what_fails_is_said_and_the_rest_is_measured(run: Path, tmp_path: Path) 
 def test_another_encoder_and_a_run_without_one(run: Path, tmp_path: Path) -> None:
     (found,) = read_runs([run])
     config = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0, reference=f"untrained:{run}")
-    measured = measure(found, open_data(found, config), config, {"k": [3]})
+    measured = measure_run(found, open_data(found, config), config, {"k": [3]})
     assert [point.step for point in measured.points] == [0, 100, None]
     assert measured.points[0].results == measured.points[2].results, "the same encoder"
     bad = ReportConfig(device="cpu", protocols=("knn",), checkpoints=0, reference="nowhere")
     with pytest.raises(UserError, match="no model at nowhere"):
-        measure(found, open_data(found, bad), bad, {"k": [3]})
+        measure_run(found, open_data(found, bad), bad, {"k": [3]})
     empty = record(tmp_path, data=SCENES)
-    without = measure(empty, open_data(empty, ReportConfig()), ReportConfig(), {})
+    without = measure_run(empty, open_data(empty, ReportConfig()), ReportConfig(), {})
     assert not without.points
     assert "no encoder yet" in without.notes[0]
-    assert measure(empty, Data(notes=("gone",)), ReportConfig(), {}).notes == ("gone",)
+    assert measure_run(empty, Data(notes=("gone",)), ReportConfig(), {}).notes == ("gone",)

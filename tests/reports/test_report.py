@@ -19,7 +19,7 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.reports.findings import Findings, by_seed
-from foveola.reports.progress import Progress
+from foveola.reports.progress import MeasuredRun
 from foveola.reports.record import read_runs
 from foveola.reports.report import report
 from foveola.reports.request import Data
@@ -256,7 +256,7 @@ def test_runs_of_other_seeds_are_summed_up(
     assert re.match(r"Over 2 seeds k-NN top-1 \(object masks\) went from [\d.]+ ± 0.0 % to", told), told
     assert text.count('<th scope="col">2 seeds</th>') == 1
     records = read_runs([runs / "odis", *names])
-    found = [Findings(record, Data(), Progress(), []) for record in records]
+    found = [Findings(record, Data(), MeasuredRun(), []) for record in records]
     assert [[each.record.name for each in group] for group in by_seed(found)] == [["odis", "again"]]
 
 

@@ -10,18 +10,18 @@ from foveola.evaluation.metrics import tango
 from foveola.evaluation.paired import Difference, packed
 from foveola.evaluation.protocol import Metric
 from foveola.evaluation.result import Result
-from foveola.reports.progress import Point, Progress
+from foveola.reports.progress import MeasuredRun, MeasuredStep
 from foveola.reports.verdicts import (
     Number,
     chance,
     changes,
-    charts,
     compared,
+    in_short,
     label,
     main_metrics,
+    measure_charts,
+    number_text,
     over_seeds,
-    shown,
-    summary,
 )
 
 
@@ -33,13 +33,13 @@ def with_interval(name: str, value: float, half: float = 1.0) -> dict[str, float
     return {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
 
 
-def progress(before: dict[str, float], after: dict[str, float], protocol: str = "knn") -> Progress:
-    return Progress(
+def progress(before: dict[str, float], after: dict[str, float], protocol: str = "knn") -> MeasuredRun:
+    return MeasuredRun(
         (
-            Point("untrained", 0, {protocol: result(protocol, **before)}),
-            Point("step 5", 5, {protocol: result(protocol, **after)}),
-            Point("end", 10, {protocol: result(protocol, **after)}),
-            Point("timm:other", None, {protocol: result(protocol, **before)}),
+            MeasuredStep("untrained", 0, {protocol: result(protocol, **before)}),
+            MeasuredStep("step 5", 5, {protocol: result(protocol, **after)}),
+            MeasuredStep("end", 10, {protocol: result(protocol, **after)}),
+            MeasuredStep("timm:other", None, {protocol: result(protocol, **before)}),
         )
     )
 
@@ -72,13 +72,13 @@ def scored(right: int, of: int, wrong_first: bool = False) -> dict:
     return {"metrics": metrics, "data": data, "scores": {"top1_plain": packed(hits, torch.arange(of))}}
 
 
-def of_scores(before: dict, after: dict, classes: int | None = 10, **settings: object) -> Progress:
+def of_scores(before: dict, after: dict, classes: int | None = 10, **settings: object) -> MeasuredRun:
     empty = result("knn", x=0.0)
     points = tuple(
-        Point(label, step, {"knn": dataclasses.replace(empty, settings=settings, **parts)})
+        MeasuredStep(label, step, {"knn": dataclasses.replace(empty, settings=settings, **parts)})
         for label, step, parts in (("untrained", 0, before), ("end", 10, after))
     )
-    return Progress(points, settings={"knn": settings}, classes=classes)
+    return MeasuredRun(points, settings={"knn": settings}, classes=classes)
 
 
 def test_the_change_on_the_same_images_decides_and_not_two_intervals() -> None:
@@ -98,7 +98,7 @@ def test_the_change_on_the_same_images_decides_and_not_two_intervals() -> None:
     assert low < 0 < high
     assert change.outcome == "open"
     assert change.told().endswith(f"too few to tell changes below about {(high - low) / 2:.1f} points")
-    state, text = summary([change])
+    state, text = in_short([change])
     assert (state, text.partition(":")[0]) == ("OPEN", "Too few images to tell whether training helped")
 
 
@@ -107,7 +107,7 @@ def test_a_number_that_is_no_share_has_digits_of_its_own() -> None:
     of = torch.linspace(0.2, 0.4, 400)
     described = (Metric("entropy", "entropy", "lower", unit="nats", main=True, digits=4),)
     points = tuple(
-        Point(
+        MeasuredStep(
             name,
             step,
             {
@@ -121,7 +121,7 @@ def test_a_number_that_is_no_share_has_digits_of_its_own() -> None:
         )
         for name, step, less in (("untrained", 0, 0.0), ("end", 10, 0.03))
     )
-    (change,) = changes(Progress(points))
+    (change,) = changes(MeasuredRun(points))
     assert change.sentence() == (
         "entropy went from 0.30 nats untrained to 0.27 nats after training; the change on the same 400 test "
         "images is -0.030 nats, 95 % interval -0.030 to -0.030: training helped."
@@ -138,7 +138,7 @@ def test_a_number_that_is_no_share_has_digits_of_its_own() -> None:
 def test_training_that_moves_no_score_is_not_a_lack_of_images() -> None:
     (change,) = changes(of_scores(scored(55, 200), scored(55, 200)))
     same = dataclasses.replace(change, difference=Difference(0.0, 0.0, 0.0))
-    state, text = summary([same])
+    state, text = in_short([same])
     assert state == "OPEN"
     assert text.startswith("Training changed nothing here: k-NN top-1 went from 27.5 % untrained to 27.5 %")
     assert text.endswith("; not one of the same 200 test images is scored differently.")
@@ -174,11 +174,11 @@ def test_the_main_measure_is_the_first_of_the_order_and_not_the_favourable_one()
         }
 
     for rows, first in (("images", "top1_plain"), ("objects", "top1_masks")):
-        points = Point("untrained", 0, both(50, 10, rows)), Point("end", 9, both(40, 90, rows))
-        found = changes(Progress(points, settings={"knn": {"rows": rows}}))
+        points = MeasuredStep("untrained", 0, both(50, 10, rows)), MeasuredStep("end", 9, both(40, 90, rows))
+        found = changes(MeasuredRun(points, settings={"knn": {"rows": rows}}))
         assert found[0].metric == first
         assert [change.protocol for change in found] == ["knn", "knn", "retrieval", "label_free"]
-        state, text = summary(found)
+        state, text = in_short(found)
         assert state == "WORSE"
         assert text.endswith("Of 3 other measurements: 2 better, 1 worse.")
 
@@ -206,7 +206,7 @@ def test_only_what_is_better_when_higher_and_has_an_interval_is_an_answer() -> N
         **with_interval("alignment", 1),
     }
     assert main_metrics(progress(metrics, metrics)) == [("knn", "top1_plain")]
-    assert changes(Progress()) == []
+    assert changes(MeasuredRun()) == []
 
 
 def test_the_summary_counts() -> None:
@@ -215,7 +215,7 @@ def test_the_summary_counts() -> None:
         for number, (a, b) in enumerate(pairs):
             before |= with_interval(f"top1_{number}", a)
             after |= with_interval(f"top1_{number}", b)
-        return summary(changes(progress(before, after)))
+        return in_short(changes(progress(before, after)))
 
     assert say((5, 9)) == (
         "HELPED",
@@ -234,7 +234,7 @@ def test_the_summary_counts() -> None:
 
 def test_charts_run_over_steps_and_have_other_encoders_as_levels() -> None:
     one = progress(with_interval("top1_plain", 5), with_interval("top1_plain", 9))
-    (chart,) = charts(["a", "b"], [one, one])
+    (chart,) = measure_charts(["a", "b"], [one, one])
     assert [(line.name, line.x, line.y) for line in chart.lines] == [
         ("a", [0, 5, 10], [5, 9, 9]),
         ("b", [0, 5, 10], [5, 9, 9]),
@@ -251,7 +251,7 @@ def test_words() -> None:
     assert label(result("retrieval"), "recall5_plain") == "same-object retrieval recall@5 (whole image)"
     assert label(result("label_free"), "rank1_views").startswith("image found again")
     assert label(result("label_free"), "chance_rank1_views") == "label-free: chance rank-1 views"
-    assert [shown(v) for v in (12.345, 1.234, 0.0123, 0.0, -20.0)] == [
+    assert [number_text(v) for v in (12.345, 1.234, 0.0123, 0.0, -20.0)] == [
         "12.3",
         "1.23",
         "0.012",

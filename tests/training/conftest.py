@@ -108,7 +108,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def _newest(folder: Path) -> dict[str, Any]:
     path = checkpoint.newest(folder)
     assert path is not None
-    return checkpoint.load(path)
+    return checkpoint.read_checkpoint(path)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_what_is_saved_comes_back(tmp_path):
     path = checkpoint.save(tmp_path, 7, state_of(7))
     assert path == tmp_path / "checkpoints" / "step-00000007"
     assert checkpoint.newest(tmp_path) == path
-    assert same(checkpoint.load(path), state_of(7))
+    assert same(checkpoint.read_checkpoint(path), state_of(7))
     checkpoint.save(tmp_path, 123_456_789, state_of(9))  # more digits than the name is padded to
     assert checkpoint.newest(tmp_path).name == "step-123456789"
 
@@ -50,7 +50,7 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoint.save(tmp_path, 5, state_of(1))
     checkpoint.save(tmp_path, 5, state_of(2))
-    assert same(checkpoint.load(checkpoint.newest(tmp_path)), state_of(2))
+    assert same(checkpoint.read_checkpoint(checkpoint.newest(tmp_path)), state_of(2))
     assert steps_in(tmp_path) == [5]
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_newer_one_does_not_push_out_a_whole_one(tmp_path):
     checkpoint.save(tmp_path, 15, state_of(15), keep=1)
     assert checkpoint.newest(tmp_path).name == "step-00000015"
     checkpoint.save(tmp_path, 20, state_of(20), keep=1)
-    assert same(checkpoint.load(checkpoint.newest(tmp_path)), state_of(20))
+    assert same(checkpoint.read_checkpoint(checkpoint.newest(tmp_path)), state_of(20))
     assert steps_in(tmp_path) == [20]
 
 
@@ -91,9 +91,9 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, damage):
             file.unlink()
     assert checkpoint.newest(tmp_path) == good
     with pytest.raises(UserError, match="step-00000002 is damaged"):
-        checkpoint.load(bad)
+        checkpoint.read_checkpoint(bad)
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.load(tmp_path / "nothing")
+        checkpoint.read_checkpoint(tmp_path / "nothing")
 
 
 def test_a_manifest_of_something_else_is_not_whole(tmp_path):
@@ -141,7 +141,7 @@ for replace in (False, True):
             checkpoint.save(run, 1 if replace else 2, second, keep=1)
             os._exit(0)
         finished = os.waitpid(child, 0)[1] == 0
-        found = checkpoint.load(checkpoint.newest(run))["x"]
+        found = checkpoint.read_checkpoint(checkpoint.newest(run))["x"]
         outcomes.append([replace, count, finished, found.unique().tolist()])
         checkpoint.save(run, 3, second, keep=1)                       # and life goes on
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000003"]
@@ -183,5 +183,18 @@ def test_kill_9_at_any_time(tmp_path):
         time.sleep(random.Random(0).uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         said += process.stdout.readlines()
-    state = checkpoint.load(checkpoint.newest(tmp_path))
+    state = checkpoint.read_checkpoint(checkpoint.newest(tmp_path))
     assert state["x"].unique().item() >= int(said[-1])
+
+
+def test_what_could_not_be_written_leaves_the_disk(tmp_path, monkeypatch):
+    """A half-written checkpoint would fill the disk that was too small for it."""
+
+    def half(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 1, {"step": 1})
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -161,12 +161,12 @@ def test_stray_files_among_checkpoints_do_no_harm(tmp_path):
     newest = checkpoints / "step-00000008"
     newest.mkdir()
     (newest / "manifest.json").write_text('{"step": 8, "files": {}}')
-    assert checkpoint.look(tmp_path) == (checkpoints / "step-00000007", [newest])
+    assert checkpoint.newest_whole(tmp_path) == (checkpoints / "step-00000007", [newest])
     torch.save([1, 2], newest / "state.pt")
     manifest = {"files": {"state.pt": checkpoint._facts(newest / "state.pt")}}
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="step-00000008 is no checkpoint of a run: it holds a list"):
-        checkpoint.load(newest)
+        checkpoint.read_checkpoint(newest)
 
 
 # -- a kill at every file event ------------------------------------------------------------------------------

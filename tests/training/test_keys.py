@@ -19,7 +19,7 @@ from foveola.data.loader import Loader
 from foveola.data.sources import open_source
 from foveola.training import assemble as module
 from foveola.training.assemble import assemble
-from foveola.training.recipe import RunConfig, change, nested, plan, recipes, resolve
+from foveola.training.recipe import RunConfig, nested, plan, recipes, resolve, with_changes
 
 SOURCE = "scenes:?size=32&count=32&objects=2-4"
 UNSEEN = {  # keys that weights do not show, by the reason why
@@ -197,7 +197,7 @@ def judge(
         return "refused"
     if idle and "size" not in changes.get("model", {}):  # size= resets what makes it idle
         with pytest.raises(ConfigError, match=" has no effect: "):
-            change(tree, changes)
+            with_changes(tree, changes)
     return outcome
 
 

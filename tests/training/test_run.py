@@ -26,7 +26,7 @@ from foveola.methods.method import Output
 from foveola.training import checkpoint, folder
 from foveola.training.loop import Diverged
 from foveola.training.run import pretrain, untrained
-from foveola.training.same_data import look
+from foveola.training.same_data import images_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,7 +134,7 @@ def test_a_new_run_takes_the_steps_of_a_fresh_start_not_of_a_resumed_one(tiny, t
     for part in ("optimizer", "method"):
         path = shutil.copytree(whole.folder, tmp_path / part)
         shutil.rmtree(path / "checkpoints" / "step-00000008")
-        state = checkpoint.load(path / "checkpoints" / "step-00000006")
+        state = checkpoint.read_checkpoint(path / "checkpoints" / "step-00000006")
         broken = state["trainer"][part]
         if part == "optimizer":
             broken[0]["exp_avg"] *= 1.01
@@ -218,9 +218,9 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder_ = tmp_path / "runs" / "tiny-20260101-000000"
     folder_.mkdir(parents=True)
-    images = look(open_source(tiny().data))
+    images = images_of_run(open_source(tiny().data))
     folder.begin(folder_, tiny(), images)
-    assert folder.choose(tiny(), 8, images).folder.resolve() == folder_
+    assert folder.choose_folder(tiny(), 8, images).folder.resolve() == folder_
     hold = (
         "import sys, pathlib; from foveola.training.folder import lock\n"
         "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -231,7 +231,7 @@ def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match=r"another process is training in .*tiny-2026"):
             pretrain(tiny(out=str(folder_)))
-        assert folder.choose(tiny(), 8, images).folder.resolve() != folder_
+        assert folder.choose_folder(tiny(), 8, images).folder.resolve() != folder_
         other.kill()
     assert pretrain(tiny(out=str(folder_))).finished
 
@@ -726,7 +726,7 @@ def test_encoders_of_kept_steps_are_those_of_their_checkpoints(tiny, tmp_path):
     kept = sorted(path.name for path in (run.folder / "encoders").iterdir())
     assert kept == ["step-00000004", "step-00000008"]
     for name in kept:
-        teacher = checkpoint.load(run.folder / "checkpoints" / name)["trainer"]["method"]
+        teacher = checkpoint.read_checkpoint(run.folder / "checkpoints" / name)["trainer"]["method"]
         weights = foveola.load(run.folder / "encoders" / name).backbone.state_dict()
         assert weights
         assert all(torch.equal(teacher[f"teacher.backbone.{key}"], value) for key, value in weights.items())

@@ -83,7 +83,7 @@ def test_other_images_are_refused_or_allowed_with_a_word(
 def test_what_changed_is_said_with_names(images: Path):
     """Of every kind of change at once; and of annotations alone."""
     source = open_source(f"folder:{images}")
-    before = same_data.look(source)
+    before = same_data.images_of_run(source)
     draw(images / "05.bmp", 98)
     (images / "06.bmp").unlink()
     (images / "07.bmp").unlink()
@@ -92,15 +92,15 @@ def test_what_changed_is_said_with_names(images: Path):
     (images / "08.bmp").rename(images / "owls" / "08.bmp")
     draw(images / "77.bmp", 97)
     draw(images / "78.bmp", 96)
-    found = same_data.changed(before, same_data.look(open_source(f"folder:{images}")))
+    found = same_data.changed(before, same_data.images_of_run(open_source(f"folder:{images}")))
     assert found.what == (
         "its data had 16 images, and have 17 now (2 added (77.bmp, 78.bmp), 1 removed (06.bmp), "
         "1 replaced (05.bmp), 1 renamed (08.bmp to owls/08.bmp), 1 cannot be read any more (07.bmp))"
     )
     boxed = images.parent / "boxes.csv"
     boxed.write_text("01.bmp,1,1,9,9\n")
-    with_boxes = same_data.look(open_source(f"folder:{images}?boxes={boxed}"))
-    found = same_data.changed(same_data.look(open_source(f"folder:{images}")), with_boxes)
+    with_boxes = same_data.images_of_run(open_source(f"folder:{images}?boxes={boxed}"))
+    found = same_data.changed(same_data.images_of_run(open_source(f"folder:{images}")), with_boxes)
     assert found.what == (
         "its 17 images are not the same any more (not the images, but their order, labels or annotations)"
     )
@@ -116,8 +116,8 @@ def sampled(images: Path, monkeypatch) -> Path:
     return images
 
 
-def look_at(folder: Path) -> same_data.Images:
-    return same_data.look(open_source(f"folder:{folder}"))
+def look_at(folder: Path) -> same_data.RunImages:
+    return same_data.images_of_run(open_source(f"folder:{folder}"))
 
 
 def test_of_many_images_the_sizes_of_all_are_compared(sampled: Path):
@@ -169,7 +169,7 @@ def test_of_many_images_names_do_not_count(sampled: Path):
 def test_of_many_images_moved_elsewhere_nothing_is_said_while_their_times_are_kept(sampled: Path):
     before = look_at(sampled)
     sampled.rename(sampled.with_name("moved"))
-    assert same_data.changed(before, look_at(sampled.with_name("moved"))) == same_data.Change()
+    assert same_data.changed(before, look_at(sampled.with_name("moved"))) == same_data.DataChange()
 
 
 def test_the_inventory_is_kept_and_a_run_without_one_goes_on(images: Path, tmp_path: Path):
@@ -187,18 +187,18 @@ def test_the_inventory_is_kept_and_a_run_without_one_goes_on(images: Path, tmp_p
     (tmp_path / "run" / "data.json").write_text(json.dumps(old))
     (tmp_path / "run" / "data.npz").write_bytes(b"PK\3\4 torn")
     assert same_data.are_of(tmp_path / "run", now)
-    assert same_data.change(tmp_path / "run", now, allowed=False) is None
+    assert same_data.note_change(tmp_path / "run", now, allowed=False) is None
     again = same_data.kept(tmp_path / "run")
     assert again == now
     assert again.inventory is not None
     (tmp_path / "run" / "data.npz").unlink()
     (images / "00.bmp").unlink()
     with pytest.raises(ConfigError, match=r"had 16 images, and have 15 now\. For a run of"):
-        same_data.change(tmp_path / "run", look_at(images), allowed=False)
+        same_data.note_change(tmp_path / "run", look_at(images), allowed=False)
 
 
 def test_images_without_names_are_told_by_their_contents():
-    before, now = (same_data.look(Scenes(size=32, count=count)) for count in (12, 14))
+    before, now = (same_data.images_of_run(Scenes(size=32, count=count)) for count in (12, 14))
     what = same_data.changed(before, now).what
     assert what == "its data had 12 images, and have 14 now (2 added (image 12, image 13))"
 
@@ -284,11 +284,11 @@ def test_of_many_images_some_spread_over_all_are_read(monkeypatch):
             chosen.append(chosen_.tolist())
             return super().identity(chosen_)
 
-    found = same_data.look(Counted(size=32, count=50))
+    found = same_data.images_of_run(Counted(size=32, count=50))
     assert chosen == [[0, 7, 14, 21, 28, 35, 42, 49]]
     assert found.count == 50
-    assert found != same_data.look(Counted(size=32, count=51))
-    assert found != same_data.look(Counted(size=32, count=50, seed=1))
+    assert found != same_data.images_of_run(Counted(size=32, count=51))
+    assert found != same_data.images_of_run(Counted(size=32, count=50, seed=1))
 
 
 OF_TWO = """

@@ -13,7 +13,7 @@ from foveola.models.encoder import Encoder
 from foveola.zoo.foreign import adopt
 from foveola.zoo.load import load
 from foveola.zoo.preprocess import transform_of
-from foveola.zoo.timm_models import from_module
+from foveola.zoo.timm_models import from_timm_module
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 SMALL = {"embed_dim": 96, "depth": 2, "num_heads": 3, "num_classes": 0, "dynamic_img_size": True}
@@ -30,7 +30,7 @@ def create(name: str, **options: Any) -> Any:
 
 
 def converted(model: Any) -> Encoder:
-    return adopt(from_module(model, "a model"), "a model")
+    return adopt(from_timm_module(model, "a model"), "a model")
 
 
 MODELS: dict[str, dict[str, Any]] = {

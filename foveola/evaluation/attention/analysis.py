@@ -26,8 +26,8 @@ from foveola.evaluation.attention.reader import (
     VectorGroup,
     group_readers,
 )
-from foveola.evaluation.attention.result import AttentionAnalysis, Moments
-from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share
+from foveola.evaluation.attention.result import AttentionAnalysis, RunningMoments
+from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share_of_rank
 from foveola.evaluation.result import versions
 from foveola.failures import told
 from foveola.models.encoder import Encoder
@@ -44,7 +44,7 @@ def analyze_attention(
     progress: bool = True,
     **settings: Any,
 ) -> AttentionAnalysis:
-    """Statistics of the attention of every block and head of some encoders, averaged over images.
+    """Return statistics of the attention of every block and head of some encoders, averaged over images.
 
     Args:
         models: what `foveola.load` takes, or `Encoder`s; one, several, or several by name.
@@ -92,7 +92,7 @@ def _run(
     """Show all images to all readers, and each rank's means to the others; returns facts about the data."""
     chosen = choose_images(len(source), config.limit, config.seed)
     geometries = tuple(dict.fromkeys(reader.geometry for reader in readers))
-    images = Images(source, chosen[share(len(chosen))], SquaresCut(geometries))
+    images = Images(source, chosen[share_of_rank(len(chosen))], SquaresCut(geometries))
     batches: Batches[Squares] = Batches(images, config, f"attention on {source.name}", progress)
     problem = ""
     try:
@@ -185,7 +185,7 @@ class SquaresCut:
 
 
 def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
-    """The centre of an image, as an encoder sees it before normalisation."""
+    """Return the centre of an image, as an encoder sees it before normalisation."""
     size, crop, interpolation, squash = geometry
     kind = "bicubic" if interpolation == "bicubic" else "bilinear"
     transform = TransformConfig(resize=size, crop=crop, squash=squash, interpolation=kind)
@@ -195,13 +195,13 @@ def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, 
 # -- the end -------------------------------------------------------------------------------------------------
 
 
-def _gather(moments: Moments) -> None:
+def _gather(moments: RunningMoments) -> None:
     """Over all ranks, in their order: all get the same."""
     parts = distributed.gather_objects((moments.count, moments.mean, moments.squares))
     if len(parts) > 1:
-        whole = Moments(*moments.mean.shape)
+        whole = RunningMoments(*moments.mean.shape)
         for count, mean, squares in parts:
-            other = Moments()
+            other = RunningMoments()
             other.count, other.mean, other.squares = count, mean, squares
             whole.merge(other)
         moments.count, moments.mean, moments.squares = whole.count, whole.mean, whole.squares

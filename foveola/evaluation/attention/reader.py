@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from foveola.config import UserError, again, key
-from foveola.evaluation.attention.result import EncoderAttention, Estimate, Moments, Vectors
+from foveola.evaluation.attention.result import EncoderAttention, Estimate, RunningMoments, Vectors
 from foveola.evaluation.attention.statistics import (
     BLOCK_STATISTICS,
     HEAD_STATISTICS,
@@ -57,8 +57,8 @@ class AnalysisConfig(ChosenConfig):
     )
 
 
-def transform_of(encoder: Encoder, name: str, config: AnalysisConfig) -> TransformConfig:
-    """What is done to images for an encoder. Raises UserError for a size that is no whole patches."""
+def analysis_transform(encoder: Encoder, name: str, config: AnalysisConfig) -> TransformConfig:
+    """Return what is done to images for an encoder. Raises UserError for a size that is no whole patches."""
     own = encoder.config.transform
     size = config.size or own.crop
     if size % encoder.patch_size:
@@ -76,7 +76,7 @@ class AttentionReader:
 
     def __init__(self, name: str, encoder: Encoder, config: AnalysisConfig) -> None:
         self.name, self.encoder, self.config = name, encoder, config
-        transform = transform_of(encoder, name, config)
+        transform = analysis_transform(encoder, name, config)
         self.geometry = (transform.resize, transform.crop, transform.interpolation, transform.squash)
         shape, patch = encoder.config.model, encoder.patch_size
         _, self.depth, self.count = shape.shape
@@ -85,20 +85,20 @@ class AttentionReader:
         self.distances = self.layout.distances.to(encoder.device)
         self.lacks = missing(self.layout, self.count)
         self.lacks |= {"outlier_share_fixed"} if config.outlier_norm is None else set()
-        self.heads = Moments(self.depth, self.count, len(HEAD_STATISTICS))
-        self.blocks = Moments(self.depth, len(HEAD_STATISTICS) + len(BLOCK_STATISTICS))
-        self.whole = Moments(len(HEAD_STATISTICS) + len(BLOCK_STATISTICS))
-        self.between = Moments(self.depth, self.count, self.count)
+        self.heads = RunningMoments(self.depth, self.count, len(HEAD_STATISTICS))
+        self.blocks = RunningMoments(self.depth, len(HEAD_STATISTICS) + len(BLOCK_STATISTICS))
+        self.whole = RunningMoments(len(HEAD_STATISTICS) + len(BLOCK_STATISTICS))
+        self.between = RunningMoments(self.depth, self.count, self.count)
         self.vectors: dict[str, Tensor] = {}  # of the last batch: logarithms [B, N] by name
         self.seconds = {"plain": [0.0, 0.0], "analysis": [0.0, 0.0]}  # of the first batch, of those after it
         self.timed = [0, 0]
 
-    def moments(self) -> tuple[Moments, ...]:
+    def moments(self) -> tuple[RunningMoments, ...]:
         return self.heads, self.blocks, self.whole, self.between
 
     @torch.inference_mode()
     def read(self, images: UInt8[Tensor, "B 3 S S"], number: int, where: str) -> None:
-        """The images of a batch, counted from 0; raises UserError where attention is not finite."""
+        """Read the images of a batch, counted from 0; raises UserError where attention is not finite."""
         encoder = self.encoder
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if number < TIMED:
@@ -228,14 +228,14 @@ class VectorGroup:
             for kind in (("class", "sharpest", "centre") if reader.layout.class_token else ("centre",))
         ]
         count = len(self.names) + 1
-        self.entropy, self.divergence = Moments(count), Moments(count, count)
+        self.entropy, self.divergence = RunningMoments(count), RunningMoments(count, count)
 
-    def moments(self) -> tuple[Moments, ...]:
+    def moments(self) -> tuple[RunningMoments, ...]:
         return self.entropy, self.divergence
 
     @torch.inference_mode()
     def add(self) -> None:
-        """The images that all readers have just read."""
+        """Add the images that all readers have just read."""
         log = [
             reader.vectors[kind].cpu()
             for reader in self.readers
@@ -252,7 +252,7 @@ class VectorGroup:
 
 
 def group_readers(readers: list[AttentionReader]) -> list[VectorGroup]:
-    """By the patches they see: the same grid over the same part of an image."""
+    """Group readers by the patches they see: the same grid over the same part of an image."""
     found: dict[Any, list[AttentionReader]] = {}
     for reader in readers:
         size, crop, _, squash = reader.geometry

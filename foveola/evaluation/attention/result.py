@@ -16,7 +16,7 @@ from torch import Tensor
 from foveola import files
 from foveola.evaluation.attention.statistics import BLOCK_STATISTICS, HEAD_STATISTICS, Layout
 
-COLUMNS: tuple[str, ...] = (
+CSV_COLUMNS: tuple[str, ...] = (
     "encoder",
     "block",
     "head",
@@ -29,7 +29,7 @@ COLUMNS: tuple[str, ...] = (
     "low",
     "high",
 )
-SHOWN = {  # of the printed table: statistic and its heading
+TABLE_COLUMNS = {  # of the printed table: statistic and its heading
     "class_to_class": "cls-cls",
     "class_entropy": "cls entropy",
     "patch_self": "patch self",
@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
     error: np.ndarray
 
 
-class Moments:
+class RunningMoments:
     """Running mean and squared deviations over images, in float64; as large as one image's values."""
 
     def __init__(self, *shape: int) -> None:
@@ -57,13 +57,13 @@ class Moments:
         self.mean, self.squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
 
     def add(self, values: Float64[Tensor, "B ..."]) -> None:
-        """Some images more, by the update of Chan, Golub and LeVeque."""
-        part = Moments()
+        """Add images, by the update of Chan, Golub and LeVeque."""
+        part = RunningMoments()
         part.count, part.mean = len(values), values.mean(dim=0)
         part.squares = (values - part.mean).square().sum(dim=0)
         self.merge(part)
 
-    def merge(self, other: "Moments") -> None:
+    def merge(self, other: "RunningMoments") -> None:
         """Take over the images of another."""
         if not other.count:
             return
@@ -73,7 +73,9 @@ class Moments:
         self.count = total
 
     def estimate(self) -> Estimate:
-        """The standard error of one image is NaN: it says nothing about others."""
+        """Return the estimate over images. The standard error of one image is NaN: it says nothing about
+        others.
+        """
         n = self.count
         error = (self.squares / (n * (n - 1))).sqrt() if n > 1 else torch.full_like(self.mean, torch.nan)
         return Estimate(self.mean.numpy(), error.numpy())
@@ -121,7 +123,9 @@ class AttentionAnalysis:
         return {encoder.name: encoder for encoder in self.encoders}[name]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A dict of `COLUMNS` for each encoder, block, head and statistic; head and block are also 'mean'."""
+        """Yield a dict of `COLUMNS` for each encoder, block, head and statistic; head and block are also
+        'mean'.
+        """
         for encoder in self.encoders:
             for name, statistic in (HEAD_STATISTICS | BLOCK_STATISTICS).items():
                 reference = statistic.reference(encoder.layout)
@@ -132,7 +136,7 @@ class AttentionAnalysis:
                     yield {**where, **found, "images": self.data["analysed"], **about}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, null for what an encoder has not."""
+        """Return plain values, null for what an encoder has not."""
         encoders = []
         for encoder in self.encoders:
             statistics = {}
@@ -177,7 +181,7 @@ class AttentionAnalysis:
         """Write `folder/attention.json` and `folder/attention.csv`, each replaced whole."""
         folder = Path(folder)
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         tree = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
@@ -187,10 +191,12 @@ class AttentionAnalysis:
         )
 
     def table(self) -> str:
-        """Aligned plain text: statistics averaged over blocks and heads, then what the analysis cost."""
+        """Return aligned plain text: statistics averaged over blocks and heads, then what the analysis
+        cost.
+        """
         shown = {
             name: title
-            for name, title in SHOWN.items()
+            for name, title in TABLE_COLUMNS.items()
             if not all(np.isnan(encoder.whole[name].mean) for encoder in self.encoders)
         }
         rows = [("encoder", "entropy <=", *shown.values())]

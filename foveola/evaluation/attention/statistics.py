@@ -140,7 +140,7 @@ BLOCK_STATISTICS = {
 
 
 def missing(at: Layout, heads: int) -> set[str]:
-    """Statistics that this encoder has not: NaN in tensors, null in files."""
+    """Return statistics that this encoder has not: NaN in tensors, null in files."""
     names = {name for name in (*HEAD_STATISTICS, *BLOCK_STATISTICS) if not at.class_token and "class" in name}
     names |= set() if at.class_token else {"head_divergence", "lowest_entropy"}
     names |= set() if heads > 1 else {"head_divergence"}
@@ -161,7 +161,7 @@ class HeadParts(NamedTuple):
 def head_statistics(
     logits: Float32[Tensor, "b g T T"], at: Layout, distances: Float32[Tensor, "N N"] | None = None
 ) -> HeadParts:
-    """Statistics of attention softmax(logits), of each image and head. Overwrites `logits`.
+    """Return statistics of attention softmax(logits), of each image and head. Overwrites `logits`.
 
     `distances` are `at.distances` on the device of the logits. Five sweeps over the matrix suffice: with the
     largest logit of each row subtracted, z = sum e^l and s = sum l e^l give the entropy ln z - s / z; the
@@ -217,8 +217,8 @@ def _nmi(mean: Float64[Tensor, "b g N"], entropy: Float64[Tensor, "b g"]) -> Flo
     return torch.where(some, (keys - entropy) / torch.where(some, scale, 1.0), 0.0).clamp(0, 1)
 
 
-def logits_of(weights: Float[Tensor, "b g T T"]) -> Float32[Tensor, "b g T T"]:
-    """Logits whose softmax are the given attention matrices, zeros included."""
+def logits_for(weights: Float[Tensor, "b g T T"]) -> Float32[Tensor, "b g T T"]:
+    """Return logits whose softmax are the given attention matrices, zeros included."""
     return weights.double().log().clamp(min=LOWEST).float()
 
 
@@ -226,35 +226,39 @@ def logits_of(weights: Float[Tensor, "b g T T"]) -> Float32[Tensor, "b g T T"]:
 
 
 def over_patches(rows: Float64[Tensor, "... T"], at: Layout) -> Float64[Tensor, "... N"]:
-    """Logarithms of what is read of the patches alone: other tokens dropped, the rest summing to one."""
+    """Return logarithms of what is read of the patches alone: other tokens dropped, the rest summing to
+    one.
+    """
     return rows[..., at.special :].log_softmax(dim=-1)
 
 
 def mean_head(rows: Float64[Tensor, "b heads T"], at: Layout) -> Float64[Tensor, "b N"]:
-    """Logarithms of the mean over the heads, then renormalised over the patches (Selective Aggregation)."""
+    """Return logarithms of the mean over the heads, then renormalised over the patches (Selective
+    Aggregation).
+    """
     return over_patches(rows.logsumexp(dim=1) - math.log(rows.shape[1]), at)
 
 
 def sharpest_head(rows: Float64[Tensor, "b heads T"], at: Layout) -> Float64[Tensor, "b N"]:
-    """Logarithms over the patches of each image's head of lowest entropy."""
+    """Return logarithms over the patches of each image's head of lowest entropy."""
     every = over_patches(rows, at)
     return every[torch.arange(len(every), device=every.device), entropy_of(every).argmin(dim=1)]
 
 
 def entropy_of(log: Float64[Tensor, "... N"]) -> Float64[Tensor, "..."]:
-    """Entropy in nats of distributions given by logarithms."""
+    """Return the entropy in nats of distributions given by logarithms."""
     return -(log.exp() * log).sum(dim=-1).clamp(-math.log(log.shape[-1]), 0)
 
 
 def divergences(log: Float64[Tensor, "b V N"]) -> Float64[Tensor, "b V V"]:
-    """KL(p || q) = sum p ln(p / q) in nats of V distributions given by logarithms; row p, column q."""
+    """Return KL(p || q) = sum p ln(p / q) in nats of V distributions given by logarithms; row p, column q."""
     p = log.exp()
     own = (p * log).sum(dim=-1, keepdim=True)
     return (own - p @ log.mT).clamp(min=0)
 
 
 def head_divergence(matrix: Float64[Tensor, "b heads heads"]) -> Float64[Tensor, "b heads"]:
-    """Mean divergence of each head from the others; NaN for a single head."""
+    """Return the mean divergence of each head from the others; NaN for a single head."""
     heads = matrix.shape[1]
     total = matrix.sum(dim=2) - matrix.diagonal(dim1=1, dim2=2)
     return total / (heads - 1) if heads > 1 else torch.full_like(total, torch.nan)
@@ -266,7 +270,8 @@ def head_divergence(matrix: Float64[Tensor, "b heads heads"]) -> Float64[Tensor,
 def norm_statistics(
     x: Float[Tensor, "b T D"], at: Layout, deviations: float, factor: float, fixed: float | None
 ) -> dict[str, Float64[Tensor, "b"]]:
-    """Norms of what a block gives, by kind of token, and the patches whose norm is far above the others'.
+    """Return norms of what a block gives, by kind of token, and the patches whose norm is far above the
+    others'.
 
     A patch is an outlier if its norm is above `factor` times the median of its image, and above median +
     `deviations` times 1.4826 times the median distance from the median (the standard deviation, were they

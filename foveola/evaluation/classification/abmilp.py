@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
 from foveola.evaluation.classification.grids import (
-    Bank,
+    ProbeGrid,
     choose_and_score,
     probe_metrics,
     probe_needs,
@@ -36,7 +36,7 @@ from foveola.models.encoder import Encoder
 Activation = Literal["relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
 SMALL = 50_000  # images: LARS, made for batches of 16384, hardly moves on fewer
-ENTRIES = 2**27  # numbers of all probes' hidden layers in memory at a time: 512 MiB
+HIDDEN_AT_ONCE = 2**27  # numbers of all probes' hidden layers in memory at a time: 512 MiB
 
 # -- core ----------------------------------------------------------------------------------------------------
 
@@ -98,11 +98,11 @@ class AbmilpBank:
         self.parameters_each = sum(p[0].numel() for p in self.trained)
 
     def weights(self, x: Float[Tensor, "b N D"]) -> Float[Tensor, "G b N"]:
-        """How much of each patch goes into the average; rows sum to one."""
+        """Return how much of each patch goes into the average; rows sum to one."""
         return self._pool(x, self.trained)[0]
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
+        """Take one step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
         total = [torch.zeros_like(p) for p in self.trained]
         parts = zip(x["patches"].split(self.norm_batch), y.split(self.norm_batch), strict=True)
         with torch.enable_grad():
@@ -122,14 +122,14 @@ class AbmilpBank:
 
     @torch.no_grad()
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
-        """Scores of each probe, as at test time."""
+        """Return the scores of each probe, as at test time."""
         pooled = torch.cat([self._pool(few, self.trained)[1] for few in self._split(x["patches"])], dim=1)
         return self._classify(self.norm.test(pooled), self.trained)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         patches, width = x.shape[1:]
         each = len(self.trained[0]) * patches * (max(patches, width) if self.attention else width)
-        return x.split(max(1, ENTRIES // each))
+        return x.split(max(1, HIDDEN_AT_ONCE // each))
 
     def _pool(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Weights [G, b, N] and averages [G, b, D]."""
@@ -200,20 +200,22 @@ class AbmilpConfig(ProbeConfig):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
 
     def sized(self, images: int) -> "AbmilpConfig":
-        """With what depends on the number of images that train: the paper has SGD on its small sets."""
+        """Return the settings with what depends on the number of images that train: the paper has SGD on its
+        small sets.
+        """
         small = images < SMALL
         optimizer = self.optimizer or ("sgd" if small or self.attention else "lars")
         return replace(self, optimizer=optimizer, batch=self.batch or (1024 if small else 16384))
 
     def vectors(self, encoder: Encoder) -> tuple[str, ...]:
-        """The fixed aggregations that this encoder has, and that of `attention_of`."""
+        """Return the fixed aggregations that this encoder has, and that of `attention_of`."""
         without = () if encoder.config.model.class_token else ("token", *ATTENTION[:2])
         mine = [name for name in self.fixed if name not in without]
         return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))
 
 
 def wanted_of(config: AbmilpConfig, encoder: Encoder) -> Need:
-    """What of an image the protocol reads."""
+    """Return what of an image the protocol reads."""
     vectors = config.vectors(encoder)
     return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
 
@@ -233,7 +235,7 @@ class Abmilp(Protocol):
     metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
 
     def needs(self, config: AbmilpConfig, encoder: Encoder) -> Needs:
-        """All patches of each image, and the fixed averages."""
+        """Return all patches of each image, and the fixed averages."""
         return probe_needs(wanted_of(config, encoder), config.views)
 
     def measure(self, at: At, config: AbmilpConfig) -> Outcome:
@@ -253,7 +255,7 @@ class Abmilp(Protocol):
             at.encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task
         )
         drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-        banks: list[Bank] = [*learned, *fixed]
+        banks: list[ProbeGrid] = [*learned, *fixed]
         train_banks(
             banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, at.progress
         )

@@ -13,7 +13,7 @@ from foveola.config import UserError, key
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
 from foveola.evaluation.classification.grids import (
-    Bank,
+    ProbeGrid,
     choose_and_score,
     probe_metrics,
     probe_needs,
@@ -21,7 +21,7 @@ from foveola.evaluation.classification.grids import (
 )
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import (
-    PUBLISHED,
+    PUBLISHED_STEPS,
     Columns,
     ProbeConfig,
     Task,
@@ -34,7 +34,9 @@ from foveola.evaluation.features.names import need
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
-ENTRIES = 2**26  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
+SCORES_AT_ONCE = (
+    2**26
+)  # attention scores of all probes in memory at a time: 256 MiB, and as much for gradients
 
 # -- core ----------------------------------------------------------------------------------------------------
 
@@ -89,7 +91,7 @@ class AttentiveBank:
         self.parameters_each = sum(p[0].numel() for p in everything)
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on each probe's mean cross-entropy, with gradients summed over parts of the batch."""
+        """Take one step on each probe's mean cross-entropy, with gradients summed over parts of the batch."""
         total = [torch.zeros_like(p) for p in self.trained]
         with torch.enable_grad():
             for part, labels in zip(self._split(x["patches"]), self._split(y, x["patches"]), strict=True):
@@ -100,12 +102,12 @@ class AttentiveBank:
 
     @torch.no_grad()
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
-        """Scores of each probe."""
+        """Return the scores of each probe."""
         return torch.cat([self._scores(part, *self.trained) for part in self._split(x["patches"])], dim=1)
 
     def _split(self, rows: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
         count = (rows if patches is None else patches).shape[1]
-        return rows.split(max(1, ENTRIES // (len(self.query) * self.heads * count)))
+        return rows.split(max(1, SCORES_AT_ONCE // (len(self.query) * self.heads * count)))
 
     def _scores(
         self,
@@ -141,10 +143,10 @@ def check_heads(heads: int, width: int) -> None:
 # -- protocol ------------------------------------------------------------------------------------------------
 
 
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+ATTENTIVE_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 STYLES: dict[str, dict[str, Any]] = {
     "capi": {
-        "lr": RATES,
+        "lr": ATTENTIVE_RATES,
         "weight_decay": (5e-4, 1e-3, 5e-2),
         "batch": 1024,
         "warmup": 0.1,
@@ -188,7 +190,7 @@ class AttentiveConfig(ProbeConfig):
             raise ValueError("weight_decay: style=cae has none")
 
     def resolved(self, images: int) -> "AttentiveConfig":
-        """With the style's settings in place of null, for so many images that train."""
+        """Return the settings with the style's own in place of null, for so many images that train."""
         defaults = dict(STYLES[self.style])
         if self.style == "cae" and images < SMALL:
             defaults["batch"] = 1024  # as Selective Aggregation has it on its small sets
@@ -198,7 +200,7 @@ class AttentiveConfig(ProbeConfig):
 
 
 def wanted_of(config: AttentiveConfig, encoder: Encoder) -> Need:
-    """What of an image the protocol reads: CAE's probe the class token, too."""
+    """Return what of an image the protocol reads: CAE's probe the class token, too."""
     token = config.style == "cae" and encoder.config.model.class_token
     return need("patches", *(["token"] if token else []))
 
@@ -218,7 +220,7 @@ class Attentive(Protocol):
     metrics = probe_metrics(title)
 
     def needs(self, config: AttentiveConfig, encoder: Encoder) -> Needs:
-        """All patches of each image."""
+        """Return all patches of each image."""
         return probe_needs(wanted_of(config, encoder), config.views)
 
     def measure(self, at: At, config: AttentiveConfig) -> Outcome:
@@ -229,7 +231,7 @@ class Attentive(Protocol):
         task = open_task(at, config, wanted, candidates)
         columns = Columns(task.train, task.fit, wanted, task.device, config.views)
         config = config.resolved(len(task.fit))
-        batch, _, steps = plan_training(task, config, PUBLISHED if config.style == "capi" else None)
+        batch, _, steps = plan_training(task, config, PUBLISHED_STEPS if config.style == "capi" else None)
         if config.style == "cae" and batch < STYLES["cae"]["batch"]:
             task.notes.append(f"cae: batches of {batch} images")
         width = task.train.take("patches", slice(1)).shape[2]
@@ -252,7 +254,7 @@ def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int
     return list(found.values())
 
 
-def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> Bank:
+def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> ProbeGrid:
     """The probes of one number of heads, with learning rates for a batch of this size."""
     rates, decays = config.lr or (), config.weight_decay or ()
     count = max(1, width // 64) if heads is None else heads

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from foveola.evaluation.classification.linear import BatchNorm
 from foveola.evaluation.classification.solvers import Sgd, add_gradients
 
-ENTRIES = 2**26  # attention scores, or what was read, of all probes in memory at a time: 256 MiB
-EPS = 1e-6  # of the LayerNorms
+CAE_SCORES_AT_ONCE = 2**26  # attention scores, or what was read, of all probes in memory at a time: 256 MiB
+NORM_EPS = 1e-6  # of the LayerNorms
 
 
 class CaeBank:
@@ -74,7 +74,7 @@ class CaeBank:
         self.parameters_each = sum(p[0].numel() for p in everything)
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
+        """Take one step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
         total = [torch.zeros_like(p) for p in self.trained.values()]
         parts = zip(tokens_of(x).split(self.norm_batch), y.split(self.norm_batch), strict=True)
         with torch.enable_grad():
@@ -90,19 +90,19 @@ class CaeBank:
 
     @torch.no_grad()
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
-        """Scores of each probe, as at test time."""
+        """Return the scores of each probe, as at test time."""
         leaves = list(self.trained.values())
         read = torch.cat([self._read(few, leaves) for few in self._split(tokens_of(x))], dim=1)
         return self._classify(self.norm.test(read), leaves)
 
     def weights(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G h b T"]:
-        """How much each head reads of each token (the class token first); rows sum to one."""
+        """Return how much each head reads of each token (the class token first); rows sum to one."""
         scores = self._attend(normalised(tokens_of(x)), dict(self.trained))
         return scores.transpose(0, 1).unflatten(0, (-1, self.heads))
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         probes, width = self.trained["query"].shape
-        return tokens.split(max(1, ENTRIES // (probes * self.heads * max(tokens.shape[1], width))))
+        return tokens.split(max(1, CAE_SCORES_AT_ONCE // (probes * self.heads * max(tokens.shape[1], width))))
 
     def _attend(self, z: Float[Tensor, "b T D"], p: Mapping[str, Tensor]) -> Float[Tensor, "b Gh T"]:
         g, width = p["query"].shape
@@ -132,10 +132,10 @@ class CaeBank:
 
 
 def tokens_of(x: Mapping[str, Tensor]) -> Float[Tensor, "b T D"]:
-    """The class token of the last block, where there is one, and the patches."""
+    """Return the class token of the last block, where there is one, and the patches."""
     return torch.cat((x["token"][:, -1:], x["patches"]), dim=1) if "token" in x else x["patches"]
 
 
 def normalised(x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-    """LayerNorm without its affine part."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
+    """Return LayerNorm without its affine part."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)

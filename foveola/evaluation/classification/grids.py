@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from foveola.evaluation.classification.solvers import Factor
-from foveola.evaluation.classification.task import Batch, Columns, Task
+from foveola.evaluation.classification.task import Columns, FeatureBatch, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.images import show
@@ -20,7 +20,7 @@ SCORING = 256  # rows scored at once
 
 
 def probe_metrics(label: str) -> tuple[Metric, ...]:
-    """What `choose_and_score` and `scored` measure of each probe, under a name for people."""
+    """Return what `choose_and_score` and `scored` measure of each probe, under a name for people."""
     return (
         Metric("top1_*", f"{label} top-1 ({{}})", "higher", chance=1, main=True, column="top1"),
         Metric("top5_*", f"{label} top-5 ({{}})", "higher", chance=5, column="top5"),
@@ -31,12 +31,14 @@ def probe_metrics(label: str) -> tuple[Metric, ...]:
 
 
 def probe_needs(need: Need, views: int = 0) -> Needs:
-    """Trained probes read features of training images in some views many times, and those of test images."""
+    """Return trained probes read features of training images in some views many times, and those of test
+    images.
+    """
     return Needs((Reading(need, views),), (Reading(need),))
 
 
 @runtime_checkable
-class Bank(Protocol):
+class ProbeGrid(Protocol):
     """G probes of one shape, trained at once on the same batches."""
 
     group: str  # what the choice is made within; metrics are given for each group
@@ -44,16 +46,16 @@ class Bank(Protocol):
     parameters_each: int  # trained numbers of one probe
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step of training, with learning rates times `factor`."""
+        """Take one step of training, with learning rates times `factor`."""
         ...
 
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
-        """Scores of each probe, as at test time."""
+        """Return the scores of each probe, as at test time."""
         ...
 
 
 def train_banks(
-    banks: Sequence[Bank], drawn: Iterator[Batch], factor: Factor, steps: int, progress: bool
+    banks: Sequence[ProbeGrid], drawn: Iterator[FeatureBatch], factor: Factor, steps: int, progress: bool
 ) -> None:
     """Train all banks on the same batches."""
     for step, (x, y) in enumerate(show(drawn, steps, "training probes", progress)):
@@ -68,13 +70,15 @@ class Judged(NamedTuple):
     loss: Float64[Tensor, "G"]  # mean cross-entropy of the rows' labels; infinite where that is not finite
 
     def order(self) -> list[tuple[float, float]]:
-        """What the best probe has the greatest of: the share that is right, and of equals the lower loss."""
+        """Return what the best probe has the greatest of: the share that is right, and of equals the lower
+        loss.
+        """
         return [(percent(row), -loss) for row, loss in zip(self.right, self.loss.tolist(), strict=True)]
 
 
 @torch.no_grad()
-def judge(bank: Bank, columns: Columns, answers: Answers) -> Judged:
-    """The probes of a bank on some rows."""
+def judge(bank: ProbeGrid, columns: Columns, answers: Answers) -> Judged:
+    """Return the probes of a bank on some rows."""
     every = torch.arange(len(columns))
     return judged(lambda rows: bank.logits(columns.take(every[rows])), len(columns), answers)
 
@@ -82,7 +86,7 @@ def judge(bank: Bank, columns: Columns, answers: Answers) -> Judged:
 def judged(
     logits_of: Callable[[slice], Float[Tensor, "G b C"]], count: int, answers: Answers, at_once: int = SCORING
 ) -> Judged:
-    """Probes by their logits of `count` rows. One whose scores are not finite has no row right."""
+    """Return probes by their logits of `count` rows. One whose scores are not finite has no row right."""
     right, loss = [], []
     for start in range(0, count, at_once):
         rows = slice(start, start + at_once)
@@ -95,21 +99,21 @@ def judged(
 
 
 def cross_entropies(logits: Float[Tensor, "G m C"], labels: Int64[Tensor, "m"]) -> Float64[Tensor, "G m"]:
-    """Minus the logarithm of each label's probability; 0 where the label is unknown (-1)."""
+    """Return minus the logarithm of each label's probability; 0 where the label is unknown (-1)."""
     log = torch.log_softmax(logits.double(), dim=2)
     own = log.gather(2, labels.clamp(min=0).expand(len(log), -1)[..., None])[..., 0]
     return torch.where(labels >= 0, -own, 0.0)
 
 
 @torch.no_grad()
-def logits_of(bank: Bank, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
-    """Scores of one probe of a bank, on the CPU."""
+def probe_scores(bank: ProbeGrid, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
+    """Return the scores of one probe of a bank, on the CPU."""
     places = torch.arange(len(columns)).split(SCORING)
     return torch.cat([bank.logits(columns.take(at))[probe].float().cpu() for at in places])
 
 
-def choose_and_score(banks: Sequence[Bank], task: Task, wanted: Need, seed: int) -> Outcome:
-    """In each group the probe that is best on the hold-out, scored on test.
+def choose_and_score(banks: Sequence[ProbeGrid], task: Task, wanted: Need, seed: int) -> Outcome:
+    """Choose in each group the probe that is best on the hold-out, scored on test.
 
     Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
     rule, and the first of a grid is often one that hardly learned. Without hold-out the test set chooses, as
@@ -139,7 +143,7 @@ def choose_and_score(banks: Sequence[Bank], task: Task, wanted: Need, seed: int)
         ]
         best = max(range(len(rows)), key=lambda r: order[places[r][0]][places[r][1]])
         i, g = places[best]
-        top5 = task.answers.top5(logits_of(banks[i], g, test))
+        top5 = task.answers.top5(probe_scores(banks[i], g, test))
         found = scored(group, right[i][g], task.answers, seed, top5)
         metrics |= found.metrics
         scores |= found.scores
@@ -164,7 +168,7 @@ class Scored(NamedTuple):
 def scored(
     group: str, right: Bool[Tensor, "m"], answers: Answers, seed: int, top5: Bool[Tensor, "m"]
 ) -> Scored:
-    """`top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
+    """Return `top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
     low, high = interval(right, answers.image_indices, seed=seed)
     metrics = {
         f"top1_{group}": percent(right),

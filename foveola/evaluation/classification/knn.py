@@ -18,11 +18,11 @@ from foveola.evaluation.features.names import need
 from foveola.evaluation.features.overlap import content_groups
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds
-from foveola.evaluation.images import identity_for, share
+from foveola.evaluation.images import identity_for, share_of_rank
 from foveola.evaluation.metrics import effective_rank, interval, percent, ranking, vote
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
-from foveola.evaluation.search import QUERY_BLOCK, nearest
+from foveola.evaluation.search import QUERY_BLOCK, nearest_rows
 from foveola.models.encoder import Encoder
 
 # -- vote ----------------------------------------------------------------------------------------------------
@@ -41,7 +41,8 @@ def predict(
     bank_groups: Int64[Tensor, "N"] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, Int64[Tensor, "m r"]]:
-    """For each k, the r = min(top, classes) best classes of each query, best first (-1: no vote left).
+    """Return, for each k, the r = min(top, classes) best classes of each query, best first (-1: no vote
+    left).
 
     `labels` in [0, classes) belong to the bank. Queries are read in blocks, so memory is that of the two
     inputs plus a constant. Each k must be at most N.
@@ -52,7 +53,7 @@ def predict(
     for start in range(0, len(queries), QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         own = None if query_groups is None else query_groups[block]
-        similarities, indices = nearest(
+        similarities, indices = nearest_rows(
             queries[block], bank, max(k), query_groups=own, bank_groups=bank_groups, device=device
         )
         for each in k:
@@ -110,7 +111,7 @@ class Knn(Protocol):
     )
 
     def needs(self, config: KnnConfig, encoder: Encoder) -> Needs:
-        """One vector of each image, read once; of objects the shared pass has none."""
+        """Return one vector of each image, read once; of objects the shared pass has none."""
         wanted = wanted_of(config, encoder)
         read = () if wanted is None else (Reading(wanted, once=True),)
         return Needs(read, read)
@@ -144,7 +145,7 @@ class Knn(Protocol):
 
 
 def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
-    """What of an image the protocol reads; None where the shared pass does not have it."""
+    """Return what of an image the protocol reads; None where the shared pass does not have it."""
     pool = config.pool or encoder.config.pool
     if config.rows != "images" or (pool != "token" and config.masks is not False):
         return None
@@ -171,7 +172,7 @@ def _measure(
             f"the bank has {len(bank.labels)} rows: k = {', '.join(map(str, ks))} instead of {list(config.k)}"
         )
     classes = int(bank.labels.max()) + 1
-    mine = share(len(query.labels))
+    mine = share_of_rank(len(query.labels))
     groups = (
         content_groups(*sources, config, bank.image_indices, query.image_indices)
         if config.exclude_self

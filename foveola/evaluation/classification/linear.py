@@ -26,7 +26,7 @@ from foveola.evaluation.classification.solvers import (
     warm_cosine,
 )
 from foveola.evaluation.classification.task import (
-    PUBLISHED,
+    PUBLISHED_STEPS,
     Columns,
     ProbeConfig,
     batches,
@@ -54,7 +54,7 @@ class BatchNorm:
         self.eps = eps
 
     def train(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
-        """Normalised by its own statistics, which go into the running ones. A single row becomes 0."""
+        """Return normalised by its own statistics, which go into the running ones. A single row becomes 0."""
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
         with torch.no_grad():
             rows = x.shape[1]
@@ -63,7 +63,7 @@ class BatchNorm:
         return (x - mean) * (variance + self.eps).rsqrt()
 
     def test(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
-        """Normalised by the running statistics."""
+        """Return normalised by the running statistics."""
         return (x - self.mean) * (self.variance + self.eps).rsqrt()
 
 
@@ -115,8 +115,8 @@ class LinearBank:
 
     @torch.no_grad()
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
-        """One step on the mean cross-entropy of each probe."""
-        rows, count = assemble(x, self.features, self.masks), len(y)
+        """Take one step on the mean cross-entropy of each probe."""
+        rows, count = joined_features(x, self.features, self.masks), len(y)
         dw, db = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         size = self.norm_batch if self.norm is not None else count
         for part, labels in zip(rows.split(size), y.split(size), strict=True):
@@ -128,8 +128,8 @@ class LinearBank:
         self.optimizer.step([dw, db], factor)
 
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
-        """Scores of each probe, as at test time."""
-        rows = assemble(x, self.features, self.masks)[None]
+        """Return the scores of each probe, as at test time."""
+        rows = joined_features(x, self.features, self.masks)[None]
         return self._scores(rows if self.norm is None else self.norm.test(rows))
 
     def _scores(self, inputs: Float[Tensor, "1 b D"]) -> Float[Tensor, "G b C"]:
@@ -139,7 +139,9 @@ class LinearBank:
 
 
 def split_features(features: str) -> list[tuple[str, int]]:
-    """`token4+average` -> [(token, 4), (average, 1)]. Raises UserError for a feature that does not exist."""
+    """Return `token4+average` -> [(token, 4), (average, 1)]. Raises UserError for a feature that does not
+    exist.
+    """
     if features.startswith(EXTERNAL):
         return [(features, 1)]
     parts = []
@@ -156,14 +158,14 @@ def split_features(features: str) -> list[tuple[str, int]]:
 
 
 def need_of(features: tuple[str, ...], masks: bool) -> Need:
-    """What of an image the features are made of."""
+    """Return what of an image the features are made of."""
     parts = [part for each in features for part in split_features(each)]
     kinds = {"masked" if masks and kind == "token" else kind for kind, _ in parts}
     return need(*kinds, layers=max(layers for _, layers in parts))
 
 
-def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
-    """One vector of each image from its kinds of features."""
+def joined_features(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
+    """Return one vector of each image from its kinds of features."""
     columns = []
     for kind, layers in split_features(features):
         part = x["masked" if masks and kind == "token" else kind]
@@ -173,7 +175,7 @@ def assemble(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Flo
 
 # -- protocol ------------------------------------------------------------------------------------------------
 
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+LINEAR_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -204,14 +206,14 @@ class LinearConfig(ProbeConfig):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
 
     def resolved(self, encoder: Encoder) -> "LinearConfig":
-        """With the style's settings in place of null, for this encoder."""
+        """Return the settings with the style's own in place of null, for this encoder."""
         layers = min(4, len(encoder.backbone.blocks))
         several = tuple(dict.fromkeys(("token", f"token{layers}", "token+average", f"token{layers}+average")))
         if not encoder.config.model.class_token:
             several = ("average",)
         styles: dict[str, dict[str, Any]] = {
-            "dino": {"features": several, "lr": (*RATES, 0.2, 0.5), "batch": 1024, "epochs": 100},
-            "dinov2": {"features": several, "lr": RATES, "batch": 1024},
+            "dino": {"features": several, "lr": (*LINEAR_RATES, 0.2, 0.5), "batch": 1024, "epochs": 100},
+            "dinov2": {"features": several, "lr": LINEAR_RATES, "batch": 1024},
             "mae": {"features": several[:1], "lr": (0.1,), "batch": 16384, "epochs": 90},
         }
         defaults = styles[self.style]
@@ -221,7 +223,7 @@ class LinearConfig(ProbeConfig):
 
 
 def wanted_of(config: LinearConfig, encoder: Encoder) -> Need:
-    """What of an image the protocol reads."""
+    """Return what of an image the protocol reads."""
     chosen = config.resolved(encoder)
     # DINO and iBOT evaluate bicubic images, but train on torchvision's default crops, which are bilinear.
     crops = "bilinear" if config.style == "dino" else None
@@ -244,7 +246,7 @@ class Linear(Protocol):
     metrics = probe_metrics(title)
 
     def needs(self, config: LinearConfig, encoder: Encoder) -> Needs:
-        """Vectors of each image."""
+        """Return vectors of each image."""
         return probe_needs(wanted_of(config, encoder), config.views)
 
     def measure(self, at: At, config: LinearConfig) -> Outcome:
@@ -256,7 +258,9 @@ class Linear(Protocol):
         candidates = len(rates) * (1 if mae else len(features))
         task = open_task(at, config, wanted, candidates)
         columns = Columns(task.train, task.fit, wanted, task.device, config.views)
-        batch, each, steps = plan_training(task, config, PUBLISHED if config.style == "dinov2" else None)
+        batch, each, steps = plan_training(
+            task, config, PUBLISHED_STEPS if config.style == "dinov2" else None
+        )
         if mae:
             task.notes.append(
                 f"style=mae: BatchNorm over {min(batch, config.norm_batch)} images (MAE: 512), measured "
@@ -271,7 +275,7 @@ class Linear(Protocol):
             LinearBank(
                 each_feature,
                 torch.tensor(rates) * (batch / 256),
-                assemble(one, each_feature, config.masks).shape[1],
+                joined_features(one, each_feature, config.masks).shape[1],
                 task.classes,
                 group=each_feature if mae else "linear",
                 optimizer="lars" if mae else "sgd",

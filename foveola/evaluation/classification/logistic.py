@@ -21,7 +21,7 @@ from foveola.evaluation.classification.grids import (
     probe_needs,
     scored,
 )
-from foveola.evaluation.classification.linear import assemble, need_of
+from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.cache import Need
@@ -30,9 +30,9 @@ from foveola.evaluation.metrics import percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
-CHUNK = 2**24  # logits in memory at a time: 128 MiB in float64
+LOGITS_AT_ONCE = 2**24  # logits in memory at a time: 128 MiB in float64
 STALLED = 20  # iterations that must together lower the loss, by more than this share of it:
-FLAT = 1e-10
+FLAT_SLOPE = 1e-10
 SCALE = (
     1e4  # of the objective inside L-BFGS: torch forgets curvatures below an absolute 1e-10, near the end all
 )
@@ -51,12 +51,12 @@ class LogisticModel:
     iterations: int
 
     def logits(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n C"]:
-        """Scores in the precision and on the device of the model."""
+        """Return scores in the precision and on the device of the model."""
         parts = [part.to(self.weight) @ self.weight.T + self.bias for part in x.split(_rows(self.weight))]
         return torch.cat(parts) if parts else self.bias.new_zeros(0, len(self.bias))
 
     def predict(self, x: Float[Tensor, "n D"]) -> Int64[Tensor, "n"]:
-        """The class of highest score of each row, on the CPU."""
+        """Return the class of highest score of each row, on the CPU."""
         parts = [self.logits(part).argmax(dim=1).cpu() for part in x.split(_rows(self.weight))]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
@@ -139,7 +139,7 @@ def _minimise(
         optimizer.param_groups[0]["max_iter"] = min(STALLED, max_iterations - done)
         loss = float(optimizer.step(closure))  # type: ignore[arg-type]  # where this round began
         reached = int(optimizer.state[leaves[0]].get("n_iter", 0))
-        if reached == done or before - loss <= FLAT * abs(loss):
+        if reached == done or before - loss <= FLAT_SLOPE * abs(loss):
             return reached
         done, before = reached, loss
     return done
@@ -177,7 +177,7 @@ def _objective(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, c: float) -> 
 
 
 def _rows(weight: Tensor) -> int:
-    return max(1, CHUNK // max(weight.shape))
+    return max(1, LOGITS_AT_ONCE // max(weight.shape))
 
 
 def path(
@@ -190,7 +190,8 @@ def path(
     progress: bool = False,
     **settings: Any,
 ) -> list[LogisticModel]:
-    """`fit` for each of `values`, from the smallest C to the largest, each from where the last one ended.
+    """Return `fit` for each of `values`, from the smallest C to the largest, each from where the last one
+    ended.
 
     The models are in the order of `values`. `settings` are those of `fit`; each of `values` counts once.
     """
@@ -202,7 +203,9 @@ def path(
 
 
 def standardiser(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"]]:
-    """(mean, scale) of each column: the population's standard deviation, 1 where a column is constant."""
+    """Return (mean, scale) of each column: the population's standard deviation, 1 where a column is
+    constant.
+    """
     mean = torch.stack([part.double().sum(dim=0) for part in x.split(65536)]).sum(dim=0) / len(x)
     square = torch.stack([(part.double() - mean).square().sum(dim=0) for part in x.split(65536)]).sum(dim=0)
     scale = (square / len(x)).sqrt()
@@ -244,12 +247,12 @@ class LogisticConfig(ProbeConfig):
 
 
 def features_of(config: LogisticConfig, encoder: Encoder) -> str:
-    """What is classified."""
+    """Return what is classified."""
     return config.features or ("token" if encoder.config.model.class_token else "average")
 
 
 def wanted_of(config: LogisticConfig, encoder: Encoder) -> Need:
-    """What of an image the protocol reads."""
+    """Return what of an image the protocol reads."""
     return need_of((features_of(config, encoder),), config.masks)
 
 
@@ -267,7 +270,7 @@ class Logistic(Protocol):
     metrics = probe_metrics(title)
 
     def needs(self, config: LogisticConfig, encoder: Encoder) -> Needs:
-        """Vectors of each image."""
+        """Return vectors of each image."""
         return probe_needs(wanted_of(config, encoder))
 
     def measure(self, at: At, config: LogisticConfig) -> Outcome:
@@ -290,7 +293,7 @@ class Logistic(Protocol):
                 "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
             }[part]
             x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
-            return assemble(x, features_of(config, at.encoder), config.masks)
+            return joined_features(x, features_of(config, at.encoder), config.masks)
 
         x, test_x = rows("fit"), rows("score")
         mean, scale = standardiser(x) if config.standardise else (torch.zeros(()), torch.ones(()))

@@ -46,7 +46,9 @@ class ProbesConfig(ProbeConfig):
 
 
 def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol, Any]]:
-    """The protocols that `probes` runs, in order, all with the same share, split and seed of the images."""
+    """Return the protocols that `probes` runs, in order, all with the same share, split and seed of the
+    images.
+    """
     shared: dict[str, Any] = {name: getattr(config, name) for name in ProbeConfig.__dataclass_fields__}
     once: dict[str, Any] = {**shared, "views": 0}
     reading: dict[str, Any] = {name: v for name, v in once.items() if name not in ("holdout", "views")}
@@ -94,7 +96,7 @@ class Probes(Protocol):
     metrics = (*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats"))
 
     def needs(self, config: ProbesConfig, encoder: Encoder) -> Needs:
-        """All that the parts read."""
+        """Return all that the parts read."""
         every = [protocol.needs(own, encoder) for protocol, own in parts_of(config, encoder).values()]
         return Needs(
             tuple(reading for each in every for reading in each.train),
@@ -102,7 +104,7 @@ class Probes(Protocol):
         )
 
     def measure(self, at: At, config: ProbesConfig) -> Outcome:
-        """The numbers of one part after the other."""
+        """Return the numbers of one part after the other."""
         metrics: dict[str, float] = {}
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}

@@ -61,7 +61,7 @@ class Stacked(ABC):
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """One update with the learning rates times `factor`."""
+        """Make one update with the learning rates times `factor`."""
         self.steps += 1
         for i, (p, g) in enumerate(zip(self.parameters, gradients, strict=True)):
             shape = (-1,) + (1,) * (p.ndim - 1)
@@ -126,25 +126,29 @@ OPTIMIZERS: dict[OptimizerName, type[Stacked]] = {"sgd": Sgd, "lars": Lars, "ada
 
 
 def cosine(steps: int) -> Factor:
-    """1 at the first step, to 0 one step after the last (DINOv2: CosineAnnealingLR with T_max = steps)."""
+    """Return 1 at the first step, to 0 one step after the last (DINOv2: CosineAnnealingLR with T_max =
+    steps).
+    """
     return lambda i: 0.5 * (1 + math.cos(math.pi * i / steps))
 
 
 def cosine_by_epoch(steps: int, per_epoch: int) -> Factor:
-    """The same in whole epochs: constant within each (DINO, iBOT)."""
+    """Return the same in whole epochs: constant within each (DINO, iBOT)."""
     epochs = -(-steps // per_epoch)
     return lambda i: 0.5 * (1 + math.cos(math.pi * (i // per_epoch) / epochs))
 
 
 def warm_cosine(steps: int, warmup: int) -> Factor:
-    """From 0 in a line to 1 at step `warmup`, then a cosine to 0 one step after the last (MAE)."""
+    """Return a factor that goes from 0 in a line to 1 at step `warmup`, then a cosine to 0 one step after the
+    last (MAE).
+    """
     return lambda i: (
         i / warmup if i < warmup else 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, steps - warmup)))
     )
 
 
 def closed_warm_cosine(steps: int, warmup: int) -> Factor:
-    """0 at the first step, 1 at step `warmup` - 1 and at step `warmup`, 0 at the last step (CAPI)."""
+    """Return 0 at the first step, 1 at step `warmup` - 1 and at step `warmup`, 0 at the last step (CAPI)."""
 
     def factor(i: int) -> float:
         if i < warmup:

@@ -18,9 +18,11 @@ from foveola.evaluation.classification.truth import Answers, answers_of, shared_
 from foveola.evaluation.features.cache import FeedConfig, Need, Store
 from foveola.evaluation.protocol import At
 
-PUBLISHED = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
+PUBLISHED_STEPS = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
 HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
-EPOCHS = 100  # passes over the training images after which a published number of steps ends at the latest
+MOST_PASSES = (
+    100  # passes over the training images after which a published number of steps ends at the latest
+)
 PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
 
 
@@ -75,7 +77,7 @@ class Task:
 
 
 def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
-    """Stores of both sources with what is needed, and the split.
+    """Open the stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
     Raises UserError for: no labels, a single class, no class in common, fewer images than a hold-out needs.
@@ -116,7 +118,7 @@ def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
 def held_out(
     rows: Int64[Tensor, "r"], share: float, seed: int, labels: Int64[Tensor, "r"] | None = None
 ) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
-    """`rows` in two, ascending: those that train, and a drawn `share` that chooses.
+    """Return `rows` in two, ascending: those that train, and a drawn `share` that chooses.
 
     At least one row is held out where share > 0, as long as one can be spared. With `labels` each class gives
     its share, as evenly as whole rows allow, and keeps one row at least: a class that nothing trains could
@@ -147,7 +149,7 @@ def held_out(
 def length_of(
     rows: int, batch: int, epochs: int | None, iterations: int | None, published: int | None = None
 ) -> tuple[int, int, int]:
-    """(batch, steps of an epoch, steps of training), with a batch of at most all rows.
+    """Return (batch, steps of an epoch, steps of training), with a batch of at most all rows.
 
     `published` steps, where neither epochs nor iterations are asked for, are of ImageNet: on a smaller set
     training ends after `EPOCHS` passes (DINO's length), which from 128,000 images with batches of 1024 on are
@@ -158,12 +160,12 @@ def length_of(
     if iterations is not None:
         return batch, each, iterations
     if epochs is None and published is not None:
-        return batch, each, min(published, EPOCHS * each)
+        return batch, each, min(published, MOST_PASSES * each)
     return batch, each, each * (epochs or 1)
 
 
 def plan_training(task: Task, config: Any, published: int | None = None) -> tuple[int, int, int]:
-    """Batch, steps of an epoch and steps of training that a probe's settings ask for, as `length_of`.
+    """Return batch, steps of an epoch and steps of training that a probe's settings ask for, as `length_of`.
 
     The task keeps batch and steps with its facts, and notes what is not as published: length, augmentation.
     """
@@ -210,7 +212,7 @@ class Columns:
         return len(self.rows)
 
     def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
-        """Features of the rows at the places `at`."""
+        """Return features of the rows at the places `at`."""
         if self.kept:
             there = at.to(self.device)
             return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
@@ -221,18 +223,20 @@ class Columns:
         }
 
 
-Batch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
+FeatureBatch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
 
 
 def per_epoch(rows: int, batch: int) -> int:
-    """Whole batches of an epoch, at least one."""
+    """Return whole batches of an epoch, at least one."""
     return max(1, rows // batch)
 
 
 def batches(
     columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
-) -> Iterator[Batch]:
-    """Batches in an order that depends on seed and epoch alone; rows that fill no batch sit the epoch out."""
+) -> Iterator[FeatureBatch]:
+    """Yield batches in an order that depends on seed and epoch alone; rows that fill no batch sit the epoch
+    out.
+    """
     batch, labels = min(batch, len(columns)), labels.to(columns.device)
     length = per_epoch(len(columns), batch)
     order = torch.zeros(0, dtype=torch.int64)

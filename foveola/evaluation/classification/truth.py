@@ -31,16 +31,16 @@ class Answers:
         return pad_sequence(list(self.others), batch_first=True, padding_value=-1)
 
     def among(self, found: Int64[Tensor, "*G m r"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
-        """Whether any of the classes found for each row is a right answer of it; -1 is no class."""
+        """Return whether any of the classes found for each row is a right answer of it; -1 is no class."""
         right = self.right[rows][:, None]
         return ((found[..., None] == right) & (right >= 0)).flatten(-2).any(dim=-1)
 
     def hits(self, logits: Float[Tensor, "*G m C"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
-        """Whether the best (candidate) class of each row is right."""
+        """Return whether the best (candidate) class of each row is right."""
         return self.among(self._allowed(logits).argmax(dim=-1, keepdim=True).cpu(), rows)
 
     def top5(self, logits: Float[Tensor, "m C"]) -> Bool[Tensor, "m"]:
-        """Whether a right answer is among the five (candidate) classes of highest score."""
+        """Return whether a right answer is among the five (candidate) classes of highest score."""
         scores, classes = self._allowed(logits).topk(min(5, logits.shape[1]), dim=1)
         return self.among(torch.where(scores == -torch.inf, -1, classes).cpu())
 
@@ -53,7 +53,8 @@ class Answers:
 def answers_of(
     test: Source, train: Source, labels: Int64[Tensor, "m"], image_indices: Int64[Tensor, "m"], classes: int
 ) -> Answers:
-    """Rows with these labels (`shared_labels`), and what some test sets of ImageNet's say besides a label.
+    """Return rows with these labels (`shared_labels`), and what some test sets of ImageNet's say besides a
+    label.
 
     `data.imagenet.Variant` has both: `answers(index)`, all right answers, and `candidates`.
     """
@@ -81,7 +82,7 @@ def shared_labels(
     bank_classes: tuple[str, ...] | None,
     notes: list[str],
 ) -> Int64[Tensor, "m"]:
-    """Test labels in the numbering of the bank, matched by class name where both name their classes.
+    """Return test labels in the numbering of the bank, matched by class name where both name their classes.
 
     A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. Raises UserError
     when no class is shared.

@@ -21,7 +21,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import FeedConfig
-from foveola.evaluation.features.names import EXTERNAL, Need, Reader, check_kinds
+from foveola.evaluation.features.names import EXTERNAL, FeatureReader, Need, check_kinds
 from foveola.evaluation.features.passes import COLUMNS, READ, Pass
 from foveola.evaluation.features.table import FeatureTable
 from foveola.evaluation.images import choose_images, identity_for
@@ -50,7 +50,7 @@ class Store:
     def take(
         self, kind: str, rows: Int64[Tensor, "b"] | slice = slice(None), view: int = 0, layers: int = 1
     ) -> Float32[Tensor, "b ..."]:
-        """Features of readable images: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
+        """Return features of readable images: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
 
         `view` 0 is the evaluation view, 1 and up are the random crops.
         """
@@ -63,11 +63,13 @@ class Store:
         return torch.from_numpy(np.ascontiguousarray(block).astype(np.float32))
 
     def maps(self, rows: Int64[Tensor, "b"]) -> UInt8[Tensor, "b S S"]:
-        """Label maps of readable images, of a store of squashed ones."""
+        """Return label maps of readable images, of a store of squashed ones."""
         return torch.from_numpy(self.arrays[self.names["maps"]][self.rows[rows].numpy(), 0])
 
     def column(self, name: str) -> Shaped[Tensor, "n"]:
-        """`labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable images."""
+        """Return `labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable
+        images.
+        """
         return torch.from_numpy(self.columns[name])[self.rows]
 
     @property
@@ -76,7 +78,9 @@ class Store:
         return torch.from_numpy(self.chosen)[self.rows]
 
     def table(self, kind: str) -> FeatureTable:
-        """One vector of an image, of tokens that of the last block, as the table that `extract` gives."""
+        """Return one vector of an image, of tokens that of the last block, as the table that `extract`
+        gives.
+        """
         features, masked = self.take(kind), "masked" in self.names
         return FeatureTable(
             features=features[:, -1] if features.ndim == 3 else features,
@@ -88,7 +92,9 @@ class Store:
         )
 
     def sample_patches(self, count: int, seed: int) -> tuple[Float32[Tensor, "m D"], Int64[Tensor, "m"]]:
-        """`count` patches (all, if there are no more) drawn by seed, and the row of each, ascending."""
+        """Return `count` patches (all, if there are no more) drawn by seed, and the row of each,
+        ascending.
+        """
         per = self.arrays[self.names["patches"]].shape[2]
         drawn = choose_images(len(self) * per, count, seed)
         rows, places = drawn // per, drawn % per
@@ -133,7 +139,7 @@ class Feed:
         self.wanted[where] = self.wanted[where] | need if where in self.wanted else need
 
     def open(self, source: Source, config: Any, need: Need, views: int = 0) -> Store:
-        """The store with what is needed (and wanted so far), computed where it is missing.
+        """Return the store with what is needed (and wanted so far), computed where it is missing.
 
         Raises UserError for features that the encoder has not, too little disk, unreadable images (more
         than 1 %), features that are not finite, and a damaged folder.
@@ -144,14 +150,15 @@ class Feed:
         store = self.stores.get(where)
         names = self._names(need, config.precision)
         if store is None or not set(names.values()) <= set(store.names.values()):
-            parts = (need, names, views, self.folder, self.progress)
-            passing = Pass(self.encoder, self.fingerprint, source, feeding(config), *parts)
+            parts = (need, names, views, self.folder)
+            config, progress = feeding(config), self.progress
+            passing = Pass(self.encoder, self.fingerprint, source, config, *parts, progress=progress)
             facts = passing.run()
             store = self.stores[where] = Store(passing.folder, passing.chosen, names, facts)
         return store
 
     def _names(self, need: Need, precision: str) -> dict[str, str]:
-        reader, names = Reader(self.encoder, precision), {}
+        reader, names = FeatureReader(self.encoder, precision), {}
         for kind in sorted(need.kinds):
             if kind.startswith(EXTERNAL):
                 names[kind] = "external-" + reader.other(kind).fingerprint()
@@ -183,7 +190,9 @@ def _is_alive(process: int) -> bool:
 
 
 def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
-    """What two protocols must have in common to read one store: data, settings, crops, and geometry."""
+    """Return what two protocols must have in common to read one store: data, settings, crops, and
+    geometry.
+    """
     return (
         identity_for(source, config).digest,
         replace(feeding(config), batch_size=1, workers=0),
@@ -194,6 +203,6 @@ def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
 
 
 def feeding(config: Any) -> FeedConfig:
-    """The part of a protocol's settings that says how features are made; not how fast."""
+    """Return the part of a protocol's settings that says how features are made; not how fast."""
     names = [field.name for field in fields(FeedConfig) if hasattr(config, field.name)]
     return FeedConfig(**{name: getattr(config, name) for name in names})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveola.data.sample import Sample
 from foveola.data.sources import decode
-from foveola.evaluation.features.reading import PatchMasks, Rows, rows_of
+from foveola.evaluation.features.reading import ImageRows, PatchMasks, rows_of
 from foveola.evaluation.images import MaskedConfig
 from foveola.models.transform import TransformConfig, crop_view, evaluation_view
 
@@ -36,7 +36,7 @@ class CropsCut:
         self.masks = PatchMasks(transform, patch_size, config)
         self.interpolation: Literal["bicubic", "bilinear"] | None = interpolation
 
-    def __call__(self, sample: Sample, index: int) -> Rows:
+    def __call__(self, sample: Sample, index: int) -> ImageRows:
         """All rows of one image. Raises BadImage."""
         image, objects = decode(sample.image), sample.objects if self.masked else None
         every = tuple(range(0 if objects is None else len(objects)))
@@ -63,7 +63,7 @@ def random_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Whole pixels (x0, y0, x1, y1): area uniform, ratio log-uniform; after ten tries the largest.
+    """Return whole pixels (x0, y0, x1, y1): area uniform, ratio log-uniform; after ten tries the largest.
 
     The distribution of torchvision's `RandomResizedCrop`.
     """
@@ -79,8 +79,8 @@ def random_crop(
     return x, y, x + w, y + h
 
 
-def by_image(rows: Rows, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(images [p, 1 + views, ...], masks [p, 1 + views, N], first row of each of p images)."""
+def by_image(rows: ImageRows, views: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images [p, 1 + views, ...], masks [p, 1 + views, N], first row of each of p images)."""
     wide = 1 + views
     count = len(rows.labels) // wide
     return (

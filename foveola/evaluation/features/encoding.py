@@ -13,8 +13,8 @@ from torch import Tensor
 from foveola.config import UserError, key
 from foveola.data.sources import Source
 from foveola.evaluation.features.crops import CropsCut, by_image
-from foveola.evaluation.features.names import Need, Reader
-from foveola.evaluation.features.reading import Rows
+from foveola.evaluation.features.names import FeatureReader, Need
+from foveola.evaluation.features.reading import ImageRows
 from foveola.evaluation.images import Batches, Images, MaskedConfig
 from foveola.evaluation.segmentation.labelled import LabelledCut
 from foveola.models.encoder import Encoder
@@ -59,9 +59,9 @@ class Encoding:
         self.seconds = {"data_wait": 0.0, "encoder": 0.0}
 
     def batches(self, mine: Int64[np.ndarray, "t"]) -> Iterator[Encoded]:
-        """Features of the images `mine`, in their order. Raises DataError for a label map of no use."""
-        reader, training = Reader(self.encoder, self.config.precision), self.encoder.training
-        batches: Batches[Rows] = Batches(
+        """Yield features of the images `mine`, in their order. Raises DataError for a label map of no use."""
+        reader, training = FeatureReader(self.encoder, self.config.precision), self.encoder.training
+        batches: Batches[ImageRows] = Batches(
             Images(self.source, mine, self._cut()),
             self.config,
             f"features of {self.source.name}",
@@ -89,7 +89,7 @@ class Encoding:
             return CropsCut(transform, patch, self.config, self.views, self.masked, self.need.crops)
         return LabelledCut(self.source, transform.squashed(self.need.side), patch)
 
-    def _encode(self, reader: Reader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    def _encode(self, reader: FeatureReader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """Features of p images in 1 + views views each, encoded `batch_size` at a time."""
         wanted = replace(self.need, kinds=self.need.kinds - {"maps"})
         flat, read = images.flatten(0, 1), masks.flatten(0, 1)
@@ -100,7 +100,7 @@ class Encoding:
 
 
 def checked(x: Tensor, dtype: str, image_indices: Int64[Tensor, "p"], source: Source) -> Tensor:
-    """Features of p images as numbers of type `dtype`; label maps as they are.
+    """Return features of p images as numbers of type `dtype`; label maps as they are.
 
     Raises UserError, naming an image, unless all are finite.
     """

@@ -14,7 +14,7 @@ from foveola.models.encoder import Encoder
 from foveola.zoo.load import load
 
 ATTENTION = ("attention", "lowest_entropy", "centre")
-KINDS = ("token", "masked", "average", "patches", "predictor", *ATTENTION)
+FEATURE_NAMES = ("token", "masked", "average", "patches", "predictor", *ATTENTION)
 EXTERNAL = "external:"  # external:MODEL, patches averaged by the attention of another encoder
 
 
@@ -47,10 +47,10 @@ class Need:
 
 
 def need(*kinds: str, layers: int = 1) -> Need:
-    """`Need` of the kinds given. Raises UserError for one that does not exist."""
+    """Return the `Need` of the kinds given. Raises UserError for one that does not exist."""
     for kind in kinds:
-        if kind not in KINDS and not (kind.startswith(EXTERNAL) and len(kind) > len(EXTERNAL)):
-            raise UserError(f"unknown features {kind!r}; known: {', '.join(KINDS)}, {EXTERNAL}MODEL")
+        if kind not in FEATURE_NAMES and not (kind.startswith(EXTERNAL) and len(kind) > len(EXTERNAL)):
+            raise UserError(f"unknown features {kind!r}; known: {', '.join(FEATURE_NAMES)}, {EXTERNAL}MODEL")
     return Need(frozenset(kinds), layers)
 
 
@@ -71,7 +71,7 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
 
 
 def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
-    """The shape of a kind of feature of one image."""
+    """Return the shape of a kind of feature of one image."""
     width, side = encoder.config.model.shape[0], wanted.side or encoder.config.transform.crop
     patches = (side // encoder.patch_size) ** 2
     if kind in ("token", "masked"):
@@ -83,7 +83,7 @@ def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
     return (patches, width) if kind == "patches" else (width,)
 
 
-class Reader:
+class FeatureReader:
     """Computes kinds of features of images; keeps the other encoders of `external:` kinds."""
 
     def __init__(self, encoder: Encoder, precision: str) -> None:
@@ -91,7 +91,7 @@ class Reader:
         self.others: dict[str, Encoder] = {}
 
     def other(self, kind: str) -> Encoder:
-        """The encoder of an `external:` kind. Raises UserError where it has no class token or grid."""
+        """Return the encoder of an `external:` kind. Raises UserError where it has no class token or grid."""
         if kind not in self.others:
             encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
             check_kinds(encoder, ("attention",), 1)
@@ -158,12 +158,14 @@ class Reader:
 
 
 def weigh(weights: Float[Tensor, "b N"], patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b D"]:
-    """Patches averaged with the weights, which need not sum to one."""
+    """Return patches averaged with the weights, which need not sum to one."""
     return torch.einsum("bn,bnd->bd", weights / weights.sum(dim=1, keepdim=True), patches)
 
 
 def lowest_entropy(rows: Float[Tensor, "b heads N"]) -> Float[Tensor, "b N"]:
-    """Of each image the row of the head whose distribution over the patches has the lowest entropy."""
+    """Return, of each image, the row of the head whose distribution over the patches has the lowest
+    entropy.
+    """
     shares = rows / rows.sum(dim=2, keepdim=True)
     best = torch.special.entr(shares).sum(dim=2).argmin(dim=1)
     return shares[torch.arange(len(shares), device=shares.device), best]

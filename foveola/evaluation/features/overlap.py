@@ -11,12 +11,12 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.identity import identity_of, shared
-from foveola.data.sources import WHOLE, Source
+from foveola.data.sources import WITHOUT_HALVES, Source
 from foveola.evaluation.images import choose_images
 
 POLICIES = ("refuse", "drop", "allow")  # what to do with them
-SPLIT = [f"{kind}:" for kind in WHOLE]  # data strings that take holdout=
-NAMED = 3  # images named in a message
+SPLIT = [f"{kind}:" for kind in WITHOUT_HALVES]  # data strings that take holdout=
+IMAGES_NAMED = 3  # images named in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +32,13 @@ class Overlap:
         return int(self.found.sum())
 
     def __str__(self) -> str:
-        first = self.chosen[self.found][:NAMED].tolist()
+        first = self.chosen[self.found][:IMAGES_NAMED].tolist()
         names = ", ".join(self.test[index].name for index in first) + ", ..." * (self.count > len(first))
         return f"{self.count} of {len(self.found)} test images are in train as well (such as {names})"
 
 
 def overlap_of(train: Source, test: Source, limit: int | None, seed: int) -> Overlap:
-    """What both hold of the images that a protocol with these settings reads."""
+    """Return what both hold of the images that a protocol with these settings reads."""
     learned = identity_of(train, choose_images(len(train), limit, seed))
     chosen = choose_images(len(test), limit, seed)
     return Overlap(test, chosen, shared(identity_of(test, chosen).contents, learned.contents))
@@ -47,7 +47,7 @@ def overlap_of(train: Source, test: Source, limit: int | None, seed: int) -> Ove
 def separate(
     name: str, config: Any, train: Source, test: Source, policy: str = "refuse", otherwise: str = ""
 ) -> tuple[Source, tuple[str, ...]]:
-    """`test` as the protocol `name` may measure it, and notes on images that train holds as well.
+    """Return `test` as the protocol `name` may measure it, and notes on images that train holds as well.
 
     "refuse": raises UserError where there are such images; "drop": `test` without them; "allow": all of it.
     With `config.exclude_self` (k-NN) they stay: the rows of such an image do not vote on it, which needs that
@@ -95,7 +95,9 @@ def _part(source: Any, indices: Int64[np.ndarray, "n"]) -> Source:
 def content_groups(
     train: Source, test: Source, config: Any, trained: Int64[Tensor, "n"], tested: Int64[Tensor, "m"]
 ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "m"]]:
-    """Numbers of the images of two tables (`trained`, `tested`: their indices), equal where contents are."""
+    """Return numbers of the images of two tables (`trained`, `tested`: their indices), equal where contents
+    are.
+    """
     contents = []
     for source, images in ((train, trained), (test, tested)):
         chosen = choose_images(len(source), config.limit, config.seed)

@@ -26,12 +26,12 @@ from foveola.data.identity import identity_of
 from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import Encoding, FeedConfig, checked
 from foveola.evaluation.features.names import Need, shape_of
-from foveola.evaluation.images import choose_images, facts_of_bad, share
+from foveola.evaluation.images import choose_images, facts_of_bad, share_of_rank
 from foveola.models.encoder import Encoder
 
 FORMAT = 3  # of the folder: another one is another key
 FLUSH_SECONDS = 20.0  # what a kill may cost
-CHUNK = 4096  # rows whose checksums are compared at once
+CHECKSUM_ROWS = 4096  # rows whose checksums are compared at once
 MISSING, READ, UNREADABLE = 0, 1, 2  # marks of a row
 COLUMNS: dict[str, tuple[str, Any]] = {
     "labels": ("<i8", -1),
@@ -53,7 +53,8 @@ class Pass:
         names: dict[str, str],
         views: int,
         folder: Path,
-        progress: bool,
+        *,
+        progress: bool = False,
     ) -> None:
         self.encoder, self.source, self.config, self.need = encoder, source, config, need
         self.names, self.views, self.writing = names, views, 0.0
@@ -89,7 +90,7 @@ class Pass:
         distributed.barrier()
         problem = ""
         try:
-            self._compute(missing[share(len(missing))], marks)
+            self._compute(missing[share_of_rank(len(missing))], marks)
         except UserError as error:
             problem = str(error)
         for found in distributed.gather_objects(problem):
@@ -154,8 +155,8 @@ class Pass:
         for name in [*names, *(columns if names else ())]:
             array, sums = self._map(name), self._map(f"{name}.sums")
             read = marks[name] == READ if name in marks else np.ones(len(array), bool)
-            for start in range(0, len(array), CHUNK):
-                part = slice(start, start + CHUNK)
+            for start in range(0, len(array), CHECKSUM_ROWS):
+                part = slice(start, start + CHECKSUM_ROWS)
                 damaged[part] |= read[part] & (_sums(array[part]) != sums[part])
         for mark in marks.values():
             mark[damaged] = MISSING

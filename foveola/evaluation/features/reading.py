@@ -44,7 +44,7 @@ class ExtractConfig(MaskedConfig):
 def object_crop(
     box: Float32[np.ndarray, "4"], height: int, width: int, context: float
 ) -> tuple[int, int, int, int]:
-    """Whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the image.
+    """Return whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the image.
 
     Its side is (1 + context) times the longer side of the box in true pixels. A square that is larger than
     the image in one direction is cut there, and the crop is then no longer square.
@@ -63,7 +63,7 @@ def _within(twice: float, side: int, extent: int) -> tuple[int, int]:
 
 
 def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Which cells of a grid over the box `outer` the box `inner` overlaps."""
+    """Return which cells of a grid over the box `outer` the box `inner` overlaps."""
     x0, y0, x1, y1 = inner.tolist()
     rows = _overlapped((y0, y1), (outer[1], outer[3]), grid[0])
     return np.outer(rows, _overlapped((x0, x1), (outer[0], outer[2]), grid[1]))
@@ -77,7 +77,7 @@ def _overlapped(
     return overlap > 1e-6  # touching is not overlapping
 
 
-class Rows(NamedTuple):
+class ImageRows(NamedTuple):
     """The rows of some images, as a worker makes them: V views, R rows."""
 
     image_indices: Int64[Tensor, "R"]
@@ -132,7 +132,7 @@ class RowsCut:
         self.transform, self.config = transform, config
         self.masks = PatchMasks(transform, patch_size, config)
 
-    def __call__(self, sample: Sample, index: int) -> Rows:
+    def __call__(self, sample: Sample, index: int) -> ImageRows:
         """All rows of one image; one without annotation is one row. Raises BadImage."""
         image, objects = decode(sample.image), sample.objects
         single = self.config.rows == "objects" and objects is not None
@@ -159,10 +159,12 @@ def rows_of(
     views: list[View],
     masks: list[Bool[Tensor, "N"] | None],
     grid: tuple[int, int],
-) -> Rows:
-    """The rows of an image with its label: as many as `masks`, one for each view or all of the only view."""
+) -> ImageRows:
+    """Return the rows of an image with its label: as many as `masks`, one for each view or all of the only
+    view.
+    """
     whole, count = torch.ones(grid[0] * grid[1], dtype=torch.bool), len(masks)
-    return Rows(
+    return ImageRows(
         image_indices=torch.full((count,), index),
         objects=torch.full((count,), -1),
         labels=torch.full((count,), -1 if sample.label is None else sample.label),

@@ -12,8 +12,8 @@ from foveola import distributed
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sources import Source
-from foveola.evaluation.features.reading import ExtractConfig, Rows, RowsCut
-from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share
+from foveola.evaluation.features.reading import ExtractConfig, ImageRows, RowsCut
+from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share_of_rank
 from foveola.models.encoder import Encoder
 
 
@@ -29,7 +29,7 @@ class FeatureTable:
     readable: Float32[Tensor, "R"]  # share of the patches that the object token may read
 
     def select(self, rows: Tensor) -> "FeatureTable":
-        """The rows given by a boolean mask or by indices."""
+        """Return the rows given by a boolean mask or by indices."""
         return FeatureTable(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
@@ -44,7 +44,9 @@ def extract(
     config: ExtractConfig | None = None,
     progress: bool = True,
 ) -> FeatureTable:
-    """Features of the rows of `source`: object tokens that read their object (`masks`), or class tokens."""
+    """Return features of the rows of `source`: object tokens that read their object (`masks`), or class
+    tokens.
+    """
     tables, _ = extract_tables(encoder, source, (masks,), config or ExtractConfig(), progress=progress)
     return tables[0]
 
@@ -52,7 +54,7 @@ def extract(
 def extract_tables(
     encoder: Encoder, source: Source, masks: Sequence[bool], config: ExtractConfig, *, progress: bool = True
 ) -> tuple[tuple[FeatureTable, ...], dict[str, Any]]:
-    """One table for each entry of `masks` from one reading of the images, and facts about the data.
+    """Return one table for each entry of `masks` from one reading of the images, and facts about the data.
 
     Every rank reads its share of the images and gets all rows. Memory is that of the tables, one batch, and
     what the workers hold ready. Each row is encoded on its own: an object's feature does not depend on its
@@ -64,8 +66,8 @@ def extract_tables(
     encoder = encoder.pooled(config.pool)
     chosen = choose_images(len(source), config.limit, config.seed)
     cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
-    images = Images(source, chosen[share(len(chosen))], cut)
-    batches: Batches[Rows] = Batches(images, config, f"features of {source.name}", progress)
+    images = Images(source, chosen[share_of_rank(len(chosen))], cut)
+    batches: Batches[ImageRows] = Batches(images, config, f"features of {source.name}", progress)
     features = [_Growing(len(images.chosen), encoder.width) for _ in masks]
     numbers, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
     done = [(numbers, numbers, numbers, flags, torch.zeros(0))]
@@ -117,7 +119,7 @@ class _Growing:
 
 
 def _encode(
-    encoder: Encoder, rows: Rows, masks: Sequence[bool], config: ExtractConfig
+    encoder: Encoder, rows: ImageRows, masks: Sequence[bool], config: ExtractConfig
 ) -> list[Float32[Tensor, "R D"]]:
     every = torch.ones(len(rows.labels), dtype=torch.bool)
     plain = None
@@ -152,7 +154,9 @@ def _tokens_of(
 def object_tokens(
     encoder: Encoder, pixels: Float[Tensor, "B 3 H W"], masks: Bool[Tensor, "B N"] | None, precision: str
 ) -> Float32[Tensor, "B D"]:
-    """One object token for each normalised image, float32 on the CPU; without masks the class token."""
+    """Return one object token for each normalised image, float32 on the CPU; without masks the class
+    token.
+    """
     training = encoder.training
     encoder.eval()
     try:
@@ -167,7 +171,9 @@ def object_tokens(
 
 
 def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[tuple[bool, ...], list[str]]:
-    """Which tables the setting `masks` asks for, plain first, given what the data can provide; and notes."""
+    """Return which tables the setting `masks` asks for, plain first, given what the data can provide; and
+    notes.
+    """
     if masks is False:
         return (False,), []
     if not test.has_objects:

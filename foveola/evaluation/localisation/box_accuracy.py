@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from foveola.evaluation.localisation.components import LEVELS, components, holes
+from foveola.evaluation.localisation.components import GREY_LEVELS, components, holes
 
 SIDE = 224  # pixels a side to which maps are enlarged, as published, whatever the encoder sees
 IOUS = (0.3, 0.5, 0.7)
@@ -20,7 +20,7 @@ STEPS = 56  # sides of centred squares tried, up to the whole image; steps of 4 
 def enlarge(
     maps: Float[Tensor, "n h w"], side: int = SIDE
 ) -> tuple[Float32[np.ndarray, "n {side} {side}"], UInt8[np.ndarray, "n {side} {side}"]]:
-    """Maps as [0, 1] and as 0 to 255 on a square: bicubic, each by its own least and greatest value.
+    """Return maps as [0, 1] and as 0 to 255 on a square: bicubic, each by its own least and greatest value.
 
     A map that is constant, but for what float32 rounds, becomes zero. 255 times the value is cut off, not
     rounded, as published.
@@ -41,7 +41,8 @@ def overlaps(
     boxes: Float[np.ndarray, "k 4"],
     official: bool = True,
 ) -> tuple[Float64[np.ndarray, "255"], Float64[np.ndarray, "255"]]:
-    """Best IoU at each threshold 0 to 254 of an enlarged map: of any of its boxes, and of its largest part's.
+    """Return best IoU at each threshold 0 to 254 of an enlarged map: of any of its boxes, and of its largest
+    part's.
 
     The pixels above a threshold give a box for each 8-connected part; the largest part is that of most
     pixels. `boxes` are in the unit square. `official` repeats the published measure in pixels: ends of boxes
@@ -58,7 +59,7 @@ def overlaps(
         found, at = np.concatenate((found, grown)), np.concatenate((at, inner.levels))
     best = best_iou(found, boxes, side, official)
     nothing = best_iou(np.zeros((1, 4), np.int64), boxes, side, official)[0]
-    every, largest = np.full(LEVELS, nothing), np.full(LEVELS, nothing)
+    every, largest = np.full(GREY_LEVELS, nothing), np.full(GREY_LEVELS, nothing)
     some = np.unique(at)
     every[some] = 0
     np.maximum.at(every, at, best)
@@ -71,7 +72,9 @@ def overlaps(
 def best_iou(
     found: Int64[np.ndarray, "m 4"], boxes: Float[np.ndarray, "k 4"], side: int, official: bool
 ) -> Float64[np.ndarray, "m"]:
-    """Of half-open boxes in pixels the best IoU with any of `boxes` (in the unit square); see `overlaps`."""
+    """Return, of half-open boxes in pixels, the best IoU with any of `boxes` (in the unit square); see
+    `overlaps`.
+    """
     if official:
         one = 1.0
         found = np.minimum(found, (side, side, side - 1, side - 1))
@@ -93,7 +96,9 @@ def image_hits(
     ious: Sequence[float],
     official: bool,
 ) -> Bool[np.ndarray, "D1 255"]:
-    """Whether an image is found: a row for each IoU asked for, the last for the largest part at 0.5."""
+    """Return whether an image is found: a row for each IoU asked for, the last for the largest part at
+    0.5.
+    """
     every, largest = overlaps(heights, levels, boxes, official)
     return np.concatenate((every >= np.array(ious)[:, None], largest[None] >= 0.5))
 
@@ -101,7 +106,7 @@ def image_hits(
 def square_hits(
     boxes: Float[np.ndarray, "k 4"], ious: Sequence[float], side: int, official: bool
 ) -> Bool[np.ndarray, "D1 56"]:
-    """The same for a centred square of each of `STEPS` sides, the last one the whole image."""
+    """Return the same for a centred square of each of `STEPS` sides, the last one the whole image."""
     sides = np.rint(np.arange(1, STEPS + 1) * side / STEPS).astype(np.int64)
     start = (side - sides) // 2
     squares = np.stack((start, start, start + sides, start + sides), axis=1)
@@ -121,7 +126,7 @@ class BoxAccuracy:
 
 
 def accuracy(hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float]) -> BoxAccuracy:
-    """Summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
+    """Return summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
     shares = 100 * hits.mean(axis=0)
     first = shares[:-1].argmax(axis=1)
     best = shares[:-1].max(axis=1)
@@ -130,7 +135,8 @@ def accuracy(hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float]) -> BoxA
 
 
 def distinct(thresholds: Sequence[float]) -> tuple[Int64[np.ndarray, "T"], tuple[float, ...]]:
-    """The grey levels that thresholds in [0, 1) stand for, each once, and the lowest threshold of each.
+    """Return the grey levels that thresholds in [0, 1) stand for, each once, and the lowest threshold of
+    each.
 
     Above level L means above floor(255 t): a thousand thresholds are 255 different ones.
     """
@@ -147,7 +153,7 @@ def max_box_acc(
     side: int = SIDE,
     official: bool = True,
 ) -> BoxAccuracy:
-    """MaxBoxAccV2 (Choe et al., 2020) of n maps of images squashed to squares.
+    """Return MaxBoxAccV2 (Choe et al., 2020) of n maps of images squashed to squares.
 
     An image is found at (t, IoU) if any box of its map at threshold t has that IoU with any of its annotated
     `boxes` (k >= 1, in the unit square). For each IoU in `levels` the best t for all images is taken, and
@@ -170,7 +176,8 @@ def _each(
 
 
 def locate(score: Float[Tensor, "h w"], threshold: float = 0.5, side: int = SIDE) -> Float64[np.ndarray, "4"]:
-    """The box (x0, y0, x1, y1), in the unit square, of the largest part of a map above a threshold in [0, 1).
+    """Return the box (x0, y0, x1, y1), in the unit square, of the largest part of a map above a threshold in
+    [0, 1).
 
     The map runs from 0 to 1 between its own least and greatest value. All zero for a constant map.
     """

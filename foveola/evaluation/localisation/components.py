@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-LEVELS = 255  # thresholds 0 to 254 of maps of 256 grey levels
+GREY_LEVELS = 255  # thresholds 0 to 254 of maps of 256 grey levels
 FAR = 2**15 - 1
 
 Sides = tuple[np.ndarray, ...]  # of each node at each level: x0, y0, x1, y1 (half open), number of pixels
@@ -26,7 +26,7 @@ class Components(NamedTuple):
 
 
 def components(heights: Float32[np.ndarray, "H W"], levels: UInt8[np.ndarray, "H W"]) -> Components:
-    """The 8-connected components of `levels` > L for all L from 0 to 254.
+    """Return the 8-connected components of `levels` > L for all L from 0 to 254.
 
     `levels` must rise with `heights`, which only make basins few: quantised, a slope is a staircase of flats.
     """
@@ -34,10 +34,12 @@ def components(heights: Float32[np.ndarray, "H W"], levels: UInt8[np.ndarray, "H
 
 
 def holes(heights: Float32[np.ndarray, "H W"], levels: UInt8[np.ndarray, "H W"]) -> Components:
-    """The 4-connected components of `levels` <= L that do not touch the border, for all L from 0 to 254."""
+    """Return the 4-connected components of `levels` <= L that do not touch the border, for all L from 0 to
+    254.
+    """
     # levels <= L is 255 - levels > 254 - L; what touches the border is connected by a frame around the map.
     found = _tree(-heights, 255 - levels, np.inf, diagonal=False)
-    return found._replace(levels=LEVELS - 1 - found.levels)
+    return found._replace(levels=GREY_LEVELS - 1 - found.levels)
 
 
 def _tree(

@@ -23,7 +23,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     identity_for,
-    share,
+    share_of_rank,
 )
 from foveola.evaluation.localisation.box_accuracy import (
     IOUS,
@@ -39,8 +39,14 @@ from foveola.evaluation.localisation.box_accuracy import (
     square_hits,
 )
 from foveola.evaluation.localisation.boxed import Boxed, BoxedCut
-from foveola.evaluation.localisation.components import LEVELS
-from foveola.evaluation.localisation.score_maps import MAPS, MapReader, choose_maps, is_map, learn_weights
+from foveola.evaluation.localisation.components import GREY_LEVELS
+from foveola.evaluation.localisation.score_maps import (
+    SCORE_MAPS,
+    MapReader,
+    choose_maps,
+    is_map,
+    learn_weights,
+)
 from foveola.evaluation.metrics import interval
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
@@ -81,20 +87,20 @@ class LocalisationConfig(SquashedConfig):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
         for name in self.maps or ():
             if not is_map(name):
-                raise ValueError(f"maps: unknown {name!r}; known: {', '.join(MAPS)}, head0, head1, ...")
+                raise ValueError(f"maps: unknown {name!r}; known: {', '.join(SCORE_MAPS)}, head0, head1, ...")
         if len({iou_name(iou) for iou in self.iou}) < len(self.iou):
             raise ValueError(f"iou: needs values that differ by 0.01 or more, got {list(self.iou)}")
 
 
 def iou_name(iou: float) -> str:
-    """0.3 -> "30", as it stands in names of metrics."""
+    """Return 0.3 -> "30", as it stands in names of metrics."""
     return f"{round(100 * iou):02d}"
 
 
 # -- the pass over the images ------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class Localised(NamedTuple):
     """Of n images, M maps and D IoUs (and a last row for MaxBoxAcc): whether each option finds it."""
 
     maps: UInt8[Tensor, "n M D1 bytes"]  # a bit for each of 255 grey levels
@@ -106,19 +112,21 @@ class Found(NamedTuple):
     bare: int
 
     def hits(self, index: int) -> Bool[np.ndarray, "n D1 255"]:
-        """Of one map."""
-        return np.unpackbits(self.maps[:, index].numpy(), axis=-1, count=LEVELS).astype(bool)
+        """Return whether one map finds the boxes."""
+        return np.unpackbits(self.maps[:, index].numpy(), axis=-1, count=GREY_LEVELS).astype(bool)
 
 
-def find(
+def find_boxes(
     encoder: Encoder, source: Source, reader: MapReader, config: LocalisationConfig, side: int, progress: bool
-) -> Found:
-    """The pass over the images: maps of each, and at once whether their boxes are right."""
+) -> Localised:
+    """Return the pass over the images: maps of each, and at once whether their boxes are right."""
     chosen = choose_images(len(source), config.limit, config.seed)
-    images = Images(source, chosen[share(len(chosen))], BoxedCut(encoder.config.transform.squashed(side)))
+    images = Images(
+        source, chosen[share_of_rank(len(chosen))], BoxedCut(encoder.config.transform.squashed(side))
+    )
     batches: Batches[Boxed] = Batches(images, config, f"maps of {source.name}", progress)
     rows = len(config.iou) + 1
-    maps = [torch.zeros(0, len(reader.names), rows, -(-LEVELS // 8), dtype=torch.uint8)]
+    maps = [torch.zeros(0, len(reader.names), rows, -(-GREY_LEVELS // 8), dtype=torch.uint8)]
     squares, image_indices = (
         [torch.zeros(0, rows, STEPS, dtype=torch.bool)],
         [torch.zeros(0, dtype=torch.int64)],
@@ -135,7 +143,7 @@ def find(
             counts.append(len(boxes))
             areas.append(float((boxes[:, 2:] - boxes[:, :2]).prod(axis=1).mean()))
         image_indices.append(batch.image_indices)
-    return Found(
+    return Localised(
         maps=distributed.gather_rows(torch.cat(maps)),
         squares=distributed.gather_rows(torch.cat(squares)),
         image_indices=distributed.gather_rows(torch.cat(image_indices)),
@@ -182,12 +190,12 @@ class Localisation(Protocol):
     )
 
     def needs(self, config: LocalisationConfig, encoder: Encoder) -> Needs:
-        """Patches of training images, for AbMILP; test images are squashed, in a pass of its own."""
+        """Return patches of training images, for AbMILP; test images are squashed, in a pass of its own."""
         learned = config.maps is None or "abmilp" in config.maps
         return Needs(train=(Reading(need("patches")),) if learned else ())
 
     def measure(self, at: At, config: LocalisationConfig) -> Outcome:
-        """Boxes from each map, and from content-free squares, against `test`'s."""
+        """Return boxes from each map, and from content-free squares, against `test`'s."""
         train, test = at.train, at.test
         if not test.has_objects:
             raise UserError(
@@ -215,7 +223,7 @@ class Localisation(Protocol):
             reader.weights, data["train"] = learned.weights, learned.facts
             metrics |= learned.metrics
             chosen["abmilp"] = learned.chosen
-        found = find(at.encoder, test, reader, config, side, at.progress)
+        found = find_boxes(at.encoder, test, reader, config, side, at.progress)
         data["test"] = _facts(found, test, config)
         measure = Measure(found, config)
         for index, name in enumerate(names):
@@ -233,7 +241,7 @@ class Localisation(Protocol):
 class Measure:
     """Metrics, chosen options and curves of one map (or square) after another."""
 
-    def __init__(self, found: Found, config: LocalisationConfig) -> None:
+    def __init__(self, found: Localised, config: LocalisationConfig) -> None:
         self.config, self.image_indices = config, found.image_indices
         self.levels, self.thresholds = distinct(np.arange(0, 1, config.interval).tolist())
         rest, hold = held_out(torch.arange(len(found.image_indices)), config.holdout, config.seed)
@@ -244,7 +252,9 @@ class Measure:
         self.scores: dict[str, Any] = {}
 
     def add(self, name: str, hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float], kind: str) -> None:
-        """One map: the threshold chosen on all images, and one that the hold-out chose."""
+        """Add the accuracies of one map: the threshold chosen on all images, and one that the hold-out
+        chose.
+        """
         ious = [iou_name(iou) for iou in self.config.iou]
         every = accuracy(hits, options)
         all_ = np.arange(len(hits))
@@ -280,7 +290,7 @@ class Measure:
         self.metrics |= {metric: found, f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
 
 
-def _facts(found: Found, source: Source, config: LocalisationConfig) -> dict[str, Any]:
+def _facts(found: Localised, source: Source, config: LocalisationConfig) -> dict[str, Any]:
     count = len(found.image_indices) + len(found.bad) + found.bare
     facts = facts_of_bad(found.bad, count, source)
     if len(found.image_indices) < 2:

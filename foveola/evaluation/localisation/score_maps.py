@@ -18,7 +18,7 @@ from foveola.evaluation.features.names import lowest_entropy, need
 from foveola.models.encoder import Encoder
 
 OF_TOKEN = ("attention", "lowest_entropy", "heads")  # what the class token reads
-MAPS = (*OF_TOKEN, "centre", "abmilp", "pca")
+SCORE_MAPS = (*OF_TOKEN, "centre", "abmilp", "pca")
 HEAD = "head"
 
 
@@ -38,12 +38,12 @@ class Scores(NamedTuple):
 
 
 def is_map(name: str) -> bool:
-    """Whether a map of this name exists for some encoder: one of `MAPS`, or `head0`, `head1`, ..."""
-    return name in MAPS or (name.startswith(HEAD) and name.removeprefix(HEAD).isdecimal())
+    """Return whether a map of this name exists for some encoder: one of `MAPS`, or `head0`, `head1`, ..."""
+    return name in SCORE_MAPS or (name.startswith(HEAD) and name.removeprefix(HEAD).isdecimal())
 
 
 def choose_maps(encoder: Encoder, names: tuple[str, ...] | None, train: bool) -> tuple[str, ...]:
-    """The maps asked for, `heads` written out; None: attention as far as there is some, and AbMILP's.
+    """Return the maps asked for, `heads` written out; None: attention as far as there is some, and AbMILP's.
 
     Raises UserError for what the encoder lacks, and for AbMILP without `train`ing data.
     """
@@ -108,7 +108,7 @@ class MapReader:
 
 
 def first_component(patches: Float[Tensor, "b N D"], grid: tuple[int, int]) -> Float[Tensor, "b N"]:
-    """Where each image's patches lie on the first principal component of their own.
+    """Return where each image's patches lie on the first principal component of their own.
 
     No sign is right by itself: the one is taken by which the outermost patches of the grid are below the
     mean, as what an image is of is seldom on its border. All zero where all patches are the same.
@@ -137,7 +137,8 @@ def learn_weights(
     epochs: int,
     progress: bool,
 ) -> Scores:
-    """AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several `lr`.
+    """Return AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several
+    `lr`.
 
     Other settings are those of the protocol `abmilp`. Raises UserError for fewer than two classes.
     """

@@ -10,13 +10,13 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.evaluation.classification.task import held_out
 
-AT_ONCE = 2**22  # labels looked at: 32 MiB
+LABELS_AT_ONCE = 2**22  # labels looked at: 32 MiB
 
 
 def hold_out(
     image_indices: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, share: float, seed: int
 ) -> Bool[Tensor, "R"]:
-    """Which rows belong to the held-out images: a share of them, at least one, drawn by seed.
+    """Return which rows belong to the held-out images: a share of them, at least one, drawn by seed.
 
     Each image counts for the rarest class among its labels (that of the fewest images; the smallest of
     equals; images without a class are of one kind). Each kind gives its share and keeps one image, as classes
@@ -39,7 +39,7 @@ def _shown(
 ) -> Bool[Tensor, "P C"]:
     """Whether each image has a label of each class."""
     shown = torch.zeros(images * (classes + 1), dtype=torch.bool)
-    rows = max(1, AT_ONCE // labels.shape[1])
+    rows = max(1, LABELS_AT_ONCE // labels.shape[1])
     for image, part in zip(which.split(rows), labels.split(rows), strict=True):
         shown[image[:, None] * (classes + 1) + part.long().clamp_(max=classes)] = True
     return shown.view(images, classes + 1)[:, :classes]
@@ -52,8 +52,9 @@ def _rarest(shown: Bool[Tensor, "P C"]) -> Int64[Tensor, "P"]:
     return torch.where(shown.any(dim=1), counts.argmin(dim=1), classes)
 
 
-def choose(scores: Sequence[float], losses: Callable[[], Sequence[float]]) -> int:
-    """The setting of the highest score on the hold-out; of equals that of the lowest loss there, the first.
+def choose_setting(scores: Sequence[float], losses: Callable[[], Sequence[float]]) -> int:
+    """Return the setting of the highest score on the hold-out; of equals that of the lowest loss there, the
+    first.
 
     Scores may be NaN (nothing to score), but not all; a loss that is no number is the highest.
     """

@@ -19,7 +19,8 @@ Absent = Literal["skip", "zero"]
 def region_areas(
     predicted: Integer[Tensor, "*shape"], truth: Integer[Tensor, "*shape"], classes: int
 ) -> Int64[Tensor, "3 {classes}+1"]:
-    """Pixels of each class that are right, predicted, and true; the last column: predicted as no class.
+    """Return pixels of each class that are right, predicted, and true; the last column: predicted as no
+    class.
 
     Pixels whose truth is IGNORE count nowhere. A prediction of IGNORE elsewhere is a miss of the true class.
     Sums over images of these areas are all that a mean IoU needs, so no pixel has to be kept. Raises
@@ -36,7 +37,9 @@ def region_areas(
 
 
 def class_iou(areas: Integer[np.ndarray, "*batch 3 C"]) -> Float64[np.ndarray, "*batch C"]:
-    """Intersection over union of each class, in [0, 1]; NaN for one that is neither true nor predicted."""
+    """Return the intersection over union of each class, in [0, 1]; NaN for one that is neither true nor
+    predicted.
+    """
     both, predicted, true = (areas[..., i, :].astype(np.float64) for i in range(3))
     union = predicted + true - both
     return np.divide(both, union, out=np.full_like(both, np.nan), where=union > 0)
@@ -45,7 +48,8 @@ def class_iou(areas: Integer[np.ndarray, "*batch 3 C"]) -> Float64[np.ndarray, "
 def mean_iou(
     areas: Integer[np.ndarray, "*batch 3 C1"], absent: Absent = "skip", void_class: bool = False
 ) -> Float64[np.ndarray, "*batch"]:
-    """Mean over classes of the IoU of areas summed over a whole set, in percent. NaN where nothing counts.
+    """Return the mean over classes of the IoU of areas summed over a whole set, in percent. NaN where nothing
+    counts.
 
     Args:
         absent: a class that is neither true nor predicted is left out ("skip": CAPI, scikit-learn), or counts
@@ -73,7 +77,8 @@ def bootstrap_iou(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean IoU over P images (the mean of several runs on the same).
+    """Return the percentile bootstrap interval of the mean IoU over P images (the mean of several runs on the
+    same).
 
     Images are drawn with replacement, because pixels of one are not independent; a resample's areas are
     summed before the ratio is taken. In percent, deterministic in `seed`. Where every image is all right, or
@@ -95,7 +100,8 @@ def paired_iou(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(difference, low, high) in percent of the mean IoU of `b` less that of `a`, of the same P images.
+    """Return (difference, low, high) in percent of the mean IoU of `b` less that of `a`, of the same P
+    images.
 
     As `bootstrap_iou`; each resample draws the same images for both.
     """
@@ -123,18 +129,20 @@ def _resampled(
 
 
 def named_iou(areas: Int64[Tensor, "P 3 C1"], classes: Sequence[str]) -> dict[str, float | None]:
-    """IoU in percent by class name, of areas of P images; None for a class neither true nor predicted."""
+    """Return IoU in percent by class name, of areas of P images; None for a class neither true nor
+    predicted.
+    """
     iou = class_iou(areas.sum(dim=0).numpy())[:-1]
     return {name: rounded(100 * float(value)) for name, value in zip(classes, iou, strict=True)}
 
 
 def rounded(percent: float) -> float | None:
-    """To three digits after the point; None for NaN, which JSON does not have."""
+    """Return to three digits after the point; None for NaN, which JSON does not have."""
     return None if np.isnan(percent) else round(percent, 3)
 
 
 def summary_metrics(label: str) -> tuple[Metric, ...]:
-    """What `summary` measures, under a name for people."""
+    """Return what `summary` measures, under a name for people."""
     return (
         Metric("miou", f"{label} mIoU", "higher", main=True),
         Metric("miou_capi", f"{label} mIoU (capi)", "higher"),
@@ -143,7 +151,8 @@ def summary_metrics(label: str) -> tuple[Metric, ...]:
 
 
 def summary(areas: Int64[Tensor, "P 3 C1"], seed: int) -> dict[str, float]:
-    """`miou` with its bootstrap interval, pixel accuracy, and `miou_capi` (`void_class`), all in percent.
+    """Return `miou` with its bootstrap interval, pixel accuracy, and `miou_capi` (`void_class`), all in
+    percent.
 
     Raises UserError where no pixel counts.
     """

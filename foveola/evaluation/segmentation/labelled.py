@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 from foveola.data.sample import DataError, Sample
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import decode
-from foveola.evaluation.features.reading import Rows, rows_of
+from foveola.evaluation.features.reading import ImageRows, rows_of
 from foveola.models.transform import TransformConfig, evaluation_view
 
 
@@ -21,7 +21,7 @@ class LabelledCut:
         self.source, self.transform = source, transform
         self.grid = (transform.crop // patch_size, transform.crop // patch_size)
 
-    def __call__(self, sample: Sample, index: int) -> Rows:
+    def __call__(self, sample: Sample, index: int) -> ImageRows:
         """The row of one image. Raises BadImage, and DataError for a label map that cannot be used."""
         image, labels = decode(sample.image), self.source.label_map(index)
         if image.shape[:2] != labels.shape:
@@ -32,6 +32,6 @@ class LabelledCut:
 
 
 def squash(labels: UInt8[np.ndarray, "H W"], side: int) -> UInt8[np.ndarray, "{side} {side}"]:
-    """Nearest interpolation to a square: the pixel under the centre of each new one."""
+    """Return nearest interpolation to a square: the pixel under the centre of each new one."""
     rows, columns = (((2 * np.arange(side) + 1) * n) // (2 * side) for n in labels.shape)
     return np.ascontiguousarray(labels[rows[:, None], columns])

@@ -18,7 +18,7 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.images import show
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Outcome
-from foveola.evaluation.segmentation.choice import choose, hold_out
+from foveola.evaluation.segmentation.choice import choose_setting, hold_out
 from foveola.evaluation.segmentation.iou import (
     mean_iou,
     named_iou,
@@ -58,10 +58,12 @@ class LinearSegmentationConfig(DenseConfig):
 # -- training ---------------------------------------------------------------------------------------------
 
 
-def pixel_loss(
+def label_loss(
     logits: Float32[Tensor, "b N C"], maps: UInt8[Tensor, "b S S"], grid: int
 ) -> Float32[Tensor, ""]:
-    """Mean cross-entropy of the pixels that have a class, of logits enlarged bilinearly; 0 where none has."""
+    """Return the mean cross-entropy of the pixels that have a class, of logits enlarged bilinearly; 0 where
+    none has.
+    """
     field = logits.transpose(1, 2).unflatten(2, (grid, grid))
     large = interpolate(field, maps.shape[-2:], mode="bilinear", align_corners=False)
     total = cross_entropy(large, maps.long(), ignore_index=IGNORE, reduction="sum")
@@ -81,7 +83,7 @@ def train_heads(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> list[nn.Linear]:
-    """A head for each rate. All see the same batches and start alike, so each is as if trained alone.
+    """Return a head for each rate. All see the same batches and start alike, so each is as if trained alone.
 
     Weights start from a truncated normal of 0.02, the bias from 0 (Segmenter). Images are drawn epoch by
     epoch, none twice before all were drawn once; what does not fill a batch begins the next epoch's.
@@ -105,7 +107,7 @@ def train_heads(
         x, labels = features[rows].to(device).float(), maps[rows].to(device)
         optimizer.zero_grad()
         for head in heads:  # one after the other: enlarged logits of one head are in memory at a time
-            pixel_loss(head(x), labels, grid).backward()
+            label_loss(head(x), labels, grid).backward()
         optimizer.step()
         schedule.step()
     return heads
@@ -160,7 +162,7 @@ class LinearSegmentation(DenseProtocol):
             if np.isnan(scores).all():
                 raise UserError("no pixel of the held-out images has a class: hold out more of them")
             losses = partial(_losses, heads, features[held], maps[held], passing.grid)
-            rate = config.rates[choose(scores, losses)]
+            rate = config.rates[choose_setting(scores, losses)]
             tried = [{"rate": r, "miou": rounded(s)} for r, s in zip(config.rates, scores, strict=True)]
         (head,) = fit(features, maps, [rate])
         seconds["fit_seconds"] = round(perf_counter() - began, 2)
@@ -227,7 +229,7 @@ def _losses(
         for i, head in enumerate(heads):
             own = (labels != IGNORE).sum()
             at = head.weight.device
-            totals[i] += float(pixel_loss(head(x.to(at).float()), labels.to(at), grid) * own)
+            totals[i] += float(label_loss(head(x.to(at).float()), labels.to(at), grid) * own)
     return [total / max(pixels, 1) for total in totals]
 
 

@@ -18,8 +18,8 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.classification.logistic import LogisticModel, path, standardiser
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Outcome
-from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest
-from foveola.evaluation.segmentation.choice import choose, hold_out
+from foveola.evaluation.search import QUERY_BLOCK, Distance, nearest_rows
+from foveola.evaluation.segmentation.choice import choose_setting, hold_out
 from foveola.evaluation.segmentation.iou import (
     mean_iou,
     named_iou,
@@ -55,7 +55,7 @@ class Scaler:
 
     @classmethod
     def fit(cls, rows: Float[Tensor, "R D"]) -> "Scaler":
-        """Statistics in float64."""
+        """Return statistics in float64."""
         return cls(*standardiser(rows))
 
     def __call__(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
@@ -65,7 +65,8 @@ class Scaler:
 def transplant(
     pixels: UInt8[Tensor, "R Q"], indices: Int64[Tensor, "m k"], classes: int, void_votes: bool = False
 ) -> UInt8[Tensor, "m Q"]:
-    """The label of each pixel of each query: the most frequent one there among its k neighbours' patches.
+    """Return the label of each pixel of each query: the most frequent one there among its k neighbours'
+    patches.
 
     A neighbour gives its whole patch of labels, pixel by pixel, at the same place. The smallest of equals
     wins. Pixels of no class do not vote, unless `void_votes` (CAPI's code); where nothing else was found, the
@@ -153,11 +154,11 @@ class PatchSegmentation(DenseProtocol):
 
     @abstractmethod
     def grid(self, config: Any) -> list[dict[str, Any]]:
-        """The settings to try."""
+        """Return the settings to try."""
 
     @abstractmethod
     def learn(self, at: At, config: Any, bank: Labelled, settings: Sequence[dict[str, Any]]) -> Learned:
-        """What labels patches with each of these settings, learned from the patches of the bank."""
+        """Return what labels patches with each of these settings, learned from the patches of the bank."""
 
     def measure(self, at: At, config: PatchSegmentationConfig) -> Outcome:
         """Choose a setting on held-out images, learn from all, measure on test."""
@@ -185,7 +186,9 @@ class PatchSegmentation(DenseProtocol):
             learned = self.learn(at, config, (table.select(fitted), modes[fitted], c), grid)
             scores = _held_out(learned.predict, table.select(held), c, len(grid))
             judges = held & usable
-            chosen = grid[choose(scores, lambda: learned.losses(table.features[judges], modes[judges]))]
+            chosen = grid[
+                choose_setting(scores, lambda: learned.losses(table.features[judges], modes[judges]))
+            ]
             tried = [s | {"miou": rounded(score)} for s, score in zip(grid, scores, strict=True)]
         predict = self.learn(at, config, (table.select(usable), modes[usable], c), [chosen]).predict
         seconds["fit_seconds"] = round(perf_counter() - began, 2)
@@ -214,13 +217,15 @@ class KnnSegmentation(PatchSegmentation):
     metrics = summary_metrics(title)
 
     def grid(self, config: KnnSegmentationConfig) -> list[dict[str, Any]]:
-        """Each distance with each number of neighbours."""
+        """Return each distance with each number of neighbours."""
         return [{"distance": distance, "k": k} for distance in config.distance for k in config.k]
 
     def learn(
         self, at: At, config: KnnSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
     ) -> Learned:
-        """Nothing is learned: patches are looked up. Raises UserError for more neighbours than patches."""
+        """Do nothing but check: nothing is learned, patches are looked up. Raises UserError for more
+        neighbours than patches.
+        """
         table, _, classes = bank
         most = max(setting["k"] for setting in settings)
         if most > len(table.image_indices):
@@ -230,7 +235,7 @@ class KnnSegmentation(PatchSegmentation):
 
         def predict(queries: Tensor) -> list[Tensor]:
             found = {
-                d: nearest(queries, table.features, most, distance=d, device=at.encoder.device)[1]
+                d: nearest_rows(queries, table.features, most, distance=d, device=at.encoder.device)[1]
                 for d in dict.fromkeys(setting["distance"] for setting in settings)
             }
             return [
@@ -250,13 +255,13 @@ class LogisticSegmentation(PatchSegmentation):
     metrics = summary_metrics("logistic segmentation")
 
     def grid(self, config: LogisticSegmentationConfig) -> list[dict[str, Any]]:
-        """Each C, ascending."""
+        """Return each C, ascending."""
         return [{"c": c} for c in sorted(config.c)]
 
     def learn(
         self, at: At, config: LogisticSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
     ) -> Learned:
-        """A regression for each C, each started from the one before."""
+        """Return a regression for each C, each started from the one before."""
         table, modes, classes = bank
         models = path(
             table.features,

@@ -21,7 +21,7 @@ from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
-from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share
+from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share_of_rank
 from foveola.evaluation.protocol import Needs, Protocol, Reading
 from foveola.models.encoder import Encoder
 
@@ -54,7 +54,7 @@ class PatchTable:
     image_indices: Int64[Tensor, "R"]
 
     def select(self, rows: Tensor) -> "PatchTable":
-        """The rows given by a boolean mask or by indices."""
+        """Return the rows given by a boolean mask or by indices."""
         return PatchTable(self.features[rows], self.pixels[rows], self.image_indices[rows])
 
 
@@ -62,14 +62,14 @@ class PatchTable:
 
 
 def patch_pixels(maps: UInt8[Tensor, "b S S"], patch: int) -> UInt8[Tensor, "b N Q"]:
-    """The pixels of each patch, patches and the pixels in each row by row."""
+    """Return the pixels of each patch, patches and the pixels in each row by row."""
     b, side = maps.shape[:2]
     grid = side // patch
     return maps.reshape(b, grid, patch, grid, patch).transpose(2, 3).reshape(b, grid * grid, patch * patch)
 
 
 def label_counts(pixels: UInt8[Tensor, "R Q"], classes: int) -> Int16[Tensor, "R {classes}+1"]:
-    """How many pixels of each patch have each class; the last column: none."""
+    """Return how many pixels of each patch have each class; the last column: none."""
     counts = torch.zeros(len(pixels), classes + 1, dtype=torch.int16)
     one = torch.ones((), dtype=torch.int16)
     for into, part in zip(counts.split(ROWS), pixels.split(ROWS), strict=True):
@@ -79,7 +79,9 @@ def label_counts(pixels: UInt8[Tensor, "R Q"], classes: int) -> Int16[Tensor, "R
 
 
 def patch_modes(counts: Int16[Tensor, "R C1"]) -> Int64[Tensor, "R"]:
-    """The most frequent label of each patch, the smallest of equals; C (one past the last class) for none."""
+    """Return the most frequent label of each patch, the smallest of equals; C (one past the last class) for
+    none.
+    """
     return counts.argmax(dim=1)
 
 
@@ -105,7 +107,9 @@ def choose_rows(
 
 
 def wanted_of(config: DenseConfig, encoder: Encoder) -> Need:
-    """What of an image the dense protocols read. Raises UserError for a size that is no whole patches."""
+    """Return what of an image the dense protocols read. Raises UserError for a size that is no whole
+    patches.
+    """
     side = config.image_size or encoder.config.transform.crop
     if side % encoder.patch_size:
         raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
@@ -118,7 +122,7 @@ class DenseProtocol(Protocol):
     train = "needed"
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
-        """Patches and label maps of squashed images."""
+        """Return patches and label maps of squashed images."""
         read = (Reading(wanted_of(config, encoder), once=True),)
         return Needs(read, read)
 
@@ -150,7 +154,7 @@ class DensePass:
         self.encoder, self.source, self.config = encoder, source, config
         self.progress, self.feed, self.originals = progress, feed, originals
         self.chosen = choose_images(len(source), config.limit, config.seed) if chosen is None else chosen
-        self.mine = self.chosen[share(len(self.chosen))]
+        self.mine = self.chosen[share_of_rank(len(self.chosen))]
         self.void = void  # what pixels of no class become
         self.bad: list[int] = []  # of this rank's share
         self.spent: dict[str, Any] = {}  # what the store says about the pass
@@ -181,7 +185,9 @@ class DensePass:
             yield store.take("patches", some), store.maps(some), store.image_indices[some]
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the data, after the pass; every rank calls it. UserError for too many bad images."""
+        """Return facts about the data, after the pass; every rank calls it. UserError for too many bad
+        images.
+        """
         bad = distributed.gather_rows(torch.tensor(self.bad, dtype=torch.int64))
         return {
             "name": self.source.name,
@@ -196,7 +202,8 @@ class DensePass:
 def collect(
     passing: DensePass, classes: int, memory: int | None, how: Literal["rare", "uniform"], seed: int
 ) -> PatchTable:
-    """Patches that have a class, at most `memory` in all: the same number of each image, as `choose_rows`.
+    """Return patches that have a class, at most `memory` in all: the same number of each image, as
+    `choose_rows`.
 
     Every rank gets all rows, in the order of the images. Which patches of an image are kept depends on
     seed and image alone. Raises UserError where no patch has a class.
@@ -230,7 +237,7 @@ def collect(
 
 
 def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...]]:
-    """Both sources and their classes. Raises UserError unless they have pixel labels of one kind."""
+    """Return both sources and their classes. Raises UserError unless they have pixel labels of one kind."""
     for which, source in (("train", train), ("test", test)):
         if not isinstance(source, PixelSource):
             raise UserError(

@@ -17,7 +17,7 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.images import choose_images
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Metric, Outcome
-from foveola.evaluation.search import nearest
+from foveola.evaluation.search import nearest_rows
 from foveola.evaluation.segmentation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
 from foveola.evaluation.segmentation.reading import (
     DenseBatch,
@@ -45,7 +45,8 @@ def attend(
     k: int,
     temperature: float,
 ) -> Float32[Tensor, "m C"]:
-    """Class shares of each query: those of its k nearest patches, weighted by softmax(cosine / temperature).
+    """Return the class shares of each query: those of its k nearest patches, weighted by softmax(cosine /
+    temperature).
 
     This is cross-attention whose keys are patches and whose values are their labels (Hummingbird). A patch's
     label is the mean of the one-hot labels of its `pixels` pixels, so one of no class has no weight.
@@ -60,7 +61,7 @@ def attend(
 
 
 def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
-    """Class shares of the pixels of each patch that have a class: those without one count nowhere.
+    """Return the class shares of the pixels of each patch that have a class: those without one count nowhere.
 
     As shares of all pixels they would be small in a patch that is partly void, and its neighbours would win
     its pixels.
@@ -72,7 +73,9 @@ def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
 def label_pixels(
     shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
 ) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
-    """The class of each pixel: shares of an image's patches, enlarged bilinearly, and the largest taken."""
+    """Return the class of each pixel: shares of an image's patches, enlarged bilinearly, and the largest
+    taken.
+    """
     field = shares.T.reshape(1, -1, grid, grid)
     return interpolate(field, size, mode="bilinear", align_corners=False)[0].argmax(dim=0).to(torch.uint8)
 
@@ -113,7 +116,7 @@ class DenseRetrievalConfig(DenseConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Bank:
+class ReferencePatches:
     """Patches to look up, and how many of their pixels have each class."""
 
     features: Float[Tensor, "R D"]
@@ -171,7 +174,7 @@ class DenseRetrieval(DenseProtocol):
             ]
             areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
             for b, bank in enumerate(banks):
-                s, i = nearest(
+                s, i = nearest_rows(
                     batch.features.flatten(0, 1), bank.features, max(config.k), device=at.encoder.device
                 )
                 for k in config.k:
@@ -193,7 +196,9 @@ class DenseRetrieval(DenseProtocol):
         return Outcome(metrics, data, scores=scores)
 
 
-def _banks(at: At, config: DenseRetrievalConfig, classes: int) -> tuple[list[Bank], dict[str, Any]]:
+def _banks(
+    at: At, config: DenseRetrievalConfig, classes: int
+) -> tuple[list[ReferencePatches], dict[str, Any]]:
     """A bank for each subsampling and repeat; without a feed each is encoded anew."""
     every = choose_images(len(at.train), config.limit, config.seed)
     banks, facts = [], {}
@@ -206,7 +211,7 @@ def _banks(at: At, config: DenseRetrievalConfig, classes: int) -> tuple[list[Ban
             )
             table = collect(passing, classes, config.memory, config.sampling, config.seed + repeat)
             counts = label_counts(table.pixels, classes)[:, :-1].contiguous()
-            banks.append(Bank(table.features, counts, divisor))
+            banks.append(ReferencePatches(table.features, counts, divisor))
             known = passing.facts()
             if not facts or known["images"] > facts["images"]:
                 facts = known | {"bank": len(table.image_indices)}
@@ -251,7 +256,7 @@ def _stack(parts: list[Tensor], classes: int) -> Int64[Tensor, "P 3 C1"]:
 
 def _scores(
     areas: dict[Any, Int64[Tensor, "P 3 C1"]],
-    banks: Sequence[Bank],
+    banks: Sequence[ReferencePatches],
     config: DenseRetrievalConfig,
     images: Int64[Tensor, "P"],
     metrics: dict[str, float],
@@ -276,7 +281,7 @@ def _end(divisor: int) -> str:
 
 def _metrics(
     areas: dict[Any, Int64[Tensor, "P 3 C1"]],
-    banks: Sequence[Bank],
+    banks: Sequence[ReferencePatches],
     config: DenseRetrievalConfig,
     classes: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, float | None]]:

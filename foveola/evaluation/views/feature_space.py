@@ -9,7 +9,7 @@ from torch import Tensor
 from foveola.evaluation.metrics import unit_rows
 
 EPSILON = 1e-7  # RankMe's, for float32 features
-CHUNK = 1024  # rows compared with all others at a time
+ROWS_AT_ONCE = 1024  # rows compared with all others at a time
 
 
 class Moments:
@@ -21,7 +21,7 @@ class Moments:
         self.products = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, rows: Float[Tensor, "n D"]) -> None:
-        """More rows."""
+        """Add rows."""
         for part in rows.split(65536):
             x = part.double()
             self.count += len(x)
@@ -29,19 +29,21 @@ class Moments:
             self.products += x.T @ x
 
     def plus(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
+        """Return the sums over the rows of both."""
         joined = Moments(len(self.sum))
         joined.count = self.count + other.count
         joined.sum, joined.products = self.sum + other.sum, self.products + other.products
         return joined
 
     def singular_values(self) -> Float64[Tensor, "r"]:
-        """Of the matrix of all rows, not centred: r = min(n, D) of them, ascending."""
+        """Return those of the matrix of all rows, not centred: r = min(n, D) of them, ascending."""
         values = torch.linalg.eigvalsh(self.products).clamp(min=0).sqrt()
         return values[-min(self.count, len(values)) :]
 
     def variances(self) -> Float64[Tensor, "D"]:
-        """Along the principal components of the centred rows, ascending; what rounding leaves is zero."""
+        """Return the variances along the principal components of the centred rows, ascending; what rounding
+        leaves is zero.
+        """
         mean = self.sum / self.count
         covariance = self.products / self.count - torch.outer(mean, mean)
         values = torch.linalg.eigvalsh(covariance)
@@ -49,14 +51,15 @@ class Moments:
 
 
 def moments(rows: Float[Tensor, "n D"]) -> Moments:
-    """`Moments` of rows that are all there."""
+    """Return `Moments` of rows that are all there."""
     found = Moments(rows.shape[1])
     found.add(rows)
     return found
 
 
 def rankme(singular: Float[Tensor, "*B r"], epsilon: float = EPSILON) -> Float64[Tensor, "*B"]:
-    """RankMe (Garrido et al., 2023, eq. 1): exp(-sum p ln p), p = s / sum(s) + epsilon, of singular values s.
+    """Return RankMe (Garrido et al., 2023, eq. 1): exp(-sum p ln p), p = s / sum(s) + epsilon, of singular
+    values s.
 
     Between 1 (all features on a line through 0) and r = min(n, D) (all directions alike), but for epsilon.
     0 where all singular values are 0.
@@ -69,20 +72,22 @@ def rankme(singular: Float[Tensor, "*B r"], epsilon: float = EPSILON) -> Float64
 
 
 def rows_rankme(features: Float[Tensor, "*B n D"]) -> Float64[Tensor, "*B"]:
-    """RankMe of the rows of each matrix, through the smaller of the two Gram matrices, in float64."""
+    """Return RankMe of the rows of each matrix, through the smaller of the two Gram matrices, in float64."""
     x = features.double()
     gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
     return rankme(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt())
 
 
 def first_share(variances: Float[Tensor, "D"]) -> float:
-    """Share of the variance along the first principal component, in percent; 100 without any variance."""
+    """Return the share of the variance along the first principal component, in percent; 100 without any
+    variance.
+    """
     total = variances.sum()
     return 100.0 if total <= 0 else (100 * variances.amax() / total).item()
 
 
 def spread(features: Float[Tensor, "n D"]) -> float:
-    """Mean over dimensions of the standard deviation of unit rows, times sqrt(D).
+    """Return the mean over dimensions of the standard deviation of unit rows, times sqrt(D).
 
     1 = in all directions alike; 0 = at one point.
     """
@@ -91,7 +96,8 @@ def spread(features: Float[Tensor, "n D"]) -> float:
 
 
 def alignments(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Float64[Tensor, "n"]:
-    """Squared distance of the unit features of two views of each image (Wang and Isola, 2020; alpha = 2).
+    """Return squared distance of the unit features of two views of each image (Wang and Isola, 2020; alpha =
+    2).
 
     0 = the same; 2 = at right angles, as of unrelated images in all directions; at most 4. Their mean is
     the alignment.
@@ -100,7 +106,8 @@ def alignments(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Flo
 
 
 def uniformity(features: Float[Tensor, "n D"], t: float = 2.0) -> float:
-    """ln of the mean over pairs of different rows of exp(-t d^2), d their distance as unit rows (eq. 5).
+    """Return ln of the mean over pairs of different rows of exp(-t d^2), d their distance as unit rows (eq.
+    5).
 
     0 = all the same; -2t is what random directions in many dimensions come to. Raises ValueError for one row.
     """
@@ -109,8 +116,8 @@ def uniformity(features: Float[Tensor, "n D"], t: float = 2.0) -> float:
         raise ValueError("uniformity is of pairs: it needs two rows")
     x = unit_rows(features).double()
     total = 0.0
-    for start in range(0, n, CHUNK):
-        part = x[start : start + CHUNK]
+    for start in range(0, n, ROWS_AT_ONCE):
+        part = x[start : start + ROWS_AT_ONCE]
         distances = (2 - 2 * (part @ x.T)).clamp_(min=0)
         kernel = (-t * distances).exp_()
         kernel[torch.arange(len(part)), start + torch.arange(len(part))] = 0.0
@@ -119,13 +126,15 @@ def uniformity(features: Float[Tensor, "n D"], t: float = 2.0) -> float:
 
 
 def nearest_other(features: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
-    """Cosine similarity of each row to the nearest of the others. Raises ValueError for one row."""
+    """Return the cosine similarity of each row to the nearest of the others. Raises ValueError for one
+    row.
+    """
     if len(features) < 2:
         raise ValueError("nearest_other needs two rows")
     x = unit_rows(features)
     best = []
-    for start in range(0, len(x), CHUNK):
-        similarities = x[start : start + CHUNK] @ x.T
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        similarities = x[start : start + ROWS_AT_ONCE] @ x.T
         here = torch.arange(len(similarities))
         similarities[here, start + here] = -torch.inf
         best.append(similarities.amax(dim=1))
@@ -133,7 +142,9 @@ def nearest_other(features: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
 
 
 def mean_cosine(features: Float[Tensor, "n D"]) -> float:
-    """Mean cosine similarity over pairs of different rows: |sum of unit rows|^2 without the n ones."""
+    """Return the mean cosine similarity over pairs of different rows: |sum of unit rows|^2 without the n
+    ones.
+    """
     x = unit_rows(features).double()
     n = len(x)
     own = x.square().sum()

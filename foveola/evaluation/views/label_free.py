@@ -24,8 +24,8 @@ from foveola.evaluation.views.feature_space import (
     spread,
     uniformity,
 )
-from foveola.evaluation.views.other_views import LabelFreeConfig, Seen, watch
-from foveola.evaluation.views.retrieval import choose_targets, images_of
+from foveola.evaluation.views.other_views import LabelFreeConfig, ViewFeatures, watch
+from foveola.evaluation.views.retrieval import choose_targets, identity_of_targets
 from foveola.models.encoder import Encoder
 
 __all__ = ["LabelFree", "LabelFreeConfig"]
@@ -98,7 +98,7 @@ class LabelFree(Protocol):
         facts |= {"rows": count, "objects": len(seen.owners), "width": encoder.width}
         named = {
             "name": test.name,
-            "fingerprint": images_of(test, targets).digest,
+            "fingerprint": identity_of_targets(test, targets).digest,
             "images": len(targets),
         }
         data = {"test": named | facts, "extract_seconds": round(perf_counter() - began, 2)}
@@ -106,9 +106,9 @@ class LabelFree(Protocol):
 
 
 def space_metrics(
-    encoder: Encoder, seen: Seen, patches: Moments, config: LabelFreeConfig
+    encoder: Encoder, seen: ViewFeatures, patches: Moments, config: LabelFreeConfig
 ) -> dict[str, float]:
-    """Of the evaluation view of each image."""
+    """Return the metrics of the evaluation view of each image."""
     found = moments(seen.features)
     metrics = {"rankme_image": rankme(found.singular_values()).item()}
     if encoder.config.pool != "average":  # else it is the same
@@ -126,8 +126,8 @@ def space_metrics(
     }
 
 
-def view_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
-    """Of two views of each image."""
+def view_metrics(seen: ViewFeatures, config: LabelFreeConfig) -> dict[str, float]:
+    """Return the metrics of two views of each image."""
     first, second = seen.views.unbind(dim=1)
     return {
         **_mean("alignment", alignments(first, second), config.seed),
@@ -137,8 +137,10 @@ def view_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
     }
 
 
-def object_metrics(seen: Seen, config: LabelFreeConfig) -> dict[str, float]:
-    """Of two views of an object of each image that has one; nothing without two of them."""
+def object_metrics(seen: ViewFeatures, config: LabelFreeConfig) -> dict[str, float]:
+    """Return the metrics of two views of an object of each image that has one; nothing without two of
+    them.
+    """
     metrics: dict[str, float] = {}
     if len(seen.owners) < 2:
         return metrics
@@ -163,7 +165,7 @@ def _found(
     }
 
 
-def _pairs(seen: Seen) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+def _pairs(seen: ViewFeatures) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """Name, first views, second views and images of everything of which two views were encoded."""
     found = [("views", seen.views[:, 0], seen.views[:, 1], seen.image_indices)]
     if len(seen.owners) > 1:
@@ -195,7 +197,7 @@ def _mean(name: str, values: Float64[Tensor, "n"], seed: int) -> dict[str, float
 
 
 def _notes(
-    metrics: dict[str, float], seen: Seen, encoder: Encoder, test: Source, config: LabelFreeConfig
+    metrics: dict[str, float], seen: ViewFeatures, encoder: Encoder, test: Source, config: LabelFreeConfig
 ) -> tuple[str, ...]:
     count = len(seen.image_indices)
     notes = [f"rankme_image of {count} images is at most {min(count, encoder.width)}"]

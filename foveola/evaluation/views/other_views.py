@@ -44,7 +44,8 @@ class LabelFreeConfig(OtherViewsConfig):
 def image_views(
     canvases: Canvases, encoder: Encoder, config: LabelFreeConfig, number: int
 ) -> Float[Tensor, "B 2 3 H W"]:
-    """Two crops in two colours of each image, as in pretraining without objects, normalised for `encoder`.
+    """Return two crops in two colours of each image, as in pretraining without objects, normalised for
+    `encoder`.
 
     They are a pure function of (seed, number of the parcel). A view of an object (`retrieval.two_views`) is
     the image's view where that holds the object.
@@ -54,7 +55,7 @@ def image_views(
     return make_views(moved, views, encoder.patch_size, Streams(config.seed, number)).large.pixels
 
 
-class Seen(NamedTuple):
+class ViewFeatures(NamedTuple):
     """What the encoder says of n images, m of them with an object; float32 on the CPU."""
 
     image_indices: Int64[Tensor, "n"]
@@ -65,9 +66,9 @@ class Seen(NamedTuple):
     owners: Int64[Tensor, "m"]  # the images of the objects
     objects: Float32[Tensor, "m 2 2 D"]  # (without mask, with mask) x two views
 
-    def gathered(self) -> "Seen":
-        """Those of all processes."""
-        return Seen(*(distributed.gather_rows(column) for column in self))
+    def gathered(self) -> "ViewFeatures":
+        """Return those of all processes."""
+        return ViewFeatures(*(distributed.gather_rows(column) for column in self))
 
 
 class Watcher:
@@ -78,10 +79,10 @@ class Watcher:
         self.with_objects = config.objects and source.has_objects
         self.patches = Moments(encoder.config.model.shape[0])
 
-    def none(self) -> Seen:
-        """Nothing, in the right shapes."""
+    def none(self) -> ViewFeatures:
+        """Return nothing, in the right shapes."""
         width, numbers = self.encoder.width, torch.zeros(0, dtype=torch.int64)
-        return Seen(
+        return ViewFeatures(
             image_indices=numbers,
             features=torch.zeros(0, width),
             averages=torch.zeros(0, self.encoder.config.model.shape[0]),
@@ -91,7 +92,7 @@ class Watcher:
             objects=torch.zeros(0, 2, 2, width),
         )
 
-    def __call__(self, canvases: Canvases, plain: UInt8[Tensor, "b 3 S S"], number: int) -> Seen:
+    def __call__(self, canvases: Canvases, plain: UInt8[Tensor, "b 3 S S"], number: int) -> ViewFeatures:
         """Everything about one parcel, the `number`-th of all."""
         views = image_views(canvases, self.encoder, self.config, number).flatten(0, 1)
         seen = self._plain(plain, canvases.indices)
@@ -105,7 +106,7 @@ class Watcher:
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
 
     @torch.inference_mode()
-    def _plain(self, images: UInt8[Tensor, "b 3 S S"], image_indices: Int64[Tensor, "b"]) -> Seen:
+    def _plain(self, images: UInt8[Tensor, "b 3 S S"], image_indices: Int64[Tensor, "b"]) -> ViewFeatures:
         encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
         for few, shown in zip(images.split(size), image_indices.split(size), strict=True):
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -132,14 +133,14 @@ class Watcher:
 
 def watch(
     encoder: Encoder, source: Source, targets: Sequence[Target], config: LabelFreeConfig, progress: bool
-) -> tuple[Seen, Moments, list[int]]:
-    """The one pass over the images: what is seen, sums over all patches, and unreadable images."""
+) -> tuple[ViewFeatures, Moments, list[int]]:
+    """Return the one pass over the images: what is seen, sums over all patches, and unreadable images."""
     cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform, plain=True)
     mine, batches = drawn_targets(source, targets, cut, config, progress)
     watcher = Watcher(encoder, source, config)
     seen = [watcher.none()]
     for place, drawn in batches.parcels():
         seen.append(watcher(drawn.canvases(), torch.stack(drawn.plain), mine[place]))
-    joined = Seen(*(torch.cat(column) for column in zip(*seen, strict=True))).gathered()
+    joined = ViewFeatures(*(torch.cat(column) for column in zip(*seen, strict=True))).gathered()
     patches = reduce(Moments.plus, distributed.gather_objects(watcher.patches))
     return joined, patches, batches.gathered_bad().tolist()

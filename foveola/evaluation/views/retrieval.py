@@ -17,7 +17,7 @@ from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.features.table import check_finite, mask_kinds, object_tokens
-from foveola.evaluation.images import Batches, Images, ReadingConfig, share, why_bad
+from foveola.evaluation.images import Batches, Images, ReadingConfig, share_of_rank, why_bad
 from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
@@ -27,7 +27,9 @@ from foveola.views.batch import Streams, ViewsConfig, make_views
 from foveola.views.color import ColorConfig
 from foveola.views.objects import ObjectsConfig
 
-PARCEL = 32  # objects whose views are drawn together; a constant, so that no setting of speed changes a view
+OBJECTS_TOGETHER = (
+    32  # objects whose views are drawn together; a constant, so that no setting of speed changes a view
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def choose_targets(source: Source, count: int, min_area: float, seed: int) -> li
     return chosen
 
 
-def images_of(source: Source, targets: Sequence[Target]) -> Identity:
-    """The identity of the images that hold these objects."""
+def identity_of_targets(source: Source, targets: Sequence[Target]) -> Identity:
+    """Return the identity of the images that hold these objects."""
     return identity_of(source, np.unique([target.image for target in targets]))
 
 
@@ -129,7 +131,7 @@ class Drawn(NamedTuple):
     plain: tuple[UInt8[Tensor, "3 S S"], ...]  # their images as they are evaluated, where asked for
 
     def canvases(self) -> Canvases:
-        """All of them as `Canvases` of one object each."""
+        """Return all of them as `Canvases` of one object each."""
         extents = torch.tensor([image.shape[1:] for image in self.images])
         high, wide = extents.amax(dim=0).tolist()
         unknown = torch.full((len(self.images),), -1)
@@ -177,18 +179,22 @@ class CanvasCut:
 def drawn_targets(
     source: Source, targets: Sequence[Target], cut: CanvasCut, config: OtherViewsConfig, progress: bool
 ) -> tuple[range, Batches[Drawn]]:
-    """This rank's part of the targets, in whole parcels, and the number of each parcel among all.
+    """Return this rank's part of the targets, in whole parcels, and the number of each parcel among all.
 
     Views are a pure function of a parcel and its number, so they are the same for any number of ranks.
     """
-    every = range(-(-len(targets) // PARCEL))
-    mine = every[share(len(every))]
-    own = np.array(targets[mine.start * PARCEL : mine.stop * PARCEL], dtype=np.int64).reshape(-1, 2)
-    return mine, Batches(Images(source, own, cut, PARCEL), config, f"views of {source.name}", progress)
+    every = range(-(-len(targets) // OBJECTS_TOGETHER))
+    mine = every[share_of_rank(len(every))]
+    own = np.array(
+        targets[mine.start * OBJECTS_TOGETHER : mine.stop * OBJECTS_TOGETHER], dtype=np.int64
+    ).reshape(-1, 2)
+    return mine, Batches(
+        Images(source, own, cut, OBJECTS_TOGETHER), config, f"views of {source.name}", progress
+    )
 
 
 def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
-    """Two crops of the encoder's size in two colours, normalised for it."""
+    """Return two crops of the encoder's size in two colours, normalised for it."""
     transform = encoder.config.transform
     return ViewsConfig(
         global_size=transform.crop,
@@ -202,7 +208,8 @@ def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
 def two_views(
     canvases: Canvases, encoder: Encoder, config: OtherViewsConfig, number: int
 ) -> tuple[Float[Tensor, "B 2 3 H W"], Bool[Tensor, "B 2 N"]]:
-    """Two object-aware crops in two colours of each target, normalised for `encoder`, with their patch masks.
+    """Return two object-aware crops in two colours of each target, normalised for `encoder`, with their patch
+    masks.
 
     `number` is the parcel's number among all of the evaluation: views are a pure function of (seed, number).
     """
@@ -272,7 +279,7 @@ class Retrieval(Protocol):
         metrics |= {"chance_rank1": 100 / count, f"chance_recall{k}": 100 * k / count}
         facts: dict[str, Any] = {
             "name": test.name,
-            "fingerprint": images_of(test, targets).digest,
+            "fingerprint": identity_of_targets(test, targets).digest,
             "objects": count,
             "images": len(image_indices.unique()),
             "unreadable": len(bad),

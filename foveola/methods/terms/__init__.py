@@ -36,7 +36,7 @@ class Named(NamedTuple):
 
 
 def named(trees: dict[str, Any]) -> tuple[Named, ...]:
-    """The terms from outside among the groups of a recipe that are no keys of distillation, by key.
+    """Return the terms from outside among the groups of a recipe that are no keys of distillation, by key.
 
     One has a `name` among its keys, or its key is announced by a package. Raises UserError for a name that
     nothing has, and for what is no term.

@@ -43,7 +43,7 @@ class AssignmentTerm(Term):
 
     @abstractmethod
     def rows(self, objects: int) -> float:
-        """Rows of targets that an image of so many objects gives, on average."""
+        """Return rows of targets that an image of so many objects gives, on average."""
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
         count, name = self.prototypes(), self.setting.name
@@ -64,7 +64,7 @@ class AssignmentTerm(Term):
         return []
 
     def predict(self, seen: Seen, hidden: Hidden, everyone: Float[Tensor, "m D"] | None = None) -> Output:
-        """The teacher's assignments of the hidden patches of large views, predicted in their place.
+        """Return the teacher's assignments of the hidden patches of large views, predicted in their place.
 
         Each view weighs the same, whatever it hides. The centre learns from `everyone`, if given.
         """
@@ -92,5 +92,5 @@ def check_masks(setting: Setting, ratio: tuple[float, float], why: str | None) -
 
 
 def prototypes_of(head: ProjectionHead) -> PrototypeWeights:
-    """The rows of a head's last layer: directions, and lengths."""
+    """Return the rows of a head's last layer: directions, and lengths."""
     return head.last_layer.v, head.last_layer.g

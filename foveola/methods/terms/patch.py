@@ -22,7 +22,7 @@ class PatchTermConfig:
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 
     def unread(self) -> dict[str, str]:
-        """Keys that nothing reads with these settings, and why."""
+        """Return keys that nothing reads with these settings, and why."""
         return {} if self.target.kind == "centering" else {"center": "target.kind=sinkhorn has no centre"}
 
 

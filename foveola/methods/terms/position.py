@@ -16,7 +16,7 @@ from foveola.methods.terms.assignment import AssignmentTerm, check_masks
 from foveola.methods.terms.term import Heads, Seen, Setting
 from foveola.schedules import Schedule
 
-LOOKED_AT = 16  # large views of a step whose patches are kept to be looked at
+VIEWS_KEPT = 16  # large views of a step whose patches are kept to be looked at
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class PositionTerm(AssignmentTerm):
         large = seen.batch.large
         assert large.hidden_positions is not None
         self.shown = Shown(
-            seen.student.large.patches[:LOOKED_AT].detach().clone(),
-            seen.teacher.large.patches[:LOOKED_AT].detach().clone(),
-            large.pixels.flatten(0, 1)[:LOOKED_AT].clone(),
-            large.hidden_positions.mask.flatten(0, 1)[:LOOKED_AT],
+            seen.student.large.patches[:VIEWS_KEPT].detach().clone(),
+            seen.teacher.large.patches[:VIEWS_KEPT].detach().clone(),
+            large.pixels.flatten(0, 1)[:VIEWS_KEPT].clone(),
+            large.hidden_positions.mask.flatten(0, 1)[:VIEWS_KEPT],
             seen.heads[self.config.head],
         )
         return self.predict(seen, large.hidden_positions)
@@ -90,7 +90,7 @@ class PositionTerm(AssignmentTerm):
         return logs
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Where patches without position are, and where they were taken to be."""
+        """Return where patches without position are, and where they were taken to be."""
         if (guessed := self._guessed()) is None:
             return {}
         guesses, unplaced, pixels = guessed
@@ -109,7 +109,7 @@ class PositionTerm(AssignmentTerm):
     def guesses(
         self, student: Float[Tensor, "S N D"], teacher: Float[Tensor, "S N D"], heads: Heads
     ) -> Int64[Tensor, "S N"]:
-        """For each patch of the student's the patch of the teacher's same view that is most like it.
+        """Return, for each patch of the student's, the patch of the teacher's same view that is most like it.
 
         Compared as unit vectors before the prototypes. Where the student lacks the position, this is where it
         takes the patch to be.
@@ -124,7 +124,9 @@ class PositionTerm(AssignmentTerm):
 def errors_of_places(
     guesses: Int64[Tensor, "S N"], unplaced: Bool[Tensor, "S N"], columns: int
 ) -> tuple[float, float]:
-    """(share found, mean distance in patches) of guessed places of unplaced patches; NaN if there is none."""
+    """Return (share found, mean distance in patches) of guessed places of unplaced patches; NaN if there is
+    none.
+    """
     true = torch.arange(guesses.shape[1], device=guesses.device).expand_as(guesses)[unplaced]
     guessed = guesses[unplaced]
     rows = (true // columns - guessed // columns).float()
@@ -138,7 +140,8 @@ def sheet_of_places(
     unplaced: Bool[Tensor, "S N"],
     grid: tuple[int, int],
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Images in [0, 1] in columns; below each where its unplaced patches are, and where they were guessed.
+    """Return images in [0, 1] in columns; below each where its unplaced patches are, and where they were
+    guessed.
 
     A place is a colour: red grows to the right, green downwards, blue to the top left. Other patches are
     dark.

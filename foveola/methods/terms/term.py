@@ -84,12 +84,12 @@ class Term(nn.Module, ABC):
 
     @staticmethod
     def heads(config: Any) -> Collection[str]:
-        """Names of the heads that it projects tokens with."""
+        """Return names of the heads that it projects tokens with."""
         return ()
 
     @staticmethod
     def reads_image_token(config: Any) -> bool:
-        """Whether it is about the token of the whole image, which `views.objects.image_token` adds."""
+        """Return whether it is about the token of the whole image, which `views.objects.image_token` adds."""
         return False
 
     @classmethod
@@ -98,21 +98,23 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, seen: Seen) -> Output:
-        """Its losses, weighted, and what to log; a loss of the name "loss" is logged by the term's name."""
+        """Return its losses, weighted, and what to log; a loss of the name "loss" is logged by the term's
+        name.
+        """
 
     def step(self) -> None:
         """Update what follows the student, such as centres; called after each step of the optimizer."""
 
     def diagnose(self) -> dict[str, float]:
-        """Signals of collapse since the last call; called when a step is logged."""
+        """Return signals of collapse since the last call; called when a step is logged."""
         return {}
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Images of the last step that are worth a look, by name; called with each checkpoint."""
+        """Return images of the last step that are worth a look, by name; called with each checkpoint."""
         return {}
 
     def prototypes(self) -> int:
-        """Prototypes behind its targets; 0 if its targets are no assignments."""
+        """Return prototypes behind its targets; 0 if its targets are no assignments."""
         return 0
 
     def check_batch(self, images: int, objects: int) -> None:
@@ -122,5 +124,5 @@ class Term(nn.Module, ABC):
         """
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
-        """What is unwise about its configuration, one line each; arguments as of `Method.advice`."""
+        """Return what is unwise about its configuration, one line each; arguments as of `Method.advice`."""
         return []

@@ -14,13 +14,13 @@ from torch import Tensor
 import foveola
 from foveola.config import UserError
 from foveola.evaluation.attention.analysis import cut
-from foveola.evaluation.attention.result import COLUMNS, Moments
+from foveola.evaluation.attention.result import CSV_COLUMNS, RunningMoments
 from foveola.evaluation.attention.statistics import (
     BLOCK_STATISTICS,
     HEAD_STATISTICS,
     Layout,
     head_statistics,
-    logits_of,
+    logits_for,
 )
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
@@ -77,7 +77,7 @@ def test_means_and_errors_over_images(source) -> None:
     for sample in source.samples:
         image = encoder.normalise(cut(sample.image, geometry)[None])[0]
         every = attention_of(encoder, image)
-        values.append([head_statistics(logits_of(a[None]), at).statistics[0].numpy() for a in every])
+        values.append([head_statistics(logits_for(a[None]), at).statistics[0].numpy() for a in every])
         row = every[-1][:, 0, 3:].mean(dim=0)
         entropies.append(-(row / row.sum() * (row / row.sum()).log()).sum().item())
     values = np.array(values)  # [images, blocks, heads, statistics]
@@ -151,7 +151,7 @@ def test_files_hold_every_number(source, tmp_path) -> None:
     analysis = analyze({"a": make(), "b": make(depth=1, heads=4)}, source, workers=0, outlier_norm=3.0)
     tree, table = analysis.save(tmp_path)
     rows = list(csv.DictReader(table.read_text().splitlines()))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == CSV_COLUMNS
     assert len(rows) == sum(
         len(HEAD_STATISTICS) * (blocks * (heads + 1) + 1) + len(BLOCK_STATISTICS) * (blocks + 1)
         for blocks, heads in ((2, 2), (1, 4))
@@ -239,7 +239,7 @@ def test_images_are_cut_as_the_encoder_does() -> None:
 
 def test_moments_are_numpys() -> None:
     x = torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(0)).double() + 1e6
-    moments, other, empty = Moments(3, 2), Moments(3, 2), Moments(3, 2)
+    moments, other, empty = RunningMoments(3, 2), RunningMoments(3, 2), RunningMoments(3, 2)
     for part in x[:25].split(7):
         moments.add(part)
     other.add(x[25:])

@@ -16,7 +16,7 @@ from foveola.evaluation.attention.statistics import (
     entropy_of,
     head_divergence,
     head_statistics,
-    logits_of,
+    logits_for,
     mean_head,
     missing,
     norm_statistics,
@@ -30,7 +30,7 @@ PLAIN = Layout(False, 0, (14, 14), 16)
 
 def of(weights: Tensor, at: Layout) -> dict[str, float]:
     """Statistics of one attention matrix [T, T]."""
-    found = head_statistics(logits_of(weights.double()[None, None]), at).statistics[0, 0]
+    found = head_statistics(logits_for(weights.double()[None, None]), at).statistics[0, 0]
     return dict(zip(NAMES, found.tolist(), strict=True))
 
 

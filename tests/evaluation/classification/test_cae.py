@@ -64,7 +64,7 @@ def joined(x):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_folded_probes_train_like_plain_ones(heads, monkeypatch) -> None:
     """BatchNorm over 8, 8 and 4 images, gradients of all 20, torch's SGD; in parts that change nothing."""
-    monkeypatch.setattr("foveola.evaluation.classification.cae.ENTRIES", 3 * heads * WIDTH * 2)
+    monkeypatch.setattr("foveola.evaluation.classification.cae.CAE_SCORES_AT_ONCE", 3 * heads * WIDTH * 2)
     rates = torch.tensor([0.3, 0.05])
     bank = CaeBank(rates, WIDTH, CLASSES, heads=heads, norm_batch=8)
     plain = [twin(bank, g, heads) for g in range(2)]

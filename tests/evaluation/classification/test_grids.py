@@ -10,7 +10,13 @@ from torch.nn.functional import cross_entropy
 from foveola.config import UserError
 from foveola.evaluation.classification.abmilp import AbmilpBank
 from foveola.evaluation.classification.attentive import AttentiveBank
-from foveola.evaluation.classification.linear import BatchNorm, LinearBank, assemble, need_of, split_features
+from foveola.evaluation.classification.linear import (
+    BatchNorm,
+    LinearBank,
+    joined_features,
+    need_of,
+    split_features,
+)
 
 WIDTH, CLASSES, PATCHES = 12, 5, 7
 
@@ -144,7 +150,7 @@ class Attentive(nn.Module):
 def test_attentive_probe_is_the_unfolded_module(heads, monkeypatch) -> None:
     """Trained by torch's AdamW with the paper's groups; the bias of the keys gets no gradient, and counts."""
     monkeypatch.setattr(
-        "foveola.evaluation.classification.attentive.ENTRIES", 40 * heads * PATCHES
+        "foveola.evaluation.classification.attentive.SCORES_AT_ONCE", 40 * heads * PATCHES
     )  # in parts of the batch
     bank = AttentiveBank(RATES[1:] / 10, torch.tensor([0.05, 0.5]), WIDTH, CLASSES, heads=heads)
     for g in range(2):
@@ -255,9 +261,9 @@ def test_features_of_linear_probes() -> None:
     assert wanted.kinds == {"masked", "average"}
     assert wanted.layers == 4
     x, _ = data(1)[0]
-    both = assemble(x, "token2+average")
+    both = joined_features(x, "token2+average")
     assert torch.equal(both, torch.cat((x["token"][:, 0], x["token"][:, 1], x["average"]), dim=1))
-    assert torch.equal(assemble(x, "token"), x["token"][:, 1])
+    assert torch.equal(joined_features(x, "token"), x["token"][:, 1])
     for features, message in (
         ("patches", "a linear probe reads one vector"),
         ("tokn", "unknown features 'tokn'"),
@@ -270,8 +276,8 @@ def test_parts_of_a_batch_change_nothing(monkeypatch) -> None:
     for name in ("abmilp", "abmilp_attention", "attentive"):
         banks = []
         for entries in (2**27, 1):
-            monkeypatch.setattr("foveola.evaluation.classification.abmilp.ENTRIES", entries)
-            monkeypatch.setattr("foveola.evaluation.classification.attentive.ENTRIES", entries)
+            monkeypatch.setattr("foveola.evaluation.classification.abmilp.HIDDEN_AT_ONCE", entries)
+            monkeypatch.setattr("foveola.evaluation.classification.attentive.SCORES_AT_ONCE", entries)
             bank = MAKERS[name](RATES)
             for x, y in data():
                 bank.step(x, y, 1.0)

@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from foveola.config import ConfigError, UserError, build
 from foveola.evaluation.classification.knn import KnnConfig, predict, shared_labels
 from foveola.evaluation.evaluate import evaluate, evaluate_all
-from foveola.evaluation.search import nearest
+from foveola.evaluation.search import nearest_rows
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_bank_of_class_means_is_perfect() -> None:
 
 def test_k_of_the_whole_bank_and_above_a_class_size() -> None:
     bank, labels = torch.randn(5, 3), torch.tensor([0, 0, 0, 1, 2])
-    similarities, indices = nearest(torch.randn(2, 3), bank, 50)
+    similarities, indices = nearest_rows(torch.randn(2, 3), bank, 50)
     assert indices.shape == (2, 5)
     assert similarities.isfinite().all()
     assert predict(torch.randn(2, 3), bank, labels, k=(5,), classes=3)[5].shape == (2, 3)
@@ -107,7 +107,7 @@ def test_k_of_the_whole_bank_and_above_a_class_size() -> None:
 def test_a_row_of_ones_own_group_is_no_neighbour() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(2))
     images = torch.arange(30) // 3
-    similarities, indices = nearest(x, x, 29, query_groups=images, bank_groups=images, bank_chunk=7)
+    similarities, indices = nearest_rows(x, x, 29, query_groups=images, bank_groups=images, bank_chunk=7)
     for i in range(30):
         found = indices[i][similarities[i] > -torch.inf].tolist()
         assert sorted(found) == [j for j in range(30) if images[j] != images[i]]
@@ -118,13 +118,13 @@ def test_leaves_the_precision_of_products_alone(problem) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        _, indices = nearest(queries, bank, 10)
+        _, indices = nearest_rows(queries, bank, 10)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(indices, nearest(queries, bank, 10)[1])
+    assert torch.equal(indices, nearest_rows(queries, bank, 10)[1])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(indices, nearest(queries, bank, 10)[1])
+        assert torch.equal(indices, nearest_rows(queries, bank, 10)[1])
 
 
 @pytest.mark.gpu

@@ -77,7 +77,9 @@ def test_a_path_ends_where_each_alone_would(monkeypatch) -> None:
     models = path(x, y, 4, values)
     for c, model in zip(values, models, strict=True):
         torch.testing.assert_close(model.weight, fit(x, y, 4, c).weight, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("foveola.evaluation.classification.logistic.CHUNK", 90)  # seven rows at a time
+    monkeypatch.setattr(
+        "foveola.evaluation.classification.logistic.LOGITS_AT_ONCE", 90
+    )  # seven rows at a time
     torch.testing.assert_close(fit(x, y, 4, 0.05).weight, models[2].weight, rtol=1e-3, atol=1e-5)
 
 

@@ -225,7 +225,7 @@ def test_small_sets_do_not_train_for_as_long_as_imagenet(encoder, shades, monkey
     assert length_of(2, 1024, None, None, 12500) == (2, 1, 100)
     assert length_of(2, 1024, None, 70, None)[2] == 70
     assert length_of(20_480, 1024, 3, None, None)[2] == 60
-    monkeypatch.setattr(task, "EPOCHS", 4)
+    monkeypatch.setattr(task, "MOST_PASSES", 4)
     for protocol, settings in (("linear", {"lr": (0.1, 0.2)}), ("attentive", {"weight_decay": (1e-3,)})):
         result = evaluate(
             encoder, protocol, train=shades(0, 30), test=shades(900, 9), batch=9, **settings, **QUIET

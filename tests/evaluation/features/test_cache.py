@@ -19,7 +19,7 @@ from foveola.data.sources import decode, open_source
 from foveola.evaluation.features import passes
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.crops import CropsCut, random_crop
-from foveola.evaluation.features.names import Reader, lowest_entropy, need, weigh
+from foveola.evaluation.features.names import FeatureReader, lowest_entropy, need, weigh
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract_tables
 from foveola.evaluation.images import Images, choose_images
@@ -114,8 +114,10 @@ def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
         before = first.take("token")
     assert first.facts["computed"] == 13
     asked = []
-    plain = Reader.__call__
-    monkeypatch.setattr(Reader, "__call__", lambda s, i, m, n: asked.append(n.kinds) or plain(s, i, m, n))
+    plain = FeatureReader.__call__
+    monkeypatch.setattr(
+        FeatureReader, "__call__", lambda s, i, m, n: asked.append(n.kinds) or plain(s, i, m, n)
+    )
     with Feed(encoder, tmp_path, progress=False) as feed:
         again = feed.open(images, CONFIG, need("token"))
         assert not asked
@@ -181,7 +183,7 @@ def test_a_killed_pass_goes_on(encoder, images, tmp_path: Path, monkeypatch) -> 
     with Feed(encoder, None, progress=False) as feed:
         whole = feed.open(images, CONFIG, need("token", "patches")).take("patches")
     monkeypatch.setattr(passes, "FLUSH_SECONDS", -1.0)
-    plain, calls = Reader.__call__, []
+    plain, calls = FeatureReader.__call__, []
 
     def dies(self, images, masks, wanted):
         calls.append(len(images))
@@ -189,11 +191,11 @@ def test_a_killed_pass_goes_on(encoder, images, tmp_path: Path, monkeypatch) -> 
             raise KeyboardInterrupt
         return plain(self, images, masks, wanted)
 
-    monkeypatch.setattr(Reader, "__call__", dies)
+    monkeypatch.setattr(FeatureReader, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
         Feed(encoder, tmp_path, progress=False).open(images, CONFIG, need("token", "patches"))
     assert calls == [5, 3, 5]  # a parcel of 8 images, five at a time
-    monkeypatch.setattr(Reader, "__call__", plain)
+    monkeypatch.setattr(FeatureReader, "__call__", plain)
     store = Feed(encoder, tmp_path, progress=False).open(images, CONFIG, need("token", "patches"))
     assert store.facts["computed"] == 5
     assert torch.equal(store.take("patches"), whole)

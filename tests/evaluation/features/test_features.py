@@ -7,9 +7,9 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features.reading import ExtractConfig, Rows, RowsCut, object_crop
+from foveola.evaluation.features.reading import ExtractConfig, ImageRows, RowsCut, object_crop
 from foveola.evaluation.features.table import extract, extract_tables, mask_kinds
-from foveola.evaluation.images import Images, choose_images, read_ahead, show
+from foveola.evaluation.images import Images, choose_images, read_parcels, show
 from foveola.models.encoder import TransformConfig
 
 TRANSFORM = TransformConfig(resize=40, crop=32)
@@ -308,9 +308,9 @@ def test_what_leaves_a_worker_arrives_as_it_was(list_source, make_sample) -> Non
     for side in (32, 256):
         images = Images(source, np.arange(len(source)), cut_of(TransformConfig(resize=side, crop=side)))
         for batch_size in (1, 64):
-            for mine, there in zip(read_ahead(images, 0), read_ahead(images, 1, batch_size), strict=True):
+            for mine, there in zip(read_parcels(images, 0), read_parcels(images, 1, batch_size), strict=True):
                 assert (there.bad, there.problem) == ((), "")
-                for name, expected, found in zip(Rows._fields, mine.made, there.made, strict=True):
+                for name, expected, found in zip(ImageRows._fields, mine.made, there.made, strict=True):
                     assert expected.dtype == found.dtype, name
                     assert torch.equal(expected, found), name
                 there.made.labels.add_(1)  # its own memory, which may be written to

@@ -12,7 +12,7 @@ from foveola.evaluation.segmentation import linear
 from foveola.evaluation.segmentation.linear import (
     LinearSegmentation,
     LinearSegmentationConfig,
-    pixel_loss,
+    label_loss,
     train_heads,
 )
 
@@ -47,7 +47,7 @@ def test_loss_equals_a_loop_over_pixels():
             if labels[y, x] != IGNORE:
                 total += float(field[:, y, x].logsumexp(0) - field[int(labels[y, x]), y, x])
                 count += 1
-    assert pixel_loss(logits, maps, 3).item() == pytest.approx(total / count, rel=1e-5)
+    assert label_loss(logits, maps, 3).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_loss_of_a_head_is_of_all_pixels_that_have_a_class():
@@ -58,7 +58,7 @@ def test_loss_of_a_head_is_of_all_pixels_that_have_a_class():
     maps[1, :4], maps[2] = IGNORE, IGNORE
     head = torch.nn.Linear(5, 3)
     with torch.no_grad():
-        one, half = (float(pixel_loss(head(features[i : i + 1]), maps[i : i + 1], 2)) for i in (0, 1))
+        one, half = (float(label_loss(head(features[i : i + 1]), maps[i : i + 1], 2)) for i in (0, 1))
     assert linear._losses([head], features, maps, 2) == pytest.approx([(64 * one + 32 * half) / 96], rel=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_equal_rates_are_told_apart_by_their_loss(encoder, coloured, monkeypatch
 
 def test_images_without_a_class_give_no_gradient():
     logits = torch.randn(1, 4, 3, requires_grad=True)
-    pixel_loss(logits, torch.full((1, 8, 8), IGNORE, dtype=torch.uint8), 2).backward()
+    label_loss(logits, torch.full((1, 8, 8), IGNORE, dtype=torch.uint8), 2).backward()
     assert logits.grad is not None
     assert not logits.grad.any()
 

@@ -10,7 +10,7 @@ from foveola.data.segmentation import IGNORE
 from foveola.evaluation.classification.logistic import LogisticModel
 from foveola.evaluation.protocol import At
 from foveola.evaluation.segmentation import choice, patches
-from foveola.evaluation.segmentation.choice import choose, hold_out
+from foveola.evaluation.segmentation.choice import choose_setting, hold_out
 from foveola.evaluation.segmentation.patches import (
     KnnSegmentation,
     KnnSegmentationConfig,
@@ -89,7 +89,7 @@ def test_hold_out_is_of_whole_images():
 @pytest.mark.parametrize("seed", range(5))
 def test_hold_out_has_its_share_of_every_class(seed, monkeypatch):
     """200 images show class 0; 40 of them 1 as well, 20 others 2, 10 of these 3; 10 images nothing."""
-    monkeypatch.setattr(choice, "AT_ONCE", 30)  # a few rows at a time
+    monkeypatch.setattr(choice, "LABELS_AT_ONCE", 30)  # a few rows at a time
     shows = [{0, 1}] * 40 + [{0, 2}] * 10 + [{0, 2, 3}] * 10 + [{0}] * 140 + [set()] * 10
     order = np.random.default_rng(seed).permutation(len(shows))
     rows, images = [], []
@@ -113,11 +113,11 @@ def test_hold_out_of_images_that_are_each_of_another_kind_is_drawn_all_the_same(
 
 def test_of_equal_scores_the_lowest_loss_wins_and_then_the_first():
     nan, inf = float("nan"), float("inf")
-    assert choose([1.0, 3.0, 2.0], lambda: pytest.fail("no tie")) == 1
-    assert choose([nan, 3.0, 2.0, 3.0], lambda: [0.0, 0.5, 0.0, 0.4]) == 3
-    assert choose([3.0, 3.0, 3.0], lambda: [nan, inf, 9.0]) == 2
-    assert choose([3.0, 3.0], lambda: [0.0, 0.0]) == 0
-    assert choose([3.0, 3.0], lambda: [nan, nan]) == 0
+    assert choose_setting([1.0, 3.0, 2.0], lambda: pytest.fail("no tie")) == 1
+    assert choose_setting([nan, 3.0, 2.0, 3.0], lambda: [0.0, 0.5, 0.0, 0.4]) == 3
+    assert choose_setting([3.0, 3.0, 3.0], lambda: [nan, inf, 9.0]) == 2
+    assert choose_setting([3.0, 3.0], lambda: [0.0, 0.0]) == 0
+    assert choose_setting([3.0, 3.0], lambda: [nan, nan]) == 0
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_rows(monkeypatch):

@@ -10,8 +10,8 @@ from PIL import Image
 from foveola.config import UserError
 from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features import passes
-from foveola.evaluation.features.names import Reader
-from foveola.evaluation.protocol import find
+from foveola.evaluation.features.names import FeatureReader
+from foveola.evaluation.protocol import find_protocol
 from foveola.evaluation.result import Result
 
 COLOURS = np.zeros((12, 3), np.uint8)
@@ -87,8 +87,10 @@ def test_two_processes_get_what_one_gets(encoder, camvid, tmp_path, run_ranks):
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
     """How many images each call of the encoder had."""
-    counts, plain = [], Reader.__call__
-    monkeypatch.setattr(Reader, "__call__", lambda s, i, m, n: counts.append(len(i)) or plain(s, i, m, n))
+    counts, plain = [], FeatureReader.__call__
+    monkeypatch.setattr(
+        FeatureReader, "__call__", lambda s, i, m, n: counts.append(len(i)) or plain(s, i, m, n)
+    )
     return counts
 
 
@@ -133,7 +135,7 @@ def test_a_killed_pass_of_patches_goes_on(encoder, camvid, tmp_path, monkeypatch
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, "batch_size": 4, "k": (1, 3)}
     whole = evaluate(encoder, "knn_segmentation", **options)
     monkeypatch.setattr(passes, "FLUSH_SECONDS", -1.0)
-    plain, calls = Reader.__call__, []
+    plain, calls = FeatureReader.__call__, []
 
     def dies(self, images, masks, wanted):
         calls.append(len(images))
@@ -142,7 +144,7 @@ def test_a_killed_pass_of_patches_goes_on(encoder, camvid, tmp_path, monkeypatch
         return plain(self, images, masks, wanted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "__call__", dies)
+        patch.setattr(FeatureReader, "__call__", dies)
         with pytest.raises(KeyboardInterrupt):
             evaluate(encoder, "knn_segmentation", cache=tmp_path, **options)
     assert calls == [4, 2, 4]  # all of train, then test
@@ -188,4 +190,4 @@ def test_data_without_pixel_labels(name, encoder, camvid, tmp_path):
         evaluate(encoder, name, train=folder, test=camvid)
     with pytest.raises(UserError, match="test is needed"):
         evaluate(encoder, name, train=camvid)
-    assert find(name).train == "needed"
+    assert find_protocol(name).train == "needed"

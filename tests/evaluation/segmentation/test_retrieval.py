@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from foveola.config import UserError, build
 from foveola.data.segmentation import IGNORE
 from foveola.evaluation.protocol import At
-from foveola.evaluation.search import nearest
+from foveola.evaluation.search import nearest_rows
 from foveola.evaluation.segmentation.reading import label_counts, patch_pixels
 from foveola.evaluation.segmentation.retrieval import (
     DenseRetrieval,
@@ -48,7 +48,7 @@ def naive(queries, bank, pixels, k, temperature, classes):
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 def test_equals_naive_loop(k, temperature):
     queries, bank, pixels = random_rows()
-    similarities, indices = nearest(queries, bank, 41)
+    similarities, indices = nearest_rows(queries, bank, 41)
     counts = label_counts(pixels, 3)[:, :-1]
     shares = attend(similarities, indices, counts, 9, k, temperature)
     np.testing.assert_allclose(shares, naive(queries, bank, pixels, k, temperature, 3), atol=2e-5)
@@ -57,12 +57,12 @@ def test_equals_naive_loop(k, temperature):
 def test_limits_of_the_temperature_and_invariances():
     queries, bank, pixels = random_rows()
     counts = label_counts(pixels, 3)[:, :-1]
-    s, i = nearest(queries, bank, 5)
+    s, i = nearest_rows(queries, bank, 5)
     mean = counts[i].float().mean(dim=1) / 9
     torch.testing.assert_close(attend(s, i, counts, 9, 5, 1e6), mean)
     torch.testing.assert_close(attend(s, i, counts, 9, 5, 1e-6), counts[i[:, 0]].float() / 9)
     order = torch.randperm(41, generator=torch.Generator().manual_seed(1))
-    s2, i2 = nearest(10 * queries, bank[order], 5)
+    s2, i2 = nearest_rows(10 * queries, bank[order], 5)
     moved = attend(s2, i2, counts[order], 9, 5, 0.02)
     torch.testing.assert_close(moved, attend(s, i, counts, 9, 5, 0.02), rtol=1e-4, atol=1e-5)
 

@@ -32,7 +32,7 @@ from foveola.evaluation.views.feature_space import (
 from foveola.evaluation.views.label_free import LabelFree, LabelFreeConfig
 from foveola.evaluation.views.other_views import image_views, watch
 from foveola.evaluation.views.retrieval import (
-    PARCEL,
+    OBJECTS_TOGETHER,
     CanvasCut,
     Retrieval,
     RetrievalConfig,
@@ -104,7 +104,7 @@ def test_random_directions_fill_the_space() -> None:
 
 
 def test_equal_to_naive_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveola.evaluation.views.feature_space.CHUNK", 7)
+    monkeypatch.setattr("foveola.evaluation.views.feature_space.ROWS_AT_ONCE", 7)
     x, y = normal(23, 6) + 0.5, normal(23, 6, seed=1)
     u, v = units(x), units(y)
     n = len(u)
@@ -186,7 +186,7 @@ def test_one_pass_sees_what_others_see(encoder, noise) -> None:
     assert patches.sum / 16 == pytest.approx(seen.averages.double().sum(dim=0), rel=1e-5)
     assert seen.owners.tolist() == [target.image for target in targets if target.object >= 0]
     cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform, plain=True)
-    drawn = Images(noise, np.array(targets), cut, PARCEL)[0].made
+    drawn = Images(noise, np.array(targets), cut, OBJECTS_TOGETHER)[0].made
     canvases, plain = drawn.canvases(), torch.stack(drawn.plain)
     views = image_views(canvases, encoder, config, 0)
     for view in range(2):

@@ -11,7 +11,7 @@ from foveola.evaluation.images import Images
 from foveola.evaluation.protocol import At
 from foveola.evaluation.views import retrieval
 from foveola.evaluation.views.retrieval import (
-    PARCEL,
+    OBJECTS_TOGETHER,
     CanvasCut,
     Retrieval,
     RetrievalConfig,
@@ -68,12 +68,12 @@ def test_views_hold_their_object(encoder, list_source) -> None:
     color = retrieval.ColorConfig(jitter=0, grayscale=0, blur=(0, 0, 0), solarize=(0, 0, 0))
     config = RetrievalConfig(color=color, min_visible=0.5)
     cut = CanvasCut(64, 64, encoder.config.transform)
-    parcel = Images(source, np.array(targets), cut, PARCEL)[0]
+    parcel = Images(source, np.array(targets), cut, OBJECTS_TOGETHER)[0]
     canvases = parcel.made.canvases()
     assert parcel.bad == ()
-    assert len(canvases) == PARCEL
+    assert len(canvases) == OBJECTS_TOGETHER
     views, masks = two_views(canvases, encoder, config, 0)
-    assert views.shape == (PARCEL, 2, 3, 32, 32)
+    assert views.shape == (OBJECTS_TOGETHER, 2, 3, 32, 32)
     light = (
         (views[:, :, 0] * 0.229 + 0.485).unflatten(2, (4, 8)).unflatten(4, (4, 8)).mean(dim=(3, 5)).flatten(2)
     )

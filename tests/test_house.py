@@ -1,0 +1,111 @@
+"""The rules of the house that a machine can see: sizes, names that mean one thing, sentences with verbs."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import foveola
+
+ROOT = Path(foveola.__file__).parent
+FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+LINES, BODY, PARAMETERS = 400, 70, 8
+
+# What is the same in each module that defines it: the contract of a protocol, a type variable, a room's door.
+OPENERS = ("open_hub",)  # takes the options of a data string, each by its name
+DEFINED_TWICE = {"DOOR", "T", "wanted_of"}
+# What a docstring of a function or method begins with.
+VERBS = frozenset(
+    """
+    add adopt agree analyse answer apply ask assign attach average be begin bin bound bring build call
+    cap check choose clamp classify clean clear close compare compute convert copy count cover crop cut
+    decide declare decode defer delete describe do draw drop emit encode end ensure estimate evaluate
+    expand explain export extract fetch fill find fit flush fold follow forget freeze gather get give go
+    group hash have hold import initialise iterate join judge keep lay leave let list load log look make
+    mark match measure merge minimise move name need normalise note offer open order pack paint parse
+    pass pick place plan pool predict prefer prepare pretrain print project put quantise raise read
+    reduce refuse register release remember remove render repeat replace report reset resize resolve
+    restore resume return round run sample save say scale score search see send serve set share show
+    sort split start state step stop store stretch sum take tell test tokenise train transform translate
+    try turn undo update use visualize wait walk warn weigh wrap write yield
+    """.split()  # noqa: SIM905 - a list of words is read as words
+)
+
+
+def definitions(tree: ast.Module) -> Iterator[str]:
+    """Names that a module defines at its top level for others."""
+    for node in tree.body:
+        names = []
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def functions(node: ast.AST, public: bool = True) -> Iterator[tuple[ast.FunctionDef, bool, bool]]:
+    """Every function below a node; whether it is public, and whether it is a method."""
+    for child in ast.iter_child_nodes(node):
+        named = public and not getattr(child, "name", "").startswith("_")
+        if isinstance(child, ast.FunctionDef):
+            yield child, named, isinstance(node, ast.ClassDef)
+            yield from functions(child, public=False)
+        elif not isinstance(child, ast.expr):
+            yield from functions(child, named)
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def test_files_and_functions_are_short(trees):
+    long = [name for name, path in FILES.items() if len(path.read_text().splitlines()) > LINES]
+    assert not long, f"files of more than {LINES} lines"
+    for name, tree in trees.items():
+        for function, _, _ in functions(tree):
+            assert (function.end_lineno or 0) - function.lineno < BODY, f"{name}: {function.name} is too long"
+
+
+def test_functions_have_few_parameters(trees):
+    """Settings that are given by name and have a default do not count."""
+    many = []
+    for name, tree in trees.items():
+        for function, _, method in functions(tree):
+            arguments = function.args
+            needed = [value for value in arguments.kw_defaults if value is None]
+            count = len(arguments.posonlyargs) + len(arguments.args) + len(needed) - method
+            if count > PARAMETERS and function.name not in OPENERS:
+                many.append(f"{name}: {function.name} has {count}")
+    assert not many
+
+
+def test_a_public_name_is_defined_in_one_module(trees):
+    where = defaultdict(list)
+    for name, tree in trees.items():
+        for defined in set(definitions(tree)):
+            where[defined].append(name)
+    twice = {defined: names for defined, names in where.items() if len(names) > 1}
+    assert twice.keys() == DEFINED_TWICE, twice
+
+
+def begins_with_a_verb(text: str) -> bool:
+    word = text.split()[0].strip("`,.:;").lower()
+    forms = {word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"}
+    return bool(forms & VERBS)
+
+
+def test_docstrings_of_functions_begin_with_a_verb(trees):
+    """What a function does is a sentence. Classes and properties name a thing, as is usual."""
+    bare = []
+    for name, tree in trees.items():
+        for function, public, _ in functions(tree):
+            text = ast.get_docstring(function)
+            decorators = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
+            if public and text and "property" not in decorators and not begins_with_a_verb(text):
+                bare.append(f"{name}: {function.name}: {text.splitlines()[0]}")
+    assert not bare
