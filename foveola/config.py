@@ -107,10 +107,14 @@ def build(cls: type[T], tree: dict, where: str = "") -> T:
     wrong types, values out of range, and ValueErrors of `__post_init__` raise ConfigError.
     """
     known, hints, values = {f.name: f for f in fields(cls) if f.init}, get_type_hints(cls), {}  # type: ignore[arg-type]
-    tree = {
-        name if name in known else _renewed(name, FORMER_NAMES, known, where or "configuration"): value
-        for name, value in tree.items()
-    }
+    today = [
+        name if name in known else _renewed(name, FORMER_NAMES, known, where or "configuration")
+        for name in tree
+    ]
+    if len(set(today)) < len(today):
+        twice = next(name for name in today if today.count(name) > 1)
+        raise ConfigError(f"{_join(where, twice)}: given twice, once by its former name")
+    tree = dict(zip(today, tree.values(), strict=True))
     for name in tree:
         if name not in known:
             raise ConfigError(_unknown_key(cls, str(name), where, list(known)))

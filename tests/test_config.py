@@ -343,6 +343,8 @@ def test_keys_and_choices_that_said_picture_are_understood():
         "configuration: 'per_picture' is now called 'per_image'",
         "rows: 'pictures' is now called 'images'",
     ]
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="per_image: given twice"):
+        build(Rows, {"per_picture": False, "per_image": True})
     with pytest.raises(ConfigError, match="per_pictures"):
         build(Rows, {"per_pictures": False})
     tree = {"pictures": [1, {"rows": "pictures"}], "out": "my_pictures", "my_picture": "picture"}

@@ -121,9 +121,10 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
             hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(every))}"
             raise UserError(f"no results of {protocol!r}; {hint}")
         shared = [name for name in shared if name == protocol]
+    damaged = "".join(f"; {line}" for _, lines in every_file for line in lines)
     if not shared:
         lists = "; ".join(f"{n}: {', '.join(sorted(each))}" for n, each in zip(names, found, strict=True))
-        raise UserError(f"no protocol was measured for all of them ({lists})")
+        raise UserError(f"no protocol was measured for all of them ({lists}){damaged}")
     broken = tuple(f"note: {line}" for _, lines in every_file for line in lines)
     comparisons = []
     for name in sorted(shared):

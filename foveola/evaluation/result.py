@@ -69,7 +69,7 @@ class Result:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is no result of an evaluation: {error}") from error
         if odd := result._odd():
-            raise UserError(f"{path} is no result of an evaluation: its {odd} is not what it should be")
+            raise UserError(f"{path} is no result of an evaluation: a wrong type of {odd}")
         return result
 
     def _odd(self) -> str:

@@ -146,3 +146,12 @@ def test_the_command_line_of_several_protocols(encoder, tmp_path: Path, capsys) 
     assert "cache" in capsys.readouterr().out
     for word in ("compare --help", "compare a b c=1", "compare"):
         assert main(word.split()) == (0 if "help" in word else 2)
+
+
+def test_a_damaged_result_is_named_where_nothing_is_left_to_compare(tmp_path):
+    """Otherwise it would read as if it had never been measured."""
+    both = [save(tmp_path / name, protocol="knn") for name in ("a", "b")]
+    save(tmp_path / "b", protocol="linear")
+    (tmp_path / "b" / "results" / "knn.json").write_text("{")
+    with pytest.raises(UserError, match=r"no protocol was measured for all .*; left out: .*knn\.json"):
+        compare(both)
