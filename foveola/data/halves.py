@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 
-def test_half(
+def halves_for_test(
     contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
 ) -> Bool[np.ndarray, "n"]:
     """Return which images are for test: `share` of the different ones, one at least, drawn by (seed, content)

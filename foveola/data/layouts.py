@@ -21,7 +21,7 @@ from foveola.data.annotations import (
     read_json,
 )
 from foveola.data.coco import check_size
-from foveola.data.halves import test_half
+from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
 from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
@@ -145,7 +145,7 @@ class ImageFiles:
         files = [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
         hashes = hash_files(self.root, files, self.name).tolist()
         contents = [found or b"name " + os.fsencode(file) for found, file in zip(hashes, files, strict=True)]
-        held = test_half(contents, self.labels[self.rows], self.classes or (), share, seed)
+        held = halves_for_test(contents, self.labels[self.rows], self.classes or (), share, seed)
         if not held.any():
             raise DataError(
                 f"{self.name}: no class has two different images, so holdout={share:g} holds out none"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.halves import test_half
+from foveola.data.halves import halves_for_test
 from foveola.data.identity import identity_of, shared
 from foveola.data.sample import DataError
 from foveola.data.sources import open_source
@@ -45,8 +45,8 @@ def test_halves_are_the_whole_and_each_class_gives_its_share(tmp_path: Path):
 def test_added_images_leave_the_others_in_their_half():
     files = [b"%d.jpg" % i for i in range(1000)]
     labels = np.arange(1000) % 5
-    before = test_half(files[:990], labels[:990], "abcde", 0.2, 0)
-    after = test_half(files, labels, "abcde", 0.2, 0)[:990]
+    before = halves_for_test(files[:990], labels[:990], "abcde", 0.2, 0)
+    after = halves_for_test(files, labels, "abcde", 0.2, 0)[:990]
     assert before.sum() == 198
     assert np.ptp(np.bincount(labels[:990][before])) <= 1
     assert (before != after).sum() <= 10
@@ -55,8 +55,8 @@ def test_added_images_leave_the_others_in_their_half():
 def test_the_order_of_files_does_not_count():
     files, labels = [b"%d.jpg" % i for i in range(60)], np.arange(60) % 3
     order = np.random.default_rng(0).permutation(60)
-    held = test_half([files[i] for i in order], labels[order], "abc", 0.25, 4)
-    assert np.array_equal(held, test_half(files, labels, "abc", 0.25, 4)[order])
+    held = halves_for_test([files[i] for i in order], labels[order], "abc", 0.25, 4)
+    assert np.array_equal(held, halves_for_test(files, labels, "abc", 0.25, 4)[order])
 
 
 def test_an_added_class_leaves_the_others_as_they_are():
@@ -64,9 +64,9 @@ def test_an_added_class_leaves_the_others_as_they_are():
     files = [b"%d.jpg" % i for i in range(1000)]
     labels = np.arange(1000) % 50
     classes = [f"class {i:02d}" for i in range(50)]
-    before = test_half(files, labels, classes, 0.2, 0)
+    before = halves_for_test(files, labels, classes, 0.2, 0)
     more = [*files, *(b"new %d" % i for i in range(20))]
-    after = test_half(more, np.append(labels + 1, np.zeros(20, int)), ["added", *classes], 0.2, 0)
+    after = halves_for_test(more, np.append(labels + 1, np.zeros(20, int)), ["added", *classes], 0.2, 0)
     assert after[1000:].sum() == 4
     assert (before != after[:1000]).sum() <= 2
 
@@ -75,7 +75,7 @@ def test_copies_of_an_image_are_in_one_half_and_count_once():
     """500 images in 5 classes; of the first 100 there are two copies, the second in other classes."""
     files = [b"%d" % i for i in range(500)]
     labels = np.arange(500) % 5
-    held = test_half(
+    held = halves_for_test(
         files + files[:100] + files[:100],
         np.concatenate([labels, labels[:100], (labels[:100] + 1) % 5]),
         "abcde",

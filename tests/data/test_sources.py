@@ -538,8 +538,8 @@ def test_mistaken_folders(tmp_path: Path):
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=r"images is empty"):
         open_source(f"folder:{tmp_path / 'images'}")
-    with pytest.raises(DataError, match=r"no folder .*/picturs; did you mean .*/images\?"):
-        open_source(f"folder:{tmp_path / 'picturs'}")
+    with pytest.raises(DataError, match=r"no folder .*/imags; did you mean .*/images\?"):
+        open_source(f"folder:{tmp_path / 'imags'}")
     with pytest.raises(DataError, match=r"needs a kind in front; did you mean folder:/"):
         open_source(str(tmp_path / "images"))
     (tmp_path / "images" / "a.txt").write_text("")

@@ -29,7 +29,7 @@ class Witness:
     def on_checkpoint(self, step, folder):
         assert checkpoint.is_whole(folder)
         encoder = foveola.load(folder.parents[1]).backbone.state_dict()
-        method = checkpoint.load(folder)["trainer"]["method"]
+        method = checkpoint.read_checkpoint(folder)["trainer"]["method"]
         kept = method["teacher.backbone.norm.weight"]
         assert encoder["norm.weight"].equal(kept)
         self.seen.append(("checkpoint", step))

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveola.views.color import ColorConfig, ColorDraw, _hue, apply, draw
+from foveola.views.color import ColorConfig, ColorDraw, _hue, apply, draw_colors
 
 PLAIN = ColorConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def drawn(kind: int, count: int = 2000, config: ColorConfig | None = None) -> ColorDraw:
-    return draw(config or ColorConfig(), torch.full((count,), kind), torch.Generator().manual_seed(kind))
+    return draw_colors(
+        config or ColorConfig(), torch.full((count,), kind), torch.Generator().manual_seed(kind)
+    )
 
 
 def fixed(order: list[int], factors: list[float], gray: bool = False, solarize: bool = False) -> ColorDraw:
@@ -140,7 +142,7 @@ def test_gray_comes_after_jitter_and_before_solarise():
 
 def test_each_view_gets_its_own():
     images = torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    draws = draw(ColorConfig(), torch.arange(64) % 3, torch.Generator().manual_seed(2))
+    draws = draw_colors(ColorConfig(), torch.arange(64) % 3, torch.Generator().manual_seed(2))
     together = apply(images.clone(), draws, ColorConfig())
     for i in range(64):
         one = ColorDraw(
