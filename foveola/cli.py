@@ -8,7 +8,7 @@ from collections.abc import Callable
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, is_path, only, print_keys, print_table, split
-from foveola.failures import explain
+from foveola.failures import explain, told
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -363,7 +363,8 @@ def _export(arguments: list[str]) -> None:
         raise UserError(f"export needs out=, where to write; usage: {usage}")
     from foveola.zoo.export import export
 
-    print(export(model, settings["out"], settings.get("format", "timm")))
+    with told(f"{settings['out']} cannot be written"):
+        print(export(model, settings["out"], settings.get("format", "timm")))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and the layout of run and encoder folders, which nobody else knows."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from foveola.config import UserError, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
 
 
 @contextmanager
@@ -39,9 +42,13 @@ def whole(path: str | Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the disk may be the reason
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (
+            error.filename in (part, str(part)) or (error.errno in FULL and error.filename is None)
+        ):
+            error.filename = str(path)  # what was asked for; some libraries name no file
         raise
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, with the permissions of any other file."""
 
+import errno
 import os
 import textwrap
 import time
@@ -73,3 +74,12 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         save_file({"x": torch.ones(2)}, part)
     left = {name for name, removed in names.items() if not removed}
     assert {found.name for found in tmp_path.iterdir()} == left | {path.name}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_full_disk_is_told_with_the_file_that_was_asked_for(tmp_path, named):
+    """Libraries name no file, or the temporary one."""
+    with pytest.raises(OSError, match=r"[/\\]x\.png'$"), files.whole(tmp_path / "x.png") as part:
+        raise OSError(errno.ENOSPC, "No space left on device", *([str(part)] if named else []))
+    with pytest.raises(OSError, match="other"), files.whole(tmp_path / "x.png"):
+        raise OSError(errno.ENOENT, "No such file", "other")
