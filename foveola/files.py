@@ -16,7 +16,7 @@ from foveola.config import UserError, renewed
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):  # the disk may be the reason
             part.unlink(missing_ok=True)
         if isinstance(error, OSError) and (
-            error.filename in (part, str(part)) or (error.errno in FULL and error.filename is None)
+            error.filename in (part, str(part)) or (error.errno in DISK_FULL and error.filename is None)
         ):
             error.filename = str(path)  # what was asked for; some libraries name no file
         raise
