@@ -137,17 +137,17 @@ def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
 
 
 def all_reduce_sum(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Return elementwise sum over the processes."""
+    """Return the elementwise sum over the processes."""
     return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """Return elementwise maximum over the processes."""
+    """Return the elementwise maximum over the processes."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
 def all_reduce_mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return elementwise mean over the processes, each counting the same."""
+    """Return the elementwise mean over the processes, each counting the same."""
     return all_reduce_sum(tensor) / world_size()
 
 

@@ -77,7 +77,7 @@ def health(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
 
 
 def worst(verdicts: Sequence[Verdict]) -> State:
-    """Return BAD before LOOK before OK; NOT KNOWN where nothing is known."""
+    """Return the worst state: BAD before LOOK before OK; NOT KNOWN where nothing is known."""
     states = {verdict.state for verdict in verdicts}
     order: tuple[State, ...] = ("BAD", "LOOK", "OK", "NOT KNOWN")
     for state in order:
@@ -249,7 +249,7 @@ def rank_health(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
 
 
 def place(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
-    """Return positional collapse: features or clusters that tell the position of a patch and not what is
+    """Judge positional collapse: features or clusters that tell the position of a patch and not what is
     there.
     """
     name = "Do patches tell content, not position?"

@@ -136,7 +136,7 @@ def masked_patch_loss(
     temperature: float,
     prototypes: PrototypeWeights | None = None,
 ) -> Float[Tensor, ""]:
-    """Return weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for none, with zero
+    """Return the weighted sum of cross-entropies of masked patches (iBOT, Eq. 2); zero for none, with zero
     gradient.
 
     `predictions` are logits, or features for `prototypes`, as in `cross_view_loss`.
@@ -199,7 +199,7 @@ def huber_loss(
 
 
 def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Tensor, ""]:
-    """Return Kozachenko-Leonenko estimator: -mean_i log distance(x_i, nearest other x_j), x unit vectors
+    """Return the Kozachenko-Leonenko estimator: -mean_i log distance(x_i, nearest other x_j), x unit vectors
     (DINOv2).
 
     Pushes each feature away from its nearest neighbour, both ways. Zero for fewer than two rows.
@@ -221,7 +221,7 @@ def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Ten
 
 
 def entropy(probabilities: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
-    """Return shannon entropy in nats of distributions along the last axis."""
+    """Return the Shannon entropy in nats of distributions along the last axis."""
     # Twice as fast on a CPU as torch.special.entr; what is clamped adds nothing.
     logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
     return -(logs * probabilities).sum(dim=-1)

@@ -164,7 +164,7 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict:
-    """Return `["a.b=1", "c=[2, 3]"]` -> `{"a": {"b": 1}, "c": [2, 3]}`. Values are YAML; a later one wins."""
+    """Parse `["a.b=1", "c=[2, 3]"]` -> `{"a": {"b": 1}, "c": [2, 3]}`. Values are YAML; a later one wins."""
     tree: dict = {}
     for text in overrides:
         path, equals, value = text.partition("=")

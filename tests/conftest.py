@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,3 +115,23 @@ def run_ranks(
         return [(folder / f"{rank}.out").read_text() for rank in range(ranks)]
 
     return run
+
+
+@pytest.fixture
+def example_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Writes the example of docs/extend.md that defines a class as a module that Python finds.
+
+    Takes the class and the module's name; returns the folder of the module.
+    """
+    page = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
+
+    def write(defined: str, module: str) -> Path:
+        blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        (code,) = (block for block in blocks if re.search(rf"^class {defined}\b", block, re.MULTILINE))
+        folder = tmp_path / "modules"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{module}.py").write_text(code)
+        monkeypatch.syspath_prepend(str(folder))
+        return folder
+
+    return write

@@ -19,17 +19,18 @@ DEFINED_TWICE = {"DOOR", "T", "wanted_of"}
 # What a docstring of a function or method begins with.
 VERBS = frozenset(
     """
-    add adopt agree analyse answer apply ask assign attach average be begin bin bound bring build call
-    cap check choose clamp classify clean clear close compare compute convert copy count cover crop cut
-    decide declare decode defer delete describe do draw drop emit encode end ensure estimate evaluate
-    expand explain export extract fetch fill find fit flush fold follow forget freeze gather get give go
-    group hash have hold import initialise iterate join judge keep lay leave let list load log look make
-    mark match measure merge minimise move name need normalise note offer open order pack paint parse
-    pass pick place plan pool predict prefer prepare pretrain print project put quantise raise read
-    reduce refuse register release remember remove render repeat replace report reset resize resolve
-    restore resume return round run sample save say scale score search see send serve set share show
-    sort split start state step stop store stretch sum take tell test tokenise train transform translate
-    try turn undo update use visualize wait walk warn weigh wrap write yield
+    add adopt agree analyse answer apply ask assign attach average be begin bin bound bring build
+    call cap check choose clamp classify clean clear close colour compare compute convert copy count
+    attend clip cluster mask rotate
+    cover crop cut decide declare decode defer delete describe do draw drop embed emit encode end ensure
+    estimate evaluate expand explain export extract fetch fill find fit flush fold follow forget freeze
+    gather get give go group hash have hold import initialise iterate join judge keep lay leave let list
+    load log look make mark match measure merge minimise move name need normalise note offer open order
+    pack paint parse pass pick place plan pool predict prefer prepare pretrain print project put
+    quantise raise read reduce refuse register release remember remove render repeat replace report
+    reset resize resolve restore resume return round run sample save say scale score search see send
+    serve set share show sort split start state step stop store stretch sum take tell test tokenise
+    train transform translate try turn undo update use visualize wait walk warn weigh wrap write yield
     """.split()  # noqa: SIM905 - a list of words is read as words
 )
 

@@ -76,7 +76,7 @@ def wnids() -> list[str]:
 
 
 def open_imagenet_v2(name: str, root: Path) -> Variant:
-    """Return ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10,
+    """Open ImageNet-v2: folders 0 to 999 that are class numbers (sorted as text they would be 0, 1, 10,
     100).
     """
     files, notes = find_images(root)
@@ -90,7 +90,7 @@ def open_imagenet_v2(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_a(name: str, root: Path) -> Variant:
-    """Return ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are
+    """Open ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are
     candidates.
     """
     (files, notes), classes = find_images(root), wnids()
@@ -105,7 +105,7 @@ def open_imagenet_a(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Variant:
-    """Return ImageNet's validation images with ReaL's label lists; images with an empty list are left out."""
+    """Open ImageNet's validation images with ReaL's label lists; images with an empty list are left out."""
     if labels is None:
         raise DataError("imagenet-real: needs labels=, as in imagenet-real:/imagenet?labels=/real.json")
     lists = read_json(labels)
@@ -131,7 +131,7 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
 
 
 def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
-    """Return ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
+    """Open ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
     places = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
     if not places:
         raise misfit("objectnet", f"no folder mappings in {root}")

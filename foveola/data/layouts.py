@@ -193,7 +193,7 @@ def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
 
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
-    """Return tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
+    """Open Tiny ImageNet as it is distributed, or any part of it: what is not on disk is left out."""
     words = _read_table(root, "words.txt", 2) if (root / "words.txt").is_file() else []
     wnids = sorted(row[0] for row in _read_table(root, "wnids.txt", 1))
     index = {wnid: number for number, wnid in enumerate(wnids)}
@@ -229,7 +229,7 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
 
 
 def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> ImageFiles:
-    """Return ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
+    """Open ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
     half = "train" if split == "train" else "val"
     places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
     base = next((place for place in places if place.is_dir()), None)
@@ -267,7 +267,7 @@ def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
 
 
 def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFiles:
-    """Return COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
+    """Open COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
     tree = read_json(annotations)

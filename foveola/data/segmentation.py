@@ -230,7 +230,7 @@ VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
 
 
 def open_voc(name: str, root: Path, split: str) -> LabelledImages:
-    """Return PASCAL VOC 2012: train, trainaug (with SBD's label maps), val (also as `test`: that has no
+    """Open PASCAL VOC 2012: train, trainaug (with SBD's label maps), val (also as `test`: that has no
     labels).
     """
     which = "val" if split == "test" else split
@@ -269,7 +269,7 @@ def _voc_set(base: Path, which: str) -> list[str]:
 
 
 def open_ade20k(name: str, root: Path, split: str) -> LabelledImages:
-    """Return ADE20K of the scene parsing challenge (2016): 150 classes; 0 (other, unlabelled) is ignored."""
+    """Open ADE20K of the scene parsing challenge (2016): 150 classes; 0 (other, unlabelled) is ignored."""
     half = "training" if split == "train" else "validation"
     base = root if (root / "images").is_dir() else root / "ADEChallengeData2016"
     if not (base / "images" / half).is_dir():
@@ -296,7 +296,7 @@ CITYSCAPES = {
 
 
 def open_cityscapes(name: str, root: Path, split: str) -> LabelledImages:
-    """Return cityscapes, fine annotations, the 19 classes of the benchmark; from labelIds or
+    """Open Cityscapes, fine annotations, the 19 classes of the benchmark; from labelIds or
     labelTrainIds.
     """
     half = "train" if split == "train" else "val"
@@ -327,7 +327,7 @@ COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # things that COCO 2
 def open_coco_stuff(
     name: str, root: Path, labels: Path | None = None, classes: str | None = None
 ) -> LabelledImages:
-    """Return COCO-Stuff: images of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of
+    """Open COCO-Stuff: images of COCO 2017 and the PNG files of `stuffthingmaps`; 171 classes in order of
     id.
     """
     if labels is None:
@@ -350,7 +350,7 @@ CAMVID_WORDS = "sky building pole road pavement tree sign fence car pedestrian b
 
 
 def open_camvid(name: str, root: Path, split: str) -> LabelledImages:
-    """Return CamVid in 11 classes (11 = void): train/images with train/labels, or SegNet's train with
+    """Open CamVid in 11 classes (11 = void): train/images with train/labels, or SegNet's train with
     trainannot.
     """
     images, labels = f"{split}/images", f"{split}/labels"

@@ -32,7 +32,7 @@ WITHOUT = "name, x0, y0, x1, y1 and perhaps a label"
 
 
 def read_boxes(path: Path) -> dict[str, list[LabelledBox]]:
-    """Return own boxes in pixels by image name, from CSV or JSON. Raises DataError with what is wrong, and
+    """Read own boxes in pixels by image name, from CSV or JSON. Raises DataError with what is wrong, and
     where.
 
     CSV: with a header, its names say what the columns are (corners, or a corner with width and height), and

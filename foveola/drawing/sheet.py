@@ -57,7 +57,7 @@ def panel(
     note: str = "",
     bar: Bar | None = None,
 ) -> Pixels:
-    """Return tiles in rows under column heads; green frames are right, red ones wrong."""
+    """Draw tiles in rows under column heads; green frames are right, red ones wrong."""
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
     titles = [_wrap(row.title, small, LEFT - 2 * GAP) for row in rows]
     left = GAP + max((_length(line, small) + 2 * GAP for lines in titles for line in lines), default=0)

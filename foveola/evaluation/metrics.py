@@ -26,7 +26,7 @@ def unit_rows(x: Tensor) -> Float[Tensor, "n D"]:
 def vote(
     similarities: Float[Tensor, "n k"], labels: Int64[Tensor, "n k"], classes: int, temperature: float
 ) -> Float[Tensor, "n {classes}"]:
-    """Return weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j /
+    """Return the weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j /
     temperature).
 
     Scores are divided by the largest weight of their row, so that no temperature overflows; the ranking

@@ -31,7 +31,7 @@ def image_numbers(source: Source, count: int, images: tuple[int, ...] | int | st
 
 
 def points_of(points: Any) -> list[tuple[float, float]]:
-    """Return `"0.2,0.3;0.5,0.5"`, one pair or a list of pairs. Raises UserError outside the unit square."""
+    """Parse `"0.2,0.3;0.5,0.5"`, one pair or a list of pairs. Raises UserError outside the unit square."""
     if isinstance(points, str):
         points = [pair.split(",") for pair in points.split(";")]
     try:

@@ -214,7 +214,7 @@ def objects_sheet(
     each: int = 3,
     min_coverage: float = MIN_COVERAGE,
 ) -> Sheet:
-    """Return the largest objects of each image, and what each head of the object token reads inside the
+    """Draw the largest objects of each image, and what each head of the object token reads inside the
     mask.
     """
     images, names = images_of(samples), encoders_by_name(encoders)

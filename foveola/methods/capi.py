@@ -157,7 +157,7 @@ class Clustering(nn.Module):
         self.filled, self.epoch = 0, -1
 
     def forward(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
-        """Return clusters of the teacher's patches; assignments of the wanted ones."""
+        """Cluster the teacher's patches and return the assignments of the wanted ones."""
         config = self.config
         unit = normalize(patches.float(), dim=-1, eps=1e-7).transpose(0, 1).contiguous()
         clusters = cluster(

@@ -69,7 +69,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        """Return losses of a batch; updates nothing but running statistics."""
+        """Compute the losses of a batch; updates nothing but running statistics."""
 
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         """Update what follows the student (teacher, centres), after each optimiser step; scalars to log.

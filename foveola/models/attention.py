@@ -30,7 +30,7 @@ class Attention(nn.Module):
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return attend; the first `objects` tokens only to those named in `readable`, all others to every
+        """Attend; the first `objects` tokens only to those named in `readable`, all others to every
         token.
 
         The restriction concerns a few rows of the attention matrix, so they make a second, small call and the
@@ -92,7 +92,7 @@ class CrossAttention(nn.Module):
 
 
 def split_heads(x: Float[Tensor, "B T PD"], parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Return packed projections to `parts` tensors, each [B, heads, T, D / heads]."""
+    """Split packed projections into `parts` tensors, each [B, heads, T, D / heads]."""
     batch, tokens, width = x.shape
     x = x.view(batch, tokens, parts, heads, width // (parts * heads))
     return x.permute(2, 0, 3, 1, 4).unbind(0)
@@ -101,7 +101,7 @@ def split_heads(x: Float[Tensor, "B T PD"], parts: int, heads: int) -> tuple[Ten
 def rotate(
     x: Float[Tensor, "B heads T d"], rotation: Float[Tensor, "#B 2 T d"] | None
 ) -> Float[Tensor, "B heads T d"]:
-    """Return rotary positions: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a
+    """Rotate by position: x cos + (-x2, x1) sin, where x1 and x2 are the halves of the channels of a
     head.
 
     Channel j and channel j + d/2 thus make a pair; whether it turns by one angle is up to `rotation`, which

@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 H W"], kept: Int64[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B N2 D"]:
-        """Return all patches, or the kept ones without any work on the others."""
+        """Embed all patches, or the kept ones without any work on the others."""
         if kept is None:
             return self.proj(images).flatten(2).mT
         return linear(
@@ -51,7 +51,7 @@ def unpatchify(
 def token_rotation(
     rope: Rope, grid: tuple[int, int], kept: Int64[Tensor, "B K"] | None, objects: int, registers: int
 ) -> Float[Tensor, "B 2 T d"]:
-    """Return rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay
+    """Return the rotation of [object tokens, registers, patches]; object tokens (DINOv3's registers too) stay
     put.
 
     One row serves all images unless each keeps its own patches, which then also place its registers.

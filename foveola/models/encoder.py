@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         return (images.float() / 255 - mean) / std
 
     def transform(self, image: Any, range: str | None = None) -> Float[Tensor, "3 crop crop"]:
-        """Return an image to the normalised square that is encoded: decode, resize, cut the centre,
+        """Turn an image into the normalised square that is encoded: decode, resize, cut the centre,
         normalise.
 
         Args:

@@ -90,7 +90,7 @@ def resize(
     width: int,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[Tensor, "3 {height} {width}"]:
-    """Return antialiased, the rounding to uint8 included, as PIL does it within one level."""
+    """Resize an image, antialiased, the rounding to uint8 included, as PIL does it within one level."""
     # torch warns about memory that it could write to by mistake, and reads none from right to left.
     if not image.flags.writeable or min(image.strides) < 0:
         image = image.copy()

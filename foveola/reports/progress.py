@@ -119,7 +119,7 @@ def measure_run(
     kept: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
-    """Return all points of a run, each encoder loaded once; results that would be the same are used again.
+    """Measure all points of a run, each encoder loaded once; results that would be the same are used again.
 
     Args:
         changes: settings of protocols, as `evaluate_all` takes them.

@@ -193,7 +193,7 @@ def chance(result: Result, metric: str, classes: int | None) -> float | None:
 
 
 def number_of_rows(result: Result) -> str:
-    """Return on what a result was measured: "200 test images", "412 test objects"."""
+    """Say on what a result was measured: "200 test images", "412 test objects"."""
     facts = result.data.get("test")
     facts = facts if isinstance(facts, dict) else {}
     objects = result.settings.get("rows") == "objects" or ("objects" in facts and "rows" not in facts)

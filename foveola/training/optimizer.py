@@ -131,7 +131,7 @@ class Optimizer:
         return {"lr": lr, "weight_decay": decay}
 
     def clip(self) -> Tensor:
-        """Return clip gradients in place; the global norm before clipping. Not finite if any gradient
+        """Clip gradients in place and return the global norm before clipping. Not finite if any gradient
         is not.
         """
         gradients = [p.grad for p in self.named.values() if p.grad is not None]

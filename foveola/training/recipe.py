@@ -223,7 +223,7 @@ def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `{"model.size": "base"}` to `{"model": {"size": "base"}}`; dicts stay, a class becomes its
+    """Turn `{"model.size": "base"}` into `{"model": {"size": "base"}}`; dicts stay, a class becomes its
     name.
     """
     tree: dict[str, Any] = {}

@@ -93,7 +93,7 @@ def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch
 def apply(
     images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig
 ) -> Float[Tensor, "n 3 H W"]:
-    """Return colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling
+    """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling
     first.
     """
     images.clamp_(0, 1)

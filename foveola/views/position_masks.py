@@ -90,7 +90,7 @@ def position_masks(
 def cross_masks(
     targets: Int64[Tensor, "n"], grid: tuple[int, int], generator: torch.Generator
 ) -> Bool[Tensor, "n N"]:
-    """Return crosses until exactly `targets` [n] patches of each view are masked.
+    """Mask crosses until exactly `targets` [n] patches of each view are masked.
 
     The centre of a cross is uniform among the patches that are not masked yet; it takes their whole row and
     column. Of what the last cross adds to the others, as many random patches stay out as are too many. (The

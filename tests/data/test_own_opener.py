@@ -12,16 +12,12 @@ from foveola.data import sources
 from foveola.data.identity import identity_of
 from foveola.data.sources import open_source
 
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
-
 
 @pytest.fixture
-def frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, np.ndarray]:
+def frames(tmp_path: Path, example_of_docs) -> tuple[str, np.ndarray]:
     """The data string of ten frames, for the module of the page, and the frames."""
-    (code,) = re.findall(r"```python\n([^`]*?class Frames.*?)```", DOCS.read_text(), re.DOTALL)
-    (tmp_path / "frames_of_docs.py").write_text(code)
-    (tmp_path / "no_source_of_docs.py").write_text("def open(): return 3\nnumber = 3\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = example_of_docs("Frames", "frames_of_docs")
+    (folder / "no_source_of_docs.py").write_text("def open(): return 3\nnumber = 3\n")
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 12, 3), dtype=np.uint8)
     np.save(tmp_path / "frames.npy", pixels)
     return f"frames_of_docs:open_frames?path={tmp_path / 'frames.npy'}&last=10", pixels

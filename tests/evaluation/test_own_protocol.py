@@ -28,20 +28,15 @@ from foveola.evaluation.stored import differences
 from foveola.reports.progress import MeasuredRun, MeasuredStep
 from foveola.reports.verdicts import changes
 
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
 DATA = {"train": "scenes:?count=40", "test": "scenes:?count=15"}
 QUIET = {"workers": 0, "progress": False}
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module(example_of_docs) -> ModuleType:
     """The code of docs/extend.md as a module that Python finds."""
-    (code,) = re.findall(r"```python\n([^`]*?class Centroids\(.*?)```", DOCS.read_text(), re.DOTALL)
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "centroids_of_docs.py").write_text(code)
+    folder = example_of_docs("Centroids", "centroids_of_docs")
     (folder / "broken_of_docs.py").write_text("1 / 0\n")
-    monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module("centroids_of_docs")
 
 

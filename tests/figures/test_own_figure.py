@@ -4,7 +4,6 @@ import importlib
 import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -22,18 +21,13 @@ from foveola.figures.visualize import draw, find_figure
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
 DATA = "scenes:?size=32&count=6"
 NAME = "norms_of_docs:norms"
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch) -> ModuleType:
-    (code,) = re.findall(r"```python\n([^`]*?class NormsConfig.*?)```", DOCS.read_text(), re.DOTALL)
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "norms_of_docs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(modules))
+def module(example_of_docs) -> ModuleType:
+    example_of_docs("NormsConfig", "norms_of_docs")
     return importlib.import_module("norms_of_docs")
 
 

@@ -23,7 +23,6 @@ from foveola.training.run import pretrain
 from foveola.views.batch import ViewsConfig
 from foveola.views.tokens import MaskingConfig
 
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
 NAME = "mean_patch_of_docs:MeanPatch"
 MODEL = ViTConfig(width=24, depth=2, heads=3, patch_size=4, image_size=16, drop_path=0.0)
 HEADS = {"main": HeadConfig(prototypes=7, hidden=16, bottleneck=5)}
@@ -43,12 +42,8 @@ RECIPE = {
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch) -> Any:
-    (code,) = re.findall(r"```python\n([^`]*?class MeanPatch\(.*?)```", DOCS.read_text(), re.DOTALL)
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "mean_patch_of_docs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(modules))
+def module(tmp_path: Path, example_of_docs) -> Any:
+    example_of_docs("MeanPatch", "mean_patch_of_docs")
     (tmp_path / "small.yaml").write_text(dump_yaml(RECIPE))
     return importlib.import_module("mean_patch_of_docs")
 

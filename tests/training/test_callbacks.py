@@ -1,8 +1,6 @@
 """What is called in a run, when and with what, and what becomes of a callback that fails."""
 
 import importlib
-import re
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +10,6 @@ from foveola.config import UserError
 from foveola.training import checkpoint
 from foveola.training.callbacks import Callbacks
 from foveola.training.run import pretrain
-
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
 
 
 class Witness:
@@ -81,10 +77,8 @@ def test_one_that_fails_ends_the_run_with_a_checkpoint(tiny, tmp_path, lines, sa
     assert lines(whole.folder) == lines(tmp_path / "parts")
 
 
-def test_the_example_of_the_page_ends_a_run(tiny, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n([^`]*?class Patience.*?)```", DOCS.read_text(), re.DOTALL)
-    (tmp_path / "patience_of_docs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_example_of_the_page_ends_a_run(tiny, tmp_path, example_of_docs):
+    example_of_docs("Patience", "patience_of_docs")
     module = importlib.import_module("patience_of_docs")
     stops = module.Patience(2, tmp_path / "copies")
     stops.best = -1e9  # no loss will do

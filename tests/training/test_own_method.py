@@ -22,7 +22,6 @@ from foveola.training.dryrun import dry_run
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain
 
-DOCS = Path(__file__).parents[2] / "docs" / "extend.md"
 NAME = "simsiam_of_docs:SimSiam"
 OTHERS = """
 from dataclasses import dataclass
@@ -49,14 +48,10 @@ class Forgot(SimSiam):
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch, tiny_tree, plain_tree) -> str:
+def recipe(tmp_path: Path, example_of_docs, tiny_tree, plain_tree) -> str:
     """A recipe for another method, beside which Python finds the module of the page."""
-    (code,) = re.findall(r"```python\n([^`]*?class SimSiam\(.*?)```", DOCS.read_text(), re.DOTALL)
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "simsiam_of_docs.py").write_text(code)
+    modules = example_of_docs("SimSiam", "simsiam_of_docs")
     (modules / "others_of_docs.py").write_text(OTHERS)
-    monkeypatch.syspath_prepend(str(modules))
     tree = merge(merge(tiny_tree, plain_tree), {"about": {"method": "iBOT", "model": "small"}})
     tree["optimizer"]["freeze_last_layer"] = "0 steps"
     del tree["recipe"]

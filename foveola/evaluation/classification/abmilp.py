@@ -235,7 +235,7 @@ class Abmilp(Protocol):
     metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
 
     def needs(self, config: AbmilpConfig, encoder: Encoder) -> Needs:
-        """Return all patches of each image, and the fixed averages."""
+        """Return the need of all patches of each image, and the fixed averages."""
         return probe_needs(wanted_of(config, encoder), config.views)
 
     def measure(self, at: At, config: AbmilpConfig) -> Outcome:

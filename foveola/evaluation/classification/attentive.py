@@ -220,7 +220,7 @@ class Attentive(Protocol):
     metrics = probe_metrics(title)
 
     def needs(self, config: AttentiveConfig, encoder: Encoder) -> Needs:
-        """Return all patches of each image."""
+        """Return the need of all patches of each image."""
         return probe_needs(wanted_of(config, encoder), config.views)
 
     def measure(self, at: At, config: AttentiveConfig) -> Outcome:

@@ -31,8 +31,8 @@ def probe_metrics(label: str) -> tuple[Metric, ...]:
 
 
 def probe_needs(need: Need, views: int = 0) -> Needs:
-    """Return trained probes read features of training images in some views many times, and those of test
-    images.
+    """Return the needs of trained probes, which read features of training images in some views many
+    times, and those of test images.
     """
     return Needs((Reading(need, views),), (Reading(need),))
 

@@ -54,7 +54,7 @@ class BatchNorm:
         self.eps = eps
 
     def train(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
-        """Return normalised by its own statistics, which go into the running ones. A single row becomes 0."""
+        """Normalise rows by their own statistics, which go into the running ones. A single row becomes 0."""
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
         with torch.no_grad():
             rows = x.shape[1]
@@ -63,7 +63,7 @@ class BatchNorm:
         return (x - mean) * (variance + self.eps).rsqrt()
 
     def test(self, x: Float[Tensor, "G b D"]) -> Float[Tensor, "G b D"]:
-        """Return normalised by the running statistics."""
+        """Normalise rows by the running statistics."""
         return (x - self.mean) * (self.variance + self.eps).rsqrt()
 
 
@@ -139,7 +139,7 @@ class LinearBank:
 
 
 def split_features(features: str) -> list[tuple[str, int]]:
-    """Return `token4+average` -> [(token, 4), (average, 1)]. Raises UserError for a feature that does not
+    """Parse `token4+average` -> [(token, 4), (average, 1)]. Raises UserError for a feature that does not
     exist.
     """
     if features.startswith(EXTERNAL):

@@ -96,7 +96,7 @@ class Probes(Protocol):
     metrics = (*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats"))
 
     def needs(self, config: ProbesConfig, encoder: Encoder) -> Needs:
-        """Return all that the parts read."""
+        """Return the needs of all parts."""
         every = [protocol.needs(own, encoder) for protocol, own in parts_of(config, encoder).values()]
         return Needs(
             tuple(reading for each in every for reading in each.train),

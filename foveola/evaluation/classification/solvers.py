@@ -126,8 +126,8 @@ OPTIMIZERS: dict[OptimizerName, type[Stacked]] = {"sgd": Sgd, "lars": Lars, "ada
 
 
 def cosine(steps: int) -> Factor:
-    """Return 1 at the first step, to 0 one step after the last (DINOv2: CosineAnnealingLR with T_max =
-    steps).
+    """Return a factor that goes from 1 at the first step to 0 one step after the last (DINOv2:
+    CosineAnnealingLR with T_max = steps).
     """
     return lambda i: 0.5 * (1 + math.cos(math.pi * i / steps))
 
@@ -148,7 +148,9 @@ def warm_cosine(steps: int, warmup: int) -> Factor:
 
 
 def closed_warm_cosine(steps: int, warmup: int) -> Factor:
-    """Return 0 at the first step, 1 at step `warmup` - 1 and at step `warmup`, 0 at the last step (CAPI)."""
+    """Return a factor that is 0 at the first step, 1 at step `warmup` - 1 and at step `warmup`, 0 at
+    the last step (CAPI).
+    """
 
     def factor(i: int) -> float:
         if i < warmup:

@@ -165,7 +165,8 @@ def length_of(
 
 
 def plan_training(task: Task, config: Any, published: int | None = None) -> tuple[int, int, int]:
-    """Return batch, steps of an epoch and steps of training that a probe's settings ask for, as `length_of`.
+    """Return the batch, steps of an epoch and steps of training that a probe's settings ask for, as
+    `length_of`.
 
     The task keeps batch and steps with its facts, and notes what is not as published: length, augmentation.
     """

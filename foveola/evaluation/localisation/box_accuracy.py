@@ -41,8 +41,8 @@ def overlaps(
     boxes: Float[np.ndarray, "k 4"],
     official: bool = True,
 ) -> tuple[Float64[np.ndarray, "255"], Float64[np.ndarray, "255"]]:
-    """Return best IoU at each threshold 0 to 254 of an enlarged map: of any of its boxes, and of its largest
-    part's.
+    """Return the best IoU at each threshold 0 to 254 of an enlarged map: of any of its boxes, and of
+    its largest part's.
 
     The pixels above a threshold give a box for each 8-connected part; the largest part is that of most
     pixels. `boxes` are in the unit square. `official` repeats the published measure in pixels: ends of boxes
@@ -126,7 +126,7 @@ class BoxAccuracy:
 
 
 def accuracy(hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float]) -> BoxAccuracy:
-    """Return summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
+    """Return the summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
     shares = 100 * hits.mean(axis=0)
     first = shares[:-1].argmax(axis=1)
     best = shares[:-1].max(axis=1)

@@ -93,7 +93,7 @@ class LocalisationConfig(SquashedConfig):
 
 
 def iou_name(iou: float) -> str:
-    """Return 0.3 -> "30", as it stands in names of metrics."""
+    """Write 0.3 as "30", as it stands in names of metrics."""
     return f"{round(100 * iou):02d}"
 
 
@@ -190,12 +190,14 @@ class Localisation(Protocol):
     )
 
     def needs(self, config: LocalisationConfig, encoder: Encoder) -> Needs:
-        """Return patches of training images, for AbMILP; test images are squashed, in a pass of its own."""
+        """Return the need of patches of training images, for AbMILP; test images are squashed, in a
+        pass of its own.
+        """
         learned = config.maps is None or "abmilp" in config.maps
         return Needs(train=(Reading(need("patches")),) if learned else ())
 
     def measure(self, at: At, config: LocalisationConfig) -> Outcome:
-        """Return boxes from each map, and from content-free squares, against `test`'s."""
+        """Measure boxes from each map, and from content-free squares, against `test`'s."""
         train, test = at.train, at.test
         if not test.has_objects:
             raise UserError(

@@ -137,7 +137,7 @@ def learn_weights(
     epochs: int,
     progress: bool,
 ) -> Scores:
-    """Return AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several
+    """Train AbMILP (Selective Aggregation) trained to classify `train`; a tenth of it chooses among several
     `lr`.
 
     Other settings are those of the protocol `abmilp`. Raises UserError for fewer than two classes.

@@ -137,7 +137,7 @@ def named_iou(areas: Int64[Tensor, "P 3 C1"], classes: Sequence[str]) -> dict[st
 
 
 def rounded(percent: float) -> float | None:
-    """Return to three digits after the point; None for NaN, which JSON does not have."""
+    """Round to three digits after the point; None for NaN, which JSON does not have."""
     return None if np.isnan(percent) else round(percent, 3)
 
 

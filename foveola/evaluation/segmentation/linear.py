@@ -83,7 +83,7 @@ def train_heads(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> list[nn.Linear]:
-    """Return a head for each rate. All see the same batches and start alike, so each is as if trained alone.
+    """Train a head for each rate. All see the same batches and start alike, so each is as if trained alone.
 
     Weights start from a truncated normal of 0.02, the bias from 0 (Segmenter). Images are drawn epoch by
     epoch, none twice before all were drawn once; what does not fill a batch begins the next epoch's.

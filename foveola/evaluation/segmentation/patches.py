@@ -261,7 +261,7 @@ class LogisticSegmentation(PatchSegmentation):
     def learn(
         self, at: At, config: LogisticSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
     ) -> Learned:
-        """Return a regression for each C, each started from the one before."""
+        """Fit a regression for each C, each started from the one before."""
         table, modes, classes = bank
         models = path(
             table.features,

@@ -122,7 +122,7 @@ class DenseProtocol(Protocol):
     train = "needed"
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
-        """Return patches and label maps of squashed images."""
+        """Return the need of patches and label maps of squashed images."""
         read = (Reading(wanted_of(config, encoder), once=True),)
         return Needs(read, read)
 

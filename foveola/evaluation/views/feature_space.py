@@ -96,8 +96,8 @@ def spread(features: Float[Tensor, "n D"]) -> float:
 
 
 def alignments(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Float64[Tensor, "n"]:
-    """Return squared distance of the unit features of two views of each image (Wang and Isola, 2020; alpha =
-    2).
+    """Return the squared distance of the unit features of two views of each image (Wang and Isola,
+    2020; alpha = 2).
 
     0 = the same; 2 = at right angles, as of unrelated images in all directions; at most 4. Their mean is
     the alignment.

@@ -64,7 +64,8 @@ class AssignmentTerm(Term):
         return []
 
     def predict(self, seen: Seen, hidden: Hidden, everyone: Float[Tensor, "m D"] | None = None) -> Output:
-        """Return the teacher's assignments of the hidden patches of large views, predicted in their place.
+        """Compare the teacher's assignments of the hidden patches of large views with those predicted
+        in their place.
 
         Each view weighs the same, whatever it hides. The centre learns from `everyone`, if given.
         """
