@@ -187,7 +187,9 @@ def _seeds(group: Sequence[Findings]) -> str:
     ]
     head = [f"{len(group)} seeds", "untrained", "trained", "change", "chance"]
     told = html.paragraph(
-        "Mean ± standard deviation over the seeds. All are compared with one untrained network.", "note"
+        "Mean ± standard deviation over the seeds. Each run is compared with the untrained network of its "
+        "own seed.",
+        "note",
     )
     return html.table(head, rows) + told
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 
-from foveola.config import UserError, build, meant
+from foveola.config import UserError, build, meant, read_yaml
 from foveola.files import EncoderFolder, RunFolder
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.zoo.files import load_file
@@ -27,9 +27,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
     as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
     does not tell (`zoo.files`). `timm:NAME` and `hf:NAME` are models of these libraries, NAME one of theirs
     or a local folder (`zoo.libraries`); `pixels:` has pixels as features (`zoo.pixels`). `untrained:PATH` is
-    an encoder of the shape of the one at PATH with fresh weights, drawn by seed 0. With `trainable` its
-    weights take gradients, and it is in training mode, with the stochastic depth of its configuration;
-    otherwise it is frozen. Raises UserError for anything else.
+    an encoder of the shape of the one at PATH with fresh weights, drawn by the seed of the run at PATH, or by
+    seed 0 where PATH is no run. With `trainable` its weights take gradients, and it is in training mode, with
+    the stochastic depth of its configuration; otherwise it is frozen. Raises UserError for anything else.
     """
     encoder = _load(str(path)).to(device)
     return encoder.requires_grad_(True).train() if trainable else encoder
@@ -58,9 +58,11 @@ def _load(name: str) -> Encoder:
 
 
 def _untrained(path: str) -> Encoder:
+    run = RunFolder(Path(path)).config
+    seed = read_yaml(run).get("seed") if run.is_file() else None
     with torch.random.fork_rng(devices=[]):
         config = load(path).config
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(seed if isinstance(seed, int) else 0)
         return Encoder(dataclasses.replace(config, origin="untrained"))
 
 
