@@ -14,6 +14,7 @@ from typing import Any
 from foveola.config import UserError, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
+FIXED_TARGETS = "the targets of this method do not move"  # a line of log.txt, which the report reads
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets

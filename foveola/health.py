@@ -29,8 +29,6 @@ ONE = 1.5  # effective rank below which one direction tells all images apart
 SHORT = 500  # steps below which a run tells nothing of its method
 FEW_IMAGES = 1000  # images, likewise
 
-FIXED_TARGETS = ("mae",)  # methods whose loss can be read as progress: the target does not move
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,7 +43,7 @@ class Verdict:
 class Facts:
     """What of a run the verdicts need besides its metrics; None or empty: not known."""
 
-    method: str = ""  # method.name
+    fixed_targets: bool = False  # whether what the method predicts never moves
     precision: str = "fp32"
     total_steps: int | None = None
     prototypes: Mapping[str, int] | None = None  # by kind of targets
@@ -328,7 +326,7 @@ def loss(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     text = f"From {first:.3g} in the first tenth of the log to {last:.3g} in the last"
     if share >= FALL:
         return Verdict(name, "OK", f"{text}. OK from a fall of {as_percent(FALL)} on.")
-    if facts.method in FIXED_TARGETS:
+    if facts.fixed_targets:
         return Verdict(
             name, "BAD", f"{text}, with targets that do not move. OK from a fall of {as_percent(FALL)} on."
         )

@@ -236,12 +236,12 @@ def test_overflow_is_ordinary_in_half_precision() -> None:
     check(h.finite(lines, Facts(precision="bf16")), "BAD")
 
 
-@pytest.mark.parametrize("method", ["mae", "distillation"])
-def test_loss(method: str) -> None:
-    facts = Facts(method=method)
+@pytest.mark.parametrize("fixed", [True, False])
+def test_loss(fixed: bool) -> None:
+    facts = Facts(fixed_targets=fixed)
     check(h.loss(series("loss", 2.0, 1.9, 1.9, 1.97), facts), "OK", "From 2 ", "to 1.97", "1 %")
     stuck = h.loss(series("loss", 2.0, 1.0, 1.0, 1.99), facts)
-    check(stuck, "BAD" if method == "mae" else "LOOK", "to 1.99")
+    check(stuck, "BAD" if fixed else "LOOK", "to 1.99")
     check(h.loss(series("loss", 2.0, None, 1.0, 1.0), facts), "NOT KNOWN", "3 losses")
     # Also of losses below zero, as KoLeo makes them.
     assert h.loss(series("loss", -1.0, -1.1, -1.2, -1.3), facts).state == "OK"
@@ -299,7 +299,7 @@ def test_a_good_run_has_no_complaint() -> None:
         "bad_images": 0.0,
     }
     lines = [{"step": 1000 * i, "epoch": i / 10, **line, "loss": 5.0 - i} for i in (1.0, 2.0, 3.0, 4.0)]
-    facts = Facts("distillation", "fp32", 4000, {"token": 64}, 128, 96, 64, (), (0.2, 0.1))
+    facts = Facts(False, "fp32", 4000, {"token": 64}, 128, 96, 64, (), (0.2, 0.1))
     verdicts = health(lines, facts)
     assert [verdict.state for verdict in verdicts] == ["OK"] * 11
     assert all(any(digit in verdict.text for digit in "0123456789") for verdict in verdicts)

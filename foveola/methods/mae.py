@@ -35,6 +35,8 @@ EASY = 0.5  # share of hidden patches below which their neighbours tell most of 
 class MaeConfig(MethodConfig):
     """Defaults: MAE."""
 
+    fixed_targets = True
+
     name: Literal["mae"] = key("mae", "which method this is")
     decoder: PredictorConfig | None = key(
         factory=lambda: PredictorConfig(kind="self", width=512, depth=8, heads=16, drop_path=0.0),

@@ -35,6 +35,8 @@ class MethodConfig:
     name: str = key("", "which method this is")
 
     knows_field: ClassVar[bool] = False  # whether it tells the network positions of views: positions=field
+    # Whether what it predicts never moves, such as pixels, so that its loss can be read as progress.
+    fixed_targets: ClassVar[bool] = False
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "type[MethodConfig]":

@@ -97,7 +97,7 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
     views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
     parts = (record.get("accumulate") or 1) * (processes or 1)
     return Facts(
-        method=str(record.get("method.name", "")),
+        fixed_targets=record.fixed_targets,
         precision=str(record.get("precision", "fp32")),
         total_steps=record.total_steps,
         prototypes=record.prototypes(),

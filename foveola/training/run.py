@@ -20,7 +20,7 @@ from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
-from foveola.files import RunFolder
+from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
@@ -198,6 +198,8 @@ class _Session:
         if targets := self.trainer.method.targets():
             counts = ", ".join(f"{name} {count}" for name, count in targets.items())
             log.note(f"prototypes of targets: {counts}", show=False)  # as the report reads it
+        if self.config.method.fixed_targets:
+            log.note(FIXED_TARGETS, show=False)
         for text in self.changes:
             log.note(text)
         for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):

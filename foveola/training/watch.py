@@ -58,7 +58,7 @@ class Watch:
 def facts_of_run(config: RunConfig, method: Method, progress: Progress, images: int, processes: int) -> Facts:
     """Return what the verdicts need of a run on this many images."""
     return Facts(
-        method=config.method.name,
+        fixed_targets=config.method.fixed_targets,
         precision=config.precision,
         total_steps=progress.total_steps,
         prototypes=method.targets(),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from foveola.config import UserError
+from foveola.files import FIXED_TARGETS
 from foveola.reports.record import read_runs, setting
 
 
@@ -112,6 +113,17 @@ method:
         "2026-01-01 10:05:00  prototypes of targets: token 64, mine 12\n"
     )
     assert read_runs([tmp_path / "run"])[0].prototypes() == {"token": 64, "mine": 12}
+
+
+def test_fixed_targets_by_the_log_and_of_mae_by_its_name(tmp_path: Path) -> None:
+    for config, log, fixed in (
+        ("method: {name: mae}\n", "", True),  # as earlier versions log it
+        ("method: {name: capi}\n", "", False),
+        ("method: {name: mine:Mine}\n", f"2026-01-01 10:00:00  {FIXED_TARGETS}\n", True),
+    ):
+        run = folder(tmp_path / f"run-{len(log)}-{fixed}", config)
+        (run / "log.txt").write_text(log)
+        assert read_runs([run])[0].fixed_targets == fixed
 
 
 def test_encoders_and_images_on_the_way(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from PIL import Image
 
 import foveola
 from foveola.config import ConfigError, build, merge
+from foveola.files import FIXED_TARGETS
+from foveola.reports.record import read_runs
 from foveola.training import checkpoint
 from foveola.training.dryrun import dry_run
 from foveola.training.recipe import RunConfig, nested
@@ -124,6 +126,8 @@ def test_the_encoder_of_a_run_and_what_its_log_says(tmp_path, lines, name):
     else:
         assert told >= {"loss/reconstruction"}
         assert "momentum" not in told
+    assert read_runs([run.folder])[0].fixed_targets == (not name.startswith("ijepa"))
+    assert (FIXED_TARGETS in (run.folder / "log.txt").read_text()) == (not name.startswith("ijepa"))
     losses = [line["loss"] for line in lines(run.folder) if "loss" in line]
     assert all(np.isfinite(losses))
 

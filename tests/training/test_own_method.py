@@ -101,7 +101,7 @@ def test_it_resumes_bit_for_bit_and_its_encoder_needs_no_module(
     assert torch.equal(encoder.backbone.norm.weight, trained["network.norm.weight"])
     foveola.export(tmp_path / "parts", tmp_path / "weights.pth", "torch")
     (record,) = read_runs([tmp_path / "parts"])
-    assert (record.method, record.prototypes()) == (NAME, {})
+    assert (record.method, record.prototypes(), record.fixed_targets) == (NAME, {}, False)
     page = foveola.report(tmp_path / "parts", protocols="label_free", limit=8)
     assert NAME in Path(page).read_text()
 
