@@ -7,35 +7,13 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
-from foveola.models.transform import resize
+from foveola.models.transform import fit_to_patches
 from foveola.models.vit import Inputs
 
 PATCHES_AT_ONCE = (
     4096  # patches of an image that is encoded at once when nobody says how; more are cut into tiles
 )
 OVERLAP = 0.5  # of a tile's side that it shares with the next
-
-
-def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
-    """Return (height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a
-    patch.
-    """
-    height, width = image.shape[:2]
-    longer = max(round(size / patch), 1)
-    rows, columns = (max(round(longer * side / max(height, width)), 1) for side in (height, width))
-    return rows * patch, columns * patch
-
-
-def fit_to_patches(
-    image: UInt8[np.ndarray, "H W 3"], encoder: Encoder, size: int | None = None
-) -> UInt8[Tensor, "3 h w"]:
-    """Return an image resized, antialiased, to whole patches of the encoder with the longer side `size`.
-
-    `size` is in pixels, None that of the encoder's transform; it is rounded to whole patches.
-    """
-    size = encoder.config.transform.crop if size is None else size
-    height, width = fitted_size(image, encoder.patch_size, size)
-    return resize(image, height, width, encoder.config.transform.interpolation)
 
 
 def patch_map(
@@ -65,7 +43,7 @@ def patch_map(
         raise UserError(f"size={size}: a patch of this encoder has {encoder.patch_size} pixels a side")
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap}: expected a share of a tile, at least 0 and below 1")
-    pixels = fit_to_patches(image, encoder, size)
+    pixels = fit_to_patches(image, encoder.config.transform, encoder.patch_size, size)
     grid = tuple(side // encoder.patch_size for side in pixels.shape[1:])
     if tile is None:
         tile = 0 if grid[0] * grid[1] <= PATCHES_AT_ONCE else encoder.config.transform.crop

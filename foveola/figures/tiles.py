@@ -12,9 +12,8 @@ from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
 from foveola.drawing.overlays import heat
 from foveola.drawing.sheet import Pixels, Row
-from foveola.figures.dense import fit_to_patches, fitted_size
 from foveola.models.encoder import Encoder, patch_mask
-from foveola.models.transform import resize
+from foveola.models.transform import fit_to_patches, fitted_size, resize
 
 Encoders = Encoder | Mapping[str, Encoder]
 Tile = tuple[Pixels, str]  # with its caption
@@ -58,7 +57,8 @@ def shown_size(encoder: Encoder, size: int | None) -> int:
 
 def encoded(encoder: Encoder, image: Pixels, size: int | None) -> Float[Tensor, "1 3 H W"]:
     """Return an image as the network gets it: whole patches, the aspect ratio kept, normalised."""
-    pixels = fit_to_patches(image, encoder, shown_size(encoder, size))
+    shown = shown_size(encoder, size)
+    pixels = fit_to_patches(image, encoder.config.transform, encoder.patch_size, shown)
     return encoder.normalise(pixels[None].to(encoder.device))
 
 

@@ -96,6 +96,11 @@ class Encoder(nn.Module):
         side = self.config.transform.crop // self.patch_size
         return side, side
 
+    def check_side(self, side: int, key: str, name: str = "this encoder") -> None:
+        """Raise UserError unless squares of `side` pixels, which `key` asks for, are whole patches."""
+        if side % self.patch_size:
+            raise UserError(f"{key}={side} is not a multiple of the patch size {self.patch_size} of {name}")
+
     @property
     def device(self) -> torch.device:
         return self.backbone.patch_embed.proj.weight.device

@@ -1,7 +1,8 @@
 """What is done to an image before it is encoded, in Python as in evaluations.
 
 Pixels become what an encoder sees by `evaluation_view` (resize, then cut the centre; with
-`TransformConfig.squashed` the whole image as a square) or by `crop_view` (a box of it, resized).
+`TransformConfig.squashed` the whole image as a square), by `crop_view` (a box of it, resized), or by
+`fit_to_patches` (the whole image in its own shape).
 """
 
 from dataclasses import dataclass, replace
@@ -82,6 +83,28 @@ def image_crop(
         short = min(height, width)
         size = (transform.resize * height // short, transform.resize * width // short)
     return size, (round((size[0] - transform.crop) / 2), round((size[1] - transform.crop) / 2))
+
+
+def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
+    """Return (height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a
+    patch.
+    """
+    height, width = image.shape[:2]
+    longer = max(round(size / patch), 1)
+    rows, columns = (max(round(longer * side / max(height, width)), 1) for side in (height, width))
+    return rows * patch, columns * patch
+
+
+def fit_to_patches(
+    image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig, patch: int, size: int | None = None
+) -> UInt8[Tensor, "3 h w"]:
+    """Return an image resized, antialiased, to whole patches of `patch` pixels: the longer side has `size`.
+
+    `size` is in pixels, None = the transform's crop; it is rounded to whole patches.
+    """
+    size = transform.crop if size is None else size
+    height, width = fitted_size(image, patch, size)
+    return resize(image, height, width, transform.interpolation)
 
 
 def resize(

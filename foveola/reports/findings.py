@@ -33,3 +33,8 @@ def by_seed(found: Sequence[Findings]) -> list[list[Findings]]:
         for group in groups.values()
         if len({each.record.get("seed") for each in group}) == len(group) > 1
     ]
+
+
+def names_of(records: Sequence[Record]) -> list[str]:
+    """Return names for a legend that charts share; none for a single run."""
+    return [record.name for record in records] if len(records) > 1 else []

@@ -14,7 +14,7 @@ from foveola.drawing import html
 from foveola.evaluation.protocol import every, find_protocol
 from foveola.files import RunFolder
 from foveola.health import Facts, health
-from foveola.reports import sections
+from foveola.reports import helped, sections
 from foveola.reports.findings import Findings
 from foveola.reports.progress import END, UNTRAINED, MeasuredRun, measure_run
 from foveola.reports.record import Record, read_runs
@@ -138,9 +138,9 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
     title = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
     made = f"{datetime.now():%Y-%m-%d %H:%M}"
     parts = [
-        ("verdict", "In short", sections.verdict(found)),
+        ("verdict", "In short", helped.verdict(found)),
         ("setup", "What was trained on what", sections.setup(found)),
-        ("helped", "Did it help?", sections.helped(found)),
+        ("helped", "Did it help?", helped.helped(found)),
         ("health", "Is the run healthy?", sections.health_section(found)),
         ("images", "What it sees", sections.images(found, config)),
         ("curves", "Curves", sections.curve_charts([each.record for each in found])),

@@ -7,8 +7,9 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.figures import dense
-from foveola.figures.dense import fit_to_patches, fitted_size, patch_map, starts
+from foveola.figures.dense import patch_map, starts
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.transform import fit_to_patches, fitted_size
 from foveola.models.vit import Inputs, ViTConfig
 from foveola.zoo.load import load
 
@@ -25,6 +26,10 @@ def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def fitted(pixels, encoder: Encoder, size: int) -> torch.Tensor:
+    return fit_to_patches(pixels, encoder.config.transform, encoder.patch_size, size)
+
+
 def test_sizes_are_whole_patches_of_the_same_shape():
     cases = [((100, 200), 64, (32, 64)), ((300, 200), 60, (60, 40)), ((64, 64), 15, (16, 16))]
     for (height, width), size, expected in [*cases, ((8, 800), 32, (4, 32))]:
@@ -37,10 +42,8 @@ def test_a_image_at_once_is_what_the_network_says(positions):
     features = patch_map(encoder, pixels, 40)
     assert features.shape == (10, 6, 16)
     resized = np.asarray(Image.fromarray(pixels).resize((24, 40), Image.Resampling.BICUBIC))
-    assert (
-        np.abs(resized.astype(int) - fit_to_patches(pixels, encoder, 40).permute(1, 2, 0).numpy()).max() <= 1
-    )
-    images = encoder.normalise(fit_to_patches(pixels, encoder, 40)[None])
+    assert np.abs(resized.astype(int) - fitted(pixels, encoder, 40).permute(1, 2, 0).numpy()).max() <= 1
+    images = encoder.normalise(fitted(pixels, encoder, 40)[None])
     expected = encoder(images).patches[0].view(10, 6, 16)
     np.testing.assert_allclose(features, expected.numpy(), atol=1e-6)
 
@@ -66,7 +69,7 @@ def test_a_tile_as_large_as_the_image_is_the_image():
 def test_overlapping_tiles_are_averaged_with_falling_weights():
     """By hand: two tiles of 4 x 4 patches over 4 x 6, which share two columns."""
     encoder, pixels = encoder_of(), image(16, 24)
-    images = encoder.normalise(fit_to_patches(pixels, encoder, 24)[None])
+    images = encoder.normalise(fitted(pixels, encoder, 24)[None])
     left, right = (encoder(images[..., x : x + 16]).patches[0].view(4, 4, 16).numpy() for x in (0, 8))
     features = patch_map(encoder, pixels, 24, tile=16, overlap=0.5)
     np.testing.assert_allclose(features[:, :2], left[:, :2], atol=1e-6)
@@ -78,7 +81,7 @@ def test_overlapping_tiles_are_averaged_with_falling_weights():
 
 def test_a_field_is_read_where_the_tile_lies():
     encoder, pixels = encoder_of("field"), image(16, 32)
-    images = encoder.normalise(fit_to_patches(pixels, encoder, 32)[None])
+    images = encoder.normalise(fitted(pixels, encoder, 32)[None])
     halves = [
         encoder.backbone(
             images[..., x : x + 16], Inputs(positions=torch.tensor([[x / 32, 0, x / 32 + 0.5, 1]]))

@@ -61,8 +61,7 @@ def analysis_transform(encoder: Encoder, name: str, config: AnalysisConfig) -> T
     """Return what is done to images for an encoder. Raises UserError for a size that is no whole patches."""
     own = encoder.config.transform
     size = config.size or own.crop
-    if size % encoder.patch_size:
-        raise UserError(f"size={size} is not a multiple of the patch size {encoder.patch_size} of {name}")
+    encoder.check_side(size, "size", name)
     larger = size if config.squash else round(own.resize * size / own.crop)
     squash = own.squash if config.squash is None else config.squash
     return dataclasses.replace(own, crop=size, resize=larger, squash=squash)

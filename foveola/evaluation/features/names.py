@@ -95,11 +95,7 @@ class FeatureReader:
         if kind not in self.others:
             encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
             check_kinds(encoder, ("attention",), 1)
-            if self.encoder.config.transform.crop % encoder.patch_size:
-                raise UserError(
-                    f"{kind}: images of {self.encoder.config.transform.crop} pixels are no whole "
-                    f"patches of {encoder.patch_size}"
-                )
+            encoder.check_side(self.encoder.config.transform.crop, "the encoder's transform.crop", kind)
             self.others[kind] = encoder
         return self.others[kind]
 

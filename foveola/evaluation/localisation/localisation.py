@@ -206,8 +206,7 @@ class Localisation(Protocol):
         labelled = train is not None and len(train.classes or ()) > 1
         names = choose_maps(at.encoder, config.maps, labelled)
         side = config.image_size or at.encoder.config.transform.crop
-        if side % at.encoder.patch_size:
-            raise UserError(f"image_size={side} is not a multiple of the patch size {at.encoder.patch_size}")
+        at.encoder.check_side(side, "image_size")
         reader = MapReader(at.encoder, names, config.block, config.precision)
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,14 +27,14 @@ from foveola.evaluation.segmentation.iou import (
     summary_metrics,
 )
 from foveola.evaluation.segmentation.patches import Scaler
-from foveola.evaluation.segmentation.reading import DenseConfig, DensePass, DenseProtocol, pixel_sources
+from foveola.evaluation.segmentation.reading import ComparedConfig, DensePass, DenseProtocol
 from foveola.evaluation.segmentation.retrieval import label_pixels
 
 POWER = 0.9  # of the polynomial schedule (Segmenter)
 
 
 @dataclass(frozen=True)
-class LinearSegmentationConfig(DenseConfig):
+class LinearSegmentationConfig(ComparedConfig):
     """Settings of `linear_segmentation`."""
 
     rates: tuple[float, ...] = key(
@@ -46,9 +45,6 @@ class LinearSegmentationConfig(DenseConfig):
     weight_decay: float = key(0.01, "weight decay of the weights, not of the bias", at_least=0)
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
     holdout: float = key(0.1, "share of the training images that choose the rate", above=0, below=1)
-    evaluate_at: Literal["input", "image"] = key(
-        "input", "pixels that are compared: of the squashed image, or of the original"
-    )
 
     def __post_init__(self) -> None:
         if not self.rates or len(set(self.rates)) < len(self.rates):
@@ -130,17 +126,16 @@ class LinearSegmentation(DenseProtocol):
     Config = LinearSegmentationConfig
     metrics = summary_metrics("linear segmentation")
 
-    def measure(self, at: At, config: LinearSegmentationConfig) -> Outcome:
+    def segment(self, at: At, classes: tuple[str, ...], config: LinearSegmentationConfig) -> Outcome:
         """Choose the learning rate on held-out images, train again on all, measure on test."""
-        train, test, classes = pixel_sources(at.train, at.test)
         c = len(classes)
         began = perf_counter()
-        passing = DensePass(at.encoder, train, config, progress=at.progress, feed=at.feed)
+        passing = DensePass(at.encoder, at.train, config, progress=at.progress, feed=at.feed)
         features, maps, image_indices = _kept(passing)
         facts = passing.facts()
         held = hold_out(image_indices, maps.flatten(1), c, config.holdout, config.seed)
         if not (maps[~held] != IGNORE).any():
-            raise UserError(f"{train.name}: no pixel has a class")
+            raise UserError(f"{at.train.name}: no pixel has a class")
         scaler = Scaler.fit(features[~held].flatten(0, 1)) if config.standardise else None
         if scaler is not None:
             for into in features:  # in place: there is no second copy
@@ -168,21 +163,14 @@ class LinearSegmentation(DenseProtocol):
         seconds["fit_seconds"] = round(perf_counter() - began, 2)
         began = perf_counter()
         areas, images = [torch.zeros(0, 3, c + 1, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-        passing = DensePass(
-            at.encoder,
-            test,
-            config,
-            originals=config.evaluate_at == "image",
-            progress=at.progress,
-            feed=at.feed,
-        )
+        passing = DensePass.compared(at, config)
         for batch in passing:
             x = (
                 batch.features
                 if scaler is None
                 else scaler(batch.features.flatten(0, 1)).view_as(batch.features)
             )
-            areas.append(_areas(head, x, batch.originals or tuple(batch.maps), passing.grid, c))
+            areas.append(_areas(head, x, batch.truth, passing.grid, c))
             images.append(batch.image_indices)
         total, shown = (distributed.gather_rows(torch.cat(parts)) for parts in (areas, images))
         data = {

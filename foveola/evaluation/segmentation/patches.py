@@ -37,7 +37,6 @@ from foveola.evaluation.segmentation.reading import (
     label_counts,
     patch_modes,
     patch_pixels,
-    pixel_sources,
 )
 
 VOTES = 2**25  # votes in memory at a time: 64 MiB
@@ -160,12 +159,11 @@ class PatchSegmentation(DenseProtocol):
     def learn(self, at: At, config: Any, bank: Labelled, settings: Sequence[dict[str, Any]]) -> Learned:
         """Return what labels patches with each of these settings, learned from the patches of the bank."""
 
-    def measure(self, at: At, config: PatchSegmentationConfig) -> Outcome:
+    def segment(self, at: At, classes: tuple[str, ...], config: PatchSegmentationConfig) -> Outcome:
         """Choose a setting on held-out images, learn from all, measure on test."""
-        train, test, classes = pixel_sources(at.train, at.test)
         c = len(classes)
         began = perf_counter()
-        passing = DensePass(at.encoder, train, config, progress=at.progress, feed=at.feed)
+        passing = DensePass(at.encoder, at.train, config, progress=at.progress, feed=at.feed)
         table = collect(passing, c, config.memory, "uniform", config.seed)
         facts = passing.facts()
         modes = patch_modes(label_counts(table.pixels, c))
@@ -173,7 +171,7 @@ class PatchSegmentation(DenseProtocol):
         held = hold_out(table.image_indices, table.pixels, c, config.holdout, config.seed)
         fitted = usable & ~held
         if not fitted.any():
-            raise UserError(f"{train.name}: no patch whose most frequent label is a class")
+            raise UserError(f"{at.train.name}: no patch whose most frequent label is a class")
         scaler = Scaler.fit(table.features[fitted]) if config.standardise else None
         if scaler is not None:
             for into in table.features.split(65536):  # in place: there is no second copy of a large bank
@@ -193,7 +191,7 @@ class PatchSegmentation(DenseProtocol):
         predict = self.learn(at, config, (table.select(usable), modes[usable], c), [chosen]).predict
         seconds["fit_seconds"] = round(perf_counter() - began, 2)
         began = perf_counter()
-        passing = DensePass(at.encoder, test, config, progress=at.progress, feed=at.feed)
+        passing = DensePass(at.encoder, at.test, config, progress=at.progress, feed=at.feed)
         areas, images = map(distributed.gather_rows, _measure(passing, predict, scaler, c))
         test_facts = passing.facts()
         seconds["test_seconds"] = round(perf_counter() - began, 2)

@@ -5,6 +5,7 @@ same place. What learns from patches keeps a bounded number of them (`collect`);
 from the encoder or from a store that several protocols share.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +16,14 @@ from jaxtyping import Float, Float32, Int16, Int64, UInt8
 from torch import Tensor
 
 from foveola import distributed
-from foveola.config import UserError, again
+from foveola.config import UserError, again, key
 from foveola.data.identity import identity_of
 from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share_of_rank
-from foveola.evaluation.protocol import Needs, Protocol, Reading
+from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
 ROWS = 16384  # patches whose labels are counted at a time
@@ -35,6 +36,15 @@ class DenseConfig(SquashedConfig):
     batch_size: int = again(SquashedConfig, "batch_size", 16)
 
 
+@dataclass(frozen=True)
+class ComparedConfig(DenseConfig):
+    """The same, and which pixels are compared with the truth."""
+
+    evaluate_at: Literal["input", "image"] = key(
+        "input", "pixels that are compared: of the squashed image (open-hummingbird), or of the original"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class DenseBatch:
     """Patches of some images, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
@@ -43,6 +53,11 @@ class DenseBatch:
     maps: UInt8[Tensor, "b S S"]  # classes, or IGNORE
     originals: tuple[UInt8[Tensor, "H W"], ...]  # maps in the image's own size, where asked for
     image_indices: Int64[Tensor, "b"]
+
+    @property
+    def truth(self) -> tuple[UInt8[Tensor, "H W"], ...]:
+        """The maps with which predictions are compared: the originals, where they were asked for."""
+        return self.originals or tuple(self.maps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +126,7 @@ def wanted_of(config: DenseConfig, encoder: Encoder) -> Need:
     patches.
     """
     side = config.image_size or encoder.config.transform.crop
-    if side % encoder.patch_size:
-        raise UserError(f"image_size={side} is no multiple of the encoder's patch size {encoder.patch_size}")
+    encoder.check_side(side, "image_size")
     return Need(frozenset({"patches", "maps"}), side=side)
 
 
@@ -120,6 +134,14 @@ class DenseProtocol(Protocol):
     """What protocols of segmentation share: they learn from label maps, and read all patches once."""
 
     train = "needed"
+
+    def measure(self, at: At, config: Any) -> Outcome:
+        """Return the numbers. Raises UserError unless both sources have pixel labels of the same classes."""
+        return self.segment(at, pixel_classes(at.train, at.test), config)
+
+    @abstractmethod
+    def segment(self, at: At, classes: tuple[str, ...], config: Any) -> Outcome:
+        """Return what is measured on the label maps of `at.test` after learning from those of `at.train`."""
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
         """Return the need of patches and label maps of squashed images."""
@@ -184,6 +206,12 @@ class DensePass:
         for some in rows.split(self.config.batch_size):
             yield store.take("patches", some), store.maps(some), store.image_indices[some]
 
+    @classmethod
+    def compared(cls, at: At, config: ComparedConfig) -> "DensePass":
+        """Return the pass over the test images, with the pixels that `evaluate_at` says."""
+        originals = config.evaluate_at == "image"
+        return cls(at.encoder, at.test, config, originals=originals, progress=at.progress, feed=at.feed)
+
     def facts(self) -> dict[str, Any]:
         """Return facts about the data, after the pass; every rank calls it. UserError for too many bad
         images.
@@ -236,8 +264,8 @@ def collect(
     return table
 
 
-def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tuple[str, ...]]:
-    """Return both sources and their classes. Raises UserError unless they have pixel labels of one kind."""
+def pixel_classes(train: Any, test: Any) -> tuple[str, ...]:
+    """Return the classes of both sources. Raises UserError unless they label pixels with the same ones."""
     for which, source in (("train", train), ("test", test)):
         if not isinstance(source, PixelSource):
             raise UserError(
@@ -246,4 +274,4 @@ def pixel_sources(train: Any, test: Any) -> tuple[PixelSource, PixelSource, tupl
     if train.classes != test.classes:
         both = f"{len(train.classes)} classes of {train.name} and {len(test.classes)} of {test.name}"
         raise UserError(f"train and test need the same classes in the same order, unlike {both}")
-    return train, test, train.classes
+    return train.classes

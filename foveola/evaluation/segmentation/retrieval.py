@@ -1,7 +1,7 @@
 """Dense nearest-neighbour retrieval: segment images by looking up their patches among labelled ones."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -20,14 +20,13 @@ from foveola.evaluation.protocol import At, Metric, Outcome
 from foveola.evaluation.search import nearest_rows
 from foveola.evaluation.segmentation.iou import Absent, bootstrap_iou, mean_iou, named_iou, region_areas
 from foveola.evaluation.segmentation.reading import (
+    ComparedConfig,
     DenseBatch,
-    DenseConfig,
     DensePass,
     DenseProtocol,
     collect,
     label_counts,
     patch_pixels,
-    pixel_sources,
 )
 
 QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
@@ -84,7 +83,7 @@ def label_pixels(
 
 
 @dataclass(frozen=True)
-class DenseRetrievalConfig(DenseConfig):
+class DenseRetrievalConfig(ComparedConfig):
     """Settings of `dense_retrieval`. Defaults: open-hummingbird, without its mistakes."""
 
     k: tuple[int, ...] = key((30, 50), "numbers of neighbours to try; the best is reported", at_least=1)
@@ -105,9 +104,6 @@ class DenseRetrievalConfig(DenseConfig):
         "drop", "pixels of no class in the reference set: left out, or taken for class 0 (open-hummingbird)"
     )
     absent: Absent = key("skip", "classes neither true nor predicted: left out of the mean, or zero")
-    evaluate_at: Literal["input", "image"] = key(
-        "input", "pixels that are compared: of the squashed image (open-hummingbird), or of the original"
-    )
 
     def __post_init__(self) -> None:
         for name, values in (("k", self.k), ("subsample", self.subsample)):
@@ -144,42 +140,33 @@ class DenseRetrieval(DenseProtocol):
         Metric("best_k_*", "dense retrieval: best k {}", unit="", digits=0),
     )
 
-    def measure(self, at: At, config: DenseRetrievalConfig) -> Outcome:
-        """Fill the banks from `train`, look up the patches of `test`, and compare."""
-        train, test, classes = pixel_sources(at.train, at.test)
+    def segment(self, at: At, classes: tuple[str, ...], config: DenseRetrievalConfig) -> Outcome:
+        """Fill the reference sets from `train`, look up the patches of `test`, and compare."""
         began = perf_counter()
-        banks, train_facts = _banks(replace(at, train=train), config, len(classes))
+        banks, train_facts = _banks(at, config, len(classes))
         bank_seconds = round(perf_counter() - began, 2)
         smallest = min(len(bank.features) for bank in banks)
         if max(config.k) > smallest:
             raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the reference set")
         began = perf_counter()
-        passing = DensePass(
-            at.encoder,
-            test,
-            config,
-            originals=config.evaluate_at == "image",
-            progress=at.progress,
-            feed=at.feed,
-        )
+        passing = DensePass.compared(at, config)
         settings = [(b, k) for b in range(len(banks)) for k in config.k]
         areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
         images = [torch.zeros(0, dtype=torch.int64)]
         pixels = at.encoder.patch_size**2
         for batch in _blocks(passing, QUERIES):
-            truth = batch.originals or tuple(batch.maps)
             images.append(batch.image_indices)
             own = label_counts(patch_pixels(batch.maps, at.encoder.patch_size).flatten(0, 1), len(classes))[
                 :, :-1
             ]
-            areas["ceiling"] += _compare(own_shares(own), passing.grid, truth, len(classes))
+            areas["ceiling"] += _compare(own_shares(own), passing.grid, batch.truth, len(classes))
             for b, bank in enumerate(banks):
                 s, i = nearest_rows(
                     batch.features.flatten(0, 1), bank.features, max(config.k), device=at.encoder.device
                 )
                 for k in config.k:
                     shares = attend(s, i, bank.counts, pixels, k, config.temperature)
-                    areas[b, k] += _compare(shares, passing.grid, truth, len(classes))
+                    areas[b, k] += _compare(shares, passing.grid, batch.truth, len(classes))
         test_facts = passing.facts()
         stacked = {
             setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()

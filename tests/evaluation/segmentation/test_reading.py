@@ -18,7 +18,7 @@ from foveola.evaluation.segmentation.reading import (
     label_counts,
     patch_modes,
     patch_pixels,
-    pixel_sources,
+    pixel_classes,
 )
 from foveola.models.transform import resize
 
@@ -119,7 +119,7 @@ def test_features_that_are_not_finite_are_an_error(encoder, random_source):
 
 
 def test_image_size_must_be_whole_patches(encoder, random_source):
-    with pytest.raises(UserError, match="image_size=30 is no multiple of the encoder's patch size 8"):
+    with pytest.raises(UserError, match="image_size=30 is not a multiple of the patch size 8"):
         DensePass(encoder, random_source(), DenseConfig(image_size=30))
 
 
@@ -166,8 +166,8 @@ def test_rare_sampling_is_the_rule_and_prefers_rare_classes():
 
 def test_sources_without_pixel_labels_or_of_other_classes(encoder, list_source, random_source):
     train, test = random_source(seed=1), random_source(seed=2)
-    assert pixel_sources(train, test)[2] == ("a", "b", "c")
+    assert pixel_classes(train, test) == ("a", "b", "c")
     with pytest.raises(UserError, match="test: list: has no label for each pixel"):
-        pixel_sources(train, list_source([]))
+        pixel_classes(train, list_source([]))
     with pytest.raises(UserError, match="3 classes of maps-1: and 2 of maps-2:"):
-        pixel_sources(train, random_source(seed=2, classes=("a", "b")))
+        pixel_classes(train, random_source(seed=2, classes=("a", "b")))
