@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
-from foveola.console import Ended, as_command, is_path, only, print_keys, print_table, split
+from foveola.console import Ended, as_command, only, print_keys, print_table, split
 from foveola.failures import explain, told
+from foveola.files import is_there
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -45,7 +46,8 @@ PLACES = [
         "model",
         "text",
         "(needed)",
-        "what to measure: a run or encoder folder, a file of weights, timm:NAME, hf:NAME; or untrained:ANY",
+        "what to measure: a run or encoder folder, RUN?step=400, RUN?step=best, RUN?which=student, a file of "
+        "weights, timm:NAME, hf:NAME; or untrained:ANY",
     ),
     KeyInfo(
         "train",
@@ -252,7 +254,7 @@ def _analyze(arguments: list[str]) -> None:
             raise UserError(f"analyze attention needs {name}=; usage: {usage}")
     model, data, out = places["model"], str(places["data"]), str(places["out"])
     if not isinstance(model, list):  # a path may have a comma in it
-        model = [model] if is_path(str(model)) else str(model).split(",")
+        model = [model] if is_there(str(model)) else str(model).split(",")
     models = [str(word).strip() for word in model if str(word).strip()]
     from foveola import distributed
     from foveola.figures.attention_plots import save_attention_plots
@@ -318,9 +320,9 @@ def _compare(arguments: list[str]) -> None:
         print(
             f"usage: {usage}\n\n"
             "Prints what `foveola evaluate` wrote for several encoders side by side, for the protocols that\n"
-            "all of them have. RUN is a run folder, an out= folder, a result file, or untrained:RUN for the\n"
-            "untrained network of a run. Only results with the same settings and data are shown together:\n"
-            "the newest of them, if there are several; notes name the others."
+            "all of them have. RUN is a run folder, an out= folder, a result file, or untrained:RUN,\n"
+            "RUN?step=400, RUN?step=best, RUN?which=student. Only results with the same settings and data\n"
+            "are shown together: the newest, if there are several; notes name the others."
         )
         return
     settings = parse_overrides(overrides)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import KeyInfo, UserError, nearest
+from foveola.files import is_there
 
 WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
 
@@ -32,18 +33,10 @@ def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list
     return names, [word for word in words if not _is_name(word)], given
 
 
-def is_path(word: str) -> bool:
-    """Return whether this names a file or folder that exists; False for what cannot, such as long words."""
-    try:
-        return Path(word).exists()
-    except (OSError, ValueError):
-        return False
-
-
 def _is_name(word: str) -> bool:
     key, equals, _ = word.partition("=")
     # No key holds a question mark: what follows it are options of a model or of data.
-    return not equals or "?" in key or ("/" in key and is_path(word))
+    return not equals or "?" in key or ("/" in key and is_there(word))
 
 
 def only(names: list[str], what: str, usage: str) -> str:

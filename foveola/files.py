@@ -1,6 +1,7 @@
 """Files that are whole or not there, and the layout of run and encoder folders, which nobody else knows."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -10,11 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
-from foveola.config import UserError, renewed
+from foveola.config import UserError, nearest, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 FIXED_TARGETS = "the targets of this method do not move"  # a line of log.txt, which the report reads
+CHECKPOINT = re.compile(r"step-(\d{8,})(\.replaced)?", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
@@ -167,6 +170,18 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def found_checkpoints(self) -> list[Path]:
+        """Return the folders of checkpoints, newest first; one that was being replaced comes after its
+        successor. Nothing says yet that they are whole (`is_whole`).
+        """
+        named = [path for path in self.checkpoints.glob("step-*") if CHECKPOINT.fullmatch(path.name)]
+        return sorted(named, key=lambda path: (-checkpoint_step(path), len(path.name)))
+
+    @property
+    def best(self) -> EncoderFolder:
+        """The encoder of the step that was measured as the best."""
+        return EncoderFolder(self.path / "encoders" / "best")
+
     def kept_encoder(self, step: int) -> EncoderFolder:
         """Return the encoder of an earlier step."""
         return EncoderFolder(self.path / "encoders" / f"step-{step:08d}")
@@ -211,17 +226,105 @@ def results_in(folder: str | Path) -> Path:
     return Path(folder) / "results"
 
 
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint folder, from its name."""
+    match = CHECKPOINT.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether every file of a checkpoint is as its manifest says, byte for byte."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        return "state.pt" in files and all(
+            facts_of(checkpoint / name) == facts for name, facts in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or not one of ours
+        return False
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file: its size and SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """A network of a run besides its newest encoder, by its name: `RUN?step=400`, `RUN?which=student`."""
+
+    name: str
+    run: RunFolder
+    step: int | None = None  # None: the newest; of an encoder always given, unless it is the best
+    student: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The folder that has its `results/`."""
+        if self.student:
+            own = self.run.path / "student"
+            return own if self.step is None else own / self.run.checkpoint(self.step).name
+        return self.run.best.path if self.step is None else self.run.kept_encoder(self.step).path
+
+
+def run_model(name: str | Path) -> RunModel | None:
+    """Return what `RUN?step=N`, `RUN?step=best` or `RUN?which=student` names; None for any other name.
+
+    A folder whose own name holds a question mark is that folder. Raises UserError for options of a folder
+    that are not these.
+    """
+    text, mark, query = str(name).rpartition("?")
+    if not mark or is_there(str(name)) or not (is_there(text) and Path(text).is_dir()):
+        return None
+    run, options = RunFolder(Path(text)), parse_qsl(query, keep_blank_values=True)
+    if not run.is_run() and not run.encoder.config.is_file():
+        raise UserError(
+            f"{name}: {text} is no run folder, so it has no other steps: load it without ?{query}"
+        )
+    known = dict(options)
+    if len(known) < len(options) or not options:
+        raise UserError(f"{name}: expected ?step=N, ?which=student or both, each once")
+    for option in known.keys() - {"step", "which"}:
+        near = nearest(option, ("step", "which"))
+        hint = f"did you mean {near}=?" if near else "a run takes ?step=N and ?which=student"
+        raise UserError(f"{name}: unknown option {option!r}; {hint}")
+    which, step = known.get("which"), known.get("step")
+    if which not in (None, "student"):
+        raise UserError(
+            f"{name}: which={which}: valid is student; without it, it is the network that the run keeps "
+            "(the teacher, where there is one)"
+        )
+    if step == "best" and which is None:
+        return RunModel(str(name), run)
+    if step is not None and not (step.isascii() and step.isdecimal()):
+        best = "" if which else ", or best"
+        raise UserError(f"{name}: step={step}: expected a number of steps{best}")
+    return RunModel(str(name), run, None if step is None else int(step), which is not None)
+
+
+def is_there(text: str) -> bool:
+    """Return whether this names a file or folder that exists; False for what cannot, such as long words."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def home_of(model: str | Path) -> Path | None:
     """Return the folder whose `results/` are those of a model; None for a model that has no folder of its
     own.
 
-    That is a run folder itself, RUN/untrained for `untrained:RUN`, and RUN/encoders/step-N for an encoder
-    that was kept on the way.
+    That is a run folder itself, RUN/untrained for `untrained:RUN`, RUN/encoders/step-N for an encoder
+    that was kept on the way (also by its name `RUN?step=N`), RUN/encoders/best for `RUN?step=best`, and
+    RUN/student, or RUN/student/step-N, for `RUN?which=student`.
     """
     head, colon, rest = str(model).partition(":")
     if colon and head == "untrained":
         run = home_of(rest)
         return None if run is None else RunFolder(run).untrained
+    if named := run_model(model):
+        return named.home
     path = Path(model)
     kept = path.parent.name == "encoders" and EncoderFolder(path).config.is_file()
     return path if kept or RunFolder(path).encoder.config.is_file() else None

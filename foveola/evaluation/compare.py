@@ -10,7 +10,7 @@ from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, results_of
-from foveola.files import home_of
+from foveola.files import home_of, run_model
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def _cell(result: Result, metric: str, best: bool) -> str:
 def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
     """Return comparisons of the protocols that all of `places` share, of results that were measured alike.
 
-    A place is a run folder, an `out=` folder, a result file, or `untrained:RUN` for what was measured of
-    the untrained network of a run. Where there are several results of a protocol, the newest that all have
-    with the same settings and data are taken, and the notes say what else there is. Raises UserError for a
-    place without results, no protocol in common (or not the one asked for), and a protocol of which no
-    results were measured alike.
+    A place is a run folder, an `out=` folder, a result file, `untrained:RUN` for what was measured of
+    the untrained network of a run, or another of its networks: `RUN?step=400`, `RUN?which=student`.
+    Where there are several results of a protocol, the newest that all have with the same settings and data
+    are taken, and the notes say what else there is. Raises UserError for a place without results, no
+    protocol in common (or not the one asked for), and a protocol of which no results were measured alike.
     """
     if len(places) < 2:
         raise UserError("compare needs two or more runs, or folders that hold results/")
@@ -137,7 +137,7 @@ def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
     """All results of a place, and what of it could not be read."""
     found, broken = results_of(place)
     path = Path(str(place).removeprefix("untrained:"))
-    if not path.exists():
+    if not path.exists() and not run_model(path):
         raise UserError(f"no run, folder or result file {path}{meant(path)}")
     if not found:
         why = f" ({broken[0]})" if broken else ""

@@ -70,7 +70,8 @@ def evaluate(
     Args:
         model: an `Encoder`, or what `foveola.load` takes. Of a run folder the encoder is measured, and the
             result is written to its `results/<protocol>.json`; that of `untrained:RUN` to
-            `RUN/untrained/results/`, and that of `RUN/encoders/step-N` to its own `results/`.
+            `RUN/untrained/results/`, that of `RUN/encoders/step-N` or `RUN?step=N` to its own `results/`, and
+            that of `RUN?which=student` to `RUN/student/results/`.
         protocol: a name (`foveola evaluate --help` lists them), an importable name such as
             `my_package.my_module:MyProtocol`, or a `foveola.Protocol` of your own.
         train, test: data strings (opened with the split of that name) or sources; `train` where the protocol

@@ -342,6 +342,10 @@ class Capi(Method):
     def predictor(self) -> Predictor | None:
         return None if self.config.predictor is None else self.teacher.predictor
 
+    @property
+    def student_predictor(self) -> Predictor | None:
+        return None if self.config.predictor is None else self.student.predictor
+
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher.backbone)
 

@@ -124,6 +124,20 @@ class Method(nn.Module, ABC):
         checkpoint.
         """
 
+    @property
+    def student_backbone(self) -> VisionTransformer:
+        """The network that learns; without a teacher it is `backbone`.
+
+        It is the first of `trained` that learns; where all are frozen for the moment, the first.
+        """
+        networks = list(self.trained())
+        return next(filter(learns, networks), networks[0])
+
+    @property
+    def student_predictor(self) -> Predictor | None:
+        """What `predictor` is the teacher of; it may have further blocks."""
+        return self.predictor
+
     def networks(self) -> dict[str, nn.Module]:
         """Return the parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.
 

@@ -43,6 +43,7 @@ class EncoderConfig:
         "token", "what stands for an image or object: its token, the mean of its patches, or of predictions"
     )
     predictor: PredictorConfig | None = key(None, "the predictor whose first block pools (CAPI)")
+    step: int | None = key(None, "steps that the run had taken; null = not known", at_least=0)
 
     def __post_init__(self) -> None:
         if self.pool not in self.pools:
@@ -314,7 +315,8 @@ class Encoder(nn.Module):
 
 
 def _settings(config: EncoderConfig) -> dict[str, Any]:
-    return {name: value for name, value in to_dict(config).items() if name != "origin"}
+    about = ("origin", "step")  # where weights come from, which says nothing of what they do
+    return {name: value for name, value in to_dict(config).items() if name not in about}
 
 
 def patch_mask(

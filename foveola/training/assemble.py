@@ -65,6 +65,17 @@ def untrained(config: RunConfig) -> Encoder:
     return Encoder(config.encoder(), method.backbone, method.predictor)
 
 
+def student_names(method: Method) -> dict[str, str]:
+    """Return how the names of the student's tensors begin in a method: `RUN?which=student` reads them."""
+    parts = {"backbone": method.student_backbone, "predictor": method.student_predictor}
+    return {
+        part: f"{name}."
+        for part, network in parts.items()
+        for name, each in method.named_modules()
+        if each is network
+    }
+
+
 def _check_memory(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
     with torch.device("meta"):

@@ -6,10 +6,8 @@
 A process killed at any moment leaves the earlier checkpoints as they were; `newest` skips what is not whole.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from typing import Any
 import torch
 
 from foveola.config import UserError, kind_of
-from foveola.files import RunFolder
+from foveola.files import RunFolder, facts_of, is_whole
+from foveola.files import checkpoint_step as step_of
 
-_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _TEMPORARY = ".writing-"
 
 
@@ -32,11 +30,12 @@ def save(
     `state` holds tensors, numbers, text, and lists, tuples and dicts of these: only that can be read back
     safely, anything else raises TypeError. Call it on one process. Returns the checkpoint's folder.
     """
-    checkpoints = RunFolder(folder).checkpoints
+    run = RunFolder(folder)
+    checkpoints = run.checkpoints
     checkpoints.mkdir(parents=True, exist_ok=True)
     for stale in checkpoints.glob(f"{_TEMPORARY}*"):
         _remove(stale)
-    path = RunFolder(folder).checkpoint(step)
+    path = run.checkpoint(step)
     temporary = checkpoints / f"{_TEMPORARY}{path.name}"
     temporary.mkdir()
     try:
@@ -45,7 +44,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # it may fill the disk that was too small for it
         raise
     _put(temporary, path)
-    _prune(checkpoints, step, keep, keep_every)
+    _prune(run, step, keep, keep_every)
     return path
 
 
@@ -55,7 +54,7 @@ def _write(state: dict[str, Any], step: int, temporary: Path) -> None:
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / "state.pt"):
         raise TypeError(f"a checkpoint cannot hold objects of {', '.join(unsafe)}")
     _sync(temporary / "state.pt")
-    manifest = {"step": step, "files": {"state.pt": _facts(temporary / "state.pt")}}
+    manifest = {"step": step, "files": {"state.pt": facts_of(temporary / "state.pt")}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     _sync(temporary / "manifest.json")
     _sync(temporary)
@@ -65,7 +64,7 @@ def newest(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run folder, or None. Half-written and damaged ones are passed
     over.
     """
-    return next((path for path in _found(RunFolder(folder).checkpoints) if is_whole(path)), None)
+    return next((path for path in RunFolder(folder).found_checkpoints() if is_whole(path)), None)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -75,7 +74,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     left of it.
     """
     damaged: list[Path] = []
-    for path in _found(RunFolder(folder).checkpoints):
+    for path in RunFolder(folder).found_checkpoints():
         if is_whole(path):
             return path, damaged
         damaged.append(path)
@@ -105,33 +104,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether every file of the checkpoint is as its manifest says, byte for byte."""
-    try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        return "state.pt" in files and all(_facts(path / name) == facts for name, facts in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no manifest, or not one of ours
-        return False
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _found(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest first; one that was being replaced comes after its successor."""
-    named = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(named, key=lambda path: (-step_of(path), len(path.name)))
-
-
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint folder, from its name."""
-    match = _NAME.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
-
-
 def _put(temporary: Path, path: Path) -> None:
     """Rename a complete checkpoint to its name; one already there stays readable until the new one stands."""
     replaced = path.with_name(path.name + ".replaced")
@@ -145,9 +117,9 @@ def _put(temporary: Path, path: Path) -> None:
         _remove(replaced)
 
 
-def _prune(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
+def _prune(run: RunFolder, step: int, keep: int, keep_every: int | None) -> None:
     # Later steps can only be damaged ones that a resumed run passed over: they must not push out whole ones.
-    past = [path for path in _found(checkpoints) if step_of(path) <= step]
+    past = [path for path in run.found_checkpoints() if step_of(path) <= step]
     for old in past[max(keep, 1) :]:
         if not keep_every or step_of(old) % keep_every:
             doomed = old.rename(

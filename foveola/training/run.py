@@ -24,7 +24,7 @@ from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, untrained
+from foveola.training.assemble import assemble, batch_share, student_names, untrained
 from foveola.training.callbacks import Callbacks
 from foveola.training.evaluations import Evaluations
 from foveola.training.log import Log, surroundings
@@ -187,7 +187,7 @@ class _Session:
             )
         own = RunFolder(self.folder).encoder
         if distributed.is_main() and not own.config.exists():
-            self._encoder().save(own.path)  # killed after the first checkpoint
+            self._encoder(start).save(own.path)  # killed after the first checkpoint
         return start
 
     def _greet(self, log: Log, start: int) -> None:
@@ -351,14 +351,14 @@ class _Session:
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:
-        self.callbacks.on_evaluation(step, self.evaluations.run(self._encoder(), step, log))
+        self.callbacks.on_evaluation(step, self.evaluations.run(self._encoder(step), step, log))
 
     def _write(self, step: int) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again.
 
         But the first one only after its checkpoint: an encoder tells that there was one.
         """
-        encoder, run = self._encoder(), RunFolder(self.folder)
+        encoder, run = self._encoder(step), RunFolder(self.folder)
         first = not run.encoder.config.exists()
         if not first:
             encoder.save(run.encoder.path)
@@ -368,14 +368,15 @@ class _Session:
             "step": step,
             "trainer": self.trainer.state_dict(),
             "world_size": distributed.world_size(),
+            "student": student_names(self.trainer.method),
         }
         checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         if first:
             encoder.save(run.encoder.path)
 
-    def _encoder(self) -> Encoder:
+    def _encoder(self, step: int) -> Encoder:
         method = self.trainer.method
-        encoder = Encoder(self.config.encoder())
+        encoder = Encoder(dataclasses.replace(self.config.encoder(), step=step))
         encoder.backbone.load_state_dict(method.backbone.state_dict())
         if encoder.predictor is not None and method.predictor is not None:
             encoder.predictor.load_state_dict(method.predictor.state_dict())

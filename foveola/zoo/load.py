@@ -8,11 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 
 from foveola.config import UserError, build, meant, read_yaml
-from foveola.files import EncoderFolder, RunFolder
+from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.zoo.files import load_file
 from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
+from foveola.zoo.runs import kept_folder, student_of
 from foveola.zoo.weights import read_config
 
 UNTRAINED = "untrained:"
@@ -25,7 +26,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
 
     Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
     as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
-    does not tell (`zoo.files`). `timm:NAME` and `hf:NAME` are models of these libraries, NAME one of theirs
+    does not tell (`zoo.files`). `RUN?step=400` is the encoder that a run kept at that step, `RUN?step=best`
+    that of `encoders/best`, `RUN?which=student` the student of the newest checkpoint, or with `&step=400` of
+    that one (`zoo.runs`). `timm:NAME` and `hf:NAME` are models of these libraries, NAME one of theirs
     or a local folder (`zoo.libraries`); `pixels:` has pixels as features (`zoo.pixels`). `untrained:PATH` is
     an encoder of the shape of the one at PATH with fresh weights, drawn by the seed of the run at PATH, or by
     seed 0 where PATH is no run. With `trainable` its weights take gradients, and it is in training mode, with
@@ -42,6 +45,8 @@ def _load(name: str) -> Encoder:
         return load_library(name)
     if name.startswith(UNTRAINED):
         return _untrained(name.removeprefix(UNTRAINED))
+    if named := run_model(name):
+        return student_of(named) if named.student else _load_folder(kept_folder(named))
     path = Path(name)
     if path.is_file() or Path(name.partition("?")[0]).is_file():
         return load_file(name)
@@ -58,12 +63,16 @@ def _load(name: str) -> Encoder:
 
 
 def _untrained(path: str) -> Encoder:
+    if named := run_model(path):
+        raise UserError(
+            f"{UNTRAINED}{path}: untrained networks have no steps: write {UNTRAINED}{named.run.path}"
+        )
     run = RunFolder(Path(path)).config
     seed = read_yaml(run).get("seed") if run.is_file() else None
     with torch.random.fork_rng(devices=[]):
         config = load(path).config
         torch.default_generator.manual_seed(seed if isinstance(seed, int) else 0)
-        return Encoder(dataclasses.replace(config, origin="untrained"))
+        return Encoder(dataclasses.replace(config, origin="untrained", step=0))
 
 
 def _load_folder(folder: EncoderFolder) -> Encoder:

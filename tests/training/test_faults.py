@@ -14,6 +14,7 @@ import torch
 from foveola.config import UserError, dump_yaml
 from foveola.data.sample import DataError, Sample
 from foveola.data.scenes import Scenes
+from foveola.files import RunFolder, facts_of
 from foveola.training import checkpoint
 from foveola.training.run import _Session, pretrain
 
@@ -130,7 +131,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tiny, tmp_path, snap
     config = tiny(out=str(tmp_path / "run"))
     run = pretrain(config)
     shutil.copytree(run.folder, tmp_path / "copy")
-    for path in checkpoint._found(run.folder / "checkpoints"):
+    for path in RunFolder(run.folder).found_checkpoints():
         damage(path)
     before = snapshot(run.folder)
     with pytest.raises(UserError, match=r"whole checkpoint \(damaged: step-00000008, step-00000006, "):
@@ -163,7 +164,7 @@ def test_stray_files_among_checkpoints_do_no_harm(tmp_path):
     (newest / "manifest.json").write_text('{"step": 8, "files": {}}')
     assert checkpoint.newest_whole(tmp_path) == (checkpoints / "step-00000007", [newest])
     torch.save([1, 2], newest / "state.pt")
-    manifest = {"files": {"state.pt": checkpoint._facts(newest / "state.pt")}}
+    manifest = {"files": {"state.pt": facts_of(newest / "state.pt")}}
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="step-00000008 is no checkpoint of a run: it holds a list"):
         checkpoint.read_checkpoint(newest)
