@@ -205,6 +205,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}: expected {_type_name(hint)}, got {shown(value)}") from error
     if kind is dict and isinstance(value, dict):
         inner = args[1] if args else Any
+        value = dict(_leaves(value)) if inner is str else value  # by dotted names, if nested
         return {str(name): _convert(inner, item, _join(path, name)) for name, item in value.items()}
     return _convert_scalar(hint, value, path)
 
@@ -312,19 +313,19 @@ def refuse_unread(config: Any, given: dict) -> None:
     What a recipe holds besides may be idle: a key of something that the user has switched off.
     """
     idle = unread(config)
-    for path in _leaves(given):
+    for path, _ in _leaves(given):
         for name, why in idle.items():
             if path == name or path.startswith(f"{name}."):
                 raise ConfigError(f"{path} has no effect: {why}")
 
 
-def _leaves(tree: dict, where: str = "") -> Iterator[str]:
+def _leaves(tree: dict, where: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         path = _join(where, name)
         if isinstance(value, dict) and value:
             yield from _leaves(value, path)
         else:
-            yield path
+            yield path, value
 
 
 # -- showing ---------------------------------------------------------------------------------------------

@@ -1,12 +1,9 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
-import inspect
 import os
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from foveola import distributed
 from foveola.config import ConfigError
@@ -14,6 +11,7 @@ from foveola.methods import find_method
 from foveola.methods.method import Method
 from foveola.models.encoder import Encoder
 from foveola.schedules import Progress
+from foveola.training.freezing import Freezing, keep_last_blocks
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig
@@ -45,17 +43,11 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
         network.checkpoint_activations = config.checkpoint_activations
         if config.compile:
             network.compile()
-    wrapped: nn.Module = method
-    if distributed.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        # Buffers are statistics, which methods reduce themselves. The option was renamed in torch 2.15.
-        options = inspect.signature(DistributedDataParallel.__init__).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-        sync: dict[str, Any] = {name: False}
-        wrapped = DistributedDataParallel(method, device_ids=ids, **sync)
     optimizer = Optimizer(method, config.optimizer, progress)
+    freezing = Freezing(method, config.freeze, progress)
+    freezing.apply(progress)
     return Trainer(
-        method, wrapped, optimizer, config.views, config.precision, config.accumulate, config.seed, device
+        method, freezing, optimizer, config.views, config.precision, config.accumulate, config.seed, device
     )
 
 
@@ -74,6 +66,13 @@ def student_names(method: Method) -> dict[str, str]:
         for name, each in method.named_modules()
         if each is network
     }
+
+
+def blueprint(config: RunConfig) -> Method:
+    """Return the networks of a method as it is built, all of which learn that it trains, without memory."""
+    with torch.device("meta"):
+        make: Any = find_method(config.method.name)
+        return make(config.method, config.model, config.views)
 
 
 def _check_memory(config: RunConfig, device: torch.device) -> None:
@@ -101,4 +100,7 @@ def _method(config: RunConfig) -> Method:
 
 def _build(config: RunConfig) -> Method:
     make: Any = find_method(config.method.name)
-    return make(config.method, config.model, config.views)
+    method: Method = make(config.method, config.model, config.views)
+    if config.train_blocks is not None:
+        keep_last_blocks(method, config.train_blocks)
+    return method

@@ -11,10 +11,9 @@ from foveola import distributed
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sources import Source, notes_of, open_source
-from foveola.methods.method import Method
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share
+from foveola.training.assemble import assemble, batch_share, blueprint
 from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig, plan
 from foveola.views.blocks import draw_blocks
@@ -47,8 +46,9 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "data": f"{source.name}: {len(source):,} images"
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
-        "parameters": _parameters(trainer.method),
-        "tokens per image": _tokens(config, part, trainer.method),
+        "parameters": _parameters(trainer),
+        **({"resting": resting} if (resting := "; ".join(_resting(config, trainer))) else {}),
+        "tokens per image": _tokens(config, part),
         "batch": f"{config.batch_size} images: {distributed.world_size()} process(es) x "
         f"{config.accumulate} part(s) x {part}",
         "steps": _steps(config, progress),
@@ -87,21 +87,29 @@ def _try(
     return ", ".join(f"{name} {v:.3f}" for name, v in terms.items()), seconds, _memory(device)
 
 
-def _parameters(method: Method) -> str:
-    """Trained numbers by part, such as encoder and heads."""
+def _parameters(trainer: Trainer) -> str:
+    """Numbers that train at some time of the run by part, such as encoder and heads."""
     counts: dict[str, int] = {}
-    seen: set[int] = set()
-    for name, part in method.networks().items():
+    left = {id(p) for p in trainer.optimizer.named.values() if trainer.freezing.ends(p)}
+    for name, part in trainer.method.networks().items():
         kind = name.partition(".")[0]
-        own = {id(p): p.numel() for p in part.parameters() if p.requires_grad and id(p) not in seen}
+        own = {id(p): p.numel() for p in part.parameters() if id(p) in left}
         counts[kind] = counts.get(kind, 0) + sum(own.values())
-        seen |= own.keys()  # what two heads share counts once
+        left -= own.keys()  # what two heads share counts once
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def _tokens(config: RunConfig, part: int, method: Method) -> str:
+def _resting(config: RunConfig, trainer: Trainer) -> list[str]:
+    """What rests, a phrase for each."""
+    count, named = config.train_blocks, trainer.freezing.describe()
+    if count is not None:
+        named.append("encoder but for its last " + ("block" if count == 1 else f"{count} blocks"))
+    return named
+
+
+def _tokens(config: RunConfig, part: int) -> str:
     """Tokens that the networks go through for each of `part` images that are taken at once."""
-    views, model = config.views, config.model
+    views, model, method = config.views, config.model, blueprint(config)
     extra = model.class_token + model.registers
     patches = (views.global_size // model.patch_size) ** 2
     locals_ = views.local_count * ((views.local_size // model.patch_size) ** 2 + extra)

@@ -1,9 +1,10 @@
 """One training step from top to bottom: the only caller of backward, of the optimiser and of the EMA."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from foveola.config import UserError
 from foveola.data.sample import Canvases
 from foveola.methods.method import Method
 from foveola.schedules import Progress
+from foveola.training.freezing import Freezing
 from foveola.training.optimizer import Optimizer
 from foveola.views.batch import Streams, ViewsConfig, make_views
 
@@ -30,7 +32,7 @@ class Trainer:
     """Everything that changes while training. `wrapped` is the method, perhaps in data-parallel clothes."""
 
     method: Method
-    wrapped: nn.Module
+    freezing: Freezing
     optimizer: Optimizer
     views: ViewsConfig
     precision: Precision
@@ -41,10 +43,26 @@ class Trainer:
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.bad_steps = 0
+        self.wrapped = self._wrap()
+
+    def _wrap(self, again: bool = False) -> nn.Module:
+        """The method; on several processes one that averages the gradients of what learns now."""
+        if distributed.world_size() == 1:
+            return self.method
+        # Buffers are statistics, which methods reduce themselves. The option was renamed in torch 2.15.
+        options = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        # Once is enough: afterwards each process has statistics of its own, which must stay.
+        settings: dict[str, Any] = {name: False, "init_sync": not again}
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=ids, **settings)
 
     def step(self, progress: Progress, take: Callable[[], Canvases]) -> dict[str, Tensor | float]:
         """Train on `accumulate` batches; named scalars to log."""
         schedules = self.optimizer.schedule(progress)
+        if self.freezing.apply(progress):
+            del self.wrapped  # first, as it listens to the gradients that it was made for
+            self.wrapped = self._wrap(again=True)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for part in range(self.accumulate):

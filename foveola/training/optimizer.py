@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from foveola.config import ConfigError, key
 from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule, steps_of
+from foveola.training.freezing import networks_named
 
 RULES = {"linear": (256, 1.0), "sqrt": (1024, 0.5), "none": (1, 0.0)}  # lr * (batch / reference) ** power
 
@@ -160,15 +161,12 @@ class Optimizer:
 def _parts(method: Method, config: OptimizerConfig) -> dict[int, str]:
     """The name in `config.parts` of each parameter that one of them has, by its id.
 
-    "heads" is all of "heads.main", "heads.patch". What two parts share is of the first that is named; one
-    without trained parameters is no mistake: a variant of the method lacks them.
+    What two parts share is of the first that is named; one without trained parameters is no mistake: a
+    variant of the method lacks them.
     """
-    networks, found = method.networks(), {}
+    found: dict[int, str] = {}
     for part in config.parts:
-        own = [network for name, network in networks.items() if f"{name}.".startswith(f"{part}.")]
-        if not own:
-            raise ConfigError(f"optimizer.parts: this method has no {part!r}, but {', '.join(networks)}")
-        for network in own:
+        for network in networks_named(method, part, "optimizer.parts"):
             for p in network.parameters():
                 found.setdefault(id(p), part)
     return found

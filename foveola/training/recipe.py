@@ -38,6 +38,7 @@ from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.vit import SIZES, ViTConfig
 from foveola.outside import name_of
 from foveola.schedules import Progress, Schedule, steps_of
+from foveola.training.freezing import ALL
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.views.batch import ViewsConfig
@@ -109,6 +110,13 @@ class RunConfig:
     views: ViewsConfig = key(factory=ViewsConfig, help="what is cut out of each image")
     loader: LoaderConfig = key(factory=LoaderConfig, help="how images are read")
     optimizer: OptimizerConfig = key(factory=OptimizerConfig, help="how weights move")
+    freeze: dict[str, str] = key(
+        factory=dict,
+        help="parts that rest at first, by their names in --dry-run: {encoder: 1 epochs}, or {encoder: all}",
+    )
+    train_blocks: int | None = key(
+        None, "so many last blocks of the encoder learn, and its final norm; null = all of it", at_least=1
+    )
     transform: TransformConfig | None = key(
         None, "images at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
     )
@@ -320,6 +328,7 @@ def _misfits(config: RunConfig, progress: Progress) -> list[str]:
     wrong = []
     durations = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
     durations["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
+    durations |= {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
     for name in PERIODS:
         try:
             period(config, name, progress)

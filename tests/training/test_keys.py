@@ -77,6 +77,8 @@ OTHER: dict[str, Any] = {  # values that change much, where most change little i
     "optimizer.clip": 1e-3,
     "optimizer.parts": {"student": {"lr": 0.5}},
     "optimizer.freeze_last_layer": "80 %",
+    "freeze": {"encoder": "all"},
+    "train_blocks": 1,
 }
 
 
