@@ -220,6 +220,38 @@ def koleo_loss(features: Float[Tensor, "n D"], floor: float = 1e-6) -> Float[Ten
         return -0.5 * torch.log(squares.clamp(min=floor**2)).mean()
 
 
+def cosine_distance(mine: Float[Tensor, "*n D"], theirs: Float[Tensor, "*n D"]) -> Float[Tensor, "*n"]:
+    """Return 1 - cos(x, y) of each row, in [0, 2], as half the squared distance of the unit vectors.
+
+    Zero, and not only about zero, where both are the same.
+    """
+    with torch.autocast(mine.device.type, enabled=False):
+        return 0.5 * (normalize(mine.float(), dim=-1) - normalize(theirs.float(), dim=-1)).square().sum(
+            dim=-1
+        )
+
+
+def gram_loss(
+    mine: Float[Tensor, "C N D"],
+    theirs: Float[Tensor, "C N D"],
+    counted: Bool[Tensor, "C N"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the mean over C views and over pairs of patches of (cos(x_i, x_j) - cos(y_i, y_j))^2 (DINOv3).
+
+    With X and Y the unit vectors of a view's patches this is ||X X^T - Y Y^T||_F^2 / N^2, averaged over
+    views. Of a view with `counted` patches only their pairs count; a view without any is left out.
+    """
+    with torch.autocast(mine.device.type, enabled=False):
+        x, y = (normalize(rows.float(), dim=-1) for rows in (mine, theirs))
+        apart = (x @ x.mT - y @ y.mT).square()
+        if counted is None:
+            return apart.mean()
+        pairs = (counted[:, :, None] & counted[:, None]).float()
+        number = pairs.sum(dim=(1, 2))
+        means = (apart * pairs).sum(dim=(1, 2)) / number.clamp(min=1)
+        return means.sum() / (number > 0).sum().clamp(min=1)
+
+
 def entropy(probabilities: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
     """Return the Shannon entropy in nats of distributions along the last axis."""
     # Twice as fast on a CPU as torch.special.entr; what is clamped adds nothing.

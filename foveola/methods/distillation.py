@@ -26,7 +26,16 @@ from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, Views, ViewsConfig
 
-ATTRIBUTES = ("student", "teacher", "terms", "config", "has_field", "seen", "training")  # of a Distillation
+ATTRIBUTES = (
+    "student",
+    "teacher",
+    "start",
+    "terms",
+    "config",
+    "has_field",
+    "seen",
+    "training",
+)  # of a Distillation
 
 
 @dataclass(frozen=True)
@@ -208,17 +217,26 @@ class Distillation(Method):
             self.terms[name] = config.known[name](term, Setting(name, config.heads, views, model))
             self.register_module(name, self.terms[name])
         self.has_field = model.positions == "field"
+        self.start: VisionTransformer | None = None
         self.seen: Tensor | None = None
+
+    def begin(self) -> None:
+        """Keep a frozen copy of the student's backbone where a term asks for it: one for all of them."""
+        terms = self.config.terms().items()
+        if any(self.config.known[name].reads_start(config) for name, config in terms):
+            self.start = freeze(deepcopy(self.student.backbone))
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
-        self.teacher.eval()
+        for frozen in filter(None, (self.teacher, self.start)):
+            frozen.eval()
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         with torch.no_grad():
             teacher = self._teach(batch)
-        seen = Seen(batch, self._study(batch), teacher, self._heads(), progress, self.backbone)
+            start = None if self.start is None else Tokens(self._see(batch.large, self.start))
+        seen = Seen(batch, self._study(batch), teacher, self._heads(), progress, self.backbone, start)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for name, term in self.terms.items():
@@ -235,16 +253,18 @@ class Distillation(Method):
 
     def _study(self, batch: Batch) -> Tokens:
         """The student's tokens of all views, without what is hidden from it."""
-        return Tokens(self._see(batch.large), None if batch.small is None else self._see(batch.small))
+        student = self.student.backbone
+        large = self._see(batch.large, student)
+        return Tokens(large, None if batch.small is None else self._see(batch.small, student))
 
-    def _see(self, views: Views) -> Features:
+    def _see(self, views: Views, network: VisionTransformer) -> Features:
         hidden, unplaced = views.hidden_contents, views.hidden_positions
         inputs = dataclasses.replace(
             self._inputs(views),
             masked=None if hidden is None else hidden.mask.flatten(0, 1),
             unplaced=None if unplaced is None else unplaced.mask.flatten(0, 1),
         )
-        return self.student.backbone(views.pixels.flatten(0, 1), inputs)
+        return network(views.pixels.flatten(0, 1), inputs)
 
     def _inputs(self, views: Views) -> Inputs:
         """What student and teacher are told of views: objects, and where they stand, if there is a field."""
@@ -299,7 +319,7 @@ class Distillation(Method):
         return self.teacher.backbone
 
     def trained(self) -> Iterable[VisionTransformer]:
-        return (self.student.backbone, self.backbone)
+        return (self.student.backbone, self.backbone, *filter(None, (self.start,)))
 
     def networks(self) -> dict[str, nn.Module]:
         heads = {f"heads.{name}": head for name, head in self.student.heads.items()}

@@ -69,6 +69,12 @@ class Method(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig  # a frozen dataclass of its keys
 
+    def begin(self) -> None:
+        """Note what there is to note of the starting weights; called once, when they are there.
+
+        Of a run that goes on, a checkpoint then replaces what was noted.
+        """
+
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """Compute the losses of a batch; updates nothing but running statistics."""

@@ -32,7 +32,9 @@ def batch_share(config: RunConfig) -> int:
 def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Trainer:
     """Return networks, optimiser and views of a run, from its seed."""
     _check_memory(config, device)
-    method = _method(config).to(device).train()
+    method = _method(config)
+    method.begin()
+    method.to(device).train()
     try:
         method.check_batch(batch_share(config), config.loader.objects_per_image)
     except ValueError as error:
@@ -79,6 +81,7 @@ def _check_memory(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
     with torch.device("meta"):
         method = _build(config)
+        method.begin()
     # A weight that trains has a gradient and two averages of AdamW beside it.
     numbers = sum(p.numel() * (4 if p.requires_grad else 1) for p in method.parameters())
     needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))

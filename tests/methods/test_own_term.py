@@ -1,4 +1,4 @@
-"""A term that somebody else wrote, Gram anchoring (DINOv3): one class, one line in `TERMS`, one key."""
+"""A term that somebody else wrote, anchored to an earlier teacher: a class, a line in `TERMS`, a key."""
 
 from copy import deepcopy
 from dataclasses import dataclass, make_dataclass, replace
@@ -24,23 +24,23 @@ HEADS = {"main": HeadConfig(prototypes=7, hidden=16, bottleneck=5)}
 
 
 @dataclass(frozen=True)
-class GramConfig:
+class LikenessConfig:
     weight: float = key(2.0, "weight of this term in the sum of losses", at_least=0)
     every: int = key(2, "steps after which the anchor is taken anew", at_least=1)
 
 
-class GramTerm(Term):
+class LikenessTerm(Term):
     """Keeps which patches of a view are alike as an earlier teacher had it."""
 
-    Config, help = GramConfig, "likeness of patches as of an earlier teacher (DINOv3)"
+    Config, help = LikenessConfig, "likeness of patches as of an earlier teacher (DINOv3)"
 
-    def __init__(self, config: GramConfig, setting: Setting) -> None:
+    def __init__(self, config: LikenessConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.anchor: torch.nn.Module | None = None
 
     @classmethod
-    def check(cls, config: GramConfig, setting: Setting) -> None:
+    def check(cls, config: LikenessConfig, setting: Setting) -> None:
         if setting.grid == (1, 1):
             raise ValueError(f"method.{setting.name} compares patches: large views have one")
 
@@ -57,11 +57,11 @@ class GramTerm(Term):
 
 
 @pytest.fixture
-def with_gram(monkeypatch):
-    """The configuration of distillation as it is with the line `"gram": GramTerm` in TERMS."""
-    monkeypatch.setitem(TERMS, "gram", GramTerm)
-    field = ("gram", GramConfig | None, key(None, GramTerm.help))
-    return make_dataclass("WithGram", [field], bases=(DistillationConfig,), frozen=True)
+def with_likeness(monkeypatch):
+    """The configuration of distillation as it is with the line `"likeness": LikenessTerm` in TERMS."""
+    monkeypatch.setitem(TERMS, "likeness", LikenessTerm)
+    field = ("likeness", LikenessConfig | None, key(None, LikenessTerm.help))
+    return make_dataclass("WithLikeness", [field], bases=(DistillationConfig,), frozen=True)
 
 
 def naive(mine: Tensor, theirs: Tensor) -> float:
@@ -75,12 +75,12 @@ def naive(mine: Tensor, theirs: Tensor) -> float:
     return total / count
 
 
-def test_it_is_added_and_holds_on_to_an_earlier_teacher(with_gram, batch):
+def test_it_is_added_and_holds_on_to_an_earlier_teacher(with_likeness, batch):
     views = ViewsConfig(masking=MaskingConfig())
     torch.manual_seed(0)
     plain = Distillation(DistillationConfig(heads=HEADS), MODEL, views)
     torch.manual_seed(0)
-    method = Distillation(with_gram(heads=HEADS, gram=GramConfig()), MODEL, views)
+    method = Distillation(with_likeness(heads=HEADS, likeness=LikenessConfig()), MODEL, views)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p, q in zip(method.student.parameters(), plain.student.parameters(), strict=True):
@@ -95,10 +95,10 @@ def test_it_is_added_and_holds_on_to_an_earlier_teacher(with_gram, batch):
         pixels = made.large.pixels.flatten(0, 1)
         mine = method.student.backbone(pixels, masked(made)).patches
         expected = 2.0 * naive(mine.detach(), first(pixels).patches.detach())  # the anchor of step 0 in both
-        assert output.losses["gram"].item() == pytest.approx(expected, rel=1e-4)
+        assert output.losses["likeness"].item() == pytest.approx(expected, rel=1e-4)
         assert expected > 0
-        assert set(output.losses) == {"token", "patch", "gram"}
-        assert "gram/alike" in output.logs
+        assert set(output.losses) == {"token", "patch", "likeness"}
+        assert "likeness/alike" in output.logs
         if step == 0:  # without it nothing else differs
             alone = plain(made, progress)
             assert all(torch.equal(alone.losses[name], output.losses[name]) for name in alone.losses)
@@ -107,21 +107,23 @@ def test_it_is_added_and_holds_on_to_an_earlier_teacher(with_gram, batch):
         optimizer.step()
         method.after_step(progress, 0.5)
     assert not torch.equal(first.patch_embed.proj.weight, method.backbone.patch_embed.proj.weight)
-    assert int(method.state_dict()["gram.steps"]) == 2  # its state is in checkpoints
+    assert int(method.state_dict()["likeness.steps"]) == 2  # its state is in checkpoints
 
 
 def masked(made):
     return Inputs(masked=made.large.hidden_contents.mask.flatten(0, 1))
 
 
-def test_its_keys_are_strict_and_it_can_refuse(with_gram):
-    config = build(with_gram, {"gram": {"weight": 0.5}})
-    assert config.gram == GramConfig(weight=0.5)
-    assert to_dict(config)["gram"] == {"weight": 0.5, "every": 2}
-    with pytest.raises(ConfigError, match=r"gram\.wight"):
-        build(with_gram, {"gram": {"wight": 0.5}})
+def test_its_keys_are_strict_and_it_can_refuse(with_likeness):
+    config = build(with_likeness, {"likeness": {"weight": 0.5}})
+    assert config.likeness == LikenessConfig(weight=0.5)
+    assert to_dict(config)["likeness"] == {"weight": 0.5, "every": 2}
+    with pytest.raises(ConfigError, match=r"likeness\.wight"):
+        build(with_likeness, {"likeness": {"wight": 0.5}})
     with pytest.raises(ConfigError, match="every"):
-        build(with_gram, {"gram": {"every": 0}})
+        build(with_likeness, {"likeness": {"every": 0}})
     one = replace(MODEL, patch_size=16)
-    with pytest.raises(ValueError, match=r"method\.gram compares patches"):
-        with_gram(patch=None, gram=GramConfig()).check(ViewsConfig(global_size=16, local_size=16), one)
+    with pytest.raises(ValueError, match=r"method\.likeness compares patches"):
+        with_likeness(patch=None, likeness=LikenessConfig()).check(
+            ViewsConfig(global_size=16, local_size=16), one
+        )

@@ -10,8 +10,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from foveola.config import UserError, key
+from foveola.methods.terms.gram import GramTerm
 from foveola.methods.terms.patch import PatchTerm
 from foveola.methods.terms.position import PositionTerm
+from foveola.methods.terms.preservation import PreservationTerm
 from foveola.methods.terms.spread import SpreadTerm
 from foveola.methods.terms.term import Term
 from foveola.methods.terms.token import ImageTerm, TokenTerm
@@ -23,6 +25,8 @@ TERMS: dict[str, type[Term]] = {
     "patch": PatchTerm,
     "position": PositionTerm,
     "spread": SpreadTerm,
+    "gram": GramTerm,
+    "preservation": PreservationTerm,
 }
 DOOR = Door("term", "foveola.terms", TERMS, "my_module:MyTerm")
 

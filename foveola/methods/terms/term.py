@@ -35,12 +35,12 @@ class Tokens:
     """
 
     large: Features
-    small: Features | None = None  # the teacher sees none
+    small: Features | None = None  # only the student sees them
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What there is to compare in a step: tokens of the student, which learns, and of the teacher."""
+    """What there is to compare in a step: tokens of the student, which learns, of the teacher, and more."""
 
     batch: Batch
     student: Tokens
@@ -48,6 +48,9 @@ class Seen:
     heads: Mapping[str, Heads]
     progress: Progress
     backbone: VisionTransformer  # the teacher's, for a term that keeps a copy of an earlier one
+    # Of the starting weights, told of views what the student is told, without gradient; None unless a term
+    # reads them (`Term.reads_start`).
+    start: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class Term(nn.Module, ABC):
     @staticmethod
     def reads_image_token(config: Any) -> bool:
         """Return whether it is about the token of the whole image, which `views.objects.image_token` adds."""
+        return False
+
+    @staticmethod
+    def reads_start(config: Any) -> bool:
+        """Return whether it compares with what the starting weights make of the large views: `Seen.start`."""
         return False
 
     @classmethod
