@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import foveola
 from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
-from foveola.console import Ended, as_command, only, print_keys, print_table, split
+from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
 from foveola.failures import explain, told
 from foveola.files import is_there
 
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
             raise
-        return _refuse(str(error))
+        return refuse(str(error))
     except KeyboardInterrupt:
         print("foveola: interrupted", file=sys.stderr)
         return 130
@@ -129,12 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason = explain(error)
         if reason is None or os.environ.get("FOVEOLA_DEBUG") == "1":
             raise
-        return _refuse(reason)
-
-
-def _refuse(reason: str) -> int:
-    print(f"foveola: error: {' '.join(reason.split())}", file=sys.stderr)
-    return 2
+        return refuse(reason)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """What every command of `cli` shares: words of a command line, aligned columns, and an end by a signal."""
 
+import os
 import shutil
 import signal
 import sys
@@ -70,6 +71,20 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
         start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
         lines = textwrap.wrap(last, max(room, 30)) or [""]
         print((start + ("\n" + " " * indent).join(lines)).rstrip())
+
+
+def refuse(reason: str) -> int:
+    """Say in one line why a command ends, and return its exit code; what all processes of torchrun meet is
+    said once.
+    """
+    line = f"foveola: error: {' '.join(reason.split())}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from foveola.distributed import is_first_to_say  # torch, for which a mistake need not wait
+
+        if not is_first_to_say(line):
+            return 2
+    print(line, file=sys.stderr)
+    return 2
 
 
 class Ended(BaseException):

@@ -22,6 +22,8 @@ T = TypeVar("T")
 # What launchers other than torchrun tell their tasks: how many they are.
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
+STORE_SECONDS = timedelta(seconds=5)  # to reach the store of torchrun
+
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -165,6 +167,21 @@ def gather_rows(tensor: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "all_row
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).to(tensor.device)
+
+
+def is_first_to_say(text: str) -> bool:
+    """Return whether no other process of the same start of torchrun has asked this of the same text.
+
+    It needs no group of processes, which an error may have ended: torchrun's own store counts. Where that
+    cannot be reached, every process is the first.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=STORE_SECONDS)
+        return store.add(f"foveola/said/{attempt}/{text}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def barrier() -> None:

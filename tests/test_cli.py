@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from foveola import __version__, cli, console
 from foveola.config import KeyInfo, UserError, parse_overrides
@@ -287,3 +288,25 @@ def test_a_former_spelling_is_said_in_one_line(capsys):
     *said, last = capsys.readouterr().err.splitlines()
     assert set(said) == {"foveola: rows: 'pictures' is now called 'images'"}
     assert last.startswith("foveola: error: ")
+
+
+def test_what_all_processes_of_torchrun_meet_is_said_once(monkeypatch, capsys):
+    """Each process of a start counts in torchrun's store; another start, and another mistake, begin anew."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agent = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    for name, value in agent.items():
+        monkeypatch.setenv(name, value)
+
+    def said(recipe: str) -> int:
+        assert cli.main(["pretrain", recipe]) == 2
+        return capsys.readouterr().err.count("foveola: error: ")
+
+    assert [said("nowhere"), said("nowhere"), said("elsewhere")] == [1, 0, 1]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert said("nowhere") == 1
+    monkeypatch.setenv("MASTER_PORT", "no number")  # a store that cannot be asked
+    assert [said("nowhere"), said("nowhere")] == [1, 1]

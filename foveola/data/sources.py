@@ -322,3 +322,25 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
         dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,
     ),
 }
+
+
+def image_name(source: Source, index: int) -> str:
+    """Return the name of an image that cannot be read, perhaps not even asked for."""
+    try:
+        return source[index].name
+    except (BadImage, OSError) as error:
+        return str(error)
+
+
+def why_bad(source: Any, index: int) -> str:
+    """Return the name of an image that cannot be used, and the reason: of its file, or of what
+    annotates it.
+    """
+    name = image_name(source, index)
+    try:
+        decode(source[index].image)
+        if isinstance(source, PixelSource):
+            source.label_map(index)
+    except (BadImage, OSError) as error:
+        return str(error) if str(error).startswith(name) else f"{name} ({error})"
+    return name

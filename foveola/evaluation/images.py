@@ -23,8 +23,7 @@ from foveola.config import UserError, again, key
 from foveola.data.identity import Identity, identity_of
 from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage, DataError
-from foveola.data.segmentation import PixelSource
-from foveola.data.sources import Source, decode
+from foveola.data.sources import Source, image_name, why_bad
 
 PARCEL = 8  # images that travel together from a worker
 SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -281,32 +280,10 @@ def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
 
 def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[str, Any]:
     """Count and name images that could not be read; too many are an error."""
-    names = [_name_of(source, int(index)) for index in bad[:10]]
+    names = [image_name(source, int(index)) for index in bad[:10]]
     if len(bad) > MAX_BAD * count:
         raise UserError(
             f"{source.name}: {len(bad)} of {count} images cannot be read, such as "
             + why_bad(source, int(bad[0]))
         )
     return {"unreadable": len(bad), "unreadable_names": names}
-
-
-def _name_of(source: Source, index: int) -> str:
-    """The name of an image that cannot be read, perhaps not even asked for."""
-    try:
-        return source[index].name
-    except BadImage as error:
-        return str(error)
-
-
-def why_bad(source: Any, index: int) -> str:
-    """Return the name of an image that cannot be used, and the reason: of its file, or of what
-    annotates it.
-    """
-    name = _name_of(source, index)
-    try:
-        decode(source[index].image)
-        if isinstance(source, PixelSource):
-            source.label_map(index)
-    except BadImage as error:
-        return str(error) if str(error).startswith(name) else f"{name} ({error})"
-    return name

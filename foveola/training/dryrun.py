@@ -5,12 +5,15 @@ import resource
 import sys
 import time
 
+import numpy as np
 import torch
 
 from foveola import distributed
+from foveola.data.decode import decode
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
-from foveola.data.sources import Source, notes_of, open_source
+from foveola.data.sample import BadImage
+from foveola.data.sources import Source, notes_of, open_source, why_bad
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, blueprint
@@ -18,6 +21,9 @@ from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig, plan
 from foveola.views.blocks import draw_blocks
 
+LOOKED_AT = 200  # images that are read to find unreadable ones, spread evenly over the data
+LOOK_SECONDS = 5.0  # after which no further one is read
+NAMED = 5  # unreadable images that are named
 CPU_BATCH = 8  # images of a trial step on a CPU: enough to see the speed, few enough to wait for
 
 
@@ -46,6 +52,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "data": f"{source.name}: {len(source):,} images"
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
+        **({"readable": try_images(source)} if config.data else {}),
         "parameters": _parameters(trainer),
         **({"resting": resting} if (resting := "; ".join(_resting(config, trainer))) else {}),
         "tokens per image": _tokens(config, part),
@@ -85,6 +92,29 @@ def _try(
         seconds = time.perf_counter() - start
     terms = {name.removeprefix("loss/"): float(v) for name, v in values.items() if name.startswith("loss/")}
     return ", ".join(f"{name} {v:.3f}" for name, v in terms.items()), seconds, _memory(device)
+
+
+def try_images(source: Source, seconds: float = LOOK_SECONDS) -> str:
+    """Return how many images of a sample of at most 200 can be read, with the names of those that cannot.
+
+    They are spread evenly over the source, and read in an order that stays so where `seconds` end it early.
+    """
+    chosen = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).round().astype(int))
+    until, read, failed = time.monotonic() + seconds, 0, []
+    for index in np.random.default_rng(0).permutation(chosen).tolist():
+        if read and time.monotonic() >= until:
+            break
+        read += 1
+        try:
+            decode(source[index].image)
+        except (BadImage, OSError):
+            failed.append(index)
+    if not failed:
+        return f"all of {read:,} images, spread evenly over {len(source):,}"
+    names = "; ".join(why_bad(source, index) for index in sorted(failed)[:NAMED])
+    more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+    good = f"{read - len(failed):,} of {read:,} images, spread evenly over {len(source):,}"
+    return f"{good}; not: {names}{more}"
 
 
 def _parameters(trainer: Trainer) -> str:

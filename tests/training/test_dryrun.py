@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from foveola.config import UserError, build, merge, to_dict
-from foveola.training.dryrun import dry_run
+from foveola.data.sources import open_source
+from foveola.training.dryrun import dry_run, try_images
 from foveola.training.recipe import RunConfig, nested, recipes, resolve
 
 SMALL = {
@@ -52,7 +54,7 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     config = made(name, merge(small, nested(parts)))
     said = rows(dry_run(config))
     objects = ["objects"] * (config.views.objects is not None)
-    assert list(said) == [*FIELDS[:2], *objects, *FIELDS[2:], "advice"]
+    assert list(said) == [*FIELDS[:2], *objects, "readable", *FIELDS[2:], "advice"]
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
     assert said["data"].endswith("64 images")
     if method in ("mae", "ijepa"):
@@ -139,13 +141,34 @@ def test_mistakes_show_before_anything_is_built():
         dry_run(made("demo", SMALL | HEADS | {"duration": "long"}))
 
 
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    """1,000 files, of which the sample reads every fifth; the first and the last are always in it."""
+    (tmp_path / "0000.png").write_bytes(b"torn")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0001.png")
+    for number in range(2, 1000):
+        (tmp_path / f"{number:04}.png").hardlink_to(tmp_path / "0001.png")
+    source = open_source(f"folder:{tmp_path}")
+    assert try_images(source).startswith("199 of 200 images, spread evenly over 1,000; not: 0000.png")
+    (tmp_path / "0000.png").unlink()
+    source = open_source(f"folder:{tmp_path}")
+    assert try_images(source) == "all of 200 images, spread evenly over 999"
+    assert try_images(source, seconds=0) == "all of 1 images, spread evenly over 999"
+    for number in range(1, 9):
+        (tmp_path / f"{number:04}.png").unlink()
+    few = open_source(f"folder:{tmp_path}")
+    for number in range(9, 16):
+        (tmp_path / f"{number:04}.png").unlink()
+        (tmp_path / f"{number:04}.png").write_bytes(b"torn")
+    assert re.search(r"not: 0009\.png.*; 0014\.png.*", try_images(few))
+
+
 def test_several_processes_each_try_their_share(run_ranks):
     tree = to_dict(made("ibot-vits16-in1k", SMALL | HEADS))
     code = f"""
 import json, torch
 torch.set_num_threads(1)
 from foveola.config import build
-from foveola.training.dryrun import dry_run
+from foveola.training.dryrun import dry_run, try_images
 from foveola.training.recipe import RunConfig
 print(dry_run(build(RunConfig, json.loads({json.dumps(json.dumps(tree))}))))
 """

@@ -15,9 +15,9 @@ from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
-from foveola.data.sources import Source, decode
+from foveola.data.sources import Source, decode, why_bad
 from foveola.evaluation.features.table import check_finite, mask_kinds, object_tokens
-from foveola.evaluation.images import Batches, Images, ReadingConfig, share_of_rank, why_bad
+from foveola.evaluation.images import Batches, Images, ReadingConfig, share_of_rank
 from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
