@@ -47,7 +47,7 @@ class GramTerm(Term):
         mine, theirs = seen.student.large.patches, seen.start.large.patches
         counted = None if self.config.tokens == "all" else visible(seen)
         loss = gram_loss(mine, theirs, counted)
-        return Output({"loss": self.config.weight * loss}, {"cosine": mean_cosine(mine, theirs)})
+        return Output({"loss": self.config.weight * loss}, {"cosine": cosine_to_start(mine, theirs)})
 
 
 def visible(seen: Seen) -> Bool[Tensor, "C N"] | None:
@@ -57,6 +57,6 @@ def visible(seen: Seen) -> Bool[Tensor, "C N"] | None:
 
 
 @torch.no_grad()
-def mean_cosine(mine: Tensor, theirs: Tensor) -> Tensor:
+def cosine_to_start(mine: Tensor, theirs: Tensor) -> Tensor:
     """Return the mean cosine of features to those that the starting encoder has in their place."""
     return 1 - cosine_distance(mine, theirs).mean()

@@ -8,7 +8,7 @@ import torch
 from foveola.config import key
 from foveola.losses import cosine_distance
 from foveola.methods.method import Output
-from foveola.methods.terms.gram import mean_cosine, visible
+from foveola.methods.terms.gram import cosine_to_start, visible
 from foveola.methods.terms.term import Seen, Term
 
 
@@ -53,7 +53,7 @@ class PreservationTerm(Term):
         patches = (patches * weights).sum() / weights.sum().clamp(min=1)
         losses = {"token": self.config.token * tokens, "patch": self.config.patch * patches}
         logs = {
-            "token_cosine": mean_cosine(mine.objects, theirs.objects),
-            "patch_cosine": mean_cosine(mine.patches, theirs.patches),
+            "token_cosine": cosine_to_start(mine.objects, theirs.objects),
+            "patch_cosine": cosine_to_start(mine.patches, theirs.patches),
         }
         return Output({name: loss for name, loss in losses.items() if getattr(self.config, name)}, logs)
