@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from foveola.config import key
+from foveola.models.lora import merged
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.schedules import Progress
@@ -189,8 +190,11 @@ def freeze(module: M) -> M:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Set theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision."""
-    pairs = dict(student.named_parameters())
+    """Set theta_t <- m theta_t + (1 - m) theta_s for all parameters, in their own (float32) precision.
+
+    Updates of low rank count as part of what they update: the teacher has none of its own.
+    """
+    pairs = merged({**dict(student.named_parameters()), **dict(student.named_buffers())})
     old: list[Tensor] = [parameter.detach() for parameter in teacher.parameters()]
     new: list[Tensor] = [pairs[name].detach() for name, _ in teacher.named_parameters()]
     torch._foreach_lerp_(old, new, 1 - momentum)

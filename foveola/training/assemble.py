@@ -8,13 +8,15 @@ import torch
 from foveola import distributed
 from foveola.config import ConfigError
 from foveola.methods import find_method
-from foveola.methods.method import Method
+from foveola.methods.method import Method, learns
 from foveola.models.encoder import Encoder
+from foveola.models.lora import add_adapters
 from foveola.schedules import Progress
 from foveola.training.freezing import Freezing, keep_last_blocks
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig
+from foveola.views.batch import Streams
 
 
 def batch_share(config: RunConfig) -> int:
@@ -33,7 +35,7 @@ def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Tra
     """Return networks, optimiser and views of a run, from its seed."""
     _check_memory(config, device)
     method = _method(config)
-    method.begin()
+    _restrict(method, config)
     method.to(device).train()
     try:
         method.check_batch(batch_share(config), config.loader.objects_per_image)
@@ -73,15 +75,14 @@ def student_names(method: Method) -> dict[str, str]:
 def blueprint(config: RunConfig) -> Method:
     """Return the networks of a method as it is built, all of which learn that it trains, without memory."""
     with torch.device("meta"):
-        make: Any = find_method(config.method.name)
-        return make(config.method, config.model, config.views)
+        return _build(config)
 
 
 def _check_memory(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
     with torch.device("meta"):
         method = _build(config)
-        method.begin()
+        _restrict(method, config)
     # A weight that trains has a gradient and two averages of AdamW beside it.
     numbers = sum(p.numel() * (4 if p.requires_grad else 1) for p in method.parameters())
     needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))
@@ -103,7 +104,15 @@ def _method(config: RunConfig) -> Method:
 
 def _build(config: RunConfig) -> Method:
     make: Any = find_method(config.method.name)
-    method: Method = make(config.method, config.model, config.views)
+    return make(config.method, config.model, config.views)
+
+
+def _restrict(method: Method, config: RunConfig) -> None:
+    """Once the starting weights are there: note them, and let only what is to learn of the encoder learn."""
+    method.begin()
     if config.train_blocks is not None:
         keep_last_blocks(method, config.train_blocks)
-    return method
+    if config.lora is not None:
+        drawn = Streams(config.seed, 0)("lora")
+        for network in [each for each in method.trained() if learns(each)]:
+            add_adapters(network, config.lora, drawn)

@@ -134,6 +134,10 @@ def _resting(config: RunConfig, trainer: Trainer) -> list[str]:
     count, named = config.train_blocks, trainer.freezing.describe()
     if count is not None:
         named.append("encoder but for its last " + ("block" if count == 1 else f"{count} blocks"))
+    if config.lora is not None:
+        named.append(
+            f"encoder but for updates of rank {config.lora.rank} of {', '.join(config.lora.targets)}"
+        )
     return named
 
 

@@ -35,6 +35,7 @@ from foveola.methods.mae import MaeConfig
 from foveola.methods.method import MethodConfig
 from foveola.methods.terms import DOOR as TERM_DOOR
 from foveola.models.encoder import EncoderConfig, TransformConfig
+from foveola.models.lora import LoraConfig
 from foveola.models.vit import SIZES, ViTConfig
 from foveola.outside import name_of
 from foveola.schedules import Progress, Schedule, steps_of
@@ -117,6 +118,9 @@ class RunConfig:
     train_blocks: int | None = key(
         None, "so many last blocks of the encoder learn, and its final norm; null = all of it", at_least=1
     )
+    lora: LoraConfig | None = key(
+        None, "the encoder learns by updates of low rank, which are merged when it is written"
+    )
     transform: TransformConfig | None = key(
         None, "images at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
     )
@@ -139,6 +143,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)
         self.method.check(self.views, self.model)
+        if self.lora is not None and self.train_blocks is not None:
+            raise ValueError(
+                "lora and train_blocks both say what learns: write lora.blocks, train_blocks=null"
+            )
         if not self.method.knows_field:
             field = self.model.positions == "field"
             if field or self.views.placement is not None or self.views.position_masking is not None:
@@ -158,6 +166,8 @@ class RunConfig:
         if self.views.objects is None:
             drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
+        if ALL in (self.freeze.get("encoder"), self.freeze.get("backbone")):
+            idle |= dict.fromkeys(("lora", "train_blocks"), "freeze.encoder=all: nothing of it learns")
         return idle
 
     def encoder(self) -> EncoderConfig:

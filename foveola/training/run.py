@@ -22,6 +22,7 @@ from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
 from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
+from foveola.models.lora import merged
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, student_names, untrained
@@ -377,7 +378,7 @@ class _Session:
     def _encoder(self, step: int) -> Encoder:
         method = self.trainer.method
         encoder = Encoder(dataclasses.replace(self.config.encoder(), step=step))
-        encoder.backbone.load_state_dict(method.backbone.state_dict())
+        encoder.backbone.load_state_dict(merged(method.backbone.state_dict()))
         if encoder.predictor is not None and method.predictor is not None:
             encoder.predictor.load_state_dict(method.predictor.state_dict())
         return encoder.to(self.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveola.config import UserError, build
 from foveola.files import EncoderFolder, RunModel, checkpoint_step, is_whole
 from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.models.lora import merged
 from foveola.zoo.weights import read_config
 
 # Where the students of our methods stood before checkpoints said it.
@@ -78,7 +79,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of the method in a checkpoint, and how the names of those of its student begin."""
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        return state["trainer"]["method"], dict(state.get("student", EARLIER))
+        return merged(state["trainer"]["method"]), dict(state.get("student", EARLIER))
     except (
         *(RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError),
         pickle.UnpicklingError,

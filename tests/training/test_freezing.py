@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from foveola.config import ConfigError
+import foveola
+from foveola.config import ConfigError, build, merge
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble
-from foveola.training.recipe import resolve
+from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.training.run import pretrain
 
 CPU = torch.device("cpu")
@@ -150,8 +151,6 @@ os._exit(0)
 
 def test_two_processes_average_what_learns(tiny_tree, plain_tree, tiny, tmp_path, run_ranks, newest):
     """Without random views two processes are one with the whole batch, before and after a phase ends."""
-    from foveola.config import merge
-
     tree = merge(merge(tiny_tree, plain_tree), {"freeze": {"encoder": "3 steps"}, "duration": "6 steps"})
     tree = merge(tree, {"accumulate": 2})
     code = f"TREE = {json.dumps(json.dumps(tree | {'out': str(tmp_path / 'two')}))}\n{RANKS}"
@@ -164,3 +163,67 @@ def test_two_processes_average_what_learns(tiny_tree, plain_tree, tiny, tmp_path
     assert first[1]
     for name, values in first[1].items():
         assert torch.tensor(values) == pytest.approx(state[name], rel=1e-3, abs=1e-6), name
+
+
+# -- low-rank updates ----------------------------------------------------------------------------------------
+
+LORA = {"lora": {"rank": 2}, "freeze": {"encoder": "2 steps"}, "optimizer.parts": {"encoder": {"lr": 100.0}}}
+MAE = {
+    "method": {"name": "mae", "decoder": {"kind": "self", "width": 16, "depth": 1, "heads": 2}},
+    "model": {"positions": "sincos", "init": "xavier", "drop_path": 0.0},
+    "optimizer": {"freeze_last_layer": "0 steps", "layer_decay": 0.7},
+    "views": {
+        "global_count": 1,
+        "local_count": 0,
+        "masking": None,
+        "objects": None,
+        "dropping": {"shape": "random", "ratio": 0.5, "predict": 1.0},
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", ["distillation", "mae"])
+def test_a_run_of_low_rank_updates_keeps_an_ordinary_encoder(
+    tiny, tiny_tree, tmp_path, newest, interrupt_after, same, recipe
+):
+    """Interrupted within the phase and after it; what is written is base + scale * B A of the checkpoint."""
+    base = tiny_tree if recipe == "distillation" else merge(tiny_tree | {"method": {}}, MAE)
+
+    def config(out: str) -> RunConfig:
+        return build(RunConfig, merge(base, nested(LORA | {"out": str(tmp_path / out)})))
+
+    whole = pretrain(config("whole"))
+    for stop in (1, 3, 0):
+        interrupt_after(stop)
+        parts = pretrain(config("parts"))
+    state = newest(whole.folder)["trainer"]
+    same(state, newest(parts.folder)["trainer"])
+
+    student = {k.removeprefix("student.backbone."): v for k, v in state["method"].items()}
+    a, b = (student[f"blocks.1.mlp.fc2.lora_{x}"] for x in "ab")
+    assert b.abs().max() > 0
+    expected = student["blocks.1.mlp.fc2.weight"] + 8 * b @ a
+    of_student = foveola.load(f"{whole.folder}?which=student").backbone.state_dict()
+    assert of_student["blocks.1.mlp.fc2.weight"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    kept = foveola.load(whole.folder).backbone.state_dict()
+    assert not any("lora" in name for name in kept)
+    if recipe == "mae":  # there is no teacher
+        assert all(torch.equal(kept[name], value) for name, value in of_student.items())
+    start = assemble(config("start"), PROGRESS, CPU).method.state_dict()
+    prefix = "student.backbone." if recipe == "mae" else "teacher.backbone."
+    for name, value in kept.items():
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        linear = (
+            name.startswith("blocks.")
+            and not name.endswith("bias")
+            and layer in ("qkv", "proj", "fc1", "fc2")
+        )
+        learned = linear or (name == "mask_token" and recipe != "mae")
+        assert torch.equal(value, start[f"{prefix}{name}"]) != learned, name
+
+
+def test_what_learns_is_said_once(tiny):
+    with pytest.raises(ConfigError, match=r"lora and train_blocks both say what learns"):
+        tiny(lora={}, train_blocks=1)
+    with pytest.raises(ConfigError, match=r"lora\.rank has no effect: freeze\.encoder=all"):
+        resolve("demo", {"freeze": {"encoder": "all"}, "lora.rank": 4})

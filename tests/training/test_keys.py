@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {  # values that change much, where most change little i
     "optimizer.freeze_last_layer": "80 %",
     "freeze": {"encoder": "all"},
     "train_blocks": 1,
+    "lora": {"rank": 2},
 }
 
 
