@@ -49,8 +49,8 @@ class LoraLinear(nn.Linear):
         self.lora_b = nn.Parameter(base.weight.new_zeros(self.out_features, rank))
         self.register_buffer("lora_scale", torch.tensor(alpha / rank, device=base.weight.device))
 
-    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        return super().forward(x) + self.lora_scale * linear(linear(x, self.lora_a), self.lora_b)
+    def forward(self, input: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        return super().forward(input) + self.lora_scale * linear(linear(input, self.lora_a), self.lora_b)
 
 
 def add_adapters(network: VisionTransformer, config: LoraConfig, generator: torch.Generator) -> None:
