@@ -55,6 +55,7 @@ ALLOWED = {
         "distributed",
         "models.encoder",
         "models.lora",
+        "models.starting",
         "models.vit",
     },
     "training.evaluations": {"evaluation.evaluate", "evaluation.features.overlap", "evaluation.result"},
@@ -73,6 +74,8 @@ ALLOWED = {
     },
     "drawing": set(),
     "zoo": {"models.encoder", "models.lora", "models.vit"},
+    "zoo.transfer": {"models"},  # it makes tensors of other shapes
+    "zoo.training_heads": {"models.starting"},
     "evaluation": {"models.encoder", "models.transform", "zoo", "data", "geometry", "distributed", "views"},
     "views": {"data.sample", "geometry"},
     "models": {"geometry"},

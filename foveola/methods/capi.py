@@ -33,6 +33,7 @@ from foveola.methods.method import (
 )
 from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.starting import StartingWeights
 from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
@@ -348,6 +349,16 @@ class Capi(Method):
 
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher.backbone)
+
+    def start_from(self, start: StartingWeights) -> None:
+        super().start_from(start)
+        student, teacher = self.student, self.teacher
+        if self.config.predictor is not None:
+            start.move("predictor", student.predictor, teacher.predictor)
+        if any(True for _ in student.head.parameters()):
+            start.move("head", student.head, getattr(teacher, "head", None))
+        if self.config.targets == "clusters" and self.clustering is not None:
+            start.move("clustering", self.clustering)
 
     def networks(self) -> dict[str, nn.Module]:
         student = self.student

@@ -22,6 +22,7 @@ from foveola.methods.method import Method, MethodConfig, Output, ema_update, fre
 from foveola.methods.terms import TERMS, Named, named
 from foveola.methods.terms.term import Heads, Seen, Setting, Term, Tokens
 from foveola.models.heads import HeadConfig, ProjectionHead
+from foveola.models.starting import StartingWeights
 from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, Views, ViewsConfig
@@ -69,7 +70,7 @@ class DistillationConfig(_Terms):
     recipe names.
     """
 
-    knows_field = True
+    knows_field, needs_class_token = True, True
     known: ClassVar[Mapping[str, type[Term]]] = TERMS  # by their keys
 
     momentum: Schedule = key(
@@ -320,6 +321,19 @@ class Distillation(Method):
 
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.backbone, *filter(None, (self.start,)))
+
+    def start_from(self, start: StartingWeights) -> None:
+        super().start_from(start)
+        for name in self.student.heads:
+            terms = [
+                term for term, config in self.config.terms().items() if name in self.terms[term].heads(config)
+            ]
+            start.move(
+                f"heads.{name}",
+                self.student.head(name),
+                self.teacher.head(name),
+                [f"head_of.{term}" for term in terms],
+            )
 
     def networks(self) -> dict[str, nn.Module]:
         heads = {f"heads.{name}": head for name, head in self.student.heads.items()}

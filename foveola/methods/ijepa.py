@@ -30,6 +30,7 @@ from foveola.methods.method import (
 from foveola.models.blocks import initialise
 from foveola.models.positions import take_rows
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.starting import StartingWeights
 from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
@@ -169,6 +170,11 @@ class IJepa(Method):
 
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher)
+
+    def start_from(self, start: StartingWeights) -> None:
+        super().start_from(start)
+        start.move("predictor", self.student.predictor)
+        start.move("head", self.student.head)
 
     def networks(self) -> dict[str, nn.Module]:
         student = self.student

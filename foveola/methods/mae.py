@@ -23,6 +23,7 @@ from foveola.models.blocks import initialise
 from foveola.models.embedding import patchify, unpatchify
 from foveola.models.positions import take_rows
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.starting import StartingWeights
 from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
@@ -170,6 +171,12 @@ class Mae(Method):
 
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone,)
+
+    def start_from(self, start: StartingWeights) -> None:
+        super().start_from(start)
+        if not self.student.fused:
+            start.move("decoder", self.student.decoder)
+        start.move("head", self.student.head)
 
     def networks(self) -> dict[str, nn.Module]:
         decoder = {} if self.student.fused else {"decoder": self.student.decoder}

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from foveola.config import key
 from foveola.models.lora import merged
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.starting import StartingWeights
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
@@ -36,6 +37,7 @@ class MethodConfig:
     name: str = key("", "which method this is")
 
     knows_field: ClassVar[bool] = False  # whether it tells the network positions of views: positions=field
+    needs_class_token: ClassVar[bool] = False  # weights without one then get a fresh one
     # Whether what it predicts never moves, such as pixels, so that its loss can be read as progress.
     fixed_targets: ClassVar[bool] = False
 
@@ -144,6 +146,16 @@ class Method(nn.Module, ABC):
     def student_predictor(self) -> Predictor | None:
         """What `predictor` is the teacher of; it may have further blocks."""
         return self.predictor
+
+    def start_from(self, start: StartingWeights) -> None:
+        """Take over starting weights: every network of `trained` gets those of the encoder.
+
+        A method that also takes heads or a predictor from them inherits this, and calls `start.move` for
+        each. What it leaves alone stays as it was drawn.
+        """
+        names = {id(module): name for name, module in self.named_modules()}
+        for network in self.trained():
+            start.fill(network, names.get(id(network), ""))
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from foveola.geometry import resampling_weights
 from foveola.models.positions import Rope, border_coordinates, take_rows
 
 
@@ -70,3 +71,20 @@ def token_rotation(
     still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, still_ones, -1).clone()
     still[:, 0] = 1  # cosines
     return torch.cat((still, rotation), dim=2)
+
+
+def resized_kernel(kernel: Float[Tensor, "D C P P"], patch_size: int) -> Float[Tensor, "D C P2 P2"]:
+    """Return the kernel of a patch embedding for patches of another size (FlexiViT, Section 3.4: PI-resize).
+
+    With B the antialiased bicubic resizing of a patch, the new kernel w2 is the least squares solution of
+    <B x, w2> = <x, w> over all patches x: w2 = pinv(B^T) w. For larger patches the solution is exact: a patch
+    that was enlarged gives the embedding that it gave before. B is separable, and so is its pseudo-inverse.
+    Computed in float64.
+    """
+    size = kernel.shape[-1]
+    if size == patch_size:
+        return kernel
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=kernel.device)
+    resize = resampling_weights(ends[0], ends[1], patch_size, size)  # [P2, P]
+    inverse = torch.linalg.pinv(resize.mT)
+    return (inverse @ kernel.double() @ inverse.mT).to(kernel.dtype)

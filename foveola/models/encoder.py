@@ -76,6 +76,7 @@ class Encoder(nn.Module):
         self.config = config
         self.backbone = VisionTransformer(config.model) if backbone is None else backbone
         self.predictor = predictor
+        self.beside: tuple[str, ...] = ()  # names of what else is in the file that it was loaded from
         if predictor is None and config.predictor is not None:
             self.predictor = Predictor(dataclasses.replace(config.predictor, depth=1), config.model)
         self.requires_grad_(False).eval()

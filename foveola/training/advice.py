@@ -6,7 +6,8 @@ from foveola.data.sources import Source
 from foveola.health import FEW_IMAGES, SHORT
 from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule, steps_of
-from foveola.training.recipe import RunConfig, schedules
+from foveola.training.durations import schedules
+from foveola.training.recipe import RunConfig
 
 FIRST = 0.05  # share of its first weights that a teacher may still have at the end
 FASTEST = 0.9  # momentum below which none is proposed: what follows a student at once teaches it nothing

@@ -11,6 +11,7 @@ from foveola.methods import find_method
 from foveola.methods.method import Method, learns
 from foveola.models.encoder import Encoder
 from foveola.models.lora import add_adapters
+from foveola.models.starting import StartingWeights
 from foveola.schedules import Progress
 from foveola.training.freezing import Freezing, keep_last_blocks
 from foveola.training.loop import Trainer
@@ -31,10 +32,14 @@ def batch_share(config: RunConfig) -> int:
     return part
 
 
-def assemble(config: RunConfig, progress: Progress, device: torch.device) -> Trainer:
-    """Return networks, optimiser and views of a run, from its seed."""
+def assemble(
+    config: RunConfig, progress: Progress, device: torch.device, start: StartingWeights | None = None
+) -> Trainer:
+    """Return networks, optimiser and views of a run, from its seed, and from `start` where it is given."""
     _check_memory(config, device)
     method = _method(config)
+    if start is not None:
+        method.start_from(start)
     _restrict(method, config)
     method.to(device).train()
     try:

@@ -17,8 +17,10 @@ from foveola.data.sources import Source, notes_of, open_source, why_bad
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, blueprint
+from foveola.training.durations import plan
 from foveola.training.loop import Trainer
-from foveola.training.recipe import RunConfig, plan
+from foveola.training.recipe import RunConfig
+from foveola.training.start import Start
 from foveola.views.blocks import draw_blocks
 
 LOOKED_AT = 200  # images that are read to find unreadable ones, spread evenly over the data
@@ -44,7 +46,9 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     progress = plan(config, images, distributed.world_size())
     part = batch_share(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
-    trainer = assemble(config, progress, device)
+    start = Start(config.init, config.model)
+    start.insist()
+    trainer = assemble(config, progress, device, start.weights)
     trainer.accumulate = 1
     losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
     rows = {
@@ -53,6 +57,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
         **({"readable": try_images(source)} if config.data else {}),
+        **({} if start.weights is None else {"starting weights": start.weights.name}),
         "parameters": _parameters(trainer),
         **({"resting": resting} if (resting := "; ".join(_resting(config, trainer))) else {}),
         "tokens per image": _tokens(config, part),
@@ -66,6 +71,8 @@ def _describe(config: RunConfig, device: torch.device) -> str:
     }
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    if start.weights is not None:
+        lines += [f"{'start':<{width}}  {text}" for text in start.weights.close().lines()]
     lines += [f"{'note':<{width}}  {text}" for text in notes_of(source)]
     if config.data:  # without, neither images nor steps are known
         foreseen = advice(config, trainer.method, progress, images)

@@ -12,7 +12,8 @@ from foveola import distributed, files
 from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, renewed, to_dict
 from foveola.files import RunFolder
 from foveola.training import checkpoint, same_data
-from foveola.training.recipe import RunConfig, plan
+from foveola.training.durations import plan
+from foveola.training.recipe import RunConfig
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
 FREE_KEYS = (

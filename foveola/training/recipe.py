@@ -2,10 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -38,16 +37,12 @@ from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.lora import LoraConfig
 from foveola.models.vit import SIZES, ViTConfig
 from foveola.outside import name_of
-from foveola.schedules import Progress, Schedule, steps_of
-from foveola.training.freezing import ALL
+from foveola.training import start
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.views.batch import ViewsConfig
+from foveola.zoo import transfer
 
-NO_START = (
-    "training starts from fresh weights: going on from public ones is not there yet. "
-    "`foveola evaluate` measures them as they are (model=timm:NAME, hf:NAME or a file)"
-)
 LIKELY = {  # words that other libraries use, and what to write here
     "epochs": "write duration='{} epochs'",
     "steps": "write duration='{} steps'",
@@ -63,9 +58,10 @@ LIKELY = {  # words that other libraries use, and what to write here
     "gpus": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
     "devices": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
     "resume": "the same command on the same out= goes on where it stopped",
-    **dict.fromkeys(("init", "weights", "pretrained", "checkpoint", "teacher"), NO_START),
+    **dict.fromkeys(
+        ("weights", "pretrained", "checkpoint", "teacher"), "write init={}, to start from weights"
+    ),
 }
-PERIODS = ("checkpoint_every", "keep_every", "evaluate_every")  # durations of at least a step, or null
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,10 @@ class RunConfig:
     )
     out: str | None = key(
         None, "run folder; null = runs/<recipe>-<time>, or the unfinished run of the same settings there"
+    )
+    init: str | None = key(
+        None,
+        "weights to start from: anything that foveola.load reads, whose shape `model` then has; null = fresh",
     )
     seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
@@ -163,6 +163,8 @@ class RunConfig:
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
         idle: dict[str, str] = {}
+        if self.init is not None:
+            idle["model.position_init"] = "positions come from the starting weights (init)"
         if self.views.objects is None:
             drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
@@ -179,12 +181,11 @@ class RunConfig:
         return EncoderConfig(model, transform, self.recipe, pool, predictor)
 
 
-# -- recipes -------------------------------------------------------------------------------------------------
-
-
 def recipes() -> dict[str, About]:
     """Return the recipes that come with the package."""
-    return {name: build(About, _read_recipe(name).get("about", {}), "about") for name in _shipped()}
+    return {
+        name: build(About, reduce(lay, _layers(name), {}).get("about", {}), "about") for name in _shipped()
+    }
 
 
 def installed() -> list[str]:
@@ -198,7 +199,7 @@ def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = N
     it.
     """
     changes = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
-    return with_changes(_read_recipe(str(recipe)), changes)
+    return _asked_for(_layers(str(recipe)), changes)
 
 
 def with_changes(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
@@ -206,15 +207,36 @@ def with_changes(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
 
     Raises ConfigError for what cannot be, and for likely words that mean something else here.
     """
+    return _asked_for([tree], changes)
+
+
+def _asked_for(layers: list[dict[str, Any]], changes: dict[str, Any]) -> RunConfig:
     for name in changes.keys() & LIKELY.keys():
         raise ConfigError(f"unknown key {name!r}; {LIKELY[name].format(changes[name])}")
     if isinstance(changes.get("model"), str) and changes["model"] not in SIZES:
-        raise ConfigError(f"model={changes['model']!r}; {NO_START}")
+        raise ConfigError(f"model={changes['model']!r}; write init={changes['model']}, to start from weights")
     if re.fullmatch(r"\d+", duration := str(changes.get("duration")).strip()):
         raise ConfigError(f"duration={duration} has no unit: write '{duration} epochs' or '{duration} steps'")
-    config = build(RunConfig, lay(tree, changes))
+    tree, shape = _laid([*layers, changes])
+    config = build(RunConfig, tree)
+    if shape is not None:
+        transfer.check(shape, config.model, str(config.init))
     refuse_unread(config, changes)
     return config
+
+
+def _laid(layers: list[dict[str, Any]]) -> tuple[dict[str, Any], ViTConfig | None]:
+    """The layers as one tree, and the shape of its starting weights, if it has to be that of the network.
+
+    What the weights say stands over the layers below the one that names them, and below those above it.
+    """
+    tree = reduce(lay, layers, {})
+    if tree.get("init") is None:
+        return tree, None
+    named = max(i for i, layer in enumerate(layers) if layer.get("init") is not None)
+    lower, given = reduce(lay, layers[:named], {}), reduce(lay, layers[named:], {})
+    lower, shape = start.under(lower, given)
+    return lay(lower, given), shape
 
 
 def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -266,8 +288,8 @@ def _shipped_tree(name: str) -> dict[str, Any]:
         return renewed(read_yaml(path))
 
 
-def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tree of a recipe, laid over that of its `base:` if it names one, which it then changes."""
+def _layers(recipe: str, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The tree of a recipe, after that of its `base:` if it names one, over which it is laid."""
     if recipe in above:
         raise ConfigError(f"{above[0]}: its base leads back to {recipe}")
     if recipe.endswith((".yaml", ".yml")):
@@ -279,10 +301,10 @@ def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     tree = {"recipe": name} | tree
     if base is None:
-        return tree
+        return [tree]
     if str(base).endswith((".yaml", ".yml")):  # beside the file that names it
         base = Path(recipe).parent / str(base)
-    return lay(_read_recipe(str(base), (*above, recipe)), tree)
+    return [*_layers(str(base), (*above, recipe)), tree]
 
 
 def _unknown_recipe(recipe: str) -> str:
@@ -295,89 +317,3 @@ def _unknown_recipe(recipe: str) -> str:
         return f"unknown recipe {recipe!r}{path}"
     hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
     return f"unknown recipe {recipe!r}; {hint}"
-
-
-# -- durations -----------------------------------------------------------------------------------------------
-
-
-def plan(config: RunConfig, images: int, processes: int = 1) -> Progress:
-    """Return the start of a run on this many images.
-
-    Raises ConfigError for what does not fit the data, all of it in one message with what to write instead.
-    """
-    whole = processes * config.accumulate
-    wrong, write = [], []
-    if config.batch_size % whole:
-        shared = f"{processes} process{'es' * (processes > 1)} x accumulate={config.accumulate}"
-        wrong.append(f"batch_size={config.batch_size} cannot be shared by {shared}")
-    if images < config.batch_size:
-        wrong.append(f"{config.data} has {images} images, fewer than batch_size={config.batch_size}")
-        fitting = 2 ** max(images.bit_length() - 2, 0)  # two steps an epoch at least
-        if fitting >= whole:
-            write.append(f"batch_size={fitting // whole * whole}")
-    elif wrong and config.batch_size > whole:
-        write.append(f"batch_size={config.batch_size // whole * whole}")
-    batch = min(config.batch_size, max(images, 1))
-    progress = Progress(0, 0, max(images // batch, 1), batch)
-    total = 0
-    try:
-        total = _steps(config.duration, "duration", progress)
-        if not total:
-            wrong.append(f"duration: {config.duration!r} is less than a step of {batch} images")
-    except ConfigError as error:
-        wrong.append(str(error))
-    if total:
-        wrong += _misfits(config, dataclasses.replace(progress, total_steps=total))
-    if wrong:
-        raise ConfigError("; ".join(wrong) + (f": write {' '.join(write)}" if write else ""))
-    return dataclasses.replace(progress, total_steps=total)
-
-
-def _misfits(config: RunConfig, progress: Progress) -> list[str]:
-    """What is wrong with the durations of a configuration, each with its key."""
-    wrong = []
-    durations = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
-    durations["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
-    durations |= {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
-    for name in PERIODS:
-        try:
-            period(config, name, progress)
-        except ConfigError as error:
-            wrong.append(str(error))
-    for name, duration in durations.items():
-        try:
-            _steps(duration, name, progress)
-        except ConfigError as error:
-            wrong.append(str(error))
-    return wrong
-
-
-def period(config: RunConfig, name: str, progress: Progress) -> int | None:
-    """Return the steps of one of `PERIODS`, at least 1; None where it is null."""
-    duration = getattr(config, name)
-    if duration is None:
-        return None
-    steps = _steps(duration, name, progress)
-    if not steps:
-        raise ConfigError(f"{name}: {duration!r} is less than a step of {progress.batch_size} images")
-    return steps
-
-
-def schedules(config: Any, where: str = "") -> Iterator[tuple[str, Schedule]]:
-    """Yield all schedules of a configuration with their paths, wherever they stand."""
-    if isinstance(config, Schedule):
-        yield where, config
-        return
-    inner: dict[str, Any] = config if isinstance(config, dict) else {}
-    if dataclasses.is_dataclass(config):
-        inner = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name, value in inner.items():
-        yield from schedules(value, f"{where}.{name}" if where else name)
-
-
-def _steps(duration: str | int, name: str, progress: Progress) -> int:
-    units = {"steps_per_epoch": progress.steps_per_epoch, "batch_size": progress.batch_size}
-    try:
-        return steps_of(duration, total_steps=progress.total_steps or None, **units)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error

@@ -27,11 +27,13 @@ from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, student_names, untrained
 from foveola.training.callbacks import Callbacks
+from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
-from foveola.training.recipe import RunConfig, nested, period, plan, resolve, with_changes
+from foveola.training.recipe import RunConfig, nested, resolve, with_changes
 from foveola.training.signals import Stop
+from foveola.training.start import Start
 from foveola.training.supply import Supply
 from foveola.training.watch import Watch, facts_of_run, warmup_of
 from foveola.zoo.load import load
@@ -113,7 +115,8 @@ class _Session:
             for name in ("checkpoint_every", "keep_every", "evaluate_every")
         )
         self.evaluations = Evaluations(config, evaluate_every, self.total, sources)
-        self.trainer = assemble(config, self.progress, device)
+        self.start = Start(config.init, config.model, config.out)
+        self.trainer = assemble(config, self.progress, device, self.start.weights)
         self.folder, self.stop = Path(), Stop()
         self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved
         self.bad_names: set[str] = set()
@@ -160,6 +163,7 @@ class _Session:
 
     def _claim(self, stack: ExitStack, images: same_data.RunImages) -> Path:
         path, said = folder.choose_folder(self.config, self.total, images)
+        self.start.insist(path)
         stack.enter_context(folder.lock(path))
         self.changes += filter(None, (said, folder.begin(path, self.config, images)))
         return path
@@ -203,6 +207,8 @@ class _Session:
             log.note(FIXED_TARGETS, show=False)
         for text in self.changes:
             log.note(text)
+        if not start and self.start.weights is not None:
+            self.start.keep(self.folder, self._encoder(), log.note)
         for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):
             log.note(text)
         for about in notes_of(self.source):

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl
 
 from foveola.config import ConfigError, UserError, build, parse_overrides
 from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.zoo.contents import beside_encoder
 from foveola.zoo.convert import FileConfig, convert
 from foveola.zoo.weights import SETTINGS, read_weights
 
@@ -33,7 +34,9 @@ def load_file(name: str) -> Encoder:
         weights, settings = convert(state, said)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return filled(build(EncoderConfig, settings | {"origin": name}, where=str(path)), weights, path)
+    encoder = filled(build(EncoderConfig, settings | {"origin": name}, where=str(path)), weights, path)
+    encoder.beside = beside_encoder(state, encoder.config.model.shape[0])
+    return encoder
 
 
 def _exported(state: dict[str, Any], path: Path) -> Encoder:

@@ -27,6 +27,7 @@ class Foreign:
     settings: dict[str, Any]  # a tree for EncoderConfig
     tokens: Callable[[Tensor], Tensor]  # normalised images to [B, T, D]: class token, registers, patches
     sizes: tuple[tuple[int, int], ...] = field(default=())  # of images on which both are compared
+    beside: tuple[str, ...] = ()  # names of what else is in its file
 
 
 def adopt(foreign: Foreign, name: str) -> Encoder:
@@ -36,6 +37,7 @@ def adopt(foreign: Foreign, name: str) -> Encoder:
     side = encoder.config.transform.crop
     for size in dict.fromkeys(((side, side), *foreign.sizes)):
         _compare(encoder, foreign, size, name)
+    encoder.beside = foreign.beside
     return encoder
 
 

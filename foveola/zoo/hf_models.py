@@ -1,5 +1,6 @@
 """Hugging Face's vision transformers, and what is done to images for them, in our terms."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -71,7 +72,8 @@ def from_hf(
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
     transform = transform_of("hf", name, preprocess, size, lambda size: _transform(name, where, found, size))
-    return from_hf_module(model.eval(), where, transform)
+    foreign = from_hf_module(model.eval(), where, transform)
+    return dataclasses.replace(foreign, beside=tuple(sorted(map(str, report["unexpected_keys"]))))
 
 
 def from_hf_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:

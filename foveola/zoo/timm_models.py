@@ -1,5 +1,6 @@
 """timm's vision transformers, and what is done to images for them, in our terms."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -50,7 +51,11 @@ def from_timm(
         raise UserError(f"timm:{name}: {one_line(error)}") from error
     if pretrained not in ("true", "false"):
         _fill(model, Path(pretrained), name)
-    return from_timm_module(model.eval(), f"timm:{name}", preprocess, size)
+    foreign = from_timm_module(model.eval(), f"timm:{name}", preprocess, size)
+    cfg = model.pretrained_cfg
+    head = cfg.get("classifier") if own and cfg.get("num_classes") else None  # which timm leaves out
+    beside = tuple(f"{head}.{part}" for part in ("weight", "bias")) if isinstance(head, str) else ()
+    return dataclasses.replace(foreign, beside=beside)
 
 
 def from_timm_module(

@@ -19,11 +19,13 @@ from foveola.data.loader import Loader
 from foveola.data.sources import open_source
 from foveola.training import assemble as module
 from foveola.training.assemble import assemble
-from foveola.training.recipe import RunConfig, nested, plan, recipes, resolve, with_changes
+from foveola.training.durations import plan
+from foveola.training.recipe import RunConfig, nested, recipes, resolve, with_changes
 
 SOURCE = "scenes:?size=32&count=32&objects=2-4"
 UNSEEN = {  # keys that weights do not show, by the reason why
     "names": ("recipe", "about", "data", "out"),
+    "weights, tested with the runs that start from them": ("init",),
     "how a run is kept and measured": (
         "log_every",
         "checkpoint_every",

@@ -18,8 +18,9 @@ from foveola.methods.method import Output
 from foveola.schedules import Progress
 from foveola.training import loop
 from foveola.training.assemble import assemble
+from foveola.training.durations import plan
 from foveola.training.loop import Diverged, Trainer
-from foveola.training.recipe import RunConfig, plan
+from foveola.training.recipe import RunConfig
 from foveola.views.batch import Streams, make_views
 
 CPU = torch.device("cpu")
@@ -231,7 +232,8 @@ from foveola.config import build, read_yaml
 from foveola.data.loader import Loader
 from foveola.data.sources import open_source
 from foveola.training.assemble import assemble
-from foveola.training.recipe import RunConfig, plan
+from foveola.training.durations import plan
+from foveola.training.recipe import RunConfig
 
 compile, backend = torch.nn.Module.compile, sys.argv[2]
 torch.nn.Module.compile = lambda self: compile(self, backend=backend)

@@ -1,0 +1,240 @@
+"""Starting weights of a run: what they say of its recipe, and what its method gets of them."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foveola import distributed
+from foveola.config import UserError, build, read_yaml, renewed, to_dict
+from foveola.failures import told
+from foveola.files import EncoderFolder, RunFolder
+from foveola.methods import find_method
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.starting import SIDES, StartingWeights
+from foveola.models.vit import ViTConfig
+from foveola.training import checkpoint
+from foveola.views.batch import ViewsConfig
+from foveola.zoo.load import load
+from foveola.zoo.training_heads import parts_in
+from foveola.zoo.transfer import FREE, SHAPE_KEYS, has_fixed_table, transfer
+from foveola.zoo.weights import read_config
+
+Tree = dict[str, Any]
+FIELD = ("positions", "field_size", "field_interpolation", "field_alignment")
+
+
+def under(lower: Tree, given: Tree) -> tuple[Tree, ViTConfig | None]:
+    """Return the layers of a recipe below the one that names `init`, as the weights change them.
+
+    The shape of the network comes from the weights, and so do mean and deviation of pixels; sizes of views
+    become the nearest ones of whole patches. What the recipe needs of a network that they lack, and that can
+    be added, stays: the class token of its method, and its position field. `given` are the layers above,
+    which say what they want.
+
+    Also returns the shape of the weights; None where `given` says all of the network, as a run's own
+    configuration does: then nothing is read here. Raises UserError for weights that cannot be read.
+    """
+    model, lowest = _group(given, "model"), _group(lower, "model")
+    if model.keys() >= set(SHAPE_KEYS):
+        return lower, None
+    kept = _of_run(str(given["init"]), given.get("out"))
+    found, encoder = kept or _settings(str(given["init"]))
+    have = found.model
+    shape: Tree = {name: value for name, value in to_dict(have).items() if name not in FREE}
+    shape |= {name: lowest[name] for name in FREE if name in lowest}
+    patch = model.get("patch_size", have.patch_size)
+    if kept is None:
+        shape |= _kept_positions(given, lowest, have, encoder)
+        shape["class_token"] = have.class_token or _needs_class_token(lower, given)
+        if isinstance(patch, int):
+            shape["image_size"] = have.grid[0] * patch  # the table stays as it is
+    lower = _with_views(lower | {"model": shape}, given, patch)
+    return _with_pixels(lower, given, found.transform), None if kept else have
+
+
+def _kept_positions(given: Tree, lowest: Tree, have: ViTConfig, encoder: Encoder | None) -> Tree:
+    """Keys of positions that stay as the recipe has them, since positions of the weights can be made so."""
+    usual = lowest.get("positions")
+    table = usual == "sincos" and have.positions == "learned"
+    if table and has_fixed_table((encoder or load(str(given["init"]))).backbone):
+        return {"positions": "sincos", "position_antialias": False, "position_offset": 0.0}
+    kept: Tree = {}
+    if usual == "field" and have.positions in ("learned", "sincos"):
+        kept = {name: lowest[name] for name in FIELD if name in lowest}
+    positions = _group(given, "model").get("positions", kept.get("positions", have.positions))
+    if positions == "field" != have.positions:
+        kept["field_size"] = list(have.grid)  # nodes that give the table back
+    return kept
+
+
+def _of_run(init: str, out: Any) -> tuple[EncoderConfig, None] | None:
+    """What the run in `out` says of weights that it began with: their file may be gone."""
+    kept = None if out is None else RunFolder(Path(str(out)).expanduser()).config
+    if kept is None or not kept.is_file():
+        return None
+    with suppress(UserError, KeyError, TypeError):
+        tree = renewed(read_yaml(kept))
+        if tree.get("init") == init:
+            color = tree["views"]["color"]
+            transform = TransformConfig(mean=tuple(color["mean"]), std=tuple(color["std"]))
+            return EncoderConfig(build(ViTConfig, tree["model"]), transform, pool="average"), None
+    return None
+
+
+def _settings(init: str) -> tuple[EncoderConfig, Encoder | None]:
+    """What starting weights are; the encoder where all of it had to be read for that."""
+    path = Path(init)
+    for folder in (RunFolder(path).encoder, EncoderFolder(path)):
+        if folder.is_whole():
+            settings = read_config(folder.config)
+            if "model" in settings:  # of ours
+                return build(EncoderConfig, settings, where=str(folder.config)), None
+    try:
+        encoder = load(init)
+    except UserError as error:
+        more = "; a run that began with it goes on without: foveola pretrain RUN/config.yaml out=RUN"
+        raise UserError(f"init={init}: {error}{'' if path.exists() or ':' in init else more}") from error
+    return encoder.config, encoder
+
+
+def _group(tree: Tree, name: str) -> Tree:
+    group = tree.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _needs_class_token(lower: Tree, given: Tree) -> bool:
+    names = (_group(given, "method").get("name"), _group(lower, "method").get("name"), "distillation")
+    with suppress(UserError):  # an unknown name is refused where the configuration is built
+        return find_method(str(next(name for name in names if name))).Config.needs_class_token
+    return False
+
+
+def _with_views(lower: Tree, given: Tree, patch: int) -> Tree:
+    """The layers below with views of whole patches, where their sizes are not those that are given."""
+    views, asked = _group(lower, "views"), _group(given, "views")
+    usual = ViewsConfig()
+    both = views | asked
+    names = ["global_size", *(["local_size"] if both.get("local_count", usual.local_count) else [])]
+    sizes = {name: views.get(name, getattr(usual, name)) for name in names if name not in asked}
+    fitting = {name: _whole(size, patch) for name, size in sizes.items()}
+    transform = _group(lower, "transform")
+    if "crop" in transform and "crop" not in _group(given, "transform"):
+        crop = _whole(transform["crop"], patch)
+        resize = round(transform.get("resize", transform["crop"]) * crop / transform["crop"])
+        lower = lower | {"transform": transform | {"resize": resize, "crop": crop}}
+    for name, size in sizes.items():
+        if fitting[name] != size:
+            warnings.warn(
+                f"views.{name}={fitting[name]} instead of the recipe's {size}: whole patches of {patch}",
+                stacklevel=2,
+            )
+    return lower | {"views": views | fitting}
+
+
+def _whole(size: int, patch: int) -> int:
+    """The nearest multiple of the patch size, the larger of two."""
+    return max(int(size / patch + 0.5), 1) * patch
+
+
+def _with_pixels(lower: Tree, given: Tree, transform: TransformConfig) -> Tree:
+    """The layers below with mean and deviation of the pixels that the weights know."""
+    views = _group(lower, "views")
+    known = {"mean": list(transform.mean), "std": list(transform.std)}
+    lower = lower | {"views": views | {"color": _group(views, "color") | known}}
+    if lower.get("transform") or given.get("transform"):
+        chosen = _group(_group(given, "views"), "color")
+        known |= {name: chosen[name] for name in known if name in chosen}
+        lower = lower | {"transform": _group(lower, "transform") | known}
+    return lower
+
+
+class Start:
+    """The starting weights of a run, which are read before anything is written.
+
+    A run that goes on from a checkpoint needs them no longer: `failure` is why they could not be read, and
+    `insist` raises it where they are needed.
+    """
+
+    def __init__(self, init: str | None, model: ViTConfig, out: str | None = None) -> None:
+        self.init = init
+        self.weights: StartingWeights | None = None
+        self.failure: UserError | None = None
+        if init is None or (out is not None and checkpoint.newest(Path(out).expanduser())):
+            return
+        try:
+            self.weights = read_start(init, model)
+        except UserError as error:
+            self.failure = error
+
+    def insist(self, folder: Path | None = None) -> None:
+        """Raise UserError where a run in this folder has neither a checkpoint nor starting weights."""
+        if self.init is None or self.weights is not None:
+            return
+        if folder is None or checkpoint.newest(folder) is None:
+            raise self.failure or UserError(f"{folder} has lost its checkpoints: try again")
+
+    def keep(self, folder: Path, encoder: Encoder, note: Callable[..., None]) -> None:
+        """Say what a run starts from, and keep that encoder, with which what it becomes is compared."""
+        assert self.weights is not None
+        account = self.weights.close()
+        note(f"starting weights {self.weights.name}: {account.line()}")
+        for text in account.lines():
+            note(f"starting weights, {text}", show=False)
+        kept = RunFolder(folder).kept_encoder(0).path
+        if distributed.is_main():
+            with told(f"the starting encoder cannot be saved as {kept}"):
+                encoder.save(kept)
+
+
+def read_start(name: str, model: ViTConfig) -> StartingWeights:
+    """Return the weights that a run starts from, for its network, with what else of training is there.
+
+    Raises UserError, in one line, for what cannot be read, and ConfigError for what does not fit.
+    """
+    try:
+        encoder = load(name)
+    except UserError as error:
+        raise UserError(f"init={name}: {error}") from error
+    state, account = transfer(encoder, model, name)
+    account.unused = list(encoder.beside)
+    path = Path(name)
+    run = path if RunFolder(path).is_run() else path.parent.parent
+    parts: dict[str, Tensor] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    if not path.is_dir():
+        parts, names = parts_in(name)
+    elif RunFolder(run).is_run():
+        parts = _parts_of_run(run, path)
+    inner = tuple(f"{side}.predictor." for side in SIDES)
+    if encoder.predictor is not None and not any(part.startswith(inner) for part in parts):
+        for key, value in encoder.predictor.state_dict().items():  # its first block, which pools
+            parts[inner[0] + key], names[inner[0] + key] = value, (f"predictor.{key}",)
+    return StartingWeights(name, state, parts, names, account)
+
+
+def _parts_of_run(run: Path, path: Path) -> dict[str, Tensor]:
+    """Heads and the like in the checkpoint of a run, or in that of an encoder that was kept with it."""
+    newest = checkpoint.newest(run)
+    at = None if newest is None or path == run or path.name == "encoder" else run / "checkpoints" / path.name
+    found = newest if at is None else at
+    if found is None or not checkpoint.is_whole(found):
+        return {}
+    state = checkpoint.read_checkpoint(found)["trainer"]["method"]
+    parts = {
+        name if name.startswith(("student.", "teacher.")) else f"student.{name}": value
+        for name, value in state.items()
+        if hasattr(value, "shape")
+    }
+    networks = ("student.backbone.", "teacher.backbone.")
+    inner = {key.removeprefix(networks[0]) for key in parts if key.startswith(networks[0])}
+    return {
+        name: value
+        for name, value in parts.items()
+        if not name.startswith(networks[1])
+        and (not name.startswith(networks[0]) or name.endswith(".pos_mask_token"))
+        and name.removeprefix("teacher.") not in inner
+    }
