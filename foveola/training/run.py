@@ -208,7 +208,7 @@ class _Session:
         for text in self.changes:
             log.note(text)
         if not start and self.start.weights is not None:
-            self.start.keep(self.folder, self._encoder(), log.note)
+            self.start.keep(self.folder, self._encoder(0), log.note)
         for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):
             log.note(text)
         for about in notes_of(self.source):

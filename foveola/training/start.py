@@ -227,7 +227,7 @@ def _parts_of_run(run: Path, path: Path) -> dict[str, Tensor]:
     parts = {
         name if name.startswith(("student.", "teacher.")) else f"student.{name}": value
         for name, value in state.items()
-        if hasattr(value, "shape")
+        if hasattr(value, "shape") and not name.startswith("start.")  # what the run itself began with
     }
     networks = ("student.backbone.", "teacher.backbone.")
     inner = {key.removeprefix(networks[0]) for key in parts if key.startswith(networks[0])}
