@@ -38,6 +38,7 @@ from foveola.models.lora import LoraConfig
 from foveola.models.vit import SIZES, ViTConfig
 from foveola.outside import name_of
 from foveola.training import start
+from foveola.training.freezing import ALL
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.views.batch import ViewsConfig
