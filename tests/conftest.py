@@ -1,5 +1,10 @@
-"""What every test shares. Shapes and types of foveola are checked at every call while testing."""
+"""What every test shares. Shapes and types of foveola are checked while testing.
 
+They are checked at the first calls of every function in every test: a training run calls the same functions a
+thousand times with the same shapes, and to check all of them would take a third of the time of all tests.
+"""
+
+import functools
 import json
 import os
 import re
@@ -10,13 +15,48 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+CALLS_CHECKED = 10  # of each function, in each test
+calls: list[list[int]] = []  # of each function, in this test
+
+
+def first_calls(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    """The checked function for the first calls in a test, the plain one after them."""
+    count = [0]
+    calls.append(count)
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if count[0] >= CALLS_CHECKED:
+            return plain(*args, **kwargs)
+        count[0] += 1
+        return checked(*args, **kwargs)
+
+    return call
+
+
+def jaxtyped(*, typechecker: Any, check_all: Callable[..., Any] = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
+    """In place of jaxtyping's, for what the import hook decorates."""
+
+    def decorate(what: Any) -> Any:
+        checked = check_all(typechecker=typechecker)(what)
+        return first_calls(what, checked) if isinstance(what, FunctionType) else checked
+
+    return decorate
+
 
 # Before anything imports foveola. The tower lets an int stand for a float, as type checkers do.
-install_import_hook("foveola", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.jaxtyped = jaxtyped
+jaxtyping.install_import_hook(
+    "foveola", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # what is small here gets no faster by more, and sums keep their order
@@ -27,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def checks_anew() -> None:
+    for count in calls:
+        count[0] = 0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -242,3 +242,14 @@ def test_calls_are_checked_against_their_annotations():
 def test_benchmarks_find_what_they_measure(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     importlib.import_module(f"benchmarks.{path.stem}".removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_the_first_calls_of_a_function_are_checked_in_every_test(turn: int):
+    from jaxtyping import TypeCheckError
+
+    from foveola.health import as_percent
+
+    with pytest.raises(TypeCheckError):
+        as_percent("half")  # type: ignore[arg-type]
+    assert {as_percent(turn) for _ in range(50)} == {f"{turn}00 %"}

@@ -430,7 +430,7 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
 
 SMALL = {  # 16 prototypes for 64 tokens, and images that are hardly changed: it learns within some steps
     "duration": "60 steps",
-    "batch_size": 32,
+    "batch_size": 16,
     "device": "cpu",
     "log_every": 1,
     "model.width": 48,

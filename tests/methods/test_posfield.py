@@ -398,7 +398,7 @@ def test_a_sheet_shows_true_and_guessed_places():
 
 SMALL = {
     "duration": "40 steps",
-    "batch_size": 32,
+    "batch_size": 16,
     "device": "cpu",
     "log_every": 1,
     "model.width": 48,
@@ -457,9 +457,8 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"folder:{folder}"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_forty_steps(precision: str, painted: str, tmp_path: Path):
-    check_run(train("posfield-tiny-tinyimagenet", tmp_path, painted, precision), tmp_path)
+def test_forty_steps_in_half_precision(painted: str, tmp_path: Path):
+    check_run(train("posfield-tiny-tinyimagenet", tmp_path, painted, "bf16"), tmp_path)
 
 
 def test_forty_steps_with_objects(tmp_path: Path):
