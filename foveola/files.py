@@ -96,6 +96,17 @@ class EncoderFolder:
         """Return whether both files are there."""
         return self.config.is_file() and self.weights.is_file()
 
+    @property
+    def step(self) -> int | None:
+        """The steps of training behind it, where it is whole and says them."""
+        try:
+            step = (
+                json.loads(self.config.read_text(encoding="utf-8")).get("step") if self.is_whole() else None
+            )
+        except (OSError, ValueError, AttributeError):
+            return None
+        return step if isinstance(step, int) else None
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -193,6 +204,11 @@ class RunFolder:
         whole = [(int(match[1]), folder) for match, folder in found if match and folder.is_whole()]
         return sorted(whole, key=lambda pair: pair[0])
 
+    def measured_steps(self) -> list[int]:
+        """Return the steps, rising, of which there are results in encoders/, with or without an encoder."""
+        homes = (path.parent for path in (self.path / "encoders").glob("step-*/results"))
+        return sorted(int(match[1]) for match in (STEP.fullmatch(path.name) for path in homes) if match)
+
     def is_run(self) -> bool:
         """Return whether a run was begun here."""
         return self.config.is_file()
@@ -265,7 +281,8 @@ class RunModel:
         if self.student:
             own = self.run.path / "student"
             return own if self.step is None else own / self.run.checkpoint(self.step).name
-        return self.run.best.path if self.step is None else self.run.kept_encoder(self.step).path
+        step = self.run.best.step if self.step is None else self.step
+        return self.run.best.path if step is None else self.run.kept_encoder(step).path
 
 
 def run_model(name: str | Path) -> RunModel | None:
@@ -316,7 +333,7 @@ def home_of(model: str | Path) -> Path | None:
     own.
 
     That is a run folder itself, RUN/untrained for `untrained:RUN`, RUN/encoders/step-N for an encoder
-    that was kept on the way (also by its name `RUN?step=N`), RUN/encoders/best for `RUN?step=best`, and
+    that was kept on the way (also by its name `RUN?step=N`; the best one is of such a step, too), and
     RUN/student, or RUN/student/step-N, for `RUN?which=student`.
     """
     head, colon, rest = str(model).partition(":")
@@ -326,6 +343,9 @@ def home_of(model: str | Path) -> Path | None:
     if named := run_model(model):
         return named.home
     path = Path(model)
+    run = RunFolder(path.parent.parent)
+    if path == run.best.path and run.best.step is not None:
+        return run.kept_encoder(run.best.step).path
     kept = path.parent.name == "encoders" and EncoderFolder(path).config.is_file()
     return path if kept or RunFolder(path).encoder.config.is_file() else None
 

@@ -58,8 +58,20 @@ ALLOWED = {
         "models.starting",
         "models.vit",
     },
-    "training.evaluations": {"evaluation.evaluate", "evaluation.features.overlap", "evaluation.result"},
+    "training.evaluations": {
+        "evaluation.evaluate",
+        "evaluation.features.overlap",
+        "evaluation.result",
+        "evaluation.stored",
+    },
+    "training.milestones": {
+        "evaluation.paired",
+        "evaluation.protocol",
+        "evaluation.result",
+        "evaluation.stored",
+    },
     "training.recipe": {"evaluation.classification.knn"},  # its config only
+    "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
     "figures": {

@@ -43,6 +43,7 @@ class Result:
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
     described: tuple[Metric, ...] = field(default=())  # what the metrics are, as the protocol declares them
+    evaluation: str = ""  # the name of the evaluation of a run, where it was measured while that trained
     written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
 
     def save(self, folder: str | Path) -> Path:

@@ -61,16 +61,25 @@ def store(result: Result, folder: str | Path) -> Result:
     with _alone(path.parent):
         if path.exists():
             told += _make_room(path, result)
+        alike = path.with_stem(f"{path.stem}-{_key(result)}")  # measured alike before, if it is there
+        earlier = [each.evaluation for each in map(_readable, (path, alike)) if each is not None]
+        result = replace(result, evaluation=next(filter(None, (result.evaluation, *earlier)), ""))
         result.save(folder)
-        path.with_stem(f"{path.stem}-{_key(result)}").unlink(missing_ok=True)  # measured alike, before
+        alike.unlink(missing_ok=True)
     return replace(result, written=told)
+
+
+def _readable(path: Path) -> Result | None:
+    try:
+        return Result.read(path)
+    except UserError:  # it is not there, or of another version, perhaps
+        return None
 
 
 def _make_room(path: Path, result: Result) -> str:
     """Keep what `path` holds where it is no earlier `result`; what to say of it."""
-    try:
-        before = Result.read(path)
-    except UserError:  # of another version, perhaps
+    before = _readable(path)
+    if before is None:
         kept = path.with_stem(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
         path.replace(kept)
         return f"; what was there cannot be read and is kept in {kept.name}"

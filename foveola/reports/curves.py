@@ -79,7 +79,7 @@ def curves(records: Sequence[Record]) -> list[Group]:
                 "feature_spread", "effective_rank", "clustering/position_information", "targets/", "position/"
             ),
         ),
-        Group("Evaluation during training", "k-NN as set in the recipe.", pick("knn/")),
+        Group("Evaluation during training", "As set in the recipe.", pick("knn/", *_evaluations(records))),
         Group("Schedules", "What the recipe asked for at each step.", pick("lr", "weight_decay", "momentum")),
         Group(
             "Machine",
@@ -89,6 +89,12 @@ def curves(records: Sequence[Record]) -> list[Group]:
     ]
     rest = Group("Everything else that was logged", "As the methods name it.", pick(*names), folded=True)
     return [group for group in (*groups, rest) if group.charts]
+
+
+def _evaluations(records: Sequence[Record]) -> list[str]:
+    """How the names of the numbers begin that further evaluations of these runs gave."""
+    found = (record.get("evaluations", {}) for record in records)
+    return [f"{name}/" for each in found if isinstance(each, dict) for name in each]
 
 
 def _matches(name: str, want: str) -> bool:

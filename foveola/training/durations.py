@@ -7,6 +7,7 @@ from typing import Any
 from foveola.config import ConfigError
 from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.freezing import ALL
+from foveola.training.planned import planned
 from foveola.training.recipe import RunConfig
 
 PERIODS = ("checkpoint_every", "keep_every", "evaluate_every")  # durations of at least a step, or null
@@ -51,7 +52,7 @@ def _misfits(config: RunConfig, progress: Progress) -> list[str]:
     durations = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
     durations["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
     durations |= {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
-    for name in PERIODS:
+    for name in periods(config):
         try:
             period(config, name, progress)
         except ConfigError as error:
@@ -64,9 +65,16 @@ def _misfits(config: RunConfig, progress: Progress) -> list[str]:
     return wrong
 
 
+def periods(config: RunConfig) -> dict[str, str | None]:
+    """Return the durations of at least a step, or null, by their keys."""
+    return {name: getattr(config, name) for name in PERIODS} | {
+        each.time: each.every for each in planned(config)
+    }
+
+
 def period(config: RunConfig, name: str, progress: Progress) -> int | None:
-    """Return the steps of one of `PERIODS`, at least 1; None where it is null."""
-    duration = getattr(config, name)
+    """Return the steps of one of `periods`, at least 1; None where it is null."""
+    duration = periods(config)[name]
     if duration is None:
         return None
     steps = _steps(duration, name, progress)

@@ -34,6 +34,9 @@ FREE_KEYS = (
     "evaluate_train",
     "evaluate_test",
     "evaluate",
+    "evaluations",
+    "best",
+    "stop_when_worse",
 )
 
 

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxtyping import UInt8
 import foveola
 from foveola import distributed, files
 
+SHOWN = ("epoch", "loss", "lr")  # besides each loss, on the line of a training step
 LINE_SECONDS = 10.0  # at least this long between plain lines where there is no terminal
 
 
@@ -71,11 +73,12 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
+    def step(self, step: int, metrics: dict[str, float], shown: Collection[str] = SHOWN) -> None:
         """Write the metrics after `step` steps. A value that is not finite becomes null in metrics.jsonl.
 
         Adds `seconds`: time spent on this run so far, the parts before interruptions included. May be called
-        again for the same step, for example with the metrics of an evaluation.
+        again for the same step, for example with the metrics of an evaluation. Losses and what is `shown`
+        are printed, too.
         """
         if not self._active:
             return
@@ -90,7 +93,7 @@ class Log:
         if step > self._last_step:
             self._speed = (step - self._last_step) / max(now - self._last_time, 1e-9)
             self._last_step, self._last_time = step, now
-        self._show(step, metrics, now)
+        self._show(step, metrics, shown, now)
 
     def figure(
         self,
@@ -164,7 +167,7 @@ class Log:
                 with suppress(OSError):  # the terminal may be closed
                     self._bar.stop()
 
-    def _show(self, step: int, metrics: dict[str, float], now: float) -> None:
+    def _show(self, step: int, metrics: dict[str, float], shown: Collection[str], now: float) -> None:
         rate = metrics.get("images_per_second", self._speed * self._batch_size)
         waiting = f"{metrics['data_wait']:.0%} waiting for data" if "data_wait" in metrics else ""
         if self._bar is not None:
@@ -180,7 +183,7 @@ class Log:
         numbers = [
             f"{name} {value:.4g}"
             for name, value in metrics.items()
-            if name in ("epoch", "loss", "lr") or name.startswith(("loss/", "knn/"))
+            if name in shown or name.startswith("loss/")
         ]
         eta = _duration((self._total - step) / self._speed) if self._speed else "?"
         parts = [f"step {step}/{self._total}", *numbers, f"{rate:.4g} images/s", waiting, f"{eta} left"]

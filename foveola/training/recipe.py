@@ -41,6 +41,7 @@ from foveola.training import start
 from foveola.training.freezing import ALL
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
+from foveola.training.planned import EvaluationConfig, check_choices
 from foveola.views.batch import ViewsConfig
 from foveola.zoo import transfer
 
@@ -137,6 +138,13 @@ class RunConfig:
         None, "labelled data of the k-NN queries; null = the test split of evaluate_train"
     )
     evaluate: KnnConfig = key(factory=KnnConfig, help="settings of these evaluations")
+    evaluations: dict[str, EvaluationConfig] = key(
+        factory=dict, help="further evaluations while it trains, by names of yours (docs/adapt.md)"
+    )
+    best: str | None = key(
+        None, "EVALUATION/METRIC, such as knn/top1, whose best encoder encoders/best is to keep"
+    )
+    stop_when_worse: bool = key(False, "end the run when an evaluation is worse beyond its paired interval")
 
     def __repr__(self) -> str:  # a dataclass keeps one that is there; its own is a line of 4,000 letters
         return f"RunConfig:\n{dump_yaml(self)}"
@@ -144,6 +152,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.views.check(self.model.patch_size)
         self.method.check(self.views, self.model)
+        check_choices(self)
         if self.lora is not None and self.train_blocks is not None:
             raise ValueError(
                 "lora and train_blocks both say what learns: write lora.blocks, train_blocks=null"
@@ -166,6 +175,8 @@ class RunConfig:
         idle: dict[str, str] = {}
         if self.init is not None:
             idle["model.position_init"] = "positions come from the starting weights (init)"
+        if self.evaluate_every is None and not self.evaluations:
+            idle["stop_when_worse"] = "nothing is measured (evaluate_every=null, no evaluations)"
         if self.views.objects is None:
             drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")

@@ -110,11 +110,10 @@ class _Session:
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = batch_share(config)
         self.total = self.progress.total_steps
-        self.every, self.keep_every, evaluate_every = (
-            period(config, name, self.progress)
-            for name in ("checkpoint_every", "keep_every", "evaluate_every")
+        self.every, self.keep_every = (
+            period(config, name, self.progress) for name in ("checkpoint_every", "keep_every")
         )
-        self.evaluations = Evaluations(config, evaluate_every, self.total, sources)
+        self.evaluations = Evaluations(config, self.progress, sources)
         self.start = Start(config.init, config.model, config.out)
         self.trainer = assemble(config, self.progress, device, self.start.weights)
         self.folder, self.stop = Path(), Stop()
@@ -129,9 +128,10 @@ class _Session:
             self.folder = self._claimed(stack)
             start = self.step = self.tried = self._resume()
             missed = self.evaluations.missed(self.folder, start)
-            if start >= self.total and not missed:
+            done = "" if missed else self.evaluations.ended(self.folder, start)
+            if done:
                 if distributed.is_main():
-                    print(f"{self.folder} is finished: nothing to do", flush=True)
+                    print(done, flush=True)
                 return Run(self.folder, self.config, start, self.total, {})
             stack.enter_context(self.stop)
             log = stack.enter_context(
@@ -148,9 +148,9 @@ class _Session:
             self.watch = Watch(facts, log.kept, warmup_of(self.config, self.progress))
             self._greet(log, start)
             try:
-                if missed:  # interrupted between its checkpoint and its evaluation
-                    self._evaluate(start, log)
-                metrics = self._train(start, log)
+                for step in missed:
+                    self._evaluate(step, log)
+                metrics = {} if self.evaluations.worse else self._train(start, log)
             except Exception as error:
                 raise self._ended(error, log) from error
             step = self.step
@@ -219,7 +219,11 @@ class _Session:
     def _farewell(self, log: Log, step: int) -> None:
         for text in self.watch.summary() if step >= self.total else ():
             log.note(text)
-        if step < self.total:
+        for text in self.evaluations.summary():
+            log.note(text)
+        if self.evaluations.worse:
+            log.note(self.evaluations.worse)
+        elif step < self.total:
             log.note(f"stopped after step {step} of {self.total}; the same command goes on from there")
         else:
             log.note(f"finished; encoder: {self.folder / 'encoder'}")
@@ -264,7 +268,7 @@ class _Session:
                     log.flush()
                 if evaluating:
                     self._evaluate(step, log)
-                    batches = None if self.stop.agreed() else batches
+                    batches = None if self.stop.agreed() or self.evaluations.worse else batches
                 began = time.perf_counter()
             if supply.failure is not None:
                 raise supply.failure
@@ -358,7 +362,9 @@ class _Session:
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:
-        self.callbacks.on_evaluation(step, self.evaluations.run(self._encoder(step), step, log))
+        kept = RunFolder(self.folder).kept_encoder(step).path  # of the start, of a run that has gone on
+        encoder = self._encoder(step) if step == self.step else load(kept, self.device)
+        self.evaluations.run(encoder, step, self.folder, log, self.callbacks.on_evaluation)
 
     def _write(self, step: int) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again.

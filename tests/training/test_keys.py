@@ -34,7 +34,10 @@ UNSEEN = {  # keys that weights do not show, by the reason why
         "transform",
         "data_changed",
     ),
-    "measures only": ("evaluate", "evaluate_every", "evaluate_train", "evaluate_test"),
+    "measures only": (
+        *("evaluate", "evaluate_every", "evaluate_train", "evaluate_test", "evaluations", "best"),
+        "stop_when_worse",
+    ),
     "how fast, not what": ("device", "compile", "checkpoint_activations", "loader.workers"),
     "another order of the same sums, tested with the loop": ("accumulate",),
     "for bad images": ("loader.max_bad",),
