@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 
 import foveola
-from foveola.config import KeyInfo, UserError, describe, nearest, parse_overrides
+from foveola.command_keys import ANALYZE, AUTO_KEYS, DEMO, EVALUATE_KEYS, EXPORT, TRAIN, VISUALIZE
+from foveola.config import UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
 from foveola.failures import explain, told
 from foveola.files import is_there
@@ -14,6 +15,8 @@ from foveola.files import is_there
 USAGE = """\
 usage: foveola COMMAND ...
 
+  pretrain auto data=... [budget='2 hours'] [init=...] [key=value ...]
+                                      plan a run for these images and this machine, say why, and train
   pretrain RECIPE [key=value ...]     train as a recipe says; on an existing run folder, go on with it
       --dry-run                       build everything, run two steps, print sizes and speed
       --help                          every key of the recipe with its type, value and meaning
@@ -30,7 +33,7 @@ usage: foveola COMMAND ...
       --help                          every key of the report
   compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
   export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf) or as a file (torch)
-  demo [out=runs/demo] [seeds=3] [key=value ...]
+  demo [out=runs/demo] [seeds=1] [key=value ...]
                                       pretrain on built-in images, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
   --version
@@ -40,67 +43,6 @@ batch_size=256  views.local_scale='[0.05, 0.3]'  compile=true  data='folder:/my/
 On several GPUs: torchrun --nproc-per-node=8 --no-python foveola pretrain RECIPE ...
 FOVEOLA_DEBUG=1 shows the traceback behind an error message.
 """
-
-PLACES = [
-    KeyInfo(
-        "model",
-        "text",
-        "(needed)",
-        "what to measure: a run or encoder folder, RUN?step=400, RUN?step=best, RUN?which=student, a file of "
-        "weights, timm:NAME, hf:NAME; or untrained:ANY",
-    ),
-    KeyInfo(
-        "train",
-        "text or null",
-        None,
-        "labelled data to learn from, as a data string, where the protocol does",
-    ),
-    KeyInfo("test", "text", "(needed)", "data to measure on, as a data string"),
-    KeyInfo(
-        "out",
-        "text or null",
-        None,
-        "folder for results/<protocol>.json; null = that of the run, RUN/untrained for untrained:RUN",
-    ),
-    KeyInfo(
-        "cache",
-        "text or null",
-        None,
-        "folder that keeps features; null = that of FOVEOLA_CACHE, or temporary",
-    ),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
-    KeyInfo("overlap", "refuse|drop|allow", "refuse", "test images that train holds as well, byte for byte"),
-]
-ANALYZE = [
-    KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
-    KeyInfo("data", "text", "(needed)", "images, as a data string; labels and objects are not used"),
-    KeyInfo("out", "text", "(needed)", "folder for attention.json, attention.csv and charts"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
-]
-VISUALIZE = [
-    KeyInfo(
-        "model", "text", "(needed)", "encoders, each as for evaluate, joined by commas; each has a column"
-    ),
-    KeyInfo("data", "text", "(needed)", "images, as a data string; not for positions"),
-    KeyInfo("out", "text", "figures", "folder for KIND.png, or a file that ends in .png"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
-]
-TRAIN = KeyInfo(
-    "train",
-    "text or null",
-    None,
-    "images among which neighbours are searched, as a data string; null = the train split of data",
-)
-EXPORT = [
-    KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
-    KeyInfo(
-        "format", "timm|hf|torch", "timm", "library that is to load it; torch: one file for foveola.load"
-    ),
-]
-DEMO = [
-    KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
-    KeyInfo("seeds", "int >= 1", 3, "how many runs to average; each starts from another seed"),
-]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,17 +109,22 @@ def _pretrain(arguments: list[str]) -> None:
     recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
     from foveola import distributed
     from foveola.training import dryrun, run
+    from foveola.training.auto.plan import AUTO, TRAINED
+    from foveola.training.auto.request import request
     from foveola.training.recipe import installed, resolve
 
-    config = resolve(recipe, overrides)
     if "--help" in flags:
-        print(
-            f"foveola pretrain {recipe} [key=value ...]: every key, its value in this recipe, its meaning\n"
-        )
-        print_keys(describe(config))
+        about, own, shown = "its value in this recipe", [], recipe
+        if recipe == AUTO:
+            about, own, shown = "its value before it is planned", AUTO_KEYS, TRAINED["ibot"]
+        print(f"foveola pretrain {recipe} [key=value ...]: every key, {about}, its meaning\n")
+        taken = {info.path for info in own}
+        print_keys([*own, *(i for i in describe(resolve(shown, overrides)) if i.path not in taken)])
         for line in installed():
             print(line)
-    elif "--dry-run" in flags:
+        return
+    config = request(overrides) if recipe == AUTO else resolve(recipe, overrides)
+    if "--dry-run" in flags:
         with distributed.joined(config.device):
             report = dryrun.dry_run(config)
             if distributed.is_main():
@@ -203,10 +150,10 @@ def _evaluate(arguments: list[str]) -> None:
     if "--help" in flags:
         for protocol in map(find_protocol, chosen):
             print(f"foveola evaluate {protocol.name} [key=value ...]: {protocol.help}\n")
-            print_keys([*PLACES, *describe(protocol.Config())])
+            print_keys([*EVALUATE_KEYS, *describe(protocol.Config())])
         return
     settings = parse_overrides(overrides)
-    places = {info.path: settings.pop(info.path, None) for info in PLACES}
+    places = {info.path: settings.pop(info.path, None) for info in EVALUATE_KEYS}
     places = {path: None if value is None else str(value) for path, value in places.items()}
     model = places.pop("model")
     places["overlap"] = places["overlap"] or "refuse"
@@ -366,7 +313,7 @@ def _export(arguments: list[str]) -> None:
 
 def _demo(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
-    usage = "foveola demo [out=runs/demo] [seeds=3] [key=value ...]"
+    usage = "foveola demo [out=runs/demo] [seeds=1] [key=value ...]"
     if names:
         raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
     if "--help" in flags:
@@ -374,7 +321,7 @@ def _demo(arguments: list[str]) -> None:
 
         print(
             f"usage: {usage}\n\n"
-            "Pretrains the recipe `demo` on built-in images from several seeds, compares the encoders\n"
+            "Pretrains the recipe `demo` on built-in images, compares the encoders\n"
             "with untrained ones on objects never seen in training, and draws what they learned to\n"
             "out/demo.png and out/report.html.\n"
             "Interrupted, the same command goes on.\n"
@@ -382,7 +329,7 @@ def _demo(arguments: list[str]) -> None:
         print_keys([*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))])
         return
     settings = parse_overrides(overrides)
-    out, seeds = settings.pop("out", "runs/demo"), settings.pop("seeds", 3)
+    out, seeds = settings.pop("out", "runs/demo"), settings.pop("seeds", 1)
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise UserError(f"seeds: expected a number of at least 1, got {seeds!r}")
     from foveola.demo import demo

@@ -6,25 +6,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from foveola.config import to_dict
 from foveola.data.sources import open_source
-from foveola.drawing.overlays import heat, outline
+from foveola.drawing.overlays import magnify, outline
 from foveola.drawing.sheet import Pixels, Row, panel, save_png
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
-from foveola.evaluation.views import retrieval
-from foveola.figures.maps import neighbours, object_attention
+from foveola.figures.maps import neighbours
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.reports.report import report
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain, untrained
-from foveola.views.batch import Streams, make_views
 from foveola.zoo.load import load
 
 DEMO_OBJECTS = 1000  # to find among each other
+LEGIBLE = 0.12  # of its image that an object must cover to be shown
+ENLARGED = 4  # times the pixels of scenes in the figure
+DRAWN = 800  # images of each half among which the figure looks for objects
 REPORTED = 200  # objects and images of the measurements that the report makes at each kept step
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
@@ -51,7 +54,8 @@ class DemoTable:
             factor = f"x {after.mean() / before.mean():.1f}" if before.mean() else ""
             change = f"{after.mean() - before.mean():+.1f}  {factor:>6}"
             lines.append(f"{name:<{wide}}  {_spread(before):>12}  {_spread(after):>12}  {change:>14}")
-        return "\n".join([*lines, f"mean ± standard deviation over {count} seed{'s' * (count > 1)}"])
+        about = f"mean ± standard deviation over {count} seeds"
+        return "\n".join([*lines, about if count > 1 else "one seed; seeds=3 says how much they differ"])
 
 
 def _spread(values: np.ndarray) -> str:
@@ -59,7 +63,7 @@ def _spread(values: np.ndarray) -> str:
 
 
 def demo(
-    out: str | Path = "runs/demo", seeds: int = 3, overrides: list[str] | dict[str, Any] | None = None
+    out: str | Path = "runs/demo", seeds: int = 1, overrides: list[str] | dict[str, Any] | None = None
 ) -> DemoTable | None:
     """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png` and
     `report.html`.
@@ -124,78 +128,69 @@ def _report(out: Path, seeds: int, config: RunConfig) -> Path:
     return report([out / f"seed-{seed}" for seed in range(seeds)], RunFolder(out).report, **settings)
 
 
-def figure_of(folder: Path, config: RunConfig, count: int = 6, found: int = 5) -> Pixels:
-    """Draw crops of both views with the object's mask, attention, and nearest neighbours of held-out
-    objects.
+def figure_of(folder: Path, config: RunConfig, count: int = 5, found: int = 4) -> Pixels:
+    """Draw held-out objects, and what is nearest to them in training before and after it.
+
+    Shown are the objects whose `2 * found` nearest objects agree most after training, one for each kind of
+    product that they agree on: the label of the object itself has no say in it. A frame is around neighbours
+    of the same kind.
     """
-    encoder = load(folder)
-    test, train = (
-        open_source(config.data or "scenes:", "test"),
-        open_source(config.data or "scenes:", "train"),
-    )
-    settings = KnnConfig(rows="objects", view="object", context=0.2, workers=0, limit=1500)
-    bank = extract(encoder, train, masks=True, config=settings, progress=False)
-    queries = extract(encoder, test, masks=True, config=settings, progress=False)
-    rng = np.random.default_rng(0)
-    large = torch.nonzero(queries.readable >= 0.15)[:, 0].numpy()
-    chosen = torch.from_numpy(rng.choice(large, count, replace=False))
-    nearest = neighbours(queries.features[chosen], bank.features, found)
+    train: Any = open_source(config.data or "scenes:", "train")
+    test: Any = open_source(config.data or "scenes:", "test")
+    settings = KnnConfig(rows="objects", view="object", context=0.2, workers=0, limit=DRAWN)
+    tables = [
+        [extract(encoder, source, masks=True, config=settings, progress=False) for source in (test, train)]
+        for encoder in (untrained(config), load(folder))
+    ]
+    (before, first), (queries, last) = tables
+    numbers = zip(queries.image_indices.tolist(), queries.objects.tolist(), strict=True)
+    areas = np.array([test[image].objects.areas[number] for image, number in numbers])
+    chosen = _surest(queries, last, torch.from_numpy(areas >= LEGIBLE), 2 * found, count)
     rows = []
-    for row, near in zip(chosen.tolist(), nearest.tolist(), strict=True):
-        rows.append(_row(encoder, config, test, train, queries, bank, row, near))
-    columns = ["view 1 + mask", "view 2 + mask", "attention", *[f"nearest {i + 1}" for i in range(found)]]
+    for query in chosen:
+        name, label = test.classes[int(queries.labels[query])], int(queries.labels[query])
+        tiles, captions = [_cut(test, queries, query)], [""]
+        right: list[bool | None] = [None]
+        for asked, table in ((before, first), (queries, last)):
+            for near in neighbours(asked.features[[query]], table.features, found)[0].tolist():
+                tiles.append(_cut(train, table, near))
+                captions.append(train.classes[int(table.labels[near])])
+                right.append(True if int(table.labels[near]) == label else None)
+        rows.append(Row(name, tiles, captions, right))
+    columns = ["held-out object", *[f"untrained: {n + 1}" for n in range(found)]]
+    columns += [f"trained: {n + 1}" for n in range(found)]
     return panel(
-        "What the encoder learned: held-out objects, their attention, their neighbours in training",
+        "What is nearest to an object it has never seen, before and after training without labels",
         columns,
         rows,
+        note="Green frame: the same kind of product. The kinds are printed for you; training knew none. Of "
+        f"{int((areas >= LEGIBLE).sum()):,} large held-out objects those are shown whose neighbours agree "
+        "most, one for each kind that they agree on, right or wrong; the table has the numbers of all.",
     )
 
 
-def _row(
-    encoder: Encoder,
-    config: RunConfig,
-    test: Any,
-    train: Any,
-    queries: FeatureTable,
-    bank: FeatureTable,
-    row: int,
-    near: list[int],
-) -> Row:
-    names = test.classes
-    index, size = int(queries.image_indices[row]), config.loader.canvas
-    cut = retrieval.CanvasCut(size, size, encoder.config.transform)
-    canvases = cut(test[index], index, int(queries.objects[row])).canvases()
-    views = make_views(canvases, config.views, encoder.patch_size, Streams(1, row)).large
-    assert views.objects is not None
-    patches = views.objects[0, :, 0]
-    crops = [_pixels(encoder, view) for view in views.pixels[0]]
-    masks = [mask.view(encoder.grid).numpy() for mask in patches]
-    attention = object_attention(encoder, views.pixels[:, 0], views.objects[:, 0])[0, 0].numpy()
-    tiles = [outline(crop, mask) for crop, mask in zip(crops, masks, strict=True)]
-    tiles.append(heat(crops[0], attention))
-    label = int(queries.labels[row])
-    captions = ["", "", ""]
-    right: list[bool | None] = [None, None, None]
-    for other in near:
-        tiles.append(_cut(train, int(bank.image_indices[other]), int(bank.objects[other])))
-        captions.append(names[int(bank.labels[other])])
-        right.append(int(bank.labels[other]) == label)
-    return Row(names[label], tiles, captions, right)
+def _surest(
+    queries: FeatureTable, train: FeatureTable, legible: Bool[Tensor, "Q"], k: int, count: int
+) -> list[int]:
+    """Legible queries whose k nearest rows of `train` agree most on a label, one for each such label."""
+    large = torch.nonzero(legible)[:, 0]
+    votes = train.labels[neighbours(queries.features[large], train.features, k)]
+    labels = votes.mode(dim=1).values
+    order = (votes == labels[:, None]).sum(dim=1).argsort(descending=True, stable=True)
+    chosen: dict[int, int] = {}
+    for row in order.tolist():
+        chosen.setdefault(int(labels[row]), int(large[row]))
+    return list(chosen.values())[:count]
 
 
-def _pixels(encoder: Encoder, view: torch.Tensor) -> Pixels:
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (encoder.config.transform.mean, encoder.config.transform.std)
-    )
-    return (255 * (view * std + mean)).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def _cut(source: Any, image: int, number: int) -> Pixels:
-    """A square around an object, cut out of its image."""
-    sample = source[image]
-    x0, y0, x1, y1 = sample.objects.boxes[number] * len(sample.image)
+def _cut(source: Any, table: FeatureTable, row: int) -> Pixels:
+    """A square around an object, cut out of its image, in which everything else is dark."""
+    sample = source[int(table.image_indices[row])]
+    number = int(table.objects[row])
+    height, width = (ENLARGED * side for side in sample.image.shape[:2])
+    pixels = outline(magnify(sample.image, height, width), sample.objects.masks[number])
+    x0, y0, x1, y1 = sample.objects.boxes[number] * len(pixels)
     half = max(x1 - x0, y1 - y0) * 0.6
-    x, y = (x0 + x1) / 2, (y0 + y1) / 2
-    left, top = (round(max(0, v - half)) for v in (x, y))
-    right, bottom = (round(min(len(sample.image), v + half)) for v in (x, y))
-    return sample.image[top:bottom, left:right]
+    x, y = (min(max(half, v), len(pixels) - half) for v in ((x0 + x1) / 2, (y0 + y1) / 2))
+    left, top = (round(max(v - half, 0)) for v in (x, y))
+    return pixels[top : round(top + 2 * half), left : round(left + 2 * half)]

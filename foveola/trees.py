@@ -196,6 +196,14 @@ def _parse_value(path: str, text: str) -> Any:
         raise ConfigError(f"{path}: cannot read the value {shown(text)} as YAML") from error
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree as values by their full paths: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def merge(base: dict, override: dict) -> dict:
     """Return a new tree: `override` laid over `base`, dictionaries key by key, everything else replaced."""
     merged = dict(base)

@@ -59,7 +59,7 @@ def test_version_and_usage(capsys):
         ("recipes all", "recipes takes no 'all'"),
         ("report", "which run? usage: foveola report RUN [RUN ...]"),
         ("report nowhere", "nowhere is no run folder: it does not exist"),
-        ("demo quick", "expected key=value, got 'quick'; usage: foveola demo [out=runs/demo] [seeds=3]"),
+        ("demo quick", "expected key=value, got 'quick'; usage: foveola demo [out=runs/demo] [seeds=1]"),
         ("demo seeds=0", "seeds: expected a number of at least 1, got 0"),
         ("demo seeds=few", "seeds: expected a number of at least 1, got 'few'"),
         ("demo durations=3", "unknown key 'durations'; did you mean 'duration'?"),
@@ -203,7 +203,7 @@ def test_analysis_of_attention_prints_its_table_and_paths(capsys, tmp_path):
 def test_help_of_the_demo(capsys):
     assert cli.main(["demo", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "usage: foveola demo [out=runs/demo] [seeds=3] [key=value ...]"
+    assert lines[0] == "usage: foveola demo [out=runs/demo] [seeds=1] [key=value ...]"
     keys = [line.split()[0] for line in lines if line]
     for key in ("out", "seeds", "duration", "optimizer.lr.value"):
         assert keys.count(key) == 1
@@ -216,7 +216,7 @@ def test_words_reach_the_demo(monkeypatch):
     monkeypatch.setattr(demo, "demo", lambda *arguments: calls.append(arguments))
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "seeds=1", "out=a/b", "model.depth=2", "seed=5"]) == 0
-    assert calls == [("runs/demo", 3, {}), ("a/b", 1, {"model": {"depth": 2}, "seed": 5})]
+    assert calls == [("runs/demo", 1, {}), ("a/b", 1, {"model": {"depth": 2}, "seed": 5})]
 
 
 # -- the whole way -------------------------------------------------------------------------------------------

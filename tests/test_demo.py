@@ -25,6 +25,7 @@ SHORT = [
 def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(module, "DEMO_OBJECTS", 16)
     monkeypatch.setattr(module, "REPORTED", 8)
+    monkeypatch.setattr(module, "DRAWN", 24)
     comparison = demo(tmp_path, seeds=2, overrides=SHORT)
     assert comparison is not None
     assert set(comparison.before) == set(comparison.after) == set(MEASURES)

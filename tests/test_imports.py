@@ -27,6 +27,7 @@ OPEN_LEAVES = {
 ALLOWED = {
     "cli": {
         "console",
+        "command_keys",
         "training",
         "evaluation",
         "figures",
@@ -70,6 +71,7 @@ ALLOWED = {
         "evaluation.result",
         "evaluation.stored",
     },
+    "training.auto.cost": {"models.heads"},
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
@@ -97,6 +99,7 @@ ALLOWED = {
     "clustering": {"losses"},
     "data": set(),
     "console": {"distributed"},
+    "command_keys": set(),
 }
 METHOD_BASES = {"method", "targets", "terms"}  # the files of methods/ that other methods may build on
 

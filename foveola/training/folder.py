@@ -14,6 +14,7 @@ from foveola.files import RunFolder
 from foveola.training import checkpoint, same_data
 from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig
+from foveola.trees import flat
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
 FREE_KEYS = (
@@ -89,7 +90,7 @@ def setting_difference(folder: Path, config: RunConfig, images: same_data.RunIma
         theirs = build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
-    old, new = _flat(to_dict(theirs)), _flat(to_dict(config))
+    old, new = flat(to_dict(theirs)), flat(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == part or name.startswith(f"{part}.") for part in FREE_KEYS)
         free = free or (name == "data" and same_data.are_of(folder, images))
@@ -172,10 +173,3 @@ def _is_held(file: Any) -> bool:
     except OSError:  # a file system without locks: nothing that could be asked
         return False
     return False
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -46,6 +46,7 @@ from foveola.views.batch import ViewsConfig
 from foveola.zoo import transfer
 
 LIKELY = {  # words that other libraries use, and what to write here
+    "budget": "only `foveola pretrain auto` plans by a budget; write duration=",
     "epochs": "write duration='{} epochs'",
     "steps": "write duration='{} steps'",
     "max_steps": "write duration='{} steps'",
@@ -74,6 +75,7 @@ class About:
     model: str = key("", "name of the model")
     data: str = key("", "data it is made for")
     aim: str = key("", "published result it aims at")
+    budget: str = key("", "time for which `pretrain auto` made it")
 
 
 @dataclass(frozen=True)

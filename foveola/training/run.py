@@ -26,6 +26,8 @@ from foveola.models.lora import merged
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, student_names, untrained
+from foveola.training.auto.plan import AUTO
+from foveola.training.auto.request import request
 from foveola.training.callbacks import Callbacks
 from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
@@ -71,7 +73,7 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
     """Train as a recipe says, or go on with the run in its folder; returns when done or stopped by a signal.
 
     Args:
-        recipe: name, YAML path, or a resolved configuration.
+        recipe: name, YAML path, or a resolved configuration; "auto" plans one (`budget="2 hours"`).
         callbacks: objects with any of `on_step(step, metrics)`, `on_checkpoint(step, folder)` and
             `on_evaluation(step, result)` (docs/extend.md). They are called in the first process only; what
             one raises ends the run as any fault does, with a checkpoint.
@@ -89,7 +91,10 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
         if not isinstance(value := overrides.get(name), str | None):
             source = as_source(value, "test" if name == "evaluate_test" else "train", name)
             overrides[name], sources[name] = f"{OBJECT}:{source.name}", source
-    config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
+    if recipe == AUTO:
+        config = request(overrides, sources.get("data"))
+    else:
+        config = recipe if isinstance(recipe, RunConfig) else resolve(recipe, overrides)
     if isinstance(recipe, RunConfig) and overrides:
         config = with_changes(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device, saying(distributed.is_main()):

@@ -459,7 +459,9 @@ def test_peaks_of_the_learning_rate(name, peak):
 def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_path):
     config = resolve(name)
     assert config.recipe == name
-    assert all(dataclasses.astuple(recipes()[name]))  # method, model, data, aim
+    about = recipes()[name]
+    assert all((about.method, about.model, about.data, about.aim))
+    assert not about.budget
     assert config.about == recipes()[name]
     images = {
         "in1k": IMAGENET,

@@ -1,0 +1,79 @@
+"""The keys of commands that are no fields of a configuration, as `--help` lists them."""
+
+from foveola.config import KeyInfo
+
+EVALUATE_KEYS = [
+    KeyInfo(
+        "model",
+        "text",
+        "(needed)",
+        "what to measure: a run or encoder folder, RUN?step=400, RUN?step=best, RUN?which=student, a file of "
+        "weights, timm:NAME, hf:NAME; or untrained:ANY",
+    ),
+    KeyInfo(
+        "train",
+        "text or null",
+        None,
+        "labelled data to learn from, as a data string, where the protocol does",
+    ),
+    KeyInfo("test", "text", "(needed)", "data to measure on, as a data string"),
+    KeyInfo(
+        "out",
+        "text or null",
+        None,
+        "folder for results/<protocol>.json; null = that of the run, RUN/untrained for untrained:RUN",
+    ),
+    KeyInfo(
+        "cache",
+        "text or null",
+        None,
+        "folder that keeps features; null = that of FOVEOLA_CACHE, or temporary",
+    ),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    KeyInfo("overlap", "refuse|drop|allow", "refuse", "test images that train holds as well, byte for byte"),
+]
+ANALYZE = [
+    KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
+    KeyInfo("data", "text", "(needed)", "images, as a data string; labels and objects are not used"),
+    KeyInfo("out", "text", "(needed)", "folder for attention.json, attention.csv and charts"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+VISUALIZE = [
+    KeyInfo(
+        "model", "text", "(needed)", "encoders, each as for evaluate, joined by commas; each has a column"
+    ),
+    KeyInfo("data", "text", "(needed)", "images, as a data string; not for positions"),
+    KeyInfo("out", "text", "figures", "folder for KIND.png, or a file that ends in .png"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]
+TRAIN = KeyInfo(
+    "train",
+    "text or null",
+    None,
+    "images among which neighbours are searched, as a data string; null = the train split of data",
+)
+EXPORT = [
+    KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
+    KeyInfo(
+        "format", "timm|hf|torch", "timm", "library that is to load it; torch: one file for foveola.load"
+    ),
+]
+DEMO = [
+    KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
+    KeyInfo("seeds", "int >= 1", 1, "how many runs to average; each starts from another seed"),
+]
+AUTO_KEYS = [
+    KeyInfo("data", "text", "(needed)", "images to train on, as a data string"),
+    KeyInfo(
+        "budget",
+        "text",
+        "1 hour",
+        "time on this machine ('2 hours', '30 min'), of all GPUs together ('1 GPU-day'), or '5000 steps'",
+    ),
+    KeyInfo(
+        "init",
+        "text",
+        "(planned)",
+        "weights to start from; none = from nothing; not given = public ones that are on this machine",
+    ),
+]

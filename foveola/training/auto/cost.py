@@ -1,0 +1,113 @@
+"""What a step of a configuration costs, by arithmetic: operations and memory of an image."""
+
+from dataclasses import dataclass
+
+from foveola.methods.capi import CapiConfig
+from foveola.methods.distillation import DistillationConfig
+from foveola.methods.ijepa import IJepaConfig
+from foveola.methods.mae import MaeConfig
+from foveola.models.heads import HeadConfig
+from foveola.models.vit import ViTConfig
+from foveola.training.recipe import RunConfig
+from foveola.views.batch import ViewsConfig
+
+LEARNING, TEACHING = 3.0, 1.0  # times the work of a forward pass: with that of backward, or without
+NUMBERS_HELD = (
+    36.0  # numbers of the token width that a block keeps of each token for backward, MLP of ratio 4
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image of a step: operations, and bytes that are held until its backward pass is done."""
+
+    flops: float
+    activations: float
+
+
+def cost_of(config: RunConfig) -> Cost:
+    """Return what one image costs. Counted: products of matrices of networks and heads, nothing else."""
+    model, views = config.model, config.views
+    patches = (views.global_size // model.patch_size) ** 2
+    extra = int(model.class_token) + model.registers
+    large = views.global_count * (patches + extra)
+    numbers = 2.0 if config.precision in ("bf16", "fp16") else 4.0
+    width, depth, _ = model.shape
+    method = config.method
+    if isinstance(method, DistillationConfig):
+        side = views.local_size // model.patch_size
+        small = views.local_count * (side**2 + extra)
+        student = _vit(model, patches + extra) * views.global_count
+        taught = student + (_vit(model, side**2 + extra) * views.local_count if small else 0.0)
+        heads = _heads(method, config, patches)
+        flops = LEARNING * taught + TEACHING * student + (LEARNING + TEACHING) * heads
+        tokens = large + small
+    elif isinstance(method, CapiConfig | IJepaConfig):
+        kept, predicted = _selected(views, patches)
+        learned = _vit(model, kept + extra) + _predictor(method, model, kept + extra, predicted)
+        flops = views.global_count * (LEARNING * learned + TEACHING * _vit(model, patches + extra))
+        tokens = views.global_count * (kept + extra + predicted)
+    elif isinstance(method, MaeConfig):
+        kept, predicted = _selected(views, patches)
+        learned = _vit(model, kept + extra) + _predictor(method, model, kept + extra, predicted)
+        flops = LEARNING * views.global_count * learned
+        tokens = views.global_count * (kept + extra + predicted)
+    else:  # a method from outside: as if its network learned from all views
+        flops, tokens = LEARNING * _vit(model, patches + extra) * views.global_count, large
+    return Cost(flops, tokens * width * depth * NUMBERS_HELD * numbers)
+
+
+def weights_of(config: RunConfig) -> float:
+    """Return about how many bytes weights, gradients and averages of the optimizer take."""
+    numbers = config.model.parameters
+    if isinstance(config.method, DistillationConfig):
+        width = config.model.shape[0]
+        numbers += sum(_head_size(config.method.heads[name], width) for name in config.method.used_heads())
+    teacher = 0.0 if isinstance(config.method, MaeConfig) else 1.0
+    return numbers * 4 * (4 + teacher)
+
+
+def _vit(model: ViTConfig, tokens: float) -> float:
+    width, depth, _ = model.shape
+    return _blocks(width, depth, tokens, model.mlp_ratio) + 2 * tokens * 3 * model.patch_size**2 * width
+
+
+def _blocks(width: int, depth: int, tokens: float, ratio: float = 4.0) -> float:
+    return depth * (2 * tokens * (4 + 2 * ratio) * width**2 + 4 * tokens**2 * width)
+
+
+def _selected(views: ViewsConfig, patches: int) -> tuple[float, float]:
+    """Patches that a student gets and that it predicts, of one view."""
+    if views.dropping is not None:
+        return views.dropping.counts(patches)
+    return 0.6 * patches, 0.6 * patches  # blocks of I-JEPA, whose number each batch draws
+
+
+def _predictor(
+    method: CapiConfig | MaeConfig | IJepaConfig, model: ViTConfig, kept: float, predicted: float
+) -> float:
+    config = method.decoder if isinstance(method, MaeConfig) else method.predictor
+    if config is None:
+        return 0.0
+    width, depth, _ = config.network(model).shape
+    return _blocks(width, depth, kept + predicted)
+
+
+def _heads(method: DistillationConfig, config: RunConfig, patches: int) -> float:
+    """Of one image: its tokens, and the patches that are hidden on average."""
+    views, width = config.views, config.model.shape[0]
+    rows = dict.fromkeys(method.used_heads(), 0.0)
+    for name, term in method.terms().items():
+        masks = views.masking
+        hidden = 0.0 if masks is None else masks.probability * sum(masks.ratio) / 2 * patches
+        count = float(views.global_count + views.local_count)
+        if name in ("patch", "position"):
+            count = views.global_count * hidden
+        for head in method.known[name].heads(term):
+            rows[head] += count
+    return sum(2 * count * _head_size(method.heads[name], width) for name, count in rows.items())
+
+
+def _head_size(head: HeadConfig, width: int) -> float:
+    inner = max(head.layers - 2, 0) * head.hidden**2
+    return width * head.hidden + inner + head.hidden * head.bottleneck + head.bottleneck * head.prototypes

@@ -1,0 +1,230 @@
+"""A plan of a run: choices in their order, what the user said instead of any, and what it costs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveola.methods.capi import CapiConfig
+from foveola.methods.distillation import DistillationConfig
+from foveola.models.encoder import EncoderConfig
+from foveola.training.auto import choices
+from foveola.training.auto.choices import MODELS, Decision
+from foveola.training.auto.cost import cost_of, weights_of
+from foveola.training.auto.facts import Budget, DataFacts, Machine
+from foveola.training.durations import plan
+from foveola.training.recipe import RunConfig, nested, resolve
+
+AUTO = "auto"
+TRAINED = {method: f"{method}-small" for method in ("odis", "ibot", "dinov2", "capi", "mae")}
+ADAPTED = {method: f"{method}-vits14-adapt" for method in ("odis", "dinov2", "capi")}
+FIT = 2**20  # rows that no plan has
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One decision of a plan."""
+
+    key: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run and why. `config` is complete: the run needs nothing else."""
+
+    config: RunConfig
+    lines: list[PlanLine]
+    expected: dict[str, str]
+
+    def table(self) -> str:
+        """Return the plan for people: a key, its value and the reason in each line, then what to expect."""
+        wide = max(len(line.key) for line in self.lines)
+        values = min(max(len(line.value) for line in self.lines), 30)
+        lines = [f"{line.key:<{wide}}  {line.value:<{values}}  {line.reason}" for line in self.lines]
+        lines += [f"{name:<{wide}}  {text}" for name, text in self.expected.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlannedStart:
+    """The weights that a plan starts from: their name, why these, and the encoder that they are."""
+
+    name: str
+    reason: str
+    encoder: EncoderConfig
+
+
+@dataclass
+class _Maker:
+    """The changes to a recipe, in order; what the user gave stays as given."""
+
+    recipe: str
+    given: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
+    lines: list[PlanLine] = field(default_factory=list)
+
+    def put(self, key: str, choice: Decision) -> Any:
+        """Take a choice for a key, unless the user gave it; returns what stands there now."""
+        if key in self.given:
+            self.lines.append(PlanLine(key, str(self.given[key]), "as you said"))
+            return self.given[key]
+        self.changes[key] = choice.value
+        self.lines.append(PlanLine(key, str(choice.value), choice.reason))
+        return choice.value
+
+    def quietly(self, key: str, value: Any) -> None:
+        """Set a key that follows from others, unless the user gave it."""
+        if key not in self.given:
+            self.changes[key] = value
+
+    def built(self, **more: Any) -> RunConfig:
+        """Return the recipe with all changes so far. Raises ConfigError where they do not go together."""
+        return resolve(self.recipe, nested({**self.changes, **self.given, **more}))
+
+
+def plan_run(
+    data: DataFacts,
+    machine: Machine,
+    budget: Budget,
+    given: dict[str, Any],
+    start: PlannedStart | None = None,
+) -> Plan:
+    """Return a plan.
+
+    Args:
+        given: what the user said, by full paths ("model.size"); it stays as it is, `data` among it.
+        start: the weights to start from; None: from nothing.
+
+    Raises ConfigError where what was given cannot be had.
+    """
+    token = None if start is None else start.encoder.model.class_token
+    method = choices.choose_method(data, token)
+    family = str(method.value)
+    maker = _Maker((TRAINED if start is None else ADAPTED)[family], given)
+    maker.lines.append(PlanLine("recipe", maker.recipe, method.reason))
+    _choose_start(maker, start)
+    _choose_views(maker, data, machine, start)
+    batch = maker.put("batch_size", choices.choose_batch(data, machine, family))
+    if start is None:
+        _choose_model(maker, data, machine, budget, batch)
+    config = maker.built()
+    need = cost_of(config).activations, weights_of(config)
+    parts = maker.put("accumulate", choices.choose_parts(batch, machine.processes, *need, machine.memory))
+    _choose_prototypes(maker, config, batch // parts, data)
+    seconds = batch * cost_of(maker.built()).flops / (machine.flops * machine.processes)
+    steps = _choose_length(maker, budget, seconds, data, batch, start is not None)
+    if start is None and family != "mae":
+        maker.put("method.momentum.value", choices.choose_momentum(steps))
+    maker.put("loader.workers", choices.choose_workers(machine))
+    often = Decision(f"{max(steps // 20, 1)} steps", "an interruption costs a twentieth of the run")
+    maker.put("checkpoint_every", often)
+    _choose_evaluation(maker, data, steps)
+    config = maker.built(recipe=AUTO, **{"about.budget": budget.text})
+    seen = steps * batch
+    time = choices.duration_text(steps * seconds)
+    memory = need[1] + batch / parts / machine.processes * need[0]
+    expected = {
+        "time": f"about {time} on {machine.name}, by arithmetic; --dry-run measures it",
+        "memory": f"about {memory / 2**30:.1f} of {machine.memory / 2**30:.0f} GiB",
+        "images seen": f"{seen:,}: {seen / data.images:,.3g} passes over {data.images:,} images",
+        "expect": choices.expectation(data, start is not None, seen),
+    }
+    return Plan(config, maker.lines, expected)
+
+
+def _choose_start(maker: _Maker, start: PlannedStart | None) -> None:
+    if start is None:
+        none = "no weights were named, and none are on this machine: training starts from nothing"
+        maker.lines.append(PlanLine("init", "none", none))
+    else:
+        maker.quietly("init", start.name)
+        maker.lines.append(PlanLine("init", start.name, start.reason))
+
+
+def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: PlannedStart | None) -> None:
+    patch = None if start is None else start.encoder.model.patch_size
+    (side, patch), why = choices.choose_view(data, machine, maker.given.get("model.patch_size", patch))
+    side = maker.put("views.global_size", Decision(side, why))
+    if start is None:
+        maker.put("model.patch_size", Decision(patch, f"{(side // patch) ** 2} patches of a view"))
+        if maker.built().model.positions != "rope":  # which fit any size
+            maker.quietly("model.image_size", side)
+    canvas = Decision(min(max(side, data.side), 2 * side, 512), "views are cut out of images of this size")
+    drawn = maker.put("loader.canvas", canvas)
+    if maker.built().views.objects is not None:
+        maker.quietly("loader.mask_canvas", min(drawn, 128))
+    if not {"transform"} & {key.partition(".")[0] for key in maker.given}:
+        whole = {"transform.resize": side, "transform.crop": side}  # such images have no margin to cut off
+        maker.changes |= whole if data.side <= side else {"transform": None}
+    faster = ("bf16", f"{machine.name} computes faster in it") if machine.bf16 else ("fp32", machine.name)
+    maker.put("precision", Decision(*faster))
+    if data.gray and maker.built().views.color.jitter:
+        for key in ("saturation", "hue"):
+            maker.put(f"views.color.{key}", Decision(0.0, "the images are gray"))
+
+
+def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budget, batch: int) -> None:
+    """The largest network that the images can fill and the budget can train."""
+    if not any(key in maker.given for key in ("model.size", "model.width", "model.depth")):
+        speed = machine.flops * machine.processes
+        chosen, why = "micro", "the smallest: the budget is short"
+        for name, (keys, worth) in MODELS.items():
+            trial = cost_of(maker.built(**{f"model.{key}": value for key, value in keys.items()}))
+            seen = worth if budget.seconds is None else 0.9 * budget.seconds * speed / trial.flops
+            if data.images >= choices.FEWEST[name] and seen >= worth:
+                chosen = name
+                why = f"{data.images:,} images, about {seen:,.0f} of them seen within the budget"
+        keys, _ = MODELS[chosen]
+        maker.changes |= {f"model.{key}": value for key, value in keys.items()}
+        maker.lines.append(PlanLine("model", ", ".join(f"{k}={v}" for k, v in keys.items()), why))
+        method = maker.built().method
+        if chosen == "micro" and isinstance(method, DistillationConfig):
+            for head in method.used_heads():  # which would cost more than the network
+                maker.quietly(f"method.heads.{head}.hidden", 512)
+                maker.quietly(f"method.heads.{head}.bottleneck", 96)
+    maker.put("optimizer.lr.value", choices.choose_rate(maker.built().model.shape[0], batch))
+
+
+def _choose_prototypes(maker: _Maker, config: RunConfig, at_once: int, data: DataFacts) -> None:
+    """As many as there is to share out: rows of a part of a step, over all processes."""
+    method = config.method
+    if isinstance(method, CapiConfig):
+        count = config.views.global_count * at_once
+        maker.put("method.clustering.prototypes", choices.choose_prototypes(count, data.images))
+    if not isinstance(method, DistillationConfig):
+        return
+    rows: dict[str, float] = dict.fromkeys(method.used_heads(), FIT)
+    patches = (config.views.global_size // config.model.patch_size) ** 2
+    masks = config.views.masking
+    for name, term in method.terms().items():
+        count = float(config.views.global_count)
+        if name == "patch" and masks is not None:
+            count *= masks.probability * sum(masks.ratio) / 2 * patches
+        for head in method.known[name].heads(term):
+            rows[head] = min(rows[head], count * at_once)
+    for head, count in rows.items():
+        maker.put(f"method.heads.{head}.prototypes", choices.choose_prototypes(int(count), data.images))
+
+
+def _choose_length(
+    maker: _Maker, budget: Budget, seconds: float, data: DataFacts, batch: int, adapting: bool
+) -> int:
+    """The duration; returns it in steps."""
+    if budget.duration is not None:
+        choice = Decision(budget.duration, "the budget")
+    else:
+        steps, why = choices.choose_length(budget.seconds, seconds, data, batch, adapting)
+        choice = Decision(f"{steps} steps", why)
+    maker.put("duration", choice)
+    return plan(maker.built(), data.images).total_steps
+
+
+def _choose_evaluation(maker: _Maker, data: DataFacts, steps: int) -> None:
+    """k-NN among the images themselves where they have labels; nothing can be said of others here."""
+    if data.labels < 2:
+        return
+    why = f"k-NN by the {data.labels} labels says whether it helps; training sees no label"
+    maker.put("evaluate_every", Decision(f"{max(steps // 10, 1)} steps", why))
+    if not data.test:  # the images are queries of each other
+        maker.quietly("evaluate.exclude_self", True)
+    maker.quietly("evaluate.limit", 2000)

@@ -1,0 +1,111 @@
+"""What a user asks of `auto`: the plan of a new run, or that of the run which is already there."""
+
+from pathlib import Path
+from typing import Any
+
+from foveola import distributed
+from foveola.config import ConfigError, UserError, build, merge, parse_overrides, read_yaml, renewed, to_dict
+from foveola.data.identity import saying
+from foveola.data.sources import Source, as_source
+from foveola.files import RunFolder
+from foveola.training.auto.facts import budget_of, look_at_data, look_at_machine, weights_at_hand
+from foveola.training.auto.plan import AUTO, Plan, PlannedStart, plan_run
+from foveola.training.recipe import RunConfig, nested, with_changes
+from foveola.trees import flat
+from foveola.zoo.load import load
+
+USUAL_BUDGET = "1 hour"
+FRESH = ("none", "null", "scratch")  # values of init= that ask for fresh weights
+
+
+def request(overrides: list[str] | dict[str, Any] | None = None, source: Source | None = None) -> RunConfig:
+    """Return the configuration that `foveola pretrain auto` runs, and print the plan on the first process.
+
+    Args:
+        overrides: `key=value` strings or a (nested or dotted) dict: `data`, `budget`, `init` and any key of
+            `RunConfig`, which the plan then takes as it is.
+        source: the caller's own data, where `data` names an object.
+
+    A run that was planned for the same request, in `out` or unfinished below runs/, goes on by its own plan.
+    Raises UserError for mistakes in what is asked for.
+    """
+    tree = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
+    budget = tree.pop("budget", None)
+    given = flat(tree)
+    if given.get("data") is None:
+        raise ConfigError("pretrain auto needs data=..., for example data=folder:/my/images")
+    with distributed.joined(str(given.get("device", "auto"))) as device:
+        if (before := _planned_before(given, budget)) is not None:
+            return before
+        text = USUAL_BUDGET if budget is None else str(budget)
+        found = distributed.on_main(lambda: _plan(given, text, str(device), source, usual=budget is None))
+    tree, said = found
+    if distributed.is_main():
+        print(said, flush=True)
+    return build(RunConfig, tree)
+
+
+def _plan(
+    given: dict[str, Any], budget: str, device: str, source: Source | None, usual: bool
+) -> tuple[dict[str, Any], str]:
+    """The plan of a new run as a tree and as text: made by one process, as times of others differ."""
+    asked = budget_of(budget, distributed.world_size())
+    with saying(True):
+        images = as_source(source or given["data"], "train", "data")
+        data = look_at_data(images, _test_split(given["data"], images) if source is None else None)
+    start = _start(given)
+    if start is None:
+        given = {key: value for key, value in given.items() if key != "init"}
+    made: Plan = plan_run(data, look_at_machine(device), asked, given, start)
+    about = f"plan for {data.images:,} images and a budget of {budget}"
+    about += " (none was given: budget='8 hours' trains longer)" if usual else ""
+    return to_dict(made.config), f"{about}\n{made.table()}"
+
+
+def _test_split(data: str, images: Source) -> Source | None:
+    """The test images of a data string, where they are others than those to train on."""
+    try:
+        found = as_source(data, "test", "data")
+    except UserError:  # it lacks that part, which training does not need
+        return None
+    return None if found.name == images.name else found
+
+
+def _start(given: dict[str, Any]) -> PlannedStart | None:
+    """The weights that the user names, or the first public ones on this machine that can be loaded."""
+    name = given.get("init")
+    if "init" in given and (name is None or str(name) in FRESH):
+        return None
+    if name is not None:
+        return PlannedStart(str(name), "as you said", load(str(name)).config)
+    for found in weights_at_hand():
+        try:
+            encoder = load(found)
+        except UserError:  # a library is missing, or the file is damaged: not at hand
+            continue
+        return PlannedStart(
+            found, "public weights on this machine; init=none trains from nothing", encoder.config
+        )
+    return None
+
+
+def _planned_before(given: dict[str, Any], budget: Any) -> RunConfig | None:
+    """The configuration of a run that was planned for the same request: in `out`, or the newest in runs/."""
+    if given.get("out") is not None:
+        folders = [Path(str(given["out"])).expanduser()]
+    else:
+        folders = sorted(Path("runs").glob(f"{AUTO}-*/"), reverse=True)
+    asked = {key: value for key, value in given.items() if key not in ("out", "device")}
+    if asked.get("init") in FRESH:
+        del asked["init"]
+    for path in (RunFolder(folder).config for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            tree = renewed(read_yaml(path))
+            there, now = build(RunConfig, tree), with_changes(tree, nested(asked))
+        except ConfigError:  # of another version, or not a plan: choosing the folder says what is wrong
+            continue
+        if there.recipe == AUTO and there == now and budget in (None, there.about.budget):
+            return build(RunConfig, merge(tree, {k: given[k] for k in ("out", "device") if k in given}))
+    return None
