@@ -11,7 +11,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, build, read_yaml, renewed, to_dict
 from foveola.failures import told
-from foveola.files import EncoderFolder, RunFolder
+from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.methods import find_method
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.starting import SIDES, StartingWeights
@@ -201,14 +201,14 @@ def read_start(name: str, model: ViTConfig) -> StartingWeights:
         raise UserError(f"init={name}: {error}") from error
     state, account = transfer(encoder, model, name)
     account.unused = list(encoder.beside)
-    path = Path(name)
-    run = path if RunFolder(path).is_run() else path.parent.parent
     parts: dict[str, Tensor] = {}
     names: dict[str, tuple[str, ...]] = {}
-    if not path.is_dir():
+    if run := _run_of(name):
+        step = encoder.config.step
+        if step is not None or Path(name) in (run.path, run.encoder.path):  # earlier versions did not say it
+            parts = _parts_of_run(run, step)
+    else:
         parts, names = parts_in(name)
-    elif RunFolder(run).is_run():
-        parts = _parts_of_run(run, path)
     inner = tuple(f"{side}.predictor." for side in SIDES)
     if encoder.predictor is not None and not any(part.startswith(inner) for part in parts):
         for key, value in encoder.predictor.state_dict().items():  # its first block, which pools
@@ -216,12 +216,21 @@ def read_start(name: str, model: ViTConfig) -> StartingWeights:
     return StartingWeights(name, state, parts, names, account)
 
 
-def _parts_of_run(run: Path, path: Path) -> dict[str, Tensor]:
-    """Heads and the like in the checkpoint of a run, or in that of an encoder that was kept with it."""
-    newest = checkpoint.newest(run)
-    at = None if newest is None or path == run or path.name == "encoder" else run / "checkpoints" / path.name
-    found = newest if at is None else at
-    if found is None or not checkpoint.is_whole(found):
+def _run_of(name: str) -> RunFolder | None:
+    """The run of an encoder that has one: named by its folder, one of its encoders, or `RUN?step=N`."""
+    if named := run_model(name):
+        return named.run
+    path = Path(name)
+    for folder in (path, path.parent, path.parent.parent) if path.is_dir() else ():
+        if RunFolder(folder).is_run():
+            return RunFolder(folder)
+    return None
+
+
+def _parts_of_run(run: RunFolder, step: int | None) -> dict[str, Tensor]:
+    """Heads and the like in the checkpoint of a run from which an encoder is, if it is still there."""
+    found = checkpoint.newest(run.path) if step is None else run.checkpoint(step)
+    if found is None or not found.is_dir():
         return {}
     state = checkpoint.read_checkpoint(found)["trainer"]["method"]
     parts = {

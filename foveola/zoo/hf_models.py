@@ -59,8 +59,9 @@ def from_hf(
         raise UserError(f"{where} is a {config.model_type!r}; known: {', '.join(MODEL_TYPES)}")
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "ijepa") else {}
     speech = transformers.utils.logging
-    loudness = speech.get_verbosity()
+    loudness, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
     speech.set_verbosity_error()  # its report warns of heads that are left out; what is missing we say
+    speech.disable_progress_bar()
     try:
         model, report = transformers.AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **found, **options
@@ -69,6 +70,8 @@ def from_hf(
         raise UserError(f"{where}: {one_line(error)}") from error
     finally:
         speech.set_verbosity(loudness)
+        if bars:
+            speech.enable_progress_bar()
     if missing := sorted(map(str, report["missing_keys"])):
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
     transform = transform_of("hf", name, preprocess, size, lambda size: _transform(name, where, found, size))
