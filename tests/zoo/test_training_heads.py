@@ -113,7 +113,7 @@ def test_a_head_of_other_shape_stays_fresh_whole_and_says_why(written):
     for name, value in fresh.student.heads.state_dict().items():
         assert torch.equal(method.student.heads.state_dict()[name], value), name
     account = start.close()
-    assert account.fresh["heads.main"] == "last_layer.g is (16, 1), the file's (12, 1)"
+    assert account.fresh["heads.main"] == "last_layer.v is (16, 8), the file's (12, 8)"
     assert {f"teacher.head.{name}" for name in head(1)} <= set(account.unused)
 
 
