@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from foveola.config import ConfigError, key
 from foveola.models.vit import VisionTransformer
 
-PLACES = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}  # in a block
+UPDATED = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}  # in a block
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets={list(self.targets)}: some of {', '.join(PLACES)}, each once")
+            raise ValueError(f"targets={list(self.targets)}: some of {', '.join(UPDATED)}, each once")
 
 
 class LoraLinear(nn.Linear):
@@ -68,7 +68,7 @@ def add_adapters(network: VisionTransformer, config: LoraConfig, generator: torc
     for p in masks if config.blocks is None else ():
         p.requires_grad_(True)
     for block in network.blocks[-count:]:
-        for place in (place for target in config.targets for place in PLACES[target]):
+        for place in (place for target in config.targets for place in UPDATED[target]):
             owner, _, name = place.rpartition(".")
             module = block.get_submodule(owner)
             base = module.get_submodule(name)
