@@ -119,6 +119,10 @@ class DistillationConfig(_Terms):
         found = {name: getattr(self, name, None) for name in self.known}
         return {name: term for name, term in found.items() if term is not None}
 
+    @property
+    def holding(self) -> list[str]:
+        return [name for name, term in self.terms().items() if self.known[name].reads_start(term)]
+
     def used_heads(self) -> set[str]:
         """Return names of the heads that some term projects with."""
         return {head for name, term in self.terms().items() for head in self.known[name].heads(term)}
@@ -223,8 +227,7 @@ class Distillation(Method):
 
     def begin(self) -> None:
         """Keep a frozen copy of the student's backbone where a term asks for it: one for all of them."""
-        terms = self.config.terms().items()
-        if any(self.config.known[name].reads_start(config) for name, config in terms):
+        if self.config.holding:
             self.start = freeze(deepcopy(self.student.backbone))
 
     def train(self, mode: bool = True) -> "Distillation":

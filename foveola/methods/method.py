@@ -52,6 +52,11 @@ class MethodConfig:
         """Raise ValueError where the views or the network cannot serve the method."""
 
     @property
+    def holding(self) -> list[str]:
+        """Keys of what compares with the starting weights, so that fresh ones make no sense."""
+        return []
+
+    @property
     def pool(self) -> Literal["token", "average", "predictor"]:
         """What stands for an image in the encoder that is kept: the class token, unless a method says so."""
         return "token"

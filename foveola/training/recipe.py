@@ -76,6 +76,7 @@ class About:
     data: str = key("", "data it is made for")
     aim: str = key("", "published result it aims at")
     budget: str = key("", "time for which `pretrain auto` made it")
+    init: str = key("", "weights that it is made to start from; a recipe without them starts fresh")
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,21 @@ class RunConfig:
                 f"transform.crop={self.transform.crop} is not a multiple of "
                 f"the patch size {self.model.patch_size}"
             )
+
+    def refuse_fresh(self) -> None:
+        """Raise ConfigError where a run has no starting weights, and cannot be meant to have none."""
+        if self.init is not None:
+            return
+        example = f"it needs init=..., for example init={self.about.init or 'hf:facebook/dinov2-small'}"
+        if held := [f"method.{name}" for name in self.method.holding]:
+            does = "keeps" if len(held) == 1 else "keep"
+            instead = " ".join(f"{name}=null" for name in held)
+            raise ConfigError(
+                f"recipe {self.recipe!r}: {', '.join(held)} {does} what starting weights knew: {example}; "
+                f"or {instead}"
+            )
+        if self.about.init:
+            raise ConfigError(f"recipe {self.recipe!r} goes on from trained weights: {example}")
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""

@@ -111,6 +111,7 @@ class _Session:
         if config.data is None:
             hint = config.about.data or "folder:/my/images"
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
+        config.refuse_fresh()
         self.source = as_source(sources.get("data", config.data), "train", "data")
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = batch_share(config)

@@ -54,7 +54,9 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     config = made(name, merge(small, nested(parts)))
     said = rows(dry_run(config))
     objects = ["objects"] * (config.views.objects is not None)
-    assert list(said) == [*FIELDS[:2], *objects, "readable", *FIELDS[2:], "advice"]
+    resting = ["resting"] * bool(config.freeze)
+    expected = [*FIELDS[:2], *objects, "readable", FIELDS[2], *resting, *FIELDS[3:], "advice"]
+    assert list(said) == expected
     assert said["recipe"] == f"{name} ({recipes()[name].method})"
     assert said["data"].endswith("64 images")
     if method in ("mae", "ijepa"):
@@ -81,6 +83,8 @@ def test_every_recipe(name, tmp_path, monkeypatch):
     terms = ["token"] * (config.method.token is not None) + ["patch"] * (config.method.patch is not None)
     terms += ["position"] * (config.method.position is not None)
     terms += ["spread"] * (config.method.spread is not None)
+    terms += ["gram"] * (config.method.gram is not None)
+    terms += ["preservation_token", "preservation_patch"] * (config.method.preservation is not None)
     assert re.findall(r"(\w+) \d+\.\d{3}", said["trial"]) == terms
     assert not list(tmp_path.iterdir())  # nothing is written
 

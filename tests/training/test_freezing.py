@@ -227,3 +227,20 @@ def test_what_learns_is_said_once(tiny):
         tiny(lora={}, train_blocks=1)
     with pytest.raises(ConfigError, match=r"lora\.rank has no effect: freeze\.encoder=all"):
         resolve("demo", {"freeze": {"encoder": "all"}, "lora.rank": 4})
+
+
+# -- recipes that go on from trained weights -----------------------------------------------------------------
+
+
+def test_a_run_without_the_weights_that_it_is_made_for_is_refused(tiny, tmp_path):
+    data = {"data": "scenes:?size=32&count=64", "out": str(tmp_path)}
+    with pytest.raises(
+        ConfigError, match=r"method\.gram, method\.preservation keep .* init=hf:facebook/dinov2-small"
+    ):
+        pretrain("dinov2-vits14-adapt", **data)
+    with pytest.raises(ConfigError, match=r"'mae-vits16-adapt' goes on from trained weights: it needs init="):
+        pretrain("mae-vits16-adapt", **data)
+    with pytest.raises(ConfigError, match=r"method\.gram keeps .* needs init=.*; or method\.gram=null"):
+        pretrain(tiny(out=str(tmp_path), **{"method.gram": {}}))
+    assert not list(tmp_path.iterdir())
+    assert resolve("dinov2-vits14-adapt").method.holding == ["gram", "preservation"]

@@ -42,6 +42,10 @@ UNSEEN = {  # keys that weights do not show, by the reason why
     "another order of the same sums, tested with the loop": ("accumulate",),
     "for bad images": ("loader.max_bad",),
     "a bound that few draws reach, tested with the sampler": ("views.blocks.min_context",),
+    "of biases, which these parts do not have": (
+        "optimizer.parts.predictor.bias_decay",
+        "optimizer.parts.head.bias_decay",
+    ),
     "needs a GPU or is slow on a CPU, tested with the loop": ("precision",),
     "of positions at sizes that no view here has; of the encoder that is kept": (
         "model.position_antialias",
@@ -94,6 +98,7 @@ def small(name: str) -> dict[str, Any]:
     parts = PARTS.get(method.name) or {f"method.heads.{head}": HEAD for head in method.heads}
     tree = merge(merge(to_dict(config), SMALL), nested(parts))
     vary(tree)
+    tree["freeze"] = {}  # an encoder that rests in the first of two steps is where it began in both
     if tree["views"]["objects"]:
         tree["views"]["objects"]["min_visible"] = 0.9  # not every first box will do
     return tree
