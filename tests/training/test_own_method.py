@@ -180,3 +180,18 @@ def test_its_check_and_what_it_does_not_know_are_refused(recipe):
         siam(recipe, **{"views.local_count": 2})
     with pytest.raises(ConfigError, match="knows no position field"):
         siam(recipe, **{"model.positions": "field"})
+
+
+def test_it_starts_from_weights(recipe: str, tmp_path: Path):
+    """Nothing is asked of a method for that: the networks that see images get them."""
+    first = pretrain(recipe, method={"name": NAME}, duration="2 steps", out=str(tmp_path / "first"))
+    second = pretrain(
+        recipe,
+        method={"name": NAME},
+        out=str(tmp_path / "second"),
+        duration="2 steps",
+        init=str(first.folder),
+    )
+    mine = foveola.load(f"{second.folder}?step=0").backbone.state_dict()
+    for name, value in first.encoder().backbone.state_dict().items():
+        assert torch.equal(mine[name], value), name

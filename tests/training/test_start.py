@@ -278,3 +278,99 @@ def test_what_a_recipe_says_beside_its_init_is_meant(saved: Callable[..., str], 
     assert config.transform.mean == (0.1, 0.1, 0.1)
     again = resolve(tmp_path / "mine.yaml", {"init": None})
     assert again.model.width == 96
+
+
+def official(config: ViTConfig) -> dict[str, Tensor]:
+    """The tensors of a network as such files hold them."""
+    return {k: v for k, v in network(config).backbone.state_dict().items() if k != "mask_token"}
+
+
+@pytest.mark.parametrize("kind", ["DINO", "I-JEPA", "timm's names", "torch", "timm", "RoPE"])
+def test_starting_from_a_file_is_loading_it(kind: str, tmp_path: Path, saved: Callable[..., str]):
+    """Student and teacher see an image as `foveola.load` does, whatever the weights are kept in."""
+    plain = dataclasses.replace(SHAPE, registers=0, layer_scale=None)
+    init, recipe = f"{tmp_path}/file.pth?heads=2", "ibot-tiny-tinyimagenet"
+    if kind == "DINO":
+        torch.save({"teacher": {f"backbone.{k}": v for k, v in official(plain).items()}}, init[:-8])
+    elif kind == "I-JEPA":
+        state = official(dataclasses.replace(plain, class_token=False))
+        torch.save({"target_encoder": {f"module.{k}": v for k, v in state.items()}}, init[:-8])
+        recipe = "ijepa-tiny-tinyimagenet"
+    elif kind == "timm's names":
+        torch.save(
+            official(plain) | {"head.weight": torch.zeros(9, 24), "head.bias": torch.zeros(9)}, init[:-8]
+        )
+        init += "&preprocess=half"
+    elif kind == "torch":
+        init = str(export(saved(), tmp_path / "exported.pth", "torch"))
+    elif kind == "timm":
+        pytest.importorskip("timm", reason="timm is not installed")
+        init = f"timm:{export(saved(position_antialias=True), tmp_path / 'timm', 'timm')}"
+    else:
+        init, recipe = saved(positions="rope", registers=4), "capi-tiny-tinyimagenet"
+    config = resolve(recipe, {**SMALL, **RECIPES[recipe], "init": init})
+    trainer, start = assembled(config)
+    theirs, images = load(init), torch.randn(2, 3, 48, 64)
+    assert config.views.color.mean == theirs.config.transform.mean
+    if kind == "timm's names":
+        assert config.views.color.std == (0.5, 0.5, 0.5)
+        assert start.close().unused == ["head.weight", "head.bias"]
+    for each in trainer.method.trained():
+        assert torch.equal(patches(each, images), patches(theirs.backbone, images))
+
+
+def test_a_class_token_is_added_where_the_method_needs_one(saved: Callable[..., str]):
+    init = saved(class_token=False)
+    for recipe, there in (("dino-tiny-tinyimagenet", True), ("mae-tiny-tinyimagenet", False)):
+        config = resolve(recipe, {**SMALL, **RECIPES[recipe], "init": init})
+        assert config.model.class_token == there
+        _, start = assembled(config)
+        assert ("cls_token" in start.account.fresh) == there
+
+
+def test_patches_and_positions_of_other_sizes(saved: Callable[..., str]):
+    init, keys = saved(), {**SMALL, **RECIPES["dino-tiny-tinyimagenet"]}
+    config = resolve("dino-tiny-tinyimagenet", {**keys, "init": init, "model.patch_size": 16})
+    assert (config.model.patch_size, config.model.image_size) == (16, 64)  # the same table
+    trainer, start = assembled(config)
+    assert torch.equal(trainer.method.backbone.pos_embed, load(init).backbone.pos_embed)
+    assert "resampled from patches of 8 to 16 pixels (pseudo-inverse)" in start.account.line()
+    trainer.step(plan(config, 16), batches(config).__next__)
+    config = resolve("dino-tiny-tinyimagenet", {**keys, "init": init, "model.image_size": 64})
+    assert assembled(config)[0].method.backbone.pos_embed.shape == (1, 65, 24)
+
+
+RANKS = """
+import sys
+import torch
+from foveola import distributed
+from foveola.training.recipe import resolve
+from foveola.training.run import pretrain
+run = pretrain("dino-tiny-tinyimagenet", init=sys.argv[1], out=sys.argv[2], data=sys.argv[3], batch_size=4,
+    device="cpu", duration="2 steps", **{"loader.workers": 0, "method.heads.main.prototypes": 16})
+print(run.finished)
+"""
+
+
+def test_two_processes_start_from_the_same_weights(saved: Callable[..., str], tmp_path: Path, run_ranks):
+    init, out = saved(), tmp_path / "run"
+    assert [text.splitlines()[-1] for text in run_ranks(RANKS, words=[init, str(out), SOURCE])] == [
+        "True"
+    ] * 2
+    images = torch.randn(2, 3, 32, 32)
+    begun = load(f"{out}?step=0")
+    assert torch.equal(patches(begun.backbone, images), patches(load(init).backbone, images))
+    assert RunFolder(out).log.read_text().count("starting weights, taken") == 1
+
+
+def test_an_encoder_of_such_a_run_learns_and_is_frozen_as_any(saved: Callable[..., str], tmp_path: Path):
+    keys = {**SMALL, **RECIPES["dino-tiny-tinyimagenet"], "duration": "1 steps"}
+    run = pretrain("dino-tiny-tinyimagenet", init=saved(), out=str(tmp_path / "run"), **keys)
+    images = torch.randn(2, 3, 64, 64)
+    frozen = load(run.folder)
+    assert not frozen(images).objects.requires_grad
+    with torch.inference_mode():
+        frozen(images)
+    learning = load(run.folder, trainable=True)
+    learning(images).objects.sum().backward()
+    assert learning.backbone.patch_embed.proj.weight.grad.abs().sum() > 0
