@@ -1,5 +1,6 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -10,7 +11,7 @@ from foveola.config import ConfigError
 from foveola.methods import find_method
 from foveola.methods.method import Method, learns
 from foveola.models.encoder import Encoder
-from foveola.models.lora import add_adapters
+from foveola.models.lora import add_adapters, merged
 from foveola.models.starting import StartingWeights
 from foveola.schedules import Progress
 from foveola.training.freezing import Freezing, keep_last_blocks
@@ -64,6 +65,15 @@ def untrained(config: RunConfig) -> Encoder:
     """Return the encoder that a run begins with: same shape, same seed, no step taken."""
     method = _method(config)
     return Encoder(config.encoder(), method.backbone, method.predictor)
+
+
+def encoder_of(config: RunConfig, method: Method, step: int) -> Encoder:
+    """Return a copy of what a method has learned in so many steps, as it is kept."""
+    encoder = Encoder(dataclasses.replace(config.encoder(), step=step))
+    encoder.backbone.load_state_dict(merged(method.backbone.state_dict()))
+    if encoder.predictor is not None and method.predictor is not None:
+        encoder.predictor.load_state_dict(method.predictor.state_dict())
+    return encoder
 
 
 def student_names(method: Method) -> dict[str, str]:

@@ -49,20 +49,30 @@ def plan(config: RunConfig, images: int, processes: int = 1) -> Progress:
 def _misfits(config: RunConfig, progress: Progress) -> list[str]:
     """What is wrong with the durations of a configuration, each with its key."""
     wrong = []
-    durations = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
-    durations["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
-    durations |= {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
     for name in periods(config):
         try:
             period(config, name, progress)
         except ConfigError as error:
             wrong.append(str(error))
-    for name, duration in durations.items():
+    for name, duration in _parts(config).items():
         try:
             _steps(duration, name, progress)
         except ConfigError as error:
             wrong.append(str(error))
     return wrong
+
+
+def _parts(config: RunConfig) -> dict[str, str | int]:
+    """Durations of what is not done for all of a run, by their keys."""
+    parts = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
+    parts["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
+    return parts | {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
+
+
+def durations(config: RunConfig, progress: Progress) -> dict[str, int]:
+    """Return the steps of every duration of a run besides its length, by their keys."""
+    given = _parts(config) | {name: each for name, each in periods(config).items() if each is not None}
+    return {name: _steps(duration, name, progress) for name, duration in given.items()}
 
 
 def periods(config: RunConfig) -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """The folder of a run: which one a configuration belongs to, what it may differ in, who writes to it."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, 
 from foveola.files import RunFolder
 from foveola.training import checkpoint, same_data
 from foveola.training.durations import plan
+from foveola.training.lengthen import check_longer
 from foveola.training.recipe import RunConfig
 from foveola.trees import flat
 
@@ -54,17 +56,22 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
 
     The same `images` at another place are the same data. A run there that was finished on images which
     changed since is left alone, unless `data_changed` allows to go on.
-    Nothing is written. Raises ConfigError where `out` holds something else.
+    Nothing is written. Raises ConfigError where `out` holds something else than this run, which may have been
+    shorter so far.
     """
     if config.out is not None:
         folder = Path(config.out).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"out={folder} is a file, not a folder")
         if RunFolder(folder).config.exists():
-            if different := setting_difference(folder, config, images):
+            before = _settings(folder)
+            alike = dataclasses.replace(config, duration=before.duration)
+            if different := setting_difference(folder, alike, images):
                 raise ConfigError(
                     f"{folder} holds another run ({different}): choose another out=, or repeat its settings"
                 )
+            if before.duration != config.duration:
+                check_longer(folder, before, config, images.count)
         elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
         return Choice(folder)
@@ -85,18 +92,21 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
 
 def setting_difference(folder: Path, config: RunConfig, images: same_data.RunImages) -> str | None:
     """Return the first setting in which the run in `folder` differs from `config`, or None."""
-    path = RunFolder(folder).config
-    try:
-        theirs = build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
-    except ConfigError as error:
-        raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
-    old, new = flat(to_dict(theirs)), flat(to_dict(config))
+    old, new = flat(to_dict(_settings(folder))), flat(to_dict(config))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == part or name.startswith(f"{part}.") for part in FREE_KEYS)
         free = free or (name == "data" and same_data.are_of(folder, images))
         if not free and old.get(name) != new.get(name):
             return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
     return None
+
+
+def _settings(folder: Path) -> RunConfig:
+    path = RunFolder(folder).config
+    try:
+        return build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
 
 
 def begin(folder: Path, config: RunConfig, images: same_data.RunImages) -> str | None:

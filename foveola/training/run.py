@@ -22,15 +22,15 @@ from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
 from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
-from foveola.models.lora import merged
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, student_names, untrained
+from foveola.training.assemble import assemble, batch_share, encoder_of, student_names, untrained
 from foveola.training.auto.plan import AUTO
 from foveola.training.auto.request import request
 from foveola.training.callbacks import Callbacks
 from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
+from foveola.training.lengthen import lengthen, what_changes
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
 from foveola.training.recipe import RunConfig, nested, resolve, with_changes
@@ -122,7 +122,7 @@ class _Session:
         self.evaluations = Evaluations(config, self.progress, sources)
         self.start = Start(config.init, config.model, config.out)
         self.trainer = assemble(config, self.progress, device, self.start.weights)
-        self.folder, self.stop = Path(), Stop()
+        self.folder, self.stop, self.shorter = Path(), Stop(), ""  # shorter: its duration so far, if another
         self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved
         self.bad_names: set[str] = set()
         self.changes: list[str] = []  # between the interruption of a run and its continuation
@@ -134,8 +134,7 @@ class _Session:
             self.folder = self._claimed(stack)
             start = self.step = self.tried = self._resume()
             missed = self.evaluations.missed(self.folder, start)
-            done = "" if missed else self.evaluations.ended(self.folder, start)
-            if done:
+            if not missed and (done := self.evaluations.ended(self.folder, start)):
                 if distributed.is_main():
                     print(done, flush=True)
                 return Run(self.folder, self.config, start, self.total, {})
@@ -172,6 +171,7 @@ class _Session:
         self.start.insist(path)
         stack.enter_context(folder.lock(path))
         self.changes += filter(None, (said, folder.begin(path, self.config, images)))
+        self.shorter = lengthen(path, self.config)
         return path
 
     def _resume(self) -> int:
@@ -211,14 +211,16 @@ class _Session:
             log.note(f"prototypes of targets: {counts}", show=False)  # as the report reads it
         if self.config.method.fixed_targets:
             log.note(FIXED_TARGETS, show=False)
+        if self.shorter:
+            now = dataclasses.replace(self.progress, step=start)
+            log.note(what_changes(self.shorter, self.config, now, len(self.source)))
         for text in self.changes:
             log.note(text)
         if not start and self.start.weights is not None:
             self.start.keep(self.folder, self._encoder(0), log.note)
-        for text in advice(self.config, self.trainer.method, self.progress, len(self.source)):
+        wise = advice(self.config, self.trainer.method, self.progress, len(self.source))
+        for text in (*wise, *notes_of(self.source)):
             log.note(text)
-        for about in notes_of(self.source):
-            log.note(about)
         if self.config.views.objects is not None:
             log.note(f"objects: {objects_line(self.source)}")
 
@@ -394,9 +396,4 @@ class _Session:
             encoder.save(run.encoder.path)
 
     def _encoder(self, step: int) -> Encoder:
-        method = self.trainer.method
-        encoder = Encoder(dataclasses.replace(self.config.encoder(), step=step))
-        encoder.backbone.load_state_dict(merged(method.backbone.state_dict()))
-        if encoder.predictor is not None and method.predictor is not None:
-            encoder.predictor.load_state_dict(method.predictor.state_dict())
-        return encoder.to(self.device)
+        return encoder_of(self.config, self.trainer.method, step).to(self.device)
