@@ -7,9 +7,11 @@ from foveola.health import FEW_IMAGES, SHORT
 from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule, steps_of
 from foveola.training.durations import schedules
+from foveola.training.freezing import ALL, phase_steps
 from foveola.training.recipe import RunConfig
 
 FIRST = 0.05  # share of its first weights that a teacher may still have at the end
+MOST = 0.5  # share of starting weights beyond which a run hardly changes them
 FASTEST = 0.9  # momentum below which none is proposed: what follows a student at once teaches it nothing
 
 
@@ -32,6 +34,11 @@ def advice(config: RunConfig, method: Method, progress: Progress, images: int) -
     for path, schedule in schedules(config):
         if told := schedule.shortened(progress):
             found.append(f"{path}.{told}")
+    for part, how in config.freeze.items():
+        if how.strip() != ALL and phase_steps(how, progress) >= progress.total_steps:
+            found.append(
+                f"freeze.{part}={how!r} is the whole run: it never learns; write freeze.{part}=all to mean it"
+            )
     frozen = steps_of(
         config.optimizer.freeze_last_layer,
         total_steps=progress.total_steps,
@@ -57,7 +64,8 @@ def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
         1 - momentum.at(Progress(s, total, progress.steps_per_epoch, progress.batch_size)) for s in steps
     )
     moved *= total / len(steps)
-    if (left := math.exp(-moved)) <= FIRST:
+    # Starting weights are there to be kept, but not for the most part.
+    if (left := math.exp(-moved)) <= (FIRST if config.init is None else MOST):
         return []
     told = f"the teacher is slow for {total:,} steps: at the end it still has {left:.0%} of its first weights"
     faster = 1 - (1 - momentum.value) * -math.log(FIRST / 5) / moved if moved else 0.0

@@ -219,7 +219,8 @@ class _Session:
         if not start and self.start.weights is not None:
             self.start.keep(self.folder, self._encoder(0), log.note)
         wise = advice(self.config, self.trainer.method, self.progress, len(self.source))
-        for text in (*wise, *notes_of(self.source)):
+        resting = [f"resting: {part}" for part in self.trainer.freezing.describe()]
+        for text in (*resting, *wise, *notes_of(self.source)):
             log.note(text)
         if self.config.views.objects is not None:
             log.note(f"objects: {objects_line(self.source)}")

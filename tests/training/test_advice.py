@@ -1,5 +1,6 @@
 """What is foreseen of a run and what is said of its health on the way, against arithmetic and naive loops."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -38,6 +39,22 @@ def test_a_slow_teacher_keeps_its_first_weights(tiny):
     proposed = float(line.rpartition("method.momentum.value=")[2])
     assert proposed**600 < 0.05
     assert told(tiny(**{"method.momentum": momentum | {"value": proposed}}), short) == []
+
+
+def test_a_part_that_never_learns_is_named_unless_it_is_meant(tiny):
+    (line,) = told(tiny(freeze={"encoder": "200 epochs"}))
+    assert line.startswith("freeze.encoder='200 epochs' is the whole run: it never learns")
+    assert told(tiny(freeze={"encoder": "all"})) == told(tiny(freeze={"encoder": "99 %"})) == []
+
+
+def test_starting_weights_may_stay_for_a_part_but_not_for_the_most(tiny):
+    """0.999 ** 1000 = 37 % of fresh weights is told; of starting weights it takes 55 % of 0.999 ** 600."""
+    momentum = {"value": 0.999, "end": None, "shape": "constant"}
+    for total, init, lines in ((1000, None, 1), (1000, "w", 0), (600, "w", 1)):
+        config = tiny(**{"method.momentum": momentum})
+        method = assemble(config, LONG, CPU).method
+        config = dataclasses.replace(config, init=init)
+        assert len(advice(config, method, Progress(0, total, 10, 16), 100_000)) == lines
 
 
 def test_sinkhorn_with_fewer_rows_than_prototypes_has_flat_targets(tiny):
