@@ -23,7 +23,7 @@ class Comparison:
     notes: tuple[str, ...] = ()  # which of several results these are
 
     def table(self) -> str:
-        """Return a line for each metric, a column for each encoder; of two also the difference.
+        """Return a line for each metric, a column for each encoder, then how each differs from the first.
 
         The best is marked `*` where its paired interval over every other encoder lies above 0; all intervals
         stand in brackets.
@@ -32,14 +32,16 @@ class Comparison:
         ends = {name + end for name in every for end in INTERVAL_ENDS}
         metrics = dict.fromkeys(name for result in self.results for name in result.metrics)
         shown = [name for name in metrics if name not in ends]
-        two = len(self.results) == 2
-        rows = [(f"{self.protocol}", *self.names, *(["second - first"] if two else []))]
+        first, *others = self.names
+        heads = ["second - first"] if len(others) == 1 else [f"{name} - {first}" for name in others]
+        rows, alike = [(f"{self.protocol}", *self.names, *heads)], False
         for metric in shown:
             best = self._best(metric)
             cells = [_cell(result, metric, i == best) for i, result in enumerate(self.results)]
-            change = difference(self.results[0], self.results[1], metric) if two else None
+            changes = [difference(self.results[0], other, metric) for other in self.results[1:]]
+            alike = alike or any(change is not None and change.alike for change in changes)
             digits = self.results[0].metric(metric).digits
-            rows.append((metric, *cells, *([] if change is None else [change.text(digits)])))
+            rows.append((metric, *cells, *("" if c is None else c.text(digits) for c in changes)))
         rows.append(("seconds", *(f"{result.seconds:.1f}" for result in self.results)))
         widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
         lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
@@ -48,7 +50,8 @@ class Comparison:
             for name, result in zip(self.names, self.results, strict=True)
             for note in result.notes
         ]
-        return "\n".join([*lines, *self._marks(lines), *self._versions(), *self.notes, *dict.fromkeys(notes)])
+        said = [*self._marks(lines), *self._same(alike), *self._versions(), *self.notes]
+        return "\n".join([*lines, *said, *dict.fromkeys(notes)])
 
     def _best(self, metric: str) -> int | None:
         """The encoder that is the best beyond doubt, if there is one."""
@@ -80,6 +83,20 @@ class Comparison:
                 "image, nor has one of a protocol that gives none; without it no difference has an interval"
             ]
         return []
+
+    def _same(self, alike: bool) -> list[str]:
+        """What stands behind differences that are 0 in every row, and which encoders are one."""
+        note = (
+            "note: 0 [alike]: both have the same score in every row of the test data, from which no interval "
+            "of their difference on other data follows"
+        )
+        prints = [result.encoder for result in self.results]
+        twins = [
+            f"note: {name} and {self.names[prints.index(one)]} are the same encoder ({one})"
+            for name, one in zip(self.names, prints, strict=True)
+            if self.names[prints.index(one)] != name
+        ]
+        return [*twins, *([note] if alike else [])]
 
     def _versions(self) -> list[str]:
         first = self.results[0].versions

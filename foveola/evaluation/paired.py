@@ -31,6 +31,7 @@ class Difference:
     value: float
     low: float
     high: float
+    alike: bool = False  # whether every row has the same score in both
 
     @property
     def clear(self) -> bool:
@@ -38,10 +39,16 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def __neg__(self) -> "Difference":
-        return Difference(-self.value, -self.high, -self.low)
+        return Difference(-self.value, -self.high, -self.low, self.alike)
 
     def text(self, digits: int = 2) -> str:
-        """Return the difference as text, as in: +1.50 [+0.20, +2.80]."""
+        """Return the difference as text, as in: +1.50 [+0.20, +2.80]; of rows that are all alike: 0 [alike].
+
+        Such rows say nothing of how far the two may differ on others: what an interval of them has as its
+        width follows from its formula, not from the data.
+        """
+        if self.alike:
+            return "0 [alike]"
         value, low, high = (f"{x:+.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
@@ -114,13 +121,14 @@ def difference(a: Result, b: Result, metric: str) -> Difference | None:
     if any(first.get(name) != second.get(name) for name in same):
         return None
     (x, groups), (y, _) = unpacked(first), unpacked(second)
+    alike = torch.equal(x, y)
     if first["kind"] == "areas":
-        return Difference(*paired_iou(list(x), list(y), first["absent"]))
+        return Difference(*paired_iou(list(x), list(y), first["absent"]), alike=alike)
     mine, theirs = a.metric(metric), b.metric(metric)
     if (mine.unit, mine.better) != (theirs.unit, theirs.better):
         return None
     size = 100 if first["kind"] == "bool" or mine.unit == "%" else 1  # what is right or wrong is in percent
-    return Difference(*(size * part for part in paired_interval(x, y, groups)))
+    return Difference(*(size * part for part in paired_interval(x, y, groups)), alike=alike)
 
 
 def _test_set(result: Result) -> Any:

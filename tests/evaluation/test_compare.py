@@ -48,6 +48,7 @@ def test_a_line_for_each_metric_and_the_best_marked(tmp_path: Path, capsys) -> N
         tmp_path / "b",
         metrics={"top1_linear": 27.5, "entropy_x": 9.0, "best_k": 20.0},
         versions={"torch": "2.15"},
+        encoder="def",
         scores=hits(55),
         described=(*find_protocol("linear").metrics, Metric("best_k", unit="", digits=0)),
     )
@@ -73,7 +74,11 @@ def test_the_best_is_marked_only_where_it_is_above_each_other_one(tmp_path: Path
     )
     (three,) = compare([a, b, c])
     assert "*" not in three.table()
-    assert three.table().splitlines()[1].split() == ["top1_linear", "21.00", "27.50", "28.00"]
+    head, row, *_ = (line.split() for line in three.table().splitlines())
+    assert row[:4] == ["top1_linear", "21.00", "27.50", "28.00"]
+    assert head[4:] == [*"b-a".replace("-", " - ").split(), *"c-a".replace("-", " - ").split()]
+    ends = [f"{100 * end:+.2f}" for gained in (13, 14) for end in tango(gained, 0, 200)]
+    assert row[4:] == ["+6.50", f"[{ends[0]},", f"{ends[1]}]", "+7.00", f"[{ends[2]},", f"{ends[3]}]"]
     old = save(tmp_path / "old", metrics={"top1_linear": 1.0})
     table = compare([old, b])[0].table()
     assert "27.50" in table
@@ -155,3 +160,24 @@ def test_a_damaged_result_is_named_where_nothing_is_left_to_compare(tmp_path):
     (tmp_path / "b" / "results" / "knn.json").write_text("{")
     with pytest.raises(UserError, match=r"no protocol was measured for all .*; left out: .*knn\.json"):
         compare(both)
+
+
+def test_rows_that_are_all_alike_have_no_interval_and_the_table_says_why(tmp_path: Path) -> None:
+    """Tango's interval of 24 alike pairs is +-13.8, a bootstrap's has no width: neither helps."""
+    shares = packed(torch.rand(24, generator=torch.Generator().manual_seed(0)), torch.arange(24))
+    scores = hits(18, 24) | {"corloc_x": shares}
+    described = (Metric("top1_linear", better="higher"), Metric("corloc_x", better="higher"))
+    metrics = {"top1_linear": 75.0, "corloc_x": 50.0}
+    same = {"metrics": metrics, "scores": scores, "described": described}
+    places = [save(tmp_path / "a", **same), save(tmp_path / "b", **same)]
+    (only,) = compare(places)
+    head, first, second, _, *notes = only.table().splitlines()
+    assert head.split()[-3:] == ["second", "-", "first"]
+    assert first.split() == ["top1_linear", "75.00", "75.00", "0", "[alike]"]
+    assert second.split() == ["corloc_x", "50.00", "50.00", "0", "[alike]"]
+    assert notes[-2] == "note: b and a are the same encoder (abc)"
+    assert notes[-1].startswith("note: 0 [alike]: both have the same score in every row of the test data")
+    other = save(tmp_path / "c", **{**same, "scores": hits(17, 24) | {"corloc_x": shares}, "encoder": "def"})
+    (only,) = compare([places[0], other])
+    low, high = (f"{100 * end:+.2f}" for end in tango(0, 1, 24))
+    assert only.table().splitlines()[1].split()[3:] == ["-4.17", f"[{low},", f"{high}]"]
