@@ -22,10 +22,8 @@ def advice(config: RunConfig, method: Method, progress: Progress, images: int) -
     at_once = config.batch_size // config.accumulate
     found = method.advice(at_once, images, config.loader.objects_per_image)
     if images < FEW_IMAGES:
-        found.append(
-            f"{images:,} images are few: below {FEW_IMAGES:,} a network learns little that an untrained one "
-            "lacks; the recipes *-tiny-tinyimagenet are the smallest"
-        )
+        others = "its starting weights lack" if config.init else "an untrained one lacks; init= names weights"
+        found.append(f"{images:,} images are few: below {FEW_IMAGES:,} a network learns little that {others}")
     if progress.total_steps < SHORT:
         found.append(
             f"{progress.total_steps:,} steps are too few to tell whether a method works; below {SHORT} they "

@@ -123,7 +123,7 @@ def lines(share: float) -> dict[str, float]:
 
 
 def test_a_verdict_is_said_once_when_it_turns_and_again_at_the_end():
-    watch = Watch(Facts("distillation", prototypes={"token": 64}, total_steps=2000), [], warmup=300)
+    watch = Watch(Facts(prototypes={"token": 64}, total_steps=2000), [], warmup=300)
     said = {}
     for step in range(10, 2010, 10):
         flat = step <= 1000

@@ -123,6 +123,11 @@ def choose_length(
     return Decision(limit, f"{passes} are enough; the budget allows more")
 
 
+def often(steps: int, times: int, least: float) -> int:
+    """Return steps between what is done `times` in a run, no fewer than `least`, if the run has so many."""
+    return max(steps // times, min(round(least), steps), 1)
+
+
 def expectation(data: DataFacts, adapting: bool, seen: int) -> str:
     """Return in one sentence what a plan can be hoped to give."""
     many = f"{data.images:,} images"

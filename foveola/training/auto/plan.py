@@ -17,6 +17,7 @@ AUTO = "auto"
 TRAINED = {method: f"{method}-small" for method in ("odis", "ibot", "dinov2", "capi", "mae")}
 ADAPTED = {method: f"{method}-vits14-adapt" for method in ("odis", "dinov2", "capi")}
 FIT = 2**20  # rows that no plan has
+MEASURED_ON = 1000  # images of an evaluation on the way
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,10 @@ def plan_run(
     if start is None and family != "mae":
         maker.put("method.momentum.value", choices.choose_momentum(steps))
     maker.put("loader.workers", choices.choose_workers(machine))
-    often = Decision(f"{max(steps // 20, 1)} steps", "an interruption costs a twentieth of the run")
-    maker.put("checkpoint_every", often)
-    _choose_evaluation(maker, data, steps)
+    often = f"{choices.often(steps, 20, 60 / seconds)} steps"
+    maker.put("checkpoint_every", Decision(often, "an interruption costs no more than that"))
+    often = f"{choices.often(steps, 10, 120 / seconds)} steps"
+    _choose_evaluation(maker, data, often, start is not None)
     config = maker.built(recipe=AUTO, **{"about.budget": budget.text})
     seen = steps * batch
     time = choices.duration_text(steps * seconds)
@@ -219,12 +221,22 @@ def _choose_length(
     return plan(maker.built(), data.images).total_steps
 
 
-def _choose_evaluation(maker: _Maker, data: DataFacts, steps: int) -> None:
-    """k-NN among the images themselves where they have labels; nothing can be said of others here."""
+def _choose_evaluation(maker: _Maker, data: DataFacts, every: str, adapting: bool) -> None:
+    """k-NN where the images have labels, with others or among themselves; else what needs no labels."""
     if data.labels < 2:
+        if not any(key.partition(".")[0] in ("evaluations", "evaluate_every") for key in maker.given):
+            settings = {"protocol": "label_free", "every": every, "settings": {"limit": MEASURED_ON}}
+            maker.changes["evaluations"] = {"label_free": settings}
+            why = f"no labels: rank, uniformity and retrieval of views, each {every}"
+            maker.lines.append(PlanLine("evaluations", "label_free", why))
         return
     why = f"k-NN by the {data.labels} labels says whether it helps; training sees no label"
-    maker.put("evaluate_every", Decision(f"{max(steps // 10, 1)} steps", why))
+    if maker.put("evaluate_every", Decision(every, why)) is None:
+        return
+    maker.quietly("evaluate.limit", 2 * MEASURED_ON)
     if not data.test:  # the images are queries of each other
         maker.quietly("evaluate.exclude_self", True)
-    maker.quietly("evaluate.limit", 2000)
+    if adapting:
+        maker.put(
+            "stop_when_worse", Decision(True, "ends where it hurts beyond its interval; encoders/best stays")
+        )
