@@ -20,6 +20,7 @@ class Findings:
     data: Data
     progress: MeasuredRun
     verdicts: list[Verdict]
+    control: MeasuredRun | None = None  # the same networks on the control set, where there is one
 
 
 def by_seed(found: Sequence[Findings]) -> list[list[Findings]]:

@@ -6,23 +6,37 @@ from foveola.drawing import html
 from foveola.evaluation.protocol import Metric
 from foveola.health import Verdict
 from foveola.reports import verdicts
+from foveola.reports.adaptation import advise, capital
 from foveola.reports.findings import Findings, by_seed, names_of
-from foveola.reports.progress import END, UNTRAINED, MeasuredRun
+from foveola.reports.progress import BEST, END, START, UNTRAINED, MeasuredRun
 
 
 def verdict(found: Sequence[Findings]) -> str:
     parts = [_seeds_verdict(group) for group in by_seed(found)]
     for each in found:
-        state, sentence = verdicts.in_short(verdicts.changes(each.progress))
+        state, sentence, more = _in_short(each)
         name = html.tag("b", html.escape(each.record.name)) + "<br>" if len(found) > 1 else ""
         bad, look = ([v for v in each.verdicts if v.state == s] for s in ("BAD", "LOOK"))
         told = [*each.progress.notes] if state == "OPEN" else []
-        inner = html.tag("p", name + html.escape(sentence), "lead") + html.paragraph(
-            _health_line(each.verdicts), "note"
-        )
+        inner = html.tag("p", name + html.escape(sentence), "lead")
+        inner += "".join(html.paragraph(text, "note") for text in (*more, _health_line(each.verdicts)))
         inner += html.items(told + [f"{v.state}: {v.name} {v.text}" for v in (*bad, *look)])
         parts.append(html.tag("div", html.chip(state) + html.tag("div", inner), "verdict"))
     return "".join(parts)
+
+
+def _in_short(each: Findings) -> tuple[str, str, list[str]]:
+    """The state of a run, the sentence about it, and what is to be known beside it."""
+    if each.progress.baseline != START:
+        return *verdicts.in_short(verdicts.changes(each.progress)), []
+    advice = advise(each.progress, each.control)
+    more = [] if advice.main is None else [f"{capital(advice.main.told())}."]
+    if advice.use == BEST:
+        more.append(
+            "encoders/best was chosen by measurements in training: where these were of the same test images, "
+            "its number here is slightly too good."
+        )
+    return advice.state, advice.sentence, more
 
 
 def _seeds_verdict(group: Sequence[Findings]) -> str:
@@ -44,11 +58,14 @@ def _health_line(verdicts: Sequence[Verdict]) -> str:
 
 
 def helped(found: Sequence[Findings]) -> str:
+    adapted = any(each.progress.baseline == START for each in found)
+    start = "the starting weights, for " if adapted else ""
     parts = [
         html.paragraph(
-            "The same measurements for the untrained network (same shape, fresh weights), for the trained "
-            "one on its way, and at the end. Brackets are 95 % intervals over the test images. Whether "
-            "training helped is told from the change on the same test images, whose interval is narrower."
+            f"The same measurements for {start}the untrained network (same shape, fresh weights), for the "
+            "trained one on its way, and at the end. Brackets are 95 % intervals over the test images. "
+            "Whether training helped is told from the change on the same test images, whose interval is "
+            "narrower."
         ),
         *(html.paragraph(text, "note") for text in dict.fromkeys(_amounts(each.progress) for each in found)),
     ]
@@ -58,6 +75,7 @@ def helped(found: Sequence[Findings]) -> str:
     for each in found:
         if len(found) > 1:
             parts.append(html.tag("h3", html.escape(each.record.name)))
+        parts.append(_gained(each))
         parts.append(_answers(each.progress))
         parts += [html.paragraph(note, "note") for note in each.progress.notes]
         parts.append(_results(each.progress))
@@ -96,12 +114,10 @@ def _seeds(group: Sequence[Findings]) -> str:
         ]
         for row in found
     ]
-    head = [f"{len(group)} seeds", "untrained", "trained", "change", "chance"]
-    told = html.paragraph(
-        "Mean ± standard deviation over the seeds. Each run is compared with the untrained network of its "
-        "own seed.",
-        "note",
-    )
+    baseline = group[0].progress.baseline
+    head = [f"{len(group)} seeds", baseline, "trained", "change", "chance"]
+    own = "" if baseline == START else " Each run is compared with the untrained network of its own seed."
+    told = html.paragraph(f"Mean ± standard deviation over the seeds.{own}", "note")
     return html.table(head, rows) + told
 
 
@@ -112,6 +128,49 @@ def _unit(metric: Metric) -> str:
 
 def _guess(chance: float | None) -> str:
     return "-" if chance is None else verdicts.number_text(chance)
+
+
+def _gained(each: Findings) -> str:
+    """A table of the networks of an adaptation, on the user's images and on the control set."""
+    if each.progress.baseline != START:
+        return ""
+    labels = [label for label in (UNTRAINED, START, BEST, END) if each.progress.point(label) is not None]
+    steps = [label for label in labels if label in (BEST, END)]
+    rows = [
+        line
+        for progress, where in ((each.progress, "your images"), (each.control, "control set"))
+        if progress is not None
+        for line in _lines(progress, where, labels, steps)
+    ]
+    titles = [html.escape(point.title) for point in map(each.progress.point, labels) if point is not None]
+    head = ["[95 % interval]", "on", *titles, *(f"change {START} to {label}" for label in steps)]
+    name = "" if each.control is None else f"The control set, {each.control.test}, has other images. "
+    told = f"{name}Changes are those on the same test images, with paired intervals."
+    notes = [] if each.control is None else each.control.notes
+    return (
+        html.tag("h3", "What was gained, what was forgotten")
+        + html.table(head, rows)
+        + html.paragraph(told, "note")
+        + "".join(html.paragraph(f"Control set: {note}", "note") for note in notes)
+    )
+
+
+def _lines(progress: MeasuredRun, where: str, labels: Sequence[str], steps: Sequence[str]) -> list[list[str]]:
+    """Cells of the first main number of each protocol for some networks, with the changes since the start."""
+    results, masks = verdicts.measured(progress), verdicts.has_masks(progress)
+    moved = {
+        step: {(each.protocol, each.metric): each for each in verdicts.changes(progress, step)}
+        for step in steps
+    }
+    pairs = {pair[0]: pair for pair in reversed(verdicts.main_metrics(progress))}
+    lines = []
+    for pair in reversed(pairs.values()):
+        name = f"{verdicts.label(results[pair], pair[1], masks)}{_unit(results[pair].metric(pair[1]))}"
+        points = [progress.point(label) for label in labels]
+        cells = [_cell(None if point is None else verdicts.number(point, *pair)) for point in points]
+        changed = [_change(moved[step].get(pair)) for step in steps]
+        lines.append([html.escape(name), where, *cells, *changed])
+    return lines
 
 
 def _answers(progress: MeasuredRun) -> str:
@@ -136,7 +195,7 @@ def _results(progress: MeasuredRun) -> str:
         for name, result in p.results.items()
         for metric in verdicts.numbers(result)
     )
-    labels = [html.escape(point.label) for point in points]
+    labels = [html.escape(point.title) for point in points]
     masks, results = verdicts.has_masks(progress), verdicts.measured(progress)
 
     def lines(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -154,7 +213,7 @@ def _results(progress: MeasuredRun) -> str:
         f"{name}: {note}" for p in points for name, r in p.results.items() for note in r.notes
     )
     told = [row + more for row, more in zip(lines(main), _more(progress, main), strict=True)]
-    head = ["[95 % interval]", *labels, f"change {UNTRAINED} to {END}", "chance"]
+    head = ["[95 % interval]", *labels, f"change {progress.baseline} to {END}", "chance"]
     shown = html.table(head, told) if main else ""
     if about:
         shown += html.tag("h3", "How features fill their space")
@@ -169,19 +228,19 @@ def _results(progress: MeasuredRun) -> str:
 def _more(progress: MeasuredRun, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     """The change by training and the chance level of each metric, as cells."""
     known = {(change.protocol, change.metric): change for change in verdicts.changes(progress)}
-    rows = []
-    for pair in pairs:
-        change = known.get(pair)
-        cell, paired = "-", None if change is None else change.difference
-        if change is not None:
-            moved = change.after.value - change.before.value
-            ends = () if paired is None else (paired.low, paired.high)
-            digits = verdicts.digits_of(change.about, moved, *ends)
-            cell = f"{moved:+.{digits}f}"
-            if ends:
-                cell += html.tag("small", f"[{', '.join(f'{end:+.{digits}f}' for end in ends)}]")
-        rows.append([cell, _guess(None if change is None else change.chance)])
-    return rows
+    guesses = {pair: known[pair].chance if pair in known else None for pair in pairs}
+    return [[_change(known.get(pair)), _guess(guesses[pair])] for pair in pairs]
+
+
+def _change(change: verdicts.MetricChange | None) -> str:
+    """A cell with the change of a metric and its paired interval."""
+    if change is None:
+        return "-"
+    moved, paired = change.after.value - change.before.value, change.difference
+    ends = () if paired is None else (paired.low, paired.high)
+    digits = verdicts.digits_of(change.about, moved, *ends)
+    interval = f"[{', '.join(f'{end:+.{digits}f}' for end in ends)}]"
+    return f"{moved:+.{digits}f}" + (html.tag("small", interval) if ends else "")
 
 
 def _cell(number: verdicts.Number | None) -> str:

@@ -17,7 +17,8 @@ from foveola.figures.nearest import neighbour_sheet
 from foveola.figures.positions import position_sheet
 from foveola.models.encoder import Encoder
 from foveola.reports import kept
-from foveola.reports.progress import LIMIT, UNTRAINED, MeasuredRun
+from foveola.reports.changed import changed_sheet
+from foveola.reports.progress import LIMIT, START, UNTRAINED, MeasuredRun
 from foveola.reports.record import Record
 from foveola.reports.request import Data, ReportConfig, choose_samples
 from foveola.zoo.load import load
@@ -32,6 +33,7 @@ ABOUT = {  # what to make of a sheet
         "Of the last block. Alone it is no proof of anything: good encoders may read the background, too."
     ),
     "neighbours": "Same things should find each other.",
+    "changed": "Better neighbours at the end are a gain, worse ones a loss.",
     "positions": "What the network learned of positions; neighbouring positions should be alike.",
 }
 FRAMES = "Green: the label of the query. Red: another one."
@@ -64,10 +66,13 @@ def _encoder(record: Record, data: Data, progress: MeasuredRun, config: ReportCo
         "images": config.images,
         "rows": rows,
     }
+    before = f"{UNTRAINED}:{record.folder}" if record.start is None else str(record.start)
+    if record.start is not None:
+        about["before"] = load(before, device).fingerprint()
     path = kept.home(record.folder) / trained.fingerprint() / f"images-{kept.key_of(about)}.html"
     text = kept.read(path)
     if text is None:
-        both = {UNTRAINED: load(f"{UNTRAINED}:{record.folder}", device), "trained": trained}
+        both = {progress.baseline: load(before, device), "trained": trained}
         drawn = list(_each(both, data, rows, config.images))
         text = "".join(html for html, _ in drawn)
         if all(whole for _, whole in drawn):
@@ -102,8 +107,11 @@ def _each(
         "neighbours": lambda: neighbour_sheet(
             trained, bank, queries, indices, FOUND, masks=settings.rows == "objects", config=settings
         ),
+        "changed": lambda: changed_sheet(both[START], trained, bank, queries, count, settings),
         "positions": lambda: position_sheet(both),
     }
+    if START not in both:
+        del drawers["changed"]
     if trained.config.model.positions not in LEARNED:
         del drawers["positions"]
     for kind, drawer in drawers.items():

@@ -4,7 +4,7 @@ for another encoder. Results are kept beside the run and used again where nothin
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,25 @@ from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder
 from foveola.reports.kept import home, identity, key_of, read_tree
 from foveola.reports.record import Record
-from foveola.reports.request import LIMIT, Data, ReportConfig, each_sample
+from foveola.reports.request import (
+    CONTROL_LIMIT,
+    LIMIT,
+    Data,
+    ReportConfig,
+    each_sample,
+    open_control,
+)
 from foveola.zoo.load import load
 
 PLACES_OF = 128  # images on which the share of places is measured
 OBJECTS_TO_FIND = 500  # that are to be found among each other
-UNTRAINED, END = "untrained", "end"
+UNTRAINED, START, BEST, END = "untrained", "start", "best", "end"
 NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredStep:
-    """What one encoder gave; `step` is None for one that is not of this run."""
+    """What one encoder gave; `step` is None for one that is no step of this run."""
 
     label: str
     step: int | None
@@ -43,15 +50,28 @@ class MeasuredStep:
     place_share: float | None = None  # of the variance of patches that their place explains
     place_images: int | None = None  # on so many images
 
+    @property
+    def title(self) -> str:
+        """Its label, with the step of the best one."""
+        return f"{self.label} (step {self.step:,})" if self.label == BEST else self.label
+
 
 @dataclass(frozen=True, eq=False)
 class MeasuredRun:
-    """Points of one run: untrained, kept steps, the last encoder, the reference; those that could be had."""
+    """Points of one run: untrained, the starting weights, kept steps and the best, the last encoder, the
+    reference; those that there are.
+    """
 
     points: tuple[MeasuredStep, ...] = ()
     notes: tuple[str, ...] = ()
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each protocol
     classes: int | None = None  # of the test data, where they have labels
+    test: str = ""  # the name of the test data
+
+    @property
+    def baseline(self) -> str:
+        """What training began with: the starting weights, or else an untrained network."""
+        return UNTRAINED if self.point(START) is None else START
 
     def point(self, label: str) -> MeasuredStep | None:
         return next((point for point in self.points if point.label == label), None)
@@ -118,6 +138,7 @@ def measure_run(
     changes: dict[str, Any],
     kept: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
+    brief: bool = False,
 ) -> MeasuredRun:
     """Measure all points of a run, each encoder loaded once; results that would be the same are used again.
 
@@ -125,6 +146,7 @@ def measure_run(
         changes: settings of protocols, as `evaluate_all` takes them.
         kept: folders of other runs' results to look in as well.
         say: is told what is being measured.
+        brief: leave out the reference, the steps on the way but the best, and what positions explain.
 
     Raises UserError for unknown protocols and keys, a device that is not there, and a reference that cannot
     be loaded, before anything is measured. What the run itself lacks becomes a note.
@@ -139,33 +161,62 @@ def measure_run(
         return MeasuredRun(notes=(*data.notes, why), settings=settings)
     points, notes = [], list(data.notes)
     own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
-    encoders = _encoders(record, config)
+    encoders = _encoders(record, config, brief)
     for number, (label, step, place) in enumerate(encoders, start=1):
         say(f"measuring {label}, {number} of {len(encoders)} networks: {', '.join(settings)}")
         try:
-            encoder = load(place, device) if reference is None or step is not None else reference
+            encoder = load(place, device) if reference is None or label != config.reference else reference
         except UserError as error:
             notes.append(f"{label} was not measured: {error}")
             continue
         folders = [folder / encoder.fingerprint() / own for folder in (home(record.folder), *kept)]
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
-        share = _place_share(encoder, data.test, folders) if label in (UNTRAINED, END) else (None, None)
+        placed = label in (UNTRAINED, END) and not brief
+        share = _place_share(encoder, data.test, folders) if placed else (None, None)
         points.append(MeasuredStep(label, step, results, *share))
     classes = len(data.test.classes or ()) if data.labels else None
-    return MeasuredRun(tuple(points), tuple(dict.fromkeys(notes)), settings, classes)
+    return MeasuredRun(tuple(points), tuple(dict.fromkeys(notes)), settings, classes, data.test.name)
 
 
-def _encoders(record: Record, config: ReportConfig) -> list[tuple[str, int | None, str | Path]]:
+def measure_control(
+    record: Record,
+    config: ReportConfig,
+    changes: dict[str, Any],
+    kept: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> MeasuredRun | None:
+    """Measure k-NN of the same networks on the control set; None where there is none."""
+    data = open_control(record, config)
+    if data is None:
+        return None
+    config = replace(config, protocols=("knn",), limit=config.limit or CONTROL_LIMIT)
+    known = find_protocol("knn").Config.__dataclass_fields__
+    changes = {key: value for key, value in changes.items() if key in known or key == "knn"}
+    return measure_run(
+        record, data, config, changes, kept, lambda text: say(f"control set: {text}"), brief=True
+    )
+
+
+def _encoders(record: Record, config: ReportConfig, brief: bool) -> list[tuple[str, int | None, str | Path]]:
     """Label, step and place of what is measured; of the kept encoders at most `checkpoints`."""
+    start, best = record.start, record.best
+    if start is None or (best is not None and best[0] in (0, record.encoder_step)):
+        best = None
     kept = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.encoder_step]
+    kept = [] if brief else [pair for pair in kept if best is None or pair[0] != best[0]]
     if len(kept) > config.checkpoints:
         chosen = np.linspace(0, len(kept), config.checkpoints + 2)[1:-1].astype(int)
         kept = [kept[i] for i in dict.fromkeys(chosen.tolist())]
-    found: list[tuple[str, int | None, str | Path]] = [(UNTRAINED, 0, f"untrained:{record.folder}")]
-    found += [(f"step {step:,}", step, path) for step, path in kept]
+    steps: list[tuple[str, int, Path]] = [(f"step {step:,}", step, path) for step, path in kept]
+    steps += [] if best is None else [(BEST, *best)]
+    untrained = f"{UNTRAINED}:{record.folder}"
+    found: list[tuple[str, int | None, str | Path]] = [(UNTRAINED, None if start else 0, untrained)]
+    found += [] if start is None else [(START, 0, start)]
+    found += sorted(steps, key=lambda each: each[1])
     found.append((END, record.encoder_step, record.folder))
-    return found + ([(config.reference, None, config.reference)] if config.reference else [])
+    reference = None if brief else config.reference
+    return found + ([(reference, None, reference)] if reference else [])
 
 
 def _results(

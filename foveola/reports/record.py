@@ -11,6 +11,7 @@ from typing import Any
 from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
 from foveola.files import FIXED_TARGETS, STEP, RunFolder
 from foveola.schedules import steps_of
+from foveola.zoo.weights import read_config
 
 LoggedStep = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 FIGURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
@@ -103,9 +104,26 @@ class Record:
     def has_encoder(self) -> bool:
         return RunFolder(self.folder).encoder.is_whole()
 
+    @property
+    def start(self) -> Path | None:
+        """The folder of the encoder with the starting weights; None for a run from scratch."""
+        kept = RunFolder(self.folder).kept_encoder(0)
+        return kept.path if kept.is_whole() else None
+
+    @property
+    def best(self) -> tuple[int, Path] | None:
+        """The step and the folder of the encoder that was measured as the best, where the run kept one."""
+        kept = RunFolder(self.folder).best
+        try:
+            step = read_config(kept.config).get("step") if kept.is_whole() else None
+        except UserError:  # damaged
+            return None
+        return (step, kept.path) if isinstance(step, int) else None
+
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Return (step, folder) of the encoders that were kept on the way, by rising step."""
-        return [(step, folder.path) for step, folder in RunFolder(self.folder).kept_encoders()]
+        """Return (step, folder) of the encoders that were kept after steps on the way, by rising step."""
+        kept = RunFolder(self.folder).kept_encoders()
+        return [(step, folder.path) for step, folder in kept if step]
 
     def figures(self) -> dict[str, Path]:
         """Return the newest of the figures that training drew, by name."""

@@ -16,7 +16,7 @@ from foveola.files import RunFolder
 from foveola.health import Facts, health
 from foveola.reports import helped, sections
 from foveola.reports.findings import Findings
-from foveola.reports.progress import END, UNTRAINED, MeasuredRun, measure_run
+from foveola.reports.progress import END, UNTRAINED, MeasuredRun, measure_control, measure_run
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import ReportConfig, open_data
 from foveola.zoo.load import load
@@ -62,10 +62,10 @@ def report(
         data = open_data(record, config)
         others = [RunFolder(other.record.folder).measured for other in found]
         measured = measure_run(record, data, config, changes, others, say)
+        control = measure_control(record, config, changes, others, say)
         say("drawing")
-        found.append(
-            Findings(record, data, measured, health(record.lines, facts_of_record(record, measured)))
-        )
+        judged = health(record.lines, facts_of_record(record, measured))
+        found.append(Findings(record, data, measured, judged, control))
     text = render(found, config)
     files.write_text(path, text)
     return path

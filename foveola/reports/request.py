@@ -13,6 +13,7 @@ from foveola.reports.record import Record
 
 LABELS_LOOKED_AT = 32  # images of which labels are looked for
 LIMIT = 1000  # images of each set to use, where nobody says how many
+CONTROL, CONTROL_LIMIT = "scenes:", 500  # the built-in control set: products as everybody knows them
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class ReportConfig:
     protocols: tuple[str, ...] | None = key(
         None,
         "what to measure; null = label_free, knn where there are labels, retrieval where there are objects",
+    )
+    control: str | None = key(
+        None,
+        "labelled images of another kind, as a data string, on which forgetting shows; null = scenes: for a "
+        "run with starting weights",
     )
     reference: str | None = key(
         None, "another encoder to measure: timm:NAME, hf:NAME, a run, a file of weights"
@@ -66,11 +72,26 @@ def open_data(record: Record, config: ReportConfig) -> Data:
     if train is None or test is None:
         return Data(notes=("The run names no images; give data=, or train= and test=.",))
     try:
-        sources = open_source(str(train), "train"), open_source(str(test), "test")
+        return _opened(str(train), str(test), record)
     except UserError as error:
         if any(asked):
             raise
         return Data(notes=(f"The images of the run cannot be opened ({error}); say where they are: data=.",))
+
+
+def open_control(record: Record, config: ReportConfig) -> Data | None:
+    """Return the control set of a run; None where there is none. Raises UserError for one without labels."""
+    if config.control is None and record.start is None:
+        return None
+    name = config.control or CONTROL
+    data = _opened(name, name, record)
+    if data.labels is None:
+        raise UserError(f"control={name} has no labels, which k-NN needs to tell what was forgotten")
+    return data
+
+
+def _opened(train: str, test: str, record: Record) -> Data:
+    sources = open_source(train, "train"), open_source(test, "test")
     kinds = _labelled(sources[0]) & _labelled(sources[1])
     rows = record.get("evaluate.rows", "images")
     return Data(*sources, labels=rows if rows in kinds else min(kinds, default=None))

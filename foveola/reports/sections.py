@@ -9,10 +9,12 @@ from foveola.drawing import html
 from foveola.files import RunFolder
 from foveola.health import values, worst
 from foveola.models.encoder import Encoder
+from foveola.reports.adaptation import advise, model_of
 from foveola.reports.advice import next_steps
 from foveola.reports.curves import curves
 from foveola.reports.findings import Findings, by_seed, names_of
 from foveola.reports.images import sheets
+from foveola.reports.progress import START
 from foveola.reports.record import Record
 from foveola.reports.request import ReportConfig
 from foveola.zoo.load import load
@@ -166,6 +168,8 @@ def advice_section(found: Sequence[Findings], config: ReportConfig) -> str:
 
 def usage(each: Findings) -> str:
     folder = str(each.record.folder)
+    if each.progress.baseline == START:
+        folder = model_of(folder, advise(each.progress, each.control).use)
     lines = [
         "import foveola",
         "from PIL import Image",

@@ -10,9 +10,15 @@ from foveola.drawing.plots import Chart, Line
 from foveola.evaluation.paired import Difference, difference
 from foveola.evaluation.protocol import PROTOCOLS, Metric, find_protocol
 from foveola.evaluation.result import Result
-from foveola.reports.progress import END, UNTRAINED, MeasuredRun, MeasuredStep
+from foveola.reports.progress import BEST, END, START, UNTRAINED, MeasuredRun, MeasuredStep
 
 Direction = Literal["better", "worse", "open"]
+WHEN = {  # of a network, in a sentence
+    UNTRAINED: "untrained",
+    START: "at the start",
+    BEST: "at the best step",
+    END: "after training",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class MetricChange:
     difference: Difference | None = None  # on the same test rows
     chance: float | None = None
     rows: str = "test images"  # what it was measured on, such as "200 test images"
+    networks: tuple[str, str] = (UNTRAINED, END)  # labels of the two
 
     @property
     def outcome(self) -> Direction:
@@ -62,7 +69,8 @@ class MetricChange:
         """Return text, as in: from 27.5 % untrained to 21.0 % after training (chance 10.0 %)."""
         unit = f" {self.about.unit}" * bool(self.about.unit)
         guess = "" if self.chance is None else f" (chance {number_text(self.chance)}{unit})"
-        return f"from {self.before}{unit} untrained to {self.after}{unit} after training{guess}"
+        first, last = (WHEN[label] for label in self.networks)
+        return f"from {self.before}{unit} {first} to {self.after}{unit} {last}{guess}"
 
     def told(self) -> str:
         """Return how sure the change is, as a part of a sentence."""
@@ -214,19 +222,24 @@ def number(point: MeasuredStep, protocol: str, metric: str) -> Number | None:
     return None if result is None else numbers(result).get(metric)
 
 
-def changes(progress: MeasuredRun) -> list[MetricChange]:
-    """Return the main metrics of the untrained and the last encoder, the main one first."""
-    first, last = progress.point(UNTRAINED), progress.point(END)
+def changes(progress: MeasuredRun, after: str = END) -> list[MetricChange]:
+    """Return the main metrics of what training began with and of the last encoder, or that with the label
+    `after`; the main one first.
+    """
+    networks = progress.baseline, after
+    first, last = map(progress.point, networks)
     if first is None or last is None:
         return []
     found, masks = [], has_masks(progress)
     for protocol, metric in main_metrics(progress):
-        before, after = number(first, protocol, metric), number(last, protocol, metric)
-        if before is not None and after is not None:
+        old, new = number(first, protocol, metric), number(last, protocol, metric)
+        if old is not None and new is not None:
             a, b = first.results[protocol], last.results[protocol]
             more = difference(a, b, metric), chance(b, metric, progress.classes), number_of_rows(b)
             name = label(b, metric, masks)
-            found.append(MetricChange(protocol, metric, b.metric(metric), before, after, name, *more))
+            found.append(
+                MetricChange(protocol, metric, b.metric(metric), old, new, name, *more, networks=networks)
+            )
     return found
 
 

@@ -197,6 +197,34 @@ def test_the_five_lines_work(page: Path, runs: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.strip() == "torch.Size([1, 1, 32]) torch.Size([1, 4, 32])"
 
 
+def test_of_starting_weights_the_page_says_what_was_gained_and_forgotten(runs, tmp_path, no_charts):
+    """A run that "began" from an untrained encoder, and whose best step is the third."""
+    run = tmp_path / "adapted"
+    shutil.copytree(runs / "odis", run, ignore=shutil.ignore_patterns("report*", "checkpoints"))
+    foveola.load(f"untrained:{run}").save(run / "encoders" / "step-00000000")
+    shutil.copytree(run / "encoders" / "step-00000003", run / "encoders" / "best")
+    text = report(run, control="scenes:?size=32&count=20", **QUICK).read_text(encoding="utf-8")
+    lead = r"(Use encoders/best \(step 3\)|Use the last encoder|Training hurt|Keep the starting)"
+    assert re.search(lead, text)
+    for words in ("gained, what was forgotten", "best (step 3)", "Neighbours before and after"):
+        assert words in text
+    table = text.partition("what was forgotten")[2].partition("</table>")[0]
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", table.partition("</tr>")[0])
+    assert heads[1:6] == ["on", "untrained", "start", "best (step 3)", "end"]
+    assert heads[6:] == ["change start to best", "change start to end"]
+    values: dict[str, set[float]] = {}
+    for path in (run / "report").rglob("knn.json"):
+        result = json.loads(path.read_text())
+        values.setdefault(result["data"]["test"]["name"], set()).add(result["metrics"]["top1_plain"])
+    assert len(values) == 2
+    assert any("count=20" in name for name in values)
+    (row,) = re.findall(r"<tr>(?:(?!</tr>).)*control set.*?</tr>", table, re.DOTALL)
+    numbers = [float(x) for x in re.findall(r"<td[^>]*>([-+0-9.]+)", row)]
+    start, best, end, *changes = numbers[1:]
+    assert numbers[0] == start  # the same network here
+    assert changes == pytest.approx([best - start, end - start], abs=0.11)  # as they are rounded
+
+
 def test_a_second_report_measures_and_draws_nothing(page: Path, runs: Path, monkeypatch) -> None:
     from foveola.reports import images, progress
 
@@ -253,7 +281,9 @@ def test_runs_of_other_seeds_are_summed_up(
     text = html.unescape(out.read_text(encoding="utf-8"))
     assert "odis, again" in text
     (told,) = re.findall(r"Over 2 seeds [^<]*", text)
-    assert re.match(r"Over 2 seeds k-NN top-1 \(object masks\) went from [\d.]+ ± 0.0 % to", told), told
+    # The copy has the weights of the first run, but another seed, and so another untrained network.
+    about = r"Over 2 seeds k-NN top-1 \(object masks\) went from [\d.]+ ± (?!0\.0 )[\d.]+ % to [\d.]+ ± 0.0 %"
+    assert re.match(about, told), told
     assert text.count('<th scope="col">2 seeds</th>') == 1
     records = read_runs([runs / "odis", *names])
     found = [Findings(record, Data(), MeasuredRun(), []) for record in records]
