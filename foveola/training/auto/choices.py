@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from foveola.health import SHORT
 from foveola.training.auto.facts import DataFacts, Machine
 
 MODELS = {  # of a plan that trains from nothing: shape, and the images seen from which on it is worth it
@@ -14,6 +15,7 @@ MODELS = {  # of a plan that trains from nothing: shape, and the images seen fro
 FEWEST = {"micro": 0, "tiny": 0, "small": 10_000, "base": 200_000}  # images that fill so many weights
 EPOCHS = {"scratch": 800, "adapt": 100}  # passes beyond which the same images teach little that is new
 VIEW_SIZES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}  # pixels of a view, and of a patch, from nothing
+FEWEST_PATCHES = 7  # a side of a view for starting weights, which saw 16 and more
 VERY_FEW, FEW = 500, 20_000  # images
 WORKERS = 8  # of a process; more seldom help
 
@@ -48,7 +50,10 @@ def choose_view(data: DataFacts, machine: Machine, patch: int | None) -> Decisio
     if machine.device == "cpu" and data.side > most:
         why += "; more are slow on a CPU"
     if patch is not None:
-        return Decision((max(min(data.side, most) // patch, 4) * patch, patch), why)
+        grid = max(min(data.side, most) // patch, FEWEST_PATCHES)
+        if grid * patch > data.side:
+            why += f"; starting weights want at least {grid} patches a side, so they are enlarged"
+        return Decision((grid * patch, patch), why)
     side = max([side for side in VIEW_SIZES if side <= min(data.side, most)] or [min(VIEW_SIZES)])
     return Decision((side, VIEW_SIZES[side]), why)
 
@@ -151,6 +156,21 @@ def expectation(data: DataFacts, adapting: bool, seen: int) -> str:
     if seen < 1_000_000:
         return f"{seen:,} images seen in all: a beginning; a larger budget helps most"
     return f"{many} from nothing: worth it where public weights know little of such images; compare them"
+
+
+def choose_local(side: int, patch: int) -> int:
+    """Return pixels of a local view: 3/7 of a large one, as in DINO, in whole patches, and at least two."""
+    return max(round(side * 3 / 7 / patch), 2) * patch
+
+
+def too_short(steps: int, step_seconds: float) -> str:
+    """Return what to say of a budget for so few steps; "" where it is long enough."""
+    if steps >= SHORT:
+        return ""
+    return (
+        f"{steps:,} steps are few: below {SHORT} a run shows that it works, hardly more; try "
+        f"budget='{duration_text(1.2 * SHORT * step_seconds)}'"
+    )
 
 
 def duration_text(seconds: float) -> str:

@@ -131,6 +131,8 @@ def plan_run(
         "images seen": f"{seen:,}: {seen / data.images:,.3g} passes over {data.images:,} images",
         "expect": choices.expectation(data, start is not None, seen),
     }
+    if short := choices.too_short(steps, seconds):
+        expected["budget"] = short
     return Plan(config, maker.lines, expected)
 
 
@@ -147,6 +149,11 @@ def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: Plann
     patch = None if start is None else start.encoder.model.patch_size
     (side, patch), why = choices.choose_view(data, machine, maker.given.get("model.patch_size", patch))
     side = maker.put("views.global_size", Decision(side, why))
+    if start is not None and start.encoder.model.class_token:  # CAPI has none
+        if machine.device == "cpu":
+            maker.put("views.local_count", Decision(0, "local views take half of the time of a CPU"))
+        elif maker.given.get("views.local_count") != 0:
+            maker.quietly("views.local_size", choices.choose_local(side, patch))
     if start is None:
         maker.put("model.patch_size", Decision(patch, f"{(side // patch) ** 2} patches of a view"))
         if maker.built().model.positions != "rope":  # which fit any size

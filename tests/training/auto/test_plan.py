@@ -11,12 +11,14 @@ from foveola.data.loader import Loader
 from foveola.data.sources import open_source
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble
 from foveola.training.auto import choices
 from foveola.training.auto.cost import cost_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine, budget_of, look_at_data
-from foveola.training.auto.plan import Plan, plan_run
+from foveola.training.auto.plan import Plan, PlannedStart, plan_run
 from foveola.training.recipe import resolve
 
 CPU = Machine("cpu", "CPU with 2 cores", 1, 2, 24 * 2**30, 60e9, False)
@@ -185,3 +187,38 @@ def test_memory_is_met_by_parts() -> None:
     assert choices.choose_parts(64, 1, image=1.0, weights=0.0, memory=1000.0).value == 1
     assert choices.choose_parts(64, 1, image=10.0, weights=60.0, memory=400.0).value == 4  # 160 <= 220
     assert choices.choose_parts(12, 2, image=10.0, weights=0.0, memory=50.0).value == 2  # 3 of 6 fit
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_a_plan_from_starting_weights_takes_their_shape_and_steps(tmp_path, token) -> None:
+    model = ViTConfig(width=32, depth=2, heads=2, patch_size=8, image_size=64, class_token=token)
+    config = EncoderConfig(model, TransformConfig(64, 64), pool="token" if token else "average")
+    Encoder(config).save(tmp_path)
+    start = PlannedStart(str(tmp_path), "as you said", config)
+    given = {**SCENES, "init": str(tmp_path), "batch_size": 8, "loader.workers": 0}
+    plan = plan_run(facts(64, labels=4), CPU, budget_of("8 steps", 1), given, start)
+    made = plan.config
+    assert made.model.shape == (32, 2, 2)
+    assert made.views.global_size == 64
+    assert made.views.local_count == 0
+    assert made.stop_when_worse
+    assert isinstance(made.method, DistillationConfig if token else CapiConfig)
+    progress = Progress(0, 8, 8, 8)
+    trainer = assemble(made, progress, torch.device("cpu"))
+    loader = iter(Loader(open_source(SCENES["data"]), 8, 0, made.loader, with_objects=False))
+    for step in range(2):
+        values = trainer.step(dataclasses.replace(progress, step=step), lambda: next(loader))
+        assert torch.isfinite(torch.as_tensor(values["loss"]))
+
+
+def test_small_images_are_enlarged_for_starting_weights() -> None:
+    (side, patch), why = choices.choose_view(facts(side=64), CPU, 14)
+    assert (side, patch) == (98, 14)
+    assert "enlarged" in why
+    assert choices.choose_view(facts(side=500), GPU, 14).value == (224, 14)
+    assert choices.choose_local(224, 14) == 98  # as DINO's 96 of 224
+
+
+def test_too_little_time_is_said() -> None:
+    assert "budget" not in plan_of(facts(), GPU, "1 hour").expected
+    assert "steps are few" in plan_of(facts(), CPU, "20 s").expected["budget"]
