@@ -10,6 +10,7 @@ import foveola
 from foveola.config import ConfigError, build, merge
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble
+from foveola.training.dryrun import dry_run
 from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.training.run import pretrain
 
@@ -167,7 +168,12 @@ def test_two_processes_average_what_learns(tiny_tree, plain_tree, tiny, tmp_path
 
 # -- low-rank updates ----------------------------------------------------------------------------------------
 
-LORA = {"lora": {"rank": 2}, "freeze": {"encoder": "2 steps"}, "optimizer.parts": {"encoder": {"lr": 100.0}}}
+LORA = {
+    "lora": {"rank": 2},
+    "freeze": {"encoder": "2 steps"},
+    "optimizer.parts": {"encoder": {"lr": 100.0}},
+    "checkpoint_activations": True,
+}
 MAE = {
     "method": {"name": "mae", "decoder": {"kind": "self", "width": 16, "depth": 1, "heads": 2}},
     "model": {"positions": "sincos", "init": "xavier", "drop_path": 0.0},
@@ -220,6 +226,20 @@ def test_a_run_of_low_rank_updates_keeps_an_ordinary_encoder(
         )
         learned = linear or (name == "mask_token" and recipe != "mae")
         assert torch.equal(value, start[f"{prefix}{name}"]) != learned, name
+
+
+def test_a_dry_run_says_what_learns(tiny):
+    """By hand, of two blocks of width 32: r (in + out) of each layer, and the token for masked patches."""
+    said = dict(line.split("  ", 1) for line in dry_run(tiny(lora={"rank": 2})).splitlines())
+    adapters = 2 * 2 * ((32 + 96) + (32 + 32) + 2 * (32 + 128))
+    assert said["parameters"].strip().startswith(f"encoder {adapters + 32:,}, heads ")
+    resting = "encoder but for updates of rank 2 of qkv, proj, mlp"
+    assert next(value.strip() for name, value in said.items() if name == "resting") == resting
+    blocks = {"freeze": {"heads.main": "1 epochs"}, "train_blocks": 1}
+    said = dict(line.split("  ", 1) for line in dry_run(tiny(**blocks)).splitlines())
+    own = 2 * 2 * 32 + (3 * 32 * 32 + 96) + (32 * 32 + 32) + (2 * 4 * 32 * 32 + 128 + 32) + 2 * 32
+    assert said["parameters"].strip().startswith(f"encoder {own:,}, heads ")
+    assert said["resting"].strip() == "heads.main for 4 steps; encoder but for its last block"
 
 
 def test_what_learns_is_said_once(tiny):
