@@ -11,7 +11,7 @@ from foveola.figures.nearest import neighbour_sheet
 from foveola.models.encoder import Encoder
 
 COMPARED = 10  # nearest neighbours of an image whose change is counted
-SHOWN = 3  # neighbours that are shown of each network
+CHANGED_SHOWN = 3  # neighbours that are shown of each network
 
 
 def changed_sheet(
@@ -25,7 +25,7 @@ def changed_sheet(
     masks = config.rows == "objects"
     chosen = most_changed(start, end, bank, queries, count, config)
     both = neighbour_sheet(
-        {"start": start, "end": end}, bank, queries, chosen, SHOWN, masks=masks, config=config
+        {"start": start, "end": end}, bank, queries, chosen, CHANGED_SHOWN, masks=masks, config=config
     )
     rows = [_beside(*pair) for pair in zip(both.rows[::2], both.rows[1::2], strict=True)]
     found = max((len(row.tiles) - 1) // 2 for row in rows) if rows else 0
