@@ -19,7 +19,7 @@ from foveola.schedules import Progress
 from foveola.training.durations import period
 from foveola.training.log import Log
 from foveola.training.milestones import Milestones
-from foveola.training.planned import Planned, planned
+from foveola.training.planned import Planned, planned, without_details
 from foveola.training.recipe import RunConfig
 
 
@@ -92,8 +92,9 @@ class Evaluations:
                 if text not in self.said:
                     log.note(f"{name}: {text}")
             self.said.update(result.notes)
-            compared = {f"{name}/{metric}" for metric in result.names() if result.metric(metric).compared}
-            log.step(step, {f"{name}/{metric}": v for metric, v in result.metrics.items()}, compared)
+            compared = without_details([m for m in result.names() if result.metric(m).compared])
+            numbers = {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+            log.step(step, numbers, {f"{name}/{metric}" for metric in compared})
             tell(step, result)
         for text in said:
             log.note(text)

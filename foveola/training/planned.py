@@ -1,7 +1,7 @@
 """The evaluations that a configuration asks for, checked before anything is opened or built."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,9 +135,13 @@ def chosen_metric(names: Mapping[str, Metric], wanted: str | None) -> str | None
     if wanted is None:
         return next((name for name in compared if names[name].main), next(iter(compared), None))
     longer = [name for name in compared if name.startswith(f"{wanted}_")]
-    shortest = [name for name in longer if not any(name.startswith(f"{other}_") for other in longer)]
-    fitting = [wanted] if wanted in compared else shortest  # top1_plain, not top1_plain_k20 besides
+    fitting = [wanted] if wanted in compared else without_details(longer)
     if len(fitting) != 1:
         found = "several are" if fitting else "is not there, there are"
         raise UserError(f"best: {wanted!r} {found}: {', '.join(fitting or compared)}")
     return fitting[0]
+
+
+def without_details(names: Sequence[str]) -> list[str]:
+    """Return names without those that add to another one: `top1_plain`, but not `top1_plain_k20`."""
+    return [name for name in names if not any(name.startswith(f"{other}_") for other in names)]

@@ -18,7 +18,7 @@ EARLIER = {"backbone": "student.backbone.", "predictor": "student.predictor."}
 
 
 def kept_folder(model: RunModel) -> EncoderFolder:
-    """Return the folder of the encoder that a run kept at a step, or of its best one.
+    """Return the folder of the encoder that a run has of a step, or of its best one.
 
     Raises UserError, which names the steps that are there, where it was not kept.
     """
@@ -27,12 +27,13 @@ def kept_folder(model: RunModel) -> EncoderFolder:
         if not run.best.is_whole():
             raise UserError(f"{model.name}: the run has no encoders/best: best=EVALUATION/METRIC keeps it")
         return run.best
-    folder = run.kept_encoder(model.step)
-    if not folder.is_whole():
-        steps = ", ".join(f"step={step}" for step, _ in run.kept_encoders())
-        there = f"there are {steps}" if steps else "it kept none on the way: keep_every= keeps them"
-        raise UserError(f"{model.name}: the run kept no encoder of that step; {there}")
-    return folder
+    others = (run.encoder, run.best)  # what they are of was perhaps not kept otherwise
+    there = {each.step: each for each in others if each.step is not None} | dict(run.kept_encoders())
+    if model.step not in there:
+        steps = ", ".join(f"step={step}" for step in sorted(there))
+        known = f"there are {steps}" if steps else "it kept none: keep_every= keeps them"
+        raise UserError(f"{model.name}: the run kept no encoder of that step; {known}")
+    return there[model.step]
 
 
 def student_of(model: RunModel) -> Encoder:

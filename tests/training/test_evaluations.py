@@ -16,7 +16,6 @@ from foveola.config import ConfigError, UserError, dump_yaml
 from foveola.evaluation.metrics import tango
 from foveola.evaluation.result import Result
 from foveola.files import RunFolder
-from foveola.training import evaluations as module
 from foveola.training.run import pretrain
 
 # A protocol whose numbers are those of a table: how many of 100 rows are right after each step.
@@ -48,7 +47,7 @@ KNN = {"evaluate_every": "4 steps"}
 @pytest.fixture
 def fading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """fading(80, 90, 60): an evaluation with so many rows right after the steps 0, 2, 4, ..."""
-    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules").mkdir(exist_ok=True)
     (tmp_path / "modules" / "fading_protocol.py").write_text(FADING)
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
@@ -228,24 +227,19 @@ def test_a_best_that_several_numbers_fit_is_asked_for_before_the_first_step(tiny
 # -- better and worse ----------------------------------------------------------------------------------------
 
 
-def adapting(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = module.Evaluations.__init__
-
-    def init(self: module.Evaluations, *arguments: Any) -> None:
-        begin(self, *arguments)
-        self.adapting = True
-
-    monkeypatch.setattr(module.Evaluations, "__init__", init)
-
-
 def hand_worked(gained: int, lost: int) -> str:
     low, high = tango(gained, lost, 100)
     return f"({gained - lost:+.2f}, 95 % {100 * low:+.2f} to {100 * high:+.2f})"
 
 
-def test_what_hurts_is_said_when_it_begins_and_when_it_ends(tiny, tmp_path, monkeypatch, fading):
-    adapting(monkeypatch)
-    run = pretrain(tiny(out=str(tmp_path / "run"), **fading(80, 60, 55, 78, 90)))
+def test_what_hurts_is_said_when_it_begins_and_when_it_ends(tiny, tmp_path, fading):
+    """Of a run from given weights, which are those of another run's best step."""
+    first = pretrain(tiny(out=str(tmp_path / "first"), duration="1 epochs", **fading(10, 30, 20)))
+    init, settings = f"{first.folder}?step=best", fading(80, 60, 55, 78, 90)
+    run = pretrain(tiny(out=str(tmp_path / "run"), init=init, **settings | {"best": None}))
+    start, given = foveola.load(f"{run.folder}?step=0").weights(), foveola.load(init)
+    assert given.config.step == 2
+    assert all(torch.equal(value, start[name]) for name, value in given.weights().items())
     said = [line for line in log_of(run.folder) if line.startswith(("adaptation", "mine", "best"))]
     assert said == [
         "best: mine/share 80.00 % at step 0",

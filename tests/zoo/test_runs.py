@@ -94,6 +94,23 @@ def test_what_is_not_there_is_said_in_one_line(run: Path, options: str, said: st
     assert str(error.value).startswith(f"{run}?{options}: ")
 
 
+def test_the_newest_and_the_best_step_have_their_names_where_no_step_was_kept(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.move(copy / "encoders" / "step-00000002", copy / "encoders" / "best")
+    shutil.rmtree(copy / "encoders" / "step-00000004")
+    for step in ("2", "4", "best"):
+        wanted = {"2": 2, "4": 4, "best": 2}[step]
+        loaded = foveola.load(f"{copy}?step={step}")
+        assert loaded.config.step == wanted
+        assert loaded.fingerprint() == foveola.load(f"{run}?step={wanted}").fingerprint()
+    assert home_of(f"{copy}?step=best") == copy / "encoders" / "step-00000002"
+    with pytest.raises(UserError, match=r"of that step; there are step=2, step=4$"):
+        foveola.load(f"{copy}?step=3")
+
+
 def test_folders_that_are_no_runs_and_untrained_networks_have_no_steps(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoder is no run folder, so it has no other steps"):
         foveola.load(f"{run}/encoder?step=2")
