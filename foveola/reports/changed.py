@@ -15,17 +15,17 @@ CHANGED_SHOWN = 3  # neighbours that are shown of each network
 
 
 def changed_sheet(
-    start: Encoder, end: Encoder, bank: Source, queries: Source, count: int, config: ExtractConfig
+    start: Encoder, end: Encoder, reference: Source, queries: Source, count: int, config: ExtractConfig
 ) -> Sheet:
-    """Return the `count` images of `queries` that share the fewest neighbours in `bank` before and after.
+    """Return the `count` queries that share the fewest neighbours in `reference` before and after training.
 
     Each line has the query, its 3 nearest at the start, and its 3 nearest at the end. Raises UserError as
     `neighbour_sheet`.
     """
     masks = config.rows == "objects"
-    chosen = most_changed(start, end, bank, queries, count, config)
+    chosen = most_changed(start, end, reference, queries, count, config)
     both = neighbour_sheet(
-        {"start": start, "end": end}, bank, queries, chosen, CHANGED_SHOWN, masks=masks, config=config
+        {"start": start, "end": end}, reference, queries, chosen, CHANGED_SHOWN, masks=masks, config=config
     )
     rows = [_beside(*pair) for pair in zip(both.rows[::2], both.rows[1::2], strict=True)]
     found = max((len(row.tiles) - 1) // 2 for row in rows) if rows else 0
@@ -35,9 +35,9 @@ def changed_sheet(
 
 
 def most_changed(
-    start: Encoder, end: Encoder, bank: Source, queries: Source, count: int, config: ExtractConfig
+    start: Encoder, end: Encoder, reference: Source, queries: Source, count: int, config: ExtractConfig
 ) -> list[int]:
-    """Return the images of `queries` of whose 10 nearest neighbours in `bank` the fewest stayed, these first.
+    """Return the queries of whose 10 nearest neighbours in `reference` the fewest stayed, these first.
 
     Of an image with several objects the mean over these counts. Of equals those come first whose nearest
     neighbour became right or wrong, then the earlier ones.
@@ -46,7 +46,7 @@ def most_changed(
     masks = config.rows == "objects"
     for encoder in (start, end):
         known, asked = (
-            extract(encoder, s, masks=masks, config=config, progress=False) for s in (bank, queries)
+            extract(encoder, s, masks=masks, config=config, progress=False) for s in (reference, queries)
         )
         found = neighbours(asked.features, known.features, min(COMPARED, len(known.features)))
         near.append(found.numpy())

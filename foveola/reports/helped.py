@@ -89,8 +89,8 @@ def _amounts(progress: MeasuredRun) -> str:
     for name, result in ({} if last is None else last.results).items():
         train = result.data.get("train")
         rows = train.get("rows", train.get("images")) if isinstance(train, dict) else None
-        bank = "" if rows is None else f" with {rows:,} of the training data"
-        told.append(f"{verdicts.titled(name)} on {verdicts.number_of_rows(result)}{bank}")
+        used = "" if rows is None else f" with {rows:,} of the training data"
+        told.append(f"{verdicts.titled(name)} on {verdicts.number_of_rows(result)}{used}")
     if not told:
         return ""
     return (

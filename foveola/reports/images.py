@@ -100,14 +100,14 @@ def _each(
         return
     trained, indices = both["trained"], [index for index, _ in chosen]
     settings = ExtractConfig(**rows)
-    bank, queries = data.train, data.test
+    reference, queries = data.train, data.test
     drawers = {
         "pca": lambda: pca_sheet(both, samples),
         "attention": lambda: attention_sheet(trained, samples),
         "neighbours": lambda: neighbour_sheet(
-            trained, bank, queries, indices, FOUND, masks=settings.rows == "objects", config=settings
+            trained, reference, queries, indices, FOUND, masks=settings.rows == "objects", config=settings
         ),
-        "changed": lambda: changed_sheet(both[START], trained, bank, queries, count, settings),
+        "changed": lambda: changed_sheet(both[START], trained, reference, queries, count, settings),
         "positions": lambda: position_sheet(both),
     }
     if START not in both:

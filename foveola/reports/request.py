@@ -92,9 +92,9 @@ def open_control(record: Record, config: ReportConfig) -> Data | None:
 
 def _opened(train: str, test: str, record: Record) -> Data:
     sources = open_source(train, "train"), open_source(test, "test")
-    kinds = _labelled(sources[0]) & _labelled(sources[1])
+    labelled = _labelled(sources[0]) & _labelled(sources[1])
     rows = record.get("evaluate.rows", "images")
-    return Data(*sources, labels=rows if rows in kinds else min(kinds, default=None))
+    return Data(*sources, labels=rows if rows in labelled else min(labelled, default=None))
 
 
 def _labelled(source: Source) -> set[str]:

@@ -109,14 +109,14 @@ def test_names_of_the_network_to_use():
 def test_the_images_whose_neighbours_changed_most_are_those_of_a_loop(monkeypatch):
     rng, count = np.random.default_rng(0), 30
     vectors = {
-        (net, source): rng.normal(size=(count if source == "bank" else 8, 4)).astype(np.float32)
+        (net, source): rng.normal(size=(count if source == "reference" else 8, 4)).astype(np.float32)
         for net in ("start", "end")
-        for source in ("bank", "queries")
+        for source in ("reference", "queries")
     }
-    vectors["end", "bank"] = vectors["start", "bank"] + 0.7 * vectors["end", "bank"]
+    vectors["end", "reference"] = vectors["start", "reference"] + 0.7 * vectors["end", "reference"]
     vectors["end", "queries"] = vectors["start", "queries"]
-    labels = {"bank": np.arange(count) % 3, "queries": np.arange(8) % 3}
-    images = {"bank": np.arange(count), "queries": np.array([5, 5, 6, 7, 8, 8, 8, 9])}
+    labels = {"reference": np.arange(count) % 3, "queries": np.arange(8) % 3}
+    images = {"reference": np.arange(count), "queries": np.array([5, 5, 6, 7, 8, 8, 8, 9])}
 
     def extract(net: str, source: str, *, masks: bool, **_: Any) -> FeatureTable:
         assert masks
@@ -132,20 +132,19 @@ def test_the_images_whose_neighbours_changed_most_are_those_of_a_loop(monkeypatc
 
     def nearest(net: str, row: int) -> list[int]:
         query = vectors[net, "queries"][row]
-        cosines = [x @ query / np.linalg.norm(x) for x in vectors[net, "bank"]]
+        cosines = [x @ query / np.linalg.norm(x) for x in vectors[net, "reference"]]
         return sorted(range(count), key=lambda i: -cosines[i])[:10]
 
     def key(image: int) -> tuple[float, float, int]:
         rows = [r for r in range(8) if images["queries"][r] == image]
         near = [(nearest("start", r), nearest("end", r)) for r in rows]
         stayed = sum(len(set(a) & set(b)) for a, b in near) / len(rows)
-        right = [
-            (labels["bank"][a[0]] == labels["queries"][r]) == (labels["bank"][b[0]] == labels["queries"][r])
-            for r, (a, b) in zip(rows, near, strict=True)
-        ]
+        known, asked = labels["reference"], labels["queries"]
+        hits = [[known[x[0]] == asked[r] for x in pair] for r, pair in zip(rows, near, strict=True)]
+        right = [before == after for before, after in hits]
         return stayed, sum(right) / len(rows), image
 
     monkeypatch.setattr(changed, "extract", extract)
     most = getattr(changed.most_changed, "__wrapped__", changed.most_changed)  # takes names for networks here
     config = ExtractConfig(rows="objects")
-    assert most("start", "end", "bank", "queries", 4, config) == sorted(range(5, 10), key=key)[:4]
+    assert most("start", "end", "reference", "queries", 4, config) == sorted(range(5, 10), key=key)[:4]

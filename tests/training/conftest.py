@@ -13,6 +13,7 @@ import torch
 from foveola.config import build, merge
 from foveola.training import checkpoint, loop
 from foveola.training.recipe import RunConfig, nested
+from foveola.training.run import pretrain
 
 TARGET = {"temperature": {"value": 0.07, "start": 0.04, "warmup": "1 epochs", "per_epoch": True}}
 TINY = {
@@ -78,6 +79,13 @@ def tiny() -> Callable[..., RunConfig]:
         return build(RunConfig, tree)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of `tiny()`, which tests read; who changes a run takes a copy."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return pretrain(build(RunConfig, TINY), out=str(folder)).folder
 
 
 @pytest.fixture

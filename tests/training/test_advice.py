@@ -15,7 +15,6 @@ from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble
 from foveola.training.recipe import resolve
-from foveola.training.run import pretrain
 from foveola.training.watch import EARLIEST, Watch
 
 CPU = torch.device("cpu")
@@ -145,9 +144,8 @@ def test_nothing_is_said_of_the_first_steps():
     assert watch.add(EARLIEST, lines(1.0))
 
 
-def test_a_short_run_says_that_it_is_too_short(tiny, tmp_path):
-    pretrain(tiny(out=str(tmp_path / "run")))
-    text = (tmp_path / "run" / "log.txt").read_text()
+def test_a_short_run_says_that_it_is_too_short(whole):
+    text = (whole / "log.txt").read_text()
     assert "64 images are few" in text
     assert "objects: annotated in scenes:" in text
     assert "health: LOOK: Is it long enough to tell? 8 steps on 64 images: too short to tell" in text
