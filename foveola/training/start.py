@@ -60,7 +60,7 @@ def _kept_positions(given: Tree, lowest: Tree, have: ViTConfig, encoder: Encoder
     """Keys of positions that stay as the recipe has them, since positions of the weights can be made so."""
     usual = lowest.get("positions")
     table = usual == "sincos" and have.positions == "learned"
-    if table and has_fixed_table((encoder or load(str(given["init"]))).backbone):
+    if table and has_fixed_table((encoder or _loaded(str(given["init"]))).backbone):
         return {"positions": "sincos", "position_antialias": False, "position_offset": 0.0}
     kept: Tree = {}
     if usual == "field" and have.positions in ("learned", "sincos"):
@@ -93,12 +93,19 @@ def _settings(init: str) -> tuple[EncoderConfig, Encoder | None]:
             settings = read_config(folder.config)
             if "model" in settings:  # of ours
                 return build(EncoderConfig, settings, where=str(folder.config)), None
-    try:
-        encoder = load(init)
-    except UserError as error:
-        more = "; a run that began with it goes on without: foveola pretrain RUN/config.yaml out=RUN"
-        raise UserError(f"init={init}: {error}{'' if path.exists() or ':' in init else more}") from error
+    encoder = _loaded(init)
     return encoder.config, encoder
+
+
+def _loaded(init: str) -> Encoder:
+    """The encoder behind `init`. A UserError names the run that began with it, and goes on without."""
+    try:
+        return load(init)
+    except UserError as error:
+        began = [path for path in Path("runs").glob("*/config.yaml") if read_yaml(path).get("init") == init]
+        more = f"; {began[0].parent} began with it, and goes on without it: " if began else ""
+        more += f"foveola pretrain {began[0]} out={began[0].parent}" if began else ""
+        raise UserError(f"init={init}: {error}{more}") from error
 
 
 def _group(tree: Tree, name: str) -> Tree:
@@ -188,6 +195,7 @@ class Start:
         if distributed.is_main():
             with told(f"the starting encoder cannot be saved as {kept}"):
                 encoder.save(kept)
+        self.weights = None  # a copy of a network, which nothing reads again
 
 
 def read_start(name: str, model: ViTConfig) -> StartingWeights:
@@ -195,10 +203,7 @@ def read_start(name: str, model: ViTConfig) -> StartingWeights:
 
     Raises UserError, in one line, for what cannot be read, and ConfigError for what does not fit.
     """
-    try:
-        encoder = load(name)
-    except UserError as error:
-        raise UserError(f"init={name}: {error}") from error
+    encoder = _loaded(name)
     state, account = transfer(encoder, model, name)
     account.unused = list(encoder.beside)
     parts: dict[str, Tensor] = {}
