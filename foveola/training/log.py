@@ -185,8 +185,10 @@ class Log:
             for name, value in metrics.items()
             if name in shown or name.startswith("loss/")
         ]
-        eta = _duration((self._total - step) / self._speed) if self._speed else "?"
-        parts = [f"step {step}/{self._total}", *numbers, f"{rate:.4g} images/s", waiting, f"{eta} left"]
+        parts = [f"step {step}/{self._total}", *numbers]
+        if step:  # the start is measured before there is a speed
+            eta = _duration((self._total - step) / self._speed) if self._speed else "?"
+            parts += [f"{rate:.4g} images/s", waiting, f"{eta} left"]
         self._print("  ".join(filter(None, parts)))
 
     def _print(self, text: str) -> None:

@@ -326,3 +326,27 @@ def test_start_best_and_end_of_one_run_are_compared(tiny, tmp_path, fading, caps
     assert cli.main(["compare", f"{run}?step=0", f"{run}?step=best", str(run)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[:4] == ["share", "40.00", "90.00*", "80.00"]
+
+
+def test_killed_between_two_names_the_best_encoder_is_made_up(tiny, tmp_path, fading, monkeypatch):
+    settings = fading(40, 60, 90, 70, 80)
+    whole = pretrain(tiny(out=str(tmp_path / "whole"), **settings)).folder
+    run, rename = tmp_path / "run", Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == ".writing-best" and RunFolder(run).kept_encoder(4).path.is_dir():
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(out=str(run), **settings))
+    assert RunFolder(run).best.step is None  # neither the earlier nor the new one has the name
+    pretrain(tiny(out=str(run), **settings))
+    assert RunFolder(run).best.step == 4
+    assert sorted(path.name for path in (run / "encoders").iterdir()) == sorted(
+        path.name for path in (whole / "encoders").iterdir()
+    )
+    for name, value in weights(whole / "encoders" / "best").items():
+        assert torch.equal(weights(run / "encoders" / "best")[name], value)
