@@ -11,7 +11,6 @@ from typing import Any
 from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
 from foveola.files import FIXED_TARGETS, STEP, RunFolder
 from foveola.schedules import steps_of
-from foveola.zoo.weights import read_config
 
 LoggedStep = dict[str, float | None]  # the metrics of one step by name; None: was not finite
 FIGURE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.png", re.ASCII)
@@ -114,11 +113,7 @@ class Record:
     def best(self) -> tuple[int, Path] | None:
         """The step and the folder of the encoder that was measured as the best, where the run kept one."""
         kept = RunFolder(self.folder).best
-        try:
-            step = read_config(kept.config).get("step") if kept.is_whole() else None
-        except UserError:  # damaged
-            return None
-        return (step, kept.path) if isinstance(step, int) else None
+        return None if kept.step is None else (kept.step, kept.path)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, folder) of the encoders that were kept after steps on the way, by rising step."""
