@@ -231,7 +231,7 @@ def test_a_run_from_weights(recipe: str, tmp_path: Path, of_hf: str):
     for key, value in states[0]["method"].items():
         if isinstance(value, Tensor):
             assert torch.equal(value, states[1]["method"][key]), key
-    assert "starting weights" not in RunFolder(part).log.read_text().split("going on after step 1")[1]
+    assert "taken as they are" not in RunFolder(part).log.read_text().split("going on after step 1")[1]
     # The saved configuration says all: it goes on without weights, too, and does not begin without them.
     assert pretrain(part / "config.yaml", out=str(part)).finished
     with pytest.raises(UserError, match=rf"^init=hf:{weights}: "):
