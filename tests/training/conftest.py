@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ PLAIN = {
 
 @pytest.fixture
 def tiny_tree() -> dict[str, Any]:
-    return TINY
+    """A copy: trees that are merged share what they do not change."""
+    return deepcopy(TINY)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain_tree() -> dict[str, Any]:
-    return PLAIN
+    return deepcopy(PLAIN)
 
 
 @pytest.fixture

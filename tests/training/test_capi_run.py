@@ -1,5 +1,6 @@
 """Runs of CAPI: resume, the encoder that comes out, what the log says, and mistakes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_the_encoder_of_a_run(tmp_path, lines):
     rates = [line["lr"] for line in lines(run.folder) if "lr" in line]
     assert momenta == pytest.approx([1 - rate for rate in rates])
     fresh = untrained(capi())
-    assert fresh.config == encoder.config
+    assert fresh.config == dataclasses.replace(encoder.config, step=None)
     assert not torch.equal(fresh(images).objects, features.objects)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from foveola.config import to_dict
 from foveola.methods.capi import CapiConfig
 from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig
@@ -11,7 +12,7 @@ from foveola.training.auto.choices import MODELS, Decision
 from foveola.training.auto.cost import cost_of, weights_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine
 from foveola.training.durations import plan
-from foveola.training.recipe import RunConfig, nested, resolve
+from foveola.training.recipe import RunConfig, nested, resolve, with_changes
 
 AUTO = "auto"
 TRAINED = {method: f"{method}-small" for method in ("odis", "ibot", "dinov2", "capi", "mae")}
@@ -63,6 +64,7 @@ class _Maker:
     given: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
     lines: list[PlanLine] = field(default_factory=list)
+    shaped: dict[str, Any] | None = None  # the recipe as its starting weights change it
 
     def put(self, key: str, choice: Decision) -> Any:
         """Take a choice for a key, unless the user gave it; returns what stands there now."""
@@ -80,7 +82,13 @@ class _Maker:
 
     def built(self, **more: Any) -> RunConfig:
         """Return the recipe with all changes so far. Raises ConfigError where they do not go together."""
-        return resolve(self.recipe, nested({**self.changes, **self.given, **more}))
+        changes = self.changes | self.given | more
+        if "init" not in changes:
+            return resolve(self.recipe, nested(changes))
+        shaped = self.shaped
+        if shaped is None:  # the weights are read this once
+            shaped = self.shaped = to_dict(resolve(self.recipe, nested(changes)))
+        return with_changes(shaped, nested({k: v for k, v in changes.items() if k != "init"}))
 
 
 def plan_run(
