@@ -197,10 +197,11 @@ def _parse_value(path: str, text: str) -> Any:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree as values by their full paths: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    """Return a tree as values by full paths: `{"a": {"b": 1}}` becomes `{"a.b": 1}`; `{}` is a value."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return found
 
 
