@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from foveola.methods.terms.term import Term
     from foveola.models.encoder import Encoder, Features
     from foveola.reports.report import report
+    from foveola.training.auto.plan import Plan
+    from foveola.training.auto.request import make_plan
     from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
     from foveola.zoo.export import export
@@ -39,6 +41,7 @@ __all__ = [
     "Objects",
     "Outcome",
     "Output",
+    "Plan",
     "Protocol",
     "Reading",
     "Result",
@@ -53,6 +56,7 @@ __all__ = [
     "evaluate_all",
     "export",
     "load",
+    "make_plan",
     "open_source",
     "pretrain",
     "recipes",
@@ -63,6 +67,8 @@ __all__ = [
 _HOMES = {
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
+    "make_plan": "foveola.training.auto.request",
+    "Plan": "foveola.training.auto.plan",
     "recipes": "foveola.training.recipe",
     "open_source": "foveola.data.sources",
     "Source": "foveola.data.sources",

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from foveola.config import ConfigError
 from foveola.health import SHORT
 from foveola.training.auto.facts import DataFacts, Machine
 
@@ -16,6 +17,7 @@ FEWEST = {"micro": 0, "tiny": 0, "small": 10_000, "base": 200_000}  # images tha
 EPOCHS = {"scratch": 800, "adapt": 100}  # passes beyond which the same images teach little that is new
 VIEW_SIZES = {32: 4, 64: 8, 96: 8, 128: 16, 224: 16}  # pixels of a view, and of a patch, from nothing
 FEWEST_PATCHES = 7  # a side of a view for starting weights, which saw 16 and more
+PLANNED_METHODS = ("distillation", "capi", "mae")
 VERY_FEW, FEW = 500, 20_000  # images
 WORKERS = 8  # of a process; more seldom help
 
@@ -27,16 +29,27 @@ class Decision(NamedTuple):
     reason: str
 
 
-def choose_method(data: DataFacts, token: bool | None) -> Decision:
-    """Return the family of recipes: odis, ibot, dinov2, capi.
+def choose_method(data: DataFacts, token: bool | None, asked: str | None = None) -> Decision:
+    """Return the family of recipes: odis, ibot, dinov2, capi, mae.
 
-    `token`: whether the starting weights have a class token; None where training starts from nothing.
+    Args:
+        token: whether the starting weights have a class token; None where training starts from nothing.
+        asked: `method.name`, where the user gave it.
+
+    Raises ConfigError for a method that no plan is made for.
     """
+    if asked is not None and asked not in PLANNED_METHODS:
+        known = ", ".join(PLANNED_METHODS)
+        raise ConfigError(f"method.name={asked}: auto plans {known}; name a recipe for others")
+    if asked in ("capi", "mae"):
+        return Decision(asked, "as you said")
+    if asked and token is False:
+        return Decision("dinov2", "as you said; the class token is fresh")
     if token is False:
         return Decision("capi", "the starting weights have no class token, which distillation needs")
     if data.objects:
         return Decision("odis", f"{data.objects:.1f} objects are annotated in an image: views follow them")
-    if data.label_maps:
+    if data.label_maps and not asked:
         return Decision("capi", "labels are label maps: features of patches count, which CAPI is about")
     if token:
         return Decision("dinov2", "no objects are annotated: image and patches, as the weights were trained")

@@ -17,6 +17,7 @@ from foveola.training.recipe import RunConfig, nested, resolve, with_changes
 AUTO = "auto"
 TRAINED = {method: f"{method}-small" for method in ("odis", "ibot", "dinov2", "capi", "mae")}
 ADAPTED = {method: f"{method}-vits14-adapt" for method in ("odis", "dinov2", "capi")}
+ADAPTED["mae"] = "mae-vits16-adapt"
 FIT = 2**20  # rows that no plan has
 MEASURED_ON = 1000  # images of an evaluation on the way
 
@@ -37,6 +38,7 @@ class Plan:
     config: RunConfig
     lines: list[PlanLine]
     expected: dict[str, str]
+    title: str = ""
 
     def table(self) -> str:
         """Return the plan for people: a key, its value and the reason in each line, then what to expect."""
@@ -44,7 +46,7 @@ class Plan:
         values = min(max(len(line.value) for line in self.lines), 30)
         lines = [f"{line.key:<{wide}}  {line.value:<{values}}  {line.reason}" for line in self.lines]
         lines += [f"{name:<{wide}}  {text}" for name, text in self.expected.items()]
-        return "\n".join(lines)
+        return "\n".join([self.title, *lines] if self.title else lines)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def plan_run(
     Raises ConfigError where what was given cannot be had.
     """
     token = None if start is None else start.encoder.model.class_token
-    method = choices.choose_method(data, token)
+    method = choices.choose_method(data, token, given.get("method.name"))
     family = str(method.value)
     maker = _Maker((TRAINED if start is None else ADAPTED)[family], given)
     maker.lines.append(PlanLine("recipe", maker.recipe, method.reason))
@@ -238,18 +240,20 @@ def _choose_length(
 
 def _choose_evaluation(maker: _Maker, data: DataFacts, every: str, adapting: bool) -> None:
     """k-NN where the images have labels, with others or among themselves; else what needs no labels."""
-    if data.labels < 2:
+    own = [key for key in ("evaluate_train", "evaluate_test") if maker.given.get(key) is not None]
+    if data.labels < 2 and not own:
         if not any(key.partition(".")[0] in ("evaluations", "evaluate_every") for key in maker.given):
             settings = {"protocol": "label_free", "every": every, "settings": {"limit": MEASURED_ON}}
             maker.changes["evaluations"] = {"label_free": settings}
             why = f"no labels: rank, uniformity and retrieval of views, each {every}"
             maker.lines.append(PlanLine("evaluations", "label_free", why))
         return
-    why = f"k-NN by the {data.labels} labels says whether it helps; training sees no label"
+    labels = f"the labels of {' and '.join(own)}" if own else f"the {data.labels} labels"
+    why = f"k-NN by {labels} says whether it helps; training sees no label"
     if maker.put("evaluate_every", Decision(every, why)) is None:
         return
     maker.quietly("evaluate.limit", 2 * MEASURED_ON)
-    if not data.test:  # the images are queries of each other
+    if not data.test and not own:  # the images are queries of each other
         maker.quietly("evaluate.exclude_self", True)
     if adapting:
         maker.put(

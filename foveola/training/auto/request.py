@@ -1,12 +1,13 @@
 """What a user asks of `auto`: the plan of a new run, or that of the run which is already there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from foveola import distributed
-from foveola.config import ConfigError, UserError, build, merge, parse_overrides, read_yaml, renewed, to_dict
+from foveola.config import ConfigError, UserError, build, merge, nearest, parse_overrides, read_yaml, renewed
 from foveola.data.identity import saying
-from foveola.data.sources import Source, as_source
+from foveola.data.sources import OBJECT, Source, as_source
 from foveola.files import RunFolder
 from foveola.training.auto.facts import budget_of, look_at_data, look_at_machine, weights_at_hand
 from foveola.training.auto.plan import AUTO, Plan, PlannedStart, plan_run
@@ -21,45 +22,62 @@ FRESH = ("none", "null", "scratch")  # values of init= that ask for fresh weight
 def request(overrides: list[str] | dict[str, Any] | None = None, source: Source | None = None) -> RunConfig:
     """Return the configuration that `foveola pretrain auto` runs, and print the plan on the first process.
 
-    Args:
-        overrides: `key=value` strings or a (nested or dotted) dict: `data`, `budget`, `init` and any key of
-            `RunConfig`, which the plan then takes as it is.
-        source: the caller's own data, where `data` names an object.
-
-    A run that was planned for the same request, in `out` or unfinished below runs/, goes on by its own plan.
-    Raises UserError for mistakes in what is asked for.
+    Arguments and errors are those of `make_plan`, in whichever form of `key=value`. A run that was planned
+    for the same request, in `out` or unfinished below runs/, goes on by its own plan.
     """
-    tree = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
-    budget = tree.pop("budget", None)
-    given = flat(tree)
-    if given.get("data") is None:
-        raise ConfigError("pretrain auto needs data=..., for example data=folder:/my/images")
+    given, budget = _read(overrides)
     with distributed.joined(str(given.get("device", "auto"))) as device:
         if (before := _planned_before(given, budget)) is not None:
             return before
-        text = USUAL_BUDGET if budget is None else str(budget)
-        found = distributed.on_main(lambda: _plan(given, text, str(device), source, usual=budget is None))
-    tree, said = found
+        made = distributed.on_main(lambda: _plan(given, budget, str(device), source))
     if distributed.is_main():
-        print(said, flush=True)
-    return build(RunConfig, tree)
+        print(made.table(), flush=True)
+    return made.config
 
 
-def _plan(
-    given: dict[str, Any], budget: str, device: str, source: Source | None, usual: bool
-) -> tuple[dict[str, Any], str]:
-    """The plan of a new run as a tree and as text: made by one process, as times of others differ."""
-    asked = budget_of(budget, distributed.world_size())
+def make_plan(data: Source | str, **overrides: Any) -> Plan:
+    """Return the plan of `foveola pretrain auto` without running it: `print(plan.table())` shows it, and
+    `pretrain(plan.config)` runs it.
+
+    Args:
+        data: images to train on, a data string or a source of the caller's own. (A plan for a source is to be
+            run as `pretrain("auto", data=source)`, as a configuration cannot hold it.)
+        overrides: `budget="2 hours"`, `init=...`, and any key of `RunConfig`, which stays as it is.
+
+    Raises UserError for mistakes in what is asked for, and for data of which no image can be read.
+    """
+    source = None if isinstance(data, str) else as_source(data, "train", "data")
+    given, budget = _read(overrides | {"data": data if source is None else f"{OBJECT}:{source.name}"})
+    with distributed.joined(str(given.get("device", "auto"))) as device:
+        return distributed.on_main(lambda: _plan(given, budget, str(device), source))
+
+
+def _read(overrides: list[str] | dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
+    """What the user says, by full paths, and the budget."""
+    tree = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
+    budget = tree.pop("budget", None)
+    known = [*RunConfig.__dataclass_fields__, "budget"]
+    for name in tree:
+        if name not in known and nearest(name, known) == "budget":
+            raise ConfigError(f"unknown key {name!r}; did you mean 'budget'?")
+    if tree.get("data") is None:
+        raise ConfigError("pretrain auto needs data=..., for example data=folder:/my/images")
+    return flat(tree), None if budget is None else str(budget)
+
+
+def _plan(given: dict[str, Any], budget: str | None, device: str, source: Source | None) -> Plan:
+    """The plan of a new run: made by one process, as what others time differs."""
+    asked = budget_of(budget or USUAL_BUDGET, distributed.world_size())
     with saying(True):
         images = as_source(source or given["data"], "train", "data")
         data = look_at_data(images, _test_split(given["data"], images) if source is None else None)
     start = _start(given)
     if start is None:
         given = {key: value for key, value in given.items() if key != "init"}
-    made: Plan = plan_run(data, look_at_machine(device), asked, given, start)
-    about = f"plan for {data.images:,} images and a budget of {budget}"
-    about += " (none was given: budget='8 hours' trains longer)" if usual else ""
-    return to_dict(made.config), f"{about}\n{made.table()}"
+    made = plan_run(data, look_at_machine(device), asked, given, start)
+    about = f"plan for {data.images:,} images and a budget of {asked.text}"
+    about += " (none was given: budget='8 hours' trains longer)" if budget is None else ""
+    return replace(made, title=about)
 
 
 def _test_split(data: str, images: Source) -> Source | None:
@@ -89,7 +107,7 @@ def _start(given: dict[str, Any]) -> PlannedStart | None:
     return None
 
 
-def _planned_before(given: dict[str, Any], budget: Any) -> RunConfig | None:
+def _planned_before(given: dict[str, Any], budget: str | None) -> RunConfig | None:
     """The configuration of a run that was planned for the same request: in `out`, or the newest in runs/."""
     if given.get("out") is not None:
         folders = [Path(str(given["out"])).expanduser()]

@@ -83,6 +83,8 @@ def test_help_lists_what_auto_adds(capsys) -> None:
     [
         ([], "pretrain auto needs data=..."),
         (["data=scenes:", "budget=soon"], "budget='soon'"),
+        (["data=scenes:", "budgett=2 hours"], "did you mean 'budget'"),
+        (["data=scenes:?count=8", "method.name=ijepa"], "auto plans distillation, capi, mae"),
         (["data=scenes:", "batchsize=8"], "did you mean 'batch_size'"),
         (["data=scenes:?count=8", "init=nowhere"], "no model at nowhere"),
     ],
@@ -92,6 +94,40 @@ def test_mistakes_are_one_line(at_home, capsys, words, told) -> None:
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_a_plan_is_made_in_python_and_run_as_it_is(at_home, capsys) -> None:
+    plan = foveola.make_plan(
+        QUICK["data"], budget="2 steps", **{k: v for k, v in QUICK.items() if k != "data"}
+    )
+    assert plan.table().startswith("plan for 48 images and a budget of 2 steps\nrecipe ")
+    assert capsys.readouterr().out == ""
+    assert not list(at_home.glob("runs/*"))
+    run = foveola.pretrain(plan.config)
+    assert (run.step, run.config.recipe) == (2, "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("mae", "mae-small"), ("capi", "capi-small"), ("distillation", "odis-small")]
+)
+def test_the_method_can_be_asked_for(at_home, name, recipe) -> None:
+    plan = foveola.make_plan(**QUICK | {"method.name": name}, budget="2 steps")
+    assert plan.lines[0].value == recipe
+    assert plan.config.method.name == name
+
+
+def test_images_of_their_own_are_measured_on_without_leaving_anything_out(at_home) -> None:
+    settings = QUICK | {"evaluate_every": "1 steps", "evaluate_test": "scenes:?size=32&count=9&split=test"}
+    config = foveola.make_plan(**settings, budget="2 steps").config
+    assert config.evaluate_every == "1 steps"
+    assert not config.evaluate.exclude_self
+
+
+def test_an_empty_group_is_something_that_was_said(at_home) -> None:
+    config = foveola.make_plan(
+        **QUICK | {"method.position": None, "method.spread": {}}, budget="2 steps"
+    ).config
+    assert config.method.spread is not None
 
 
 def test_a_budget_is_for_auto_alone(capsys) -> None:
