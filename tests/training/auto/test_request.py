@@ -1,9 +1,11 @@
 """`pretrain auto` as a user asks for it: a plan is printed, run, and gone on with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import foveola
 from foveola import cli
@@ -116,18 +118,26 @@ def test_the_method_can_be_asked_for(at_home, name, recipe) -> None:
     assert plan.config.method.name == name
 
 
-def test_images_of_their_own_are_measured_on_without_leaving_anything_out(at_home) -> None:
-    settings = QUICK | {"evaluate_every": "1 steps", "evaluate_test": "scenes:?size=32&count=9&split=test"}
-    config = foveola.make_plan(**settings, budget="2 steps").config
-    assert config.evaluate_every == "1 steps"
-    assert not config.evaluate.exclude_self
+def test_a_folder_is_measured_on_itself_unless_other_images_are_named(at_home) -> None:
+    for number in range(16):
+        for folder in ("mine", "others"):
+            path = at_home / folder / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (9 * number, 50, 200 if folder == "mine" else 10)).save(path)
+    settings: dict[str, Any] = QUICK | {"data": "folder:mine", "evaluate_every": "1 steps"}
+    itself = foveola.make_plan(**settings, budget="2 steps").config
+    assert itself.evaluate.exclude_self
+    others = foveola.make_plan(**settings, evaluate_test="folder:others", budget="2 steps").config
+    assert not others.evaluate.exclude_self
+    assert foveola.pretrain(others).finished
 
 
 def test_an_empty_group_is_something_that_was_said(at_home) -> None:
-    config = foveola.make_plan(
-        **QUICK | {"method.position": None, "method.spread": {}}, budget="2 steps"
-    ).config
-    assert config.method.spread is not None
+    """The planned recipe hides no positions: it does by what was said alone."""
+    head = {"prototypes": 16, "hidden": 8, "bottleneck": 4}
+    said = {"views.position_masking": {}, "method.heads.positions": head, "method.position.head": "positions"}
+    config = foveola.make_plan(**QUICK | said, budget="2 steps").config
+    assert config.views.position_masking is not None
 
 
 def test_a_budget_is_for_auto_alone(capsys) -> None:
