@@ -12,6 +12,7 @@ from foveola.training.recipe import RunConfig
 from foveola.views.batch import ViewsConfig
 
 LEARNING, TEACHING = 3.0, 1.0  # times the work of a forward pass: with that of backward, or without
+WIDE = 192  # channels from which on products take most of the time; half as many reach half of the speed
 NUMBERS_HELD = (
     36.0  # numbers of the token width that a block keeps of each token for backward, MLP of ratio 4
 )
@@ -55,6 +56,11 @@ def cost_of(config: RunConfig) -> Cost:
     else:  # a method from outside: as if its network learned from all views
         flops, tokens = LEARNING * _vit(model, patches + extra) * views.global_count, large
     return Cost(flops, tokens * width * depth * NUMBERS_HELD * numbers)
+
+
+def seconds_of(config: RunConfig, flops: float) -> float:
+    """Return about how many seconds an image takes, where a wide network reaches `flops` a second."""
+    return cost_of(config).flops / (flops * min(1, config.model.shape[0] / WIDE))
 
 
 def weights_of(config: RunConfig) -> float:

@@ -9,7 +9,7 @@ from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig
 from foveola.training.auto import choices
 from foveola.training.auto.choices import MODELS, Decision
-from foveola.training.auto.cost import cost_of, weights_of
+from foveola.training.auto.cost import cost_of, seconds_of, weights_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine
 from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig, nested, resolve, with_changes
@@ -122,7 +122,7 @@ def plan_run(
     need = cost_of(config).activations, weights_of(config)
     parts = maker.put("accumulate", choices.choose_parts(batch, machine.processes, *need, machine.memory))
     _choose_prototypes(maker, config, batch // parts, data)
-    seconds = batch * cost_of(maker.built()).flops / (machine.flops * machine.processes)
+    seconds = batch * seconds_of(maker.built(), machine.flops * machine.processes)
     steps = _choose_length(maker, budget, seconds, data, batch, start is not None)
     if start is None and family != "mae":
         maker.put("method.momentum.value", choices.choose_momentum(steps))
@@ -136,7 +136,7 @@ def plan_run(
     time = choices.duration_text(steps * seconds)
     memory = need[1] + batch / parts / machine.processes * need[0]
     expected = {
-        "time": f"about {time} on {machine.name}, by arithmetic; --dry-run measures it",
+        "time": f"about {time} of training on {machine.name}, by arithmetic; --dry-run measures it",
         "memory": f"about {memory / 2**30:.1f} of {machine.memory / 2**30:.0f} GiB",
         "images seen": f"{seen:,}: {seen / data.images:,.3g} passes over {data.images:,} images",
         "expect": choices.expectation(data, start is not None, seen),
@@ -188,8 +188,10 @@ def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budg
         speed = machine.flops * machine.processes
         chosen, why = "micro", "the smallest: the budget is short"
         for name, (keys, worth) in MODELS.items():
-            trial = cost_of(maker.built(**{f"model.{key}": value for key, value in keys.items()}))
-            seen = worth if budget.seconds is None else 0.9 * budget.seconds * speed / trial.flops
+            trial = maker.built(**{f"model.{key}": value for key, value in keys.items()})
+            seen = worth
+            if budget.seconds is not None:
+                seen = 0.9 * budget.seconds / seconds_of(trial, speed)
             if data.images >= choices.FEWEST[name] and seen >= worth:
                 chosen = name
                 why = f"{data.images:,} images, about {seen:,.0f} of them seen within the budget"

@@ -16,7 +16,7 @@ from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble
 from foveola.training.auto import choices
-from foveola.training.auto.cost import cost_of
+from foveola.training.auto.cost import cost_of, seconds_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine, budget_of, look_at_data
 from foveola.training.auto.plan import Plan, PlannedStart, plan_run
 from foveola.training.recipe import resolve
@@ -222,3 +222,9 @@ def test_small_images_are_enlarged_for_starting_weights() -> None:
 def test_too_little_time_is_said() -> None:
     assert "budget" not in plan_of(facts(), GPU, "1 hour").expected
     assert "steps are few" in plan_of(facts(), CPU, "20 s").expected["budget"]
+
+
+def test_narrow_networks_reach_less_of_the_speed() -> None:
+    half, wide = (plan_of(facts(), **{"model.width": width, "model.depth": 2}).config for width in (96, 384))
+    assert seconds_of(half, 1e9) == pytest.approx(2 * cost_of(half).flops / 1e9)
+    assert seconds_of(wide, 1e9) == pytest.approx(cost_of(wide).flops / 1e9)
