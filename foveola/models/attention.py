@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from foveola.models.windows import has_windows, windowed_attention
+
 
 class PackedLinear(nn.Linear):
     """Several linear maps of one input in one matrix, one after the other."""
@@ -17,9 +19,9 @@ class PackedLinear(nn.Linear):
 class Attention(nn.Module):
     """Self-attention with timm's parameter names (`qkv`, `proj`)."""
 
-    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True, window: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         self.qkv = PackedLinear(width, width, 3, bias)
         self.proj = nn.Linear(width, width, bias=bias)
 
@@ -29,6 +31,7 @@ class Attention(nn.Module):
         objects: int = 0,
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend; the first `objects` tokens only to those named in `readable`, all others to every
         token.
@@ -37,9 +40,19 @@ class Attention(nn.Module):
         patches keep the fast unmasked kernel (ODIS, Section 4 and Figure 3). Both calls are made without a
         mask as well (1 % of the attention's time): an object that is the whole image gives the plain class
         token, bit for bit. `rotation` turns queries and keys (see `positions.Rope`).
+
+        With a `window`, patches (the last of the tokens, on a `grid` of rows and columns) read the patches of
+        their window and all other tokens, which read every token.
         """
         query, key, value = self.heads_of(x, rotation)
-        out = scaled_dot_product_attention(query[:, :, objects:], key, value)
+        if grid is not None and self.window is not None and has_windows(self.window, grid):
+            special = x.shape[1] - grid[0] * grid[1]
+            out = windowed_attention(query[:, :, special:], key, value, grid, self.window)
+            if special > objects:
+                registers = scaled_dot_product_attention(query[:, :, objects:special], key, value)
+                out = torch.cat((registers, out), dim=2)
+        else:
+            out = scaled_dot_product_attention(query[:, :, objects:], key, value)
         if objects:
             few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
             out = torch.cat((few, out), dim=2)

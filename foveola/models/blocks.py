@@ -29,6 +29,7 @@ class BlockShape:
     layer_scale: float | None = None
     drop_path: float = 0.0
     drop_subset: bool = False
+    window: int | None = None
 
 
 class RmsNorm(nn.RMSNorm):
@@ -123,7 +124,7 @@ class Block(Residual):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         self.norm1 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
-        self.attn = Attention(shape.width, shape.heads, shape.bias)
+        self.attn = Attention(shape.width, shape.heads, shape.bias, shape.window)
         self.ls1 = _scale(shape)
         self.norm2 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.mlp = _mlp(shape)
@@ -135,9 +136,14 @@ class Block(Residual):
         objects: int = 0,
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B T D"]:
+        """Go through attention and MLP; the arguments are those of `Attention`: `TokenLayout.reading`."""
         x = self.residual(
-            x, lambda x, *others: self.ls1(self.attn(self.norm1(x), objects, *others)), readable, rotation
+            x,
+            lambda x, *others: self.ls1(self.attn(self.norm1(x), objects, *others, grid)),
+            readable,
+            rotation,
         )
         return self.residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 

@@ -16,6 +16,7 @@ from foveola.config import UserError
 from foveola.models.attention import rotate, split_heads
 from foveola.models.blocks import Block
 from foveola.models.vit import Features, TokenLayout, VisionTransformer
+from foveola.models.windows import has_windows, window_mask
 
 ATTENTION_AT_ONCE = 2**25  # entries of attention matrices in memory at a time: 128 MiB
 CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over them again and again
@@ -35,6 +36,9 @@ class BlockAttention:
         query, key = (rotate(part, tokens.rotation) for part in split_heads(both, 2, attn.heads))
         self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
         self.tokens = tokens
+        self.readable: Tensor | None = None  # [T, T], of a block with windows
+        if attn.window is not None and has_windows(attn.window, tokens.grid):
+            self.readable = window_mask(tokens.grid, attn.window, self.special, x.device)
 
     @property
     def special(self) -> int:
@@ -56,13 +60,16 @@ class BlockAttention:
     def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
         """Return what some patches (indices, row-major) of each image read."""
         at = (index + self.special)[:, None, :, None]
-        return self._rows(self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3])))
+        rows = self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        return self._rows(
+            rows, None if self.readable is None else self.readable[index + self.special][:, None]
+        )
 
     def centre(self) -> Float32[Tensor, "B heads T"]:
         """Return what the central patch reads: of an even grid the upper left one of the four."""
         rows, columns = self.grid
         at = self.special + (rows - 1) // 2 * columns + (columns - 1) // 2
-        return self._rows(self.query[:, :, at : at + 1])[:, :, 0]
+        return self._rows(self.query[:, :, at : at + 1], self._readable(slice(at, at + 1)))[:, :, 0]
 
     def received(self) -> Float32[Tensor, "B heads N"]:
         """Return how much of the patches' attention to patches each patch receives: the mean of their rows.
@@ -72,8 +79,9 @@ class BlockAttention:
         batch, heads, count, _ = self.query.shape
         few = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
         total = self.query.new_zeros(batch, heads, count - self.special)
-        for part in self.query[:, :, self.special :].split(few, dim=2):
-            weights = self._rows(part)[..., self.special :]
+        for start in range(self.special, count, few):
+            rows = slice(start, start + few)
+            weights = self._rows(self.query[:, :, rows], self._readable(rows))[..., self.special :]
             total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
         return total / total.shape[-1]
 
@@ -83,8 +91,8 @@ class BlockAttention:
         """Yield all logits, whose softmax is the attention, a few matrices at a time.
 
         Yields (images, heads, logits): some images with all heads, or, where one image has more than
-        `entries` numbers, one with some of its heads. What an object token may not read is -inf. The receiver
-        may overwrite them.
+        `entries` numbers, one with some of its heads. What an object token may not read, and what lies in
+        another window, is -inf. The receiver may overwrite them.
         """
         batch, heads, count, _ = self.query.shape
         if entries is None:
@@ -95,13 +103,23 @@ class BlockAttention:
             for first in range(0, heads, some):
                 images, group = slice(start, start + few), slice(first, first + some)
                 logits = self._logits(self.query[images, group], self.key[images, group])
+                if self.readable is not None:
+                    logits.masked_fill_(~self.readable, -torch.inf)
                 if self.tokens.readable is not None:
                     readable = self.tokens.readable[images]
                     logits[:, :, : self.tokens.objects].masked_fill_(~readable, -torch.inf)
                 yield images, group, logits
 
-    def _rows(self, query: Float32[Tensor, "B heads Q d"]) -> Float32[Tensor, "B heads Q T"]:
-        return self._logits(query, self.key).softmax(dim=-1)
+    def _readable(self, rows: slice) -> Bool[Tensor, "Q T"] | None:
+        return None if self.readable is None else self.readable[rows]
+
+    def _rows(
+        self, query: Float32[Tensor, "B heads Q d"], readable: Bool[Tensor, "*B Q T"] | None
+    ) -> Float32[Tensor, "B heads Q T"]:
+        logits = self._logits(query, self.key)
+        if readable is not None:
+            logits.masked_fill_(~readable, -torch.inf)
+        return logits.softmax(dim=-1)
 
     @staticmethod
     def _logits(query: Tensor, key: Tensor) -> Tensor:
@@ -159,7 +177,7 @@ def capture(
     for index, layer in enumerate(_blocks(network)):
         if index == asked:
             seen = BlockAttention(layer, x, tokens)
-        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
+        x = layer(x, *tokens.reading)
         if index >= len(network.blocks) - n:
             outputs.append(network.finish(x, tokens))
     return Capture(tuple(outputs), seen)
@@ -177,7 +195,7 @@ def attention_of(
     index = block_index(network, block)
     x, tokens = network.prepare(images, objects)
     for layer in _blocks(network)[:index]:
-        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
+        x = layer(x, *tokens.reading)
     return BlockAttention(_blocks(network)[index], x, tokens)
 
 
@@ -198,7 +216,7 @@ def visit(
     for index, layer in enumerate(_blocks(network)):
         for part, heads, logits in BlockAttention(layer, x, tokens).matrices():
             attention(index, part, heads, logits)
-        x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
+        x = layer(x, *tokens.reading)
         if output is not None:
             output(index, x)
     return network.finish(x, tokens)

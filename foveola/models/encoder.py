@@ -31,6 +31,7 @@ __all__ = [
     "patch_mask",
 ]
 
+LATER = ("window", "global_blocks")  # keys of networks without which earlier fingerprints were made
 TOGETHER = 8  # objects that are encoded at once, or more where there are more images
 
 
@@ -317,7 +318,11 @@ class Encoder(nn.Module):
 
 def _settings(config: EncoderConfig) -> dict[str, Any]:
     about = ("origin", "step")  # where weights come from, which says nothing of what they do
-    return {name: value for name, value in to_dict(config).items() if name not in about}
+    settings = {name: value for name, value in to_dict(config).items() if name not in about}
+    usual = to_dict(ViTConfig())
+    later = {name for name in LATER if settings["model"][name] == usual[name]}
+    settings["model"] = {name: value for name, value in settings["model"].items() if name not in later}
+    return settings
 
 
 def patch_mask(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.init import normal_, trunc_normal_, xavier_uniform_, zeros_
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +27,8 @@ from foveola.models.positions import (
     sincos_positions,
     take_rows,
 )
+from foveola.models.tokens import NOTHING, Features, Inputs, TokenLayout
+from foveola.models.windows import global_blocks
 
 SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -98,6 +100,12 @@ class ViTConfig:
     layer_scale: float | None = key(
         None, "initial per-channel scale of each residual branch; null = none", above=0
     )
+    window: int | None = key(
+        None,
+        "patches a side of windows within which patches read each other; null = they read all",
+        at_least=1,
+    )
+    global_blocks: int = key(4, "blocks without windows, the last one of as many equal parts", at_least=1)
     init: Literal["normal", "xavier"] = key(
         "normal", "fresh weights: truncated normal of 0.02 (DINO), or Xavier uniform (MAE, CAPI)"
     )
@@ -115,6 +123,8 @@ class ViTConfig:
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
+        if self.window is not None and self.global_blocks > depth:
+            raise ValueError(f"global_blocks={self.global_blocks} of depth={depth} blocks")
         if self.positions == "sincos" and width % 4:
             raise ValueError(f"positions=sincos needs a width that is a multiple of 4, not {width}")
         if self.position_offset and self.position_antialias:
@@ -135,6 +145,8 @@ class ViTConfig:
             idle["size"] = "width, depth and heads are all given; set those that `size` is to give to null"
         if not self.drop_path:
             idle |= dict.fromkeys(("drop_path_rule", "drop_path_subset"), "drop_path=0.0 drops no path")
+        if self.window is None:
+            idle["global_blocks"] = "window=null: all blocks read everything"
         where = f"positions={self.positions}"
         if self.positions != "field":
             field = ("field_size", "field_interpolation", "field_alignment")
@@ -186,45 +198,8 @@ class ViTConfig:
             layer_scale=self.layer_scale,
             drop_path=self.drop_path * share,
             drop_subset=self.drop_path_subset,
+            window=None if index in global_blocks(depth, self.global_blocks) else self.window,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What a ViT says about B images, after the final norm."""
-
-    objects: Float[Tensor, "B M D"]  # M = 0 without class token
-    registers: Float[Tensor, "B R D"]
-    patches: Float[Tensor, "B N D"]  # of the kept patches only, in their order, where some were dropped
-    grid: tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Inputs:
-    """What a network is told of B images of N patches besides their pixels; what is None is as usual."""
-
-    # Patches that each object token may read; None: one token, the class token, reads all. An object without
-    # patches reads everything.
-    objects: Bool[Tensor, "B M N"] | None = None
-    masked: Bool[Tensor, "B N"] | None = None  # replaced by the mask token before positions are added
-    kept: Int64[Tensor, "B K"] | None = None  # by index; the others are dropped and cost nothing
-    positions: Float[Tensor, "B 4"] | None = None  # (x0, y0, x1, y1) in the position field; None: all of it
-    flips: Bool[Tensor, "B"] | None = None  # views that are mirrored, so read the field from right to left
-    unplaced: Bool[Tensor, "B N"] | None = None  # have a learned token for position: `learn_position_mask`
-
-
-NOTHING = Inputs()
-
-
-@dataclass(frozen=True, eq=False)
-class TokenLayout:
-    """What the blocks need to know about their tokens: [object tokens, registers, patches]."""
-
-    objects: int
-    registers: int
-    grid: tuple[int, int]
-    readable: Bool[Tensor, "B 1 M T"] | None
-    rotation: Float[Tensor, "#B 2 T d"] | None
 
 
 class VisionTransformer(nn.Module):
@@ -308,7 +283,7 @@ class VisionTransformer(nn.Module):
         )
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], inputs: "Inputs | Bool[Tensor, 'B M N'] | None" = None
+        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
     ) -> Features:
         """Encode images whose sides are multiples of the patch size.
 
@@ -319,22 +294,22 @@ class VisionTransformer(nn.Module):
         x, tokens = self.prepare(images, inputs)
         for block in self.blocks:
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, tokens.objects, tokens.readable, tokens.rotation, use_reentrant=False
-                )
+                x = checkpoint(block, x, *tokens.reading, use_reentrant=False)
             else:
-                x = block(x, tokens.objects, tokens.readable, tokens.rotation)
+                x = block(x, *tokens.reading)
         return self.finish(x, tokens)
 
     def prepare(
-        self, images: Float[Tensor, "B 3 H W"], inputs: "Inputs | Bool[Tensor, 'B M N'] | None" = None
-    ) -> tuple[Float[Tensor, "B T D"], "TokenLayout"]:
+        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], TokenLayout]:
         """Return what enters the first block, and what every block needs to know about it; as `forward`."""
         inputs = inputs if isinstance(inputs, Inputs) else Inputs(objects=inputs)
         objects, kept = inputs.objects, inputs.kept
         if objects is not None and self.cls_token is None:
             raise ValueError("this network has no class token, so no object tokens")
         x, grid = self.embed(images, inputs)
+        if kept is not None and self.config.window is not None:
+            raise ValueError("windows hold all patches: none can be dropped")
         if kept is not None and objects is not None:
             objects = objects.gather(2, kept[:, None].expand(-1, objects.shape[1], -1))
         count = int(self.config.class_token) if objects is None else objects.shape[1]
@@ -351,7 +326,7 @@ class VisionTransformer(nn.Module):
         rotation = None if self.rope is None else token_rotation(self.rope, grid, kept, count, registers)
         return x, TokenLayout(count, registers, grid, readable, rotation)
 
-    def finish(self, x: Float[Tensor, "B T D"], tokens: "TokenLayout") -> Features:
+    def finish(self, x: Float[Tensor, "B T D"], tokens: TokenLayout) -> Features:
         """Return the output of a block through the final norm, token by kind."""
         x = self.norm(x)
         special = (tokens.objects, tokens.registers)

@@ -160,6 +160,12 @@ class RunConfig:
             raise ValueError(
                 "lora and train_blocks both say what learns: write lora.blocks, train_blocks=null"
             )
+        if self.model.window is not None and (
+            self.views.dropping is not None or self.views.blocks is not None
+        ):
+            raise ValueError(
+                "model.window needs all patches, but views.dropping or views.blocks drop some: set it to null"
+            )
         if not self.method.knows_field:
             field = self.model.positions == "field"
             if field or self.views.placement is not None or self.views.position_masking is not None:

@@ -19,7 +19,10 @@ from foveola.models.starting import Account
 from foveola.models.vit import VisionTransformer, ViTConfig
 
 # How a network trains and what it draws, which no weights tell.
-FREE = ("drop_path", "drop_path_rule", "drop_path_subset", "init", "position_init")
+FREE = (
+    *("drop_path", "drop_path_rule", "drop_path_subset", "init", "position_init"),
+    *("window", "global_blocks"),
+)
 SHAPE_KEYS = tuple(f.name for f in dataclasses.fields(ViTConfig) if f.name not in FREE)
 ALIKE = (  # keys that must agree, whatever the positions are
     *("depth", "heads", "width", "mlp", "mlp_ratio", "norm", "norm_eps", "final_norm_affine", "bias"),

@@ -159,7 +159,7 @@ def hide_object_from_patches(model: VisionTransformer) -> None:
         attention = block.attn
 
         def forward(
-            x: Tensor, objects: int, readable: Tensor | None, rotation: None, module: nn.Module = attention
+            x: Tensor, objects: int, readable: Tensor | None, rotation: None, grid: tuple, module=attention
         ) -> Tensor:
             query, key, value = module.heads_of(x)
             attend = nn.functional.scaled_dot_product_attention
@@ -204,7 +204,7 @@ def test_background_reaches_the_object_only_through_its_patches():
         attention = block.attn
 
         def forward(
-            x: Tensor, count: int, readable: Tensor | None, rotation: None, module: nn.Module = attention
+            x: Tensor, count: int, readable: Tensor | None, rotation: None, grid: tuple, module=attention
         ) -> Tensor:
             query, key, value = module.heads_of(x)
             few = nn.functional.scaled_dot_product_attention(
