@@ -36,6 +36,17 @@ class Progress:
         """Share of the run that is done, in [0, 1]."""
         return self.step / self.total_steps
 
+    def steps_of(self, duration: str | int) -> int:
+        """Return the steps of a duration of this run: `steps_of`, which raises ConfigError for what is
+        none.
+        """
+        return steps_of(
+            duration,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=self.batch_size,
+        )
+
 
 def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: int, batch_size: int) -> int:
     """Return the steps of a duration: "10 epochs", "1000 steps", "5 %" (of the run), "1.5M samples", or an
@@ -61,10 +72,13 @@ def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: i
 
 @dataclass(frozen=True)
 class Schedule:
-    """A warm-up from `start` to `value`, then a way from `value` to `end`.
+    """A warm-up from `start` to `value`, then a way from `value` to `end`, or drops.
 
     The warm-up of W steps is linspace(start, value, W): its last step already has `value`. The rest, of n
-    steps, runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step too late.
+    steps, runs from `value` at i = 0 towards `end`, which would be reached at i = n, one step too late. With
+    t = i / n the way is linear, a cosine, or `poly`: end + (value - end) (1 - t)^power (Segmenter,
+    MMSegmentation). `steps` stays at `value` and divides it by 10 at each of `drops`, which are durations
+    from the first step of the run, its warm-up included (ViTDet).
 
     A warm-up that is longer than the whole run takes 30 % of it, so that a published recipe can be shortened
     by its duration alone.
@@ -72,21 +86,28 @@ class Schedule:
 
     value: float = key(help="value after the warm-up")
     start: float | None = key(None, "value at the first step of the warm-up; null: 0")
-    end: float | None = key(None, "value that the cosine or the line runs to")
+    end: float | None = key(None, "value that a cosine, a line or poly runs to")
     warmup: str | int = key(
         "0 steps", "duration of the warm-up: '10 epochs', '1000 steps', '5 %', '1M samples'"
     )
-    shape: Literal["constant", "cosine", "linear"] = key(
+    shape: Literal["constant", "cosine", "linear", "poly", "steps"] = key(
         "constant", "way from value to end after the warm-up"
     )
-    truncate: float = key(1.0, "share of the cosine or the line that is used (CAPI: 0.8)", above=0, at_most=1)
+    truncate: float = key(1.0, "share of the way to end that is used (CAPI: 0.8)", above=0, at_most=1)
+    power: float = key(0.9, "of shape=poly: the rest of the way to the power of this", above=0)
+    drops: tuple[str, ...] = key(
+        (), "of shape=steps: when the value falls to a tenth: ['89 %', '96 %'], or ['19667 steps']"
+    )
     per_epoch: bool = key(False, "change once per epoch, not every step (DINO's teacher temperature)")
 
     def __post_init__(self) -> None:
-        if self.shape == "constant" and (self.end is not None or self.truncate != 1):
-            raise ConfigError("`end` and `truncate` need shape=cosine or shape=linear")
-        if self.shape != "constant" and self.end is None:
+        runs = self.shape in ("cosine", "linear", "poly")
+        if not runs and (self.end is not None or self.truncate != 1):
+            raise ConfigError("`end` and `truncate` need shape=cosine, shape=linear or shape=poly")
+        if runs and self.end is None:
             raise ConfigError(f"shape={self.shape} needs an `end`")
+        if self.shape == "steps" and not self.drops:
+            raise ConfigError("shape=steps needs `drops`, such as drops=['89 %', '96 %']")
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers that it runs between, by name: what a range of the key that holds it
@@ -104,9 +125,14 @@ class Schedule:
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
+        idle: dict[str, str] = {}
+        if self.shape != "poly":
+            idle["power"] = f"it is of shape=poly, not of shape={self.shape}"
+        if self.shape != "steps":
+            idle["drops"] = f"they are of shape=steps, not of shape={self.shape}"
         if self.warms_up:
-            return {}
-        idle = {"start": f"there is no warm-up to start from it (warmup={str(self.warmup)!r})"}
+            return idle
+        idle["start"] = f"there is no warm-up to start from it (warmup={str(self.warmup)!r})"
         if self.shape == "constant":
             idle["per_epoch"] = "the schedule is constant, without a warm-up"
         return idle
@@ -119,11 +145,16 @@ class Schedule:
         if step < warmup:
             start = self.start or 0.0
             return start + (self.value - start) * (step / (warmup - 1) if warmup > 1 else 0.0)
+        if self.shape == "steps":
+            unit = progress.steps_per_epoch if self.per_epoch else 1
+            return self.value / 10 ** sum(step * unit >= drop for drop in self._drops(progress))
         if self.shape == "constant" or self.end is None or total == warmup:
             return self.value
         done = self.truncate * min((step - warmup) / (total - warmup), 1.0)
         if self.shape == "linear":
             return self.value + (self.end - self.value) * done
+        if self.shape == "poly":
+            return self.end + (self.value - self.end) * (1 - done) ** self.power
         return self.end + 0.5 * (self.value - self.end) * (1 + math.cos(math.pi * done))
 
     def shortened(self, progress: Progress) -> str | None:
@@ -139,12 +170,10 @@ class Schedule:
         )
 
     def _warmup(self, progress: Progress) -> int:
-        return steps_of(
-            self.warmup,
-            total_steps=progress.total_steps,
-            steps_per_epoch=progress.steps_per_epoch,
-            batch_size=progress.batch_size,
-        )
+        return progress.steps_of(self.warmup)
+
+    def _drops(self, progress: Progress) -> list[int]:
+        return [progress.steps_of(drop) for drop in self.drops]
 
     def _clock(self, progress: Progress) -> tuple[int, int, int]:
         """Now, the end of the run and the end of the warm-up, in steps (or in epochs)."""

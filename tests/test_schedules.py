@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from foveola.config import ConfigError, build
 from foveola.schedules import Progress, Schedule, steps_of
@@ -36,6 +37,83 @@ def test_linear_and_constant():
     assert set(curve(Schedule(0.05))) == {0.05}
     assert curve(Schedule(1.0, warmup=4))[:5].tolist() == [0.0, 1 / 3, 2 / 3, 1.0, 1.0]
     assert curve(Schedule(1.0, start=0.5, warmup=1))[:2].tolist() == [0.5, 1.0]
+
+
+def of_torch(make) -> np.ndarray:
+    """The rates that one of torch's schedulers gives to each step, from a rate of 0.3."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler, rates = make(optimizer), []
+    for _ in range(TOTAL):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return np.array(rates)
+
+
+@pytest.mark.parametrize("power", [0.9, 2.0])
+def test_poly_is_that_of_torch_and_ends_at_a_floor(power):
+    reference = of_torch(lambda o: torch.optim.lr_scheduler.PolynomialLR(o, TOTAL, power))
+    np.testing.assert_allclose(
+        curve(Schedule(0.3, end=0.0, shape="poly", power=power)), reference, rtol=1e-9, atol=1e-12
+    )
+    # MMSegmentation's min_lr: the way goes to it, as that of torch goes to 0.
+    floor = curve(Schedule(0.3, end=0.03, shape="poly", power=power))
+    np.testing.assert_allclose(floor, 0.03 + 0.9 * reference, rtol=1e-9)
+
+
+def test_poly_by_hand():
+    """With a floor of a tenth, 0.9 0.5^0.9 + 0.1 = 0.5823 of the rate is left half-way (CrIBo)."""
+    schedule = Schedule(1.0, end=0.1, shape="poly")
+    assert schedule.at(Progress(60, TOTAL, EPOCH, BATCH)) == pytest.approx(0.582298, abs=1e-6)
+    assert schedule.at(Progress(TOTAL + 9, TOTAL, EPOCH, BATCH)) == pytest.approx(0.1)
+    warm = Schedule(1.0, start=0.0, end=0.1, warmup="20 steps", shape="poly")
+    assert [warm.at(Progress(step, TOTAL, EPOCH, BATCH)) for step in (0, 19, 20)] == [0, 1, 1]
+    assert warm.at(Progress(70, TOTAL, EPOCH, BATCH)) == pytest.approx(0.582298, abs=1e-6)
+
+
+def test_steps_are_those_of_torch():
+    reference = of_torch(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [60, 96], gamma=0.1))
+    for drops in (("50 %", "80 %"), ("60 steps", "96 steps"), ("6 epochs", "9.6 epochs")):
+        np.testing.assert_allclose(curve(Schedule(0.3, shape="steps", drops=drops)), reference, rtol=1e-12)
+    # Whole epochs: a drop within one comes with the next.
+    late = curve(Schedule(0.3, shape="steps", drops=("55 steps", "96 steps"), per_epoch=True))
+    assert [i for i in range(1, TOTAL) if late[i] != late[i - 1]] == [60, 100]
+
+
+def test_vitdet_drops_where_its_paper_says():
+    """Of 22,128 steps with a warm-up of 250: a tenth from 19,667 on, a hundredth from 21,306 on."""
+    schedule = Schedule(
+        3e-4, start=3e-7, warmup="250 steps", shape="steps", drops=("19667 steps", "21306 steps")
+    )
+    steps = (0, 249, 250, 19_666, 19_667, 21_305, 21_306, 22_127)
+    rates = [schedule.at(Progress(step, 22_128, 1844, 64)) for step in steps]
+    expected = [3e-7, 3e-4, 3e-4, 3e-4, 3e-5, 3e-5, 3e-6, 3e-6]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"shape": "poly"}, "shape=poly needs an `end`"),
+        ({"shape": "steps"}, "shape=steps needs `drops`"),
+        ({"shape": "steps", "drops": ["50 %"], "end": 0.1}, "`end` and `truncate` need"),
+        ({"shape": "steps", "drops": ["50 %"], "truncate": 0.5}, "`end` and `truncate` need"),
+        ({"shape": "poly", "end": 0.1, "power": 0}, "power: must be > 0"),
+        ({"shape": "polly", "end": 0.1}, "did you mean 'poly'"),
+    ],
+)
+def test_shapes_that_cannot_be(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Schedule, {"value": 1.0, **keys})
+
+
+def test_keys_of_another_shape_are_idle():
+    assert build(Schedule, {"value": 1.0, "end": 0.1, "shape": "poly", "warmup": 3}).unread().keys() == {
+        "drops"
+    }
+    steps = Schedule(1.0, shape="steps", drops=("50 %",), warmup=3)
+    assert steps.unread() == {"power": "it is of shape=poly, not of shape=steps"}
+    assert Schedule(1.0, end=0.1, shape="linear", warmup=3).unread().keys() == {"power", "drops"}
 
 
 def test_per_epoch_steps_like_dino_teacher_temperature():

@@ -5,7 +5,7 @@ import math
 from foveola.data.sources import Source
 from foveola.health import FEW_IMAGES, SHORT
 from foveola.methods.method import Method
-from foveola.schedules import Progress, Schedule, steps_of
+from foveola.schedules import Progress, Schedule
 from foveola.training.durations import schedules
 from foveola.training.freezing import ALL, phase_steps
 from foveola.training.recipe import RunConfig
@@ -37,12 +37,7 @@ def advice(config: RunConfig, method: Method, progress: Progress, images: int) -
             found.append(
                 f"freeze.{part}={how!r} is the whole run: it never learns; write freeze.{part}=all to mean it"
             )
-    frozen = steps_of(
-        config.optimizer.freeze_last_layer,
-        total_steps=progress.total_steps,
-        steps_per_epoch=progress.steps_per_epoch,
-        batch_size=progress.batch_size,
-    )
+    frozen = progress.steps_of(config.optimizer.freeze_last_layer)
     if method.prototypes() and frozen >= progress.total_steps:
         found.append(
             f"optimizer.freeze_last_layer={config.optimizer.freeze_last_layer!r} is the whole run: its "

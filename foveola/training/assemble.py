@@ -98,8 +98,9 @@ def _check_memory(config: RunConfig, device: torch.device) -> None:
     with torch.device("meta"):
         method = _build(config)
         _restrict(method, config)
-    # A weight that trains has a gradient and two averages of AdamW beside it.
-    numbers = sum(p.numel() * (4 if p.requires_grad else 1) for p in method.parameters())
+    # A weight that trains has a gradient and two averages of AdamW beside it, or one of SGD.
+    copies = 4 if config.optimizer.kind == "adamw" else 3
+    numbers = sum(p.numel() * (copies if p.requires_grad else 1) for p in method.parameters())
     needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory

@@ -64,7 +64,10 @@ def _misfits(config: RunConfig, progress: Progress) -> list[str]:
 
 def _parts(config: RunConfig) -> dict[str, str | int]:
     """Durations of what is not done for all of a run, by their keys."""
-    parts = {f"{path}.warmup": schedule.warmup for path, schedule in schedules(config)}
+    parts: dict[str, str | int] = {}
+    for path, schedule in schedules(config):
+        parts[f"{path}.warmup"] = schedule.warmup
+        parts |= {f"{path}.drops[{i}]": drop for i, drop in enumerate(schedule.drops)}
     parts["optimizer.freeze_last_layer"] = config.optimizer.freeze_last_layer
     return parts | {f"freeze.{part}": how for part, how in config.freeze.items() if how.strip() != ALL}
 

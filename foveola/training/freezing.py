@@ -4,7 +4,7 @@ from torch import nn
 
 from foveola.config import ConfigError, nearest
 from foveola.methods.method import Method, learns
-from foveola.schedules import Progress, steps_of
+from foveola.schedules import Progress
 
 ALL = "all"  # as a duration: the whole run
 
@@ -54,12 +54,7 @@ class Freezing:
 
 def phase_steps(duration: str, progress: Progress) -> int:
     """Return the steps of a phase that begins with the run: a duration, or "all"."""
-    return steps_of(
-        "100 %" if duration.strip() == ALL else duration,
-        total_steps=progress.total_steps,
-        steps_per_epoch=progress.steps_per_epoch,
-        batch_size=progress.batch_size,
-    )
+    return progress.steps_of("100 %" if duration.strip() == ALL else duration)
 
 
 def networks_named(method: Method, part: str, where: str) -> list[nn.Module]:

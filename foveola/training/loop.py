@@ -82,7 +82,7 @@ class Trainer:
                 losses[name] = losses[name] + share if name in losses else share
             logs = output.logs
 
-        self.scaler.unscale_(self.optimizer.adamw)
+        self.scaler.unscale_(self.optimizer.inner)
         norm = self.optimizer.clip()
         total = torch.stack(list(losses.values())).sum()
         # Gradients are the same on all ranks, so all ranks decide alike.
@@ -90,10 +90,10 @@ class Trainer:
         after: dict[str, float] = {}
         if finite:
             self.optimizer.drop_frozen(progress)
-            self.scaler.step(self.optimizer.adamw)
+            self.scaler.step(self.optimizer.inner)
             after = self.method.after_step(progress, schedules["lr"])
         self.scaler.update()
-        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.optimizer.inner.zero_grad(set_to_none=True)
         self._count_bad(finite, progress)
         named = {f"loss/{name}": value for name, value in losses.items()}
         return {"loss": total, **named, **schedules, **after, "grad_norm": norm, **logs}

@@ -1,4 +1,4 @@
-"""AdamW over named parameters: which decay, which learn at another rate, how gradients are clipped."""
+"""AdamW or SGD over named parameters: what decays, what learns at another rate, how gradients are clipped."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveola.config import ConfigError, key
 from foveola.methods.method import Method
-from foveola.schedules import Progress, Schedule, steps_of
+from foveola.schedules import Progress, Schedule
 from foveola.training.freezing import networks_named
 
 RULES = {"linear": (256, 1.0), "sqrt": (1024, 0.5), "none": (1, 0.0)}  # lr * (batch / reference) ** power
@@ -30,6 +30,9 @@ class PartConfig:
 class OptimizerConfig:
     """Defaults: iBOT ViT-S."""
 
+    kind: Literal["adamw", "sgd"] = key(
+        "adamw", "AdamW, whose decay is apart from the gradient; SGD, whose decay is a part of it"
+    )
     lr: Schedule = key(
         factory=lambda: Schedule(value=5e-4, start=0.0, end=1e-6, warmup="10 epochs", shape="cosine"),
         help="learning rate; its value is scaled by lr_rule, its start and end are not",
@@ -42,6 +45,8 @@ class OptimizerConfig:
         factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay", at_least=0
     )
     betas: tuple[float, float] = key((0.9, 0.999), "betas of AdamW", at_least=0, below=1)
+    momentum: float = key(0.9, "share of the last update in the next one, of SGD", at_least=0, below=1)
+    nesterov: bool = key(False, "look a step of the momentum ahead (SGD in timm, so in Segmenter)")
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
     clip_each: Literal["parameter", "module", "all"] = key(
         "parameter", "clip each tensor alone (DINO, iBOT), each network and head alone (DINOv2), or all"
@@ -54,9 +59,16 @@ class OptimizerConfig:
     )
     freeze_last_layer: str = key("1 epochs", "prototypes do not train for this long")
 
+    def __post_init__(self) -> None:
+        if self.kind == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("nesterov=true looks ahead by the momentum: it needs momentum above 0")
+
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
-        return {} if self.clip else {"clip_each": "clip=null: gradients are not clipped"}
+        idle = {} if self.clip else {"clip_each": "clip=null: gradients are not clipped"}
+        if self.kind == "sgd":
+            return idle | {"betas": "they are of kind=adamw"}
+        return idle | dict.fromkeys(("momentum", "nesterov"), "it is of kind=sgd")
 
     def peak(self, batch_size: int) -> float:
         """Return the learning rate after warm-up for this (global) batch size."""
@@ -65,7 +77,10 @@ class OptimizerConfig:
 
 
 class Optimizer:
-    """AdamW with its schedules. What has two or more dimensions decays (positions and tokens, too)."""
+    """AdamW or SGD with its schedules. What has two or more dimensions decays (positions and tokens, too).
+
+    `inner` is torch's own. With gradient g, rate r and decay d, SGD moves by r v, v <- momentum v + g + d w.
+    """
 
     def __init__(self, model: Method, config: OptimizerConfig, progress: Progress) -> None:
         self.config = config
@@ -87,9 +102,8 @@ class Optimizer:
             settings = (part or "", decay != 1.0, decay, rates.get(id(p), 1.0))
             groups.setdefault(settings, {"params": [], "part": part, "decay": decay, "rate": settings[3]})
             groups[settings]["params"].append(p)
-        fused = all(p.is_cuda for p in self.named.values())
         ordered = [groups[settings] for settings in sorted(groups)]
-        self.adamw = torch.optim.AdamW(ordered, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
+        self.inner = _inner(config, ordered, fused=all(p.is_cuda for p in self.named.values()))
         self.networks: dict[int, str] = {}
         for name, part in model.networks().items():  # what two parts share is of the first
             for p in part.parameters():
@@ -97,12 +111,7 @@ class Optimizer:
         self.last_layers = model.prototypes()
         peak = config.peak(progress.batch_size)
         self.lr = Schedule(**{**vars(config.lr), "value": peak})
-        self.frozen_steps = steps_of(
-            config.freeze_last_layer,
-            total_steps=progress.total_steps,
-            steps_per_epoch=progress.steps_per_epoch,
-            batch_size=progress.batch_size,
-        )
+        self.frozen_steps = progress.steps_of(config.freeze_last_layer)
         if self.frozen_steps and not self.last_layers:
             raise ConfigError(
                 f"optimizer.freeze_last_layer={config.freeze_last_layer!r}: this method has no prototypes to "
@@ -110,19 +119,19 @@ class Optimizer:
             )
 
     def state_dict(self) -> dict[int, Any]:
-        """Return what AdamW knows of each parameter. Rates and decays follow from the step: they are not
-        state.
+        """Return what torch's optimizer knows of each parameter. Rates and decays follow from the step:
+        they are not state.
         """
-        return self.adamw.state_dict()["state"]
+        return self.inner.state_dict()["state"]
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """Take over the state of another optimizer of the same parameters, perhaps of another device."""
-        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+        self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
 
     def schedule(self, progress: Progress) -> dict[str, float]:
         """Set this step's learning rate and weight decay; what was set."""
         lr, decay = self.lr.at(progress), self.config.weight_decay.at(progress)
-        for group in self.adamw.param_groups:
+        for group in self.inner.param_groups:
             part = PartConfig() if group["part"] is None else self.config.parts[group["part"]]
             own = lr if part.schedule is None else part.schedule.at(progress)
             group["lr"] = own * part.lr * group["rate"]
@@ -152,10 +161,19 @@ class Optimizer:
         return total
 
     def drop_frozen(self, progress: Progress) -> None:
-        """Forget the gradients of prototypes while they are frozen: AdamW then leaves them, undecayed."""
+        """Forget the gradients of prototypes while they are frozen: they then stay, undecayed."""
         if progress.step < self.frozen_steps:
             for parameter in self.last_layers:
                 parameter.grad = None
+
+
+def _inner(config: OptimizerConfig, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
+    """Torch's optimizer of these groups."""
+    if config.kind == "sgd":
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=fused, foreach=not fused
+        )
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=fused, foreach=not fused)
 
 
 def _parts(method: Method, config: OptimizerConfig) -> dict[int, str]:

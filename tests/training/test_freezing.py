@@ -127,7 +127,7 @@ def test_phases_that_cannot_be_are_one_line(tiny, tmp_path, freeze, message):
 def test_a_part_of_before_is_understood(tiny):
     """Runs named the submodule `student` before the parts of a method had names of their own."""
     config = tiny(**{"optimizer.parts": {"student": {"lr": 0.5}}})
-    groups = assemble(config, PROGRESS, CPU).optimizer.adamw.param_groups
+    groups = assemble(config, PROGRESS, CPU).optimizer.inner.param_groups
     assert {group["part"] for group in groups} == {"student"}
 
 

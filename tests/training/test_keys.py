@@ -124,6 +124,8 @@ def other(info: KeyInfo) -> list[Any]:
         found += [value + 1, value * 2, value // 2]
     elif isinstance(value, float):
         found += [value * 0.5, value * 2, 0.3]
+    elif isinstance(value, list) and "text" in kind:
+        found += [["50 %"], ["60 %"]]
     elif isinstance(value, list):
         found += [[type(v)(v * factor) for v in value] for factor in (0.9, 0.5, 2)]
         found += [[value[0], *(v * 0.9 for v in value[1:])], [0.5 for _ in value]]

@@ -1,4 +1,4 @@
-"""Parameter groups, schedules, clipping and frozen prototypes, against naive code and torch's own AdamW."""
+"""Parameter groups, schedules, clipping, frozen prototypes, against naive code and torch's own optimizers."""
 
 import copy
 import math
@@ -69,7 +69,7 @@ def optimizer_of(model: nn.Module, **changes) -> Optimizer:
 
 def test_each_trainable_parameter_is_in_one_group_by_the_rule(tiny):
     method = assemble(tiny(), PROGRESS, torch.device("cpu")).method
-    groups = Optimizer(method, OptimizerConfig(), PROGRESS).adamw.param_groups
+    groups = Optimizer(method, OptimizerConfig(), PROGRESS).inner.param_groups
     where: dict[int, list[bool]] = {}
     for group in groups:
         for p in group["params"]:
@@ -92,7 +92,7 @@ def test_each_trainable_parameter_is_in_one_group_by_the_rule(tiny):
 def test_only_the_decaying_group_follows_the_decay_schedule():
     model = toy()
     optimizer = optimizer_of(model)
-    decays, others = optimizer.adamw.param_groups
+    decays, others = optimizer.inner.param_groups
     for step in range(20):
         values = optimizer.schedule(Progress(step, 20, 5, 64))
         warm = 0.01 * step / 3
@@ -135,17 +135,54 @@ def test_steps_equal_those_of_torch_adamw():
         values = optimizer.schedule(Progress(step, 20, 5, 64))
         for group, decay in zip(reference.param_groups, (values["weight_decay"], 0.0), strict=True):
             group["lr"], group["weight_decay"] = values["lr"], decay
-        optimizer.adamw.step()
+        optimizer.inner.step()
         reference.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
     assert torch.equal(ours.fixed, toy().fixed)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_of_sgd_equal_a_naive_loop_and_torch(nesterov):
+    """v <- 0.9 v + g + d w, w <- w - r v; Nesterov steps by g + d w + 0.9 v instead."""
+    ours, theirs = toy(), toy()
+    optimizer = optimizer_of(ours, kind="sgd", momentum=0.9, nesterov=nesterov)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    reference = torch.optim.SGD(
+        [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}],
+        lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False,
+    )  # fmt: skip
+    naive = {name: (p.detach().double(), torch.zeros_like(p).double()) for name, p in optimizer.named.items()}
+    for step in range(6):
+        fill(ours, step)
+        fill(theirs, step)
+        values = optimizer.schedule(Progress(step, 20, 5, 64))
+        for group, decay in zip(reference.param_groups, (values["weight_decay"], 0.0), strict=True):
+            group["lr"], group["weight_decay"] = values["lr"], decay
+        for name, p in optimizer.named.items():
+            w, v = naive[name]
+            gradient = p.grad.double() + (values["weight_decay"] if p.ndim > 1 else 0.0) * w
+            v = 0.9 * v + gradient
+            naive[name] = w - values["lr"] * (gradient + 0.9 * v if nesterov else v), v
+        optimizer.inner.step()
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+    for name, (w, _) in naive.items():
+        torch.testing.assert_close(optimizer.named[name].detach().double(), w, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_keys_of_the_other_optimizer_are_idle():
+    assert OptimizerConfig().unread().keys() == {"momentum", "nesterov"}
+    assert OptimizerConfig(kind="sgd").unread().keys() == {"betas"}
+    with pytest.raises(ValueError, match="nesterov=true looks ahead by the momentum"):
+        OptimizerConfig(kind="sgd", momentum=0.0, nesterov=True)
+
+
 def settings(optimizer: Optimizer, step: int) -> dict[str, tuple[float, float]]:
     """(learning rate, weight decay) of each parameter at a step."""
     optimizer.schedule(Progress(step, 20, 5, 64))
-    by_id = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.adamw.param_groups for p in g["params"]}
+    by_id = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.inner.param_groups for p in g["params"]}
     return {name: by_id[id(p)] for name, p in optimizer.named.items()}
 
 
@@ -179,7 +216,7 @@ def test_layer_wise_rates_by_hand(tiny):
     later = settings(optimizer, 11)
     whole = later["student.backbone.norm.weight"][0]
     assert all(later[name][0] / whole == pytest.approx(rate) for name, rate in found.items())
-    assert sum(len(group["params"]) for group in optimizer.adamw.param_groups) == len(found)
+    assert sum(len(group["params"]) for group in optimizer.inner.param_groups) == len(found)
 
 
 def test_what_decays_in_dinov2(tiny):
@@ -257,13 +294,13 @@ def test_groups_of_layers_and_parts_survive_a_checkpoint(tiny):
     for step in range(3):
         fill(methods[0], step)
         first.schedule(Progress(step + 1, 20, 5, 64))
-        first.adamw.step()
+        first.inner.step()
     methods[1].load_state_dict(methods[0].state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for method, optimizer in zip(methods, (first, second), strict=True):
         fill(method, 9)
         optimizer.schedule(Progress(4, 20, 5, 64))
-        optimizer.adamw.step()
+        optimizer.inner.step()
     for a, b in zip(methods[0].parameters(), methods[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -360,24 +397,25 @@ def test_prototypes_are_bit_identical_while_frozen_and_move_afterwards():
         optimizer.schedule(progress)
         optimizer.clip()
         optimizer.drop_frozen(progress)
-        optimizer.adamw.step()
-        optimizer.adamw.zero_grad(set_to_none=True)
+        optimizer.inner.step()
+        optimizer.inner.zero_grad(set_to_none=True)
         assert torch.equal(frozen, before) == (step < 5)  # not even decayed
         assert torch.equal(others, other) == (step == 0)  # whose learning rate is 0
     assert not torch.equal(frozen, start)
 
 
-def test_state_moves_to_another_optimizer():
+@pytest.mark.parametrize("changes", [{}, {"kind": "sgd"}, {"kind": "sgd", "momentum": 0.0}])
+def test_state_moves_to_another_optimizer(changes):
     ours, theirs = toy(), toy()
-    first, second = optimizer_of(ours), optimizer_of(theirs)
+    first, second = optimizer_of(ours, **changes), optimizer_of(theirs, **changes)
     for step in range(3):
         fill(ours, step)
         first.schedule(Progress(step + 1, 20, 5, 64))
-        first.adamw.step()
+        first.inner.step()
     theirs.load_state_dict(ours.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for model, optimizer in ((ours, first), (theirs, second)):
         fill(model, 9)
         optimizer.schedule(Progress(4, 20, 5, 64))
-        optimizer.adamw.step()
+        optimizer.inner.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -124,7 +124,7 @@ def test_its_parts_and_layers_learn_at_their_own_rates_and_it_has_no_prototypes(
     changes = {"optimizer.layer_decay": 0.5, "optimizer.parts": {"guess": {"lr": 3.0}}}
     trainer = assemble(siam(recipe, **changes), progress, torch.device("cpu"))
     trainer.optimizer.schedule(Progress(1, 8, 4, 16))
-    rates = {id(p): g["lr"] for g in trainer.optimizer.adamw.param_groups for p in g["params"]}
+    rates = {id(p): g["lr"] for g in trainer.optimizer.inner.param_groups for p in g["params"]}
     net = trainer.method.backbone
     found = [rates[id(p)] / 1e-3 for p in (net.cls_token, net.blocks[0].norm1.bias, net.blocks[1].norm1.bias)]
     assert [*found, rates[id(net.norm.bias)] / 1e-3] == pytest.approx([0.125, 0.25, 0.5, 1.0])
