@@ -57,6 +57,7 @@ ALLOWED = {
         "models.encoder",
         "models.lora",
         "models.starting",
+        "models.shape",
         "models.vit",
     },
     "training.evaluations": {
@@ -87,7 +88,7 @@ ALLOWED = {
         "distributed",
     },
     "drawing": set(),
-    "zoo": {"models.encoder", "models.lora", "models.vit"},
+    "zoo": {"models.encoder", "models.lora", "models.shape", "models.vit"},
     "zoo.transfer": {"models"},  # it makes tensors of other shapes
     "zoo.training_heads": {"models.starting"},
     "evaluation": {"models.encoder", "models.transform", "zoo", "data", "geometry", "distributed", "views"},

@@ -35,7 +35,7 @@ from foveola.methods.method import MethodConfig
 from foveola.methods.terms import DOOR as TERM_DOOR
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.lora import LoraConfig
-from foveola.models.vit import SIZES, ViTConfig
+from foveola.models.shape import SIZES, ViTConfig
 from foveola.outside import name_of
 from foveola.training import start
 from foveola.training.freezing import ALL
