@@ -4,13 +4,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import foveola
-from foveola.command_keys import ANALYZE, AUTO_KEYS, DEMO, EVALUATE_KEYS, EXPORT, TRAIN, VISUALIZE
+from foveola.command_keys import (
+    ANALYZE,
+    AUTO_KEYS,
+    DEMO,
+    EVALUATE_KEYS,
+    EXPORT,
+    FINETUNE_KEYS,
+    TRAIN,
+    VISUALIZE,
+)
 from foveola.config import UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
 from foveola.failures import explain, told
 from foveola.files import is_there
+
+if TYPE_CHECKING:
+    from foveola.training.recipe import RunConfig
 
 USAGE = """\
 usage: foveola COMMAND ...
@@ -20,6 +33,8 @@ usage: foveola COMMAND ...
   pretrain RECIPE [key=value ...]     train as a recipe says; on an existing run folder, go on with it
       --dry-run                       build everything, run two steps, print sizes and speed
       --help                          every key of the recipe with its type, value and meaning
+  finetune RECIPE data=... [init=...] [test=...] [key=value ...]
+                                      train an encoder and a head for a task: classes, label maps, objects
   evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]
       --help                          every key of the protocol
   analyze attention model=A[,B ...] data=... out=... [key=value ...]
@@ -77,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
+        "finetune": _finetune,
         "evaluate": _evaluate,
         "analyze": _analyze,
         "visualize": _visualize,
@@ -107,8 +123,6 @@ def _pretrain(arguments: list[str]) -> None:
         print(USAGE, end="")
         return
     recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
-    from foveola import distributed
-    from foveola.training import dryrun, run
     from foveola.training.auto.plan import AUTO, TRAINED
     from foveola.training.auto.request import request
     from foveola.training.recipe import installed, resolve
@@ -124,6 +138,13 @@ def _pretrain(arguments: list[str]) -> None:
             print(line)
         return
     config = request(overrides) if recipe == AUTO else resolve(recipe, overrides)
+    _train(config, flags)
+
+
+def _train(config: "RunConfig", flags: set[str]) -> None:
+    from foveola import distributed
+    from foveola.training import dryrun, run
+
     if "--dry-run" in flags:
         with distributed.joined(config.device):
             report = dryrun.dry_run(config)
@@ -131,6 +152,29 @@ def _pretrain(arguments: list[str]) -> None:
                 print(report)
     else:
         run.pretrain(config)
+
+
+def _finetune(arguments: list[str]) -> None:
+    names, overrides, flags = split(arguments, ("--dry-run",))
+    from foveola.training.finetune import with_test
+    from foveola.training.recipe import recipes, resolve
+
+    usage = "foveola finetune RECIPE data=... [init=...] [test=...] [key=value ...]"
+    if "--help" in flags and not names:
+        print(f"usage: {usage}\n\n`foveola finetune RECIPE --help` lists the keys of a recipe:")
+        print_table([(f"  {name}", each.task, each.aim) for name, each in recipes().items() if each.task])
+        return
+    recipe = only(names, "recipe", f"{usage}; `foveola finetune --help` lists recipes")
+    settings = parse_overrides(overrides)
+    test = settings.pop("test", None)
+    config = resolve(recipe, with_test(recipe, settings, test))
+    if "--help" in flags:
+        print(
+            f"foveola finetune {recipe} [key=value ...]: every key, its value in this recipe, its meaning\n"
+        )
+        print_keys([*FINETUNE_KEYS, *describe(config)])
+        return
+    _train(config, flags)
 
 
 def _evaluate(arguments: list[str]) -> None:

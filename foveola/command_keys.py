@@ -62,6 +62,14 @@ DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
     KeyInfo("seeds", "int >= 1", 1, "how many runs to average; each starts from another seed"),
 ]
+FINETUNE_KEYS = [
+    KeyInfo(
+        "test",
+        "text or null",
+        None,
+        "annotated data on which the protocol of the task measures every tenth of the run, as a data string",
+    ),
+]
 AUTO_KEYS = [
     KeyInfo("data", "text", "(needed)", "images to train on, as a data string"),
     KeyInfo(

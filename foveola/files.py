@@ -79,7 +79,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 @dataclass(frozen=True)
 class EncoderFolder:
-    """The two files of an encoder."""
+    """The two files of an encoder, and the two of a head for a task that may stand on it."""
 
     path: Path
 
@@ -92,8 +92,17 @@ class EncoderFolder:
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def head_config(self) -> Path:
+        """Which task the head answers for, and how it is built, as JSON."""
+        return self.path / "head.json"
+
+    @property
+    def head_weights(self) -> Path:
+        return self.path / "head.safetensors"
+
     def is_whole(self) -> bool:
-        """Return whether both files are there."""
+        """Return whether both files of the encoder are there."""
         return self.config.is_file() and self.weights.is_file()
 
     @property

@@ -35,7 +35,7 @@ def test_version_and_usage(capsys):
     ("arguments", "message"),
     [
         ("pretrian demo", "unknown command 'pretrian'; did you mean 'pretrain'?"),
-        ("frobnicate", "unknown command 'frobnicate'; known: pretrain, evaluate, "),
+        ("frobnicate", "unknown command 'frobnicate'; known: pretrain, finetune, "),
         ("pretrain", "which recipe? usage: foveola pretrain RECIPE"),
         ("pretrain demo --dryrun", "unknown option '--dryrun'; did you mean '--dry-run'?"),
         ("pretrain demo --seed=1", "keys take no dashes: write seed=1"),
@@ -45,7 +45,7 @@ def test_version_and_usage(capsys):
         ("pretrain ibot-vits16-in1k sede=1", "unknown key 'sede'; did you mean 'seed'?"),
         ("pretrain ibot-vits16-in1k seed=one", "seed: expected int, got 'one'"),
         ("pretrain ibot-vits16-in1k seed=-1", "seed: must be >= 0, got -1"),
-        ("evaluate", "which protocol (knn"),
+        ("evaluate", "which protocol (classify"),
         ("evaluate knm model=x", "unknown protocol 'knm'; did you mean 'knn'?"),
         ("evaluate knn train=scenes:", "evaluate knn needs model=: a run folder"),
         ("evaluate knn model=x kk=3", "unknown key 'kk'; "),

@@ -50,6 +50,7 @@ ALLOWED = {
     },
     "training": {
         "methods",
+        "tasks",
         "data",
         "views",
         "zoo",
@@ -75,6 +76,7 @@ ALLOWED = {
     "training.auto.cost": {"models.heads"},
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},
+    "tasks": {"methods", "views", "models", "losses", "distributed", "data.sample"},
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
     "figures": {
@@ -88,10 +90,19 @@ ALLOWED = {
         "distributed",
     },
     "drawing": set(),
-    "zoo": {"models.encoder", "models.lora", "models.shape", "models.vit"},
+    "zoo": {"tasks", "models.encoder", "models.lora", "models.shape", "models.vit"},
     "zoo.transfer": {"models"},  # it makes tensors of other shapes
     "zoo.training_heads": {"models.starting"},
-    "evaluation": {"models.encoder", "models.transform", "zoo", "data", "geometry", "distributed", "views"},
+    "evaluation": {
+        "tasks",
+        "models.encoder",
+        "models.transform",
+        "zoo",
+        "data",
+        "geometry",
+        "distributed",
+        "views",
+    },
     "views": {"data.sample", "geometry"},
     "models": {"geometry"},
     "models.encoder": {"data.decode"},  # one way from a file to pixels

@@ -19,6 +19,7 @@ from foveola.outside import Door, is_importable
 # By importable name, in the order in which they count: where several were measured, the first one answers
 # whether training helped. Labels of people come before what needs none, what is not trained before what is.
 PROTOCOLS = {
+    "classify": "foveola.evaluation.classification.classify:Classify",
     "knn": "foveola.evaluation.classification.knn:Knn",
     "logistic": "foveola.evaluation.classification.logistic:Logistic",
     "linear": "foveola.evaluation.classification.linear:Linear",

@@ -38,6 +38,8 @@ class MethodConfig:
 
     knows_field: ClassVar[bool] = False  # whether it tells the network positions of views: positions=field
     needs_class_token: ClassVar[bool] = False  # weights without one then get a fresh one
+    # What of annotations the loader reads for it: labels, label_maps, instances; None: of a method without.
+    annotations: ClassVar[str | None] = None
     # Whether what it predicts never moves, such as pixels, so that its loss can be read as progress.
     fixed_targets: ClassVar[bool] = False
 
@@ -50,6 +52,10 @@ class MethodConfig:
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views or the network cannot serve the method."""
+
+    def with_data(self, source: Any) -> "MethodConfig":
+        """Return the same with what the data say, such as their classes; called before anything is built."""
+        return self
 
     @property
     def holding(self) -> list[str]:
@@ -110,6 +116,11 @@ class Method(nn.Module, ABC):
     @property
     def predictor(self) -> Predictor | None:
         """The part of a predictor to keep with it, where one pools features (CAPI)."""
+        return None
+
+    @property
+    def task_head(self) -> nn.Module | None:
+        """What answers for a task, to keep with the encoder; None of a method that learns none."""
         return None
 
     def targets(self) -> dict[str, int]:

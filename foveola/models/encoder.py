@@ -77,6 +77,7 @@ class Encoder(nn.Module):
         self.config = config
         self.backbone = VisionTransformer(config.model) if backbone is None else backbone
         self.predictor = predictor
+        self.head: Any = None  # a `tasks.TaskHead`, of an encoder that was fine-tuned
         self.beside: tuple[str, ...] = ()  # names of what else is in the file that it was loaded from
         if predictor is None and config.predictor is not None:
             self.predictor = Predictor(dataclasses.replace(config.predictor, depth=1), config.model)
@@ -241,8 +242,9 @@ class Encoder(nn.Module):
             return self
         if pool not in self.config.pools:
             raise UserError(f"pool={pool}: this encoder has {', '.join(self.config.pools)}")
-        config = dataclasses.replace(self.config, pool=pool)
-        return Encoder(config, self.backbone, self.predictor)
+        other = Encoder(dataclasses.replace(self.config, pool=pool), self.backbone, self.predictor)
+        other.head = self.head
+        return other
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         transform = self.config.transform
@@ -268,10 +270,27 @@ class Encoder(nn.Module):
         pixels = evaluation_view(pixels_of(image, range), self.config.transform).pixels
         return self.normalise(pixels[None].to(self.device))[0]
 
+    def predict(self, images: Any) -> Any:
+        """Return what the head says of an image, or of each in a list or tuple.
+
+        An image is a path, the bytes of a file, a PIL image, or an array [H, W, 3] of uint8, of any size. The
+        answer is a `foveola.tasks` `Classes`, `LabelMap` or `Detections`, in pixels of the image. Raises
+        UserError for an encoder without a head, and with the reason for what cannot be read.
+        """
+        if self.head is None:
+            raise UserError("this encoder has no head that answers for a task: `foveola finetune` trains one")
+        several = isinstance(images, list | tuple)
+        found = self.head.predict(self, [pixels_of(image) for image in (images if several else [images])])
+        return found if several else found[0]
+
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with any weight or setting."""
+        """Return 16 hex digits that change with any weight or setting, those of a head included."""
         digest = hashlib.sha256(json.dumps(_settings(self.config), sort_keys=True).encode())
-        for name, value in sorted(self.weights().items()):
+        head: dict[str, Tensor] = {}
+        if self.head is not None:
+            digest.update(json.dumps(to_dict(self.head.config), sort_keys=True).encode())
+            head = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        for name, value in sorted({**self.weights(), **head}.items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -304,11 +323,19 @@ class Encoder(nn.Module):
         return own
 
     def save(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` and `config.json`; each file is replaced whole."""
+        """Write `model.safetensors` and `config.json`, and of a head `head.safetensors` and `head.json`.
+
+        Each file is replaced whole.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
         where = files.EncoderFolder(folder)
+        if self.head is not None:  # first: an encoder that is there has its head
+            head = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
+            with files.whole(where.head_weights) as part:
+                save_file(head, part)
+            files.write_text(where.head_config, json.dumps(to_dict(self.head.config), indent=2) + "\n")
         state = {k: v.detach().cpu().float().contiguous() for k, v in self.weights().items()}
         with files.whole(where.weights) as part:
             save_file(state, part)

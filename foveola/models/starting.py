@@ -59,6 +59,7 @@ class StartingWeights:
     parts: dict[str, Tensor] = field(default_factory=dict)
     named: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what each is made of in the file
     account: Account = field(default_factory=Account)
+    classes: tuple[str, ...] = ()  # of a head for a task among the parts
 
     def __post_init__(self) -> None:
         self.filled: set[int] = set()  # parameters of parts; what two of them share is filled once

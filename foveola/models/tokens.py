@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a ViT says about B images, after the final norm."""
+    """What a ViT says about B images, after the final norm unless `Inputs` said otherwise."""
 
     objects: Float[Tensor, "B M D"]  # M = 0 without class token
     registers: Float[Tensor, "B R D"]
@@ -28,6 +28,7 @@ class Inputs:
     positions: Float[Tensor, "B 4"] | None = None  # (x0, y0, x1, y1) in the position field; None: all of it
     flips: Bool[Tensor, "B"] | None = None  # views that are mirrored, so read the field from right to left
     unplaced: Bool[Tensor, "B N"] | None = None  # have a learned token for position: `learn_position_mask`
+    final_norm: bool = True  # False: the output of the last block as it is, for a norm after pooling
 
 
 NOTHING = Inputs()

@@ -122,7 +122,7 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, *tokens.reading, use_reentrant=False)
             else:
                 x = block(x, *tokens.reading)
-        return self.finish(x, tokens)
+        return self.finish(x, tokens, not isinstance(inputs, Inputs) or inputs.final_norm)
 
     def prepare(
         self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
@@ -151,9 +151,9 @@ class VisionTransformer(nn.Module):
         rotation = None if self.rope is None else token_rotation(self.rope, grid, kept, count, registers)
         return x, TokenLayout(count, registers, grid, readable, rotation)
 
-    def finish(self, x: Float[Tensor, "B T D"], tokens: TokenLayout) -> Features:
-        """Return the output of a block through the final norm, token by kind."""
-        x = self.norm(x)
+    def finish(self, x: Float[Tensor, "B T D"], tokens: TokenLayout, final_norm: bool = True) -> Features:
+        """Return the output of a block, through the final norm unless told otherwise, token by kind."""
+        x = self.norm(x) if final_norm else x
         special = (tokens.objects, tokens.registers)
         objects, registers, patches = x.split((*special, x.shape[1] - sum(special)), dim=1)
         return Features(objects, registers, patches, tokens.grid)

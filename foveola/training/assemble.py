@@ -1,5 +1,6 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
+import copy
 import dataclasses
 import os
 from typing import Any
@@ -73,6 +74,8 @@ def encoder_of(config: RunConfig, method: Method, step: int) -> Encoder:
     encoder.backbone.load_state_dict(merged(method.backbone.state_dict()))
     if encoder.predictor is not None and method.predictor is not None:
         encoder.predictor.load_state_dict(method.predictor.state_dict())
+    if method.task_head is not None:
+        encoder.head = copy.deepcopy(method.task_head).requires_grad_(False).eval()
     return encoder
 
 

@@ -41,6 +41,7 @@ def dry_run(config: RunConfig) -> str:
 
 def _describe(config: RunConfig, device: torch.device) -> str:
     source = open_source(config.data or "scenes:")
+    config = dataclasses.replace(config, method=config.method.with_data(source))
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
     images = len(source) if config.data else 100 * config.batch_size
     progress = plan(config, images, distributed.world_size())

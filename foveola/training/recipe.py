@@ -72,6 +72,7 @@ class About:
     """What `foveola recipes` says of a recipe."""
 
     method: str = key("", "name of the method")
+    task: str = key("", "task that it fine-tunes for; empty = pretraining")
     model: str = key("", "name of the model")
     data: str = key("", "data it is made for")
     aim: str = key("", "published result it aims at")
@@ -191,7 +192,7 @@ class RunConfig:
                 f"recipe {self.recipe!r}: {', '.join(held)} {does} what starting weights knew: {example}; "
                 f"or {instead}"
             )
-        if self.about.init:
+        if self.about.init and not self.about.task:  # whose head is fresh in any case
             raise ConfigError(f"recipe {self.recipe!r} goes on from trained weights: {example}")
 
     def unread(self) -> dict[str, str]:

@@ -36,11 +36,14 @@ from foveola.training.loop import Diverged
 from foveola.training.recipe import RunConfig, nested, resolve, with_changes
 from foveola.training.signals import Stop
 from foveola.training.start import Start
-from foveola.training.supply import Supply
+from foveola.training.supply import Supply, loader_of
 from foveola.training.watch import Watch, facts_of_run, warmup_of
 from foveola.zoo.load import load
 
 __all__ = ["Run", "pretrain", "untrained"]
+
+# Keys whose value may be a source of the caller's own.
+OWN_SOURCES = ("data", "evaluate_train", "evaluate_test", "evaluations.test.test")
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,9 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
     """
     told_of = Callbacks(callbacks)
     sources: dict[str, Source] = {}
-    for name in ("data", "evaluate_train", "evaluate_test"):
+    for name in OWN_SOURCES:
         if not isinstance(value := overrides.get(name), str | None):
-            source = as_source(value, "test" if name == "evaluate_test" else "train", name)
+            source = as_source(value, "test" if name.endswith("test") else "train", name)
             overrides[name], sources[name] = f"{OBJECT}:{source.name}", source
     if recipe == AUTO:
         config = request(overrides, sources.get("data"))
@@ -113,6 +116,7 @@ class _Session:
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         config.refuse_fresh()
         self.source = as_source(sources.get("data", config.data), "train", "data")
+        self.config = config = dataclasses.replace(config, method=config.method.with_data(self.source))
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = batch_share(config)
         self.total = self.progress.total_steps
@@ -242,7 +246,9 @@ class _Session:
     def _train(self, start: int, log: Log) -> dict[str, float]:
         """Train from step `start` until the end or a signal; the metrics that were logged last."""
         config, trainer = self.config, self.trainer
-        supply = Supply(self._loader(start, log), config.accumulate, self.stop)
+        asker = Asker(log.warn, lambda: self.stop.told)
+        loader = loader_of(config, self.source, self.part, self.device, start, asker)
+        supply = Supply(loader, config.accumulate, self.stop)
         steps, metrics = 0, {}
         seconds, began = 0.0, time.perf_counter()
         try:
@@ -313,22 +319,6 @@ class _Session:
         if reason is None:
             return error
         return type(error)(text) if isinstance(error, UserError) else UserError(text)
-
-    def _loader(self, start: int, log: Log) -> Loader:
-        config = self.config
-        return Loader(
-            self.source,
-            self.part,
-            config.seed,
-            config.loader,
-            with_objects=config.views.objects is not None,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            accumulate=config.accumulate,
-            start_step=start * config.accumulate,
-            device=self.device,
-            asker=Asker(log.warn, lambda: self.stop.told),
-        )
 
     def _is_due(self, every: int | None, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.total)

@@ -218,7 +218,11 @@ def read_start(name: str, model: ViTConfig) -> StartingWeights:
     if encoder.predictor is not None and not any(part.startswith(inner) for part in parts):
         for key, value in encoder.predictor.state_dict().items():  # its first block, which pools
             parts[inner[0] + key], names[inner[0] + key] = value, (f"predictor.{key}",)
-    return StartingWeights(name, state, parts, names, account)
+    head = encoder.head
+    if head is not None:  # the same as in a checkpoint, which need not be there
+        parts |= {f"student.task_head.{key}": value for key, value in head.state_dict().items()}
+    classes = () if head is None else head.classes
+    return StartingWeights(name, state, parts, names, account, classes)
 
 
 def _run_of(name: str) -> RunFolder | None:

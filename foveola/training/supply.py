@@ -7,10 +7,32 @@ import torch
 
 from foveola import distributed
 from foveola.config import UserError
+from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
 from foveola.data.sample import Canvases, DataError
+from foveola.data.sources import Source
 from foveola.failures import explain
+from foveola.training.recipe import RunConfig
 from foveola.training.signals import Stop
+
+
+def loader_of(
+    config: RunConfig, source: Source, part: int, device: torch.device, start: int, asker: Asker
+) -> Loader:
+    """Return the loader of a run from a step on, which gives this process `part` images at a time."""
+    return Loader(
+        source,
+        part,
+        config.seed,
+        config.loader,
+        with_objects=config.views.objects is not None,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        accumulate=config.accumulate,
+        start_step=start * config.accumulate,
+        device=device,
+        asker=asker,
+    )
 
 
 class Supply:

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
+from torch import Tensor
 
 from foveola.config import UserError, build, meant, read_yaml
 from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.tasks.task import TaskHead, make_head
 from foveola.zoo.files import load_file
 from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
@@ -75,17 +77,35 @@ def _untrained(path: str) -> Encoder:
         return Encoder(dataclasses.replace(config, origin="untrained", step=0))
 
 
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(file)
+    except SafetensorError as error:
+        raise UserError(f"{file.parent} is damaged: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
 def _load_folder(folder: EncoderFolder) -> Encoder:
     settings = read_config(folder.config)
-    try:
-        state = read_tensors(folder.weights)
-    except SafetensorError as error:
-        raise UserError(f"{folder.path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"{folder.weights} cannot be read: {error.strerror or error}") from error
+    state = _tensors(folder.weights)
     for name, library in (("model_type", "hf"), ("architecture", "timm")):
         if name in settings:
             raise UserError(
                 f"{folder.path} is a folder of another library; load it as {library}:{folder.path}"
             )
-    return filled(build(EncoderConfig, settings, where=str(folder.config)), state, folder.path)
+    encoder = filled(build(EncoderConfig, settings, where=str(folder.config)), state, folder.path)
+    if folder.head_config.is_file():
+        encoder.head = _head(folder, encoder)
+    return encoder
+
+
+def _head(folder: EncoderFolder, encoder: Encoder) -> TaskHead:
+    """The head that was kept with an encoder. Raises UserError where its files do not fit."""
+    head = make_head(read_config(folder.head_config), encoder.config.model, folder.head_config)
+    own, state = head.state_dict(), _tensors(folder.head_weights)
+    shapes = {name: value.shape for name, value in own.items()}
+    if shapes != {name: value.shape for name, value in state.items()}:
+        raise UserError(f"{folder.head_weights} does not hold the head that {folder.head_config} describes")
+    head.load_state_dict(state)
+    return head.requires_grad_(False).eval()

@@ -35,6 +35,7 @@ PIXELS: dict[str, dict[str, Any]] = {
     "logistic_segmentation": {"c": (1e-3, 1.0)},
     "linear_segmentation": {"rates": (1e-3, 1e-2), "steps": 40, "train_batch": 4},
 }
+HEADS = {"classify"}  # measured where heads are tested: tests/tasks/
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def camvid(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_protocol_is_here():
-    assert PROTOCOLS.keys() == SETTINGS.keys() | PIXELS.keys()
+    assert PROTOCOLS.keys() == SETTINGS.keys() | PIXELS.keys() | HEADS
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, *PIXELS])

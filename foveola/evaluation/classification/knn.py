@@ -220,7 +220,7 @@ def _answers(
     if config.rows == "objects" and test.has_objects:  # `answers` are of images
         return Answers(labels, query.image_indices)
     classes = max(int(bank.labels.max()) + 1, len(train.classes or ()))
-    return answers_of(test, train, labels, query.image_indices, classes)
+    return answers_of(test, train.classes, labels, query.image_indices, classes)
 
 
 def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:

@@ -102,7 +102,7 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
             f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
         )
     right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
-    answers = answers_of(test, train, right, queries.image_indices[score], classes)
+    answers = answers_of(test, train.classes, right, queries.image_indices[score], classes)
     return Task(bank, queries, labels, fit, hold, score, answers, classes, at.encoder.device, notes)
 
 

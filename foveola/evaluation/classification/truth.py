@@ -51,14 +51,19 @@ class Answers:
 
 
 def answers_of(
-    test: Source, train: Source, labels: Int64[Tensor, "m"], image_indices: Int64[Tensor, "m"], classes: int
+    test: Source,
+    names: tuple[str, ...] | None,
+    labels: Int64[Tensor, "m"],
+    image_indices: Int64[Tensor, "m"],
+    classes: int,
 ) -> Answers:
     """Return rows with these labels (`shared_labels`), and what some test sets of ImageNet's say besides a
     label.
 
-    `data.imagenet.Variant` has both: `answers(index)`, all right answers, and `candidates`.
+    `names` are those of the `classes` that training knows. `data.imagenet.Variant` has both:
+    `answers(index)`, all right answers, and `candidates`.
     """
-    names = train.classes or ()
+    names = names or ()
     place = {name: i for i, name in enumerate(names)}
     matched = test.classes is not None and bool(names)
     named = [place.get(name, -1) for name in test.classes or ()] if matched else range(classes)

@@ -1,0 +1,56 @@
+"""Fine-tuning: a run whose method is a task, measured on test data while it trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foveola.config import ConfigError, merge
+from foveola.tasks.task import TaskConfig
+from foveola.training.recipe import RunConfig, nested, resolve
+from foveola.training.run import Run, pretrain
+
+TEST = "evaluations.test"  # the evaluation that `test=` asks for
+EVERY = "10 %"  # the time between two of them, unless it is given
+
+
+def finetune(recipe: str | Path, *, callbacks: Sequence[Any] = (), test: Any = None, **overrides: Any) -> Run:
+    """Train an encoder and a head for a task, as a recipe says, or go on with the run in its folder.
+
+    It is `pretrain` with a recipe whose method is a task. The encoder folder of the run holds the head, so
+    that `foveola.load(run).predict(image)` answers.
+
+    Args:
+        recipe: name, or YAML path.
+        callbacks: as of `pretrain`.
+        test: annotated data (a data string, or a source) on which the protocol of the task measures, every
+            tenth of the run unless `evaluations.test.every` says otherwise; encoders/best is the best of
+            them.
+        overrides: any key of `RunConfig`, as of `pretrain`: `data` are annotated images, `init` the weights
+            to start from; without them the encoder starts fresh.
+
+    Raises UserError as `pretrain` does, and ConfigError for a recipe whose method is no task.
+    """
+    return pretrain(recipe, callbacks=callbacks, **with_test(recipe, overrides, test))
+
+
+def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[str, Any]:
+    """Return what is laid over a recipe, with the evaluation on `test` if there is any.
+
+    Raises ConfigError for a recipe whose method is no task.
+    """
+    own = {name: value for name, value in overrides.items() if name.partition(".")[0] == "method"}
+    protocol = protocol_of(resolve(recipe, own))
+    if test is None:
+        return overrides
+    asked = nested({f"{TEST}.protocol": protocol, f"{TEST}.every": EVERY})
+    return merge(asked, nested(overrides)) | {f"{TEST}.test": test}
+
+
+def protocol_of(config: RunConfig) -> str:
+    """Return the protocol that measures a task. Raises ConfigError where the method is none."""
+    if not isinstance(config.method, TaskConfig):
+        raise ConfigError(
+            f"recipe {config.recipe!r} learns without annotations: foveola pretrain {config.recipe}; "
+            "`foveola recipes` lists those of fine-tuning"
+        )
+    return config.method.protocol
