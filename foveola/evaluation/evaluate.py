@@ -281,5 +281,6 @@ def _measure(job: Job, at: At) -> Result:
         chosen=outcome.chosen,
         grid=outcome.grid,
         scores=outcome.scores,
+        beside=outcome.beside,
         described=job.protocol.metrics,
     )

@@ -169,6 +169,9 @@ class Outcome:
     chosen: dict[str, Any] = field(default_factory=dict)  # settings that were chosen from a grid
     grid: dict[str, Any] = field(default_factory=dict)  # every entry of the grid with its numbers
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
+    beside: dict[str, Any] = field(
+        default_factory=dict
+    )  # JSON by file name, kept in a folder beside the result
 
 
 class Protocol(ABC):

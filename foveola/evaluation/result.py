@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def documents_of(path: Path) -> Path:
+    """Return the folder of what is kept beside a result: `results/detect/` of `results/detect.json`."""
+    return path.with_suffix("")
+
+
 @dataclass(frozen=True)
 class Result:
     """What one evaluation found, with everything needed to repeat it. Shares are in percent."""
@@ -44,12 +49,19 @@ class Result:
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
     described: tuple[Metric, ...] = field(default=())  # what the metrics are, as the protocol declares them
     evaluation: str = ""  # the name of the evaluation of a run, where it was measured while that trained
+    beside: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # JSON by file name
     written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder/results/<protocol>.json`, replaced whole, and return its path."""
+        """Write `folder/results/<protocol>.json`, replaced whole, and return its path.
+
+        What is kept `beside` is written to `folder/results/<protocol>/` first.
+        """
         path = files.results_in(folder) / f"{self.protocol}.json"
-        tree = {name: value for name, value in asdict(self).items() if name != "written"}
+        for name, document in self.beside.items():
+            files.write_text(documents_of(path) / name, json.dumps(document, allow_nan=False) + "\n")
+        tree = asdict(replace(self, beside={}))
+        tree = {name: value for name, value in tree.items() if name not in ("written", "beside")}
         return files.write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
     @classmethod

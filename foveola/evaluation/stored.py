@@ -1,7 +1,8 @@
 """Results in folders: which there are, which were measured alike, and where a new one goes.
 
 `results/<protocol>.json` is what was measured last. A result that was measured with other settings, or on
-other data, moves to `results/<protocol>-<8 letters>.json` before it would be replaced.
+other data, moves to `results/<protocol>-<8 letters>.json` before it would be replaced. What a protocol keeps
+beside its result (the detections of `detect`) is in a folder of the same name, without `.json`.
 """
 
 import hashlib
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import NamedTuple
 
 from foveola.config import UserError
 from foveola.data.identity import PREFIX
-from foveola.evaluation.result import Result
+from foveola.evaluation.result import Result, documents_of
 from foveola.files import home_of, results_in
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
@@ -66,6 +68,7 @@ def store(result: Result, folder: str | Path) -> Result:
         result = replace(result, evaluation=next(filter(None, (result.evaluation, *earlier)), ""))
         result.save(folder)
         alike.unlink(missing_ok=True)
+        rmtree(documents_of(alike), ignore_errors=True)
     return replace(result, written=told)
 
 
@@ -81,15 +84,22 @@ def _make_room(path: Path, result: Result) -> str:
     before = _readable(path)
     if before is None:
         kept = path.with_stem(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
-        path.replace(kept)
+        _move(path, kept)
         return f"; what was there cannot be read and is kept in {kept.name}"
     if found := differences(before, result):
         kept = path.with_stem(f"{path.stem}-{_key(before)}")
-        path.replace(kept)
+        _move(path, kept)
         return f"; the one before was measured differently ({found[0]}) and is kept in {kept.name}"
     return (
         "" if before.encoder == result.encoder else f", in place of that of another encoder ({before.date})"
     )
+
+
+def _move(path: Path, kept: Path) -> None:
+    """Give a result, and what is kept beside it, another name."""
+    path.replace(kept)
+    if documents_of(path).is_dir():
+        documents_of(path).replace(documents_of(kept))
 
 
 def _key(result: Result) -> str:

@@ -57,6 +57,26 @@ def test_other_settings_and_other_data_are_kept_and_the_same_are_replaced(tmp_pa
     assert shares(tmp_path) == [9, 30, 20]
 
 
+def test_what_is_kept_beside_a_result_goes_with_it(tmp_path: Path) -> None:
+    """The detections of `detect`: they move with an earlier result, and are replaced with it."""
+    results = tmp_path / "results"
+
+    def kept(place: Path) -> Any:
+        return json.loads((place / "found.json").read_text())
+
+    store(measured(50, 1, beside={"found.json": [1]}), tmp_path)
+    assert kept(results / "knn") == [1]
+    assert "beside" not in json.loads((results / "knn.json").read_text())
+    store(measured(20, 2, k=[5], beside={"found.json": [2]}), tmp_path)
+    (earlier,) = (path for path in results.glob("knn-*") if path.is_dir())
+    assert (kept(results / "knn"), kept(earlier)) == ([2], [1])
+    assert earlier.with_suffix(".json").is_file()
+    store(measured(51, 3, beside={"found.json": [3]}), tmp_path)
+    assert kept(results / "knn") == [3]
+    assert not earlier.exists()
+    assert shares(tmp_path) == [51, 20]
+
+
 def test_copies_under_names_of_ones_own_are_left_alone(tmp_path: Path) -> None:
     plain = tmp_path / "results" / "knn.json"
     store(measured(50, 1), tmp_path)

@@ -1,0 +1,120 @@
+"""Images with their annotated objects, as COCO writes them down, made of any source."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from foveola.config import UserError
+from foveola.data.sample import Objects, Sample, full_mask
+from foveola.data.sources import Source, decode
+
+PIXELS = (
+    3  # digits of boxes after the point: boxes of COCO have 2, and float32 shares of images give them back
+)
+AREA = 2
+
+
+class Annotated(NamedTuple):
+    """Some images with their objects as annotations, whose `image_id` is the index in the source."""
+
+    indices: Int64[Tensor, "b"]
+    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
+    annotations: tuple[list[dict[str, Any]], ...]
+
+
+class AnnotatedCut:
+    """Makes an `Annotated` of an image; with `masks` the masks of its objects, too."""
+
+    def __init__(self, masks: bool) -> None:
+        self.masks = masks
+
+    def __call__(self, sample: Sample, index: int) -> Annotated:
+        """Return one image. Raises BadImage."""
+        image = decode(sample.image)
+        size = image.shape[:2]
+        found = annotations_of(sample.objects, index, size, self.masks, crowd=False)
+        found += annotations_of(getattr(sample, "crowds", None), index, size, self.masks, crowd=True)
+        return Annotated(torch.tensor([index]), (image,), (found,))
+
+
+def annotations_of(
+    objects: Objects | None, image: int, size: tuple[int, int], masks: bool, crowd: bool
+) -> list[dict[str, Any]]:
+    """Return objects as COCO annotations of an image of `size` (rows, columns).
+
+    Categories are labels + 1; objects without a class are left out. The mask of an object without one is its
+    box.
+    """
+    if objects is None or objects.labels is None:
+        return []
+    height, width = size
+    found = []
+    for k, label in enumerate(objects.labels.tolist()):
+        if label < 0:
+            continue
+        x0, y0, x1, y1 = (objects.boxes[k].astype(np.float64) * (width, height, width, height)).tolist()
+        box = [round(float(side), PIXELS) for side in (x0, y0, x1 - x0, y1 - y0)]
+        annotation = {
+            "image_id": image,
+            "category_id": label + 1,
+            "bbox": box,
+            "area": round(float(objects.areas[k]) * height * width, AREA),
+            "iscrowd": int(crowd),
+        }
+        if masks:
+            annotation["segmentation"] = _mask_of(objects, k, size)
+        found.append(annotation)
+    return found
+
+
+def _mask_of(objects: Objects, index: int, size: tuple[int, int]) -> dict[str, Any]:
+    mask = None if objects.masks is None else objects.masks[index]
+    if isinstance(mask, dict) and isinstance(mask.get("counts"), bytes | str) and tuple(mask["size"]) == size:
+        return {"size": list(size), "counts": _text(mask["counts"])}
+    if mask is not None:
+        return rle_of(full_mask(mask))
+    height, width = size
+    x0, y0, x1, y1 = np.rint(objects.boxes[index] * np.array([width, height, width, height])).astype(int)
+    whole = np.zeros(size, bool)
+    whole[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
+    return rle_of(whole)
+
+
+def rle_of(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    """Return a mask as compressed RLE whose counts are text, as files of results hold it."""
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": _text(rle["counts"])}
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def data_set(
+    images: dict[int, tuple[int, int]], annotations: list[dict[str, Any]], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return a data set in COCO's format: (rows, columns) of images by their id, and annotations."""
+    return {
+        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in images.items()],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+        "annotations": [annotation | {"id": k + 1} for k, annotation in enumerate(annotations)],
+    }
+
+
+def met_by_name(found: tuple[str, ...], source: Source) -> dict[int, int]:
+    """Return the test data's index of each class of a head that they have, too.
+
+    Raises UserError where there is none.
+    """
+    there = {name: k for k, name in reversed(list(enumerate(source.classes or ())))}
+    shared = {k: there[name] for k, name in enumerate(found) if name in there}
+    if not shared:
+        raise UserError(
+            f"test: {source.name} has none of the classes of this head ({', '.join(found[:3])}, ...)"
+        )
+    return shared
