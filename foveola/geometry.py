@@ -1,17 +1,21 @@
 """Crop geometry: a view is a box in the unit square of its image, a flip and an output size.
 
 Resampling is separable, so a view is two small matrices (rows `Wy [h, S]`, columns `Wx [w, S]`), and `sample`
-applies them to any square field: pixels, object masks, position fields. Boxes are (x0, y0, x1, y1) in [0, 1].
+applies them to any square field: pixels, object masks, position fields. Boxes are (x0, y0, x1, y1) in [0, 1];
+those of padded views reach outside. Label maps are cut by the nearest cell (`sample_labels`), boxes of
+instances by arithmetic (`boxes_in_views`), masks of instances by the share of each pixel that they cover
+(`masks_in_views`): all where the pixels are.
 """
 
 import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 Kernel = Literal["bicubic", "linear", "area"]
+ROUNDING = 1e-3  # of a pixel that may be lost to rounding where half of one counts
 
 
 def random_boxes(
@@ -60,6 +64,7 @@ def resampling_weights(
     flip: Bool[Tensor, "*N"] | None = None,
     blur: Float[Tensor, "*N"] | None = None,
     extent: Int64[Tensor, "*N"] | None = None,
+    outside: float | None = None,
 ) -> Float[Tensor, "*N {size} {source}"]:
     """Return antialiased interpolation weights of one axis; each row sums to one.
 
@@ -74,6 +79,8 @@ def resampling_weights(
             alone.
         extent: how many of the `source` cells the unit interval spans, from the first on; the others get the
             weight 0. None = all of them.
+        outside: the largest high - low there is, where intervals may reach out of [0, 1]: output cells whose
+            centre lies outside get weights of 0 alone. None: no interval does.
     """
     low, high = low[..., None, None], high[..., None, None]
     cells = source if extent is None else extent.to(low.dtype)[..., None, None]
@@ -81,7 +88,8 @@ def resampling_weights(
     i = torch.arange(size, device=low.device, dtype=low.dtype)[:, None]
     centre = low * cells + (i + 0.5) * cell
     # Only the source cells that the kernel can reach are looked at: a few of hundreds.
-    radius = {"bicubic": 2.0, "linear": 1.0, "area": 0.5}[kernel] * max(source / size, 1)
+    longest = 1.0 if outside is None else min(max(outside, 1.0), size)  # from there on all are reached
+    radius = {"bicubic": 2.0, "linear": 1.0, "area": 0.5}[kernel] * max(longest * source / size, 1)
     taps = 2 * math.ceil(radius) + 2
     first = (centre - (taps / 2 - 1)).floor()
     j = first + torch.arange(taps, device=low.device, dtype=low.dtype)
@@ -97,8 +105,12 @@ def resampling_weights(
     spread.scatter_(-1, (j + taps).long().clamp_(0, source + 2 * taps - 1), weights)
     weights = spread[..., taps : taps + source]
     weights = weights / weights.sum(dim=-1, keepdim=True)
+    inside = None
+    if outside is not None:
+        inside = (centre >= 0) & (centre <= cells)
+        weights = torch.where(inside, weights, 0.0)
     if blur is not None:
-        weights = _gaussian(blur, size) @ weights
+        weights = _gaussian(blur, size, inside) @ weights
     if flip is not None:
         weights = torch.where(flip[..., None, None], weights.flip(-2), weights)
     return weights
@@ -113,12 +125,18 @@ def bicubic(x: Float[Tensor, "*N"], a: float = -0.5) -> Float[Tensor, "*N"]:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def _gaussian(sigma: Float[Tensor, "*N"], size: int) -> Float[Tensor, "*N {size} {size}"]:
+def _gaussian(
+    sigma: Float[Tensor, "*N"], size: int, inside: Bool[Tensor, "*N {size} 1"] | None = None
+) -> Float[Tensor, "*N {size} {size}"]:
+    """Weights of a Gaussian over cells; where `inside` is given, over and for those alone."""
     i = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
     square = (i[:, None] - i) ** 2
     # A vanishing sigma gives the identity: exp(-1 / (2 * 0.05^2)) is 0 in float32.
     weights = torch.exp(-square / (2 * sigma.clamp(min=0.05)[..., None, None] ** 2))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    if inside is None:
+        return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights * inside.mT
+    return torch.where(inside, weights / weights.sum(dim=-1, keepdim=True), 0.0)
 
 
 def sample(
@@ -129,13 +147,16 @@ def sample(
     kernel: Kernel = "bicubic",
     blur: Float[Tensor, "B V"] | None = None,
     extents: Int64[Tensor, "B 2"] | None = None,
+    outside: float | None = None,
 ) -> Float[Tensor, "B V C h w"]:
     """Cut V views out of each of B fields: `Wy @ field @ Wx^T`, batched and differentiable in the field.
 
     A field spans the unit square: its first cell begins at 0 and its last ends at 1 on each axis, so rows and
     columns may differ in number. `extents` are the rows and columns of each field where it does not fill its
     square; what lies beyond them is never read. Values are not clipped: bicubic weights may overshoot.
-    `flips` mirrors left-right; `blur` is a Gaussian in output pixels (see `resampling_weights`).
+    `flips` mirrors left-right; `blur` is a Gaussian in output pixels (see `resampling_weights`). Boxes may
+    reach out of the unit square where `outside` says how long their sides are at most: cells whose centre
+    lies outside are 0, and the others are as if nothing were there.
     """
     height, width = (size, size) if isinstance(size, int) else size
     batch, channels, rows, columns = field.shape
@@ -146,14 +167,118 @@ def sample(
     high, wide = (
         (None, None) if extents is None else extents.to(field.device).T[..., None].expand(2, -1, views)
     )
-    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur, high)
-    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur, wide)
+    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur, high, outside)
+    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur, wide, outside)
     # One matrix product for the rows of all views of an image, then one for the columns of each view.
     lines = field.permute(0, 2, 1, 3).reshape(batch, rows, channels * columns)
     lines = wy.reshape(batch, views * height, rows) @ lines
     lines = lines.reshape(batch * views, height * channels, columns)
     out = lines @ wx.reshape(batch * views, width, columns).mT
     return out.reshape(batch, views, height, channels, width).transpose(2, 3)
+
+
+def sample_labels(
+    maps: UInt8[Tensor, "B R C"],
+    boxes: Float[Tensor, "B V 4"],
+    flips: Bool[Tensor, "B V"] | None,
+    size: int | tuple[int, int],
+    fill: int,
+    extents: Int64[Tensor, "B 2"] | None = None,
+) -> UInt8[Tensor, "B V h w"]:
+    """Cut V views out of each of B label maps: the label under the centre of each output cell.
+
+    Maps lie on their squares as fields do (see `sample`), boxes may reach outside: output cells whose centre
+    lies outside get the label `fill`.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    boxes = boxes.to(maps.device)
+    shape = torch.tensor(maps.shape[1:], device=maps.device)
+    rows, columns = (shape if extents is None else extents.to(maps.device)).expand(len(maps), 2).T[..., None]
+    y, no_y = _nearest(boxes[..., 1], boxes[..., 3], height, rows)
+    x, no_x = _nearest(boxes[..., 0], boxes[..., 2], width, columns)
+    if flips is not None:
+        mirrored = flips.to(maps.device)[..., None]
+        x, no_x = (torch.where(mirrored, each.flip(-1), each) for each in (x, no_x))
+    image = torch.arange(len(maps), device=maps.device)[:, None, None, None]
+    labels = maps[image, y[..., :, None], x[..., None, :]]
+    return labels.masked_fill_(no_y[..., :, None] | no_x[..., None, :], fill)
+
+
+def _nearest(
+    low: Float[Tensor, "B V"], high: Float[Tensor, "B V"], size: int, cells: Int64[Tensor, "B 1"]
+) -> tuple[Int64[Tensor, "B V {size}"], Bool[Tensor, "B V {size}"]]:
+    """The source cell that holds the centre of each output cell of an axis, and whether there is none."""
+    i = torch.arange(size, device=low.device, dtype=low.dtype)
+    cells = cells[..., None]
+    centre = low[..., None] * cells + (i + 0.5) * ((high - low)[..., None] * (cells / size))
+    index = torch.minimum(centre.clamp(min=0).long(), cells - 1)
+    return index, (centre < 0) | (centre > cells)
+
+
+def pixels_inside(
+    boxes: Float[Tensor, "*N 4"], flips: Bool[Tensor, "*N"], size: tuple[int, int]
+) -> Int64[Tensor, "*N 4"]:
+    """Return the pixels x0, y0, x1, y1 of views of `size` (rows, columns) that lie in their images.
+
+    Those whose centre lies in the unit square: x0 <= x < x1, y0 <= y < y1.
+    """
+    rows, columns = size
+    unit = torch.tensor([0.0, 0.0, 1.0, 1.0], device=boxes.device, dtype=boxes.dtype)
+    edges = boxes_in_views(unit.expand(boxes.shape), boxes, flips, size)
+    found = (edges - 0.5).ceil()
+    limit = torch.tensor([columns, rows, columns, rows], device=boxes.device)
+    return torch.minimum(found.clamp(min=0).long(), limit)
+
+
+def boxes_in_views(
+    boxes: Float[Tensor, "*N 4"],
+    views: Float[Tensor, "*N 4"],
+    flips: Bool[Tensor, "*N"],
+    size: tuple[int, int],
+) -> Float[Tensor, "*N 4"]:
+    """Return boxes of images in pixels of views of them, each of `size` (rows, columns); not clipped."""
+    low, side = views[..., :2], views[..., 2:] - views[..., :2]
+    rows, columns = size
+    scale = torch.tensor([columns, rows], device=boxes.device, dtype=boxes.dtype)
+    start, end = (boxes[..., :2] - low) / side * scale, (boxes[..., 2:] - low) / side * scale
+    x0, x1 = start[..., 0], end[..., 0]
+    x0, x1 = torch.where(flips, columns - x1, x0), torch.where(flips, columns - x0, x1)
+    return torch.stack((x0, start[..., 1], x1, end[..., 1]), dim=-1)
+
+
+def masks_in_views(
+    masks: UInt8[Tensor, "N s s"],
+    boxes: Float[Tensor, "N 4"],
+    views: Float[Tensor, "N 4"],
+    flips: Bool[Tensor, "N"],
+    size: tuple[int, int],
+) -> Bool[Tensor, "N h w"]:
+    """Paste masks into views: the pixels of which an instance covers half or more.
+
+    A mask holds, for each cell of a square that spans the box of its instance in the image, the share that
+    the instance covers, times 255. Pixels and cells meet by area (`Wy @ mask @ Wx^T`), which is exact where
+    coverage is even within a cell.
+    """
+    low, side = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    start, end = (views[:, :2] - low) / side, (views[:, 2:] - low) / side
+    wy = _shares(start[:, 1], end[:, 1], size[0], masks.shape[1])
+    wx = _shares(start[:, 0], end[:, 0], size[1], masks.shape[2])
+    wx = torch.where(flips[:, None, None], wx.flip(1), wx)
+    covered = wy @ masks.to(wy.dtype).div_(255) @ wx.mT
+    return covered >= 0.5 - ROUNDING
+
+
+def _shares(
+    low: Float[Tensor, "N"], high: Float[Tensor, "N"], size: int, source: int
+) -> Float[Tensor, "N {size} {source}"]:
+    """The share of each of `size` cells, which span `low` to `high`, that each of `source` cells covers,
+    which span the unit interval. A row sums to the share of its cell that lies in the unit interval.
+    """
+    i = torch.arange(size + 1, device=low.device, dtype=low.dtype)
+    edges = ((low[:, None] + (high - low)[:, None] * (i / size)) * source)[..., None]
+    j = torch.arange(source, device=low.device, dtype=low.dtype)
+    shared = torch.minimum(edges[:, 1:], j + 1) - torch.maximum(edges[:, :-1], j)
+    return shared.clamp_(min=0) / ((high - low) * (source / size))[:, None, None]
 
 
 def covered_patches(

@@ -5,17 +5,21 @@ same step with the same batches.
 """
 
 import errno
+import multiprocessing
 import os
 import queue
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foveola.data.sample import DataError
@@ -205,3 +209,32 @@ class _Thread:
 @dataclass(frozen=True)
 class _Raised:
     error: Exception
+
+
+def begin_worker(_: int) -> None:
+    """Give a worker one thread, and make it deaf to the signals that the training process answers by saving
+    and leaving.
+
+    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
+    the last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers
+    end.
+    """
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # A spawned worker would tear down the interpreter while a thread hands over a batch; torch then aborts.
+    Finalize(None, os._exit, (0,), exitpriority=-100)
+    parent = multiprocessing.parent_process()
+    if parent is not None and sys.platform == "linux":  # elsewhere a signal does not tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """Leave at the parent's SIGTERM; or without it, soon after it was killed, even while a read hangs."""
+    while sys.platform == "linux" and parent.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if told is not None and told.si_pid == parent.pid:
+            break
+    os._exit(0)

@@ -1,9 +1,9 @@
 """Readers of object annotations: own boxes, PNG label maps, ImageNet's XML files, COCO's JSON.
 
 A reader is called as `reader(row, file, path, label)` for image `row` of a source, `file` below its folder
-and `path` on disk, and returns what to decode and the objects in it. Everything is kept in a few arrays
-rather than in many Python objects: forked workers share arrays, but copy the memory of every object that they
-look at.
+and `path` on disk, and returns what to decode, the objects in it, and the crowds. Everything is kept in a
+few arrays rather than in many Python objects: forked workers share arrays, but copy the memory of every
+object that they look at.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from xml.etree import ElementTree
 
 import numpy as np
@@ -23,13 +23,19 @@ from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, re
 from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
 
+class Found(NamedTuple):
+    """What is to be decoded, and what is annotated in it."""
+
+    image: Path | bytes
+    objects: Objects | None = None
+    crowds: Objects | None = None
+
+
 @runtime_checkable
 class ObjectReader(Protocol):
     """Finds the objects of an image."""
 
-    def __call__(
-        self, row: int, file: str, path: Path, label: int
-    ) -> tuple[Path | bytes, Objects | None]: ...
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Found: ...
 
     def digest(self) -> str:
         """Tells the annotations in memory, and the rules of reading, from others."""
@@ -89,22 +95,22 @@ class PixelBoxes:
     def path(self, file: str) -> None:
         """Return None: all boxes are in memory."""
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
         boxes, labels = self.table.of(row)
         if not len(boxes):
-            return path, None
+            return Found(path)
         data, size = path, self.size
         if size is None:
             data, header = _opened(path)
             if header is None:
-                return path, None
+                return Found(path)
             size = header.upright
             outside = (boxes[:, :2] >= size).any(1) | (boxes[:, 2:] <= 0).any(1)
             if outside.any():
                 box = ", ".join(f"{side:g}" for side in boxes[outside][0])
                 raise BadImage(f"{file}: its box {box} lies outside its {size[0]}x{size[1]} pixels")
         labels = np.where(labels < 0, label, labels)
-        return data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels)
+        return Found(data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels))
 
 
 class LabelMaps:
@@ -123,20 +129,20 @@ class LabelMaps:
         """Return where the label map of an image would be."""
         return self.folder / Path(file).with_suffix(".png")
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
         where = self.path(file)
         if not where.is_file():
-            return path, None
+            return Found(path)
         values = read_values(where, file)
         data, header = _opened(path)
         if header is None:
-            return path, None
+            return Found(path)
         values = turn(values, turn_of((values.shape[1], values.shape[0]), header, self.raw, file))
         found = [value for value in np.unique(values) if value not in (0, self.ignore)]
         if not found:
-            return data, None
+            return Found(data)
         masks = [values == value for value in found]
-        return data, mask_objects(masks, np.full(len(masks), label))
+        return Found(data, mask_objects(masks, np.full(len(masks), label)))
 
 
 class XmlBoxes:
@@ -160,10 +166,10 @@ class XmlBoxes:
         name = Path(file).with_suffix(".xml")
         return next((p for p in (self.folder / name, self.folder / name.name) if p.is_file()), None)
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
         where = self.path(file)
         if where is None:
-            return path, None
+            return Found(path)
         try:
             size, boxes = read_xml(where)
         except XML_ERRORS as error:
@@ -173,7 +179,7 @@ class XmlBoxes:
             stored, upright = views_of(size, header)
             if stored and (self.raw or not upright):
                 boxes = turn_boxes(boxes, header.orientation)
-        return data, Objects.from_boxes(boxes, np.full(len(boxes), label))
+        return Found(data, Objects.from_boxes(boxes, np.full(len(boxes), label)))
 
     def size_of(self, file: str) -> tuple[int, int] | None:
         """Return the width and height that the XML file of an image states; None where there is none to be
@@ -186,15 +192,12 @@ class XmlBoxes:
             return None
 
 
-class CocoObjects:
-    """Reader of COCO instances: boxes, and masks (polygons or RLE), packed until asked for."""
-
-    raw = False  # whether annotations are of pixels as stored, where their size does not tell
+class CocoRegions:
+    """Boxes and masks (polygons or RLE) of many images, packed until asked for."""
 
     def __init__(
         self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
     ) -> None:
-        self.sizes = sizes  # width, height
         boxes, areas, masks = [], [], []
         for (width, height), some in zip(sizes.tolist(), annotations, strict=True):
             rows = []
@@ -205,6 +208,7 @@ class CocoObjects:
                 areas.append(annotation.get("area", w * h) / (width * height))
                 masks.append(_pack_mask(annotation.get("segmentation"), height, width))
             boxes.append(rows)
+        self.sizes = sizes  # width, height
         self.table, self.masks = BoxTable(boxes), Packed(masks)
         self.areas = np.array(areas, np.float32)
 
@@ -214,26 +218,54 @@ class CocoObjects:
         own = hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
         return f"{self.table.digest()} {own}"
 
-    def path(self, file: str) -> None:
-        """Return None: all annotations are in memory."""
-
-    def __call__(self, row: int, file: str, path: Path, label: int) -> tuple[Path | bytes, Objects | None]:
+    def of(self, row: int, orientation: int) -> Objects | None:
+        """Return those of one image, turned by an EXIF orientation."""
         boxes, labels = self.table.of(row)
         if not len(boxes):
-            return path, None
+            return None
         first = int(self.table.ends[row]) - len(boxes)
         width, height = (int(side) for side in self.sizes[row])
         masks = [_unpack_mask(self.masks[i], height, width) for i in range(first, first + len(boxes))]
         areas = self.areas[first : first + len(boxes)]
         unit = boxes / np.array([width, height, width, height], np.float32)
-        data, header = _opened(path)
-        if header is None:
-            return path, None
-        orientation = turn_of((width, height), header, self.raw, file)
         if orientation != 1:
             unit = turn_boxes(unit, orientation)
             masks = [None if mask is None else turn(full_mask(mask), orientation) for mask in masks]
-        return data, Objects.from_boxes(unit, labels, masks, areas)
+        return Objects.from_boxes(unit, labels, masks, areas)
+
+
+class CocoObjects:
+    """Reader of COCO instances: objects, and crowds apart from them."""
+
+    raw = False  # whether annotations are of pixels as stored, where their size does not tell
+
+    def __init__(
+        self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
+    ) -> None:
+        self.sizes = sizes  # width, height
+        apart = [[[a for a in some if bool(a.get("iscrowd")) is crowd] for some in annotations]
+                 for crowd in (False, True)]  # fmt: skip
+        self.objects, self.crowds = (CocoRegions(sizes, some, labels) for some in apart)
+        self.table = self.objects.table
+
+    def digest(self) -> str:
+        """Return the digest of the objects. Crowds are left out: data stay what they were before these were
+        read.
+        """
+        return self.objects.digest()
+
+    def path(self, file: str) -> None:
+        """Return None: all annotations are in memory."""
+
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
+        if not any(len(each.table.of(row)[0]) for each in (self.objects, self.crowds)):
+            return Found(path)
+        data, header = _opened(path)
+        if header is None:
+            return Found(path)
+        width, height = (int(side) for side in self.sizes[row])
+        orientation = turn_of((width, height), header, self.raw, file)
+        return Found(data, self.objects.of(row, orientation), self.crowds.of(row, orientation))
 
 
 def _opened(path: Path) -> tuple[Path | bytes, Header | None]:

@@ -134,7 +134,7 @@ def _of_samples(source: Any, chosen: np.ndarray | None) -> Identity:
         about.update(repr((sample.label, getattr(sample.image, "reading", None))).encode())
         if hasattr(source, "answers"):
             about.update(repr([int(label) for label in source.answers(index)]).encode())
-        for part in _parts(sample.objects):
+        for part in (*_parts(sample.objects), *_parts(sample.crowds)):
             about.update(hash_of(part))
         if hasattr(source, "label_map"):
             try:

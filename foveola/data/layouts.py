@@ -12,6 +12,7 @@ from foveola.config import nearest
 from foveola.data.annotations import (
     BoxTable,
     CocoObjects,
+    Found,
     LabelMaps,
     ObjectReader,
     Packed,
@@ -58,12 +59,12 @@ class ImageFiles:
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         file, label = os.fsdecode(self.files[row]), int(self.labels[row])
-        image, objects = self.root / file, None
+        found = Found(self.root / file)
         if self.reader is not None:
-            image, objects = self.reader(row, file, image, label)
-        if self.reading != Decoding():
-            image = ImageFile(image, self.reading)
-        return Sample(image, printable(file), objects, None if label < 0 else label)
+            found = self.reader(row, file, self.root / file, label)
+        image = found.image if self.reading == Decoding() else ImageFile(found.image, self.reading)
+        known = None if label < 0 else label
+        return Sample(image, printable(file), found.objects, known, found.crowds)
 
     def path(self, index: int) -> Path:
         """Return the file of an image."""
@@ -267,7 +268,7 @@ def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
 
 
 def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFiles:
-    """Open COCO instances, without crowds. Classes are numbered from 0 in the order of their ids."""
+    """Open COCO instances, crowds apart. Classes are numbered from 0 in the order of their ids."""
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
     tree = read_json(annotations)
@@ -283,8 +284,7 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         per_image: list[list[dict]] = [[] for _ in images]
         for annotation in tree["annotations"]:
-            if not annotation.get("iscrowd"):  # crowds are areas, not objects
-                per_image[row_of[annotation["image_id"]]].append(annotation)
+            per_image[row_of[annotation["image_id"]]].append(annotation)
         for image in images:
             check_size(image)
         sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
@@ -300,7 +300,8 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
     check_listed(root, files)
     classes = [category["name"] for category in categories]
     source = ImageFiles(name, root, files, None, classes, reader)
-    source.notes = _few_objects(annotations, sum(map(bool, per_image)), len(files))
+    annotated = int((np.diff(reader.table.ends, prepend=0) > 0).sum())
+    source.notes = _few_objects(annotations, annotated, len(files))
     return source
 
 

@@ -6,16 +6,11 @@ the number of workers, any step can be computed alone, and resuming means to beg
 
 import itertools
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +20,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from foveola.config import key
-from foveola.data.ahead import POLL_SECONDS, Asker, OutOfSharedMemory, check_room, read_ahead, room
+from foveola.data.ahead import (
+    POLL_SECONDS,
+    Asker,
+    OutOfSharedMemory,
+    begin_worker,
+    check_room,
+    read_ahead,
+    room,
+)
+from foveola.data.annotated import Annotations, Read, check_annotated, read_label_map, stack_label_maps
 from foveola.data.decode import Scratch, decode, to_canvas
-from foveola.data.sample import BadImage, Canvases, DataError, ObjectChoice, Objects, Sample
+from foveola.data.sample import (
+    BadImage,
+    Canvases,
+    DataError,
+    Instances,
+    ObjectChoice,
+    Objects,
+    have_masks,
+)
 from foveola.data.sources import Source
 from foveola.failures import explain
 
@@ -35,8 +47,7 @@ ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart
 STAND_INS = 20  # images tried in place of a bad one
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before reading again, where nothing at all could be read
 BEYOND_DOUBT = 4.0  # standard deviations: a run asks thousands of times whether too many are bad
-
-Read = tuple[int, Sample, UInt8[np.ndarray, "H W 3"]]  # index in the source, what stands there, pixels
+MANY_INSTANCES = 100  # of an image, where shared memory is shared out; COCO's have 93 at most
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]
 class Loader:
     """Endless batches of a source, from `start_step` on. `batch_size` is that of one rank.
 
+    `annotations` are what a task learns from: labels of images, label maps (uint8 classes), or instances. An
+    image without any is an empty one: without instances, or all IGNORE.
     An epoch is `steps_per_epoch` batches of all ranks, in whole groups of `accumulate`, which train together;
     what does not fill the last group is left out (others each epoch). A bad image is replaced by another,
     counted in `bad_count` of `seen`, and named in `bad_names` (reason included); `judge` says whether there
@@ -95,6 +108,7 @@ class Loader:
         config: LoaderConfig | None = None,
         *,
         with_objects: bool,
+        annotations: Annotations | None = None,
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
@@ -102,6 +116,7 @@ class Loader:
         device: torch.device | str = "cpu",
         asker: Asker | None = None,
     ) -> None:
+        check_annotated(source, annotations)
         config = LoaderConfig() if config is None else config
         self.steps_per_epoch = accumulate * (len(source) // (accumulate * batch_size * world_size))
         if not self.steps_per_epoch:
@@ -114,7 +129,7 @@ class Loader:
         self.source, self.config, self.device = source, config, torch.device(device)
         self.asker = asker or Asker()
         self.batch_size, self.start_step = batch_size, start_step
-        self.batches = _Batches(source, batch_size, seed, config, with_objects, rank, world_size)
+        self.batches = _Batches(source, batch_size, seed, config, with_objects, annotations, rank, world_size)
         self.batches.steps_per_epoch = self.steps_per_epoch
         self.bad_count, self.seen, self.bad_names, self.wait_seconds = 0, 0, set[str](), 0.0
 
@@ -229,11 +244,15 @@ class _Batches(Dataset):
         seed: int,
         config: LoaderConfig,
         with_objects: bool,
+        annotations: Annotations | None,
         rank: int,
         world_size: int,
     ) -> None:
         self.source, self.batch_size, self.seed, self.config = source, batch_size, seed, config
         self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
+        self.label_maps, self.instances = annotations == "label_maps", annotations == "instances"
+        # Decided once, so that it depends on no batch and no rank.
+        self.instance_mask = config.mask_canvas if self.instances and have_masks(source) else None
         self.steps_per_epoch = len(source) // (batch_size * world_size)
 
     def __getitem__(self, step: int) -> tuple[Canvases, list[str]] | DataError | OutOfSharedMemory:
@@ -255,7 +274,8 @@ class _Batches(Dataset):
         Where that does not fit, the batch of `step` tells how large they are.
         """
         config = self.config
-        pixels = 3 * config.canvas**2 + config.objects_per_image * config.mask_canvas**2
+        pixels = (3 + self.label_maps) * config.canvas**2 + config.objects_per_image * config.mask_canvas**2
+        pixels += MANY_INSTANCES * (self.instance_mask or 0) ** 2
         size = self.batch_size * pixels
         if room(size, workers, prefetch) != (workers, prefetch):
             found = self[step]
@@ -279,23 +299,37 @@ class _Batches(Dataset):
         whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
         indices = torch.from_numpy(order.copy())
         bad: list[str] = []
+        maps, found = [], []
         scratch = Scratch()
         for row in range(B):
-            index, sample, pixels = self._read(epoch, int(order[row]), scratch, bad)
+            read = self._read(epoch, int(order[row]), scratch, bad)
+            sample, pixels = read.sample, read.pixels
+            maps.append(read.label_map)
+            found.append((sample.objects, sample.crowds))
             image = to_canvas(pixels, canvas)
             extents[row] = torch.tensor(image.shape[1:])
             images[row, :, : image.shape[1], : image.shape[2]] = image
             aspects[row] = pixels.shape[1] / pixels.shape[0]
-            indices[row] = index
+            indices[row] = read.index
             if sample.label is not None:
                 labels[row] = sample.label
             if self.with_objects and sample.objects is not None:
-                rng = np.random.default_rng([self.seed, OBJECTS, epoch, index])
+                rng = np.random.default_rng([self.seed, OBJECTS, epoch, read.index])
                 whole[row] = False
                 masks[row], object_labels[row] = _draw_objects(sample.objects, rng, self.config)
-        images = _trim(images, extents)
+        rows, columns = extents.amax(dim=0).tolist()  # what no image of the batch reaches is left out
         batch = Canvases(
-            images, extents, aspects, masks, whole, object_labels, labels, indices, skipped=len(bad)
+            images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last),
+            extents,
+            aspects,
+            masks,
+            whole,
+            object_labels,
+            labels,
+            indices,
+            skipped=len(bad),
+            label_maps=stack_label_maps(maps, extents.tolist()) if self.label_maps else None,
+            instances=Instances.of(found, self.instance_mask) if self.instances else None,
         )
         return batch, bad
 
@@ -335,7 +369,9 @@ class _Batches(Dataset):
         try:
             sample = self.source[index]
             name = sample.name
-            return index, sample, decode(sample.image, scratch)
+            pixels = decode(sample.image, scratch)
+            labels = read_label_map(self.source, index, pixels.shape[:2]) if self.label_maps else None
+            return Read(index, sample, pixels, labels)
         except (BadImage, OSError) as error:
             cause = error.__cause__ if isinstance(error, BadImage) else error
             failed[f"{name} ({error})"] = isinstance(cause, OSError) and cause.errno is not None
@@ -356,45 +392,10 @@ def _draw_objects(
     return torch.from_numpy(masks), torch.from_numpy(labels)
 
 
-def _trim(images: UInt8[Tensor, "B 3 S S"], extents: Int64[Tensor, "B 2"]) -> UInt8[Tensor, "B 3 R C"]:
-    """Without the rows and columns that no image of the batch reaches."""
-    rows, columns = extents.amax(dim=0).tolist()
-    return images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
-
-
 def bytes_of(canvases: Canvases) -> int:
     """Return the bytes of a batch, as it goes from a worker to the training process."""
-    return sum(x.nbytes for x in vars(canvases).values() if isinstance(x, Tensor))
+    return sum(tensor.nbytes for tensor in canvases.tensors())
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def begin_worker(_: int) -> None:
-    """Give a worker one thread, and make it deaf to the signals that the training process answers by saving
-    and leaving.
-
-    Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
-    the last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers
-    end.
-    """
-    torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # A spawned worker would tear down the interpreter while a thread hands over a batch; torch then aborts.
-    Finalize(None, os._exit, (0,), exitpriority=-100)
-    parent = multiprocessing.parent_process()
-    if parent is not None and sys.platform == "linux":  # elsewhere a signal does not tell who sent it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    """Leave at the parent's SIGTERM; or without it, soon after it was killed, even while a read hangs."""
-    while sys.platform == "linux" and parent.is_alive():
-        told = signal.sigtimedwait({signal.SIGTERM}, 5.0)
-        if told is not None and told.si_pid == parent.pid:
-            break
-    os._exit(0)

@@ -1,12 +1,12 @@
-"""Sample, Objects and Canvases: an image as read, its objects, and a batch as the loader gives it."""
+"""Sample and Objects: an image as read; Canvases and Instances: a batch as the loader gives it."""
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from foveola.config import UserError
 
 ObjectChoice = Literal["area", "uniform", "largest"]
 
+IGNORE = 255  # in a label map: of no class; such pixels count nowhere
+
+MASK_LOOKS = 64  # samples that tell whether objects have masks
 SLIVER = 1e-4  # of a mask pixel: what rounding of a box leaves over its neighbour; counts as not covered
 
 
@@ -93,6 +96,24 @@ class Objects:
         drawn = np.rint(255 * coverage).clip(0, 255)
         return np.where(coverage > SLIVER**2, np.maximum(drawn, 1), 0).astype(np.uint8)
 
+    def draw_in_box(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
+        """Return the share that an object covers of each cell of a square that spans its own box, times 255.
+
+        What lies outside of the box is left out. All is covered where the box is the mask, and where a mask
+        has no pixel within its box (polygons can be thinner than one).
+        """
+        mask = None if self.masks is None else self.masks[index]
+        if mask is not None:
+            full = full_mask(mask)
+            x0, y0, x1, y1 = self.boxes[index].astype(np.float64)
+            rows, down = _cells(y0, y1, full.shape[0], size)
+            columns, across = _cells(x0, x1, full.shape[1], size)
+            inner = full[rows, columns]
+            if inner.any():
+                coverage = down @ inner.astype(np.float32) @ across.T
+                return np.rint(255 * coverage).clip(0, 255).astype(np.uint8)
+        return np.full((size, size), 255, np.uint8)
+
     def choose(self, rng: np.random.Generator, count: int, by: ObjectChoice) -> Int64[np.ndarray, "count"]:
         """Draw `count` objects, none twice before all were drawn once.
 
@@ -145,12 +166,82 @@ class ImageFile:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An image as a source knows it: where its pixels are, its objects (None: not annotated), class."""
+    """An image as a source knows it: where its pixels are, its objects (None: not annotated), class.
+
+    `crowds` are regions of objects that nobody told apart (COCO's `iscrowd`): they count as nothing, neither
+    as objects nor as background. `objects` never holds them.
+    """
 
     image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"]
     name: str
     objects: Objects | None = None
     label: int | None = None
+    crowds: Objects | None = None
+
+
+class Instances(NamedTuple):
+    """The T >= 0 annotated objects of the images of a batch, those of an image together, crowds last.
+
+    `image` is the row of the batch, `boxes` are (x0, y0, x1, y1) in the unit square, `labels` class indices
+    (-1 unknown). Where `crowd` is true, a region counts as nothing. `masks` are the shares of the cells of
+    each instance's own box that it covers, times 255 (`Objects.draw_in_box`); None where objects are boxes.
+    """
+
+    image: Int64[Tensor, "T"]
+    boxes: Float32[Tensor, "T 4"]
+    labels: Int64[Tensor, "T"]
+    crowd: Bool[Tensor, "T"]
+    masks: UInt8[Tensor, "T s s"] | None
+
+    @classmethod
+    def of(
+        cls, images: Sequence[tuple[Objects | None, Objects | None]], mask_size: int | None
+    ) -> "Instances":
+        """Return the objects and crowds of images; masks of `mask_size` cells a side. None: no masks."""
+        found = [
+            (row, each, bool(crowd))
+            for row, both in enumerate(images)
+            for crowd, each in enumerate(both)
+            if each is not None
+        ]
+        count = sum(len(each) for _, each, _ in found)
+        image, labels = np.zeros(count, np.int64), np.full(count, -1, np.int64)
+        boxes, crowds = np.zeros((count, 4), np.float32), np.zeros(count, bool)
+        masks = None if mask_size is None else np.zeros((count, mask_size, mask_size), np.uint8)
+        end = 0
+        for row, objects, crowd in found:
+            part = slice(end, end + len(objects))
+            image[part], boxes[part], crowds[part] = row, objects.boxes, crowd
+            if objects.labels is not None:
+                labels[part] = objects.labels
+            if masks is not None:
+                for index in range(len(objects)):
+                    masks[end + index] = objects.draw_in_box(index, masks.shape[1])
+            end = part.stop
+        return cls(
+            torch.from_numpy(image),
+            torch.from_numpy(boxes),
+            torch.from_numpy(labels),
+            torch.from_numpy(crowds),
+            None if masks is None else torch.from_numpy(masks),
+        )
+
+
+def have_masks(source: Any) -> bool:
+    """Return whether objects of a source have masks of their own, rather than boxes alone.
+
+    The same for a run as a whole: up to `MASK_LOOKS` of its samples, spread evenly, are looked at.
+    """
+    spread = np.linspace(0, len(source) - 1, min(MASK_LOOKS, len(source)))
+    for index in np.unique(spread.astype(int)).tolist():
+        try:
+            sample = source[index]
+        except (BadImage, OSError):
+            continue
+        masks = () if sample.objects is None else sample.objects.masks or ()
+        if any(mask is not None for mask in masks):
+            return True
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +252,8 @@ class Canvases:
     that it fills, which stand for the unit square, and `aspects` is width / height of the true images.
     `object_masks` are coverage times 255 on a square that the unit square fills. Where `whole` is true the
     object is the whole image (no annotation) and its mask is all 255. `indices` are positions in the
-    source. `skipped` counts bad images that were replaced.
+    source. `skipped` counts bad images that were replaced. `label_maps` (classes, IGNORE for none and beyond
+    each image) and `instances` are there where a task reads them.
     """
 
     images: UInt8[Tensor, "B 3 R C"]
@@ -173,6 +265,8 @@ class Canvases:
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
     skipped: int = 0
+    label_maps: UInt8[Tensor, "B R C"] | None = None
+    instances: Instances | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -185,9 +279,19 @@ class Canvases:
         """Return the same batch in page-locked memory, from which a copy to a GPU overlaps with compute."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Any) -> "Canvases":
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "skipped"}
-        return Canvases(**tensors, skipped=self.skipped)
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors of the batch."""
+        seen: list[Tensor] = []
+        self._each(lambda tensor: seen.append(tensor) or tensor)
+        yield from seen
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Canvases":
+        def changed(value: Any) -> Any:
+            if isinstance(value, Instances):
+                return Instances(*map(changed, value))
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Canvases(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
@@ -215,6 +319,19 @@ def area_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inpu
     weights = shared.clip(0) * outputs
     weights[weights < SLIVER] = 0
     return weights.astype(np.float32)
+
+
+def _cells(
+    low: float, high: float, inputs: int, outputs: int
+) -> tuple[slice, Float32[np.ndarray, "outputs n"]]:
+    """The input cells of the unit interval that `low` to `high` touches, and the share of each of `outputs`
+    cells, which divide that, that each of them covers.
+    """
+    edges = np.linspace(low, high, outputs + 1)[:, None] * inputs
+    inner = slice(int(np.floor(low * inputs)), min(int(np.ceil(high * inputs)), inputs))
+    cells = np.arange(inner.start, inner.stop)
+    shared = np.minimum(edges[1:], cells + 1) - np.maximum(edges[:-1], cells)
+    return inner, (shared.clip(0) * (outputs / ((high - low) * inputs))).astype(np.float32)
 
 
 def _overlap(start: float, end: float, size: int) -> Float[np.ndarray, "size"]:

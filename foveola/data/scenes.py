@@ -7,16 +7,16 @@ tell what it is. Products of the test split never appear in the training split.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from foveola.data.identity import HASH, Identity, hash_of
-from foveola.data.sample import DataError, Objects, Sample
+from foveola.data.sample import IGNORE, DataError, Objects, Sample
 
 CLASSES = (
     "t-shirt",
@@ -106,7 +106,7 @@ class Scenes:
     """
 
     has_objects = True
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(
         self,
@@ -215,6 +215,53 @@ class Scenes:
                 seen, least = left_over, needed
                 break
         return placed, owner
+
+
+class PixelScenes(Scenes):
+    """Scenes with a class for every pixel: `scenes:?background=class` and `background=ignore`.
+
+    The background is the class 0, before those of the products, or it has none (IGNORE).
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        split: Literal["train", "test"] = "train",
+        background: Literal["class", "ignore"] = "class",
+        **options: Any,
+    ) -> None:
+        super().__init__(split, **options)
+        self.first = 1 if background == "class" else 0  # class of the first kind of products
+        self.classes = ("background", *CLASSES) if self.first else CLASSES
+        self.name += f"&background={background}"
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        assert sample.objects is not None
+        assert sample.objects.labels is not None
+        assert sample.label is not None
+        objects = replace(sample.objects, labels=sample.objects.labels + self.first)
+        return replace(sample, objects=objects, label=sample.label + self.first)
+
+    def label_map(self, index: int) -> UInt8[np.ndarray, "S S"]:
+        """Return the class of the topmost product that covers at least half of each pixel."""
+        scene = self.scene(index)
+        assert scene.objects.labels is not None
+        background = 0 if self.first else IGNORE
+        return np.append(scene.objects.labels + self.first, background).astype(np.uint8)[scene.owner]
+
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Return the identity of the scenes, and of what their pixels are called."""
+        plain = super().identity(chosen)
+        return Identity.of(plain.contents, plain.digest, self.classes)
+
+
+def open_scenes(split: Literal["train", "test"], background: str | None = None, **options: Any) -> Scenes:
+    """Return scenes; with a class for every pixel where `background` says what that is: class, ignore."""
+    if background is None:
+        return Scenes(split, **options)
+    return PixelScenes(split, "class" if background == "class" else "ignore", **options)
 
 
 # -- one product ------------------------------------------------------------------------------------------

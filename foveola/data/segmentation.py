@@ -17,9 +17,8 @@ from foveola.data.annotations import Packed, map_size, read_values
 from foveola.data.fit import upright_map
 from foveola.data.layouts import ImageFiles
 from foveola.data.listing import check_listed, find_images, misfit, printable
-from foveola.data.sample import DataError, Sample
+from foveola.data.sample import IGNORE, DataError, Sample
 
-IGNORE = 255  # in a label map: of no class; such pixels count nowhere
 UNKNOWN = 254  # in a table of values: one that the data set does not have
 MAPS_LOOKED_AT = 500  # looked at for a class without a pixel
 MAX_CLASSES = UNKNOWN  # a byte a pixel: a bank of patches holds some hundred labels for each

@@ -20,7 +20,7 @@ from foveola.data.imagenet import (
 from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.look import look
 from foveola.data.sample import BadImage, DataError, Decoding, Sample
-from foveola.data.scenes import Scenes
+from foveola.data.scenes import open_scenes
 from foveola.data.segmentation import (
     PixelSource,
     open_ade20k,
@@ -301,7 +301,17 @@ LABEL_MAP_KEYS: Mapping[str, Callable[[str], Any]] = {
     "absent": lambda text: bool(_one_of("allow")(text)),
 }
 KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] = {
-    "scenes": (Scenes, {"size": _whole, "count": _whole, "seed": _whole, "objects": _range, "split": _split}),
+    "scenes": (
+        open_scenes,
+        {
+            "size": _whole,
+            "count": _whole,
+            "seed": _whole,
+            "objects": _range,
+            "split": _split,
+            "background": _one_of("class", "ignore"),
+        },
+    ),
     "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
     "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
     "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),

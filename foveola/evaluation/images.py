@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveola import distributed
 from foveola.config import UserError, again, key
+from foveola.data.ahead import begin_worker
 from foveola.data.identity import Identity, identity_of
-from foveola.data.loader import begin_worker
 from foveola.data.sample import BadImage, DataError
 from foveola.data.sources import Source, image_name, why_bad
 

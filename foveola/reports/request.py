@@ -1,7 +1,7 @@
 """What a report was asked for, and the images it measures and draws."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,4 +140,4 @@ def each_sample(source: Source, count: int, seed: int = 0) -> Iterator[tuple[int
             except BadImage:
                 continue
             left -= 1
-            yield index, Sample(pixels, sample.name, sample.objects, sample.label)
+            yield index, replace(sample, image=pixels)

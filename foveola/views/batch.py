@@ -8,19 +8,20 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from foveola.config import key
-from foveola.data.sample import Canvases
-from foveola.geometry import random_boxes, sample
+from foveola.data.sample import IGNORE, Canvases, DataError
+from foveola.geometry import pixels_inside, random_boxes, sample, sample_labels
 from foveola.views import color
-from foveola.views.blocks import BlocksConfig, draw_blocks
-from foveola.views.color import ColorConfig
-from foveola.views.objects import ObjectsConfig, object_boxes, object_patches
-from foveola.views.placement import PlacementConfig, place_views
-from foveola.views.position_masks import PositionMaskingConfig, draw_both
-from foveola.views.tokens import DroppingConfig, MaskingConfig, draw_drops, draw_masks
+from foveola.views.annotations import ViewInstances, cut_instances
+from foveola.views.blocks import draw_blocks
+from foveola.views.config import ViewsConfig
+from foveola.views.objects import object_boxes, object_patches
+from foveola.views.placement import place_views
+from foveola.views.position_masks import draw_both
+from foveola.views.rescale import RescaleConfig, choose_windows, draw_windows
+from foveola.views.tokens import draw_drops, draw_masks
 
 
 class Streams:
@@ -32,82 +33,6 @@ class Streams:
     def __call__(self, name: str) -> torch.Generator:
         digest = hashlib.blake2b(repr((*self.origin, name)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """Which views of an image are made. Defaults: the multi-crop of DINO, iBOT and ODIS."""
-
-    global_size: int = key(224, "pixels a side of a global view", at_least=1, at_most=2**13)
-    global_count: int = key(2, "global views of an image", at_least=1, at_most=100)
-    global_scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the image's area that a global view covers"
-    )
-    local_size: int = key(96, "pixels a side of a local view", at_least=1, at_most=2**13)
-    local_count: int = key(10, "local views of an image", at_least=0, at_most=1000)
-    local_scale: tuple[float, float] = key((0.05, 0.25), "share of the image's area that a local view covers")
-    ratio: tuple[float, float] = key((3 / 4, 4 / 3), "width / height of a view's box in true pixels")
-    flip: float = key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
-    color: ColorConfig = key(factory=ColorConfig, help="colour augmentation")
-    objects: ObjectsConfig | None = key(None, "object-aware views and attention; null = objects are not used")
-    masking: MaskingConfig | None = key(None, "patches hidden from the student; null = none")
-    placement: PlacementConfig | None = key(
-        None,
-        "moves views in the position field, all of an image together; null = they stay where they were cut",
-    )
-    position_masking: PositionMaskingConfig | None = key(
-        None, "patches of global views whose position is hidden from the student; null = none"
-    )
-    dropping: DroppingConfig | None = key(
-        None, "patches of global views that the student does not get at all; null = none"
-    )
-    blocks: BlocksConfig | None = key(
-        None, "blocks of patches to predict from a context (I-JEPA), instead of `dropping`; null = none"
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}: needs 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError("ratio: needs 0 < low <= high")
-        if self.dropping is not None and self.blocks is not None:
-            raise ValueError("dropping and blocks both choose what the student gets: set one of them to null")
-
-    def unread(self) -> dict[str, str]:
-        """Return keys that nothing reads with these settings, and why."""
-        idle: dict[str, str] = {}
-        if not self.local_count:
-            local = ["local_size", "local_scale"]
-            local += ["objects.aware_local", "objects.attention_local"] * (self.objects is not None)
-            local += ["masking.local"] * (self.masking is not None)
-            idle |= dict.fromkeys(local, "there are no local views (local_count=0)")
-        if self.global_count == 1:
-            same = ("masking.per_image", "position_masking.per_image")
-            idle |= dict.fromkeys(same, "an image has one global view")
-        return idle
-
-    def check(self, patch_size: int) -> None:
-        """Raise ValueError unless views are made of whole patches."""
-        sizes = {"global_size": self.global_size}
-        if self.local_count:
-            sizes["local_size"] = self.local_size
-        for name, size in sizes.items():
-            if size % patch_size:
-                below = size - size % patch_size
-                near = " or ".join(str(side) for side in (below, below + patch_size) if side)
-                raise ValueError(
-                    f"views.{name}={size} is not a multiple of the patch size {patch_size}; try {near}"
-                )
-        side = self.global_size // patch_size
-        try:
-            if self.dropping is not None:
-                self.dropping.counts(side**2)
-            if self.blocks is not None:
-                self.blocks.check((side, side))
-        except ValueError as error:
-            raise ValueError(f"views.{error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +70,14 @@ class Views:
     hidden_contents: Hidden | None = None
     hidden_positions: Hidden | None = None
     selection: Selection | None = None  # None: the student gets all patches
+    label_maps: UInt8[Tensor, "B V H W"] | None = None  # classes, IGNORE where there is none, and in padding
+    instances: ViewInstances | None = None
+
+    @property
+    def inside(self) -> Int64[Tensor, "B V 4"]:
+        """The pixels x0, y0, x1, y1 of each view that lie in its image; all of it unless it is padded."""
+        height, width = self.pixels.shape[-2:]
+        return pixels_inside(self.boxes, self.flips, (height, width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +97,9 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
     if config.local_count:
         kinds.append(_Kind.small(config, patch_size))
     cutter = _Cutter(canvases, config, streams)
-    boxes = [cutter.boxes(kind) for kind in kinds]
-    flips = [cutter.flips(kind) for kind in kinds]
+    drawn = [cutter.flips(kind) for kind in kinds]
+    boxes = [cutter.boxes(kind, flip) for kind, flip in zip(kinds, drawn, strict=True)]
+    flips = [flip.to(cutter.device, non_blocking=True) for flip in drawn]
     positions = cutter.positions(boxes)
     objects = cutter.objects(kinds, boxes, flips)
     contents, unplaced = cutter.hidden(kinds)
@@ -180,6 +114,8 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
             hidden_contents=contents[i],
             hidden_positions=None if kind.local else unplaced,
             selection=None if kind.local else selection,
+            label_maps=cutter.label_maps(kind, boxes[i], flips[i]),
+            instances=cutter.instances(kind, boxes[i], flips[i]),
         )
         for i, kind in enumerate(kinds)
     ]
@@ -242,11 +178,16 @@ class _Cutter:
         self.pixels = pixels.div_(255).transpose(1, 2)
         self.masks = canvases.object_masks.to(torch.float32).div_(255) if config.objects else None
         self.facts: dict[str, Tensor] = {}
+        self.outside: float | None = None  # the longest side of boxes, where they reach out of their image
 
-    def boxes(self, kind: _Kind) -> Float[Tensor, "B V 4"]:
-        """Boxes at random, or such that hold the objects."""
+    def boxes(self, kind: _Kind, flips: Bool[Tensor, "B V"]) -> Float[Tensor, "B V 4"]:
+        """Boxes at random, or such that hold the objects; or random windows of resized images."""
         config, canvases = self.config, self.canvases
         aspects, first = canvases.aspects.cpu(), self.streams(kind.stream("boxes"))
+        if config.rescale is not None:
+            windows = draw_windows(config.rescale, aspects, flips, kind.size, first)
+            self.outside = windows.longest
+            return self._window(config.rescale, windows.boxes, kind.size).to(self.device, non_blocking=True)
         if not kind.aware or self.masks is None or config.objects is None:
             boxes = random_boxes(aspects, kind.count, kind.scale, config.ratio, first)
             return boxes.to(self.device, non_blocking=True)
@@ -266,10 +207,21 @@ class _Cutter:
             self.facts["objects/whole"] = canvases.whole.float().mean()
         return boxes.to(self.device, non_blocking=True)
 
+    def _window(
+        self, rescale: RescaleConfig, windows: Float[Tensor, "W B V 4"], size: int
+    ) -> Float[Tensor, "B V 4"]:
+        """One of the windows that were drawn for each view."""
+        if rescale.max_class_share is None:
+            return windows[0]
+        maps = self.canvases.label_maps
+        if maps is None:
+            raise DataError("views.rescale.max_class_share: there are no label maps; set it to null")
+        return choose_windows(windows, maps, self.canvases.extents, rescale.max_class_share, size)
+
     def flips(self, kind: _Kind) -> Bool[Tensor, "B V"]:
+        """Which views are mirrored; on the CPU."""
         generator = self.streams(kind.stream("flips"))
-        flips = torch.rand((len(self.pixels), kind.count), generator=generator) < self.config.flip
-        return flips.to(self.device, non_blocking=True)
+        return torch.rand((len(self.pixels), kind.count), generator=generator) < self.config.flip
 
     def positions(self, boxes: list[Tensor]) -> list[Tensor]:
         """Where the views stand in the position field: those of an image move together."""
@@ -345,9 +297,44 @@ class _Cutter:
     def cut(
         self, kind: _Kind, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"]
     ) -> Float[Tensor, "B V 3 H W"]:
-        """The pixels of the views, in their colours."""
+        """The pixels of the views, in their colours; padding is 0."""
         looks = kind.looks.expand(boxes.shape[:2])
         drawn = color.draw_colors(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
         blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
-        views = sample(self.pixels, boxes, flips, kind.size, "bicubic", blur, self.canvases.extents)
-        return color.apply(views.flatten(0, 1), drawn, self.config.color).unflatten(0, boxes.shape[:2])
+        extents = self.canvases.extents
+        views = sample(self.pixels, boxes, flips, kind.size, "bicubic", blur, extents, self.outside)
+        inside = None
+        if self.outside is not None:
+            inside = _within(pixels_inside(boxes, flips, (kind.size, kind.size)), kind.size).flatten(0, 1)
+            self.facts["views/padding"] = 1 - inside.float().mean()
+        views = color.apply(views.flatten(0, 1), drawn, self.config.color, inside)
+        return views.unflatten(0, boxes.shape[:2])
+
+    def label_maps(
+        self, kind: _Kind, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"]
+    ) -> UInt8[Tensor, "B V H W"] | None:
+        """The label maps of the views."""
+        maps = self.canvases.label_maps
+        if maps is None:
+            return None
+        return sample_labels(maps, boxes, flips, kind.size, IGNORE, self.canvases.extents)
+
+    def instances(
+        self, kind: _Kind, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"]
+    ) -> ViewInstances | None:
+        """The instances in the views."""
+        if self.canvases.instances is None:
+            return None
+        found, lost = cut_instances(self.canvases.instances, boxes, flips, kind.size)
+        if not kind.local:
+            self.facts["instances/view"] = torch.tensor(len(found.view) / flips.numel())
+            self.facts["instances/lost"] = lost
+        return found
+
+
+def _within(inside: Int64[Tensor, "B V 4"], size: int) -> Bool[Tensor, "B V 1 {size} {size}"]:
+    """Which pixels of views lie within x0, y0, x1, y1."""
+    at = torch.arange(size, device=inside.device)
+    x0, y0, x1, y1 = inside[..., None].unbind(-2)
+    columns, rows = (at >= x0) & (at < x1), (at >= y0) & (at < y1)
+    return (rows[..., :, None] & columns[..., None, :])[:, :, None]

@@ -6,6 +6,7 @@ saturation and hue in a random order, each clipped to [0, 1].
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -91,10 +92,16 @@ def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch
 
 
 def apply(
-    images: Float[Tensor, "n 3 H W"], drawn: ColorDraw, config: ColorConfig
+    images: Float[Tensor, "n 3 H W"],
+    drawn: ColorDraw,
+    config: ColorConfig,
+    inside: Bool[Tensor, "n 1 H W"] | None = None,
 ) -> Float[Tensor, "n 3 H W"]:
     """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling
     first.
+
+    `inside` tells the pixels of the image from padding, which changes no colour and is 0 in the end, the mean
+    colour. None: all are the image's.
     """
     images.clamp_(0, 1)
     operations = (_brightness, _contrast, _saturation, _hue)
@@ -103,12 +110,16 @@ def apply(
             chosen = (drawn.order[:, place] == kind).nonzero()[:, 0]
             if len(chosen):
                 factor = drawn.factors[chosen, kind].to(images.device, non_blocking=True)[:, None, None, None]
+                if inside is not None and operation is _contrast:
+                    part = inside[chosen.to(images.device, non_blocking=True)]
+                    operation = partial(_contrast, inside=part)
                 _update(images, chosen, lambda x, f=factor, op=operation: op(x, f))
     _update(images, drawn.gray.nonzero()[:, 0], lambda x: _luma(x).expand_as(x))
     _update(images, drawn.solarize.nonzero()[:, 0], lambda x: torch.where(x >= 128 / 255, 1 - x, x))
     mean = torch.tensor(config.mean, device=images.device)[:, None, None]
     std = torch.tensor(config.std, device=images.device)[:, None, None]
-    return images.sub_(mean).div_(std)
+    images.sub_(mean).div_(std)
+    return images if inside is None else images.masked_fill_(~inside, 0)
 
 
 def _update(images: Tensor, chosen: Tensor, operation) -> None:
@@ -125,8 +136,12 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
     return x.mul_(factor).clamp_(0, 1)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
+def _contrast(x: Tensor, factor: Tensor, inside: Bool[Tensor, "n 1 H W"] | None = None) -> Tensor:
+    luma = _luma(x)
+    if inside is None:
+        mean = luma.mean(dim=(1, 2, 3), keepdim=True)
+    else:
+        mean = luma.mul_(inside).sum(dim=(1, 2, 3), keepdim=True) / inside.sum(dim=(1, 2, 3), keepdim=True)
     return x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 

@@ -87,7 +87,7 @@ def take(some: Loader, count: int) -> list[Canvases]:
 
 def equal(a: Canvases, b: Canvases) -> bool:
     pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Canvases)]
-    return all(x == y if isinstance(x, int) else torch.equal(x, y) for x, y in pairs)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 def test_a_batch_is_what_the_samples_say():

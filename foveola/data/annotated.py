@@ -1,0 +1,71 @@
+"""What a task learns from, image by image: whether a source has it, and its form in a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from foveola.data.sample import IGNORE, BadImage, DataError, Sample
+from foveola.data.sources import PixelSource, Source
+
+Annotations = Literal["labels", "label_maps", "instances"]
+WITH = "docs/data.md says which data strings have them"
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An image that was read: its index in the source, what stands there, its pixels and label map."""
+
+    index: int
+    sample: Sample
+    pixels: UInt8[np.ndarray, "H W 3"]
+    label_map: UInt8[np.ndarray, "H W"] | None
+
+
+def check_annotated(source: Source, annotations: Annotations | None) -> None:
+    """Raise DataError where a source has no annotations of the kind that a task learns from."""
+    if annotations == "labels" and not source.classes:
+        raise DataError(f"{source.name}: has no classes of images; {WITH}")
+    if annotations == "label_maps" and not isinstance(source, PixelSource):
+        raise DataError(f"{source.name}: has no label maps, classes of all pixels; {WITH}")
+    if annotations == "instances" and not source.has_objects:
+        raise DataError(f"{source.name}: has no annotated objects; {WITH}")
+
+
+def read_label_map(source: Any, index: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
+    """Return the label map of an image of `shape` (rows, columns).
+
+    Raises BadImage for one that cannot be read, holds a value of no class, or is of another shape: such an
+    image is counted, named and replaced as other bad ones are.
+    """
+    try:
+        found = source.label_map(index)
+    except BadImage:
+        raise
+    except DataError as error:
+        raise BadImage(str(error)) from error
+    if found.shape != shape:
+        (h, w), (lh, lw) = shape, found.shape
+        raise BadImage(f"is {w}x{h} pixels, its label map {lw}x{lh}")
+    return found
+
+
+def stack_label_maps(
+    maps: Sequence[UInt8[np.ndarray, "_ _"]], extents: Sequence[Sequence[int]]
+) -> UInt8[Tensor, "B R C"]:
+    """Return label maps as their images lie on canvases: `extents` rows and columns from the upper left on.
+
+    A cell has the class of the pixel under its centre; beyond an image it is IGNORE.
+    """
+    rows, columns = (max(sides) for sides in zip(*extents, strict=True))
+    stacked = torch.full((len(maps), rows, columns), IGNORE, dtype=torch.uint8)
+    for canvas, labels, extent in zip(stacked, maps, extents, strict=True):
+        y, x = (
+            ((2 * np.arange(n) + 1) * side) // (2 * n) for n, side in zip(extent, labels.shape, strict=True)
+        )
+        canvas[: extent[0], : extent[1]] = torch.from_numpy(labels[y[:, None], x])
+    return stacked
