@@ -87,7 +87,15 @@ def _try(
     """Losses of the second of two steps, its seconds, and the memory that it took."""
     settings = dataclasses.replace(config.loader, workers=0)
     with_objects = config.views.objects is not None
-    loader = Loader(source, batch, config.seed, settings, with_objects=with_objects, device=device)
+    loader = Loader(
+        source,
+        batch,
+        config.seed,
+        settings,
+        with_objects=with_objects,
+        annotations=config.method.annotations,
+        device=device,
+    )
     batches = iter(loader)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

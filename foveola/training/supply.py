@@ -26,6 +26,7 @@ def loader_of(
         config.seed,
         config.loader,
         with_objects=config.views.objects is not None,
+        annotations=config.method.annotations,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         accumulate=config.accumulate,
