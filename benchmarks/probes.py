@@ -6,7 +6,9 @@ Grid: seconds of a training step of one attentive probe, written as CAPI describ
 one folded probe, of 30 folded ones at once, and of CAE's probe; the same batch, the median of several steps;
 ratios to the first and to the second. Pass: features
 of generated JPEG images by a ViT-S/16 and by a network so small that reading is the work, printed as shares
-of the time: waiting for images, encoding and writing.
+of the time: waiting for images, encoding and writing. Stream: seconds of training DINOv2's grid of linear
+probes on crops of such images that are encoded as they are drawn, over the seconds of the plain forward of as
+many images that are in memory already, the mean of the passes before and after it.
 """
 
 import argparse
@@ -22,8 +24,12 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from foveola.data.sample import Sample
 from foveola.evaluation.classification.attentive import AttentiveBank
 from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.classification.grids import Plan, train_plans
+from foveola.evaluation.classification.linear import LINEAR_RATES, LinearBank, joined_width, need_of
+from foveola.evaluation.classification.solvers import cosine
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.names import need
+from foveola.evaluation.features.stream import Stream
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
 
@@ -137,6 +143,48 @@ def passing(device: str, small: bool, width: int, depth: int) -> None:
         print(f"{name:<12}{value:>8.2f} s{100 * value / total:>7.1f} %")
 
 
+@torch.inference_mode()
+def forward_seconds(encoder: Encoder, images: Tensor, count: int, config: FeedConfig) -> float:
+    """Seconds of encoding `count` images, of which there are some, batch by batch."""
+    device = encoder.device
+    began = time.perf_counter()
+    for start in range(0, count, config.batch_size):
+        part = images[: min(config.batch_size, count - start)].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            encoder.backbone(encoder.normalise(part))
+    if device.type != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def streaming(device: str, small: bool, width: int, depth: int, classes: int) -> None:
+    """One epoch of the grid of 52 probes on streamed crops, against the forward of its images."""
+    encoder = Encoder(EncoderConfig(model=ViTConfig(width=width, depth=depth, heads=width // 64)))
+    encoder = encoder.to(device)
+    count, batch = (64, 32) if small else (16384, 1024)
+    config = FeedConfig(batch_size=32, workers=1)
+    if device != "cpu":
+        config = FeedConfig(batch_size=256, workers=14, precision="bf16")
+    names = ("token", "token4", "token+average", "token4+average")
+    rates = torch.tensor(LINEAR_RATES)
+    banks = [LinearBank(n, rates, joined_width(encoder, n), classes, device=device) for n in names]
+    images = torch.randint(256, (config.batch_size, 3, 224, 224), dtype=torch.uint8)
+    forward_seconds(encoder, images, config.batch_size, config)
+    before = forward_seconds(encoder, images, count, config)
+    steps = count // batch
+    stream = Stream(encoder, Jpegs(count), np.arange(count), config)
+    began = time.perf_counter()
+    drawn = stream.drawn(need_of(names, masks=False), batch, steps, 0)
+    train_plans([Plan(banks, cosine(steps), batch, steps)], drawn, progress=False)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    whole = time.perf_counter() - began
+    forward = (before + forward_seconds(encoder, images, count, config)) / 2
+    print(f"\n52 linear probes of {classes} classes on {count} streamed crops, width {width}, {depth} blocks")
+    print(f"forward {forward:.1f} s, streamed {whole:.1f} s: {whole / forward:.2f} x")
+    print(", ".join(f"{name} {value:.1f} s" for name, value in stream.seconds.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,6 +196,8 @@ def main() -> None:
     grid(arguments.device, arguments.small)
     passing(arguments.device, arguments.small, 384, 12)
     passing(arguments.device, arguments.small, 128, 2)
+    streaming(arguments.device, arguments.small, 384, 12, 10)
+    streaming(arguments.device, arguments.small, 384, 12, 1000)
 
 
 if __name__ == "__main__":

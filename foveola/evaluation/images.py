@@ -124,7 +124,8 @@ class Images(Dataset):
     """Images of a source in parcels, each as a cut makes it, decoded once and answered in order.
 
     Args:
-        chosen: indices in the source; or rows of numbers of which the first is the index.
+        chosen: indices in the source; or rows of numbers of which the first is the index. An array, or
+            anything that has a length and gives an array for a slice.
         cut: gets a sample and its row of `chosen`. It gives a named tuple of columns (tensors, tuples, or
             dicts of them, with one entry for each row), or None for an image that takes no part. It raises
             BadImage for one that cannot be read, which is counted, and DataError for data that cannot be
@@ -132,9 +133,7 @@ class Images(Dataset):
         parcel: images that travel together from a worker.
     """
 
-    def __init__(
-        self, source: Any, chosen: Int64[np.ndarray, "n *m"], cut: Callable[..., Any], parcel: int = PARCEL
-    ) -> None:
+    def __init__(self, source: Any, chosen: Any, cut: Callable[..., Any], parcel: int = PARCEL) -> None:
         self.source, self.chosen, self.cut, self.parcel = source, chosen, cut, parcel
 
     def __len__(self) -> int:

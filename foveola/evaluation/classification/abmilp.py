@@ -12,25 +12,14 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
-from foveola.evaluation.classification.grids import (
-    ProbeGrid,
-    choose_and_score,
-    probe_metrics,
-    probe_needs,
-    train_banks,
-)
-from foveola.evaluation.classification.linear import BatchNorm, LinearBank, need_of
+from foveola.evaluation.classification.grids import Plan, ProbeGrid, probe_metrics
+from foveola.evaluation.classification.linear import BatchNorm, LinearBank, joined_width, need_of
 from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
-from foveola.evaluation.classification.task import (
-    Columns,
-    ProbeConfig,
-    batches,
-    open_task,
-    plan_training,
-)
+from foveola.evaluation.classification.task import Columns, ProbeConfig, Task, plan_training
+from foveola.evaluation.classification.trained import Prepared, TrainedProbe
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need
-from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
+from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
+from foveola.evaluation.protocol import Metric, Outcome
 from foveola.models.encoder import Encoder
 
 Activation = Literal["relu", "gelu", "tanh"]
@@ -214,13 +203,7 @@ class AbmilpConfig(ProbeConfig):
         return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))
 
 
-def wanted_of(config: AbmilpConfig, encoder: Encoder) -> Need:
-    """Return what of an image the protocol reads."""
-    vectors = config.vectors(encoder)
-    return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
-
-
-class Abmilp(Protocol):
+class Abmilp(TrainedProbe):
     """Classifies the patches' average by learned scores and, on the same batches, by fixed ones.
 
     Numbers in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
@@ -231,18 +214,19 @@ class Abmilp(Protocol):
     name = "abmilp"
     help = "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)"
     Config = AbmilpConfig
-    train = "needed"
     metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
 
-    def needs(self, config: AbmilpConfig, encoder: Encoder) -> Needs:
-        """Return the need of all patches of each image, and the fixed averages."""
-        return probe_needs(wanted_of(config, encoder), config.views)
+    def wanted(self, config: AbmilpConfig, encoder: Encoder) -> Need:
+        """Return all patches of each image, and the fixed averages."""
+        vectors = config.vectors(encoder)
+        return need("patches") | need_of(vectors, masks=False) if vectors else need("patches")
 
-    def measure(self, at: At, config: AbmilpConfig) -> Outcome:
-        """Train AbMILP and, on the same batches, the same classifier on fixed averages of the patches."""
-        wanted = wanted_of(config, at.encoder)
-        task = open_task(at, config, wanted, len(config.lr))
-        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    def candidates(self, config: AbmilpConfig, encoder: Encoder) -> int:
+        """Return the number of learning rates."""
+        return len(config.lr)
+
+    def plan(self, config: AbmilpConfig, encoder: Encoder, task: Task) -> Plan:
+        """Return AbMILP's banks, and one of the same classifier on each fixed average of the patches."""
         config = config.sized(len(task.fit))
         batch, each, steps = plan_training(task, config)
         if config.attention:
@@ -251,35 +235,30 @@ class Abmilp(Protocol):
                 "the code of Selective Aggregation has it the other way round"
             )
         task.notes.append(f"{config.optimizer} with batches of {batch} images")
-        learned, fixed = _banks(
-            at.encoder, config, task.train.take("patches", slice(1)).shape[2], batch, task
-        )
-        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-        banks: list[ProbeGrid] = [*learned, *fixed]
-        train_banks(
-            banks, drawn, warm_cosine(steps, min(config.warmup * each, steps // 2)), steps, at.progress
-        )
-        outcome = choose_and_score(banks, task, wanted, config.seed)
-        entropies = {}
-        test_columns = Columns(task.test, task.score, need("patches"), task.device)
-        for bank in learned:
-            best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
-            entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), test_columns)
+        banks = _banks(encoder, config, batch, task)
+        return Plan(banks, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
+
+    def score(self, prepared: Prepared) -> Outcome:
+        """Return the numbers of the trained grid, and the entropies of the chosen probes' weights."""
+        outcome, task, entropies = super().score(prepared), prepared.task, {}
+        columns = Columns(task.test, task.score, need("patches"), task.device)
+        for bank in prepared.plan.banks:
+            if isinstance(bank, AbmilpBank):
+                best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
+                entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), columns)
         return replace(outcome, metrics=outcome.metrics | entropies)
 
 
-def _banks(
-    encoder: Encoder, config: AbmilpConfig, width: int, batch: int, task: Any
-) -> tuple[list[AbmilpBank], list[LinearBank]]:
+def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> list[ProbeGrid]:
     rates = torch.tensor(config.lr) * (batch / 256)
     shapes: list[tuple[int, Activation]] = [
         (d, a) for d in config.depth for a in (config.activation if d > 1 else config.activation[:1])
     ]
-    learned, fixed = [], []
+    banks: list[ProbeGrid] = []
     for depth, activation in shapes:
         bank = AbmilpBank(
             rates,
-            width,
+            shape_of(encoder, "patches", need("patches"))[-1],
             task.classes,
             depth=depth,
             activation=activation,
@@ -293,12 +272,12 @@ def _banks(
             device=task.device,
         )
         bank.settings = [{**about, "lr": lr} for about, lr in zip(bank.settings, config.lr, strict=True)]
-        learned.append(bank)
+        banks.append(bank)
     for vector in config.vectors(encoder):
         bank = LinearBank(
             vector,
             rates,
-            task.train.take(vector, slice(1)).shape[-1],
+            joined_width(encoder, vector),
             task.classes,
             group="external" if vector.startswith(EXTERNAL) else vector,
             optimizer=config.optimizer or "lars",
@@ -309,8 +288,8 @@ def _banks(
             device=task.device,
         )
         bank.settings = [{"features": vector, "lr": lr} for lr in config.lr]
-        fixed.append(bank)
-    return learned, fixed
+        banks.append(bank)
+    return banks
 
 
 @torch.no_grad()

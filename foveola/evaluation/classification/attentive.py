@@ -12,26 +12,12 @@ from torch.nn.init import trunc_normal_
 from foveola.config import UserError, key
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import (
-    ProbeGrid,
-    choose_and_score,
-    probe_metrics,
-    probe_needs,
-    train_banks,
-)
+from foveola.evaluation.classification.grids import Plan, ProbeGrid, probe_metrics
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
-from foveola.evaluation.classification.task import (
-    PUBLISHED_STEPS,
-    Columns,
-    ProbeConfig,
-    Task,
-    batches,
-    open_task,
-    plan_training,
-)
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, ProbeConfig, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedProbe
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import need
-from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
+from foveola.evaluation.features.names import need, shape_of
 from foveola.models.encoder import Encoder
 
 SCORES_AT_ONCE = (
@@ -199,13 +185,7 @@ class AttentiveConfig(ProbeConfig):
         return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
 
-def wanted_of(config: AttentiveConfig, encoder: Encoder) -> Need:
-    """Return what of an image the protocol reads: CAE's probe the class token, too."""
-    token = config.style == "cae" and encoder.config.model.class_token
-    return need("patches", *(["token"] if token else []))
-
-
-class Attentive(Protocol):
+class Attentive(TrainedProbe):
     """Classifies what one learned query reads from the patches.
 
     Numbers in percent, of group `attentive` (`attentive_12` for heads=12), style=cae: `cae`: as of `linear`.
@@ -216,30 +196,28 @@ class Attentive(Protocol):
     title = "attentive probe"
     help = "classification of what one learned query reads from the patches (CAPI, CAE)"
     Config = AttentiveConfig
-    train = "needed"
     metrics = probe_metrics(title)
 
-    def needs(self, config: AttentiveConfig, encoder: Encoder) -> Needs:
-        """Return the need of all patches of each image."""
-        return probe_needs(wanted_of(config, encoder), config.views)
+    def wanted(self, config: AttentiveConfig, encoder: Encoder) -> Need:
+        """Return all patches of each image; CAE's probe reads the class token, too."""
+        token = config.style == "cae" and encoder.config.model.class_token
+        return need("patches", *(["token"] if token else []))
 
-    def measure(self, at: At, config: AttentiveConfig) -> Outcome:
-        """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`."""
-        wanted = wanted_of(config, at.encoder)
-        first = config.resolved(1)
-        candidates = len(first.lr or ()) * len(first.weight_decay or ())
-        task = open_task(at, config, wanted, candidates)
-        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
+    def candidates(self, config: AttentiveConfig, encoder: Encoder) -> int:
+        """Return the number of pairs of a learning rate and a weight decay."""
+        config = config.resolved(1)
+        return len(config.lr or ()) * len(config.weight_decay or ())
+
+    def plan(self, config: AttentiveConfig, encoder: Encoder, task: Task) -> Plan:
+        """Return a bank of each number of heads."""
         config = config.resolved(len(task.fit))
         batch, _, steps = plan_training(task, config, PUBLISHED_STEPS if config.style == "capi" else None)
         if config.style == "cae" and batch < STYLES["cae"]["batch"]:
             task.notes.append(f"cae: batches of {batch} images")
-        width = task.train.take("patches", slice(1)).shape[2]
+        width = shape_of(encoder, "patches", need("patches"))[-1]
         banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
-        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
         schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
-        train_banks(banks, drawn, schedule(steps, round((config.warmup or 0) * steps)), steps, at.progress)
-        return choose_and_score(banks, task, wanted, config.seed)
+        return Plan(banks, schedule(steps, round((config.warmup or 0) * steps)), batch, steps)
 
 
 def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:

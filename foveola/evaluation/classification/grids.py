@@ -1,6 +1,8 @@
 """Banks of probes: trained on the same batches, one chosen on the hold-out, scored on test."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -8,13 +10,14 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from foveola.evaluation.classification.solvers import Factor
-from foveola.evaluation.classification.task import Columns, FeatureBatch, Task
+from foveola.evaluation.classification.task import Columns, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
+from foveola.evaluation.features.stream import FeatureBatch
 from foveola.evaluation.images import show
 from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
-from foveola.evaluation.protocol import Metric, Needs, Outcome, Reading
+from foveola.evaluation.protocol import Metric, Outcome
 
 SCORING = 256  # rows scored at once
 
@@ -28,13 +31,6 @@ def probe_metrics(label: str) -> tuple[Metric, ...]:
         Metric("top1_*_best_on_test", f"{label} top-1 ({{}} best on test)", "higher", chance=1,
                column="best on test"),
     )  # fmt: skip
-
-
-def probe_needs(need: Need, views: int = 0) -> Needs:
-    """Return the needs of trained probes, which read features of training images in some views many
-    times, and those of test images.
-    """
-    return Needs((Reading(need, views),), (Reading(need),))
 
 
 @runtime_checkable
@@ -54,13 +50,25 @@ class ProbeGrid(Protocol):
         ...
 
 
-def train_banks(
-    banks: Sequence[ProbeGrid], drawn: Iterator[FeatureBatch], factor: Factor, steps: int, progress: bool
-) -> None:
-    """Train all banks on the same batches."""
-    for step, (x, y) in enumerate(show(drawn, steps, "training probes", progress)):
-        for bank in banks:
-            bank.step(x, y, factor(step))
+@dataclass
+class Plan:
+    """How banks are trained: all on the same batches, each exactly as if it were alone."""
+
+    banks: Sequence[ProbeGrid]
+    factor: Factor  # what learning rates are multiplied with at each step
+    batch: int
+    steps: int
+    seconds: float = 0.0  # that their steps took so far
+
+
+def train_plans(plans: Sequence[Plan], drawn: Iterator[FeatureBatch], progress: bool) -> None:
+    """Train the banks of all plans, which have the same number of steps, on the same batches."""
+    for step, (x, y) in enumerate(show(drawn, plans[0].steps, "training probes", progress)):
+        for plan in plans:
+            began = perf_counter()
+            for bank in plan.banks:
+                bank.step(x, y, plan.factor(step))
+            plan.seconds += perf_counter() - began
 
 
 class Judged(NamedTuple):
@@ -122,7 +130,7 @@ def choose_and_score(banks: Sequence[ProbeGrid], task: Task, wanted: Need, seed:
     test = Columns(task.test, task.score, wanted, task.device)
     held = None
     if len(task.hold):
-        columns = Columns(task.train, task.hold, wanted, task.device)
+        columns = Columns(task.holding, task.hold, wanted, task.device)
         held = [judge(bank, columns, task.held) for bank in banks]
     metrics: dict[str, float] = {}
     chosen: dict[str, Any] = {}

@@ -11,12 +11,7 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import (
-    choose_and_score,
-    probe_metrics,
-    probe_needs,
-    train_banks,
-)
+from foveola.evaluation.classification.grids import Plan, probe_metrics
 from foveola.evaluation.classification.solvers import (
     OPTIMIZERS,
     Factor,
@@ -25,17 +20,10 @@ from foveola.evaluation.classification.solvers import (
     cosine_by_epoch,
     warm_cosine,
 )
-from foveola.evaluation.classification.task import (
-    PUBLISHED_STEPS,
-    Columns,
-    ProbeConfig,
-    batches,
-    open_task,
-    plan_training,
-)
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, ProbeConfig, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedProbe
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import EXTERNAL, need
-from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
+from foveola.evaluation.features.names import EXTERNAL, need, shape_of
 from foveola.models.encoder import Encoder
 
 # -- core ----------------------------------------------------------------------------------------------------
@@ -164,6 +152,11 @@ def need_of(features: tuple[str, ...], masks: bool) -> Need:
     return need(*kinds, layers=max(layers for _, layers in parts))
 
 
+def joined_width(encoder: Encoder, features: str) -> int:
+    """Return the width of the vector that `joined_features` makes for an encoder."""
+    return sum(layers * shape_of(encoder, kind, need(kind))[-1] for kind, layers in split_features(features))
+
+
 def joined_features(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
     """Return one vector of each image from its kinds of features."""
     columns = []
@@ -222,15 +215,7 @@ class LinearConfig(ProbeConfig):
         return replace(self, **{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
 
-def wanted_of(config: LinearConfig, encoder: Encoder) -> Need:
-    """Return what of an image the protocol reads."""
-    chosen = config.resolved(encoder)
-    # DINO and iBOT evaluate bicubic images, but train on torchvision's default crops, which are bilinear.
-    crops = "bilinear" if config.style == "dino" else None
-    return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
-
-
-class Linear(Protocol):
+class Linear(TrainedProbe):
     """Trains a grid of linear probes on the features of `train`, and chooses one on the hold-out.
 
     Numbers in percent, of group `linear` (style=mae: of each feature): `top1_*` of the probe that the
@@ -242,22 +227,25 @@ class Linear(Protocol):
     title = "linear probe"
     help = "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)"
     Config = LinearConfig
-    train = "needed"
     metrics = probe_metrics(title)
 
-    def needs(self, config: LinearConfig, encoder: Encoder) -> Needs:
+    def wanted(self, config: LinearConfig, encoder: Encoder) -> Need:
         """Return vectors of each image."""
-        return probe_needs(wanted_of(config, encoder), config.views)
+        chosen = config.resolved(encoder)
+        # DINO and iBOT evaluate bicubic images, but train on torchvision's default crops, which are bilinear.
+        crops = "bilinear" if config.style == "dino" else None
+        return replace(need_of(chosen.features or (), chosen.masks), crops=crops)
 
-    def measure(self, at: At, config: LinearConfig) -> Outcome:
-        """Train the grid, choose on the hold-out, score on `test`."""
-        config = config.resolved(at.encoder)
+    def candidates(self, config: LinearConfig, encoder: Encoder) -> int:
+        """Return the number of rates, and of features where there is one choice among all of them."""
+        config = config.resolved(encoder)
+        return len(config.lr or ()) * (1 if config.style == "mae" else len(config.features or ()))
+
+    def plan(self, config: LinearConfig, encoder: Encoder, task: Task) -> Plan:
+        """Return a bank of each feature."""
+        config = config.resolved(encoder)
         features, rates = config.features or (), config.lr or ()
-        wanted = wanted_of(config, at.encoder)
         mae = config.style == "mae"  # which reports each feature by itself
-        candidates = len(rates) * (1 if mae else len(features))
-        task = open_task(at, config, wanted, candidates)
-        columns = Columns(task.train, task.fit, wanted, task.device, config.views)
         batch, each, steps = plan_training(
             task, config, PUBLISHED_STEPS if config.style == "dinov2" else None
         )
@@ -270,12 +258,11 @@ class Linear(Protocol):
             task.notes.append(
                 f"train: {batch} images are one batch, less than the {config.batch} of the setting"
             )
-        one = columns.take(torch.arange(1), 1 if config.views else 0)
         banks = [
             LinearBank(
                 each_feature,
                 torch.tensor(rates) * (batch / 256),
-                joined_features(one, each_feature, config.masks).shape[1],
+                joined_width(encoder, each_feature),
                 task.classes,
                 group=each_feature if mae else "linear",
                 optimizer="lars" if mae else "sgd",
@@ -295,6 +282,4 @@ class Linear(Protocol):
             "dinov2": cosine(steps),
             "mae": warm_cosine(steps, min(10 * each, steps // 2)),
         }
-        drawn = batches(columns, task.labels[task.fit], batch, steps, config.seed, config.views)
-        train_banks(banks, drawn, factors[config.style], steps, at.progress)
-        return choose_and_score(banks, task, wanted, config.seed)
+        return Plan(banks, factors[config.style], batch, steps)

@@ -13,16 +13,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import key
-from foveola.evaluation.classification.grids import (
-    Judged,
-    judged,
-    note_choice,
-    probe_metrics,
-    probe_needs,
-    scored,
-)
+from foveola.evaluation.classification.grids import Judged, judged, note_choice, probe_metrics, scored
 from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
+from foveola.evaluation.classification.trained import probe_needs
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.images import show
@@ -271,7 +265,7 @@ class Logistic(Protocol):
 
     def needs(self, config: LogisticConfig, encoder: Encoder) -> Needs:
         """Return vectors of each image."""
-        return probe_needs(wanted_of(config, encoder))
+        return probe_needs(wanted_of(config, encoder), config)
 
     def measure(self, at: At, config: LogisticConfig) -> Outcome:
         """Fit a path over C, choose on the hold-out, refit on all rows that train, score on `test`."""
@@ -287,10 +281,10 @@ class Logistic(Protocol):
 
         def rows(part: str) -> Float[Tensor, "n D"]:
             store, index = {
-                "fit": (task.train, task.fit),
-                "hold": (task.train, task.hold),
+                "fit": (task.holding, task.fit),
+                "hold": (task.holding, task.hold),
                 "score": (task.test, task.score),
-                "both": (task.train, torch.cat((task.fit, task.hold)).sort().values),
+                "both": (task.holding, torch.cat((task.fit, task.hold)).sort().values),
             }[part]
             x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
             return joined_features(x, features_of(config, at.encoder), config.masks)

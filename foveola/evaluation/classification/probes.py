@@ -1,5 +1,7 @@
 """All probes side by side on the same features: the protocol `probes`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from foveola.evaluation.classification.knn import Knn, KnnConfig
 from foveola.evaluation.classification.linear import Linear, LinearConfig
 from foveola.evaluation.classification.logistic import Logistic, LogisticConfig
 from foveola.evaluation.classification.task import ProbeConfig
+from foveola.evaluation.classification.trained import Prepared, TrainedProbe, train_together
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
@@ -104,21 +107,25 @@ class Probes(Protocol):
         )
 
     def measure(self, at: At, config: ProbesConfig) -> Outcome:
-        """Return the numbers of one part after the other."""
+        """Train all probes on the same batches, and return the numbers of one part after the other."""
         metrics: dict[str, float] = {}
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}
         grid: dict[str, Any] = {}
         scores: dict[str, Any] = {}
         notes: list[str] = []
-        seconds: dict[str, float] = {}
-        for name, (protocol, own) in parts_of(config, at.encoder).items():
+        parts = parts_of(config, at.encoder)
+        prepared = self._trained(at, parts)
+        seconds = {name: each.plan.seconds for name, each in prepared.items()}
+        for name, (protocol, own) in parts.items():
             began = perf_counter()
-            try:
-                outcome = protocol.measure(at, own)
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from error
-            seconds[name] = round(perf_counter() - began, 2)
+            with _named(name):
+                ready = prepared.get(name)
+                if isinstance(protocol, TrainedProbe) and ready is not None:
+                    outcome = protocol.score(ready)
+                else:
+                    outcome = protocol.measure(at, own)
+            seconds[name] = round(seconds.get(name, 0.0) + perf_counter() - began, 2)
             found, kept = outcome.metrics, outcome.scores
             if name == "knn":
                 found, kept = (
@@ -135,5 +142,24 @@ class Probes(Protocol):
             chosen |= outcome.chosen
             grid |= outcome.grid
             notes += outcome.notes
-        data["probe_seconds"] = seconds  # the first includes the pass over the images
+        data["probe_seconds"] = seconds  # of training steps and scoring; the pass over the images is apart
         return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)
+
+    def _trained(self, at: At, parts: dict[str, tuple[Protocol, Any]]) -> dict[str, Prepared]:
+        """The grids of the parts that are trained by steps, trained."""
+        prepared = {}
+        for name, (protocol, own) in parts.items():
+            if isinstance(protocol, TrainedProbe):
+                with _named(name):
+                    prepared[name] = protocol.prepare(at, own)
+        train_together(list(prepared.values()), at.progress)
+        return prepared
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Say of which part of the protocol a setting is that cannot be."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{part}: {error}") from error

@@ -4,9 +4,9 @@ The rows that train, those that choose (the hold-out, a share of the training im
 scored (test) never mix. Test labels are read once everything is trained and chosen.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from foveola.config import UserError, key
 from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
 from foveola.evaluation.features.cache import FeedConfig, Need, Store
+from foveola.evaluation.features.stream import FeatureBatch, Order, Part, Stream, labels_of, per_epoch
+from foveola.evaluation.images import choose_images, identity_for
 from foveola.evaluation.protocol import At
 
 PUBLISHED_STEPS = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
@@ -37,9 +39,10 @@ class ProbeConfig(FeedConfig):
         at_least=0,
         below=1,
     )
-    views: int = key(
+    views: Literal["stream"] | int = key(
         0,
-        "random crops stored of each training image, which epochs take in turn; 0 = no augmentation",
+        "random crops of each training image that are stored, which epochs take in turn; stream = new ones "
+        "in each epoch, encoded as they are drawn and not stored; 0 = no augmentation",
         at_least=0,
     )
 
@@ -47,20 +50,23 @@ class ProbeConfig(FeedConfig):
 # -- the task ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Task:
-    """Features and labels of a probe: which rows of the stores train, choose, and are scored."""
+    """Features and labels of a probe: which rows train, choose, and are scored."""
 
-    train: Store
+    train: "Store | Stream"  # stored features of all training images, or crops of those that train
     test: Store
-    labels: Int64[Tensor, "n"]  # of all rows of `train`; -1 unknown
-    fit: Int64[Tensor, "f"]  # rows of `train` that train
-    hold: Int64[Tensor, "h"]  # rows of `train` that choose
+    holding: Store  # features of the hold-out: those of `train`, or a store of its own
+    labels: Int64[Tensor, "n"]  # of all training images, stored or not; -1 unknown
+    fit: Int64[Tensor, "f"]  # rows of the training images that train
+    hold: Int64[Tensor, "h"]  # rows of `holding` that choose
+    held: Answers  # what is right on them
     score: Int64[Tensor, "m"]  # rows of `test` that are scored
     answers: Answers
     classes: int
     device: torch.device
     notes: list[str]
+    about: dict[str, Any]  # facts of the training images which are known before they are read
     training: dict[str, int] = field(default_factory=dict)  # batch, steps and passes, of trained probes
 
     @property
@@ -68,26 +74,36 @@ class Task:
         """Facts about both sets, for the result."""
         rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(self.score)}
         trained = {"training": self.training} if self.training else {}
-        return {"train": self.train.facts, "test": self.test.facts, "split": rows, **trained}
+        train = self.about | self.train.facts
+        return {"train": train, "test": self.test.facts, "split": rows, **trained}
 
-    @property
-    def held(self) -> Answers:
-        """What is right on the hold-out."""
-        return Answers(self.labels[self.hold], self.train.image_indices[self.hold])
+    def drawn(
+        self, wanted: Need, views: Literal["stream"] | int, batch: int, steps: int, seed: int
+    ) -> Iterator[FeatureBatch]:
+        """Yield the batches of training, in an order that depends on seed and epoch alone."""
+        if isinstance(self.train, Stream):
+            return self.train.drawn(wanted, batch, steps, seed)
+        stored = int(views)
+        columns = Columns(self.train, self.fit, wanted, self.device, stored)
+        return batches(columns, self.labels[self.fit], batch, steps, seed, stored)
 
 
 def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     """Open the stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
+    With views=stream training images are not stored, but for the evaluation view of the hold-out.
     Raises UserError for: no labels, a single class, no class in common, fewer images than a hold-out needs.
     """
     train, test = at.train, at.test
-    bank, queries = at.open(train, config, need, config.views), at.open(test, config, need)
     notes: list[str] = []
-    rows = _labelled(bank, "train", notes)
-    score = _labelled(queries, "test", notes)
-    labels, found = bank.column("labels"), queries.column("labels")[score]
+    stored = None if config.views == "stream" else at.open(train, config, need, config.views)
+    queries = at.open(test, config, need)
+    chosen = choose_images(len(train), config.limit, config.seed)
+    labels = labels_of(train, chosen) if stored is None else stored.column("labels")
+    rows = _labelled(labels, "train", notes)
+    found = queries.column("labels")
+    score = _labelled(found, "test", notes)
     classes = max(int(labels.max()) + 1, len(train.classes or ()))
     present = torch.unique(labels[rows])
     if len(present) < 2:
@@ -101,13 +117,36 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
             f"{train.name}: no class has two labelled images, so none can be held out to choose among "
             f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
         )
-    right = shared_labels(found, test.classes, labels[rows], train.classes, notes)
+    right = shared_labels(found[score], test.classes, labels[rows], train.classes, notes)
     answers = answers_of(test, train.classes, right, queries.image_indices[score], classes)
-    return Task(bank, queries, labels, fit, hold, score, answers, classes, at.encoder.device, notes)
+    about: dict[str, Any] = {}
+    learning: Store | Stream
+    if stored is None:
+        learning = Stream(at.encoder, train, chosen[fit.numpy()], config)
+        about = {"name": train.name, "fingerprint": identity_for(train, config).digest}
+        about |= {"images": len(chosen), "rows": len(rows)}
+        holding, hold = _open_held(at, config, need, chosen[hold.numpy()], queries)
+    else:
+        learning = holding = stored
+    held = Answers(holding.column("labels")[hold], holding.image_indices[hold])
+    return Task(
+        train=learning, test=queries, holding=holding, labels=labels, fit=fit, hold=hold, held=held,
+        score=score, answers=answers, classes=classes, device=at.encoder.device, notes=notes, about=about,
+    )  # fmt: skip
 
 
-def _labelled(store: Store, which: str, notes: list[str]) -> Int64[Tensor, "r"]:
-    known = store.column("labels") >= 0
+def _open_held(
+    at: At, config: ProbeConfig, need: Need, images: Int64[np.ndarray, "h"], nothing: Store
+) -> tuple[Store, Int64[Tensor, "h"]]:
+    """The evaluation view of the hold-out, where training images are not stored; without one, no rows."""
+    if not len(images):
+        return nothing, torch.zeros(0, dtype=torch.int64)
+    store = at.open(Part(at.train, images), replace(config, limit=None), need)
+    return store, torch.arange(len(store))
+
+
+def _labelled(labels: Int64[Tensor, "n"], which: str, notes: list[str]) -> Int64[Tensor, "r"]:
+    known = labels >= 0
     if not known.any():
         raise UserError(f"{which}: no labels on its images, which a probe needs")
     if missing := int((~known).sum()):
@@ -152,8 +191,8 @@ def length_of(
     """Return (batch, steps of an epoch, steps of training), with a batch of at most all rows.
 
     `published` steps, where neither epochs nor iterations are asked for, are of ImageNet: on a smaller set
-    training ends after `EPOCHS` passes (DINO's length), which from 128,000 images with batches of 1024 on are
-    more than DINOv2's 12,500 steps.
+    training ends after `MOST_PASSES` passes (DINO's length), which from 128,000 images with batches of 1024
+    on are more than DINOv2's 12,500 steps.
     """
     batch = min(batch, rows)
     each = per_epoch(rows, batch)
@@ -183,7 +222,7 @@ def plan_training(task: Task, config: Any, published: int | None = None) -> tupl
         )
     if not views:
         task.notes.append("trained on the evaluation view; published probes train on random crops (views=)")
-    elif views < task.training["epochs"]:
+    elif views != "stream" and views < task.training["epochs"]:
         task.notes.append(f"trained on {views} crops of each image in turn; published: new ones each epoch")
     return length
 
@@ -224,26 +263,12 @@ class Columns:
         }
 
 
-FeatureBatch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
-
-
-def per_epoch(rows: int, batch: int) -> int:
-    """Return whole batches of an epoch, at least one."""
-    return max(1, rows // batch)
-
-
 def batches(
     columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
 ) -> Iterator[FeatureBatch]:
-    """Yield batches in an order that depends on seed and epoch alone; rows that fill no batch sit the epoch
-    out.
-    """
-    batch, labels = min(batch, len(columns)), labels.to(columns.device)
-    length = per_epoch(len(columns), batch)
-    order = torch.zeros(0, dtype=torch.int64)
+    """Yield batches of stored features, in an `Order`; with crops, those of the epoch in turn."""
+    labels, order = labels.to(columns.device), Order(len(columns), batch, seed)
     for step in range(steps):
-        epoch, place = divmod(step, length)
-        if not place:
-            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(columns)))
-        at = order[place * batch : (place + 1) * batch].sort().values  # ascending rows are read faster
+        epoch, rows = order(step)
+        at = torch.from_numpy(rows)
         yield columns.take(at, 1 + epoch % views if views else 0), labels[at.to(labels.device)]

@@ -1,4 +1,4 @@
-"""Random crops of training images beside their evaluation view: what augmented probes learn from."""
+"""Random crops of training images beside their evaluation view, or alone: for augmented probes."""
 
 import math
 from typing import Literal
@@ -16,6 +16,8 @@ from foveola.models.transform import TransformConfig, crop_view, evaluation_view
 
 class CropsCut:
     """Makes 1 + `views` rows of an image: the evaluation view, then random crops, half of them flipped.
+
+    Called with numbers besides the index, it makes the rows of these alone: 0 is the evaluation view.
 
     A crop is a random-resized crop (area 0.08 to 1 of the image, ratio 3/4 to 4/3) resized to the encoder's
     crop by `interpolation` (None = as the encoder resizes). It depends on (seed, image, number of the crop)
@@ -36,17 +38,19 @@ class CropsCut:
         self.masks = PatchMasks(transform, patch_size, config)
         self.interpolation: Literal["bicubic", "bilinear"] | None = interpolation
 
-    def __call__(self, sample: Sample, index: int) -> ImageRows:
-        """All rows of one image. Raises BadImage."""
+    def __call__(self, sample: Sample, index: int, *numbers: int) -> ImageRows:
+        """All rows of one image, or those of some numbers. Raises BadImage."""
         image, objects = decode(sample.image), sample.objects if self.masked else None
         every = tuple(range(0 if objects is None else len(objects)))
-        views = [evaluation_view(image, self.transform)]
-        masks = [self.masks(objects, every, views[0].box)]
-        for number in range(1, 1 + self.views):
-            rng = np.random.default_rng([self.seed, index, number])
-            flipped = rng.random() < 0.5
-            corners = random_crop(image.shape[0], image.shape[1], rng)
-            view = crop_view(image, corners, self.transform, self.interpolation)
+        views, masks = [], []
+        for number in numbers or range(1 + self.views):
+            if not number:
+                view, flipped = evaluation_view(image, self.transform), False
+            else:
+                rng = np.random.default_rng([self.seed, index, number])
+                flipped = rng.random() < 0.5
+                corners = random_crop(image.shape[0], image.shape[1], rng)
+                view = crop_view(image, corners, self.transform, self.interpolation)
             mask = self.masks(objects, every, view.box)
             if flipped:
                 view = view._replace(pixels=view.pixels.flip(-1))

@@ -84,10 +84,13 @@ def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
 
 
 class FeatureReader:
-    """Computes kinds of features of images; keeps the other encoders of `external:` kinds."""
+    """Computes kinds of features of images; keeps the other encoders of `external:` kinds.
 
-    def __init__(self, encoder: Encoder, precision: str) -> None:
-        self.encoder, self.precision = encoder, precision
+    Features are put on `device`; by default on the CPU.
+    """
+
+    def __init__(self, encoder: Encoder, precision: str, device: torch.device | str = "cpu") -> None:
+        self.encoder, self.precision, self.device = encoder, precision, device
         self.others: dict[str, Encoder] = {}
 
     def other(self, kind: str) -> Encoder:
@@ -103,7 +106,7 @@ class FeatureReader:
     def __call__(
         self, images: UInt8[Tensor, "b 3 S S"], masks: Bool[Tensor, "b N"], wanted: Need
     ) -> dict[str, Float32[Tensor, "b ..."]]:
-        """Features of each wanted kind, float32 on the CPU; all but `masked` without regard to masks."""
+        """Features of each wanted kind, float32; all but `masked` without regard to masks."""
         encoder, kinds = self.encoder.eval(), wanted.kinds
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             moved = images.to(encoder.device)
@@ -131,7 +134,7 @@ class FeatureReader:
                 found["centre"] = weigh(plain.attention.centre()[:, :, -count:].mean(dim=1), patches)
             for kind in (kind for kind in kinds if kind.startswith(EXTERNAL)):
                 found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
-        return {kind: found[kind].float().cpu() for kind in kinds}
+        return {kind: found[kind].float().to(self.device) for kind in kinds}
 
     def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int) -> Tensor:
         """Object tokens; one that reads everything is the class token, and not computed again."""
