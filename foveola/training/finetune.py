@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import ConfigError, merge
+from foveola.evaluation.protocol import find_protocol
 from foveola.tasks.task import TaskConfig
 from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.training.run import Run, pretrain
@@ -38,12 +39,15 @@ def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[
 
     Raises ConfigError for a recipe whose method is no task.
     """
-    own = {name: value for name, value in overrides.items() if name.partition(".")[0] == "method"}
-    protocol = protocol_of(resolve(recipe, own))
+    name = (
+        nested({k: v for k, v in overrides.items() if k.startswith("method")}).get("method", {}).get("name")
+    )
+    protocol = protocol_of(resolve(recipe, {} if name is None else {"method.name": name}))
     if test is None:
         return overrides
-    asked = nested({f"{TEST}.protocol": protocol, f"{TEST}.every": EVERY})
-    return merge(asked, nested(overrides)) | {f"{TEST}.test": test}
+    main = next(metric.name for metric in find_protocol(protocol).metrics if metric.main)
+    asked = {f"{TEST}.protocol": protocol, f"{TEST}.every": EVERY, "best": f"test/{main}"}
+    return merge(nested(asked), nested(overrides)) | {f"{TEST}.test": test}
 
 
 def protocol_of(config: RunConfig) -> str:
