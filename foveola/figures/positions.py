@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from foveola.config import UserError
 from foveola.drawing.overlays import cool_to_warm, cosine_bar, magnify
 from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.pca import Basis, pca_rgb
@@ -16,6 +17,7 @@ POSITION_KINDS = {
     "learned": "learned table",
     "sincos": "fixed sines and cosines",
     "field": "learned field",
+    "none": "none",
     "rope": "rotary: nothing is added; cosines and sines of the angles by which queries and keys turn",
 }
 
@@ -40,7 +42,8 @@ def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float
             .numpy()
         )
     positions = network.positions(grid)
-    assert positions is not None
+    if positions is None:
+        raise UserError("this encoder adds no positions to its patches, so there are none to draw")
     return positions[0].float().unflatten(0, grid).cpu().numpy()
 
 

@@ -142,7 +142,7 @@ class DistillationConfig(_Terms):
             raise ValueError("method.name=distillation needs class tokens: model.class_token=true")
         for name, term in self.terms().items():
             self.known[name].check(term, Setting(name, self.heads, views, model))
-        if views.position_masking is not None and model.positions == "rope":
+        if views.position_masking is not None and model.positions in ("rope", "none"):
             raise ValueError(
                 "views.position_masking hides what is added to patches: model.positions=field, or learned"
             )

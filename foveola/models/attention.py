@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from foveola.models.relative import relative_bias, table_rows
 from foveola.models.windows import has_windows, windowed_attention
 
 
@@ -17,13 +18,24 @@ class PackedLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention with timm's parameter names (`qkv`, `proj`)."""
+    """Self-attention with timm's parameter names (`qkv`, `proj`, `relative_position_bias_table`)."""
 
-    def __init__(self, width: int, heads: int, bias: bool = True, window: int | None = None) -> None:
+    relative_position_bias_table: nn.Parameter | None
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        bias: bool = True,
+        window: int | None = None,
+        relative: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.relative = heads, window, relative
         self.qkv = PackedLinear(width, width, 3, bias)
         self.proj = nn.Linear(width, width, bias=bias)
+        table = None if relative is None else nn.Parameter(torch.zeros(table_rows(relative), heads))
+        self.register_parameter("relative_position_bias_table", table)
 
     def forward(
         self,
@@ -42,9 +54,13 @@ class Attention(nn.Module):
         token, bit for bit. `rotation` turns queries and keys (see `positions.Rope`).
 
         With a `window`, patches (the last of the tokens, on a `grid` of rows and columns) read the patches of
-        their window and all other tokens, which read every token.
+        their window and all other tokens, which read every token. With a table of `relative` positions, every
+        pair of tokens has a bias in its logits, so that all rows of the attention matrix have a mask.
         """
         query, key, value = self.heads_of(x, rotation)
+        bias = None if grid is None else self.bias(grid, x.shape[1])
+        if bias is not None:
+            return self._biased(query, key, value, bias.to(query.dtype), objects, readable)
         if grid is not None and self.window is not None and has_windows(self.window, grid):
             special = x.shape[1] - grid[0] * grid[1]
             out = windowed_attention(query[:, :, special:], key, value, grid, self.window)
@@ -55,6 +71,37 @@ class Attention(nn.Module):
             out = scaled_dot_product_attention(query[:, :, objects:], key, value)
         if objects:
             few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
+            out = torch.cat((few, out), dim=2)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def bias(self, grid: tuple[int, int], tokens: int) -> Float[Tensor, "heads T T"] | None:
+        """Return what is added to the logits of so many tokens, of which the last are the patches of a grid.
+
+        None without a table of relative positions.
+        """
+        if self.relative is None or self.relative_position_bias_table is None:
+            return None
+        special = tokens - grid[0] * grid[1]
+        return relative_bias(self.relative_position_bias_table, self.relative, grid, special)
+
+    def _biased(
+        self,
+        query: Float[Tensor, "B heads T d"],
+        key: Float[Tensor, "B heads T d"],
+        value: Float[Tensor, "B heads T d"],
+        bias: Float[Tensor, "heads T T"],
+        objects: int,
+        readable: Bool[Tensor, "B 1 M T"] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend with a bias: objects and all others in a call each, as in `forward`."""
+        own = bias[None, :, :objects]
+        if readable is not None:
+            own = own.masked_fill(~readable, -torch.inf)
+        out = scaled_dot_product_attention(
+            query[:, :, objects:], key, value, attn_mask=bias[None, :, objects:]
+        )
+        if objects:
+            few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=own)
             out = torch.cat((few, out), dim=2)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -70,10 +117,13 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         readable: Bool[Tensor, "B 1 M T"] | None = None,
         rotation: Float[Tensor, "#B 2 T d"] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B heads T T"]:
-        """Return the attention matrix of `forward`, softmax(q k^T / sqrt(d)), for inspection."""
+        """Return the attention matrix of `forward`, softmax(q k^T / sqrt(d) + bias), without windows."""
         query, key, _ = self.heads_of(x, rotation)
         logits = (query @ key.mT) * query.shape[-1] ** -0.5
+        bias = None if grid is None else self.bias(grid, x.shape[1])
+        logits = logits if bias is None else logits + bias
         if readable is not None:
             count = readable.shape[2]
             logits[:, :, :count] = logits[:, :, :count].masked_fill(~readable, -torch.inf)

@@ -30,6 +30,7 @@ class BlockShape:
     drop_path: float = 0.0
     drop_subset: bool = False
     window: int | None = None
+    relative: tuple[int, int] | None = None  # the grid of its table of relative positions
 
 
 class RmsNorm(nn.RMSNorm):
@@ -124,7 +125,7 @@ class Block(Residual):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         self.norm1 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
-        self.attn = Attention(shape.width, shape.heads, shape.bias, shape.window)
+        self.attn = Attention(shape.width, shape.heads, shape.bias, shape.window, shape.relative)
         self.ls1 = _scale(shape)
         self.norm2 = make_norm(shape.norm, shape.width, eps=shape.norm_eps)
         self.mlp = _mlp(shape)
@@ -203,3 +204,5 @@ def initialise(network: nn.Module, kind: Literal["normal", "xavier"]) -> None:
             module.reset_parameters()
         elif isinstance(module, LayerScale):
             constant_(module.gamma, module.value)
+        elif isinstance(module, Attention) and module.relative_position_bias_table is not None:
+            zeros_(module.relative_position_bias_table)

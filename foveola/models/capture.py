@@ -23,7 +23,7 @@ CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over the
 
 
 class BlockAttention:
-    """Who reads what in a block: rows of its attention matrix, softmax(q k^T / sqrt(d)), computed as asked.
+    """Who reads what in a block: rows of its attention matrix, softmax(q k^T / sqrt(d) + bias).
 
     Tokens T stand in the order [object tokens, registers, patches]. Queries and keys are those of the block,
     rotary positions included; products and softmax are float32 also under autocast.
@@ -36,9 +36,12 @@ class BlockAttention:
         query, key = (rotate(part, tokens.rotation) for part in split_heads(both, 2, attn.heads))
         self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
         self.tokens = tokens
-        self.readable: Tensor | None = None  # [T, T], of a block with windows
+        # [heads or 1, T, T]: the bias of relative positions, or -inf for what lies in another window
+        added = attn.bias(tokens.grid, x.shape[1])
         if attn.window is not None and has_windows(attn.window, tokens.grid):
-            self.readable = window_mask(tokens.grid, attn.window, self.special, x.device)
+            seen = window_mask(tokens.grid, attn.window, self.special, x.device)
+            added = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, -torch.inf)[None]
+        self.added: Tensor | None = None if added is None else added.detach().float()
 
     @property
     def special(self) -> int:
@@ -52,7 +55,8 @@ class BlockAttention:
 
     def objects(self) -> Float32[Tensor, "B heads M T"]:
         """Return what each object token reads; nothing outside its object."""
-        logits = self._logits(self.query[:, :, : self.tokens.objects], self.key)
+        few = slice(0, self.tokens.objects)
+        logits = self._logits(self.query[:, :, few], self.key, self._added(few))
         if self.tokens.readable is not None:
             logits.masked_fill_(~self.tokens.readable, -torch.inf)
         return logits.softmax(dim=-1)
@@ -61,15 +65,14 @@ class BlockAttention:
         """Return what some patches (indices, row-major) of each image read."""
         at = (index + self.special)[:, None, :, None]
         rows = self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
-        return self._rows(
-            rows, None if self.readable is None else self.readable[index + self.special][:, None]
-        )
+        added = None if self.added is None else self.added[:, index + self.special].movedim(1, 0)
+        return self._logits(rows, self.key, added).softmax(dim=-1)
 
     def centre(self) -> Float32[Tensor, "B heads T"]:
         """Return what the central patch reads: of an even grid the upper left one of the four."""
         rows, columns = self.grid
         at = self.special + (rows - 1) // 2 * columns + (columns - 1) // 2
-        return self._rows(self.query[:, :, at : at + 1], self._readable(slice(at, at + 1)))[:, :, 0]
+        return self._rows(slice(at, at + 1))[:, :, 0]
 
     def received(self) -> Float32[Tensor, "B heads N"]:
         """Return how much of the patches' attention to patches each patch receives: the mean of their rows.
@@ -80,8 +83,7 @@ class BlockAttention:
         few = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
         total = self.query.new_zeros(batch, heads, count - self.special)
         for start in range(self.special, count, few):
-            rows = slice(start, start + few)
-            weights = self._rows(self.query[:, :, rows], self._readable(rows))[..., self.special :]
+            weights = self._rows(slice(start, start + few))[..., self.special :]
             total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
         return total / total.shape[-1]
 
@@ -102,29 +104,24 @@ class BlockAttention:
         for start in range(0, batch, few):
             for first in range(0, heads, some):
                 images, group = slice(start, start + few), slice(first, first + some)
-                logits = self._logits(self.query[images, group], self.key[images, group])
-                if self.readable is not None:
-                    logits.masked_fill_(~self.readable, -torch.inf)
+                added = self.added if self.added is None or len(self.added) == 1 else self.added[group]
+                logits = self._logits(self.query[images, group], self.key[images, group], added)
                 if self.tokens.readable is not None:
                     readable = self.tokens.readable[images]
                     logits[:, :, : self.tokens.objects].masked_fill_(~readable, -torch.inf)
                 yield images, group, logits
 
-    def _readable(self, rows: slice) -> Bool[Tensor, "Q T"] | None:
-        return None if self.readable is None else self.readable[rows]
+    def _added(self, rows: slice) -> Float32[Tensor, "#heads Q T"] | None:
+        return None if self.added is None else self.added[:, rows]
 
-    def _rows(
-        self, query: Float32[Tensor, "B heads Q d"], readable: Bool[Tensor, "*B Q T"] | None
-    ) -> Float32[Tensor, "B heads Q T"]:
-        logits = self._logits(query, self.key)
-        if readable is not None:
-            logits.masked_fill_(~readable, -torch.inf)
-        return logits.softmax(dim=-1)
+    def _rows(self, rows: slice) -> Float32[Tensor, "B heads Q T"]:
+        return self._logits(self.query[:, :, rows], self.key, self._added(rows)).softmax(dim=-1)
 
     @staticmethod
-    def _logits(query: Tensor, key: Tensor) -> Tensor:
+    def _logits(query: Tensor, key: Tensor, added: Tensor | None) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):  # which would round them to half precision
-            return query @ key.mT
+            logits = query @ key.mT
+            return logits if added is None else logits.add_(added)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,13 @@ __all__ = [
     "patch_mask",
 ]
 
-LATER = ("window", "global_blocks")  # keys of networks without which earlier fingerprints were made
+LATER = (
+    "window",
+    "global_blocks",
+    "relative_bias",
+    "final_norm",
+    "patch_norm",
+)  # keys of networks without which earlier fingerprints were made
 TOGETHER = 8  # objects that are encoded at once, or more where there are more images
 
 
@@ -167,11 +173,14 @@ class Encoder(nn.Module):
 
     def _means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:
         """Means of patches or predictions over each object's patches; over all where it has none."""
-        pooled = features.patches if self.config.pool == "average" else self.predictions(features)
+        average = self.config.pool == "average"
+        pooled = features.patches if average else self.predictions(features)
         if objects is None:
-            return pooled.mean(dim=1, keepdim=True)
-        read = (objects | ~objects.any(dim=2, keepdim=True)).to(pooled.dtype)
-        return (read @ pooled) / read.sum(dim=2, keepdim=True)
+            means = pooled.mean(dim=1, keepdim=True)
+        else:
+            read = (objects | ~objects.any(dim=2, keepdim=True)).to(pooled.dtype)
+            means = (read @ pooled) / read.sum(dim=2, keepdim=True)
+        return self.backbone.fc_norm(means) if average else means
 
     def capture(
         self,

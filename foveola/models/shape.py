@@ -41,6 +41,10 @@ class ViTConfig:
         None, "added to variances in norms; null = 1e-6 of LayerNorm, 1e-5 of RMSNorm", above=0
     )
     final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
+    final_norm: Literal["tokens", "pooled", "none"] = key(
+        "tokens", "what the last norm is of: each token, the mean of the patches (fc_norm), or there is none"
+    )
+    patch_norm: bool = key(False, "a norm of embedded patches before their positions are added (AIM)")
     bias: bool = key(True, "biases in attention and MLP")
     drop_path: float = key(0.1, "stochastic depth in training: rate of the last block", at_least=0, below=1)
     drop_path_rule: Literal["linear", "constant"] = key(
@@ -49,9 +53,12 @@ class ViTConfig:
     drop_path_subset: bool = key(
         False, "drop a fixed share of images and skip their work (DINOv2, CAPI), not each by chance"
     )
-    positions: Literal["learned", "sincos", "rope", "field"] = key(
+    positions: Literal["learned", "sincos", "rope", "field", "none"] = key(
         "learned",
-        "added to patches: a table that trains or is fixed (MAE, I-JEPA), or a field; or rotary (CAPI)",
+        "added to patches: a table that trains or is fixed (MAE, I-JEPA), or a field; or rotary (CAPI), none",
+    )
+    relative_bias: bool = key(
+        False, "tables of biases of attention by relative position, one a block (BEiT, SimMIM)"
     )
     field_size: tuple[int, int] = key(
         (50, 50), "rows and columns of positions=field", at_least=2, at_most=2**12
@@ -102,6 +109,8 @@ class ViTConfig:
             )
         if self.window is not None and self.global_blocks > depth:
             raise ValueError(f"global_blocks={self.global_blocks} of depth={depth} blocks")
+        if self.window is not None and self.relative_bias:
+            raise ValueError("window and relative_bias cannot be had together: set one to null, false")
         if self.positions == "sincos" and width % 4:
             raise ValueError(f"positions=sincos needs a width that is a multiple of 4, not {width}")
         if self.position_offset and self.position_antialias:
@@ -136,8 +145,11 @@ class ViTConfig:
             idle["position_offset"] = f"{where} has no table that is resized so"
         if self.positions not in ("learned", "sincos"):
             idle["position_antialias"] = f"{where} has no table that is resized"
-            if self.positions == "rope" or self.position_init == "random":
+            fits = self.positions in ("rope", "none") or self.position_init == "random"
+            if fits and not self.relative_bias:
                 idle["image_size"] = f"{where} fits images of any size"
+        if self.final_norm == "none":
+            idle["final_norm_affine"] = "final_norm=none"
         return idle
 
     @property
@@ -175,5 +187,6 @@ class ViTConfig:
             layer_scale=self.layer_scale,
             drop_path=self.drop_path * share,
             drop_subset=self.drop_path_subset,
+            relative=self.grid if self.relative_bias else None,
             window=None if index in global_blocks(depth, self.global_blocks) else self.window,
         )

@@ -41,6 +41,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.patch_norm = make_norm(config.norm, width, eps=config.norm_eps) if config.patch_norm else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -64,7 +65,9 @@ class VisionTransformer(nn.Module):
         self.register_parameter("pos_mask_token", None)
         self.rope = Rope(width // heads, config.rope) if config.positions == "rope" else None
         self.blocks = nn.ModuleList(Block(config.block(i)) for i in range(depth))
-        self.norm = make_norm(config.norm, width, config.final_norm_affine, config.norm_eps)
+        last = make_norm(config.norm, width, config.final_norm_affine, config.norm_eps)
+        self.norm = last if config.final_norm == "tokens" else nn.Identity()
+        self.fc_norm = last if config.final_norm == "pooled" else nn.Identity()  # timm's name
         self.reset()
 
     def reset(self) -> None:
@@ -97,7 +100,7 @@ class VisionTransformer(nn.Module):
         The final norm is in none: what is after the last block learns at the full rate.
         """
         blocks = [list(block.parameters()) for block in self.blocks]
-        later = {id(p) for part in (self.blocks, self.norm) for p in part.parameters()}
+        later = {id(p) for part in (self.blocks, self.norm, self.fc_norm) for p in part.parameters()}
         return [[p for p in self.parameters() if id(p) not in later], *blocks]
 
     def learn_position_mask(self) -> None:
@@ -133,8 +136,8 @@ class VisionTransformer(nn.Module):
         if objects is not None and self.cls_token is None:
             raise ValueError("this network has no class token, so no object tokens")
         x, grid = self.embed(images, inputs)
-        if kept is not None and self.config.window is not None:
-            raise ValueError("windows hold all patches: none can be dropped")
+        if kept is not None and (self.config.window is not None or self.config.relative_bias):
+            raise ValueError("windows and relative positions are of all patches: none can be dropped")
         if kept is not None and objects is not None:
             objects = objects.gather(2, kept[:, None].expand(-1, objects.shape[1], -1))
         count = int(self.config.class_token) if objects is None else objects.shape[1]
@@ -171,6 +174,8 @@ class VisionTransformer(nn.Module):
         grid = (height // patch, width // patch)
         masked, kept = inputs.masked, inputs.kept
         x = self.patch_embed(images, kept)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
         if masked is not None:
             masked = masked if kept is None else masked.gather(1, kept)
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
@@ -180,7 +185,7 @@ class VisionTransformer(nn.Module):
         return x, grid
 
     def positions(self, grid: tuple[int, int], inputs: Inputs = NOTHING) -> Float[Tensor, "#B N D"] | None:
-        """Return what is added to the patches of views; None with rotary positions."""
+        """Return what is added to the patches of views; None with rotary positions, or none."""
         unplaced = inputs.unplaced
         positions = None
         if self.pos_field is not None:

@@ -211,5 +211,6 @@ def _expressed(record: Record) -> bool:
     if encoder is None:
         return record.get("model.positions") != "rope"
     model = encoder.config.model
-    plain = model.norm == "layer" and model.final_norm_affine and model.bias
-    return plain and model.positions != "rope" and encoder.config.pool != "predictor"
+    plain = model.norm == "layer" and model.final_norm_affine and model.bias and not model.relative_bias
+    plain = plain and model.final_norm == "tokens" and not model.patch_norm
+    return plain and model.positions not in ("rope", "none") and encoder.config.pool != "predictor"

@@ -161,12 +161,14 @@ class RunConfig:
             raise ValueError(
                 "lora and train_blocks both say what learns: write lora.blocks, train_blocks=null"
             )
-        if self.model.window is not None and (
-            self.views.dropping is not None or self.views.blocks is not None
-        ):
-            raise ValueError(
-                "model.window needs all patches, but views.dropping or views.blocks drop some: set it to null"
-            )
+        if self.views.dropping is not None or self.views.blocks is not None:
+            whole = "needs all patches, but views.dropping or views.blocks drop some: set it to"
+            if self.model.window is not None:
+                raise ValueError(f"model.window {whole} null")
+            if self.model.relative_bias:
+                raise ValueError(f"model.relative_bias {whole} false")
+            if self.model.positions == "none":
+                raise ValueError("model.positions=none: what is dropped is predicted by its position")
         if not self.method.knows_field:
             field = self.model.positions == "field"
             if field or self.views.placement is not None or self.views.position_masking is not None:

@@ -7,19 +7,15 @@ from typing import Any, Literal
 
 from foveola.config import key
 from foveola.zoo.capi import capi, capi_weights
+from foveola.zoo.relatives import AIM_HEAD, aim, beit, relative_shape
 from foveola.zoo.sizes import HEADS as PUBLISHED
-from foveola.zoo.sizes import (
-    MAE,
-    MOCO,
-    WRAPPERS,
-    depth_of,
-    mlp_ratio,
-    patch_kernel,
-    published_heads,
-    size_of,
-)
+from foveola.zoo.sizes import WRAPPERS, depth_of, mlp_ratio, patch_kernel, published_heads, size_of
+from foveola.zoo.tables import sines, table_of
 
-KNOWN = "DINO, iBOT, DINOv2, DINOv3, MAE, I-JEPA, CAPI, MoCo-v3, MSN, Mugs, DropPos and timm"
+KNOWN = (
+    "DINO, iBOT, DINOv2, DINOv3, MAE, I-JEPA, CAPI, MoCo-v3, MSN, Mugs, DropPos, CrIBo, SelfPatch, SimMIM, "
+    "BEiT, BEiT-v2, data2vec, AIM, AIMv2 and timm"
+)
 PREFIXES = ("module.", "backbone.", "encoder.", "_orig_mod.")
 NETWORKS = (
     "teacher.",
@@ -31,7 +27,7 @@ CLASSIFIER = ("head.weight", "head.bias")  # a classifier: the file is of superv
 TRAINING = (  # what only training reads, at the top level
     *("head.", "head_dist.", "last_layer", "mlp.", "dino_head.", "ibot_head.", "instance_head."),
     *("local_group_head.", "group_head.", "relation_blocks.", "mem.", "fc.", "prototypes", "mask_pos_token"),
-    *("decoder_", "predictor.", "local_cls_norm.", "rope_embed."),
+    *("decoder_", "decoder.", "predictor.", "local_cls_norm.", "rope_embed.", "lm_head.", "cls_pt_"),
 )
 OURS = (  # names of DINOv2, DINOv3 and iBOT to timm's, which are ours
     # DINOv2 trains blocks in chunks: the second number counts them.
@@ -46,29 +42,21 @@ NEEDED_TENSORS = (  # and the dimensions of each
     ("blocks.0.attn.qkv.weight", 2),
     ("blocks.0.mlp.fc1.weight", 2),
     ("blocks.0.mlp.fc2.weight", 2),
-    ("norm.weight", 1),
 )
 REASONS = (  # of networks that ours cannot express: what tells them, what to say
-    (
-        r"relative_position|rel_pos",
-        "it has relative positions (BEiT, SimMIM, data2vec), which our ViT has not",
-    ),
-    (r"\.gamma_1$", "it is a BEiT or data2vec, whose blocks are not those of our ViT"),
-    (r"\.q_bias$", "its attention has biases of queries and values apart (SimMIM, BEiT)"),
+    (r"rel_pos_[hw]$", "it has relative positions by rows and columns (SAM), which our ViT has not"),
     (
         r"_flat_param|_fsdp",
         "it is a shard of sharded training (FSDP): make one file of all with its own code",
     ),
-    (r"^fc_norm\.", "it is normalised after pooling (fc_norm), where our ViT has a norm of each token"),
     (r"^layers\.\d+\.blocks\.", "it is a Swin transformer, not a plain ViT"),
     (r"embeddings\.", "names like Hugging Face's: load the model's folder as hf:FOLDER"),
-    (r"^(trunk|preprocessor)\.", "it is an AIM, not a plain ViT"),
     (r"\.attn\.(q|k)_norm\.", "it has norms of queries and keys, which our ViT has not"),
 )
-RESIZED = {"dino": {"position_offset": 0.1}, "timm": {"position_antialias": True}, "plain": {}}
 PIXEL_STATISTICS: dict[str, dict[str, list[float]]] = {
     "imagenet": {},  # the default mean and deviation
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "clip": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
     "sat493m": {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]},
 }
 
@@ -82,8 +70,8 @@ class FileConfig:
     positions: Literal["dino", "timm", "plain"] | None = key(
         None, "how its table of positions is resized: dino (offset 0.1), timm (antialiased), plain"
     )
-    preprocess: Literal["imagenet", "half", "sat493m"] | None = key(
-        None, "mean and deviation of its pixels: imagenet, half (0.5), sat493m (DINOv3's of satellites)"
+    preprocess: Literal["imagenet", "half", "clip", "sat493m"] | None = key(
+        None, "mean and deviation of its pixels: imagenet, half (0.5), clip, sat493m (DINOv3's of satellites)"
     )
     image_size: int | None = key(None, "pixels a side that are encoded, of images 8/7 as large", at_least=1)
 
@@ -120,16 +108,22 @@ def convert(checkpoint: dict[str, Any], said: FileConfig = UNSAID) -> tuple[dict
         found = backbone_of(checkpoint)
         weights, shape = plain_vit(found, said)
         settings: dict[str, Any] = {"model": shape}
-        if not shape["class_token"]:  # I-JEPA
+        if not shape["class_token"] or _averages(found, shape):
             settings["pool"] = "average"
         # MAE, MoCo-v3 and I-JEPA are read at the size of their training, the others at 224 pixels.
-        resized = shape.get("position_antialias") or shape.get("position_offset") or shape.get("positions")
+        resized = shape.get("position_antialias") or shape.get("position_offset") or "rope" in shape
         side = 224 if resized else shape["image_size"]
         _check_size(said, shape, found)
         kind = said.preprocess or _pixels_of(found)
     side = said.image_size or side
     settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXEL_STATISTICS[kind]}
     return weights, settings
+
+
+def _averages(found: Backbone, shape: dict[str, Any]) -> bool:
+    """Whether the mean of patches stands for an image, though there is a class token: no loss trained it."""
+    of_v2 = any(name.startswith("cls_pt_") for name in found.tensors)  # BEiT-v2 trains it, BEiT does not
+    return shape.get("final_norm") == "pooled" or (shape.get("relative_bias", False) and not of_v2)
 
 
 def _check_size(said: FileConfig, shape: dict[str, Any], found: Backbone) -> None:
@@ -151,6 +145,18 @@ def _pixels_of(found: Backbone) -> str:
         raise ValueError(  # of which both have it
             "DINOv3's largest network exists for two kinds of images: say ?preprocess=imagenet (LVD-1689M) "
             "or ?preprocess=sat493m"
+        )
+    names = found.tensors.keys()
+    ours = any(name.startswith(("cls_pt_", "decoder.")) for name in names)  # BEiT-v2 and SimMIM
+    if any("relative_position_bias_table" in name for name in names) and not ours:
+        raise ValueError(
+            "BEiT and BEiT-v2 saw other pixels, and its tensors do not tell them apart: say "
+            "?preprocess=imagenet (BEiT-v2, SimMIM) or ?preprocess=half (BEiT, data2vec)"
+        )
+    if any(name.endswith(".mlp.fc3.weight") for name in names):
+        raise ValueError(
+            "AIMv2 is evaluated with two kinds of pixels: say ?preprocess=imagenet (its authors' code) "
+            "or ?preprocess=clip (its image processor)"
         )
     if found.labels and not found.wrapped:
         raise ValueError(
@@ -180,12 +186,11 @@ def plain_vit(
     tensors = {name: value for name, value in found.tensors.items() if not name.startswith(TRAINING)}
     periods = found.tensors.get("rope_embed.periods")
     named_gated = any(".mlp.w12." in name for name in tensors)
-    named_registers = "register_tokens" in tensors
-    weights = _dinov3(tensors) if periods is not None else tensors
-    for pattern, ours in OURS:
-        weights = {re.sub(pattern, ours, name): value for name, value in weights.items()}
-    _check(weights, tensors, rotary or periods is not None)
+    of_aim = "trunk.blocks.0.norm_1.weight" in tensors
+    weights = _by_our_names(_dinov3(tensors) if periods is not None else tensors, of_aim)
+    _check(weights, tensors)
     width, patch = patch_kernel(weights["patch_embed.proj.weight"], "patch_embed.proj.weight")
+    zero = weights["patch_embed.proj.weight"].new_zeros
     shape: dict[str, Any] = {
         "depth": depth_of(weights),
         "patch_size": patch,
@@ -194,49 +199,87 @@ def plain_vit(
         **({} if said.norm_eps is None else {"norm_eps": said.norm_eps}),
         **_mlp_shape(weights, width, named_gated),
     }
-    published = PUBLISHED
+    heads, published = said.heads, PUBLISHED
     if rotary or periods is not None:
         shape["image_size"] = 16 * patch  # which no table binds
         if said.positions is not None:
             raise ValueError("positions has no effect on rotary positions, which are not resized")
+    elif relative := relative_shape(weights):
+        if heads not in (None, relative["heads"]):
+            raise ValueError(f"heads={heads}: its tables of relative positions are of {relative['heads']}")
+        heads = relative["heads"]
+        shape |= _relative(weights, relative["side"] * patch, shape, said)
+    elif of_aim and "pos_embed" not in weights:
+        shape |= _sines_of_aim(weights, patch, said)
+    elif "pos_embed" not in weights:
+        raise ValueError(_unknown("pos_embed", tensors))
     else:
-        published = _positions(weights, shape, width, named_registers or found.labels, said)
+        of_timm = "register_tokens" in tensors or found.labels
+        published = table_of(weights, shape, width, of_timm, said.positions)
     shape["registers"] = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    heads = said.heads
     if periods is not None:
         heads = _dinov3_heads(periods, width, said)
         shape |= {"positions": "rope", "rope": "dinov3", "norm_eps": said.norm_eps or 1e-5}
     if heads is None:
         hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
-        heads = published_heads((width, shape["depth"], hidden), published)
-    shape |= size_of(width, heads)
+        heads = width // AIM_HEAD if of_aim else published_heads((width, shape["depth"], hidden), published)
+    shape |= size_of(width, heads) | _norms(weights, of_aim)
     token = weights.get("mask_token")
-    if token is None or token.numel() != width:  # a decoder's has the decoder's width
-        token = weights["norm.weight"].new_zeros(width)
-    weights["mask_token"] = token.reshape(1, 1, width)
+    there = token is not None and token.numel() == width  # a decoder's has the decoder's width
+    weights["mask_token"] = (token if there else zero(width)).reshape(1, 1, width)
     if "blocks.0.ls1.gamma" in weights:
         shape["layer_scale"] = 1e-5
-    _no_biases(weights, width, shape["depth"])
+    if of_aim and "blocks.0.attn.proj.bias" not in weights:
+        shape["bias"] = False
+    elif not any(name.endswith(".attn.qkv.bias") for name in weights):  # which is the same function
+        weights |= {f"blocks.{i}.attn.qkv.bias": zero(3 * width) for i in range(shape["depth"])}
     return weights, shape
 
 
-def _positions(
-    weights: dict[str, Any], shape: dict[str, Any], width: int, of_timm: bool, said: FileConfig
-) -> dict[tuple[int, int, int], int]:
-    """Say in `shape` how the table is resized; returns the published networks that have such a table."""
-    side = _square_positions(weights, width)
-    shape["image_size"] = side * shape["patch_size"]
-    # timm drops the mask token, and writes class positions into the token where there are registers.
-    scaled, masks = "blocks.0.ls1.gamma" in weights, "mask_token" in weights
-    of_mae = shape["class_token"] and _is_fixed(weights["pos_embed"], side)
-    of_moco = shape["class_token"] and _is_fixed(weights["pos_embed"], side, rows_first=True)
-    if said.positions is not None:
-        shape |= RESIZED[said.positions]
-    elif of_timm or "reg_token" in weights or (scaled and not masks):
-        shape["position_antialias"] = True
-    elif shape["class_token"] and not of_mae and not of_moco:
-        shape["position_offset"] = 0.1
-    return MAE if of_mae else MOCO if of_moco else PUBLISHED
+def _by_our_names(tensors: dict[str, Any], of_aim: bool) -> dict[str, Any]:
+    weights = aim(tensors) if of_aim else tensors
+    for pattern, ours in OURS:
+        weights = {re.sub(pattern, ours, name): value for name, value in weights.items()}
+    return beit(weights, depth_of(weights))
+
+
+def _relative(weights: dict[str, Any], size: int, shape: dict[str, Any], said: FileConfig) -> dict[str, Any]:
+    """Keys of positions of a network with relative ones, beside which there may be absolute ones."""
+    if "pos_embed" not in weights:
+        if said.positions is not None:
+            raise ValueError("positions has no effect on relative positions")
+        return {"relative_bias": True, "positions": "none", "image_size": size}
+    absolute = dict(shape)
+    table_of(weights, absolute, weights["pos_embed"].shape[2], False, said.positions or "plain")
+    if absolute["image_size"] != size:
+        raise ValueError(f"pos_embed is of {absolute['image_size']} pixels, its relative ones of {size}")
+    return absolute | {"relative_bias": True}
+
+
+def _sines_of_aim(weights: dict[str, Any], patch: int, said: FileConfig) -> dict[str, Any]:
+    """Keys of the fixed positions that AIM computes for the size of its images; adds them in place."""
+    side = (said.image_size or 224) // patch
+    width = weights["patch_embed.proj.weight"].shape[0]
+    weights["pos_embed"] = sines(side, width)[None].float()
+    return {"positions": "sincos", "image_size": side * patch}
+
+
+def _norms(weights: dict[str, Any], of_aim: bool) -> dict[str, Any]:
+    """Keys of norms: of what the last one is, and whether patches have one."""
+    keys: dict[str, Any] = {}
+    if of_aim:
+        keys["patch_norm"] = "patch_norm.weight" in weights
+        if "blocks.0.norm1.bias" not in weights:  # AIMv2
+            keys["norm"] = "rms"
+    if "fc_norm.weight" in weights:
+        if "norm.weight" in weights:
+            raise ValueError("it has norms of tokens and of their mean (norm, fc_norm): expected one of both")
+        keys["final_norm"] = "pooled"
+    elif "norm.weight" not in weights:
+        if "cls_token" in weights:
+            raise ValueError("not a known ViT checkpoint: no norm.weight, though it has a class token")
+        keys["final_norm"] = "none"  # SelfPatch
+    return keys
 
 
 def _dinov3(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -267,22 +310,24 @@ def _dinov3_heads(periods: Any, width: int, said: FileConfig) -> int:
     return heads
 
 
-def _check(weights: dict[str, Any], tensors: dict[str, Any], rotary: bool) -> None:
+def _check(weights: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Raise ValueError unless all is there that tells the shape, with the reason where it is known."""
     for pattern, reason in REASONS:
         if name := next((name for name in sorted(tensors) if re.search(pattern, name)), None):
             raise ValueError(f"not a ViT that can be loaded ({name}): {reason}")
-    needed = NEEDED_TENSORS if rotary else (*NEEDED_TENSORS, ("pos_embed", 3))
-    for name, dimensions in needed:
-        if name in weights and weights[name].ndim != dimensions:
+    if "pos_embed" in weights and weights["pos_embed"].ndim != 3:
+        raise ValueError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, expected 3 dimensions")
+    for name, dimensions in NEEDED_TENSORS:
+        if name not in weights:
+            raise ValueError(_unknown(name, tensors))
+        if weights[name].ndim != dimensions:
             shape = tuple(weights[name].shape)
             raise ValueError(f"{name} is {shape}, expected a tensor of {dimensions} dimensions")
-    if missing := next((name for name, _ in needed if name not in weights), None):
-        names = ", ".join(sorted(tensors)[:3]) or "no tensors"
-        hint = f"; known: {KNOWN}"
-        if missing == "norm.weight" and "blocks.0.norm1.weight" in tensors:
-            hint = "; it has no final norm (SelfPatch), where our ViT has one"
-        raise ValueError(f"not a known ViT checkpoint: no {missing} (found {names} ...){hint}")
+
+
+def _unknown(missing: str, tensors: dict[str, Any]) -> str:
+    names = ", ".join(sorted(tensors)[:3]) or "no tensors"
+    return f"not a known ViT checkpoint: no {missing} (found {names} ...); known: {KNOWN}"
 
 
 def backbone_of(checkpoint: dict[str, Any]) -> Backbone:
@@ -323,13 +368,6 @@ def _prefix(name: str) -> str:
     return name.removesuffix(rest)
 
 
-def _no_biases(weights: dict[str, Any], width: int, depth: int) -> None:
-    """Zero biases for projections that have none in any block, which is the same function; in place."""
-    zero = weights["norm.weight"].new_zeros
-    if not any(name.endswith(".attn.qkv.bias") for name in weights):
-        weights |= {f"blocks.{i}.attn.qkv.bias": zero(3 * width) for i in range(depth)}
-
-
 def _mlp_shape(weights: dict[str, Any], width: int, named_gated: bool) -> dict[str, Any]:
     """Kind and ratio of the MLP, by what its two maps are made for: a gated one makes two of each channel."""
     up, inner = (
@@ -343,48 +381,3 @@ def _mlp_shape(weights: dict[str, Any], width: int, named_gated: bool) -> dict[s
         return {"mlp": "swiglu", "mlp_ratio": 1.5 * inner / width}
     kind = "a gated MLP" if named_gated else "an MLP"
     raise ValueError(f"blocks.0.mlp makes {up} channels and takes {inner}, which is not {kind}")
-
-
-def _square_positions(weights: dict[str, Any], width: int) -> int:
-    """Give pos_embed one row for the class token, if any, and a square for patches, in place; its side.
-
-    timm also has tables without rows for class token and registers (`no_embed_class`), and with rows for all
-    of them. A row of a token that needs none is zero; registers take theirs over.
-    """
-    table = weights["pos_embed"]
-    registers = weights["reg_token"].reshape(1, -1, width) if "reg_token" in weights else None
-    count = 0 if registers is None else registers.shape[1]
-    entries, token = table.shape[1], int("cls_token" in weights)
-    for rows in (token, 0, token + count):
-        side = round(max(entries - rows, 0) ** 0.5)
-        if side and side * side == entries - rows:
-            break
-    else:
-        if not token and round((entries - 1) ** 0.5) ** 2 == entries - 1:
-            raise ValueError("not a known ViT checkpoint: no cls_token, of which pos_embed has a row")
-        raise ValueError(f"pos_embed has {entries} entries: expected a square, or a square and a class token")
-    if rows == 0 and token:
-        weights["pos_embed"] = table.new_zeros(1, 1 + entries, table.shape[2])
-        weights["pos_embed"][:, 1:] = table
-    if registers is not None:
-        weights["reg_token"] = registers
-        if rows > token:
-            weights["reg_token"] = registers + table[:, token:rows]
-            weights["pos_embed"] = table[:, [*range(token), *range(rows, entries)]]
-    return side
-
-
-def _is_fixed(table: Any, side: int, rows_first: bool = False) -> bool:
-    """Whether positions, behind the class token's, are those of MAE, which are not trained; or MoCo-v3's."""
-    import torch
-
-    width = table.shape[2]
-    if width % 4 or table[:, :1].any():
-        return False
-    places = torch.arange(side, dtype=torch.float64)
-    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    waves = places[:, None] * frequencies
-    waves = torch.cat((waves.sin(), waves.cos()), dim=1)
-    columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
-    both = torch.cat((rows, columns) if rows_first else (columns, rows), dim=1)
-    return bool((table[0, 1:].double() - both).abs().max() < 2e-3)  # half precision is good to 1e-3

@@ -77,6 +77,10 @@ def _check(encoder: Encoder, format: str) -> None:
     ways = {"axial": "no ViT", "capi": "no ViT", "dinov3": "DINOv3, which this command does not write,"}
     for wrong, what in (
         (model.positions == "rope", f"rotary positions, with which {library} has {ways[model.rope]}"),
+        (model.relative_bias, f"biases by relative position, which {library}'s plain ViTs lack"),
+        (model.positions == "none", f"no positions, which {library}'s plain ViTs have"),
+        (model.patch_norm, f"a norm of embedded patches, which {library}'s plain ViTs lack"),
+        (model.final_norm != "tokens", f"final_norm={model.final_norm}, which this command does not write"),
         (model.norm != "layer", f"norm={model.norm}, which {library}'s ViTs lack"),
         (not model.final_norm_affine, f"a final norm without weights, which {library}'s ViTs lack"),
         (not model.bias, f"no biases, where {library}'s ViTs have them"),

@@ -5,6 +5,7 @@ LayerScale added. Everything else must agree: a contradiction is an error.
 """
 
 import dataclasses
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from foveola.models.blocks import EPS
 from foveola.models.embedding import resized_kernel
 from foveola.models.encoder import Encoder
 from foveola.models.positions import PositionField, fixed_positions
+from foveola.models.relative import resized_bias
 from foveola.models.starting import Account
 from foveola.models.vit import VisionTransformer, ViTConfig
 
@@ -26,18 +28,21 @@ FREE = (
 SHAPE_KEYS = tuple(f.name for f in dataclasses.fields(ViTConfig) if f.name not in FREE)
 ALIKE = (  # keys that must agree, whatever the positions are
     *("depth", "heads", "width", "mlp", "mlp_ratio", "norm", "norm_eps", "final_norm_affine", "bias"),
+    *("final_norm", "patch_norm", "relative_bias"),
 )
 OF_POSITIONS = {  # keys that must agree where both networks have such positions
     "learned": ("position_antialias", "position_offset"),
     "field": ("field_size", "field_interpolation", "field_alignment"),
     "rope": ("rope",),
     "sincos": (),
+    "none": (),
 }
 BECOMES = {  # kinds of positions that others can be made of
     "learned": ("learned", "sincos", "field"),
     "sincos": ("sincos", "learned"),
     "field": ("field", "learned", "sincos"),
     "rope": ("rope",),
+    "none": ("none",),
 }
 SAME_TABLE = 2e-3  # half precision is good to 1e-3
 
@@ -115,15 +120,21 @@ def transfer(encoder: Encoder, want: ViTConfig, name: str) -> tuple[dict[str, Te
         sizes = f"{have.patch_size} to {want.patch_size} pixels"
         kept = "" if want.patch_size > have.patch_size else ", as near as so few pixels allow"
         account.changed[kernel] = f"resampled from patches of {sizes} (pseudo-inverse{kept})"
-    if have.positions != "rope":
+    if have.positions not in ("rope", "none"):
         _add_positions(state, encoder.backbone, want, name, account)
+    if have.relative_bias and want.grid != have.grid:
+        for table in [name for name in state if name.endswith(".relative_position_bias_table")]:
+            state[table] = resized_bias(state[table], have.grid, want.grid)
+        sizes = " to ".join(" x ".join(map(str, grid)) for grid in (have.grid, want.grid))
+        account.changed["blocks.*.attn.relative_position_bias_table"] = f"resized from {sizes} patches"
     _add_tokens(have, want, account)
     if want.layer_scale is not None and have.layer_scale is None:
         width, depth, _ = want.shape
         for branch in (f"blocks.{i}.ls{k}.gamma" for i in range(depth) for k in (1, 2)):
             state[branch] = torch.ones(width)
         account.changed["blocks.*.ls*.gamma"] = "added as 1, which is the same function"
-    there = encoder.backbone.state_dict().keys() & state.keys() - account.changed.keys()
+    changed = {key for key in state for name in account.changed if fnmatch(key, name)}
+    there = encoder.backbone.state_dict().keys() & state.keys() - changed
     account.taken = [key for key in state if key in there]
     return state, account
 

@@ -78,18 +78,23 @@ def test_an_object_token_reads_only_its_object() -> None:
     torch.testing.assert_close(found.sum(dim=3), torch.ones(3, 2, 1))
 
 
+@pytest.mark.parametrize("extras", [{}, {"relative_bias": True, "positions": "none"}], ids=str)
 @pytest.mark.parametrize("entries", [1, 2**25])
-def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkeypatch) -> None:
+def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, extras, monkeypatch) -> None:
     """Of every block, from a pass that ends there and from one that goes on, against its own matrix."""
     monkeypatch.setattr("foveola.models.capture.ATTENTION_AT_ONCE", entries)
-    vit, index = network(registers=2), torch.tensor([[0, 7], [15, 3], [5, 5]])
+    vit, index = network(registers=2, **extras), torch.tensor([[0, 7], [15, 3], [5, 5]])
+    for block in vit.blocks:
+        if extras:
+            torch.nn.init.normal_(block.attn.relative_position_bias_table)
     for block in range(3):
         seen = attention_of(vit, random_images(), masks(), block - 3)
         also = capture(vit, random_images(), 1, masks(), attention=True, block=block).attention
         x, tokens = vit.prepare(random_images(), masks())
         for layer in vit.blocks[:block]:
-            x = layer(x, tokens.objects, tokens.readable, tokens.rotation)
-        whole = vit.blocks[block].attn.weights(vit.blocks[block].norm1(x), tokens.readable, tokens.rotation)
+            x = layer(x, *tokens.reading)
+        at = vit.blocks[block]
+        whole = at.attn.weights(at.norm1(x), tokens.readable, tokens.rotation, tokens.grid)
         asked = torch.stack([whole[b][:, 3 + index[b]] for b in range(3)])
         of_patches = whole[:, :, 3:, 3:] / whole[:, :, 3:, 3:].sum(dim=-1, keepdim=True)
         for found in (seen, also):
@@ -97,6 +102,8 @@ def test_rows_that_are_asked_for_are_those_of_the_whole_matrices(entries, monkey
             torch.testing.assert_close(found.centre(), whole[:, :, 3 + 5])
             torch.testing.assert_close(found.patches(index), asked)
             torch.testing.assert_close(found.received(), of_patches.mean(dim=2))
+            for part, heads, logits in found.matrices(entries):
+                torch.testing.assert_close(logits.softmax(dim=-1), whole[part, heads])
     for block in (-4, 3):
         with pytest.raises(UserError, match=f"^block={block}: this encoder has 3 blocks, 0 to 2$"):
             attention_of(vit, random_images(), None, block)

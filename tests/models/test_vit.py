@@ -41,14 +41,21 @@ def naive(
     cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(batch, side * side, -1)
     kernel = weights["patch_embed.proj.weight"].reshape(width, -1)
     x = cells @ kernel.T + weights["patch_embed.proj.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = norm(x, "patch_norm") if config.patch_norm else x
     if masked is not None:
         for b in range(batch):
             for n in range(side * side):
                 if masked[b, n]:
                     x[b, n] = weights["mask_token"][0, 0]
-    x = x + weights["pos_embed"][:, 1:]
+    table = weights.get("pos_embed", torch.zeros(1, 1 + side * side, width))
+    x = x + table[:, 1:]
     count = 1 if objects is None else objects.shape[1]
-    token = weights["cls_token"] + weights["pos_embed"][:, :1]
+    token = weights["cls_token"] + table[:, :1]
     registers = config.registers
     parts = [token.expand(batch, count, width)]
     if registers:
@@ -62,10 +69,6 @@ def naive(
                 if objects[b, m].any():
                     allowed[b, m, count + registers :] = objects[b, m]
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
@@ -76,13 +79,27 @@ def naive(
             part.reshape(batch, -1, heads, width // heads).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
         )
         logits = query @ key.transpose(2, 3) / math.sqrt(width // heads)
+        if config.relative_bias:
+            rows = weights[f"{block}.attn.relative_position_bias_table"]
+            for a in range(x.shape[1]):
+                for b in range(x.shape[1]):
+                    logits[:, :, a, b] += rows[row_of(a, b, count + registers, side)]
         mixed = logits.masked_fill(~allowed[:, None], -torch.inf).softmax(-1) @ value
         branch = linear(mixed.transpose(1, 2).reshape(batch, -1, width), f"{block}.attn.proj")
         x = x + branch * weights.get(f"{block}.ls1.gamma", torch.ones(width))
         hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
         x = x + linear(hidden, f"{block}.mlp.fc2") * weights.get(f"{block}.ls2.gamma", torch.ones(width))
-    return norm(x, "norm")
+    return norm(x, "norm") if config.final_norm == "tokens" else x
+
+
+def row_of(i: int, j: int, special: int, side: int) -> int:
+    """The row of the table of relative positions for token i that reads token j."""
+    last = (2 * side - 1) ** 2 + 2
+    if i < special or j < special:
+        return last - (2 if j >= special else 1 if i >= special else 0)
+    (a, b), (c, d) = divmod(i - special, side), divmod(j - special, side)
+    return (a - c + side - 1) * (2 * side - 1) + (b - d + side - 1)
 
 
 def tokens(model: VisionTransformer, *inputs: Tensor | None) -> Tensor:
@@ -98,7 +115,17 @@ def some_objects(batch: int, count: int, patches: int = 16, seed: int = 1) -> Te
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize("extras", [{}, {"registers": 2}, {"registers": 4, "layer_scale": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {},
+        {"registers": 2},
+        {"registers": 4, "layer_scale": 0.3},
+        {"relative_bias": True, "positions": "none", "registers": 1},
+        {"relative_bias": True, "patch_norm": True, "final_norm": "pooled"},
+    ],
+    ids=str,
+)
 def test_against_a_naive_network_with_a_dense_mask(count: int, extras: dict):
     model = vit(replace(TINY, **extras))
     images = random_images()
@@ -293,7 +320,13 @@ def test_parameter_counts(size: str, count: int, width: int):
 
 
 @pytest.mark.parametrize(
-    "extras", [{}, {"registers": 2, "layer_scale": 1e-5, "position_init": "sincos"}], ids=str
+    "extras",
+    [
+        {},
+        {"registers": 2, "layer_scale": 1e-5, "position_init": "sincos"},
+        {"relative_bias": True, "patch_norm": True, "final_norm": "pooled"},
+    ],
+    ids=str,
 )
 def test_every_parameter_is_initialised(extras: dict):
     model = VisionTransformer(replace(TINY, **extras))

@@ -255,30 +255,16 @@ def test_a_file_whose_name_holds_a_question_mark(tmp_path: Path):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "BEiT": (
-        {"model": weights() | {"blocks.0.attn.relative_position_bias_table": torch.zeros(9, 4)}},
-        "relative positions",
-    ),
-    "SimMIM": ({"model": prefixed(weights() | {"rel_pos_bias.x": torch.zeros(2)}, "encoder.")}, "relative"),
-    "SimMIM, absolute positions": (
-        weights() | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)},
-        "biases of queries and values apart",
-    ),
-    "data2vec": (weights() | {"blocks.0.gamma_1": torch.zeros(WIDTH)}, "BEiT or data2vec"),
-    "SelfPatch": (
+    "no final norm": (
         {name: value for name, value in weights().items() if not name.startswith("norm.")},
-        r"no norm.weight .*it has no final norm \(SelfPatch\)",
+        "no norm.weight, though it has a class token",
     ),
     "a shard": (
         {"model": {"_fsdp_wrapped_module._flat_param": torch.zeros(9)}},
         "a shard of sharded training .*make one file",
     ),
     "Swin": ({"model": {"layers.0.blocks.0.norm1.weight": torch.zeros(9)}}, "a Swin transformer"),
-    "AIM": ({"trunk.blocks.0.norm.weight": torch.zeros(9)}, "an AIM"),
-    "MAE fine-tuned": (
-        {"model": weights() | {"fc_norm.weight": torch.zeros(WIDTH)}},
-        r"normalised after pooling \(fc_norm\)",
-    ),
+    "SAM": (weights() | {"blocks.0.attn.rel_pos_h": torch.zeros(9, 4)}, "by rows and columns .SAM."),
 }
 
 

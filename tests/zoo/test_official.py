@@ -256,19 +256,7 @@ class Evil:
         return (print, ("code of a file ran",))
 
 
-def fine_tuned() -> dict[str, Tensor]:
-    made = mae()
-    return {
-        name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: made[name]
-        for name in made
-    }
-
-
 WRONG = {
-    "MAE fine-tuned": (
-        {"model": fine_tuned()},
-        r"fc_norm\.bias.: it is normalised after pooling \(fc_norm\)",
-    ),
     "Hugging Face's names": (
         {"embeddings.cls_token": torch.zeros(1)},
         "load the model's folder as hf:FOLDER",
