@@ -225,8 +225,9 @@ def plain_vit(
         heads = width // AIM_HEAD if of_aim else published_heads((width, shape["depth"], hidden), published)
     shape |= size_of(width, heads) | _norms(weights, of_aim)
     token = weights.get("mask_token")
-    there = token is not None and token.numel() == width  # a decoder's has the decoder's width
-    weights["mask_token"] = (token if there else zero(width)).reshape(1, 1, width)
+    # A decoder's has the decoder's width.
+    own = zero(width) if token is None or token.numel() != width else token
+    weights["mask_token"] = own.reshape(1, 1, width)
     if "blocks.0.ls1.gamma" in weights:
         shape["layer_scale"] = 1e-5
     if of_aim and "blocks.0.attn.proj.bias" not in weights:
