@@ -18,7 +18,7 @@ from foveola.models.starting import StartingWeights
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.views.batch import ViewsConfig
 
-Image = UInt8[np.ndarray, "H W 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
 
 
 @dataclass(frozen=True, eq=False)
