@@ -51,6 +51,11 @@ def read_label_map(source: Any, index: int, shape: tuple[int, int]) -> UInt8[np.
     if found.shape != shape:
         (h, w), (lh, lw) = shape, found.shape
         raise BadImage(f"is {w}x{h} pixels, its label map {lw}x{lh}")
+    wrong = (found >= len(source.classes)) & (found != IGNORE)
+    if wrong.any():
+        raise BadImage(
+            f"its label map holds {found[wrong][0]}, which is none of {len(source.classes)} classes"
+        )
     return found
 
 

@@ -20,6 +20,7 @@ from foveola.outside import Door, is_importable
 # whether training helped. Labels of people come before what needs none, what is not trained before what is.
 PROTOCOLS = {
     "classify": "foveola.evaluation.classification.classify:Classify",
+    "segment": "foveola.evaluation.segmentation.segment:Segment",
     "knn": "foveola.evaluation.classification.knn:Knn",
     "logistic": "foveola.evaluation.classification.logistic:Logistic",
     "linear": "foveola.evaluation.classification.linear:Linear",

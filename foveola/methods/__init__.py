@@ -20,6 +20,7 @@ METHODS: dict[str, type[Method] | str] = {
     "mae": Mae,
     "ijepa": IJepa,
     "classification": "foveola.tasks.classification:Classification",
+    "segmentation": "foveola.tasks.segmentation:Segmentation",
 }
 DOOR = Door("method", "foveola.methods", METHODS, "my_module:MyMethod")
 

@@ -150,7 +150,7 @@ class MaskDecoder(nn.Module):
         return self.mask_norm(unit @ names.mT)
 
 
-def enlarge(
+def enlarged_logits(
     logits: Float[Tensor, "B N C"], grid: tuple[int, int], size: tuple[int, int]
 ) -> Float[Tensor, "B C {size[0]} {size[1]}"]:
     """Return logits of patches, row by row on a grid, at the pixels of a size: bilinear, in float32."""

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad
 from foveola.config import key
 from foveola.models.transform import resize
 
-TOGETHER = 8  # windows that are looked at together
+AT_ONCE = 8  # windows that are looked at together
 ROOM = 2**26  # logits that are enlarged together: 256 MiB
 
 Logits = Callable[
@@ -77,8 +77,8 @@ def slide(image: Float[Tensor, "3 h w"], logits: Logits, window: int, stride: in
     image = pad(image, (0, max(window - width, 0), 0, max(window - height, 0)))
     corners = list(product(*(offsets(side, window, stride) for side in image.shape[1:])))
     total, count = None, image.new_zeros(1, *image.shape[1:])
-    for start in range(0, len(corners), TOGETHER):
-        some = corners[start : start + TOGETHER]
+    for start in range(0, len(corners), AT_ONCE):
+        some = corners[start : start + AT_ONCE]
         found = logits(torch.stack([image[:, y : y + window, x : x + window] for y, x in some]))
         if total is None:
             total = found.new_zeros(found.shape[1], *image.shape[1:])

@@ -28,6 +28,16 @@ class ColorConfig:
     contrast: float = key(0.4, "contrast factor in 1 +- this", at_least=0, at_most=1)
     saturation: float = key(0.2, "saturation factor in 1 +- this", at_least=0, at_most=1)
     hue: float = key(0.1, "hue shift in +- this, in turns of the colour circle", at_least=0, at_most=0.5)
+    lightness: float = key(
+        0.0,
+        "added to all channels, which are in [0, 1], in +- this, before all others",
+        at_least=0,
+        at_most=1,
+    )
+    jitter_each: bool = key(
+        False,
+        "whether each of these is drawn with the probability `jitter`, not all of them together (mmseg)",
+    )
     grayscale: float = key(0.2, "probability of turning gray", at_least=0, at_most=1)
     blur: tuple[float, float, float] = key(
         (1.0, 0.1, 0.5), "probability of blur in first global, other global, local views"
@@ -50,10 +60,12 @@ class ColorConfig:
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
-        jitter = ("brightness", "contrast", "saturation", "hue")
+        jitter = ("brightness", "contrast", "saturation", "hue", "lightness", "jitter_each")
         idle: dict[str, str] = {}
         if not self.jitter:
             idle |= dict.fromkeys(jitter, "jitter=0.0")
+        elif self.jitter == 1:
+            idle["jitter_each"] = "jitter=1.0: all are drawn in any case"
         if not any(self.blur):
             idle["blur_sigma"] = "no view is blurred (blur)"
         return idle
@@ -68,6 +80,7 @@ class ColorDraw:
     gray: Bool[Tensor, "n"]
     solarize: Bool[Tensor, "n"]
     blur: Float[Tensor, "n"]  # sigma in view pixels, 0 = no blur
+    lightness: Float[Tensor, "n"] | None = None  # added first of all; None = nothing
 
 
 def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
@@ -82,12 +95,21 @@ def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch
     low, high = config.blur_sigma
     sigma = low + (high - low) * torch.rand(n, generator=generator)
     blurred = uniform[:, 10] < torch.tensor(config.blur)[kinds]
+    lightness = None
+    if config.lightness or config.jitter_each:  # drawn last: others stay as they are
+        more = torch.rand(n, 6, generator=generator)
+        lit = more[:, 0] < config.jitter if config.jitter_each else jittered
+        lightness = torch.where(lit, config.lightness * (2 * more[:, 1] - 1), 0.0)
+        if config.jitter_each:
+            order = uniform[:, 4:8].argsort(dim=1)
+            order = torch.where((more[:, 2:] < config.jitter).gather(1, order), order, 4)
     return ColorDraw(
         order=order,
         factors=factors,
         gray=uniform[:, 9] < config.grayscale,
         solarize=uniform[:, 11] < torch.tensor(config.solarize)[kinds],
         blur=torch.where(blurred, sigma, 0.0),
+        lightness=lightness,
     )
 
 
@@ -104,6 +126,8 @@ def apply(
     colour. None: all are the image's.
     """
     images.clamp_(0, 1)
+    if drawn.lightness is not None:
+        images.add_(drawn.lightness.to(images.device, non_blocking=True)[:, None, None, None]).clamp_(0, 1)
     operations = (_brightness, _contrast, _saturation, _hue)
     for place in range(4):
         for kind, operation in enumerate(operations):

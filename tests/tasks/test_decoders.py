@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, interpolate
 
-from foveola.tasks.decoders import DecoderConfig, LinearDecoder, MaskDecoder, PatchNorm, enlarge
+from foveola.tasks.decoders import DecoderConfig, LinearDecoder, MaskDecoder, PatchNorm, enlarged_logits
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -138,9 +138,9 @@ def test_logits_are_enlarged_row_by_row():
     logits = drawn(2, 6, 3)
     field = torch.stack([logits[:, :3].mT, logits[:, 3:].mT], dim=2)  # rows of three patches
     expected = interpolate(field, (8, 12), mode="bilinear", align_corners=False)
-    assert torch.equal(enlarge(logits, (2, 3), (8, 12)), expected)
+    assert torch.equal(enlarged_logits(logits, (2, 3), (8, 12)), expected)
     # By hand: between the centres of two patches of four pixels the way is linear.
-    two = enlarge(torch.tensor([[[0.0], [8.0]]]), (1, 2), (1, 8)).flatten().tolist()
+    two = enlarged_logits(torch.tensor([[[0.0], [8.0]]]), (1, 2), (1, 8)).flatten().tolist()
     assert two == [0, 0, 1, 3, 5, 7, 8, 8]
 
 

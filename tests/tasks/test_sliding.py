@@ -33,7 +33,7 @@ def test_windows_cover_a_side(length, window, stride, expected):
 @pytest.mark.parametrize(("height", "width"), [(13, 21), (8, 8), (5, 30), (40, 6), (3, 3), (9, 8)])
 @pytest.mark.parametrize("stride", [8, 5])
 def test_windows_equal_a_naive_loop(height, width, stride, monkeypatch):
-    monkeypatch.setattr(sliding, "TOGETHER", 3)
+    monkeypatch.setattr(sliding, "AT_ONCE", 3)
     image, window = drawn(3, height, width), 8
     canvas = torch.zeros(3, max(height, window), max(width, window))
     canvas[:, :height, :width] = image

@@ -170,3 +170,45 @@ def test_hue_of_nearly_black_pixels_is_finite():
     out = _hue(x.clone(), torch.full((1, 1, 1, 1), 0.1))
     assert out.isfinite().all()
     torch.testing.assert_close(out, x, atol=1e-6, rtol=0)
+
+
+def test_lightness_is_added_first_and_moves_no_other_draw():
+    kinds = torch.arange(60) % 3
+    plain, lit = (
+        draw_colors(config, kinds, torch.Generator().manual_seed(3))
+        for config in (ColorConfig(jitter=0.5), ColorConfig(jitter=0.5, lightness=0.2))
+    )
+    for name in ("order", "factors", "gray", "solarize", "blur"):
+        assert torch.equal(getattr(plain, name), getattr(lit, name)), name
+    assert plain.lightness is None
+    assert lit.lightness is not None
+    jittered = (lit.order < 4).any(dim=1)
+    assert torch.equal(lit.lightness != 0, jittered)  # all together, as is the default
+    assert 0.15 < lit.lightness.abs().max() <= 0.2
+    images = torch.rand(60, 3, 4, 5, generator=torch.Generator().manual_seed(4))
+    config = ColorConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    brighter = (images + lit.lightness[:, None, None, None]).clamp(0, 1)
+    expected = apply(brighter, replace(lit, lightness=None), config)
+    assert torch.equal(apply(images.clone(), lit, config), expected)
+
+
+def test_each_part_of_the_jitter_may_have_a_chance_of_its_own():
+    """As mmseg distorts: of n views each part changes half, and each pair a quarter."""
+    n = 4000
+    config = ColorConfig(jitter=0.5, jitter_each=True, lightness=0.1)
+    drawn = draw_colors(config, torch.zeros(n, dtype=torch.int64), torch.Generator().manual_seed(0))
+    parts = torch.stack(
+        [(drawn.order == kind).sum(dim=1) for kind in range(4)] + [(drawn.lightness != 0).long()]
+    )
+    assert parts.max() == 1  # none twice
+    shares = parts.double() @ parts.double().T / n
+    expected = torch.full((5, 5), 0.25).fill_diagonal_(0.5)
+    torch.testing.assert_close(shares.float(), expected, rtol=0, atol=0.03)
+    places = torch.stack([(drawn.order == kind).sum(dim=0) for kind in range(4)]) / n
+    torch.testing.assert_close(places, torch.full((4, 4), 0.125), rtol=0, atol=0.02)  # in any order
+
+
+def test_keys_of_jitter_without_effect():
+    assert {"lightness", "jitter_each"} <= ColorConfig(jitter=0.0).unread().keys()
+    assert "jitter_each" in ColorConfig(jitter=1.0).unread()
+    assert not {"lightness", "jitter_each"} & ColorConfig().unread().keys()
