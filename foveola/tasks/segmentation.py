@@ -52,9 +52,8 @@ class SegmentationConfig(TaskConfig):
         found = super().with_data(source)
         assert isinstance(found, SegmentationConfig)
         if len(found.names) < 2:
-            raise UserError(
-                f"data: {source.name} has one class, {found.names[0]!r}: there is nothing to tell apart"
-            )
+            only = ", ".join(found.names)
+            raise UserError(f"data: {source.name} has one class, {only!r}: there is nothing to tell apart")
         return found
 
     @property
