@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from foveola.methods.terms.term import Term
     from foveola.models.encoder import Encoder, Features
     from foveola.reports.report import report
+    from foveola.tasks.task import Classes, Detections, LabelMap
     from foveola.training.auto.plan import Plan
     from foveola.training.auto.request import make_plan
+    from foveola.training.finetune import finetune
     from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
     from foveola.zoo.export import export
@@ -30,10 +32,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AttentionAnalysis",
+    "Classes",
     "Comparison",
+    "Detections",
     "Encoder",
     "Features",
     "Figure",
+    "LabelMap",
     "Method",
     "MethodConfig",
     "Metric",
@@ -55,6 +60,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "export",
+    "finetune",
     "load",
     "make_plan",
     "open_source",
@@ -67,6 +73,10 @@ __all__ = [
 _HOMES = {
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
+    "finetune": "foveola.training.finetune",
+    "Classes": "foveola.tasks.task",
+    "Detections": "foveola.tasks.task",
+    "LabelMap": "foveola.tasks.task",
     "make_plan": "foveola.training.auto.request",
     "Plan": "foveola.training.auto.plan",
     "recipes": "foveola.training.recipe",
