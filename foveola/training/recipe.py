@@ -154,7 +154,7 @@ class RunConfig:
         return f"RunConfig:\n{dump_yaml(self)}"
 
     def __post_init__(self) -> None:
-        self.views.check(self.model.patch_size)
+        self.views.check(self.model.patch_size, self.method.annotations)
         self.method.check(self.views, self.model)
         check_choices(self)
         if self.lora is not None and self.train_blocks is not None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from foveola.data.sample import IGNORE, Canvases, DataError
+from foveola.data.sample import IGNORE, Canvases
 from foveola.geometry import pixels_inside, random_boxes, sample, sample_labels
 from foveola.views import color
 from foveola.views.annotations import ViewInstances, cut_instances
@@ -214,8 +214,7 @@ class _Cutter:
         if rescale.max_class_share is None:
             return windows[0]
         maps = self.canvases.label_maps
-        if maps is None:
-            raise DataError("views.rescale.max_class_share: there are no label maps; set it to null")
+        assert maps is not None  # the configuration sees to it
         return choose_windows(windows, maps, self.canvases.extents, rescale.max_class_share, size)
 
     def flips(self, kind: _Kind) -> Bool[Tensor, "B V"]:

@@ -63,9 +63,7 @@ class ViewsConfig:
             parts = ("objects", "masking", "placement", "position_masking", "dropping", "blocks")
             for name in parts:
                 if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"rescale pads views, which {name} does not expect: set one of them to null"
-                    )
+                    raise ValueError(f"rescale pads views, which {name} does not expect: set one to null")
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
@@ -82,8 +80,19 @@ class ViewsConfig:
             idle |= dict.fromkeys(same, "an image has one global view")
         return idle
 
-    def check(self, patch_size: int) -> None:
-        """Raise ValueError unless views are made of whole patches."""
+    def check(self, patch_size: int, annotations: str | None = None) -> None:
+        """Raise ValueError unless views are made of whole patches, and what they do suits the `annotations`
+        that a method learns from.
+        """
+        if self.rescale is not None and annotations is None:
+            raise ValueError(
+                "views.rescale pads views, as only methods with annotations expect it: set it to null"
+            )
+        if self.rescale is not None and self.rescale.max_class_share and annotations != "label_maps":
+            raise ValueError(
+                f"views.rescale.max_class_share needs label maps, but the method learns from {annotations}: "
+                "set it to null"
+            )
         sizes = {"global_size": self.global_size}
         if self.local_count:
             sizes["local_size"] = self.local_size
