@@ -61,7 +61,10 @@ class LoaderConfig:
         at_most=2**13,
     )
     mask_canvas: int = key(
-        128, "pixels a side of the square that object masks are drawn on", at_least=8, at_most=2**13
+        128,
+        "pixels a side of the square that object masks are drawn on; an instance has one over its own box",
+        at_least=8,
+        at_most=2**13,
     )
     objects_per_image: int = key(1, "objects drawn from each image", at_least=1, at_most=1000)
     choose: ObjectChoice = key("area", "which objects are drawn: by area, uniform, or the largest")
@@ -259,7 +262,7 @@ class _Batches(Dataset):
         try:
             batch = self.batch(step)
             if get_worker_info() is not None:
-                check_room(bytes_of(batch[0]))
+                check_room(batch[0].nbytes)
             return batch
         except (DataError, OutOfSharedMemory) as error:
             return error
@@ -279,7 +282,7 @@ class _Batches(Dataset):
         size = self.batch_size * pixels
         if room(size, workers, prefetch) != (workers, prefetch):
             found = self[step]
-            size = size if isinstance(found, Exception) else bytes_of(found[0])
+            size = size if isinstance(found, Exception) else found[0].nbytes
         return size, *room(size, workers, prefetch)
 
     def batch(self, step: int) -> tuple[Canvases, list[str]]:
@@ -390,11 +393,6 @@ def _draw_objects(
     masks = np.stack([objects.draw(int(index), config.mask_canvas) for index in chosen])
     labels = np.full(len(chosen), -1) if objects.labels is None else objects.labels[chosen]
     return torch.from_numpy(masks), torch.from_numpy(labels)
-
-
-def bytes_of(canvases: Canvases) -> int:
-    """Return the bytes of a batch, as it goes from a worker to the training process."""
-    return sum(tensor.nbytes for tensor in canvases.tensors())
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -271,6 +271,11 @@ class Canvases:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the batch, as it goes from a worker to the training process."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
     def to(self, device: torch.device | str) -> "Canvases":
         """Return the same batch on `device`; asynchronous where the memory is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

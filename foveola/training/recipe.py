@@ -205,7 +205,8 @@ class RunConfig:
         if self.evaluate_every is None and not self.evaluations:
             idle["stop_when_worse"] = "nothing is measured (evaluate_every=null, no evaluations)"
         if self.views.objects is None:
-            drawn = ("loader.mask_canvas", "loader.objects_per_image", "loader.choose")
+            drawn = ("loader.objects_per_image", "loader.choose")
+            drawn += ("loader.mask_canvas",) * (self.method.annotations != "instances")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
         if ALL in (self.freeze.get("encoder"), self.freeze.get("backbone")):
             idle |= dict.fromkeys(("lora", "train_blocks"), "freeze.encoder=all: nothing of it learns")

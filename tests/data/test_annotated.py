@@ -14,7 +14,7 @@ from foveola.config import build
 from foveola.data import loader as loader_file
 from foveola.data.ahead import Asker
 from foveola.data.identity import identity_of
-from foveola.data.loader import Loader, LoaderConfig, bytes_of
+from foveola.data.loader import Loader, LoaderConfig
 from foveola.data.sample import (
     IGNORE,
     Canvases,
@@ -28,6 +28,7 @@ from foveola.data.sample import (
 from foveola.data.scenes import Scenes
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import decode, open_source
+from foveola.training.recipe import resolve
 
 SCENES = "scenes:?size=40&count=24&background=class"
 
@@ -231,6 +232,14 @@ def test_a_source_without_what_a_task_learns_from_is_refused(annotations: str, m
         loader(Bare(), annotations)
 
 
+def test_the_size_of_masks_is_read_for_instances(monkeypatch: pytest.MonkeyPatch):
+    config = resolve("dino-tiny-tinyimagenet")
+    assert "loader.mask_canvas" in config.unread()
+    monkeypatch.setattr(type(config.method), "annotations", "instances")
+    assert config.unread().keys() >= {"loader.objects_per_image", "loader.choose"}
+    assert "loader.mask_canvas" not in config.unread()
+
+
 # -- batches ------------------------------------------------------------------------------------------------
 
 
@@ -268,9 +277,9 @@ def test_what_a_batch_weighs_and_where_it_goes(monkeypatch: pytest.MonkeyPatch):
     maps, some = (next(iter(loader(source, kind))) for kind in ("label_maps", "instances"))
     assert maps.label_maps is not None
     assert some.instances is not None
-    assert bytes_of(maps) == bytes_of(plain) + 4 * 40 * 40
+    assert maps.nbytes == plain.nbytes + 4 * 40 * 40
     count = len(some.instances.image)
-    assert bytes_of(some) == bytes_of(plain) + count * (8 + 16 + 8 + 1 + 16 * 16)
+    assert some.nbytes == plain.nbytes + count * (8 + 16 + 8 + 1 + 16 * 16)
     moved = some.to("meta")
     assert moved.instances is not None
     assert all(x.device.type == "meta" for x in moved.tensors())
