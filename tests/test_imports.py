@@ -73,7 +73,6 @@ ALLOWED = {
         "evaluation.result",
         "evaluation.stored",
     },
-    "training.finetune": {"evaluation.protocol"},
     "training.auto.cost": {"models.heads"},
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},

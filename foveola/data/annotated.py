@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from foveola.data.sample import IGNORE, BadImage, DataError, Sample
 from foveola.data.sources import PixelSource, Source
 
-Annotations = Literal["labels", "label_maps", "instances"]
+Annotations = Literal["labels", "classes", "label_maps", "instances"]
 WITH = "docs/data.md says which data strings have them"
 
 
@@ -30,10 +30,27 @@ def check_annotated(source: Source, annotations: Annotations | None) -> None:
     """Raise DataError where a source has no annotations of the kind that a task learns from."""
     if annotations == "labels" and not source.classes:
         raise DataError(f"{source.name}: has no classes of images; {WITH}")
+    if annotations == "classes" and not (source.classes and (source.has_objects or has_several(source))):
+        raise DataError(
+            f"{source.name}: has neither several classes of images nor objects with classes; {WITH}"
+        )
     if annotations == "label_maps" and not isinstance(source, PixelSource):
         raise DataError(f"{source.name}: has no label maps, classes of all pixels; {WITH}")
     if annotations == "instances" and not source.has_objects:
         raise DataError(f"{source.name}: has no annotated objects; {WITH}")
+
+
+def has_several(source: Any) -> bool:
+    """Return whether images of a source may have several classes, as its first sample says."""
+    return source[0].labels is not None
+
+
+def class_table(samples: Sequence[Sample], count: int) -> Bool[Tensor, "B {count}"]:
+    """Return which of `count` classes each image has."""
+    table = torch.zeros(len(samples), count, dtype=torch.bool)
+    for row, sample in zip(table, samples, strict=True):
+        row[sorted(sample.all_classes())] = True
+    return table
 
 
 def read_label_map(source: Any, index: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:

@@ -7,6 +7,7 @@ numbers strongly).
 """
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -182,36 +183,60 @@ def _numbers(tables: Path, words: str) -> list[int]:
 # -- lists --------------------------------------------------------------------------------------------------
 
 
-def open_listed(name: str, root: Path, files: Path | None = None, classes: str | None = None) -> ImageFiles:
+def open_listed(
+    name: str, root: Path, files: Path | None = None, classes: str | None = None, several: bool = False
+) -> ImageFiles:
     """Return images that a list names, a line each: `path label` (Places205), or `path` in class folders
     (SUN397).
 
     Fields are apart by a comma, a tab, or the last space. Labels are numbers from 0, or names. Without
     labels the class is the folder of the image, however deep. `classes` is a file of class names, in order.
+    With `several` all fields after the path, apart by commas or tabs, are classes of the image, perhaps none
+    (NUS-WIDE).
     """
     if files is None:
         raise DataError("listed: needs files=, as in listed:/images?files=/train.csv")
-    rows = [_fields(line) for line in files.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not rows or len({len(row) for row in rows}) > 1:
+    lines = [line for line in files.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    rows = [_all_fields(line) if several else _fields(line) for line in lines]
+    if not rows or (not several and len({len(row) for row in rows}) > 1):
         raise DataError(f"{files}: every line is `path label`, or every line is `path`; and there is a line")
     paths = [row[0].lstrip("/") for row in rows]
     check_inside(files, paths)
     check_listed(root, paths, "listed images")
-    words = [row[1] for row in rows] if len(rows[0]) > 1 else [path.rpartition("/")[0] for path in paths]
+    if several:
+        words = [word for row in rows for word in row[1:]]
+    else:
+        words = [row[1] if len(row) > 1 else row[0].lstrip("/").rpartition("/")[0] for row in rows]
+    labels, names = _numbered(words, files, classes)
+    if not several:
+        return ImageFiles(name, root, paths, labels, names)
+    source, left = ImageFiles(name, root, paths, classes=names), iter(labels)
+    source.label_sets = [tuple(next(left) for _ in row[1:]) for row in rows]
+    source.annotations = f"classes {hashlib.sha256(repr(source.label_sets).encode()).hexdigest()}"
+    return source
+
+
+def _numbered(words: list[str], files: Path, classes: str | None) -> tuple[list[int], list[str]]:
+    """Labels of a list as numbers, and the names of all classes."""
     names = None if classes is None else read_names(Path(classes).expanduser())
     if all(word.isdecimal() for word in words):
         labels = [int(word) for word in words]
-        names = names or [str(number) for number in range(max(labels) + 1)]
-        if max(labels) >= len(names):
+        names = names or [str(number) for number in range(max(labels, default=-1) + 1)]
+        if max(labels, default=-1) >= len(names):
             raise DataError(f"{files}: label {max(labels)}, but {classes} names {len(names)} classes")
-    else:
-        names = [name.strip("/") for name in names] if names else sorted(set(words))
-        index = {word: number for number, word in enumerate(names)}
-        unknown = [word for word in words if word.strip("/") not in index]
-        if unknown:
-            raise DataError(f"{files}: class {unknown[0]!r} is not in {classes}")
-        labels = [index[word.strip("/")] for word in words]
-    return ImageFiles(name, root, paths, labels, names)
+        return labels, names
+    names = [name.strip("/") for name in names] if names else sorted(set(words))
+    index = {word: number for number, word in enumerate(names)}
+    unknown = [word for word in words if word.strip("/") not in index]
+    if unknown:
+        raise DataError(f"{files}: class {unknown[0]!r} is not in {classes}")
+    return [index[word.strip("/")] for word in words], names
+
+
+def _all_fields(line: str) -> list[str]:
+    """A path and what follows it, apart by commas or tabs."""
+    separator = "," if "," in line else "\t"
+    return [field.strip() for field in next(csv.reader([line.strip()], delimiter=separator)) if field.strip()]
 
 
 def _fields(line: str) -> list[str]:

@@ -47,6 +47,7 @@ class ImageFiles:
         self.classes = None if classes is None else tuple(classes)
         self.files = Packed(os.fsencode(file) for file in files)
         self.labels = np.full(len(files), -1) if labels is None else np.array(labels, np.int64)
+        self.label_sets: Sequence[tuple[int, ...]] | None = None  # of images that may have several classes
         self.rows = np.arange(len(files))
         self.annotations = ""  # tells what a subclass knows about its images from what another might
         self.has_objects = reader is not None
@@ -64,7 +65,8 @@ class ImageFiles:
             found = self.reader(row, file, self.root / file, label)
         image = found.image if self.reading == Decoding() else ImageFile(found.image, self.reading)
         known = None if label < 0 else label
-        return Sample(image, printable(file), found.objects, known, found.crowds)
+        several = None if self.label_sets is None else self.label_sets[row]
+        return Sample(image, printable(file), found.objects, known, found.crowds, several)
 
     def path(self, index: int) -> Path:
         """Return the file of an image."""

@@ -29,7 +29,14 @@ from foveola.data.ahead import (
     read_ahead,
     room,
 )
-from foveola.data.annotated import Annotations, Read, check_annotated, read_label_map, stack_label_maps
+from foveola.data.annotated import (
+    Annotations,
+    Read,
+    check_annotated,
+    class_table,
+    read_label_map,
+    stack_label_maps,
+)
 from foveola.data.decode import Scratch, decode, to_canvas
 from foveola.data.sample import (
     BadImage,
@@ -254,6 +261,7 @@ class _Batches(Dataset):
         self.source, self.batch_size, self.seed, self.config = source, batch_size, seed, config
         self.with_objects, self.rank, self.world_size = with_objects, rank, world_size
         self.label_maps, self.instances = annotations == "label_maps", annotations == "instances"
+        self.classes = annotations == "classes"
         # Decided once, so that it depends on no batch and no rank.
         self.instance_mask = config.mask_canvas if self.instances and have_masks(source) else None
         self.steps_per_epoch = len(source) // (batch_size * world_size)
@@ -302,11 +310,12 @@ class _Batches(Dataset):
         whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
         indices = torch.from_numpy(order.copy())
         bad: list[str] = []
-        maps, found = [], []
+        maps, found, samples = [], [], []
         scratch = Scratch()
         for row in range(B):
             read = self._read(epoch, int(order[row]), scratch, bad)
             sample, pixels = read.sample, read.pixels
+            samples.append(sample)
             maps.append(read.label_map)
             found.append((sample.objects, sample.crowds))
             image = to_canvas(pixels, canvas)
@@ -333,6 +342,7 @@ class _Batches(Dataset):
             skipped=len(bad),
             label_maps=stack_label_maps(maps, extents.tolist()) if self.label_maps else None,
             instances=Instances.of(found, self.instance_mask) if self.instances else None,
+            classes=class_table(samples, len(self.source.classes or ())) if self.classes else None,
         )
         return batch, bad
 

@@ -169,7 +169,8 @@ class Sample:
     """An image as a source knows it: where its pixels are, its objects (None: not annotated), class.
 
     `crowds` are regions of objects that nobody told apart (COCO's `iscrowd`): they count as nothing, neither
-    as objects nor as background. `objects` never holds them.
+    as objects nor as background. `objects` never holds them. `label` is the class of the image; of images
+    that may have several, `labels` are all of them, perhaps none.
     """
 
     image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"]
@@ -177,6 +178,14 @@ class Sample:
     objects: Objects | None = None
     label: int | None = None
     crowds: Objects | None = None
+    labels: tuple[int, ...] | None = None
+
+    def all_classes(self) -> set[int]:
+        """Return all classes of the image: those that it is said to have, or else those of its objects."""
+        if self.labels is not None:
+            return set(self.labels)
+        known = [each.labels for each in (self.objects, self.crowds) if each is not None]
+        return {int(label) for labels in known if labels is not None for label in labels if label >= 0}
 
 
 class Instances(NamedTuple):
@@ -253,7 +262,8 @@ class Canvases:
     `object_masks` are coverage times 255 on a square that the unit square fills. Where `whole` is true the
     object is the whole image (no annotation) and its mask is all 255. `indices` are positions in the
     source. `skipped` counts bad images that were replaced. `label_maps` (classes, IGNORE for none and beyond
-    each image) and `instances` are there where a task reads them.
+    each image), `instances` and `classes` (which of all classes an image has) are there where a task reads
+    them.
     """
 
     images: UInt8[Tensor, "B 3 R C"]
@@ -267,6 +277,7 @@ class Canvases:
     skipped: int = 0
     label_maps: UInt8[Tensor, "B R C"] | None = None
     instances: Instances | None = None
+    classes: Bool[Tensor, "B K"] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

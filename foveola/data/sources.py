@@ -262,6 +262,12 @@ def _range(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
+def _yes(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("true or false")
+    return text == "true"
+
+
 def _first(text: str) -> bool:
     if text != "first":
         raise ValueError("first")
@@ -326,7 +332,7 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "imagenet-a": (open_imagenet_a, {}),
     "imagenet-real": (open_imagenet_real, {"labels": _path}),
     "objectnet": (open_objectnet, {"border": _whole}),
-    "listed": (open_listed, {"files": _path, "classes": str}),
+    "listed": (open_listed, {"files": _path, "classes": str, "several": _yes}),
     "hf": (
         open_hub,
         dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,

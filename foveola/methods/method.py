@@ -38,8 +38,8 @@ class MethodConfig:
 
     knows_field: ClassVar[bool] = False  # whether it tells the network positions of views: positions=field
     needs_class_token: ClassVar[bool] = False  # weights without one then get a fresh one
-    # What of annotations the loader reads for it: labels, label_maps, instances; None: of a method without.
-    annotations: ClassVar[Literal["labels", "label_maps", "instances"] | None] = None
+    # What of annotations the loader reads for it; None: of a method that learns without.
+    annotations: ClassVar[Literal["labels", "classes", "label_maps", "instances"] | None] = None
     # Whether what it predicts never moves, such as pixels, so that its loss can be read as progress.
     fixed_targets: ClassVar[bool] = False
 

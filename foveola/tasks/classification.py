@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, one_hot
 from torch.nn.init import trunc_normal_, zeros_
 
 from foveola import distributed
@@ -29,7 +29,6 @@ CLASSIFIED_TOGETHER = 64  # images that are classified at once
 class ClassificationConfig(TaskConfig):
     """Defaults: the head of MAE's fine-tuning."""
 
-    annotations = "labels"
     protocol = "classify"
 
     name: Literal["classification"] = key("classification", "which method this is")
@@ -39,11 +38,19 @@ class ClassificationConfig(TaskConfig):
         "query reads from the patches",
     )
     query_heads: int = key(12, "reads=attention: parts into which the query is cut", at_least=1)
+    several: bool = key(
+        False, "an image may have several classes, or none: those that a list names, or those of its objects"
+    )
     augment: AugmentConfig = key(factory=AugmentConfig, help="augmentation besides that of views")
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views or the network cannot serve the task."""
         check_annotated_views(self.name, views)
+        if self.several and (self.augment.mixes or self.augment.smoothing):
+            raise ValueError(
+                "method.several=true: images of several classes are not mixed, nor their labels smoothed: "
+                "method.augment.mixup=0 method.augment.cutmix=0 method.augment.smoothing=0"
+            )
         if self.reads == "token" and not model.class_token:
             raise ValueError("method.reads=token: this network has no class token")
         width = model.shape[0]
@@ -54,6 +61,11 @@ class ClassificationConfig(TaskConfig):
         """Return keys that nothing reads with these settings, and why."""
         return {} if self.reads == "attention" else {"query_heads": f"reads={self.reads} has no query"}
 
+    @property
+    def annotations(self) -> Literal["labels", "classes"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What of annotations the loader reads."""
+        return "classes" if self.several else "labels"
+
     def with_data(self, source: Any) -> "ClassificationConfig":
         """Return the same with the classes of the data. Raises UserError for data whose images have no
         labels.
@@ -61,8 +73,11 @@ class ClassificationConfig(TaskConfig):
         found = super().with_data(source)
         assert isinstance(found, ClassificationConfig)
         step = max(len(source) // ASKED_FOR_LABELS, 1)
-        if all(source[i].label is None for i in range(0, len(source), step)):
-            raise UserError(f"data: {source.name} has no labels on its images, which classification learns")
+        if not self.several and all(source[i].label is None for i in range(0, len(source), step)):
+            raise UserError(
+                f"data: {source.name} has no labels on its images, which classification learns; "
+                "method.several=true learns the classes of their objects"
+            )
         return found
 
     @property
@@ -130,7 +145,8 @@ class ClassificationHead(TaskHead):
             some = images[start : start + CLASSIFIED_TOGETHER]
             views = torch.stack([evaluation_view(image, encoder.config.transform).pixels for image in some])
             logits = self.logits(encoder.backbone, encoder.normalise(views.to(encoder.device)))
-            found += [Classes(self.classes, scores) for scores in logits.softmax(dim=1).cpu()]
+            scores = logits.sigmoid() if self.config.several else logits.softmax(dim=1)
+            found += [Classes(self.classes, each) for each in scores.cpu()]
         return found
 
 
@@ -138,7 +154,8 @@ class Classification(TaskMethod):
     """An encoder and a linear layer learn the labels of images: end-to-end fine-tuning (MAE, Appendix A.1).
 
     The loss is the cross-entropy with the shares of classes that smoothing and mixing leave, over all
-    labelled images of all processes. With a frozen encoder it is a linear (or attentive) probe on augmented
+    labelled images of all processes; where an image may have several classes, the mean over classes of the
+    binary cross-entropy of each. With a frozen encoder it is a linear (or attentive) probe on augmented
     images.
     """
 
@@ -153,23 +170,36 @@ class Classification(TaskMethod):
             self.student.backbone.norm.requires_grad_(False)
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        images, labels = batch.large.pixels[:, 0], batch.labels
-        head, known = self.student.task_head, labels >= 0
+        head = self.student.task_head
         assert isinstance(head, ClassificationHead)
-        shares = one_hot(labels.clamp(min=0), len(head.classes)).to(images) * known[:, None]
+        images, several = batch.large.pixels[:, 0], head.config.several
+        if several:
+            assert batch.classes is not None
+            shares, known = batch.classes.to(images.dtype), torch.ones_like(batch.labels, dtype=torch.bool)
+        else:
+            known = batch.labels >= 0
+            shares = one_hot(batch.labels.clamp(min=0), len(head.classes)).to(images) * known[:, None]
         images, shares = self.augment(images, shares)
         logits = head.logits(self.student.backbone, images)
         with torch.autocast(logits.device.type, enabled=False):
-            losses = -(shares * log_softmax(logits.float(), dim=1)).sum(dim=1)
+            if several:
+                losses = binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(dim=1)
+                weight = known.sum().to(losses)
+            else:
+                losses, weight = -(shares * log_softmax(logits, dim=1)).sum(dim=1), shares.sum()
             # Gradients are averaged over processes, of which each has its own number of labelled images.
-            weight = distributed.all_reduce_sum(shares.sum()).clamp(min=1e-6)
+            weight = distributed.all_reduce_sum(weight).clamp(min=1e-6)
             loss = losses.sum() * distributed.world_size() / weight
-        right = (logits.detach().argmax(dim=1) == shares.argmax(dim=1)) & known
-        self.seen.append(torch.stack((right.sum(), known.sum())))
+        with torch.no_grad():
+            alike = ((logits > 0) == (shares > 0.5)).float().mean(dim=1)
+            first = (logits.argmax(dim=1) == shares.argmax(dim=1)).float()
+            self.seen.append(torch.stack((((alike if several else first) * known).sum(), known.sum())))
         return Output({"classification": loss}, dict(batch.facts))
 
     def diagnose(self) -> dict[str, float]:
-        """Return the share of training views since the last call whose largest class was found."""
+        """Return the share of training views since the last call whose largest class was found; where they
+        may have several, the share of their classes that are rightly there or not there.
+        """
         if not self.seen:
             return {}
         right, count = torch.stack(self.seen).sum(dim=0).tolist()

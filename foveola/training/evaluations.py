@@ -19,7 +19,7 @@ from foveola.schedules import Progress
 from foveola.training.durations import period
 from foveola.training.log import Log
 from foveola.training.milestones import Milestones
-from foveola.training.planned import Planned, planned, without_details
+from foveola.training.planned import TEST, Planned, planned, without_details
 from foveola.training.recipe import RunConfig
 
 
@@ -128,8 +128,17 @@ class Evaluations:
     def _milestones(self, folder: Path) -> Milestones:
         if self.milestones is None:
             plans = [each.plan for each in self.each]
-            self.milestones = Milestones(folder, plans, self.config.best, self.adapting, self.last)
+            best = self.config.best or self._usual([plan.name for plan in plans])
+            self.milestones = Milestones(folder, plans, best, self.adapting, self.last)
         return self.milestones
+
+    def _usual(self, names: Sequence[str]) -> str:
+        """The evaluation that decides where `best` does not say: of a task that on its test data, of an
+        adaptation the first. In another run none does.
+        """
+        if self.config.method.annotations is not None and TEST in names:
+            return TEST
+        return names[0] if self.adapting and names else ""
 
     def _is_due(self, each: Opened, step: int) -> bool:
         if step:

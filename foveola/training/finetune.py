@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import ConfigError, merge
-from foveola.evaluation.protocol import find_protocol
 from foveola.tasks.task import TaskConfig
+from foveola.training.planned import TEST
 from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.training.run import Run, pretrain
 
-TEST = "evaluations.test"  # the evaluation that `test=` asks for
 EVERY = "10 %"  # the time between two of them, unless it is given
 
 
@@ -45,9 +44,9 @@ def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[
     protocol = protocol_of(resolve(recipe, {} if name is None else {"method.name": name}))
     if test is None:
         return overrides
-    main = next(metric.name for metric in find_protocol(protocol).metrics if metric.main)
-    asked = {f"{TEST}.protocol": protocol, f"{TEST}.every": EVERY, "best": f"test/{main}"}
-    return merge(nested(asked), nested(overrides)) | {f"{TEST}.test": test}
+    where = f"evaluations.{TEST}"
+    asked = nested({f"{where}.protocol": protocol, f"{where}.every": EVERY})
+    return merge(asked, nested(overrides)) | {f"{where}.test": test}
 
 
 def protocol_of(config: RunConfig) -> str:

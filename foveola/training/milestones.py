@@ -47,18 +47,15 @@ class Milestones:
     """The measured steps of a run up to `last`. Only the main process makes one.
 
     Args:
-        best: "EVALUATION/METRIC" of the encoder to keep in encoders/best. None: in an adaptation the first
-            evaluation decides, in another run none does.
+        best: "EVALUATION/METRIC" of the encoder to keep in encoders/best, or an evaluation, whose first
+            number that can be better decides. "": none is kept.
         adapting: whether the run began with given weights, so that step 0 is worth a comparison.
     """
 
-    def __init__(
-        self, folder: Path, plans: Sequence[Planned], best: str | None, adapting: bool, last: int
-    ) -> None:
+    def __init__(self, folder: Path, plans: Sequence[Planned], best: str, adapting: bool, last: int) -> None:
         self.run, self.adapting = RunFolder(folder), adapting
         self.plans = {plan.name: plan for plan in plans}
-        chosen = best or (plans[0].name if adapting and plans else "")
-        self.keeper, _, self.wanted = chosen.partition("/")
+        self.keeper, _, self.wanted = best.partition("/")
         self.values: dict[str, dict[int, float]] = {plan.name: {} for plan in plans}
         self.metrics: dict[str, tuple[str, Metric]] = {}
         self.judged: dict[tuple[str, int], Worse | None] = {}

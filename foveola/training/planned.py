@@ -10,6 +10,7 @@ from foveola.evaluation.classification.knn import Knn
 from foveola.evaluation.protocol import Metric, Protocol, find_protocol
 
 KNN = "knn"  # the name of the evaluation of `evaluate_every`
+TEST = "test"  # the name of the evaluation of a task on its test data, which `finetune test=` asks for
 TAKEN = ("loss", "best")  # words that name other things in a run
 
 

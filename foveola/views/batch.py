@@ -89,6 +89,7 @@ class Batch:
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
     facts: dict[str, Tensor]  # scalars worth logging
+    classes: Bool[Tensor, "B K"] | None = None  # which each image has, where it may have several
 
 
 def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
@@ -125,6 +126,7 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         labels=canvases.labels,
         indices=canvases.indices,
         facts=cutter.facts,
+        classes=canvases.classes,
     )
 
 

@@ -1,18 +1,20 @@
 """What a fine-tuned classifier answers, held against labels: the protocol `classify`."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError
+from foveola.data.annotated import check_annotated, class_table
 from foveola.data.sample import Sample
 from foveola.data.sources import decode
+from foveola.evaluation.classification.several import in_classes, mean_average_precision
 from foveola.evaluation.classification.truth import answers_of, shared_labels
 from foveola.evaluation.images import (
     Batches,
@@ -21,6 +23,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     identity_for,
+    join,
     share_of_rank,
 )
 from foveola.evaluation.metrics import interval, percent
@@ -37,39 +40,53 @@ class ClassifyConfig(ChosenConfig):
 
 
 class LabelledView(NamedTuple):
-    """Some images as a classifier sees them, with their labels; -1: not known."""
+    """Some images as a classifier sees them, with their labels (-1: not known), or all their classes."""
 
     indices: Int64[Tensor, "b"]
     pixels: UInt8[Tensor, "b 3 S S"]
     labels: Int64[Tensor, "b"]
+    classes: Bool[Tensor, "b K"]  # none, where an image has one
 
 
 class ViewCut:
     """Makes a `LabelledView` of an image."""
 
-    def __init__(self, transform: TransformConfig) -> None:
-        self.transform = transform
+    def __init__(self, transform: TransformConfig, classes: int) -> None:
+        self.transform, self.classes = transform, classes
 
     def __call__(self, sample: Sample, index: int) -> LabelledView:
         """Return one image. Raises BadImage."""
         pixels = evaluation_view(decode(sample.image), self.transform).pixels[None]
         label = -1 if sample.label is None else sample.label
-        return LabelledView(torch.tensor([index]), pixels, torch.tensor([label]))
+        table = class_table([sample], self.classes)
+        return LabelledView(torch.tensor([index]), pixels, torch.tensor([label]), table)
+
+
+class Answered(NamedTuple):
+    """What a head said of images of all processes, and what is true of them."""
+
+    indices: Int64[Tensor, "n"]
+    labels: Int64[Tensor, "n"]
+    classes: Bool[Tensor, "n K"]
+    logits: Float[Tensor, "n C"]
 
 
 class Classify(Protocol):
-    """Asks the head of a fine-tuned encoder for the class of each test image.
+    """Asks the head of a fine-tuned encoder for the class, or all classes, of each test image.
 
-    Numbers, in percent: `top1` and `top5` with the 95 % interval of `top1` over images, `mean_class` (the
-    mean over classes of the share of their images that are right). Classes are met by name; an image of a
-    class that the head does not know counts as wrong. ImageNet's other test sets count as they do for k-NN.
+    Numbers, in percent, of a head for one class: `top1` and `top5` with the 95 % interval of `top1` over
+    images, `mean_class` (the mean over classes of the share of their images that are right). Classes are met
+    by name; an image of a class that the head does not know counts as wrong. ImageNet's other test sets count
+    as they do for k-NN. Of a head for several classes: `map`, the mean over classes of their average
+    precision, with its interval.
     """
 
     name = "classify"
-    help = "the class of each image, by the head of a fine-tuned encoder"
+    help = "the classes of each image, by the head of a fine-tuned encoder"
     Config = ClassifyConfig
     metrics = (
         Metric("top1", "Fine-tuned top-1", "higher", chance=1, main=True),
+        Metric("map", "Fine-tuned mean average precision", "higher", main=True),
         Metric("top5", "Fine-tuned top-5", "higher", chance=5),
         Metric("mean_class", "Fine-tuned, mean over classes", "higher", chance=1),
     )
@@ -77,52 +94,76 @@ class Classify(Protocol):
     def measure(self, at: At, config: ClassifyConfig) -> Outcome:
         """Classify all images of the test data, each process its share."""
         head = classifier_of(at.encoder)
-        began, notes = perf_counter(), []
+        several = head.config.several
+        check_annotated(at.test, "classes" if several else "labels")
+        began = perf_counter()
         chosen = choose_images(len(at.test), config.limit, config.seed)
-        indices, labels, logits, bad = self._answers(at, head, config, chosen)
+        answered, bad = _ask(at, head, config, chosen)
         facts = facts_of_bad(bad, len(chosen), at.test)
-        known = labels >= 0
-        if not known.any():
-            raise UserError(f"test: {at.test.name} has no labels on its images, which classify needs")
-        if missing := int((~known).sum()):
-            notes.append(f"test: {missing} images without a label are left out")
-        indices, labels, logits = indices[known], labels[known], logits[known]
-        everything = torch.arange(len(head.classes))
-        labels = shared_labels(labels, at.test.classes, everything, head.classes, notes)
-        answers = answers_of(at.test, head.classes, labels, indices, len(head.classes))
-        right, top5 = answers.hits(logits), answers.top5(logits)
-        low, high = interval(right, seed=config.seed)
-        metrics = {
-            "top1": percent(right),
-            "top1_low": 100 * low,
-            "top1_high": 100 * high,
-            "top5": percent(top5),
-            "mean_class": sum(percent(right[labels == c]) for c in labels.unique()) / len(labels.unique()),
-        }
+        found = _of_several(answered, at, head, config) if several else _of_one(answered, at, head, config)
         named = {"name": at.test.name, "fingerprint": identity_for(at.test, config).digest}
-        named |= facts | {"images": len(chosen), "rows": len(labels)}
+        named |= facts | {"images": len(chosen)} | found.data
         data = {"test": named, "seconds": round(perf_counter() - began, 2)}
-        scores = {"top1": packed(right, indices), "top5": packed(top5, indices)}
-        return Outcome(metrics, data, tuple(notes), scores=scores)
+        return replace(found, data=data)
 
-    def _answers(
-        self, at: At, head: ClassificationHead, config: ClassifyConfig, chosen: Any
-    ) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"], Float[Tensor, "n C"], Int64[Tensor, "b"]]:
-        """Indices, labels and logits of all images of all processes, and those that cannot be read."""
-        encoder = at.encoder
-        images = Images(at.test, chosen[share_of_rank(len(chosen))], ViewCut(encoder.config.transform))
-        batches: Batches[LabelledView] = Batches(images, config, f"classify {at.test.name}", at.progress)
-        found = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))]
-        logits = [torch.zeros(0, len(head.classes))]
-        reduced = torch.autocast(encoder.device.type, torch.bfloat16) if config.precision == "bf16" else None
-        for batch in batches:
-            with torch.no_grad(), reduced or nullcontext():
-                pixels = encoder.normalise(batch.pixels.to(encoder.device))
-                logits.append(head.logits(encoder.backbone, pixels).cpu())
-            found.append((batch.indices, batch.labels))
-        indices, labels = (torch.cat(column) for column in zip(*found, strict=True))
-        gathered = [distributed.gather_rows(each) for each in (indices, labels, torch.cat(logits))]
-        return gathered[0], gathered[1], gathered[2], batches.gathered_bad()
+
+def _ask(
+    at: At, head: ClassificationHead, config: ClassifyConfig, chosen: Int64[np.ndarray, "n"]
+) -> tuple[Answered, Int64[Tensor, "b"]]:
+    """What the head says of all images of all processes, and those that cannot be read."""
+    encoder, count = at.encoder, len(at.test.classes or ()) if head.config.several else 0
+    cut = ViewCut(encoder.config.transform, count)
+    images = Images(at.test, chosen[share_of_rank(len(chosen))], cut)
+    batches: Batches[LabelledView] = Batches(images, config, f"classify {at.test.name}", at.progress)
+    empty = torch.zeros(0, dtype=torch.int64)
+    parts = [
+        Answered(empty, empty, torch.zeros(0, count, dtype=torch.bool), torch.zeros(0, len(head.classes)))
+    ]
+    for batch in batches:
+        with torch.no_grad(), torch.autocast(encoder.device.type, torch.bfloat16, config.precision == "bf16"):
+            pixels = encoder.normalise(batch.pixels.to(encoder.device))
+            logits = head.logits(encoder.backbone, pixels).cpu()
+        parts.append(Answered(batch.indices, batch.labels, batch.classes, logits))
+    mine: Answered = join(parts)
+    return Answered(*map(distributed.gather_rows, mine)), batches.gathered_bad()
+
+
+def _of_one(answered: Answered, at: At, head: ClassificationHead, config: ClassifyConfig) -> Outcome:
+    """Numbers of images that have one class each."""
+    known, notes = answered.labels >= 0, []
+    if not known.any():
+        raise UserError(f"test: {at.test.name} has no labels on its images, which classify needs")
+    if missing := int((~known).sum()):
+        notes.append(f"test: {missing} images without a label are left out")
+    indices, labels, logits = (each[known] for each in (answered.indices, answered.labels, answered.logits))
+    everything = torch.arange(len(head.classes))
+    labels = shared_labels(labels, at.test.classes, everything, head.classes, notes)
+    answers = answers_of(at.test, head.classes, labels, indices, len(head.classes))
+    right, top5 = answers.hits(logits), answers.top5(logits)
+    low, high = interval(right, seed=config.seed)
+    metrics = {
+        "top1": percent(right),
+        "top1_low": 100 * low,
+        "top1_high": 100 * high,
+        "top5": percent(top5),
+        "mean_class": sum(percent(right[labels == c]) for c in labels.unique()) / len(labels.unique()),
+    }
+    scores = {"top1": packed(right, indices), "top5": packed(top5, indices)}
+    return Outcome(metrics, {"rows": len(labels)}, tuple(notes), scores=scores)
+
+
+def _of_several(answered: Answered, at: At, head: ClassificationHead, config: ClassifyConfig) -> Outcome:
+    """Numbers of images that may have several classes, over the classes that head and data share."""
+    names, notes = at.test.classes or (), []
+    shared = [i for i, name in enumerate(head.classes) if name in names]
+    right = in_classes(answered.classes, names, head.classes)[:, shared]
+    if not right.any():
+        raise UserError(f"test: {at.test.name} has no image of a class that the head knows")
+    if missing := len(set(names) - set(head.classes)):
+        notes.append(f"test: {missing} of {len(names)} classes are unknown to the head, and do not count")
+    value, low, high = mean_average_precision(answered.logits[:, shared], right, config.seed)
+    metrics = {"map": 100 * value, "map_low": 100 * low, "map_high": 100 * high}
+    return Outcome(metrics, {"rows": len(right), "classes": int(right.any(dim=0).sum())}, tuple(notes))
 
 
 def classifier_of(encoder: Encoder) -> ClassificationHead:
