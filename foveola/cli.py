@@ -183,7 +183,7 @@ def _evaluate(arguments: list[str]) -> None:
     from foveola.evaluation.protocol import PROTOCOLS, every, find_protocol
     from foveola.evaluation.result import Result
 
-    usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=... [key=value ...]"
+    usage = "foveola evaluate PROTOCOL[,PROTOCOL ...] model=... train=... test=A[,B ...] [key=value ...]"
     if "--help" in flags and not names:
         print(f"usage: {usage}\n\n`foveola evaluate PROTOCOL --help` lists the keys of a protocol:")
         print_table([(f"  {protocol.name}", protocol.help) for protocol in every()])

@@ -16,7 +16,12 @@ EVALUATE_KEYS = [
         None,
         "labelled data to learn from, as a data string, where the protocol does",
     ),
-    KeyInfo("test", "text", "(needed)", "data to measure on, as a data string"),
+    KeyInfo(
+        "test",
+        "text",
+        "(needed)",
+        "data to measure on, as a data string; several, joined by commas, have a result each",
+    ),
     KeyInfo(
         "out",
         "text or null",

@@ -21,6 +21,7 @@ class Comparison:
     names: tuple[str, ...]
     results: tuple[Result, ...]
     notes: tuple[str, ...] = ()  # which of several results these are
+    test: str = ""  # the name of the test set, where the protocol was measured alike on several
 
     def table(self) -> str:
         """Return a line for each metric, a column for each encoder, then how each differs from the first.
@@ -34,7 +35,8 @@ class Comparison:
         shown = [name for name in metrics if name not in ends]
         first, *others = self.names
         heads = ["second - first"] if len(others) == 1 else [f"{name} - {first}" for name in others]
-        rows, alike = [(f"{self.protocol}", *self.names, *heads)], False
+        title = f"{self.protocol}, {self.test}" if self.test else self.protocol
+        rows, alike = [(title, *self.names, *heads)], False
         for metric in shown:
             best = self._best(metric)
             cells = [_cell(result, metric, i == best) for i, result in enumerate(self.results)]
@@ -145,9 +147,43 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
     broken = tuple(f"note: {line}" for _, lines in every_file for line in lines)
     comparisons = []
     for name in sorted(shared):
-        results, notes = _alike([each[name] for each in found], names)
-        comparisons.append(Comparison(name, tuple(names), results, (*notes, *broken)))
+        alike = _by_test([each[name] for each in found], names)
+        for results, notes in alike:
+            test = _test_of(results[0])[1] if len(alike) > 1 else ""
+            comparisons.append(Comparison(name, tuple(names), results, (*notes, *broken), test))
     return comparisons
+
+
+def _by_test(
+    lists: Sequence[Sequence[Stored]], names: Sequence[str]
+) -> list[tuple[tuple[Result, ...], list[str]]]:
+    """The results of each test set on which all places were measured alike, the newest first.
+
+    Raises UserError where there is none.
+    """
+    found = []
+    for test in dict.fromkeys(_test_of(stored.result)[0] for stored in lists[0]):
+        here = [[s for s in each if _test_of(s.result)[0] == test] for each in lists]
+        if all(here) and _matches(here):
+            found.append(_alike(here, names))
+    return found or [_alike(lists, names)]
+
+
+def _test_of(result: Result) -> tuple[str, str]:
+    """What tells a test set from others, and its name."""
+    test = result.data.get("test")
+    test = test if isinstance(test, dict) else {}
+    return str(test.get("fingerprint")), str(test.get("name"))
+
+
+def _matches(lists: Sequence[Sequence[Stored]]) -> list[tuple[Stored, ...]]:
+    """Results, one of each place, that were measured alike."""
+    matches = []
+    for first in lists[0]:
+        others = [[s for s in each if not differences(first.result, s.result)] for each in lists[1:]]
+        if all(others):
+            matches.append((first, *(each[0] for each in others)))
+    return matches
 
 
 def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
@@ -171,11 +207,7 @@ def _alike(lists: Sequence[Sequence[Stored]], names: Sequence[str]) -> tuple[tup
     `lists` holds the results of one protocol for each place, newest first. Raises UserError where no choice
     is alike.
     """
-    protocol, matches = lists[0][0].result.protocol, []
-    for first in lists[0]:
-        others = [[s for s in each if not differences(first.result, s.result)] for each in lists[1:]]
-        if all(others):
-            matches.append((first, *(each[0] for each in others)))
+    protocol, matches = lists[0][0].result.protocol, _matches(lists)
     if not matches:
         for other, label in zip(lists[1:], names[1:], strict=True):
             found = [differences(first.result, s.result) for first in lists[0] for s in other]

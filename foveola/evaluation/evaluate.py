@@ -1,8 +1,9 @@
 """Runs protocols: `evaluate()` and `evaluate_all()`, whose feature passes the protocols share."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
@@ -27,6 +28,9 @@ from foveola.files import home_of
 from foveola.models.encoder import Encoder
 from foveola.zoo.load import load
 
+Tests = Source | str | Sequence[Source | str] | None
+BETWEEN = re.compile(r",\s*(?=[A-Za-z][\w.]*:)")  # a comma with another data string behind it
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -42,8 +46,9 @@ class Job:
     @property
     def learns(self) -> bool:
         """Whether it learns from the training data, so that test data must be others."""
-        optional = self.protocol.train == "optional" and len(getattr(self.train, "classes", None) or ()) > 1
-        return self.protocol.train == "needed" or (optional and bool(self.needs.train))
+        train = self.protocol.train_for(self.config)
+        optional = train == "optional" and len(getattr(self.train, "classes", None) or ()) > 1
+        return train == "needed" or (optional and bool(self.needs.train))
 
     def readings(self) -> list[tuple[Source, Reading, int]]:
         """Return what is read from the shared pass: sources, features, and random crops beside."""
@@ -57,7 +62,7 @@ def evaluate(
     protocol: str | Protocol | type,
     *,
     train: Source | str | None = None,
-    test: Source | str | None = None,
+    test: Tests = None,
     out: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -75,9 +80,11 @@ def evaluate(
         protocol: a name (`foveola evaluate --help` lists them), an importable name such as
             `my_package.my_module:MyProtocol`, or a `foveola.Protocol` of your own.
         train, test: data strings (opened with the split of that name) or sources; `train` where the protocol
-            needs it.
+            needs it. Several test sets, as a list, or joined by commas in a text, have a result each: that of
+            the first is returned, with the rest as its `others`. Probes are trained once for all of them.
         out: folder for `results/<protocol>.json`; by default the model's own folder, where it has one. An
-            earlier result is replaced only if it was measured alike; others are kept beside it.
+            earlier result is replaced only if it was measured alike; others are kept beside it, as are those
+            of further test sets.
         cache: folder that keeps the features of the pass; by default that of FOVEOLA_CACHE, if it is set, and
             otherwise a temporary one.
         device: where a model that is loaded runs; by default a GPU if there is one. An `Encoder` stays where
@@ -101,7 +108,7 @@ def evaluate_all(
     protocols: Sequence[str | Protocol | type],
     *,
     train: Source | str | None = None,
-    test: Source | str | None = None,
+    test: Tests = None,
     out: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -119,7 +126,7 @@ def evaluate_all(
     """
     found = {protocol.name: protocol for protocol in map(find_protocol, protocols)}
     configs = protocol_configs(protocols, settings)
-    bank, queries = _open(list(found.values()), train, test, progress)
+    bank, tests = _open(found, configs, train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
@@ -129,9 +136,9 @@ def evaluate_all(
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     jobs = []
     for name, protocol in found.items():
-        used = None if protocol.train == "unused" else bank
+        used = None if protocol.train_for(configs[name]) == "unused" else bank
         needs = protocol.needs(configs[name], encoder)
-        jobs.append(Job(protocol, configs[name], used, queries, needs))
+        jobs += [Job(protocol, configs[name], used, queries, needs) for queries in tests]
     jobs = _separate(jobs, overlap)
     storing = _storing(jobs, cache)
     feed = Feed(encoder, cache, progress=progress) if storing else None
@@ -139,16 +146,22 @@ def evaluate_all(
     try:
         if feed is not None:
             _want(feed, [job for job in jobs if job.protocol.name in storing])
-        for job in jobs:
-            name = job.protocol.name
-            at = At(encoder, job.train, job.test, feed if name in storing else None, progress)
-            results[name] = _measure(job, at)
-            try:
-                if out is not None and distributed.is_main():
-                    with told(f"{name} is measured, but its result cannot be written to {out}"):
-                        results[name] = store(results[name], out)
-            finally:
-                show(results[name])
+        for name in found:
+            mine = [job for job in jobs if job.protocol.name == name]
+            own = feed if name in storing else None
+            measured = _measure(mine, [At(encoder, job.train, job.test, own, progress) for job in mine])
+            kept = []
+            for number, result in enumerate(measured):
+                try:
+                    if out is not None and distributed.is_main():
+                        # A probe that is trained already leaves the result of its training where it is.
+                        further = number > 0 or bool(getattr(configs[name], "probe", None))
+                        with told(f"{name} is measured, but its result cannot be written to {out}"):
+                            result = store(result, out, further)
+                finally:
+                    show(result)
+                kept.append(result)
+            results[name] = replace(kept[0], others=tuple(kept[1:]))
     finally:
         if feed is not None:
             feed.close()
@@ -176,16 +189,32 @@ def protocol_configs(protocols: Sequence[str | Protocol | type], settings: dict[
 
 
 def _open(
-    protocols: Sequence[Protocol], train: Source | str | None, test: Source | str | None, progress: bool
-) -> tuple[Any, Any]:
-    """The training data, where one of the protocols uses them, and the test data."""
-    asking = [protocol.name for protocol in protocols if protocol.train == "needed"]
-    for which, source, users in (("test", test, [p.name for p in protocols]), ("train", train, asking)):
+    protocols: Mapping[str, Protocol],
+    configs: Mapping[str, Any],
+    train: Source | str | None,
+    test: Tests,
+    progress: bool,
+) -> tuple[Any, list[Any]]:
+    """The training data, where one of the protocols uses them, and the test data, of one or several sets."""
+    uses = {name: protocol.train_for(configs[name]) for name, protocol in protocols.items()}
+    asking = [name for name, use in uses.items() if use == "needed"]
+    tests = BETWEEN.split(test) if isinstance(test, str) else test
+    tests = list(tests) if isinstance(tests, list | tuple) else [tests]
+    none = None if tests in ([], [None]) else test
+    for which, source, users in (("test", none, list(protocols)), ("train", train, asking)):
         if source is None and users:
             raise UserError(f"{users[0]}: {which} is needed, such as {which}=folder:/images")
+    trained = [name for name, config in configs.items() if getattr(config, "probe", None)]
+    if train is not None and trained and len(trained) == len(configs):
+        raise UserError(f"{trained[0]}: probe= is trained already; leave out train=")
+    texts = [each for each in tests if isinstance(each, str)]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"test: the same set twice: {', '.join(texts)}")
     say(progress and distributed.is_main())
-    used = train is not None and any(protocol.train != "unused" for protocol in protocols)
-    return (as_source(train, "train", "train") if used else None), as_source(test, "test", "test")
+    used = train is not None and any(use != "unused" for use in uses.values())
+    return (as_source(train, "train", "train") if used else None), [
+        as_source(each, "test", "test") for each in tests
+    ]
 
 
 def _separate(jobs: Sequence[Job], overlap: str) -> list[Job]:
@@ -194,9 +223,10 @@ def _separate(jobs: Sequence[Job], overlap: str) -> list[Job]:
         raise UserError(f"overlap={overlap!r}: valid are {', '.join(POLICIES)}")
     learning = [job for job in jobs if job.learns]
 
-    def look() -> dict[str, tuple[Source, tuple[str, ...]]]:
-        names = [(job.protocol.name, job) for job in learning]
-        return {name: separate(name, job.config, job.train, job.test, overlap) for name, job in names}
+    def look() -> dict[int, tuple[Source, tuple[str, ...]]]:
+        return {
+            id(job): separate(job.protocol.name, job.config, job.train, job.test, overlap) for job in learning
+        }
 
     if distributed.world_size() > 1:  # one reads the files, the others find the hashes
         distributed.on_main(lambda: bool(look()))
@@ -208,7 +238,7 @@ def _separate(jobs: Sequence[Job], overlap: str) -> list[Job]:
                 raise UserError(f"{source.name}: process {other[0]} sees other data than process 0")
     separated = []
     for job in jobs:
-        test, notes = found.get(job.protocol.name, (job.test, ()))
+        test, notes = found.get(id(job), (job.test, ()))
         separated.append(replace(job, test=test, notes=notes))
     return separated
 
@@ -219,21 +249,19 @@ def _storing(jobs: Sequence[Job], cache: str | Path | None) -> set[str]:
     Without a folder to keep them in, nothing is stored for those that read all of it once, unless another
     protocol reads the same.
     """
-    places = {
-        job.protocol.name: {
-            where_of(source, job.config, reading.need, views) for source, reading, views in job.readings()
-        }
+    places = [
+        {where_of(source, job.config, reading.need, views) for source, reading, views in job.readings()}
         for job in jobs
-    }
-    users = Counter(place for each in places.values() for place in each)
+    ]
+    users = Counter(place for each in places for place in each)
     return {
         job.protocol.name
-        for job in jobs
+        for job, mine in zip(jobs, places, strict=True)
         if job.readings()
         and (
             cache is not None
             or not all(reading.once for _, reading, _ in job.readings())
-            or any(users[place] > 1 for place in places[job.protocol.name])
+            or any(users[place] > 1 for place in mine)
         )
     }
 
@@ -258,29 +286,36 @@ def _facts(job: Job, told: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _measure(job: Job, at: At) -> Result:
-    """Run one protocol. Probes train on every rank alike; the numbers are those of the first."""
-    began = perf_counter()
-    outcome = distributed.broadcast_object(job.protocol.measure(at, job.config))
-    metrics = {metric: float(value) for metric, value in outcome.metrics.items()}
-    for metric, value in metrics.items():
-        if not isfinite(value):
-            raise UserError(f"{job.protocol.name}: {metric} is {value}, not a finite number")
-    sources = (job.train, job.test)
-    told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
-    return Result(
-        protocol=job.protocol.name,
-        settings=to_dict(job.config),
-        metrics=metrics,
-        data=_facts(job, outcome.data),
-        encoder=at.encoder.fingerprint(),
-        versions=versions(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(perf_counter() - began, 2),
-        notes=(*job.notes, *dict.fromkeys(told)),
-        chosen=outcome.chosen,
-        grid=outcome.grid,
-        scores=outcome.scores,
-        beside=outcome.beside,
-        described=job.protocol.metrics,
-    )
+def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:
+    """Run one protocol on its test sets. Probes train on every rank alike; the numbers are those of the
+    first.
+    """
+    began, found = perf_counter(), []
+    protocol, config = jobs[0].protocol, jobs[0].config
+    outcomes = list(protocol.measure_all(every, config))
+    for job, at, own in zip(jobs, every, outcomes, strict=True):
+        outcome = distributed.broadcast_object(own)
+        metrics = {metric: float(value) for metric, value in outcome.metrics.items()}
+        for metric, value in metrics.items():
+            if not isfinite(value):
+                raise UserError(f"{protocol.name}: {metric} is {value}, not a finite number")
+        sources = (job.train, job.test)
+        told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
+        result = Result(
+            protocol=protocol.name,
+            settings=to_dict(config) if outcome.settings is None else outcome.settings,
+            metrics=metrics,
+            data=_facts(job, outcome.data),
+            encoder=at.encoder.fingerprint(),
+            versions=versions(),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(perf_counter() - began, 2),
+            notes=(*job.notes, *dict.fromkeys(told)),
+            chosen=outcome.chosen,
+            grid=outcome.grid,
+            scores=outcome.scores,
+            described=protocol.metrics,
+            beside=outcome.beside,
+        )
+        found.append(result)
+    return found

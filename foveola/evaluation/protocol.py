@@ -172,7 +172,9 @@ class Outcome:
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
     beside: dict[str, Any] = field(
         default_factory=dict
-    )  # JSON by file name, kept in a folder beside the result
+    )  # what is kept in a folder beside the result, by file
+    # name: trees that become JSON, or objects with a method `save(path)`
+    settings: dict[str, Any] | None = None  # those that count, where they are not those that were asked for
 
 
 class Protocol(ABC):
@@ -206,12 +208,22 @@ class Protocol(ABC):
         """
         return Needs()
 
+    def train_for(self, config: Any) -> Literal["needed", "optional", "unused"]:
+        """Return what becomes of training data with these settings; as `train` says, if nothing else."""
+        return self.train
+
     @abstractmethod
     def measure(self, at: At, config: Any) -> Outcome:
         """Return the numbers. All ranks call it, and the numbers of the first count.
 
         Raises UserError for data that lack what it needs.
         """
+
+    def measure_all(self, every: Sequence[At], config: Any) -> list[Outcome]:
+        """Return the numbers of several test sets, which `every` differs in; a protocol that trains something
+        trains it once.
+        """
+        return [self.measure(at, config) for at in every]
 
 
 # -- finding one ---------------------------------------------------------------------------------------------

@@ -49,19 +49,26 @@ class Result:
     scores: dict[str, Any] = field(default_factory=dict)  # of a metric that of each row, by `paired.packed`
     described: tuple[Metric, ...] = field(default=())  # what the metrics are, as the protocol declares them
     evaluation: str = ""  # the name of the evaluation of a run, where it was measured while that trained
-    beside: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # JSON by file name
+    beside: dict[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # by file name, as of `Outcome`
     written: str = field(default="", compare=False)  # where to, and what became of an earlier one; not saved
+    # Of further test sets that were measured in the same call; not saved, each has a file of its own.
+    others: tuple["Result", ...] = field(default=(), compare=False)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `folder/results/<protocol>.json`, replaced whole, and return its path.
+    def save(self, folder: str | Path, end: str = "") -> Path:
+        """Write `folder/results/<protocol><end>.json`, replaced whole, and return its path.
 
-        What is kept `beside` is written to `folder/results/<protocol>/` first.
+        What is kept `beside` is written to `folder/results/<protocol><end>/` first.
         """
-        path = files.results_in(folder) / f"{self.protocol}.json"
+        path = files.results_in(folder) / f"{self.protocol}{end}.json"
         for name, document in self.beside.items():
-            files.write_text(documents_of(path) / name, json.dumps(document, allow_nan=False) + "\n")
-        tree = asdict(replace(self, beside={}))
-        tree = {name: value for name, value in tree.items() if name not in ("written", "beside")}
+            if hasattr(document, "save"):
+                document.save(documents_of(path) / name)
+            else:
+                files.write_text(documents_of(path) / name, json.dumps(document, allow_nan=False) + "\n")
+        tree = asdict(replace(self, beside={}, others=()))
+        tree = {name: value for name, value in tree.items() if name not in ("written", "beside", "others")}
         return files.write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
     @classmethod

@@ -1,8 +1,9 @@
 """Results in folders: which there are, which were measured alike, and where a new one goes.
 
-`results/<protocol>.json` is what was measured last. A result that was measured with other settings, or on
-other data, moves to `results/<protocol>-<8 letters>.json` before it would be replaced. What a protocol keeps
-beside its result (the detections of `detect`) is in a folder of the same name, without `.json`.
+`results/<protocol>.json` is what was measured last, of several test sets the first. A result that was
+measured with other settings, or on other data, moves to `results/<protocol>-<8 letters>.json` before it would
+be replaced; results of further test sets go there at once. What a protocol keeps beside its result (the
+detections of `detect`, a trained probe) is in a folder of the same name, without `.json`.
 """
 
 import hashlib
@@ -14,10 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from foveola.config import UserError
+from foveola.config import UserError, to_dict
 from foveola.data.identity import PREFIX
+from foveola.evaluation.protocol import PROTOCOLS, find_protocol
 from foveola.evaluation.result import Result, documents_of
 from foveola.files import home_of, results_in
 
@@ -52,23 +54,28 @@ def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
     return sorted(found, key=lambda stored: stored.result.date, reverse=True), broken
 
 
-def store(result: Result, folder: str | Path) -> Result:
+def store(result: Result, folder: str | Path, further: bool = False) -> Result:
     """Write `folder/results/<protocol>.json` and return the result with a line on what was written.
 
     An earlier result is replaced only where it was measured alike; any other is kept under a name of its own.
+    A `further` result (of another test set, or of a probe that was trained before) takes such a name itself,
+    and leaves `<protocol>.json` as it is, if there is another measurement.
     """
     path = results_in(folder) / f"{result.protocol}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = f"written to {path}"
+    alike = path.with_stem(f"{path.stem}-{_key(result)}")  # measured alike before, if it is there
     with _alone(path.parent):
-        if path.exists():
+        first = _readable(path)
+        own = alike if further and first is not None and differences(first, result) else path
+        told = f"written to {own}"
+        if own is path and path.exists():
             told += _make_room(path, result)
-        alike = path.with_stem(f"{path.stem}-{_key(result)}")  # measured alike before, if it is there
         earlier = [each.evaluation for each in map(_readable, (path, alike)) if each is not None]
         result = replace(result, evaluation=next(filter(None, (result.evaluation, *earlier)), ""))
-        result.save(folder)
-        alike.unlink(missing_ok=True)
-        rmtree(documents_of(alike), ignore_errors=True)
+        result.save(folder, own.stem.removeprefix(path.stem))
+        if own is path:
+            alike.unlink(missing_ok=True)
+            rmtree(documents_of(alike), ignore_errors=True)
     return replace(result, written=told)
 
 
@@ -117,10 +124,11 @@ def differences(a: Result, b: Result) -> list[str]:
     """Return what was not the same in two measurements, apart from the encoder; one line each."""
     found = []
     mine, theirs = (json.loads(json.dumps(result.settings)) for result in (a, b))  # a file has no tuples
+    usual = _defaults(a.protocol)
     for key in sorted((mine.keys() | theirs.keys()) - SPEED):
-        left, right = mine.get(key, "absent"), theirs.get(key, "absent")
+        left, right = (side.get(key, usual.get(key, "absent")) for side in (mine, theirs))
         if left != right:
-            found.append(f"{key} = {left} and {right}")
+            found.append(f"{key} = {mine.get(key, 'absent')} and {theirs.get(key, 'absent')}")
     for which in ("train", "test"):
         left, right = a.data.get(which), b.data.get(which)
         if not isinstance(left, dict) or not isinstance(right, dict):
@@ -136,6 +144,13 @@ def differences(a: Result, b: Result) -> list[str]:
                 named = f"{left.get('name')} and {right.get('name')}, " if key == "fingerprint" else ""
                 found.append(f"{which} {key}: {named}{left.get(key)} and {right.get(key)}")
     return found
+
+
+def _defaults(protocol: str) -> dict[str, Any]:
+    """Settings of a protocol of foveola: a version that lacked a key measured as its default has it."""
+    if protocol not in PROTOCOLS:
+        return {}
+    return json.loads(json.dumps(to_dict(find_protocol(protocol).Config())))
 
 
 @contextmanager

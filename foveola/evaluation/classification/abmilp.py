@@ -1,6 +1,6 @@
 """Selective Aggregation: patches averaged with learned scores (AbMILP) or fixed ones; protocol `abmilp`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,11 +12,17 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import key
-from foveola.evaluation.classification.grids import Plan, ProbeGrid, probe_metrics
-from foveola.evaluation.classification.linear import BatchNorm, LinearBank, joined_width, need_of
+from foveola.evaluation.classification.grids import Choice, Plan, ProbeGrid, probe_metrics
+from foveola.evaluation.classification.linear import (
+    BatchNorm,
+    LinearBank,
+    joined_width,
+    need_of,
+    norm_tensors,
+)
 from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
-from foveola.evaluation.classification.task import Columns, ProbeConfig, Task, plan_training
-from foveola.evaluation.classification.trained import Prepared, TrainedProbe
+from foveola.evaluation.classification.task import Columns, Exam, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
 from foveola.evaluation.protocol import Metric, Outcome
@@ -41,6 +47,8 @@ class AbmilpBank:
 
     LARS scales the gradients of matrices, to which the scores' last map belongs as [1, d].
     """
+
+    kind = "abmilp"
 
     def __init__(
         self,
@@ -82,7 +90,8 @@ class AbmilpBank:
             ]
         self.norm = BatchNorm(count, width, device)
         self.optimizer = OPTIMIZERS[optimizer](self.trained, rates.to(device), momentum=momentum)
-        about = {"depth": depth, "activation": activation, "attention": attention}
+        about: dict[str, Any] = {"depth": depth, "activation": activation, "attention": attention}
+        self.shape = dict(about)
         self.settings: list[dict[str, Any]] = [{"lr": rate, **about} for rate in rates.tolist()]
         self.parameters_each = sum(p[0].numel() for p in self.trained)
 
@@ -114,6 +123,10 @@ class AbmilpBank:
         """Return the scores of each probe, as at test time."""
         pooled = torch.cat([self._pool(few, self.trained)[1] for few in self._split(x["patches"])], dim=1)
         return self._classify(self.norm.test(pooled), self.trained)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all trained numbers in their order, and the statistics of BatchNorm."""
+        return {f"trained_{i}": p for i, p in enumerate(self.trained)} | norm_tensors(self.norm)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         patches, width = x.shape[1:]
@@ -156,7 +169,7 @@ class AbmilpBank:
 
 
 @dataclass(frozen=True)
-class AbmilpConfig(ProbeConfig):
+class AbmilpConfig(TrainedConfig):
     """Settings of `abmilp`. Defaults: Selective Aggregation's on large sets."""
 
     depth: tuple[int, ...] = key(
@@ -214,6 +227,7 @@ class Abmilp(TrainedProbe):
     name = "abmilp"
     help = "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)"
     Config = AbmilpConfig
+    banks = (AbmilpBank, LinearBank)
     metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
 
     def wanted(self, config: AbmilpConfig, encoder: Encoder) -> Need:
@@ -238,14 +252,15 @@ class Abmilp(TrainedProbe):
         banks = _banks(encoder, config, batch, task)
         return Plan(banks, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
 
-    def score(self, prepared: Prepared) -> Outcome:
-        """Return the numbers of the trained grid, and the entropies of the chosen probes' weights."""
-        outcome, task, entropies = super().score(prepared), prepared.task, {}
-        columns = Columns(task.test, task.score, need("patches"), task.device)
-        for bank in prepared.plan.banks:
-            if isinstance(bank, AbmilpBank):
-                best = [s for s in bank.settings if s["lr"] == outcome.chosen[bank.group]["lr"]]
-                entropies[f"entropy_{bank.group}"] = _entropy(bank, bank.settings.index(best[0]), columns)
+    def score(
+        self, banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int
+    ) -> Outcome:
+        """Return the numbers of the grid, and the entropies of the chosen probes' weights."""
+        outcome, entropies = super().score(banks, choice, exam, wanted, seed), {}
+        columns = exam.columns(need("patches"))
+        for group, (i, g) in choice.places.items():
+            if isinstance(bank := banks[i], AbmilpBank):
+                entropies[f"entropy_{group}"] = _entropy(bank, g, columns)
         return replace(outcome, metrics=outcome.metrics | entropies)
 
 

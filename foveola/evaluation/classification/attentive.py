@@ -14,8 +14,8 @@ from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
 from foveola.evaluation.classification.grids import Plan, ProbeGrid, probe_metrics
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
-from foveola.evaluation.classification.task import PUBLISHED_STEPS, ProbeConfig, Task, plan_training
-from foveola.evaluation.classification.trained import TrainedProbe
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need, shape_of
 from foveola.models.encoder import Encoder
@@ -39,6 +39,8 @@ class AttentiveBank:
     patches meet G H vectors instead of 2 G d x d maps. The bias of the keys adds the same to all scores of a
     head: it changes nothing, gets no gradient and stays 0.
     """
+
+    kind = "attentive"
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class AttentiveBank:
         ]
         everything = [*self.trained, self.keys_bias]
         self.parameters_each = sum(p[0].numel() for p in everything)
+        self.shape: dict[str, Any] = {"heads": heads}
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
         """Take one step on each probe's mean cross-entropy, with gradients summed over parts of the batch."""
@@ -90,6 +93,11 @@ class AttentiveBank:
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
         """Return the scores of each probe."""
         return torch.cat([self._scores(part, *self.trained) for part in self._split(x["patches"])], dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and biases; that of the keys is 0."""
+        names = ("query", "keys", "values", "head", "values_bias", "bias")
+        return dict(zip(names, self.trained, strict=True))
 
     def _split(self, rows: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
         count = (rows if patches is None else patches).shape[1]
@@ -142,7 +150,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class AttentiveConfig(ProbeConfig):
+class AttentiveConfig(TrainedConfig):
     """Settings of `attentive`. What is null is as the style has it."""
 
     style: Literal["capi", "cae"] = key(
@@ -196,6 +204,7 @@ class Attentive(TrainedProbe):
     title = "attentive probe"
     help = "classification of what one learned query reads from the patches (CAPI, CAE)"
     Config = AttentiveConfig
+    banks = (AttentiveBank, CaeBank)
     metrics = probe_metrics(title)
 
     def wanted(self, config: AttentiveConfig, encoder: Encoder) -> Need:

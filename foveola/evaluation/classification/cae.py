@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from foveola.evaluation.classification.linear import BatchNorm
+from foveola.evaluation.classification.linear import BatchNorm, norm_tensors
 from foveola.evaluation.classification.solvers import Sgd, add_gradients
 
 CAE_SCORES_AT_ONCE = 2**26  # attention scores, or what was read, of all probes in memory at a time: 256 MiB
@@ -30,6 +30,8 @@ class CaeBank:
     would add the same to all scores of a head (the bias of the keys' norm) changes nothing, gets no gradient
     and stays 0.
     """
+
+    kind = "cae"
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class CaeBank:
         self.settings: list[dict[str, Any]] = [{"lr": lr, "heads": heads} for lr in rates.tolist()]
         everything = [*self.trained.values(), self.key_shift]
         self.parameters_each = sum(p[0].numel() for p in everything)
+        self.shape: dict[str, Any] = {"heads": heads}
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
         """Take one step on each probe's mean cross-entropy, in parts of `norm_batch` images."""
@@ -94,6 +97,10 @@ class CaeBank:
         leaves = list(self.trained.values())
         read = torch.cat([self._read(few, leaves) for few in self._split(tokens_of(x))], dim=1)
         return self._classify(self.norm.test(read), leaves)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and biases, and the statistics of BatchNorm."""
+        return self.trained | norm_tensors(self.norm)
 
     def weights(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G h b T"]:
         """Return how much each head reads of each token (the class token first); rows sum to one."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from foveola.evaluation.classification.solvers import Factor
-from foveola.evaluation.classification.task import Columns, Task
+from foveola.evaluation.classification.task import Columns, Exam, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.features.stream import FeatureBatch
@@ -23,7 +23,7 @@ SCORING = 256  # rows scored at once
 
 
 def probe_metrics(label: str) -> tuple[Metric, ...]:
-    """Return what `choose_and_score` and `scored` measure of each probe, under a name for people."""
+    """Return what `score_chosen` and `scored` measure of each probe, under a name for people."""
     return (
         Metric("top1_*", f"{label} top-1 ({{}})", "higher", chance=1, main=True, column="top1"),
         Metric("top5_*", f"{label} top-5 ({{}})", "higher", chance=5, column="top5"),
@@ -40,6 +40,8 @@ class ProbeGrid(Protocol):
     group: str  # what the choice is made within; metrics are given for each group
     settings: list[dict[str, Any]]  # of each probe
     parameters_each: int  # trained numbers of one probe
+    kind: str  # of bank, and what it is made anew with besides rates, width and classes
+    shape: dict[str, Any]
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
         """Take one step of training, with learning rates times `factor`."""
@@ -47,6 +49,10 @@ class ProbeGrid(Protocol):
 
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
         """Return the scores of each probe, as at test time."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that `logits` computes with, by name: [G, ...], or [1, ...] where all share it."""
         ...
 
 
@@ -120,50 +126,78 @@ def probe_scores(bank: ProbeGrid, probe: int, columns: Columns) -> Float[Tensor,
     return torch.cat([bank.logits(columns.take(at))[probe].float().cpu() for at in places])
 
 
-def choose_and_score(banks: Sequence[ProbeGrid], task: Task, wanted: Need, seed: int) -> Outcome:
-    """Choose in each group the probe that is best on the hold-out, scored on test.
+Place = tuple[int, int]  # a bank, and a probe of it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The probe of each group that was chosen, and what the hold-out says of all of them."""
+
+    places: dict[str, Place]
+    held: list[Judged] | None = None  # of each bank
+
+
+def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> Choice:
+    """Choose in each group the probe that is best on the hold-out.
 
     Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
     rule, and the first of a grid is often one that hardly learned. Without hold-out the test set chooses, as
     in many papers, and the first of equals is taken.
     """
-    test = Columns(task.test, task.score, wanted, task.device)
     held = None
     if len(task.hold):
         columns = Columns(task.holding, task.hold, wanted, task.device)
         held = [judge(bank, columns, task.held) for bank in banks]
+        order = [found.order() for found in held]
+    else:
+        test = task.exam.columns(wanted)
+        order = [
+            [(percent(row),) for row in judge(bank, test, task.exam.answers).right]
+            if len(places_of(banks, bank.group)) > 1
+            else [(0.0,)]
+            for bank in banks
+        ]
+    groups = dict.fromkeys(bank.group for bank in banks)
+    return Choice({g: max(places_of(banks, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held)
+
+
+def places_of(banks: Sequence[ProbeGrid], group: str) -> list[Place]:
+    """Return the places of all probes of a group, in order."""
+    return [(i, g) for i, bank in enumerate(banks) if bank.group == group for g in range(len(bank.settings))]
+
+
+def score_chosen(banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int) -> Outcome:
+    """Return what the chosen probes score on a test set, and the grid of all; without facts of the data."""
+    test = exam.columns(wanted)
     metrics: dict[str, float] = {}
     chosen: dict[str, Any] = {}
     grid: dict[str, Any] = {}
     scores: dict[str, Any] = {}
-    for group in dict.fromkeys(bank.group for bank in banks):
-        mine = [i for i, bank in enumerate(banks) if bank.group == group]
-        right = {i: judge(banks[i], test, task.answers).right for i in mine}
-        places = [(i, g) for i in mine for g in range(len(banks[i].settings))]
-        order = {i: [(percent(row),) for row in right[i]] if held is None else held[i].order() for i in mine}
+    for group, best in choice.places.items():
+        places = places_of(banks, group)
+        right = {i: judge(banks[i], test, exam.answers).right for i in dict.fromkeys(i for i, _ in places)}
         rows = [
             {
                 **banks[i].settings[g],
-                **({} if held is None else {"holdout": order[i][g][0]}),
+                **({} if choice.held is None else {"holdout": choice.held[i].order()[g][0]}),
                 "test": percent(right[i][g]),
             }
             for i, g in places
         ]
-        best = max(range(len(rows)), key=lambda r: order[places[r][0]][places[r][1]])
-        i, g = places[best]
-        top5 = task.answers.top5(probe_scores(banks[i], g, test))
-        found = scored(group, right[i][g], task.answers, seed, top5)
+        i, g = best
+        row = rows[places.index(best)]
+        top5 = exam.answers.top5(probe_scores(banks[i], g, test))
+        found = scored(group, right[i][g], exam.answers, seed, top5)
         metrics |= found.metrics
         scores |= found.scores
         if len(rows) > 1:
             metrics[f"top1_{group}_best_on_test"] = max(row["test"] for row in rows)
-        if held is not None:
-            metrics[f"holdout_{group}"] = rows[best]["holdout"]
-        chosen[group] = {k: v for k, v in rows[best].items() if k not in ("holdout", "test")}
+        if choice.held is not None:
+            metrics[f"holdout_{group}"] = row["holdout"]
+        chosen[group] = {k: v for k, v in row.items() if k not in ("holdout", "test")}
         chosen[group]["parameters"] = banks[i].parameters_each
         grid[group] = rows
-    note_choice(task, max(len(rows) for rows in grid.values()))
-    return Outcome(metrics, task.facts, tuple(task.notes), chosen, grid, scores)
+    return Outcome(metrics, {}, (), chosen, grid, scores)
 
 
 class Scored(NamedTuple):
@@ -188,7 +222,8 @@ def scored(
     return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
 
 
-def note_choice(task: Task, count: int) -> None:
+def notes_of_choice(task: Task, count: int) -> list[str]:
     """Say so where the test set chooses among several probes."""
-    if not len(task.hold) and count > 1:
-        task.notes.append(f"the best of {count} probes was chosen on the test set (holdout=0)")
+    if len(task.hold) or count < 2:
+        return []
+    return [f"the best of {count} probes was chosen on the test set (holdout=0)"]

@@ -20,8 +20,8 @@ from foveola.evaluation.classification.solvers import (
     cosine_by_epoch,
     warm_cosine,
 )
-from foveola.evaluation.classification.task import PUBLISHED_STEPS, ProbeConfig, Task, plan_training
-from foveola.evaluation.classification.trained import TrainedProbe
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import EXTERNAL, need, shape_of
 from foveola.models.encoder import Encoder
@@ -55,6 +55,11 @@ class BatchNorm:
         return (x - self.mean) * (self.variance + self.eps).rsqrt()
 
 
+def norm_tensors(norm: BatchNorm | None) -> dict[str, Tensor]:
+    """Return the running statistics by name; none without BatchNorm."""
+    return {} if norm is None else {"norm_mean": norm.mean, "norm_variance": norm.variance}
+
+
 class LinearBank:
     """G linear classifiers of one feature, which differ in their learning rate, trained at once.
 
@@ -67,6 +72,8 @@ class LinearBank:
         rates: learning rates as they are used (after any rule for the batch size).
         norm: put BatchNorm without parameters first, with statistics of `norm_batch` rows at a time.
     """
+
+    kind = "linear"
 
     def __init__(
         self,
@@ -100,6 +107,7 @@ class LinearBank:
         self.optimizer = OPTIMIZERS[optimizer]([self.weight, self.bias], rates.to(device), momentum=momentum)
         self.settings: list[dict[str, Any]] = [{"features": features, "lr": rate} for rate in rates.tolist()]
         self.parameters_each = classes * (width + 1)
+        self.shape: dict[str, Any] = {"features": features, "norm": norm, "masks": masks}
 
     @torch.no_grad()
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
@@ -119,6 +127,10 @@ class LinearBank:
         """Return the scores of each probe, as at test time."""
         rows = joined_features(x, self.features, self.masks)[None]
         return self._scores(rows if self.norm is None else self.norm.test(rows))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights, and the statistics of BatchNorm."""
+        return {"weight": self.weight, "bias": self.bias} | norm_tensors(self.norm)
 
     def _scores(self, inputs: Float[Tensor, "1 b D"]) -> Float[Tensor, "G b C"]:
         g, classes, width = self.weight.shape  # one product: the rows are the same for all probes
@@ -172,7 +184,7 @@ LINEAR_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2
 
 
 @dataclass(frozen=True)
-class LinearConfig(ProbeConfig):
+class LinearConfig(TrainedConfig):
     """Settings of `linear`. What is null is as the style has it."""
 
     style: Literal["dino", "dinov2", "mae"] = key("dinov2", "whose linear probe: sets what is null below")
@@ -227,6 +239,7 @@ class Linear(TrainedProbe):
     title = "linear probe"
     help = "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)"
     Config = LinearConfig
+    banks = (LinearBank,)
     metrics = probe_metrics(title)
 
     def wanted(self, config: LinearConfig, encoder: Encoder) -> Need:

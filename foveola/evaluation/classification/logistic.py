@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import key
-from foveola.evaluation.classification.grids import Judged, judged, note_choice, probe_metrics, scored
+from foveola.evaluation.classification.grids import Judged, judged, notes_of_choice, probe_metrics, scored
 from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.trained import probe_needs
@@ -283,7 +283,7 @@ class Logistic(Protocol):
             store, index = {
                 "fit": (task.holding, task.fit),
                 "hold": (task.holding, task.hold),
-                "score": (task.test, task.score),
+                "score": (task.exam.test, task.exam.score),
                 "both": (task.holding, torch.cat((task.fit, task.hold)).sort().values),
             }[part]
             x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
@@ -295,7 +295,7 @@ class Logistic(Protocol):
         models = path(
             (x - mean) / scale, task.labels[task.fit], task.classes, values, progress=at.progress, **settings
         )
-        on_test = [_judged(model, test_x, task.answers).right[0] for model in models]
+        on_test = [_judged(model, test_x, task.exam.answers).right[0] for model in models]
         grid: list[dict[str, Any]] = [
             {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}
             for c, right, model in zip(values, on_test, models, strict=True)
@@ -312,20 +312,29 @@ class Logistic(Protocol):
             both = torch.cat((task.fit, task.hold)).sort().values
             x = (rows("both") - mean) / scale
             model = fit(x, task.labels[both], task.classes, values[best], start=model, **settings)
-            right = _judged(model, test_x, task.answers).right[0]
+            right = _judged(model, test_x, task.exam.answers).right[0]
         found = scored(
-            "logistic", right, task.answers, config.seed, task.answers.top5(model.logits(test_x).cpu())
+            "logistic",
+            right,
+            task.exam.answers,
+            config.seed,
+            task.exam.answers.top5(model.logits(test_x).cpu()),
         )
         metrics = found.metrics
         if len(values) > 1:
             metrics["top1_logistic_best_on_test"] = max(row["test"] for row in grid)
         if len(task.hold):
             metrics["holdout_logistic"] = grid[best]["holdout"]
-        note_choice(task, len(values))
+        task.notes.extend(notes_of_choice(task, len(values)))
         _note_ends(grid, config, task)
         chosen = {"c": values[best], "parameters": model.weight.numel() + model.bias.numel()}
         return Outcome(
-            metrics, task.facts, tuple(task.notes), {"logistic": chosen}, {"logistic": grid}, found.scores
+            metrics,
+            task.facts(task.exam),
+            (*task.notes, *task.exam.notes),
+            {"logistic": chosen},
+            {"logistic": grid},
+            found.scores,
         )
 
 

@@ -1,6 +1,6 @@
 """All probes side by side on the same features: the protocol `probes`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -108,23 +108,29 @@ class Probes(Protocol):
 
     def measure(self, at: At, config: ProbesConfig) -> Outcome:
         """Train all probes on the same batches, and return the numbers of one part after the other."""
+        return self.measure_all([at], config)[0]
+
+    def measure_all(self, every: Sequence[At], config: ProbesConfig) -> list[Outcome]:
+        """Return the same for several test sets; what is trained by steps is trained once."""
+        parts = parts_of(config, every[0].encoder)
+        prepared = self._trained(every[0], parts)
+        return [self._measured(at, parts, prepared) for at in every]
+
+    def _measured(
+        self, at: At, parts: dict[str, tuple[Protocol, Any]], prepared: dict[str, Prepared]
+    ) -> Outcome:
         metrics: dict[str, float] = {}
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}
         grid: dict[str, Any] = {}
         scores: dict[str, Any] = {}
         notes: list[str] = []
-        parts = parts_of(config, at.encoder)
-        prepared = self._trained(at, parts)
         seconds = {name: each.plan.seconds for name, each in prepared.items()}
         for name, (protocol, own) in parts.items():
             began = perf_counter()
             with _named(name):
                 ready = prepared.get(name)
-                if isinstance(protocol, TrainedProbe) and ready is not None:
-                    outcome = protocol.score(ready)
-                else:
-                    outcome = protocol.measure(at, own)
+                outcome = protocol.measure(at, own) if ready is None else ready.outcome(at)
             seconds[name] = round(seconds.get(name, 0.0) + perf_counter() - began, 2)
             found, kept = outcome.metrics, outcome.scores
             if name == "knn":

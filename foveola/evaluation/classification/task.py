@@ -50,32 +50,70 @@ class ProbeConfig(FeedConfig):
 # -- the task ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """The rows of a test set that are scored, and what is right on them."""
+
+    test: Store
+    score: Int64[Tensor, "m"]  # rows of `test`
+    answers: Answers
+    device: torch.device
+    notes: list[str]
+
+    def columns(self, wanted: Need) -> "Columns":
+        """Return their features."""
+        return Columns(self.test, self.score, wanted, self.device)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The classes that a probe was trained to tell apart."""
+
+    names: tuple[str, ...] | None
+    count: int
+    present: tuple[int, ...]  # those of which there were images
+
+
+def open_exam(at: At, config: ProbeConfig, need: Need, known: Known) -> Exam:
+    """Open the store of the test set of `at`. Raises UserError for no labels, and no class in common."""
+    notes: list[str] = []
+    queries = at.open(at.test, config, need)
+    found = queries.column("labels")
+    score = _labelled(found, "test", notes)
+    present = torch.tensor(known.present)
+    right = shared_labels(found[score], at.test.classes, present, known.names, notes)
+    answers = answers_of(at.test, known.names, right, queries.image_indices[score], known.count)
+    return Exam(queries, score, answers, at.encoder.device, notes)
+
+
 @dataclass(eq=False)
 class Task:
-    """Features and labels of a probe: which rows train, choose, and are scored."""
+    """Features and labels of a probe: which rows train and choose; and the rows of test that are scored."""
 
     train: "Store | Stream"  # stored features of all training images, or crops of those that train
-    test: Store
     holding: Store  # features of the hold-out: those of `train`, or a store of its own
     labels: Int64[Tensor, "n"]  # of all training images, stored or not; -1 unknown
     fit: Int64[Tensor, "f"]  # rows of the training images that train
     hold: Int64[Tensor, "h"]  # rows of `holding` that choose
     held: Answers  # what is right on them
-    score: Int64[Tensor, "m"]  # rows of `test` that are scored
-    answers: Answers
-    classes: int
+    known: Known
+    exam: Exam
     device: torch.device
     notes: list[str]
     about: dict[str, Any]  # facts of the training images which are known before they are read
     training: dict[str, int] = field(default_factory=dict)  # batch, steps and passes, of trained probes
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about both sets, for the result."""
-        rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(self.score)}
+    def classes(self) -> int:
+        """The number of classes."""
+        return self.known.count
+
+    def facts(self, exam: Exam) -> dict[str, Any]:
+        """Return facts about both sets, for the result."""
+        rows = {"fit": len(self.fit), "holdout": len(self.hold), "scored": len(exam.score)}
         trained = {"training": self.training} if self.training else {}
         train = self.about | self.train.facts
-        return {"train": train, "test": self.test.facts, "split": rows, **trained}
+        return {"train": train, "test": exam.test.facts, "split": rows, **trained}
 
     def drawn(
         self, wanted: Need, views: Literal["stream"] | int, batch: int, steps: int, seed: int
@@ -95,15 +133,11 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     With views=stream training images are not stored, but for the evaluation view of the hold-out.
     Raises UserError for: no labels, a single class, no class in common, fewer images than a hold-out needs.
     """
-    train, test = at.train, at.test
-    notes: list[str] = []
+    train, notes = at.train, list[str]()
     stored = None if config.views == "stream" else at.open(train, config, need, config.views)
-    queries = at.open(test, config, need)
     chosen = choose_images(len(train), config.limit, config.seed)
     labels = labels_of(train, chosen) if stored is None else stored.column("labels")
     rows = _labelled(labels, "train", notes)
-    found = queries.column("labels")
-    score = _labelled(found, "test", notes)
     classes = max(int(labels.max()) + 1, len(train.classes or ()))
     present = torch.unique(labels[rows])
     if len(present) < 2:
@@ -117,21 +151,21 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
             f"{train.name}: no class has two labelled images, so none can be held out to choose among "
             f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
         )
-    right = shared_labels(found[score], test.classes, labels[rows], train.classes, notes)
-    answers = answers_of(test, train.classes, right, queries.image_indices[score], classes)
+    known = Known(train.classes, classes, tuple(present.tolist()))
+    exam = open_exam(at, config, need, known)
     about: dict[str, Any] = {}
     learning: Store | Stream
     if stored is None:
         learning = Stream(at.encoder, train, chosen[fit.numpy()], config)
         about = {"name": train.name, "fingerprint": identity_for(train, config).digest}
         about |= {"images": len(chosen), "rows": len(rows)}
-        holding, hold = _open_held(at, config, need, chosen[hold.numpy()], queries)
+        holding, hold = _open_held(at, config, need, chosen[hold.numpy()], exam.test)
     else:
         learning = holding = stored
     held = Answers(holding.column("labels")[hold], holding.image_indices[hold])
     return Task(
-        train=learning, test=queries, holding=holding, labels=labels, fit=fit, hold=hold, held=held,
-        score=score, answers=answers, classes=classes, device=at.encoder.device, notes=notes, about=about,
+        train=learning, holding=holding, labels=labels, fit=fit, hold=hold, held=held, known=known, exam=exam,
+        device=at.encoder.device, notes=notes, about=about,
     )  # fmt: skip
 
 

@@ -2,26 +2,64 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from foveola.evaluation.classification.grids import Plan, choose_and_score, train_plans
-from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
+from foveola.config import ConfigError, build, key, to_dict
+from foveola.evaluation.classification.grids import (
+    Choice,
+    Plan,
+    ProbeGrid,
+    choose,
+    notes_of_choice,
+    places_of,
+    score_chosen,
+    train_plans,
+)
+from foveola.evaluation.classification.saved import PROBE, SavedProbe
+from foveola.evaluation.classification.task import Exam, ProbeConfig, Task, open_exam, open_task
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
+# Settings that may be given with a probe that is trained already: how the test images are read.
+FREE = ("probe", "batch_size", "workers", "limit", "precision", "store")
+
 
 @dataclass(frozen=True)
-class Prepared:
-    """A grid of probes before it is trained."""
+class TrainedConfig(ProbeConfig):
+    """Settings of protocols whose probes can be kept."""
 
+    probe: str | None = key(
+        None, "a file that an earlier evaluation wrote: score its probes, without training and without train="
+    )
+
+
+@dataclass
+class Prepared:
+    """A grid of probes, and once it is trained what was chosen."""
+
+    protocol: "TrainedProbe"
     config: Any
     wanted: Need
     task: Task
     plan: Plan
+    choice: Choice | None = None
+    first: Any = None  # the test set of `task`
+
+    def outcome(self, at: At) -> Outcome:
+        """Return what the chosen probes score on the test set of `at`."""
+        task, config, banks = self.task, self.config, self.plan.banks
+        if self.choice is None:
+            self.choice = choose(banks, task, self.wanted)
+            most = max(len(places_of(banks, group)) for group in self.choice.places)
+            task.notes.extend(notes_of_choice(task, most))
+            self.first = at.test
+        exam = task.exam if at.test is self.first else open_exam(at, config, self.wanted, task.known)
+        outcome = self.protocol.score(banks, self.choice, exam, self.wanted, config.seed)
+        return replace(outcome, data=task.facts(exam), notes=(*task.notes, *exam.notes))
 
 
 class TrainedProbe(Protocol):
@@ -32,6 +70,7 @@ class TrainedProbe(Protocol):
     """
 
     train = "needed"
+    banks: ClassVar[tuple[Any, ...]]  # the kinds of its probes
 
     @abstractmethod
     def wanted(self, config: Any, encoder: Encoder) -> Need:
@@ -46,24 +85,81 @@ class TrainedProbe(Protocol):
         """Return the probes and how they are trained; the task gets notes on it."""
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
-        """Return the needs of trained probes."""
+        """Return the needs of trained probes; of those that are trained already, what of test images."""
+        if config.probe:
+            own, _ = self._loaded(config, encoder)
+            return Needs((), (Reading(self.wanted(own, encoder)),))
         return probe_needs(self.wanted(config, encoder), config)
+
+    def train_for(self, config: Any) -> Literal["needed", "optional", "unused"]:
+        """Return that training data are needed, unless the probes are trained already."""
+        return "unused" if config.probe else "needed"
 
     def measure(self, at: At, config: Any) -> Outcome:
         """Train all probes of the grid on the same batches, choose on the hold-out, score on `test`."""
-        prepared = self.prepare(at, config)
-        train_together([prepared], at.progress)
-        return self.score(prepared)
+        return self.measure_all([at], config)[0]
+
+    def measure_all(self, every: Sequence[At], config: Any) -> list[Outcome]:
+        """Return the same for several test sets; the probes are trained once."""
+        if config.probe:
+            return [self._scored_again(at, config) for at in every]
+        first = every[0]
+        prepared = self.prepare(first, config)
+        train_together([prepared], first.progress)
+        outcomes = [prepared.outcome(at) for at in every]
+        saved = self._saved(prepared, outcomes[0], first.encoder)
+        return [replace(outcomes[0], beside={PROBE: saved}), *outcomes[1:]]
 
     def prepare(self, at: At, config: Any) -> Prepared:
         """Return the grid, untrained."""
         wanted = self.wanted(config, at.encoder)
         task = open_task(at, config, wanted, self.candidates(config, at.encoder))
-        return Prepared(config, wanted, task, self.plan(config, at.encoder, task))
+        return Prepared(self, config, wanted, task, self.plan(config, at.encoder, task))
 
-    def score(self, prepared: Prepared) -> Outcome:
-        """Return the numbers of the trained grid."""
-        return choose_and_score(prepared.plan.banks, prepared.task, prepared.wanted, prepared.config.seed)
+    def _saved(self, prepared: Prepared, outcome: Outcome, encoder: Encoder) -> SavedProbe:
+        """The chosen probes, to be kept."""
+        task, choice = prepared.task, prepared.choice
+        assert choice is not None
+        about = {
+            "protocol": self.name,
+            "settings": to_dict(prepared.config),
+            "encoder": encoder.fingerprint(),
+            "known": asdict(task.known),
+            "data": {name: facts for name, facts in outcome.data.items() if name != "test"},
+            "notes": task.notes,
+        }
+        return SavedProbe.of(prepared.plan.banks, choice, outcome, about)
+
+    def _loaded(self, config: Any, encoder: Encoder) -> tuple[Any, SavedProbe]:
+        """The settings with which the probes of a file were trained, and the file's contents."""
+        usual = type(config)()
+        for each in fields(config):
+            if each.name not in FREE and getattr(config, each.name) != getattr(usual, each.name):
+                raise ConfigError(
+                    f"{each.name}: probe={config.probe} is trained already, so it has no effect; leave it out"
+                )
+        saved = SavedProbe.load(config.probe)
+        saved.fits(encoder, self.name, config.probe)
+        given = {name: getattr(config, name) for name in FREE if name != "probe"}
+        return build(type(config), saved.about["settings"] | given), saved
+
+    def _scored_again(self, at: At, config: Any) -> Outcome:
+        """What the probes of a file score: the result is that of the evaluation which trained them."""
+        own, saved = self._loaded(config, at.encoder)
+        wanted = self.wanted(own, at.encoder)
+        exam = open_exam(at, own, wanted, saved.known)
+        banks, choice = saved.banks(self.banks, at.encoder.device)
+        outcome = saved.completed(self.score(banks, choice, exam, wanted, own.seed))
+        data = {**saved.about["data"], "test": exam.test.facts}
+        data["split"] = {**data["split"], "scored": len(exam.score)}
+        notes = (*saved.about["notes"], *exam.notes)
+        return replace(outcome, data=data, notes=notes, settings=to_dict(own), grid={})
+
+    def score(
+        self, banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int
+    ) -> Outcome:
+        """Return the numbers of chosen probes on a test set."""
+        return score_chosen(banks, choice, exam, wanted, seed)
 
 
 def probe_needs(wanted: Need, config: ProbeConfig) -> Needs:

@@ -329,8 +329,8 @@ def test_imagenet_variants_restrict_and_accept_several(encoder, shades) -> None:
     with Feed(encoder, None, progress=False) as feed:
         config = ProbeConfig(workers=0)
         task = open_task(At(encoder, train, test, feed), config, need("average"), 2)
-    assert task.answers.candidates.tolist() == [False, True, True]
-    assert [some.tolist() for some in task.answers.others] == [[0, 2], [1, 2], [2, 2]] * 2
+    assert task.exam.answers.candidates.tolist() == [False, True, True]
+    assert [some.tolist() for some in task.exam.answers.others] == [[0, 2], [1, 2], [2, 2]] * 2
 
 
 def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample) -> None:

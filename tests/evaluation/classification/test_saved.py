@@ -1,0 +1,120 @@
+"""One training serves several test sets, at once and later: a probe is kept, and answers as it did."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from foveola.config import ConfigError, UserError
+from foveola.evaluation.classification.grids import train_plans
+from foveola.evaluation.compare import compare
+from foveola.evaluation.evaluate import evaluate
+from foveola.evaluation.result import Result
+
+QUIET = {"progress": False, "workers": 0}
+SHORT = {
+    "linear": {"epochs": 4, "batch": 30, "lr": (1e-2, 0.1)},
+    "attentive": {"epochs": 4, "batch": 30, "heads": (2, 4), "lr": (1e-2,), "weight_decay": (1e-3, 1e-2)},
+    "attentive cae": {"style": "cae", "epochs": 4, "batch": 30},
+    "abmilp": {"epochs": 4, "batch": 30, "lr": (0.1, 1.0), "depth": (1, 2), "attention": True},
+}
+
+
+@pytest.fixture
+def sets(shades):
+    """Training images and two test sets, whose classes are named; the second numbers them otherwise."""
+    train, one, two = shades(0, 60), shades(900, 24), shades(500, 18)
+    for source in (train, one):
+        source.classes = ("dark", "middle", "bright")
+    two.classes = ("middle", "bright", "dark")
+    two.name = "two:"
+    two.samples = [type(s)(s.image, s.name, s.objects, [2, 0, 1][s.label]) for s in two.samples]
+    return train, one, two
+
+
+def without_grid(result: Result) -> dict[str, float]:
+    return {name: value for name, value in result.metrics.items() if not name.endswith("best_on_test")}
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_one_training_serves_all_test_sets_now_and_later(case, encoder, sets, tmp_path, monkeypatch) -> None:
+    train, one, two = sets
+    protocol, settings, trainings = case.split()[0], SHORT[case] | QUIET, []
+    count = lambda *a: trainings.append(len(a[0])) or train_plans(*a)  # noqa: E731
+    monkeypatch.setattr("foveola.evaluation.classification.trained.train_plans", count)
+    first = evaluate(encoder, protocol, train=train, test=[one, two], out=tmp_path, **settings)
+    assert trainings == [1]
+    (second,) = first.others
+    alone = evaluate(encoder, protocol, train=train, test=two, **settings)
+    assert second.metrics == alone.metrics
+    assert second.chosen == alone.chosen
+    assert second.data["test"]["name"] == "two:"
+    assert second.data["split"] == {**first.data["split"], "scored": 18}
+    assert Result.read(tmp_path / "results" / f"{protocol}.json") == first
+
+    file = tmp_path / "results" / protocol / "probe.safetensors"
+    trainings.clear()
+    for test, before in ((two, second), (one, first)):
+        again = evaluate(encoder, protocol, test=test, probe=str(file), out=tmp_path, **QUIET)
+        assert again.metrics == pytest.approx(without_grid(before), rel=1e-6)
+        assert again.scores == before.scores
+        assert again.chosen == before.chosen
+        assert again.settings == before.settings
+        assert again.data["train"] == before.data["train"]
+    assert not trainings
+    assert file.is_file()  # where it was, also after other results were written
+    stored = sorted(path.name for path in (tmp_path / "results").glob("*.json"))
+    assert len(stored) == 2
+    assert stored[-1] == f"{protocol}.json"
+
+
+def test_compare_shows_each_test_set(encoder, sets, tmp_path: Path) -> None:
+    train, one, two = sets
+    for place in ("a", "b"):
+        evaluate(
+            encoder, "linear", train=train, test=[one, two], out=tmp_path / place, **SHORT["linear"], **QUIET
+        )
+    both = compare([tmp_path / "a", tmp_path / "b"])
+    assert [each.protocol for each in both] == ["linear", "linear"]
+    assert {each.test for each in both} == {"shades900:", "two:"}
+    assert all(each.results[0].metrics == each.results[1].metrics for each in both)
+    assert "linear, two:" in "".join(each.table() for each in both)
+
+
+def test_several_test_sets_of_protocols_that_train_nothing(encoder, sets) -> None:
+    train, one, two = sets
+    settings = {"train": train, "k": (5,), **QUIET}
+    first = evaluate(encoder, "knn", test=[one, two], **settings)
+    assert first.metrics == evaluate(encoder, "knn", test=one, **settings).metrics
+    assert first.others[0].metrics == evaluate(encoder, "knn", test=two, **settings).metrics
+
+
+def test_without_hold_out_the_first_test_set_chooses_for_the_others(encoder, sets) -> None:
+    train, one, two = sets
+    first = evaluate(encoder, "linear", train=train, test=[one, two], holdout=0, **SHORT["linear"], **QUIET)
+    assert first.others[0].chosen == first.chosen
+
+
+def test_a_probe_that_does_not_fit_is_one_clear_line(encoder, sets, shades, tmp_path: Path) -> None:
+    train, one, two = sets
+    evaluate(encoder, "linear", train=train, test=one, out=tmp_path, **SHORT["linear"], **QUIET)
+    file = str(tmp_path / "results" / "linear" / "probe.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no")
+
+    def refused(message: str, protocol="linear", error=UserError, probe=file, **settings) -> None:
+        with pytest.raises(error, match=message):
+            evaluate(encoder, protocol, **{"test": two, "probe": probe, **settings}, **QUIET)
+
+    refused("leave out train=", train=train)
+    refused("epochs: probe=.* is trained already", error=ConfigError, epochs=3)
+    refused("is of the protocol linear", protocol="abmilp")
+    refused("there is no such file", probe="nothing.safetensors")
+    refused("is no trained probe", probe=str(tmp_path / "other.safetensors"))
+    refused("cannot be read", probe=str(tmp_path / "text.safetensors"))
+    unlike = shades(900, 9)
+    unlike.classes = ("cat", "dog", "cow")
+    refused("share no class", test=unlike)
+    encoder.backbone.norm.weight.mul_(2)
+    refused("trained on another encoder")
