@@ -21,6 +21,7 @@ METHODS: dict[str, type[Method] | str] = {
     "ijepa": IJepa,
     "classification": "foveola.tasks.classification:Classification",
     "segmentation": "foveola.tasks.segmentation:Segmentation",
+    "detection": "foveola.tasks.detection:Detection",
 }
 DOOR = Door("method", "foveola.methods", METHODS, "my_module:MyMethod")
 

@@ -144,7 +144,7 @@ def make_regions(config: Any, classes: int, strides: Sequence[float]) -> RoIHead
         predictor,
         fg_iou_thresh=SAME,
         bg_iou_thresh=SAME,
-        batch_size_per_image=512,
+        batch_size_per_image=config.proposals,
         positive_fraction=0.25,
         bbox_reg_weights=None,
         score_thresh=config.score,
