@@ -53,6 +53,9 @@ class ImageFiles:
         self.has_objects = reader is not None
         self.notes: tuple[str, ...] = ()  # what whoever uses the data should know
         self.reading, self.raw = Decoding(), False
+        # By which an annotation file of COCO calls its images (by row) and its classes; None elsewhere.
+        self.image_ids: np.ndarray | None = None
+        self.category_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -302,6 +305,8 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
     check_listed(root, files)
     classes = [category["name"] for category in categories]
     source = ImageFiles(name, root, files, None, classes, reader)
+    source.image_ids = np.array([image["id"] for image in images])
+    source.category_ids = np.array([category["id"] for category in categories])
     annotated = int((np.diff(reader.table.ends, prepend=0) > 0).sum())
     source.notes = _few_objects(annotations, annotated, len(files))
     return source

@@ -31,6 +31,7 @@ PROTOCOLS = {
     "logistic_segmentation": "foveola.evaluation.segmentation.patches:LogisticSegmentation",
     "linear_segmentation": "foveola.evaluation.segmentation.linear:LinearSegmentation",
     "dense_retrieval": "foveola.evaluation.segmentation.retrieval:DenseRetrieval",
+    "detect": "foveola.evaluation.detection.detect:Detect",
     "localisation": "foveola.evaluation.localisation.localisation:Localisation",
     "retrieval": "foveola.evaluation.views.retrieval:Retrieval",
     "label_free": "foveola.evaluation.views.label_free:LabelFree",

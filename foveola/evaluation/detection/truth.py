@@ -36,7 +36,7 @@ class AnnotatedCut:
         image = decode(sample.image)
         size = image.shape[:2]
         found = annotations_of(sample.objects, index, size, self.masks, crowd=False)
-        found += annotations_of(getattr(sample, "crowds", None), index, size, self.masks, crowd=True)
+        found += annotations_of(sample.crowds, index, size, self.masks, crowd=True)
         return Annotated(torch.tensor([index]), (image,), (found,))
 
 
