@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 Kernel = Literal["bicubic", "linear", "area"]
-ROUNDING = 1e-3  # of a pixel that may be lost to rounding where half of one counts
+HALF_COVERED = 0.5 - 1e-3  # of a pixel: rounding may take a little from a half
 
 
 def random_boxes(
@@ -61,7 +61,6 @@ def resampling_weights(
     size: int,
     source: int,
     kernel: Kernel = "bicubic",
-    flip: Bool[Tensor, "*N"] | None = None,
     blur: Float[Tensor, "*N"] | None = None,
     extent: Int64[Tensor, "*N"] | None = None,
     outside: float | None = None,
@@ -74,7 +73,6 @@ def resampling_weights(
     it covers, exactly, at any scale.
 
     Args:
-        flip: reverse the order of the output cells.
         blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them
             alone.
         extent: how many of the `source` cells the unit interval spans, from the first on; the others get the
@@ -111,8 +109,6 @@ def resampling_weights(
         weights = torch.where(inside, weights, 0.0)
     if blur is not None:
         weights = _gaussian(blur, size, inside) @ weights
-    if flip is not None:
-        weights = torch.where(flip[..., None, None], weights.flip(-2), weights)
     return weights
 
 
@@ -167,8 +163,10 @@ def sample(
     high, wide = (
         (None, None) if extents is None else extents.to(field.device).T[..., None].expand(2, -1, views)
     )
-    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, None, blur, high, outside)
-    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, flips, blur, wide, outside)
+    wy = resampling_weights(boxes[..., 1], boxes[..., 3], height, rows, kernel, blur, high, outside)
+    wx = resampling_weights(boxes[..., 0], boxes[..., 2], width, columns, kernel, blur, wide, outside)
+    if flips is not None:
+        wx = torch.where(flips[..., None, None], wx.flip(-2), wx)
     # One matrix product for the rows of all views of an image, then one for the columns of each view.
     lines = field.permute(0, 2, 1, 3).reshape(batch, rows, channels * columns)
     lines = wy.reshape(batch, views * height, rows) @ lines
@@ -253,7 +251,7 @@ def masks_in_views(
     flips: Bool[Tensor, "N"],
     size: tuple[int, int],
 ) -> Bool[Tensor, "N h w"]:
-    """Paste masks into views: the pixels of which an instance covers half or more.
+    """Return the pixels of views of which an instance covers half or more: masks pasted into views.
 
     A mask holds, for each cell of a square that spans the box of its instance in the image, the share that
     the instance covers, times 255. Pixels and cells meet by area (`Wy @ mask @ Wx^T`), which is exact where
@@ -265,7 +263,7 @@ def masks_in_views(
     wx = _shares(start[:, 0], end[:, 0], size[1], masks.shape[2])
     wx = torch.where(flips[:, None, None], wx.flip(1), wx)
     covered = wy @ masks.to(wy.dtype).div_(255) @ wx.mT
-    return covered >= 0.5 - ROUNDING
+    return covered >= HALF_COVERED
 
 
 def _shares(

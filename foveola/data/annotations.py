@@ -23,7 +23,7 @@ from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, re
 from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
 
-class Found(NamedTuple):
+class Marked(NamedTuple):
     """What is to be decoded, and what is annotated in it."""
 
     image: Path | bytes
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 class ObjectReader(Protocol):
     """Finds the objects of an image."""
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> Found: ...
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Marked: ...
 
     def digest(self) -> str:
         """Tells the annotations in memory, and the rules of reading, from others."""
@@ -95,22 +95,22 @@ class PixelBoxes:
     def path(self, file: str) -> None:
         """Return None: all boxes are in memory."""
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Marked:
         boxes, labels = self.table.of(row)
         if not len(boxes):
-            return Found(path)
+            return Marked(path)
         data, size = path, self.size
         if size is None:
             data, header = _opened(path)
             if header is None:
-                return Found(path)
+                return Marked(path)
             size = header.upright
             outside = (boxes[:, :2] >= size).any(1) | (boxes[:, 2:] <= 0).any(1)
             if outside.any():
                 box = ", ".join(f"{side:g}" for side in boxes[outside][0])
                 raise BadImage(f"{file}: its box {box} lies outside its {size[0]}x{size[1]} pixels")
         labels = np.where(labels < 0, label, labels)
-        return Found(data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels))
+        return Marked(data, Objects.from_boxes(boxes / np.array([*size, *size], np.float32), labels))
 
 
 class LabelMaps:
@@ -129,20 +129,20 @@ class LabelMaps:
         """Return where the label map of an image would be."""
         return self.folder / Path(file).with_suffix(".png")
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Marked:
         where = self.path(file)
         if not where.is_file():
-            return Found(path)
+            return Marked(path)
         values = read_values(where, file)
         data, header = _opened(path)
         if header is None:
-            return Found(path)
+            return Marked(path)
         values = turn(values, turn_of((values.shape[1], values.shape[0]), header, self.raw, file))
         found = [value for value in np.unique(values) if value not in (0, self.ignore)]
         if not found:
-            return Found(data)
+            return Marked(data)
         masks = [values == value for value in found]
-        return Found(data, mask_objects(masks, np.full(len(masks), label)))
+        return Marked(data, mask_objects(masks, np.full(len(masks), label)))
 
 
 class XmlBoxes:
@@ -166,10 +166,10 @@ class XmlBoxes:
         name = Path(file).with_suffix(".xml")
         return next((p for p in (self.folder / name, self.folder / name.name) if p.is_file()), None)
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Marked:
         where = self.path(file)
         if where is None:
-            return Found(path)
+            return Marked(path)
         try:
             size, boxes = read_xml(where)
         except XML_ERRORS as error:
@@ -179,7 +179,7 @@ class XmlBoxes:
             stored, upright = views_of(size, header)
             if stored and (self.raw or not upright):
                 boxes = turn_boxes(boxes, header.orientation)
-        return Found(data, Objects.from_boxes(boxes, np.full(len(boxes), label)))
+        return Marked(data, Objects.from_boxes(boxes, np.full(len(boxes), label)))
 
     def size_of(self, file: str) -> tuple[int, int] | None:
         """Return the width and height that the XML file of an image states; None where there is none to be
@@ -257,15 +257,15 @@ class CocoObjects:
     def path(self, file: str) -> None:
         """Return None: all annotations are in memory."""
 
-    def __call__(self, row: int, file: str, path: Path, label: int) -> Found:
+    def __call__(self, row: int, file: str, path: Path, label: int) -> Marked:
         if not any(len(each.table.of(row)[0]) for each in (self.objects, self.crowds)):
-            return Found(path)
+            return Marked(path)
         data, header = _opened(path)
         if header is None:
-            return Found(path)
+            return Marked(path)
         width, height = (int(side) for side in self.sizes[row])
         orientation = turn_of((width, height), header, self.raw, file)
-        return Found(data, self.objects.of(row, orientation), self.crowds.of(row, orientation))
+        return Marked(data, self.objects.of(row, orientation), self.crowds.of(row, orientation))
 
 
 def _opened(path: Path) -> tuple[Path | bytes, Header | None]:

@@ -12,8 +12,8 @@ from foveola.config import nearest
 from foveola.data.annotations import (
     BoxTable,
     CocoObjects,
-    Found,
     LabelMaps,
+    Marked,
     ObjectReader,
     Packed,
     PixelBoxes,
@@ -63,7 +63,7 @@ class ImageFiles:
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         file, label = os.fsdecode(self.files[row]), int(self.labels[row])
-        found = Found(self.root / file)
+        found = Marked(self.root / file)
         if self.reader is not None:
             found = self.reader(row, file, self.root / file, label)
         image = found.image if self.reading == Decoding() else ImageFile(found.image, self.reading)

@@ -36,12 +36,12 @@ def cut_instances(
 
     Those are gone: their box lies outside of the view or the image, or their mask covers half of no pixel.
     """
-    views = boxes.shape[1]
+    count = boxes.shape[1]
     inside = pixels_inside(boxes, flips, (size, size)).to(boxes.dtype)
     # Pairs of an instance and a view of its image, those of a view together.
-    view = (instances.image[:, None] * views + torch.arange(views, device=boxes.device)).flatten()
+    view = (instances.image[:, None] * count + torch.arange(count, device=boxes.device)).flatten()
     order = view.argsort(stable=True)
-    view, pair = view[order], order // views
+    view, pair = view[order], order // count
     of_view = boxes.flatten(0, 1)[view], flips.flatten()[view]
     whole = boxes_in_views(instances.boxes[pair], *of_view, (size, size))
     limits = inside.flatten(0, 1)[view]
@@ -50,8 +50,11 @@ def cut_instances(
     masks = None
     if instances.masks is not None:
         cut = ((found - whole).abs() > CUT).any(dim=1)
-        masks, seen = _paste(instances, pair, of_view, seen, size)
-        found[seen] = torch.where(cut[seen, None], _boxes_of(masks), found[seen])
+        views, mirrored = (each[seen] for each in of_view)
+        masks, around = _paste(instances, pair[seen], views, mirrored, found[seen], size)
+        found[seen] = torch.where(cut[seen, None], around, found[seen])
+        covers = (around[:, 2] > 0).nonzero()[:, 0]
+        masks, seen = _compact(masks, covers), seen[covers]
     pair, kept = pair[seen], len(seen)
     lost = torch.tensor(1 - kept / max(len(view), 1))
     return ViewInstances(view[seen], found[seen], instances.labels[pair], instances.crowd[pair], masks), lost
@@ -59,32 +62,53 @@ def cut_instances(
 
 def _paste(
     instances: Instances,
-    pair: Int64[Tensor, "P"],
-    of_view: tuple[Float[Tensor, "P 4"], Bool[Tensor, "P"]],
-    seen: Int64[Tensor, "S"],
+    which: Int64[Tensor, "S"],
+    views: Float[Tensor, "S 4"],
+    flips: Bool[Tensor, "S"],
+    boxes: Float[Tensor, "S 4"],
     size: int,
-) -> tuple[UInt8[Tensor, "T {size} {size}"], Int64[Tensor, "T"]]:
-    """Masks of those of the `seen` pairs that cover any pixel, and which pairs these are; some at a time."""
+) -> tuple[UInt8[Tensor, "S {size} {size}"], Float[Tensor, "S 4"]]:
+    """Masks of instances in views, and the boxes around their pixels (0 where there is none).
+
+    Each is pasted into a window of the view around its box in it (`boxes`), whose side is a power of two,
+    together with others of such windows: small ones cost little.
+    """
     assert instances.masks is not None
-    masks = torch.empty(len(seen), size, size, dtype=torch.uint8, device=seen.device)
-    left, end = [seen[:0]], 0
-    for some in seen.split(max(PASTED // (4 * size**2), 1)):
-        source, (boxes, flips) = pair[some], of_view
-        pasted = masks_in_views(
-            instances.masks[source], instances.boxes[source], boxes[some], flips[some], (size, size)
-        )
-        some_left = pasted.flatten(1).any(dim=1).nonzero()[:, 0]
-        masks[end : end + len(some_left)] = pasted[some_left]
-        left.append(some[some_left])
-        end += len(some_left)
-    return masks[:end], torch.cat(left)
+    masks = torch.zeros(len(which), size, size, dtype=torch.uint8, device=which.device)
+    around = torch.zeros_like(boxes)
+    sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) + 2  # pixels that are touched, at most
+    sides = (2 ** sides.log2().ceil()).long().clamp(max=size)
+    for side in sides.unique().tolist():
+        for some in (sides == side).nonzero()[:, 0].split(max(PASTED // (4 * side**2), 1)):
+            corner = boxes[some, :2].long().clamp(max=size - side)
+            start = corner.to(boxes.dtype)
+            start[:, 0] = torch.where(flips[some], size - side - start[:, 0], start[:, 0])
+            low, unit = views[some, :2], (views[some, 2:] - views[some, :2]) / size
+            window = torch.cat((low + start * unit, low + (start + side) * unit), dim=1)
+            source = which[some]
+            pasted = masks_in_views(
+                instances.masks[source], instances.boxes[source], window, flips[some], (side, side)
+            ).to(torch.uint8)
+            x, y = (corner[:, :, None] + torch.arange(side, device=corner.device)).unbind(1)
+            masks[some[:, None, None], y[:, :, None], x[:, None, :]] = pasted
+            around[some] = _boxes_of(pasted, corner)
+    return masks, around
 
 
-def _boxes_of(masks: UInt8[Tensor, "T H W"]) -> Float[Tensor, "T 4"]:
-    """The smallest boxes around masks that are not empty."""
+def _boxes_of(masks: UInt8[Tensor, "T h w"], corner: Int64[Tensor, "T 2"]) -> Float[Tensor, "T 4"]:
+    """The smallest boxes around masks that lie at a corner; 0 around those that are empty."""
     edges = []
-    for axis in (1, 2):  # over rows: columns that hold a pixel, and the other way round
-        some = masks.amax(dim=axis) if len(masks) else masks.new_zeros(0, 1)
-        edges.append((some.argmax(dim=1), some.shape[1] - some.flip(1).argmax(dim=1)))
+    for axis, low in zip((1, 2), corner.T, strict=True):  # over rows, which leaves columns; and over columns
+        some = masks.amax(dim=axis)
+        edges.append((low + some.argmax(dim=1), low + some.shape[1] - some.flip(1).argmax(dim=1)))
     (x0, x1), (y0, y1) = edges
-    return torch.stack((x0, y0, x1, y1), dim=1).float()
+    return torch.stack((x0, y0, x1, y1), dim=1).float() * masks.amax(dim=(1, 2))[:, None]
+
+
+def _compact(masks: UInt8[Tensor, "S H W"], kept: Int64[Tensor, "T"]) -> UInt8[Tensor, "T H W"]:
+    """Some of the masks, by ascending index, in the memory of all of them: there may be hundreds of MB."""
+    end = 0
+    for some in kept.split(max(PASTED // masks[:1].numel(), 1)) if len(kept) < len(masks) else ():
+        masks[end : end + len(some)] = masks[some]
+        end += len(some)
+    return masks[: len(kept)]
