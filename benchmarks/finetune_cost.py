@@ -2,14 +2,14 @@
 
     python -m benchmarks.finetune_cost [--size tiny] [--side 1024]
 
-One image with ten objects, forward and backward, on this machine's CPU in float32; each in a process of its
-own. On a GPU run `foveola finetune vitdet-vits16-coco --dry-run`, which says speed and memory of the real
-step.
+One image with ten objects, forward and backward, in float32 on one core of a CPU (seconds are those of the
+process, whatever else the machine does); each in a process of its own. On a GPU run
+`foveola finetune vitdet-vits16-coco --dry-run`, which says speed and memory of the real step.
 """
 
 import argparse
 from dataclasses import replace
-from time import perf_counter
+from time import process_time
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ OBJECTS = 10
 
 def method(size: str, side: int, window: int | None = None) -> Detection:
     """Return ViTDet with 80 classes on a network of this size."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = DetectionConfig(classes=tuple(f"class {k}" for k in range(80)), masks=True)
     model = replace(ViTConfig(), size=size, drop_path=0.1, window=window)
@@ -46,15 +47,15 @@ def seconds(size: str, side: int, window: int | None = None) -> dict[str, float]
     """Return seconds of the parts of a step: encoder and heads, forward and backward."""
     made = method(size, side, window)
     pixels, inside = torch.randn(1, 3, side, side), torch.tensor([[0.0, 0, side, side]])
-    began = perf_counter()
+    began = process_time()
     features = encoder_map(made.backbone, pixels)
-    encoded = perf_counter()
+    encoded = process_time()
     cut = features.detach().requires_grad_()
     losses = made.task_head.losses(cut, (side, side), inside, [target(side)], [None])
     torch.stack(list(losses.values())).sum().backward()
-    back = perf_counter()
+    back = process_time()
     features.backward(cut.grad)
-    done = perf_counter()
+    done = process_time()
     return {"encoder": encoded - began + done - back, "heads": back - encoded}
 
 
