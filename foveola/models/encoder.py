@@ -255,6 +255,17 @@ class Encoder(nn.Module):
         other.head = self.head
         return other
 
+    def sized(self, side: int | None, key: str) -> "Encoder":
+        """Return the same networks for squares of `side` pixels, which `key` asks for; None: this one.
+
+        Positions are interpolated. Raises UserError unless that is a whole number of patches.
+        """
+        if side is None or side == self.config.transform.crop:
+            return self
+        self.check_side(side, key)
+        config = dataclasses.replace(self.config, transform=self.config.transform.sized(side))
+        return Encoder(config, self.backbone, self.predictor)
+
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         transform = self.config.transform
         mean = torch.tensor(transform.mean, device=images.device)[:, None, None]

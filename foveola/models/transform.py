@@ -38,6 +38,12 @@ class TransformConfig:
         """Return the same for whole images, squashed to `side` x `side` pixels."""
         return replace(self, resize=side, crop=side, squash=True)
 
+    def sized(self, side: int | None) -> "TransformConfig":
+        """Return the same for squares of `side` pixels: images are resized in proportion; None: this one."""
+        if side is None or side == self.crop:
+            return self
+        return replace(self, crop=side, resize=side if self.squash else round(self.resize * side / self.crop))
+
 
 class View(NamedTuple):
     """Pixels of an image that are encoded, before they are normalised, and where they are in it."""

@@ -77,6 +77,12 @@ class KnnConfig(ExtractConfig):
         (10, 20, 100, 200), "numbers of neighbours to try; the best is reported", at_least=1
     )
     temperature: float = key(0.07, "temperature of the vote, exp(cosine / temperature)", above=0)
+    image_size: int | None = key(
+        None,
+        "pixels a side of the square that is encoded, instead of the encoder's crop; images are resized in "
+        "proportion, positions are interpolated",
+        at_least=1,
+    )
     exclude_self: bool = key(
         False, "features of a query's own image (same contents) do not vote; for test images that train holds"
     )
@@ -124,7 +130,8 @@ class Knn(Protocol):
 
         def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
             if at.feed is None or wanted is None:
-                return extract_tables(at.encoder, source, kinds, config, progress=at.progress)
+                encoder = at.encoder.sized(config.image_size, "image_size")
+                return extract_tables(encoder, source, kinds, config, progress=at.progress)
             store = at.open(source, config, wanted)
             plain = config.pool or at.encoder.config.pool
             return [store.table("masked" if masked else plain) for masked in kinds], store.facts
@@ -149,7 +156,8 @@ def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
     pool = config.pool or encoder.config.pool
     if config.rows != "images" or (pool != "token" and config.masks is not False):
         return None
-    return need(pool) if config.masks is False else need("token", "masked")
+    wanted = need(pool) if config.masks is False else need("token", "masked")
+    return wanted.at(encoder, config.image_size)
 
 
 def _measure(

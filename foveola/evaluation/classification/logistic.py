@@ -247,7 +247,7 @@ def features_of(config: LogisticConfig, encoder: Encoder) -> str:
 
 def wanted_of(config: LogisticConfig, encoder: Encoder) -> Need:
     """Return what of an image the protocol reads."""
-    return need_of((features_of(config, encoder),), config.masks)
+    return need_of((features_of(config, encoder),), config.masks).at(encoder, config.image_size)
 
 
 class Logistic(Protocol):

@@ -39,6 +39,12 @@ class ProbeConfig(FeedConfig):
         at_least=0,
         below=1,
     )
+    image_size: int | None = key(
+        None,
+        "pixels a side of the square that is encoded, instead of the encoder's crop; images are resized in "
+        "proportion, positions are interpolated",
+        at_least=1,
+    )
     views: Literal["stream"] | int = key(
         0,
         "random crops of each training image that are stored, which epochs take in turn; stream = new ones "

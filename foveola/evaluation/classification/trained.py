@@ -35,6 +35,7 @@ class TrainedConfig(ProbeConfig):
     probe: str | None = key(
         None, "a file that an earlier evaluation wrote: score its probes, without training and without train="
     )
+    block: int = key(-1, "block whose tokens are read, through the final norm; negative counts from the last")
 
 
 @dataclass
@@ -88,8 +89,12 @@ class TrainedProbe(Protocol):
         """Return the needs of trained probes; of those that are trained already, what of test images."""
         if config.probe:
             own, _ = self._loaded(config, encoder)
-            return Needs((), (Reading(self.wanted(own, encoder)),))
-        return probe_needs(self.wanted(config, encoder), config)
+            return Needs((), (Reading(self.read(own, encoder)),))
+        return probe_needs(self.read(config, encoder), config)
+
+    def read(self, config: Any, encoder: Encoder) -> Need:
+        """Return `wanted` of images of the size, and of the block, that are asked for."""
+        return self.wanted(config, encoder).at(encoder, config.image_size, config.block)
 
     def train_for(self, config: Any) -> Literal["needed", "optional", "unused"]:
         """Return that training data are needed, unless the probes are trained already."""
@@ -112,7 +117,7 @@ class TrainedProbe(Protocol):
 
     def prepare(self, at: At, config: Any) -> Prepared:
         """Return the grid, untrained."""
-        wanted = self.wanted(config, at.encoder)
+        wanted = self.read(config, at.encoder)
         task = open_task(at, config, wanted, self.candidates(config, at.encoder))
         return Prepared(self, config, wanted, task, self.plan(config, at.encoder, task))
 
@@ -146,7 +151,7 @@ class TrainedProbe(Protocol):
     def _scored_again(self, at: At, config: Any) -> Outcome:
         """What the probes of a file score: the result is that of the evaluation which trained them."""
         own, saved = self._loaded(config, at.encoder)
-        wanted = self.wanted(own, at.encoder)
+        wanted = self.read(own, at.encoder)
         exam = open_exam(at, own, wanted, saved.known)
         banks, choice = saved.banks(self.banks, at.encoder.device)
         outcome = saved.completed(self.score(banks, choice, exam, wanted, own.seed))

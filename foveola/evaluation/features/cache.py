@@ -29,7 +29,7 @@ from foveola.models.encoder import Encoder
 
 __all__ = ["Feed", "FeedConfig", "Need", "Store"]
 
-Where = tuple[str, FeedConfig, int, int | None, str | None]
+Where = tuple[str, FeedConfig, int, int | None, str | None, int | None, int | None]
 
 
 class Store:
@@ -199,6 +199,8 @@ def where_of(source: Source, config: Any, need: Need, views: int = 0) -> Where:
         views,
         need.side,
         need.crops if views else None,
+        need.size,
+        need.block,
     )
 
 

@@ -86,6 +86,7 @@ class Encoding:
     def _cut(self) -> CropsCut | LabelledCut:
         transform, patch = self.encoder.config.transform, self.encoder.patch_size
         if self.need.side is None:
+            transform = transform.sized(self.need.size)
             return CropsCut(transform, patch, self.config, self.views, self.masked, self.need.crops)
         return LabelledCut(self.source, transform.squashed(self.need.side), patch)
 

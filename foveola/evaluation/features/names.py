@@ -1,7 +1,7 @@
 """Kinds of features: what one pass of an encoder can say about the images of a batch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,10 @@ class Need:
 
     `crops` is how random crops of training images are resized; None = as the encoder resizes images.
 
+    `size` is how many pixels a side the crop of an image has; None = as the encoder has it. `block` is the
+    index of the block whose output is read in place of the last one's (and the `layers` before it), through
+    the final norm as well; None = the last.
+
     With `side`, images are not resized and cropped as the encoder has it, but squashed whole to so many
     pixels a side; then there are `maps` too, their label maps squashed alike.
     """
@@ -38,12 +42,32 @@ class Need:
     layers: int = 1
     side: int | None = None
     crops: Literal["bicubic", "bilinear"] | None = None
+    size: int | None = None
+    block: int | None = None
 
     def __or__(self, other: "Need") -> "Need":
-        if self.side != other.side:
-            raise ValueError(f"one pass over images of {self.side} and of {other.side} pixels")
+        if (self.side, self.size, self.block) != (other.side, other.size, other.block):
+            raise ValueError("one pass over images of two sizes, or to two blocks")
         layers, crops = max(self.layers, other.layers), self.crops or other.crops
-        return Need(self.kinds | other.kinds, layers, self.side, crops)
+        return replace(self, kinds=self.kinds | other.kinds, layers=layers, crops=crops)
+
+    def at(self, encoder: Encoder, size: int | None = None, block: int = -1) -> "Need":
+        """Return the same of images of another size, or of another block. Raises UserError for what there is
+        not.
+        """
+        size = None if size == encoder.config.transform.crop else size
+        if size is not None:
+            encoder.check_side(size, "image_size")
+        index: int | None = encoder.block_index(block)
+        if index == len(encoder.backbone.blocks) - 1:
+            index = None
+        elif "predictor" in self.kinds:
+            raise UserError(f"block={block}: predictor reads the last block")
+        elif index is not None and index + 1 < self.layers:
+            raise UserError(
+                f"block={block}: features of the {self.layers} blocks up to it: there are {index + 1}"
+            )
+        return replace(self, size=size, block=index)
 
 
 def need(*kinds: str, layers: int = 1) -> Need:
@@ -72,7 +96,7 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
 
 def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
     """Return the shape of a kind of feature of one image."""
-    width, side = encoder.config.model.shape[0], wanted.side or encoder.config.transform.crop
+    width, side = encoder.config.model.shape[0], wanted.side or wanted.size or encoder.config.transform.crop
     patches = (side // encoder.patch_size) ** 2
     if kind in ("token", "masked"):
         return wanted.layers, width
@@ -98,7 +122,6 @@ class FeatureReader:
         if kind not in self.others:
             encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
             check_kinds(encoder, ("attention",), 1)
-            encoder.check_side(self.encoder.config.transform.crop, "the encoder's transform.crop", kind)
             self.others[kind] = encoder
         return self.others[kind]
 
@@ -112,13 +135,16 @@ class FeatureReader:
             moved = images.to(encoder.device)
             pixels = encoder.normalise(moved)
             found: dict[str, Tensor] = {}
-            plain = encoder.capture(pixels, wanted.layers, attention=bool(kinds & set(ATTENTION)))
-            last = plain.layers[-1]
-            tokens = [layer.objects[:, 0] for layer in plain.layers if layer.objects.shape[1]]
+            later = 0 if wanted.block is None else len(encoder.backbone.blocks) - 1 - wanted.block
+            block = -1 if wanted.block is None else wanted.block
+            attention = bool(kinds & set(ATTENTION))
+            plain = encoder.capture(pixels, wanted.layers + later, attention=attention, block=block)
+            layers = plain.layers[: wanted.layers]
+            last = layers[-1]
+            tokens = [layer.objects[:, 0] for layer in layers if layer.objects.shape[1]]
             if "masked" in kinds:
-                found["masked"] = self._masked(
-                    pixels, masks, torch.stack(tokens, dim=1).float(), wanted.layers
-                )
+                plain_tokens = torch.stack(tokens, dim=1).float()
+                found["masked"] = self._masked(pixels, masks, plain_tokens, wanted.layers, later)
             if "token" in kinds:
                 found["token"] = torch.stack(tokens, dim=1)
             patches = last.patches.float()
@@ -136,18 +162,19 @@ class FeatureReader:
                 found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
         return {kind: found[kind].float().to(self.device) for kind in kinds}
 
-    def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int) -> Tensor:
+    def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int, later: int) -> Tensor:
         """Object tokens; one that reads everything is the class token, and not computed again."""
         new = ~masks.all(dim=1)
         tokens = plain.clone()
         if new.any():
             objects = masks[new][:, None].to(pixels.device)
-            outputs = self.encoder.layers(pixels[new.to(pixels.device)], layers, objects)
+            outputs = self.encoder.layers(pixels[new.to(pixels.device)], layers + later, objects)[:layers]
             tokens[new.to(tokens.device)] = torch.stack([o.objects[:, 0] for o in outputs], dim=1).float()
         return tokens
 
     def _foreign(self, kind: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
         other = self.other(kind).eval()
+        other.check_side(images.shape[-1], "images", kind)
         seen = other.attention(other.normalise(images))
         rows, columns = seen.grid
         maps = seen.objects()[:, :, 0, seen.special :].mean(dim=1).view(-1, 1, rows, columns)

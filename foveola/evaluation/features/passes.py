@@ -73,6 +73,8 @@ class Pass:
             "seed": config.seed if views else None,
             **({} if need.side is None else {"side": need.side}),
             **({"crops": need.crops} if views and need.crops else {}),
+            **({} if need.size is None else {"size": need.size}),
+            **({} if need.block is None else {"block": need.block}),
         }
         text = json.dumps(self.key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:20]

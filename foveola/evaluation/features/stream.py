@@ -104,7 +104,7 @@ class Stream:
         finite.
         """
         schedule = Schedule(self.chosen, Order(len(self.chosen), batch, seed), steps)
-        transform, patch = self.encoder.config.transform, self.encoder.patch_size
+        transform, patch = self.encoder.config.transform.sized(need.size), self.encoder.patch_size
         cut = CropsCut(transform, patch, self.config, 0, "masked" in need.kinds, need.crops)
         label = f"crops of {self.source.name}"
         reading: Batches[ImageRows] = Batches(Images(self.source, schedule, cut), self.config, label, False)

@@ -1,5 +1,6 @@
 """One training serves several test sets, at once and later: a probe is kept, and answers as it did."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from foveola.evaluation.classification.grids import train_plans
 from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.result import Result
+from foveola.models.encoder import Encoder, TransformConfig
 
 QUIET = {"progress": False, "workers": 0}
 SHORT = {
@@ -118,3 +120,46 @@ def test_a_probe_that_does_not_fit_is_one_clear_line(encoder, sets, shades, tmp_
     refused("share no class", test=unlike)
     encoder.backbone.norm.weight.mul_(2)
     refused("trained on another encoder")
+
+
+def test_image_size_is_that_of_an_encoder_with_that_transform(encoder, sets, tmp_path: Path) -> None:
+    """At 48 of 32 pixels: as if the transform were resize 60, crop 48; a cache keeps both apart."""
+    train, one, _ = sets
+    config = replace(encoder.config, transform=TransformConfig(resize=60, crop=48))
+    larger = Encoder(config, encoder.backbone)
+    for protocol, settings in (
+        ("linear", SHORT["linear"]),
+        ("knn", {"k": (5,)}),
+        ("logistic", {"values": 2}),
+    ):
+        places = {"train": train, "test": one, **settings, **QUIET}
+        expected = evaluate(larger, protocol, **places)
+        own = evaluate(encoder, protocol, cache=tmp_path, **places)
+        assert evaluate(encoder, protocol, image_size=48, cache=tmp_path, **places).scores == expected.scores
+        without = evaluate(encoder, protocol, image_size=48, **places)
+        assert without.scores == expected.scores
+        assert without.encoder == own.encoder  # the same weights, measured with another setting
+        assert without.settings["image_size"] == 48
+        assert evaluate(encoder, protocol, cache=tmp_path, **places).metrics == own.metrics
+    with pytest.raises(UserError, match="image_size=33 is not a multiple of the patch size 8"):
+        evaluate(encoder, "linear", train=train, test=one, image_size=33, **QUIET)
+
+
+def test_a_block_is_the_last_one_of_a_shorter_network(encoder, sets, tmp_path: Path) -> None:
+    train, one, _ = sets
+    model = replace(encoder.config.model, depth=2)
+    shorter = Encoder(replace(encoder.config, model=model))
+    shorter.fill({n: t for n, t in encoder.weights().items() if not n.startswith("blocks.2.")}, tmp_path)
+    for protocol in ("linear", "abmilp", "attentive cae"):
+        places = {"train": train, "test": one, **SHORT[protocol], **QUIET}
+        if protocol == "linear":
+            places["features"] = ("token", "token2", "average")
+        expected = evaluate(shorter, protocol.split()[0], **places)
+        found = evaluate(encoder, protocol.split()[0], block=1, **places)
+        assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+        if protocol == "abmilp":  # whose entropies are no shares of a few images
+            assert found.metrics != evaluate(encoder, protocol, **places).metrics
+    with pytest.raises(UserError, match="block"):
+        evaluate(encoder, "linear", train=train, test=one, block=3, **QUIET)
+    with pytest.raises(UserError, match="block=0: features of the 3 blocks up to it: there are 1"):
+        evaluate(encoder, "linear", train=train, test=one, block=0, **QUIET)
