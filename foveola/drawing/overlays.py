@@ -1,5 +1,7 @@
 """Maps and masks laid over images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
@@ -70,6 +72,20 @@ def outline(
     for _ in range(max(max(pixels.shape) // BORDER, 1)):
         inner = _eroded(inner)
     out[full & ~inner] = color
+    return out
+
+
+def box_frame(
+    pixels: UInt8[np.ndarray, "H W 3"], box: Sequence[float], color: tuple[int, int, int]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return an image with the frame of a box (x0, y0, x1, y1 in pixels, cut at the border) in a colour."""
+    height, width = pixels.shape[:2]
+    x0, x1 = (min(max(round(x), 0), width) for x in (box[0], box[2]))
+    y0, y1 = (min(max(round(y), 0), height) for y in (box[1], box[3]))
+    thick, out = max(max(pixels.shape) // BORDER, 1), pixels.copy()
+    inner = out[y0 + thick : y1 - thick, x0 + thick : x1 - thick].copy()
+    out[y0:y1, x0:x1] = color
+    out[y0 + thick : y1 - thick, x0 + thick : x1 - thick] = inner
     return out
 
 

@@ -115,6 +115,21 @@ class PositionsConfig(SheetConfig):
 
 
 @dataclass(frozen=True)
+class AnswersConfig(SheetConfig):
+    cell: int = key(TILE_SIDE * 5 // 4, "pixels a side of a tile in the sheet", at_least=32)
+    worst: int = key(4, "how many of the worst answers to show", at_least=0)
+    best: int = key(4, "how many of the best answers to show", at_least=0)
+    limit: int = key(200, "images among which they are looked for, evenly over the data", at_least=1)
+    images: tuple[int, ...] | int | str | None = key(
+        None, "indices of the images in the data instead, as in '0,5,9'"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.worst + self.best:
+            raise ValueError("worst=0 and best=0 show nothing")
+
+
+@dataclass(frozen=True)
 class NeighboursConfig(ExtractConfig):
     count: int = key(8, "how many query images, evenly over the data", at_least=1)
     images: tuple[int, ...] | int | str | None = key(

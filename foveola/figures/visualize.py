@@ -13,9 +13,11 @@ from foveola.config import UserError, build, kind_of
 from foveola.data.sources import Source, open_source
 from foveola.drawing.sheet import Sheet, save_png
 from foveola.figures import gallery
+from foveola.figures.answers import answers_sheet
 from foveola.figures.choice import image_numbers, pairs_of, points_of, samples_of
 from foveola.figures.pca import Basis, Maps, fit_basis
 from foveola.figures.settings import (
+    AnswersConfig,
     AttentionConfig,
     CorrespondenceConfig,
     DictionaryConfig,
@@ -237,6 +239,13 @@ def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsFigure
     return gallery.objects_sheet(encoders, samples, *how)
 
 
+def _answers(encoders: dict[str, Encoder], source: Source, config: AnswersConfig) -> Sheet:
+    if len(encoders) > 1:
+        raise UserError("answers shows one fine-tuned encoder: give one model=")
+    chosen = image_numbers(source, config.limit, config.images)
+    return answers_sheet(next(iter(encoders.values())), source, chosen, config.worst, config.best)
+
+
 def _positions(encoders: dict[str, Encoder], source: Source | None, config: PositionsConfig) -> Sheet:
     return gallery.position_sheet(encoders, config.some)
 
@@ -277,6 +286,7 @@ _OWN = (
         "nearest images or objects, with and without masks",
         train=True,
     ),
+    Figure("answers", AnswersConfig, _answers, "worst and best answers of the head of a fine-tuned encoder"),
     Figure(
         "dictionary",
         DictionaryConfig,

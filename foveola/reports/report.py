@@ -15,6 +15,7 @@ from foveola.evaluation.protocol import every, find_protocol
 from foveola.files import RunFolder
 from foveola.health import Facts, health
 from foveola.reports import helped, sections
+from foveola.reports.answers import answers_section
 from foveola.reports.findings import Findings
 from foveola.reports.progress import END, UNTRAINED, MeasuredRun, measure_control, measure_run
 from foveola.reports.record import Record, read_runs
@@ -141,6 +142,7 @@ def render(found: Sequence[Findings], config: ReportConfig) -> str:
         ("verdict", "In short", helped.verdict(found)),
         ("setup", "What was trained on what", sections.setup(found)),
         ("helped", "Did it help?", helped.helped(found)),
+        *([("answers", "What the head answers", told)] if (told := answers_section(found, config)) else []),
         ("health", "Is the run healthy?", sections.health_section(found)),
         ("images", "What it sees", sections.images(found, config)),
         ("curves", "Curves", sections.curve_charts([each.record for each in found])),

@@ -1,5 +1,6 @@
 """What a fine-tuned classifier answers, held against labels: the protocol `classify`."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.tasks.classification import ClassificationHead
+
+CONFUSIONS = 20  # pairs of classes that a result names
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,21 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
         "mean_class": sum(percent(right[labels == c]) for c in labels.unique()) / len(labels.unique()),
     }
     scores = {"top1": packed(right, indices), "top5": packed(top5, indices)}
-    return Outcome(metrics, {"rows": len(labels)}, tuple(notes), scores=scores)
+    facts = {"rows": len(labels), "confusions": confusions(labels, logits.argmax(dim=1), head.classes)}
+    return Outcome(metrics, facts, tuple(notes), scores=scores)
+
+
+def confusions(
+    labels: Int64[Tensor, "n"], said: Int64[Tensor, "n"], names: tuple[str, ...]
+) -> list[tuple[str, str, int]]:
+    """Return the most frequent mistakes: the right class, the one that was said instead, how often.
+
+    Images of a class that is not in `names` (-1) are left out.
+    """
+    wrong = (labels != said) & (labels >= 0)
+    pairs = Counter(zip(labels[wrong].tolist(), said[wrong].tolist(), strict=True))
+    ranked = sorted(pairs.items(), key=lambda each: (-each[1], each[0]))[:CONFUSIONS]
+    return [(names[right], names[other], count) for (right, other), count in ranked]
 
 
 def _of_several(answered: Answered, at: At, head: ClassificationHead, config: ClassifyConfig) -> Outcome:

@@ -1,0 +1,86 @@
+"""What heads of fine-tuned encoders answer: numbers on the way, mistakes, the worst and best images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from foveola import distributed
+from foveola.config import UserError
+from foveola.data.sources import Source, open_source
+from foveola.drawing import html
+from foveola.evaluation.stored import results_of
+from foveola.figures.answers import answers_sheet
+from foveola.figures.choice import image_numbers
+from foveola.files import RunFolder
+from foveola.reports.findings import Findings
+from foveola.reports.record import Record
+from foveola.reports.request import ReportConfig
+from foveola.zoo.load import load
+
+SEARCHED_FOR_ANSWERS = 200  # images among which the worst and the best are looked for
+
+
+def is_task(record: Record) -> bool:
+    """Return whether a run has fine-tuned an encoder with a head."""
+    return RunFolder(record.folder).encoder.head_config.is_file()
+
+
+def answers_section(found: Sequence[Findings], config: ReportConfig) -> str:
+    """Return what is to be said of the heads of runs; nothing where none has one."""
+    parts = []
+    for each in found:
+        if not is_task(each.record):
+            continue
+        name = html.tag("h3", html.escape(each.record.name)) if len(found) > 1 else ""
+        parts.append(name + _numbers(each.record) + _mistakes(each.record) + _images(each, config))
+    return "".join(parts)
+
+
+def _numbers(record: Record) -> str:
+    """What was measured on test data while it trained: at first, at best, at the end."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in record.lines:
+        for name, value in line.items():
+            metric = name.removeprefix("test/")
+            if metric != name and value is not None and not metric.endswith(("_low", "_high")):
+                found.setdefault(metric, []).append((int(line["step"] or 0), value))
+    rows = []
+    for metric, values in found.items():
+        first, last, best = values[0], values[-1], max(values, key=lambda pair: pair[1])
+        cells = [f"{value:.2f} (step {step:,})" for step, value in (first, best, last)]
+        rows.append([html.escape(metric), *cells])
+    if not rows:
+        return html.paragraph("Nothing was measured while it trained; finetune test= does that.", "note")
+    test = html.paragraph(f"On {record.get('evaluations.test.test')}, by the head of each step.", "note")
+    return html.table(["", "first", "highest", "last"], rows) + test
+
+
+def _mistakes(record: Record) -> str:
+    """The most frequent confusions of a classifier, from its newest result."""
+    stored = [each.result for each in results_of(record.folder)[0] if each.result.protocol == "classify"]
+    confusions: list[Any] = stored[0].data.get("test", {}).get("confusions", []) if stored else []
+    if not confusions:
+        return ""
+    rows = [[html.escape(right), html.escape(said), str(count)] for right, said, count in confusions[:10]]
+    return html.tag("h3", "Most frequent mistakes") + html.table(["class", "said", "images"], rows)
+
+
+def _images(each: Findings, config: ReportConfig) -> str:
+    if not config.images:
+        return ""
+    try:
+        source = _source(each, config)
+        if source is None:
+            return html.paragraph("No images are known on which answers could be shown; give test=.", "note")
+        encoder = load(each.record.folder, distributed.find_device(config.device))
+        chosen = image_numbers(source, SEARCHED_FOR_ANSWERS)
+        return html.sheet(answers_sheet(encoder, source, chosen, config.images, config.images), (), "answers")
+    except UserError as error:
+        return html.paragraph(f"Answers could not be drawn: {error}", "note")
+
+
+def _source(each: Findings, config: ReportConfig) -> Source | None:
+    """The images asked for, or else those on which the run was measured, or else the test images of its
+    data.
+    """
+    asked = config.test or config.data or each.record.get("evaluations.test.test")
+    return open_source(str(asked), "test") if asked else each.data.test
