@@ -23,8 +23,9 @@ from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig, nested, recipes, resolve, with_changes
 
 SOURCE = "scenes:?size=32&count=32&objects=2-4"
+LABELLED = f"{SOURCE}&background=class"  # what tasks learn from
 UNSEEN = {  # keys that weights do not show, by the reason why
-    "names": ("recipe", "about", "data", "out"),
+    "names": ("recipe", "about", "data", "out", "method.classes"),
     "weights, tested with the runs that start from them": ("init",),
     "how a run is kept and measured": (
         "log_every",
@@ -36,7 +37,7 @@ UNSEEN = {  # keys that weights do not show, by the reason why
     ),
     "measures only": (
         *("evaluate", "evaluate_every", "evaluate_train", "evaluate_test", "evaluations", "best"),
-        "stop_when_worse",
+        *("stop_when_worse", "method.look"),
     ),
     "how fast, not what": ("device", "compile", "checkpoint_activations", "loader.workers"),
     "another order of the same sums, tested with the loop": ("accumulate",),
@@ -71,7 +72,9 @@ PARTS = {
     "capi": {"method.clustering.prototypes": 8, "method.predictor.depth": 2},
     "mae": {"method.decoder": NARROW},
     "ijepa": {"method.predictor": NARROW, "views.blocks": {"min_context": 1, "targets": 2}},
+    "segmentation": {"method.look": {"size": None, "window": None, "stride": None}},
 }
+TASK_KEYS = ("method.", "views.rescale", "views.color")  # others are tried with what is not a task
 OTHER: dict[str, Any] = {  # values that change much, where most change little in two steps of small views
     "duration": "12 epochs",
     "model.width": 32,
@@ -95,7 +98,9 @@ OTHER: dict[str, Any] = {  # values that change much, where most change little i
 def small(name: str) -> dict[str, Any]:
     config = resolve(name)
     method = config.method
-    parts = PARTS.get(method.name) or {f"method.heads.{head}": HEAD for head in method.heads}
+    parts = PARTS.get(method.name, {})
+    if method.name == "distillation":
+        parts = {f"method.heads.{head}": HEAD for head in method.heads}
     tree = merge(merge(to_dict(config), SMALL), nested(parts))
     vary(tree)
     tree["freeze"] = {}  # an encoder that rests in the first of two steps is where it began in both
@@ -140,16 +145,19 @@ def other(info: KeyInfo) -> list[Any]:
 
 
 @lru_cache
-def canvases(loader: Any, objects: bool, seed: int, batch: int) -> list[Any]:
-    batches = iter(Loader(open_source(SOURCE), batch, seed, loader, with_objects=objects))
+def canvases(loader: Any, objects: bool, annotations: Any, seed: int, batch: int) -> list[Any]:
+    source = open_source(SOURCE if annotations is None else LABELLED)
+    batches = iter(Loader(source, batch, seed, loader, with_objects=objects, annotations=annotations))
     return [next(batches) for _ in range(2)]
 
 
 def train(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
     """All state of a method after a step early in the run, and after one in the middle."""
     progress = plan(config, 32)
+    config = dataclasses.replace(config, method=config.method.with_data(open_source(LABELLED)))
     trainer = assemble(config, progress, torch.device("cpu"))
-    ready = iter(canvases(config.loader, config.views.objects is not None, config.seed, config.batch_size))
+    kinds = config.views.objects is not None, config.method.annotations
+    ready = iter(canvases(config.loader, *kinds, config.seed, config.batch_size))
     for step in (1, progress.total_steps // 2 + 1):
         trainer.step(dataclasses.replace(progress, step=step), lambda: next(ready))
         state = trainer.method.state_dict()
@@ -172,7 +180,10 @@ def keys() -> dict[str, list[tuple[KeyInfo, bool]]]:
             if any(info.path == path or info.path.startswith(f"{path}.") for path in hidden):
                 continue
             at = any(info.path == path or info.path.startswith(f"{path}.") for path in idle)
-            method = "" if info.path.startswith(BLIND) else config.method.name
+            blind = info.path.startswith(BLIND)
+            if config.method.annotations is not None:
+                blind = not info.path.startswith(TASK_KEYS)
+            method = "" if blind else config.method.name
             if (mark := (method, info.path, at)) not in seen:
                 seen.add(mark)
                 found.setdefault(name, []).append((info, at))

@@ -368,7 +368,56 @@ IJEPA = NO_COLOR | {  # the released configurations
     "optimizer.clip": None,
 }
 IJEPA_B = {"model.size": "base", "method.predictor.depth": 6, "method.predictor.heads": 12}
+SEGMENTER = {  # posfield's B.3 in MMSegmentation: rates and floors of its sweep, crops and windows of CrIBo
+    "duration": "160000 steps",
+    "batch_size": 16,
+    "method.name": "segmentation",
+    "method.decoder.kind": "linear",
+    "method.decoder.batch_norm": False,
+    "method.look.mode": "slide",
+    "method.look.size": 512,
+    "method.look.window": 512,
+    "method.look.stride": 480,
+    "method.look.scales": [1.0],
+    "views.global_size": 512,
+    "views.flip": 0.5,
+    "views.rescale.range": [0.5, 2.0],
+    "views.rescale.side": "short",
+    "views.rescale.max_class_share": 0.75,
+    "views.color.jitter": 0.5,
+    "views.color.jitter_each": True,
+    "views.color.lightness": 32 / 256,
+    "views.color.brightness": 0.5,
+    "views.color.saturation": 0.5,
+    "views.color.hue": 18 / 180,
+    "optimizer.kind": "adamw",
+    "optimizer.lr.value": 3e-5,
+    "optimizer.lr.end": 3e-6,
+    "optimizer.lr.warmup": "1500 steps",
+    "optimizer.lr.shape": "poly",
+    "optimizer.lr.power": 0.9,
+    "optimizer.weight_decay.value": 1e-2,
+    "model.drop_path": 0.1,
+}
+LINEAR = SEGMENTER | {  # DINOv2's linear segmentation, on whole patches of 14
+    "duration": "40000 steps",
+    "method.decoder.batch_norm": True,
+    "method.look.size": 518,
+    "method.look.window": 518,
+    "method.look.stride": 345,
+    "views.global_size": 518,
+    "optimizer.lr.value": 1e-3,
+    "optimizer.lr.end": 0.0,
+    "optimizer.lr.power": 1.0,
+    "optimizer.weight_decay.value": 1e-4,
+    "model.drop_path": 0.0,
+    "freeze": {"encoder": "all"},
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "segment-vits16-ade20k": SEGMENTER | {"model.size": "small"},
+    "segment-vitb16-ade20k": SEGMENTER | {"model.size": "base"},
+    "segment-linear-vits14-ade20k": LINEAR | {"model.size": "small"},
+    "segment-linear-vitb14-ade20k": LINEAR | {"model.size": "base"},
     "dino-vits16-in1k": COMMON
     | WIDE
     | NO_OBJECTS
@@ -442,7 +491,7 @@ def test_published_settings(name):
     assert config.data is None  # the user's own
 
 
-PUBLISHED_ON = ("in1k", "coco", "in22k", "lvd", "capi-vitb14", "capi-vits14")
+PUBLISHED_ON = ("in1k", "coco", "ade20k", "in22k", "lvd", "capi-vitb14", "capi-vits14")
 
 
 def test_every_published_recipe_is_in_the_table():
