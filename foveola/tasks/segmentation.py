@@ -124,7 +124,7 @@ class Segmentation(TaskMethod):
         features = self.student.backbone(images)
         counted = inside_patches(views.inside[:, 0], features.grid, self.student.backbone.config.patch_size)
         logits = enlarged_logits(head(features, counted), features.grid, (images.shape[2], images.shape[3]))
-        loss, right, labelled = label_loss(logits, maps)
+        loss, right, labelled = summed_loss(logits, maps)
         # Gradients are averaged over processes, of which each has its own number of labelled pixels.
         weight = distributed.all_reduce_sum(labelled.float()).clamp(min=1)
         self.seen.append(torch.stack((right, labelled)))
@@ -139,7 +139,7 @@ class Segmentation(TaskMethod):
         return {"pixel_accuracy": right / max(count, 1)}
 
 
-def label_loss(
+def summed_loss(
     logits: Float32[Tensor, "B C H W"], maps: UInt8[Tensor, "B H W"]
 ) -> tuple[Float32[Tensor, ""], Int64[Tensor, ""], Int64[Tensor, ""]]:
     """Return the sum of the cross-entropies of labelled pixels, how many are right, how many there are."""

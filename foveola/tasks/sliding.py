@@ -89,7 +89,7 @@ def slide(image: Float[Tensor, "3 h w"], logits: Logits, window: int, stride: in
     return total.div_(count)[:, :height, :width]
 
 
-def whole(image: Float[Tensor, "3 h w"], logits: Logits, patch_size: int) -> Float[Tensor, "C h w"]:
+def look_whole(image: Float[Tensor, "3 h w"], logits: Logits, patch_size: int) -> Float[Tensor, "C h w"]:
     """Return the logits of a normalised image, filled up with zeros to whole patches, at its own pixels."""
     height, width = image.shape[1:]
     image = pad(image, (0, -width % patch_size, 0, -height % patch_size))
@@ -118,7 +118,7 @@ def looks(
         for flipped in (False, True)[: 1 + config.flip]:
             seen = small.flip(-1) if flipped else small
             if config.mode == "whole":
-                own = whole(seen, logits, patch_size)
+                own = look_whole(seen, logits, patch_size)
             else:
                 own = slide(seen, logits, window, min(config.stride or max(2 * window // 3, 1), window))
             found.append(own.flip(-1) if flipped else own)

@@ -12,7 +12,7 @@ import foveola
 from foveola.config import UserError, build, merge, to_dict
 from foveola.data.sample import IGNORE, Canvases, Sample
 from foveola.schedules import Progress
-from foveola.tasks.segmentation import Segmentation, inside_patches, label_loss
+from foveola.tasks.segmentation import Segmentation, inside_patches, summed_loss
 from foveola.training.finetune import finetune
 from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.views.batch import Streams, make_views
@@ -49,7 +49,7 @@ def test_loss_equals_a_loop_over_labelled_pixels():
             total += float(one.logsumexp(0) - one[int(maps[b, y, x])])
             right += int(one.argmax()) == int(maps[b, y, x])
             count += 1
-    found = label_loss(logits, maps)
+    found = summed_loss(logits, maps)
     assert [float(each.detach()) for each in found] == pytest.approx([total, right, count], rel=1e-5)
     assert count == 6 * 2 + 5 * 5
     found[0].backward()
@@ -59,7 +59,7 @@ def test_loss_equals_a_loop_over_labelled_pixels():
 
 def test_a_batch_without_a_label_teaches_nothing():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss, right, count = label_loss(logits, torch.full((1, 4, 4), IGNORE, dtype=torch.uint8))
+    loss, right, count = summed_loss(logits, torch.full((1, 4, 4), IGNORE, dtype=torch.uint8))
     loss.backward()
     assert (float(loss.detach()), int(right), int(count)) == (0, 0, 0)
     assert not logits.grad.any()

@@ -7,7 +7,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from foveola.config import ConfigError, build
 from foveola.tasks import sliding
-from foveola.tasks.sliding import LookConfig, enlarged_rows, label_map, looks, offsets, slide, whole
+from foveola.tasks.sliding import LookConfig, enlarged_rows, label_map, look_whole, looks, offsets, slide
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_overlaps_of_equal_logits_change_nothing():
 
 def test_whole_images_are_filled_up_to_whole_patches():
     image, seen = drawn(3, 13, 21), []
-    found = whole(image, lambda x: seen.append(x) or pretend(x), 8)
+    found = look_whole(image, lambda x: seen.append(x) or pretend(x), 8)
     assert seen[0].shape == (1, 3, 16, 24)
     assert torch.equal(seen[0][0, :, :13, :21], image)
     assert not seen[0][0, :, 13:].any()

@@ -42,6 +42,7 @@ UNSEEN = {  # keys that weights do not show, by the reason why
     "how fast, not what": ("device", "compile", "checkpoint_activations", "loader.workers"),
     "another order of the same sums, tested with the loop": ("accumulate",),
     "for bad images": ("loader.max_bad",),
+    "of images that are not squares, tested with windows": ("views.rescale.side",),
     "a bound that few draws reach, tested with the sampler": ("views.blocks.min_context",),
     "of biases, which these parts do not have": (
         "optimizer.parts.predictor.bias_decay",

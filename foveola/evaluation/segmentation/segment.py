@@ -69,7 +69,7 @@ class LabelledImage(NamedTuple):
     maps: tuple[UInt8[np.ndarray, "H W"], ...]
 
 
-class LabelledImages:
+class PixelCut:
     """Makes a `LabelledImage` of a sample."""
 
     def __init__(self, source: PixelSource) -> None:
@@ -103,7 +103,7 @@ class Segment(Protocol):
     )
 
     def measure(self, at: At, config: SegmentConfig) -> Outcome:
-        """Segment all images of the test data, each process its share. Raises UserError for other classes."""
+        """Return what is measured, each process on its share. Raises UserError for other classes."""
         head = segmenter_of(at.encoder)
         if not isinstance(at.test, PixelSource):
             raise UserError(
@@ -135,7 +135,7 @@ class Segment(Protocol):
         chosen: Int64[np.ndarray, "n"], numbers: Int64[Tensor, "256"],
     ) -> tuple[Int64[Tensor, "m 3 C1"], Int64[Tensor, "m"], Int64[Tensor, "b"]]:  # fmt: skip
         """Areas of every image of all processes, their indices, and those that cannot be read."""
-        images = Images(at.test, chosen[share_of_rank(len(chosen))], LabelledImages(at.test))
+        images = Images(at.test, chosen[share_of_rank(len(chosen))], PixelCut(at.test))
         batches: Batches[LabelledImage] = Batches(images, config, f"segment {at.test.name}", at.progress)
         classes = len(at.test.classes)
         areas, indices = (
