@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from foveola.figures.visualize import Figure, visualize
     from foveola.methods.method import Method, MethodConfig, Output
     from foveola.methods.terms.term import Term
-    from foveola.models.encoder import Encoder, Features
+    from foveola.models.encoder import Encoder, Features, TransformConfig
+    from foveola.models.wrapped import ImageTokens
     from foveola.reports.report import report
     from foveola.tasks.task import Classes, Detections, LabelMap
     from foveola.training.auto.plan import Plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from foveola.training.run import Run, pretrain
     from foveola.zoo.export import export
     from foveola.zoo.load import load
+    from foveola.zoo.wrap import wrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Encoder",
     "Features",
     "Figure",
+    "ImageTokens",
     "LabelMap",
     "Method",
     "MethodConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "Sample",
     "Source",
     "Term",
+    "TransformConfig",
     "__version__",
     "analyze_attention",
     "compare",
@@ -68,6 +72,7 @@ __all__ = [
     "recipes",
     "report",
     "visualize",
+    "wrap",
 ]
 
 _HOMES = {
@@ -106,6 +111,9 @@ _HOMES = {
     "Figure": "foveola.figures.visualize",
     "load": "foveola.zoo.load",
     "Encoder": "foveola.models.encoder",
+    "wrap": "foveola.zoo.wrap",
+    "ImageTokens": "foveola.models.wrapped",
+    "TransformConfig": "foveola.models.encoder",
     "Features": "foveola.models.encoder",
 }
 

@@ -90,7 +90,7 @@ ALLOWED = {
         "distributed",
     },
     "drawing": set(),
-    "zoo": {"tasks", "models.encoder", "models.lora", "models.shape", "models.vit"},
+    "zoo": {"tasks", "models.encoder", "models.lora", "models.shape", "models.vit", "models.wrapped"},
     "zoo.transfer": {"models"},  # it makes tensors of other shapes
     "zoo.training_heads": {"models.starting"},
     "evaluation": {

@@ -62,11 +62,12 @@ def neighbour_sheet(
     `evaluation.features.table.extract`.
     """
     config = config or ExtractConfig(limit=REFERENCE_LIMIT)
-    kinds, notes = mask_kinds(masks, bank, queries)
     contents = identity_for(bank, config).contents
     chosen_of = choose_images(len(bank), config.limit, config.seed)
     rows = []
     names = encoders_by_name(encoders)
+    least = next((e for e in names.values() if e.wrapped), next(iter(names.values())))
+    kinds, notes = mask_kinds(masks, bank, queries, least, config.pool)
     tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
     for image in chosen:
         for name, encoder in names.items():

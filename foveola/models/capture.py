@@ -17,6 +17,7 @@ from foveola.models.attention import rotate, split_heads
 from foveola.models.blocks import Block
 from foveola.models.vit import Features, TokenLayout, VisionTransformer
 from foveola.models.windows import has_windows, window_mask
+from foveola.models.wrapped import Wrapped
 
 ATTENTION_AT_ONCE = 2**25  # entries of attention matrices in memory at a time: 128 MiB
 CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over them again and again
@@ -166,6 +167,10 @@ def capture(
     `layers[-1]` is what `network(images, objects)` gives. Raises ValueError unless the network has n blocks,
     UserError for a `block` that there is not.
     """
+    if isinstance(network, Wrapped):
+        if n != 1 or attention:
+            network.config.refuse("attention" if attention else "the output of an earlier block")
+        return Capture((network(images, objects),), None)
     if not 1 <= n <= len(network.blocks):
         raise ValueError(f"the last {n} blocks of a network of {len(network.blocks)}")
     asked = block_index(network, block) if attention else None

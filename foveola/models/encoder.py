@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from foveola.models.capture import BlockAttention, Capture, attention_of, block_
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
+from foveola.models.wrapped import Wrapped
 
 __all__ = [
     "BlockAttention",
@@ -31,13 +33,8 @@ __all__ = [
     "patch_mask",
 ]
 
-LATER = (
-    "window",
-    "global_blocks",
-    "relative_bias",
-    "final_norm",
-    "patch_norm",
-)  # keys of networks without which earlier fingerprints were made
+# Keys of networks without which earlier fingerprints were made.
+LATER = ("window", "global_blocks", "relative_bias", "final_norm", "patch_norm")
 TOGETHER = 8  # objects that are encoded at once, or more where there are more images
 
 
@@ -113,7 +110,17 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.patch_embed.proj.weight.device
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the network is somebody else's module, of which features alone are known."""
+        return isinstance(self.backbone, Wrapped)
+
+    def check_inside(self, what: str) -> None:
+        """Raise UserError where `what` needs the inside of a ViT, and the network is a wrapped one."""
+        if isinstance(self.backbone, Wrapped):
+            self.backbone.config.refuse(what)
 
     def forward(
         self,
@@ -345,8 +352,9 @@ class Encoder(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write `model.safetensors` and `config.json`, and of a head `head.safetensors` and `head.json`.
 
-        Each file is replaced whole.
+        Each file is replaced whole. Raises UserError for a wrapped network, which its own library keeps.
         """
+        self.check_inside("an encoder folder")
         from safetensors.torch import save_file
 
         folder = Path(folder)

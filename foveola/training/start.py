@@ -100,7 +100,9 @@ def _settings(init: str) -> tuple[EncoderConfig, Encoder | None]:
 def _loaded(init: str) -> Encoder:
     """The encoder behind `init`. A UserError names the run that began with it, and goes on without."""
     try:
-        return load(init)
+        encoder = load(init)
+        encoder.check_inside("training from it")
+        return encoder
     except UserError as error:
         began = [path for path in Path("runs").glob("*/config.yaml") if read_yaml(path).get("init") == init]
         more = f"; {began[0].parent} began with it, and goes on without it: " if began else ""

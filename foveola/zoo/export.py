@@ -52,6 +52,7 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     if format == "torch" and out.suffix == ".safetensors":  # as which every reader would take it
         raise UserError(f"format=torch writes a file of torch: out={out.with_suffix('.pth')}")
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
+    encoder.check_inside("export")
     if format == "torch":
         state = {name: value.detach().float().cpu().contiguous() for name, value in encoder.weights().items()}
         with files.whole(out) as part:

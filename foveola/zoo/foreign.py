@@ -6,7 +6,7 @@ own. Both are compared on noise each time one is loaded.
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from foveola.config import UserError, build
 from foveola.models.encoder import Encoder, EncoderConfig
 
 TOLERANCE = 1e-3  # of the root mean square of outputs; rounding in float32 makes some 1e-5
+
+
+class NotOursError(UserError):
+    """A model computes something that our ViT does not."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,23 @@ def adopt(foreign: Foreign, name: str) -> Encoder:
     return encoder
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model of another library: as ours where it can be converted, as a wrapped one otherwise."""
+
+    convert: Callable[[], Foreign]  # raises NotOursError
+    wrap: Callable[[str], Encoder]  # told why it is not converted
+    beside: tuple[str, ...] = ()  # names of what else is in its file
+
+
+def taken(opened: Opened, name: str) -> Encoder:
+    """Return an encoder of a model, converted if our ViT computes the same. Raises UserError."""
+    try:
+        return adopt(replace(opened.convert(), beside=opened.beside), name)
+    except NotOursError as error:
+        return opened.wrap(str(error).removeprefix(f"{name} ").removeprefix(f"{name}: "))
+
+
 @torch.inference_mode()
 def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: str) -> None:
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -48,14 +69,14 @@ def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: st
     ours = torch.cat((features.objects, features.registers, features.patches), dim=1)
     where = f"{name}: on an image of {size[0]} x {size[1]} pixels"
     if ours.shape != theirs.shape:
-        raise UserError(
+        raise NotOursError(
             f"{where} it gives {tuple(theirs.shape[1:])} numbers, converted {tuple(ours.shape[1:])}"
         )
     if not theirs.isfinite().all():
         raise UserError(f"{where} it gives numbers that are not finite")
     error, scale = (ours - theirs).abs().max().item(), theirs.square().mean().sqrt().item()
     if not error <= TOLERANCE * scale:
-        raise UserError(
+        raise NotOursError(
             f"{where} its converted network differs by {error:.2g} where outputs are about {scale:.2g}: "
             "it computes something that our ViT does not"
         )

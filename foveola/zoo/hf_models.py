@@ -1,16 +1,19 @@
 """Hugging Face's vision transformers, and what is done to images for them, in our terms."""
 
-import dataclasses
+import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveola.config import UserError
+from foveola.models.encoder import Encoder
 from foveola.zoo.convert import FileConfig, bare, plain_vit
-from foveola.zoo.foreign import Foreign, import_library, one_line
+from foveola.zoo.foreign import Foreign, NotOursError, Opened, import_library, one_line
 from foveola.zoo.preprocess import transform_of
+from foveola.zoo.wrap import wrap_library
 
 MODEL_TYPES = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -38,15 +41,15 @@ TIMM_NAMES = (  # of transformers 4 and 5 to timm's, which are ours
 
 def from_hf(
     name: str, revision: str | None = None, preprocess: str | None = None, size: int | None = None
-) -> Foreign:
+) -> Opened:
     """Return a model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
 
     Args:
         preprocess, size: how images are made (`preprocess.transform_of`); by default as the settings of its
             image processor say (`preprocessor_config.json`).
 
-    Code that comes with a model is never run. Raises UserError for models that are not found or not whole,
-    and for those that our ViT cannot express.
+    What our ViT cannot express is wrapped. Code that comes with a model is never run. Raises UserError for
+    models that are not found or not whole.
     """
     where = f"hf:{name}"
     transformers = import_library("transformers", "hf")
@@ -55,8 +58,6 @@ def from_hf(
         config = transformers.AutoConfig.from_pretrained(name, **found)
     except Exception as error:  # of the library, of its hub, of the network: there is no list of them
         raise UserError(f"{where}: {one_line(error)}") from error
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{where} is a {config.model_type!r}; known: {', '.join(MODEL_TYPES)}")
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "ijepa") else {}
     speech = transformers.utils.logging
     loudness, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
@@ -72,19 +73,53 @@ def from_hf(
         speech.set_verbosity(loudness)
         if bars:
             speech.enable_progress_bar()
-    if missing := sorted(map(str, report["missing_keys"])):
+    without = () if config.model_type in MODEL_TYPES else ("pooler.", "vision_model.pooler.")
+    missing = [name for name in sorted(map(str, report["missing_keys"])) if not name.startswith(without)]
+    if missing:
         raise UserError(f"{where} lacks {missing[0]} ({len(missing)} missing tensors)")
     transform = transform_of("hf", name, preprocess, size, lambda size: _transform(name, where, found, size))
-    foreign = from_hf_module(model.eval(), where, transform)
-    return dataclasses.replace(foreign, beside=tuple(sorted(map(str, report["unexpected_keys"]))))
+    model = model.eval()
+    pooled = len(missing) == len(report["missing_keys"])  # else its pooler is a fresh random layer
+
+    def wrap(why: str) -> Encoder:
+        return wrap_library(getattr(model, "vision_model", model), hf_features(pooled), where, transform, why)
+
+    beside = tuple(sorted(map(str, report["unexpected_keys"])))
+    return Opened(lambda: from_hf_module(model, where, transform), wrap, beside)
+
+
+def hf_features(pooled: bool) -> Callable[[Any, Tensor], tuple[Tensor, Tensor | None, int]]:
+    """Return what reads a model of transformers: tokens or a map, its pooled vector, the number of special
+    tokens. Without `pooled` its pooler is not asked.
+    """
+
+    def features(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        known = inspect.signature(model.forward).parameters
+        options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
+        if getattr(model.config, "model_type", "") in ("beit", "data2vec-vision"):
+            options = {}  # whose tables are resized without being asked
+        found = model(pixel_values=images, **options)
+        x, vector = found.last_hidden_state, getattr(found, "pooler_output", None)
+        if vector is not None:
+            vector = vector.flatten(1) if pooled else None
+        if x.ndim == 4:
+            return x, vector, 0
+        patch = getattr(model.config, "patch_size", None)
+        side = patch if isinstance(patch, int) else 1
+        special = x.shape[1] - images.shape[2] // side * (images.shape[3] // side)
+        return x, vector, max(special, 0)
+
+    return features
 
 
 def from_hf_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
-    """Return a module of transformers in our terms. Raises UserError for those that our ViT cannot
+    """Return a module of transformers in our terms. Raises NotOursError for those that our ViT cannot
     express.
     """
     config = model.config
     kind = config.model_type
+    if kind not in MODEL_TYPES:
+        raise NotOursError(f"{name} is a {kind!r}; converted are {', '.join(MODEL_TYPES)}")
     rotary = kind == "dinov3_vit"
     gated = getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False)
     _check(config, name, rotary, gated)
@@ -93,7 +128,7 @@ def from_hf_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
             bare(_plain_names(model.state_dict())), FileConfig(heads=config.num_attention_heads), rotary
         )
     except ValueError as error:
-        raise UserError(f"{name}: {one_line(error)}") from error
+        raise NotOursError(f"{name}: {one_line(error)}") from error
     shape |= {
         "norm_eps": config.layer_norm_eps,
         "position_antialias": kind == "dinov2_with_registers",
@@ -122,15 +157,15 @@ def from_hf_module(model: Any, name: str, transform: dict[str, Any]) -> Foreign:
 
 
 def _check(config: Any, name: str, rotary: bool, gated: bool) -> None:
-    """Raise UserError for settings that our ViT has not; others show when outputs are compared."""
+    """Raise NotOursError for settings that our ViT has not; others show when outputs are compared."""
     expected = "silu" if rotary and gated else "gelu"
     if config.hidden_act != expected and not (gated and not rotary):  # DINOv2's gate is always silu
-        raise UserError(f"{name} has MLPs with {config.hidden_act!r}, where our ViT has {expected!r}")
+        raise NotOursError(f"{name} has MLPs with {config.hidden_act!r}, where our ViT has {expected!r}")
     if rotary and getattr(config, "rope_theta", 100.0) != 100.0:
-        raise UserError(f"{name} has rotary positions of base {config.rope_theta}; known: 100")
+        raise NotOursError(f"{name} has rotary positions of base {config.rope_theta}; known: 100")
     sides = config.image_size, config.patch_size
     if any(not isinstance(side, int) and len(set(side)) > 1 for side in sides):
-        raise UserError(f"{name} has images or patches that are not square: {sides[0]}, {sides[1]}")
+        raise NotOursError(f"{name} has images or patches that are not square: {sides[0]}, {sides[1]}")
 
 
 def plain_name(name: str) -> str:

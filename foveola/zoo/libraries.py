@@ -9,7 +9,7 @@ from foveola.config import ConfigError, UserError, build, nearest
 from foveola.models.encoder import Encoder
 from foveola.models.vit import ViTConfig
 from foveola.zoo.files import options_of
-from foveola.zoo.foreign import adopt
+from foveola.zoo.foreign import taken
 from foveola.zoo.hf_models import from_hf
 from foveola.zoo.preprocess import check_kind
 from foveola.zoo.timm_models import from_timm
@@ -36,8 +36,8 @@ def load_library(name: str) -> Encoder:
     (seed 0). `hf:` takes `?revision=`. Of both, `?preprocess=` says how images are made (`zoo.preprocess`)
     and `?image_size=` how large they are.
 
-    Raises UserError, in one line, where the library is missing, the model is not found or is not a ViT of
-    ours, and where the converted network does not give the same outputs.
+    Where our ViT computes the same function, the model is converted, otherwise wrapped (`zoo.wrap`). Raises
+    UserError, in one line, where the library is missing, and where the model is not found.
     """
     library, _, rest = name.partition(":")
     model, _, query = rest.partition("?")
@@ -65,10 +65,10 @@ def load_library(name: str) -> Encoder:
     with torch.random.fork_rng(devices=[]):  # networks draw weights before they get others
         torch.default_generator.manual_seed(0)
         if library == "timm":
-            foreign = from_timm(model, options.get("pretrained", "true"), options.get("preprocess"), size)
+            opened = from_timm(model, options.get("pretrained", "true"), options.get("preprocess"), size)
         else:
-            foreign = from_hf(model, options.get("revision"), options.get("preprocess"), size)
-        return adopt(foreign, name)
+            opened = from_hf(model, options.get("revision"), options.get("preprocess"), size)
+        return taken(opened, name)
 
 
 def check_folder(folder: Path, name: str) -> None:

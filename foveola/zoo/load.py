@@ -17,24 +17,28 @@ from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
 from foveola.zoo.runs import kept_folder, student_of
 from foveola.zoo.weights import read_config
+from foveola.zoo.wrap import load_python
 
 UNTRAINED = "untrained:"
 LIBRARIES = ("timm:", "hf:")
 PIXELS_PREFIX = "pixels:"
+PYTHON = "python:"
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
-    Known files: DINO, iBOT, DINOv2, MAE, I-JEPA, CAPI and timm state dicts (`.pth`, `.pt`, `.safetensors`),
+    Known files are those of `zoo.convert.KNOWN` (`.pth`, `.pt`, `.safetensors`),
     as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
     does not tell (`zoo.files`). `RUN?step=400` is the encoder that a run kept at that step, `RUN?step=best`
     that of `encoders/best`, `RUN?which=student` the student of the newest checkpoint, or with `&step=400` of
     that one (`zoo.runs`). `timm:NAME` and `hf:NAME` are models of these libraries, NAME one of theirs
-    or a local folder (`zoo.libraries`); `pixels:` has pixels as features (`zoo.pixels`). `untrained:PATH` is
-    an encoder of the shape of the one at PATH with fresh weights, drawn by the seed of the run at PATH, or by
-    seed 0 where PATH is no run. With `trainable` its weights take gradients, and it is in training mode, with
-    the stochastic depth of its configuration; otherwise it is frozen. Raises UserError for anything else.
+    or a local folder (`zoo.libraries`); `python:my_module:my_encoder` is a module of your own, of which
+    features alone are known (`zoo.wrap`), as of those models of libraries that are no plain ViTs; `pixels:`
+    has pixels as features (`zoo.pixels`). `untrained:PATH` is an encoder of the shape of the one at PATH with
+    fresh weights, drawn by the seed of the run at PATH, or by seed 0 where PATH is no run. With `trainable`
+    its weights take gradients, and it is in training mode, with the stochastic depth of its configuration;
+    otherwise it is frozen. Raises UserError for anything else.
     """
     encoder = _load(str(path)).to(device)
     return encoder.requires_grad_(True).train() if trainable else encoder
@@ -43,6 +47,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
 def _load(name: str) -> Encoder:
     if name.startswith(PIXELS_PREFIX):
         return pixel_encoder(name)
+    if name.startswith(PYTHON):
+        return load_python(name)
     if name.startswith(LIBRARIES):
         return load_library(name)
     if name.startswith(UNTRAINED):
@@ -53,7 +59,7 @@ def _load(name: str) -> Encoder:
     if path.is_file() or Path(name.partition("?")[0]).is_file():
         return load_file(name)
     if not path.exists():
-        wanted = "expected a run folder, an encoder folder, or a checkpoint file"
+        wanted = "expected a run folder, an encoder folder, a checkpoint file, timm:, hf: or python:"
         raise UserError(f"no model at {path}: {wanted}{meant(path)}")
     own = RunFolder(path).encoder
     folder = own if own.config.is_file() else EncoderFolder(path)
@@ -72,7 +78,9 @@ def _untrained(path: str) -> Encoder:
     run = RunFolder(Path(path)).config
     seed = read_yaml(run).get("seed") if run.is_file() else None
     with torch.random.fork_rng(devices=[]):
-        config = load(path).config
+        encoder = load(path)
+        encoder.check_inside(f"{UNTRAINED}{path}")
+        config = encoder.config
         torch.default_generator.manual_seed(seed if isinstance(seed, int) else 0)
         return Encoder(dataclasses.replace(config, origin="untrained", step=0))
 

@@ -195,18 +195,23 @@ def test_torn_files_and_missing_tensors(tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DeiT": ("DeiT", {}, "is a 'deit'; known: vit, vit_mae"),
+WRAPPED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "DeiT": ("DeiT", {}, "is a 'deit'; converted are vit, vit_mae"),
     "quick GELU": ("ViT", {"hidden_act": "quick_gelu"}, "MLPs with 'quick_gelu', where our ViT has 'gelu'"),
     "a gate of tanh": ("DINOv3ViT", {"use_gated_mlp": True, "hidden_act": "tanh"}, "MLPs with 'tanh'"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_our_vit_is_refused(name: str, tmp_path: Path):
-    kind, options, message = REFUSED[name]
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_not_our_vit_is_wrapped(name: str, tmp_path: Path):
+    kind, options, message = WRAPPED[name]
+    model = create(kind, **options)
+    encoder = load(save(model, tmp_path))
+    images = torch.randn(1, 3, 64, 64)
+    assert encoder.wrapped
+    assert torch.equal(encoder(images).patches, outputs(model, images)[:, -64:])
     with pytest.raises(UserError, match=message) as error:
-        load(save(create(kind, **options), tmp_path))
+        encoder.attention(images)
     assert "\n" not in str(error.value)
 
 

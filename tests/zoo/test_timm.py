@@ -182,7 +182,6 @@ REFUSED = {
     "vit_base_patch16_siglip_224": (SMALL, "pools by 'map'"),
     "vit_base_patch16_clip_224": (SMALL, "norm before its first block"),
     "vit_base_patch16_clip_quickgelu_224": (SMALL | {"pre_norm": False}, "QuickGELU"),
-    "vit_small_patch16_224": (SMALL | {"global_pool": "avg"}, r"normalised after pooling \(fc_norm\)"),
     "eva02_small_patch14_224": ({"depth": 1, "num_classes": 0}, "other positions than DINOv3's"),
     "vit_base_patch16_224": (SMALL | {"qk_norm": True}, r"norms of queries and keys"),
     "vit_large_patch16_224": (SMALL | {"img_size": (96, 160)}, "96 x 160|not square|expected a square"),

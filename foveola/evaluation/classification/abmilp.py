@@ -212,6 +212,8 @@ class AbmilpConfig(TrainedConfig):
     def vectors(self, encoder: Encoder) -> tuple[str, ...]:
         """Return the fixed aggregations that this encoder has, and that of `attention_of`."""
         without = () if encoder.config.model.class_token else ("token", *ATTENTION[:2])
+        if encoder.wrapped:
+            without = (*without, *ATTENTION)
         mine = [name for name in self.fixed if name not in without]
         return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))
 

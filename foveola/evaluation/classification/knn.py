@@ -17,7 +17,7 @@ from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.overlap import content_groups
 from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds
+from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds, without_objects
 from foveola.evaluation.images import identity_for, share_of_rank
 from foveola.evaluation.metrics import effective_rank, interval, percent, ranking, vote
 from foveola.evaluation.paired import packed
@@ -124,7 +124,7 @@ class Knn(Protocol):
 
     def measure(self, at: At, config: KnnConfig) -> Outcome:
         """Extract the features of both sources, and let the neighbours vote."""
-        kinds, notes = mask_kinds(config.masks, at.train, at.test)
+        kinds, notes = mask_kinds(config.masks, at.train, at.test, at.encoder, config.pool)
         began = perf_counter()
         wanted = wanted_of(config, at.encoder)
 
@@ -154,9 +154,10 @@ class Knn(Protocol):
 def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
     """Return what of an image the protocol reads; None where the shared pass does not have it."""
     pool = config.pool or encoder.config.pool
-    if config.rows != "images" or (pool != "token" and config.masks is not False):
+    plain = config.masks is False or without_objects(encoder, config.pool, config.masks)
+    if config.rows != "images" or (pool != "token" and not plain):
         return None
-    wanted = need(pool) if config.masks is False else need("token", "masked")
+    wanted = need(pool) if plain else need("token", "masked")
     return wanted.at(encoder, config.image_size)
 
 

@@ -212,7 +212,7 @@ class LinearConfig(TrainedConfig):
 
     def resolved(self, encoder: Encoder) -> "LinearConfig":
         """Return the settings with the style's own in place of null, for this encoder."""
-        layers = min(4, len(encoder.backbone.blocks))
+        layers = min(4, encoder.config.model.shape[1])
         several = tuple(dict.fromkeys(("token", f"token{layers}", "token+average", f"token{layers}+average")))
         if not encoder.config.model.class_token:
             several = ("average",)

@@ -80,11 +80,15 @@ def need(*kinds: str, layers: int = 1) -> Need:
 
 def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
     """Raise UserError where the encoder cannot give one of the kinds."""
-    if not 1 <= layers <= len(encoder.backbone.blocks):
-        raise UserError(
-            f"features of the last {layers} blocks: this encoder has {len(encoder.backbone.blocks)}"
-        )
+    depth = encoder.config.model.shape[1]
+    if layers > 1:
+        encoder.check_inside(f"features of the last {layers} blocks")
+    if not 1 <= layers <= depth:
+        raise UserError(f"features of the last {layers} blocks: this encoder has {depth}")
     for kind in kinds:
+        if kind in ("masked", *ATTENTION):
+            what = "a token that reads an object alone" if kind == "masked" else f"features={kind}"
+            encoder.check_inside(what)
         if (
             kind in ("token", "masked", "attention", "lowest_entropy")
             and not encoder.config.model.class_token
@@ -148,7 +152,7 @@ class FeatureReader:
             if "token" in kinds:
                 found["token"] = torch.stack(tokens, dim=1)
             patches = last.patches.float()
-            found |= {"average": patches.mean(dim=1), "patches": patches}
+            found |= {"average": encoder.backbone.fc_norm(patches.mean(dim=1)), "patches": patches}
             if "predictor" in kinds:
                 found["predictor"] = encoder.predictions(last).float().mean(dim=1)
             count = patches.shape[1]

@@ -170,12 +170,23 @@ def object_tokens(
 # -- what is asked for, and trouble --------------------------------------------------------------------------
 
 
-def mask_kinds(masks: str | bool, train: Source | None, test: Source) -> tuple[tuple[bool, ...], list[str]]:
-    """Return which tables the setting `masks` asks for, plain first, given what the data can provide; and
-    notes.
+def without_objects(encoder: Encoder, pool: str | None, masks: str | bool) -> bool:
+    """Return whether masks are left out though they are not forbidden: of wrapped networks only means of
+    patches can have them.
+    """
+    return encoder.wrapped and masks == "both" and (pool or encoder.config.pool) == "token"
+
+
+def mask_kinds(
+    masks: str | bool, train: Source | None, test: Source, encoder: Encoder, pool: str | None
+) -> tuple[tuple[bool, ...], list[str]]:
+    """Return which tables the setting `masks` asks for, plain first, given what the data and the encoder can
+    provide; and notes.
     """
     if masks is False:
         return (False,), []
+    if test.has_objects and without_objects(encoder, pool, masks):
+        return (False,), ["a wrapped network has no object tokens, so whole images alone are read"]
     if not test.has_objects:
         if masks is True:
             raise UserError(f"masks=true, but {test.name} has neither boxes nor masks")

@@ -243,7 +243,7 @@ class Retrieval(Protocol):
     def measure(self, at: At, config: RetrievalConfig) -> Outcome:
         """Encode two views of each object, and rank one among those of all."""
         encoder, test = at.encoder.pooled(config.pool), at.test
-        kinds, notes = mask_kinds(config.masks, None, test)
+        kinds, notes = mask_kinds(config.masks, None, test, encoder, None)
         targets = choose_targets(test, config.objects, config.min_area, config.seed)
         if len(targets) < 2:
             raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
