@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from foveola.data.sample import IGNORE, BadImage, DataError, Sample
+from foveola.data.sample import IGNORE, DataError, Sample
 from foveola.data.sources import PixelSource, Source
 
 Annotations = Literal["labels", "classes", "label_maps", "instances"]
@@ -51,29 +51,6 @@ def class_table(samples: Sequence[Sample], count: int) -> Bool[Tensor, "B {count
     for row, sample in zip(table, samples, strict=True):
         row[sorted(sample.all_classes())] = True
     return table
-
-
-def read_label_map(source: Any, index: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
-    """Return the label map of an image of `shape` (rows, columns).
-
-    Raises BadImage for one that cannot be read, holds a value of no class, or is of another shape: such an
-    image is counted, named and replaced as other bad ones are.
-    """
-    try:
-        found = source.label_map(index)
-    except BadImage:
-        raise
-    except DataError as error:
-        raise BadImage(str(error)) from error
-    if found.shape != shape:
-        (h, w), (lh, lw) = shape, found.shape
-        raise BadImage(f"is {w}x{h} pixels, its label map {lw}x{lh}")
-    wrong = (found >= len(source.classes)) & (found != IGNORE)
-    if wrong.any():
-        raise BadImage(
-            f"its label map holds {found[wrong][0]}, which is none of {len(source.classes)} classes"
-        )
-    return found
 
 
 def stack_label_maps(

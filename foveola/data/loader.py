@@ -34,7 +34,6 @@ from foveola.data.annotated import (
     Read,
     check_annotated,
     class_table,
-    read_label_map,
     stack_label_maps,
 )
 from foveola.data.decode import Scratch, decode, to_canvas
@@ -47,7 +46,7 @@ from foveola.data.sample import (
     Objects,
     have_masks,
 )
-from foveola.data.sources import Source
+from foveola.data.sources import Source, read_label_map
 from foveola.failures import explain
 
 ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.parse import unquote
 
+import numpy as np
+from jaxtyping import UInt8
+
 from foveola.config import UserError, kind_of, meant, nearest
 from foveola.data.decode import decode
 from foveola.data.hub import open_hub
@@ -19,7 +22,7 @@ from foveola.data.imagenet import (
 )
 from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.look import look
-from foveola.data.sample import BadImage, DataError, Decoding, Sample
+from foveola.data.sample import IGNORE, BadImage, DataError, Decoding, Sample
 from foveola.data.scenes import open_scenes
 from foveola.data.segmentation import (
     PixelSource,
@@ -354,9 +357,32 @@ def why_bad(source: Any, index: int) -> str:
     """
     name = image_name(source, index)
     try:
-        decode(source[index].image)
+        pixels = decode(source[index].image)
         if isinstance(source, PixelSource):
-            source.label_map(index)
+            read_label_map(source, index, pixels.shape[:2])
     except (BadImage, OSError) as error:
         return str(error) if str(error).startswith(name) else f"{name} ({error})"
     return name
+
+
+def read_label_map(source: Any, index: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W"]:
+    """Return the label map of an image of `shape` (rows, columns).
+
+    Raises BadImage for one that cannot be read, holds a value of no class, or is of another shape: such an
+    image is counted, named and replaced as other bad ones are.
+    """
+    try:
+        found = source.label_map(index)
+    except BadImage:
+        raise
+    except DataError as error:
+        raise BadImage(str(error)) from error
+    if found.shape != shape:
+        (h, w), (lh, lw) = shape, found.shape
+        raise BadImage(f"is {w}x{h} pixels, its label map {lw}x{lh}")
+    wrong = (found >= len(source.classes)) & (found != IGNORE)
+    if wrong.any():
+        raise BadImage(
+            f"its label map holds {found[wrong][0]}, which is none of {len(source.classes)} classes"
+        )
+    return found

@@ -13,7 +13,7 @@ from foveola.data.decode import decode
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import BadImage
-from foveola.data.sources import Source, notes_of, open_source, why_bad
+from foveola.data.sources import PixelSource, Source, notes_of, open_source, read_label_map, why_bad
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, blueprint
@@ -57,7 +57,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "data": f"{source.name}: {len(source):,} images"
         + ("" if config.data else " (built in, as there is no data=)"),
         **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
-        **({"readable": try_images(source)} if config.data else {}),
+        **({"readable": try_images(source, config.method.annotations)} if config.data else {}),
         **({} if start.weights is None else {"starting weights": start.weights.name}),
         "parameters": _parameters(trainer),
         **({"resting": resting} if (resting := "; ".join(_resting(config, trainer))) else {}),
@@ -110,8 +110,10 @@ def _try(
     return ", ".join(f"{name} {v:.3f}" for name, v in terms.items()), seconds, _memory(device)
 
 
-def try_images(source: Source, seconds: float = LOOK_SECONDS) -> str:
+def try_images(source: Source, annotations: str | None = None, seconds: float = LOOK_SECONDS) -> str:
     """Return how many images of a sample of at most 200 can be read, with the names of those that cannot.
+
+    Their label maps are read, too, where a method learns from those.
 
     They are spread evenly over the source, and read in an order that stays so where `seconds` end it early.
     """
@@ -122,7 +124,9 @@ def try_images(source: Source, seconds: float = LOOK_SECONDS) -> str:
             break
         read += 1
         try:
-            decode(source[index].image)
+            pixels = decode(source[index].image)
+            if annotations == "label_maps" and isinstance(source, PixelSource):
+                read_label_map(source, index, pixels.shape[:2])
         except (BadImage, OSError):
             failed.append(index)
     if not failed:

@@ -28,6 +28,7 @@ from foveola.data.sample import (
 from foveola.data.scenes import Scenes
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import decode, open_source
+from foveola.training.dryrun import try_images
 from foveola.training.recipe import resolve
 
 SCENES = "scenes:?size=40&count=24&background=class"
@@ -117,6 +118,10 @@ def test_bad_label_maps_are_bad_images_and_others_bring_their_own(tmp_path: Path
     assert "03.png (is 16x16 pixels, its label map 16x10)" in reasons[0]
     assert "05.png: holds the value 77, which is no class" in reasons[1]
     assert "07.png cannot be read" in reasons[2]
+    said = try_images(source, "label_maps")
+    assert said.startswith("9 of 12 images, spread evenly over 12; not: 03.png (is 16x16 pixels, its label")
+    assert "holds the value 77" in said
+    assert try_images(source) == "all of 12 images, spread evenly over 12"
 
 
 # -- instances ----------------------------------------------------------------------------------------------
