@@ -15,6 +15,7 @@ from foveola.drawing.sheet import Sheet, save_png
 from foveola.figures import gallery
 from foveola.figures.answers import answers_sheet
 from foveola.figures.choice import image_numbers, pairs_of, points_of, samples_of
+from foveola.figures.detections import DetectionsConfig, detections_sheet
 from foveola.figures.pca import Basis, Maps, fit_basis
 from foveola.figures.settings import (
     AnswersConfig,
@@ -292,6 +293,12 @@ _OWN = (
         DictionaryConfig,
         _of_samples(gallery.dictionary_sheet, "size", "components", "alpha", "joint", "tile"),
         "a sparse dictionary of patch features, a colour for each direction",
+    ),
+    Figure(
+        "detections",
+        DetectionsConfig,
+        detections_sheet,
+        "what fine-tuned detectors find, beside what is annotated; order=worst shows where they fail",
     ),
     Figure(
         "positions",
