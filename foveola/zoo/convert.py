@@ -44,6 +44,10 @@ NEEDED_TENSORS = (  # and the dimensions of each
     ("blocks.0.mlp.fc2.weight", 2),
 )
 REASONS = (  # of networks that ours cannot express: what tells them, what to say
+    (
+        r"^modality_encoders\.",
+        "it is a data2vec 2.0, whose blocks are normalised after each branch: wrap its own code, python:",
+    ),
     (r"rel_pos_[hw]$", "it has relative positions by rows and columns (SAM), which our ViT has not"),
     (
         r"_flat_param|_fsdp",

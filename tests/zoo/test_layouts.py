@@ -264,6 +264,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "a shard of sharded training .*make one file",
     ),
     "Swin": ({"model": {"layers.0.blocks.0.norm1.weight": torch.zeros(9)}}, "a Swin transformer"),
+    "data2vec 2.0": ({"model": {"modality_encoders.IMAGE.extra_tokens": torch.zeros(9)}}, "a data2vec 2.0"),
     "SAM": (weights() | {"blocks.0.attn.rel_pos_h": torch.zeros(9, 4)}, "by rows and columns .SAM."),
 }
 
