@@ -29,23 +29,9 @@ from foveola.data.ahead import (
     read_ahead,
     room,
 )
-from foveola.data.annotated import (
-    Annotations,
-    Read,
-    check_annotated,
-    class_table,
-    stack_label_maps,
-)
+from foveola.data.annotated import Annotations, Read, check_annotated, class_table, stack_label_maps
 from foveola.data.decode import Scratch, decode, to_canvas
-from foveola.data.sample import (
-    BadImage,
-    Canvases,
-    DataError,
-    Instances,
-    ObjectChoice,
-    Objects,
-    have_masks,
-)
+from foveola.data.sample import BadImage, Canvases, DataError, Instances, ObjectChoice, Objects, have_masks
 from foveola.data.sources import Source, read_label_map
 from foveola.failures import explain
 
