@@ -24,6 +24,7 @@ from foveola.tasks.detection import DetectionConfig, DetectionHead
 from foveola.tasks.task import Detections
 from foveola.training import checkpoint
 from foveola.training.finetune import finetune
+from foveola.training.planned import without_details
 from foveola.training.recipe import resolve
 from foveola.zoo.load import load
 
@@ -63,6 +64,9 @@ def test_it_learns_what_it_sees(learned: Path) -> None:
     low, high = result.interval("box_ap")
     assert low <= result.metrics["box_ap"] <= high
     assert result.data["test"]["objects"] == sum(len(source[i].objects) for i in range(2))
+    shown = without_details([name for name in result.names() if result.metric(name).compared])
+    assert {"box_ap", "mask_ap", "box_ap50", "box_ar1"} <= set(shown)
+    assert not any("class" in name for name in shown)  # in the log of a run: COCO has 80
     lines = result.table()
     assert "mask AP" in lines
     assert all(
@@ -228,9 +232,9 @@ def test_objects_of_unknown_classes_are_missed(coco) -> None:
     data, tree = coco
     both = evaluate(guessing(tree, ("bottle", "car", "dog")), "detect", test=data, workers=0, progress=False)
     less = evaluate(guessing(tree, ("car", "dog")), "detect", test=data, workers=0, progress=False)
-    assert less.metrics["box_class_bottle"] == 0
-    assert less.metrics["box_class_car"] == both.metrics["box_class_car"]
-    expected = np.mean([less.metrics[f"box_class_{name}"] for name in ("bottle", "car", "dog")])
+    assert less.metrics["box_ap_class_bottle"] == 0
+    assert less.metrics["box_ap_class_car"] == both.metrics["box_ap_class_car"]
+    expected = np.mean([less.metrics[f"box_ap_class_{name}"] for name in ("bottle", "car", "dog")])
     assert less.metrics["box_ap"] == pytest.approx(expected)
     assert any("1 of 3 classes" in note and "bottle" in note for note in less.notes)
     with pytest.raises(UserError, match="has none of the classes"):

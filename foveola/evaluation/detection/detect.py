@@ -59,7 +59,7 @@ class Detect(Protocol):
 
     Numbers in percent, of boxes and, where both head and data have them, of masks: `box_ap` with its 95 %
     interval over images, `box_ap50`, `box_ap75`, `box_ap_small` (below 32 x 32 pixels), `box_ap_medium`,
-    `box_ap_large` (from 96 x 96), `box_ar1`, `box_ar10`, `box_ar100` and AR by size, `box_class_C` (AP of
+    `box_ap_large` (from 96 x 96), `box_ar1`, `box_ar10`, `box_ar100` and AR by size, `box_ap_class_C` (AP of
     class C). Classes are met by name: objects of a class that the head does not know are missed, what it
     finds of a class that the data lack is left out. Crowds count as nothing. All detections are kept in
     COCO's format of results, in `results/detect/detections.json`.
@@ -72,11 +72,11 @@ class Detect(Protocol):
         Metric("box_ap", "box AP", "higher", main=True),
         Metric("box_ap*", "box AP{}", "higher"),
         Metric("box_ar*", "box AR{}", "higher"),
-        Metric("box_class_*", "box AP of {}", "higher", column="box AP"),
+        Metric("box_ap_class_*", "box AP of {}", "higher", column="box AP"),
         Metric("mask_ap", "mask AP", "higher"),
         Metric("mask_ap*", "mask AP{}", "higher"),
         Metric("mask_ar*", "mask AR{}", "higher"),
-        Metric("mask_class_*", "mask AP of {}", "higher", column="mask AP"),
+        Metric("mask_ap_class_*", "mask AP of {}", "higher", column="mask AP"),
     )
 
     def measure(self, at: At, config: DetectConfig) -> Outcome:
@@ -198,7 +198,7 @@ def _only(result: dict[str, Any], kind: Kind) -> dict[str, Any]:
 def _numbers(kind: str, scores: CocoScores, classes: tuple[str, ...]) -> dict[str, float]:
     numbers = {f"{kind}_{name}": 100 * value for name, value in scores.summary.items()}
     return numbers | {
-        f"{kind}_class_{classes[category - 1]}": 100 * value for category, value in scores.classes.items()
+        f"{kind}_ap_class_{classes[category - 1]}": 100 * value for category, value in scores.classes.items()
     }
 
 
