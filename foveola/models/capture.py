@@ -147,7 +147,9 @@ def block_index(network: VisionTransformer, block: int) -> int:
     """Return the index of a block: negative numbers count from the last. Raises UserError where there is
     none.
     """
-    depth = len(network.blocks)
+    depth = network.config.shape[1]
+    if isinstance(network, Wrapped) and block not in (0, -1):  # its output is all that there is
+        network.config.refuse(f"block={block}")
     if not -depth <= block < depth:
         raise UserError(f"block={block}: this encoder has {depth} blocks, 0 to {depth - 1}")
     return range(depth)[block]

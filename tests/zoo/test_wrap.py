@@ -89,14 +89,14 @@ def test_fingerprints_are_of_weights_and_names():
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda e, folder: e.attention(images()), "blocks"),
+        (lambda e, folder: e.attention(images()), "attention"),
         (lambda e, folder: e.capture(images(), attention=True), "attention"),
         (lambda e, folder: e.layers(images(), 2), "output of an earlier block"),
         (lambda e, folder: e.visit(images(), lambda *_: None), "attention"),
         (lambda e, folder: e.save(folder), "an encoder folder"),
         (lambda e, folder: foveola.export(e, folder / "x.pth", "torch"), "export"),
         (lambda e, folder: foveola.analyze_attention(e, SCENES), "attention"),
-        (lambda e, folder: foveola.evaluate(e, "localisation", test=SCENES), "blocks"),
+        (lambda e, folder: foveola.evaluate(e, "localisation", test=SCENES), "attention"),
         (lambda e, folder: foveola.visualize("attention", e, SCENES, out=folder), "needs the inside"),
         (lambda e, folder: foveola.visualize("positions", e, SCENES, out=folder), "pos_field"),
     ],

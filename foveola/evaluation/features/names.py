@@ -59,7 +59,7 @@ class Need:
         if size is not None:
             encoder.check_side(size, "image_size")
         index: int | None = encoder.block_index(block)
-        if index == len(encoder.backbone.blocks) - 1:
+        if index == encoder.config.model.shape[1] - 1:
             index = None
         elif "predictor" in self.kinds:
             raise UserError(f"block={block}: predictor reads the last block")
@@ -139,7 +139,7 @@ class FeatureReader:
             moved = images.to(encoder.device)
             pixels = encoder.normalise(moved)
             found: dict[str, Tensor] = {}
-            later = 0 if wanted.block is None else len(encoder.backbone.blocks) - 1 - wanted.block
+            later = 0 if wanted.block is None else encoder.config.model.shape[1] - 1 - wanted.block
             block = -1 if wanted.block is None else wanted.block
             attention = bool(kinds & set(ATTENTION))
             plain = encoder.capture(pixels, wanted.layers + later, attention=attention, block=block)
