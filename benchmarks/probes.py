@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from foveola.data.sample import Sample
 from foveola.evaluation.classification.attentive import AttentiveBank
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import Plan, train_plans
+from foveola.evaluation.classification.grids import ProbePlan, train_plans
 from foveola.evaluation.classification.linear import LINEAR_RATES, LinearBank, joined_width, need_of
 from foveola.evaluation.classification.solvers import cosine
 from foveola.evaluation.features.cache import Feed, FeedConfig
@@ -175,7 +175,7 @@ def streaming(device: str, small: bool, width: int, depth: int, classes: int) ->
     stream = Stream(encoder, Jpegs(count), np.arange(count), config)
     began = time.perf_counter()
     drawn = stream.drawn(need_of(names, masks=False), batch, steps, 0)
-    train_plans([Plan(banks, cosine(steps), batch, steps)], drawn, progress=False)
+    train_plans([ProbePlan(banks, cosine(steps), batch, steps)], drawn, progress=False)
     if device != "cpu":
         torch.cuda.synchronize()
     whole = time.perf_counter() - began

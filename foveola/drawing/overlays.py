@@ -95,6 +95,30 @@ def _eroded(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     return mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
 
 
+def box_outlines(
+    pixels: UInt8[np.ndarray, "H W 3"], boxes: Sequence[tuple[Float[np.ndarray, "4"], tuple[int, int, int]]]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Return an image with boxes (x0, y0, x1, y1) of the unit square, each in its colour, but for empty
+    ones.
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(pixels)
+    pen, (height, width) = ImageDraw.Draw(image), pixels.shape[:2]
+    thick = max(2 * max(pixels.shape) // BORDER, 2)
+    for (x0, y0, x1, y1), color in boxes:
+        if x1 > x0 and y1 > y0:
+            corners = (x0 * width, y0 * height, x1 * width - 1, y1 * height - 1)
+            pen.rectangle(corners, outline=color, width=thick)
+    return np.asarray(image)
+
+
+def lit(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Return an image as bright as a map of values in [0, 1] says: dark at 0, as it is at 1."""
+    level = magnify(np.rint(255 * shares).astype(np.uint8), *pixels.shape[:2])[:, :, None] / 255
+    return np.rint(pixels * (0.15 + 0.85 * level)).astype(np.uint8)
+
+
 def magnify(
     plane: UInt8[np.ndarray, "h w *C"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} *C"]:

@@ -56,6 +56,27 @@ class PcaConfig(DenseFigureConfig):
 
 
 @dataclass(frozen=True)
+class ChannelsConfig(DenseFigureConfig):
+    components: int = key(8, "channels: principal components, each drawn by itself", at_least=1, at_most=64)
+    joint: bool = key(True, "one basis for all images, so that a channel means the same in all of them")
+
+
+@dataclass(frozen=True)
+class ScoresConfig(ImagesConfig):
+    maps: tuple[str, ...] | None = key(
+        None,
+        "as of localisation: attention, lowest_entropy, centre, heads, abmilp, pca; null = what there is",
+    )
+    probe: str | None = key(
+        None, "an AbMILP probe, RUN/results/abmilp/probe.safetensors, for the map abmilp and its box"
+    )
+    threshold: float = key(
+        0.5, "of a map on its own scale, above which its largest part has a box", at_least=0, below=1
+    )
+    block: int = key(-1, "whose attention; negative numbers count from the last block")
+
+
+@dataclass(frozen=True)
 class DictionaryConfig(DenseFigureConfig):
     components: int = key(6, "directions, each with a colour", at_least=1, at_most=10)
     alpha: float = key(1.0, "weight of the sum of absolute codes; more makes them sparser", at_least=0)

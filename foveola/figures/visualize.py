@@ -17,9 +17,11 @@ from foveola.figures.answers import answers_sheet
 from foveola.figures.choice import image_numbers, pairs_of, points_of, samples_of
 from foveola.figures.detections import DetectionsConfig, detections_sheet
 from foveola.figures.pca import Basis, Maps, fit_basis
+from foveola.figures.scores import channels_sheet, scores_sheet
 from foveola.figures.settings import (
     AnswersConfig,
     AttentionConfig,
+    ChannelsConfig,
     CorrespondenceConfig,
     DictionaryConfig,
     NeighboursConfig,
@@ -27,6 +29,7 @@ from foveola.figures.settings import (
     PcaConfig,
     PositionsConfig,
     QueryConfig,
+    ScoresConfig,
     SimilarityConfig,
 )
 from foveola.figures.tiles import encoders_by_name, images_of, shown_size
@@ -288,6 +291,18 @@ _OWN = (
         train=True,
     ),
     Figure("answers", AnswersConfig, _answers, "worst and best answers of the head of a fine-tuned encoder"),
+    Figure(
+        "scores",
+        ScoresConfig,
+        _of_samples(scores_sheet, "maps", "probe", "threshold", "block", "size"),
+        "score maps of the ways to average patches, and boxes around what they light up",
+    ),
+    Figure(
+        "channels",
+        ChannelsConfig,
+        _of_samples(channels_sheet, "size", "components", "joint", "tile"),
+        "principal components of patch features, each by itself",
+    ),
     Figure(
         "dictionary",
         DictionaryConfig,

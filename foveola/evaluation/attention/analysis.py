@@ -64,6 +64,8 @@ def analyze_attention(
     source = open_source(data, "test") if isinstance(data, str) else data
     at = distributed.find_device(device)
     readers = [AttentionReader(name, _open(model, at), config) for name, model in _named(models).items()]
+    if unused := set(config.probe) - {reader.probe for reader in readers}:
+        raise UserError(f"probe={min(unused)} was trained on none of these encoders")
     groups = group_readers(readers)
     folder = None if out is None else distributed.on_main(lambda: _folder(Path(out)))
     about = _run(readers, groups, source, config, progress)

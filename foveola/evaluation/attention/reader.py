@@ -26,6 +26,8 @@ from foveola.evaluation.attention.statistics import (
     over_patches,
     sharpest_head,
 )
+from foveola.evaluation.classification.abmilp import load_weights
+from foveola.evaluation.classification.saved import SavedProbe
 from foveola.evaluation.images import ChosenConfig
 from foveola.models.encoder import Encoder, TransformConfig
 
@@ -47,6 +49,9 @@ class AnalysisConfig(ChosenConfig):
     batch_size: int = again(ChosenConfig, "batch_size", 32)
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "arithmetic of the encoder; statistics are float32 or better"
+    )
+    probe: tuple[str, ...] = key(
+        (), "AbMILP probes, RUN/results/abmilp/probe.safetensors, whose weights are one more vector"
     )
     outlier_deviations: float = key(
         5.0, "a patch of outlying norm is this many robust deviations above the median", above=0
@@ -89,6 +94,11 @@ class AttentionReader:
         self.whole = RunningMoments(len(HEAD_STATISTICS) + len(BLOCK_STATISTICS))
         self.between = RunningMoments(self.depth, self.count, self.count)
         self.vectors: dict[str, Tensor] = {}  # of the last batch: logarithms [B, N] by name
+        prints = {path: SavedProbe.load(path).about["encoder"] for path in config.probe}
+        self.probe = next((path for path, own in prints.items() if own == encoder.fingerprint()), None)
+        self.weights = None if self.probe is None else load_weights(self.probe, encoder)
+        self.kinds = (*(("class", "sharpest") if shape.class_token else ()), "centre")
+        self.kinds += () if self.weights is None else ("abmilp",)
         self.seconds = {"plain": [0.0, 0.0], "analysis": [0.0, 0.0]}  # of the first batch, of those after it
         self.timed = [0, 0]
 
@@ -108,7 +118,10 @@ class AttentionReader:
                 self.timed[later] += len(images)
             began = self._now() if number < TIMED else 0.0
             view = _View(self, len(images))
-            encoder.visit(encoder.normalise(images.to(encoder.device)), view.attention, view.output)
+            seen = encoder.visit(encoder.normalise(images.to(encoder.device)), view.attention, view.output)
+            if self.weights is not None:
+                shares = self.weights(seen.patches.float()).double()
+                view.vectors["abmilp"] = shares.clamp(min=torch.finfo(torch.float32).tiny).log()
             heads, blocks, between = view.heads.cpu(), view.blocks.cpu(), view.between.cpu()
             if number < TIMED:
                 self.seconds["analysis"][min(number, 1)] += self._now() - began
@@ -221,11 +234,7 @@ class VectorGroup:
 
     def __init__(self, readers: list[AttentionReader]) -> None:
         self.readers = readers
-        self.names = [
-            f"{reader.name}: {kind}"
-            for reader in readers
-            for kind in (("class", "sharpest", "centre") if reader.layout.class_token else ("centre",))
-        ]
+        self.names = [f"{reader.name}: {kind}" for reader in readers for kind in reader.kinds]
         count = len(self.names) + 1
         self.entropy, self.divergence = RunningMoments(count), RunningMoments(count, count)
 
@@ -235,12 +244,7 @@ class VectorGroup:
     @torch.inference_mode()
     def add(self) -> None:
         """Add the images that all readers have just read."""
-        log = [
-            reader.vectors[kind].cpu()
-            for reader in self.readers
-            for kind in ("class", "sharpest", "centre")
-            if kind in reader.vectors
-        ]
+        log = [reader.vectors[kind].cpu() for reader in self.readers for kind in reader.kinds]
         stacked = torch.stack([*log, torch.full_like(log[0], -np.log(log[0].shape[1]))], dim=1)
         self.entropy.add(entropy_of(stacked))
         self.divergence.add(divergences(stacked))

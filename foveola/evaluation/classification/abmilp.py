@@ -11,8 +11,8 @@ from torch.nn.functional import gelu, relu
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from foveola.config import key
-from foveola.evaluation.classification.grids import Choice, Plan, ProbeGrid, probe_metrics
+from foveola.config import UserError, key
+from foveola.evaluation.classification.grids import ChosenProbes, ProbeGrid, ProbePlan, probe_metrics
 from foveola.evaluation.classification.linear import (
     BatchNorm,
     LinearBank,
@@ -20,6 +20,7 @@ from foveola.evaluation.classification.linear import (
     need_of,
     norm_tensors,
 )
+from foveola.evaluation.classification.saved import SavedProbe
 from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
 from foveola.evaluation.classification.task import Columns, Exam, Task, plan_training
 from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
@@ -241,7 +242,7 @@ class Abmilp(TrainedProbe):
         """Return the number of learning rates."""
         return len(config.lr)
 
-    def plan(self, config: AbmilpConfig, encoder: Encoder, task: Task) -> Plan:
+    def plan(self, config: AbmilpConfig, encoder: Encoder, task: Task) -> ProbePlan:
         """Return AbMILP's banks, and one of the same classifier on each fixed average of the patches."""
         config = config.sized(len(task.fit))
         batch, each, steps = plan_training(task, config)
@@ -252,10 +253,10 @@ class Abmilp(TrainedProbe):
             )
         task.notes.append(f"{config.optimizer} with batches of {batch} images")
         banks = _banks(encoder, config, batch, task)
-        return Plan(banks, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
+        return ProbePlan(banks, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
 
     def score(
-        self, banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int
+        self, banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
     ) -> Outcome:
         """Return the numbers of the grid, and the entropies of the chosen probes' weights."""
         outcome, entropies = super().score(banks, choice, exam, wanted, seed), {}
@@ -307,6 +308,21 @@ def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> li
         bank.settings = [{"features": vector, "lr": lr} for lr in config.lr]
         banks.append(bank)
     return banks
+
+
+def load_weights(path: str, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    """Return how much an AbMILP probe that was trained on `encoder` takes of each patch: [b, N, D] -> [b, N].
+
+    `path` is the file that an evaluation by `abmilp` wrote; of several depths the first counts. Raises
+    UserError where it does not fit, and for a probe of an earlier block.
+    """
+    saved = SavedProbe.load(path)
+    saved.fits(encoder, Abmilp.name, path)
+    if encoder.block_index(saved.about["settings"].get("block", -1)) != len(encoder.backbone.blocks) - 1:
+        raise UserError(f"probe={path} reads an earlier block; train one on the last")
+    banks, _ = saved.banks(Abmilp.banks, encoder.device)
+    bank = next(bank for bank in banks if isinstance(bank, AbmilpBank))
+    return lambda patches: bank.weights(patches.to(encoder.device))[0]
 
 
 @torch.no_grad()

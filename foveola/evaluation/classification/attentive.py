@@ -12,7 +12,7 @@ from torch.nn.init import trunc_normal_
 from foveola.config import UserError, key
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import Plan, ProbeGrid, probe_metrics
+from foveola.evaluation.classification.grids import ProbeGrid, ProbePlan, probe_metrics
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
 from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
@@ -217,7 +217,7 @@ class Attentive(TrainedProbe):
         config = config.resolved(1)
         return len(config.lr or ()) * len(config.weight_decay or ())
 
-    def plan(self, config: AttentiveConfig, encoder: Encoder, task: Task) -> Plan:
+    def plan(self, config: AttentiveConfig, encoder: Encoder, task: Task) -> ProbePlan:
         """Return a bank of each number of heads."""
         config = config.resolved(len(task.fit))
         batch, _, steps = plan_training(task, config, PUBLISHED_STEPS if config.style == "capi" else None)
@@ -226,7 +226,7 @@ class Attentive(TrainedProbe):
         width = shape_of(encoder, "patches", need("patches"))[-1]
         banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
         schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
-        return Plan(banks, schedule(steps, round((config.warmup or 0) * steps)), batch, steps)
+        return ProbePlan(banks, schedule(steps, round((config.warmup or 0) * steps)), batch, steps)
 
 
 def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:

@@ -57,7 +57,7 @@ class ProbeGrid(Protocol):
 
 
 @dataclass
-class Plan:
+class ProbePlan:
     """How banks are trained: all on the same batches, each exactly as if it were alone."""
 
     banks: Sequence[ProbeGrid]
@@ -67,7 +67,7 @@ class Plan:
     seconds: float = 0.0  # that their steps took so far
 
 
-def train_plans(plans: Sequence[Plan], drawn: Iterator[FeatureBatch], progress: bool) -> None:
+def train_plans(plans: Sequence[ProbePlan], drawn: Iterator[FeatureBatch], progress: bool) -> None:
     """Train the banks of all plans, which have the same number of steps, on the same batches."""
     for step, (x, y) in enumerate(show(drawn, plans[0].steps, "training probes", progress)):
         for plan in plans:
@@ -130,14 +130,14 @@ Place = tuple[int, int]  # a bank, and a probe of it
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenProbes:
     """The probe of each group that was chosen, and what the hold-out says of all of them."""
 
     places: dict[str, Place]
     held: list[Judged] | None = None  # of each bank
 
 
-def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> Choice:
+def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes:
     """Choose in each group the probe that is best on the hold-out.
 
     Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
@@ -158,7 +158,9 @@ def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> Choice:
             for bank in banks
         ]
     groups = dict.fromkeys(bank.group for bank in banks)
-    return Choice({g: max(places_of(banks, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held)
+    return ChosenProbes(
+        {g: max(places_of(banks, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held
+    )
 
 
 def places_of(banks: Sequence[ProbeGrid], group: str) -> list[Place]:
@@ -166,7 +168,9 @@ def places_of(banks: Sequence[ProbeGrid], group: str) -> list[Place]:
     return [(i, g) for i, bank in enumerate(banks) if bank.group == group for g in range(len(bank.settings))]
 
 
-def score_chosen(banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int) -> Outcome:
+def score_chosen(
+    banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
+) -> Outcome:
     """Return what the chosen probes score on a test set, and the grid of all; without facts of the data."""
     test = exam.columns(wanted)
     metrics: dict[str, float] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import Plan, probe_metrics
+from foveola.evaluation.classification.grids import ProbePlan, probe_metrics
 from foveola.evaluation.classification.solvers import (
     OPTIMIZERS,
     Factor,
@@ -254,7 +254,7 @@ class Linear(TrainedProbe):
         config = config.resolved(encoder)
         return len(config.lr or ()) * (1 if config.style == "mae" else len(config.features or ()))
 
-    def plan(self, config: LinearConfig, encoder: Encoder, task: Task) -> Plan:
+    def plan(self, config: LinearConfig, encoder: Encoder, task: Task) -> ProbePlan:
         """Return a bank of each feature."""
         config = config.resolved(encoder)
         features, rates = config.features or (), config.lr or ()
@@ -295,4 +295,4 @@ class Linear(TrainedProbe):
             "dinov2": cosine(steps),
             "mae": warm_cosine(steps, min(10 * each, steps // 2)),
         }
-        return Plan(banks, factors[config.style], batch, steps)
+        return ProbePlan(banks, factors[config.style], batch, steps)

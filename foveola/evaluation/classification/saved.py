@@ -11,12 +11,12 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError
-from foveola.evaluation.classification.grids import Choice, ProbeGrid
+from foveola.evaluation.classification.grids import ChosenProbes, ProbeGrid
 from foveola.evaluation.classification.task import Known
 from foveola.evaluation.protocol import Outcome
 from foveola.models.encoder import Encoder
 
-FORMAT = 1
+PROBE_FORMAT = 1
 PROBE = "probe.safetensors"
 
 
@@ -35,7 +35,7 @@ class SavedProbe:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, banks: Any, choice: Choice, outcome: Outcome, about: Mapping[str, Any]) -> "SavedProbe":
+    def of(cls, banks: Any, choice: ChosenProbes, outcome: Outcome, about: Mapping[str, Any]) -> "SavedProbe":
         """Return the chosen probes of trained banks, as measured in `outcome`."""
         groups, tensors = {}, {}
         for group, (i, g) in choice.places.items():
@@ -56,7 +56,7 @@ class SavedProbe:
         """Write one file, whole or not at all: tensors, and the rest as JSON in its header."""
         from safetensors.torch import save_file
 
-        text = json.dumps({"format": FORMAT, **self.about})
+        text = json.dumps({"format": PROBE_FORMAT, **self.about})
         with files.whole(path) as part:
             save_file(self.tensors, part, {"foveola_probe": text})
 
@@ -81,7 +81,7 @@ class SavedProbe:
             raise UserError(
                 f"probe={path} is no trained probe; a run keeps results/<protocol>/probe.safetensors"
             )
-        if about.pop("format", None) != FORMAT:
+        if about.pop("format", None) != PROBE_FORMAT:
             raise UserError(f"probe={path} is of another version of foveola: train it again")
         return cls(about, tensors)
 
@@ -103,7 +103,7 @@ class SavedProbe:
                 "give model= the encoder that it was trained on, or train it on this one with train="
             )
 
-    def banks(self, kinds: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], Choice]:
+    def banks(self, kinds: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], ChosenProbes]:
         """Return its probes as banks of these kinds, of one probe each, which are chosen."""
         banks: list[ProbeGrid] = []
         places = {}
@@ -113,7 +113,7 @@ class SavedProbe:
             kind = next((kind for kind in kinds if kind.kind == own["kind"]), None)
             banks.append(_bank(kind, own, group, tensors, self.known.count, device))
             places[group] = (len(banks) - 1, 0)
-        return banks, Choice(places)
+        return banks, ChosenProbes(places)
 
     def completed(self, outcome: Outcome) -> Outcome:
         """Return an outcome with what the hold-out said when the probes were chosen."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from foveola.config import ConfigError, build, key, to_dict
 from foveola.evaluation.classification.grids import (
-    Choice,
-    Plan,
+    ChosenProbes,
     ProbeGrid,
+    ProbePlan,
     choose,
     notes_of_choice,
     places_of,
@@ -46,8 +46,8 @@ class Prepared:
     config: Any
     wanted: Need
     task: Task
-    plan: Plan
-    choice: Choice | None = None
+    plan: ProbePlan
+    choice: ChosenProbes | None = None
     first: Any = None  # the test set of `task`
 
     def outcome(self, at: At) -> Outcome:
@@ -82,7 +82,7 @@ class TrainedProbe(Protocol):
         """Return the number of probes in each group, among which the hold-out chooses."""
 
     @abstractmethod
-    def plan(self, config: Any, encoder: Encoder, task: Task) -> Plan:
+    def plan(self, config: Any, encoder: Encoder, task: Task) -> ProbePlan:
         """Return the probes and how they are trained; the task gets notes on it."""
 
     def needs(self, config: Any, encoder: Encoder) -> Needs:
@@ -161,7 +161,7 @@ class TrainedProbe(Protocol):
         return replace(outcome, data=data, notes=notes, settings=to_dict(own), grid={})
 
     def score(
-        self, banks: Sequence[ProbeGrid], choice: Choice, exam: Exam, wanted: Need, seed: int
+        self, banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
     ) -> Outcome:
         """Return the numbers of chosen probes on a test set."""
         return score_chosen(banks, choice, exam, wanted, seed)

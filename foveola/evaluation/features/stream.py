@@ -53,7 +53,7 @@ def per_epoch(rows: int, batch: int) -> int:
     return max(1, rows // batch)
 
 
-class Schedule:
+class CropSchedule:
     """The crops of all steps, (index of the image, number of its crop), as `Images` takes them.
 
     It stands for an array [rows, 2], of which a slice is computed when it is asked for. Each step begins with
@@ -103,7 +103,7 @@ class Stream:
         Raises UserError where more than 1 % of the images cannot be read, and for features that are not
         finite.
         """
-        schedule = Schedule(self.chosen, Order(len(self.chosen), batch, seed), steps)
+        schedule = CropSchedule(self.chosen, Order(len(self.chosen), batch, seed), steps)
         transform, patch = self.encoder.config.transform.sized(need.size), self.encoder.patch_size
         cut = CropsCut(transform, patch, self.config, 0, "masked" in need.kinds, need.crops)
         label = f"crops of {self.source.name}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.sources import Source
 from foveola.evaluation.classification.abmilp import AbmilpBank, AbmilpConfig
-from foveola.evaluation.classification.grids import Judged, Plan, judge, train_plans
+from foveola.evaluation.classification.grids import Judged, ProbePlan, judge, train_plans
 from foveola.evaluation.classification.solvers import warm_cosine
 from foveola.evaluation.classification.task import HOLDOUT, Columns, batches, held_out, length_of
 from foveola.evaluation.classification.truth import Answers
@@ -163,7 +163,7 @@ def learn_weights(
     columns = Columns(store, fit, wanted, device)
     drawn = batches(columns, labels[fit], batch, steps, config.seed, 0)
     factor = warm_cosine(steps, min(settings.warmup * each, steps // 2))
-    train_plans([Plan([bank], factor, batch, steps)], drawn, progress)
+    train_plans([ProbePlan([bank], factor, batch, steps)], drawn, progress)
     best, found = 0, {}
     if len(hold):
         order = _held(bank, store, hold, labels, device).order()

@@ -10,7 +10,7 @@ from foveola.data.sample import Sample
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.names import need
-from foveola.evaluation.features.stream import Order, Schedule, Stream
+from foveola.evaluation.features.stream import CropSchedule, Order, Stream
 
 QUIET = {"progress": False, "workers": 0}
 SHORT = {
@@ -49,7 +49,7 @@ def test_streamed_crops_train_the_probes_that_stored_ones_train(case, encoder, s
 def test_a_schedule_is_the_order_of_stored_batches_in_whole_parcels() -> None:
     """21 rows in batches of 10: two steps an epoch, each in parcels of 8 and 2; crop 1 + epoch."""
     images = np.arange(21) * 7
-    schedule, order = Schedule(images, Order(21, 10, 5), 5), Order(21, 10, 5)
+    schedule, order = CropSchedule(images, Order(21, 10, 5), 5), Order(21, 10, 5)
     assert len(schedule) == 5 * 2 * 8
     for step in (4, 0, 1, 3, 2):  # workers ask in any order
         epoch, rows = order(step)
