@@ -263,11 +263,8 @@ class Encoder(nn.Module):
         return other
 
     def sized(self, side: int | None, key: str) -> "Encoder":
-        """Return the same networks for squares of `side` pixels, which `key` asks for; None: this one.
-
-        Positions are interpolated. Raises UserError unless that is a whole number of patches.
-        """
-        if side is None or side == self.config.transform.crop:
+        """Return the same networks for squares of `side` pixels, which `key` asks for; None: this one."""
+        if side is None:
             return self
         self.check_side(side, key)
         config = dataclasses.replace(self.config, transform=self.config.transform.sized(side))

@@ -25,7 +25,7 @@ from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
 # Settings that may be given with a probe that is trained already: how the test images are read.
-FREE = ("probe", "batch_size", "workers", "limit", "precision", "store")
+FREE_WITH_PROBE = ("probe", "batch_size", "workers", "limit", "precision", "store")
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ class TrainedProbe(Protocol):
         """The settings with which the probes of a file were trained, and the file's contents."""
         usual = type(config)()
         for each in fields(config):
-            if each.name not in FREE and getattr(config, each.name) != getattr(usual, each.name):
+            if each.name not in FREE_WITH_PROBE and getattr(config, each.name) != getattr(usual, each.name):
                 raise ConfigError(
                     f"{each.name}: probe={config.probe} is trained already, so it has no effect; leave it out"
                 )
         saved = SavedProbe.load(config.probe)
         saved.fits(encoder, self.name, config.probe)
-        given = {name: getattr(config, name) for name in FREE if name != "probe"}
+        given = {name: getattr(config, name) for name in FREE_WITH_PROBE if name != "probe"}
         return build(type(config), saved.about["settings"] | given), saved
 
     def _scored_again(self, at: At, config: Any) -> Outcome:
