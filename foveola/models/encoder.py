@@ -262,10 +262,8 @@ class Encoder(nn.Module):
         other.head = self.head
         return other
 
-    def sized(self, side: int | None, key: str) -> "Encoder":
-        """Return the same networks for squares of `side` pixels, which `key` asks for; None: this one."""
-        if side is None:
-            return self
+    def sized(self, side: int, key: str) -> "Encoder":
+        """Return the same networks for squares of `side` pixels, which `key` asks for."""
         self.check_side(side, key)
         config = dataclasses.replace(self.config, transform=self.config.transform.sized(side))
         return Encoder(config, self.backbone, self.predictor)

@@ -130,7 +130,8 @@ class Knn(Protocol):
 
         def tables(source: Source) -> tuple[Sequence[FeatureTable], dict[str, Any]]:
             if at.feed is None or wanted is None:
-                encoder = at.encoder.sized(config.image_size, "image_size")
+                side = config.image_size
+                encoder = at.encoder if side is None else at.encoder.sized(side, "image_size")
                 return extract_tables(encoder, source, kinds, config, progress=at.progress)
             store = at.open(source, config, wanted)
             plain = config.pool or at.encoder.config.pool
