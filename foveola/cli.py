@@ -47,7 +47,8 @@ usage: foveola COMMAND ...
                                       what runs learned and whether it helped, on one page: RUN/report.html
       --help                          every key of the report
   compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
-  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf) or as a file (torch)
+  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf), as a file (torch), or
+                                      with its head as a program of torch.export (program)
   demo [out=runs/demo] [seeds=1] [key=value ...]
                                       pretrain on built-in images, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
@@ -335,7 +336,7 @@ def _recipes(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    usage = "foveola export MODEL out=... [format=timm|hf|torch]"
+    usage = "foveola export MODEL out=... [format=timm|hf|torch|program]"
     names, overrides, flags = split(arguments, ())
     if "--help" in flags:
         print(
@@ -344,7 +345,7 @@ def _export(arguments: list[str]) -> None:
         print_keys(EXPORT)
         return
     model = only(names, "model", usage)
-    settings = {name: str(value) for name, value in parse_overrides(overrides).items()}
+    settings = parse_overrides(overrides)
     for name in settings.keys() - {info.path for info in EXPORT}:
         raise UserError(f"unknown key {name!r}; usage: {usage}")
     if "out" not in settings:
@@ -352,7 +353,10 @@ def _export(arguments: list[str]) -> None:
     from foveola.zoo.export import export
 
     with told(f"{settings['out']} cannot be written"):
-        print(export(model, settings["out"], settings.get("format", "timm")))
+        head = settings.get("head", True)
+        if not isinstance(head, bool):
+            raise UserError(f"head={head}: expected true or false")
+        print(export(model, str(settings["out"]), str(settings.get("format", "timm")), head))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -60,8 +60,12 @@ TRAIN = KeyInfo(
 EXPORT = [
     KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
     KeyInfo(
-        "format", "timm|hf|torch", "timm", "library that is to load it; torch: one file for foveola.load"
+        "format",
+        "timm|hf|torch|program",
+        "timm",
+        "library that is to load it; torch: one file for foveola.load; program: one of torch.export, .pt2",
     ),
+    KeyInfo("head", "true|false", True, "format=program: with the head of a fine-tuned encoder"),
 ]
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),

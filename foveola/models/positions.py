@@ -160,7 +160,7 @@ class PositionField(nn.Module):
             per_sample_weights=weights.flatten(0, 2).flatten(1),
             mode="sum",
         )
-        return read.view(len(boxes), grid[0] * grid[1], -1)
+        return read.view(boxes.shape[0], grid[0] * grid[1], -1)
 
     def _axis(
         self,
@@ -283,4 +283,4 @@ class Rope(nn.Module):
 
 def take_rows(x: Float[Tensor, "#B N D"], indices: Int64[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """Return rows of each image by index; x may have one row of N for all images."""
-    return x.expand(len(indices), -1, -1).gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
+    return x.expand(indices.shape[0], -1, -1).gather(1, indices[..., None].expand(-1, -1, x.shape[2]))

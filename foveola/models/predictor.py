@@ -112,7 +112,7 @@ class Predictor(nn.Module):
         tokens = torch.cat((context.objects, context.registers, context.patches), dim=1)
         if targets is None:
             count = context.grid[0] * context.grid[1]
-            targets = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
+            targets = torch.arange(count, device=tokens.device).expand(tokens.shape[0], -1)
         x = self.mask_token.expand(*targets.shape, -1).to(tokens.dtype)
         rotation = places = None
         if self.rope is not None:
@@ -135,14 +135,14 @@ class Predictor(nn.Module):
             tokens = torch.cat((special, patches + where.to(patches.dtype)), dim=1)
         together = None
         if rotation is not None and places is not None:
-            together = torch.cat((rotation.expand(len(places), -1, -1, -1), places), dim=2)
+            together = torch.cat((rotation.expand(places.shape[0], -1, -1, -1), places), dim=2)
         return self._among_themselves(tokens, x, together, groups)
 
     def _among_themselves(
         self, tokens: Tensor, x: Tensor, rotation: Tensor | None, groups: int
     ) -> Float[Tensor, "B P D"]:
         """Blocks over tokens and the mask tokens of one group at a time, as sequences of their own."""
-        images, length = len(tokens), tokens.shape[1]
+        images, length = tokens.shape[0], tokens.shape[1]
         parts = x.unflatten(1, (groups, -1))
         count = parts.shape[2]
         x = torch.cat((tokens.to(x.dtype)[:, None].expand(-1, groups, -1, -1), parts), dim=2).flatten(0, 1)

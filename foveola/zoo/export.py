@@ -21,17 +21,18 @@ from foveola.zoo.foreign import TOLERANCE, import_library
 from foveola.zoo.hf_models import plain_name
 from foveola.zoo.libraries import load_library
 from foveola.zoo.load import load
+from foveola.zoo.program import write_program
 from foveola.zoo.sizes import mlp_ratio
 from foveola.zoo.weights import SETTINGS
 
-EXPORT_FORMATS = ("timm", "hf", "torch")
+EXPORT_FORMATS = ("timm", "hf", "torch", "program")
 PACKED = {  # one matrix of ours, several of Hugging Face's
     ".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."),
     ".mlp.fc1.": (".mlp.gate_proj.", ".mlp.up_proj."),
 }
 
 
-def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm") -> Path:
+def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm", head: bool = True) -> Path:
     """Write an encoder for another library, and check that it gives the same tokens there.
 
     The encoder may also be named, as for `load`.
@@ -39,20 +40,20 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     `timm`: a folder for `timm.create_model("local-dir:OUT", pretrained=True)`. `hf`: a folder for
     `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: one file, a dict of the
     tensors (`state_dict`) by timm's names and of the settings as JSON (`foveola`), which `foveola.load` reads
-    back; any encoder can be had so.
+    back; any encoder can be had so. `program`: a file of `torch.export`, from pixels to the answers of the
+    head (`zoo.program`), or to features where there is none or `head` is false; the others are without it.
 
     Raises UserError for networks that the library cannot express, for outputs that differ, for an `out` that
     exists, and where the library is missing; nothing is then left at `out`.
     """
     out = Path(out)
-    if format not in EXPORT_FORMATS:
-        raise UserError(f"format={format}: expected {', '.join(EXPORT_FORMATS)}")
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"out={out} exists; export writes to a new place")
-    if format == "torch" and out.suffix == ".safetensors":  # as which every reader would take it
-        raise UserError(f"format=torch writes a file of torch: out={out.with_suffix('.pth')}")
+    _check_place(out, format)
     encoder = encoder if isinstance(encoder, Encoder) else load(encoder)
     encoder.check_inside("export")
+    if format == "program":
+        encoder = encoder if head else Encoder(encoder.config, encoder.backbone, encoder.predictor)
+        write_program(encoder, out)
+        return out
     if format == "torch":
         state = {name: value.detach().float().cpu().contiguous() for name, value in encoder.weights().items()}
         with files.whole(out) as part:
@@ -71,6 +72,18 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm")
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _check_place(out: Path, format: str) -> None:
+    """Raise UserError for an unknown format, and for a place that it cannot be written to."""
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"format={format}: expected {', '.join(EXPORT_FORMATS)}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"out={out} exists; export writes to a new place")
+    if format == "program" and out.suffix != ".pt2":
+        raise UserError(f"format=program writes a file of torch.export: out={out.with_suffix('.pt2')}")
+    if format == "torch" and out.suffix == ".safetensors":  # as which every reader would take it
+        raise UserError(f"format=torch writes a file of torch: out={out.with_suffix('.pth')}")
 
 
 def _check(encoder: Encoder, format: str) -> None:
