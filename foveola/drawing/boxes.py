@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from foveola.drawing.plots import COLORS
 
-SIDE = 320  # pixels of the longer side of what is drawn, at least
+DRAWN_SIDE = 320  # pixels of the longer side of what is drawn, at least
 BLEND = 0.4  # of a mask's colour
 
 
@@ -40,7 +40,7 @@ def paint_objects(pixels: UInt8[np.ndarray, "H W 3"], objects: DrawnObjects) -> 
     for mask, color in reversed(list(zip(objects.masks or (), colors, strict=False))):
         if mask is not None:
             out[mask] = (1 - BLEND) * out[mask] + BLEND * np.array(color)
-    times = max(-(-SIDE // max(height, width)), 1)
+    times = max(-(-DRAWN_SIDE // max(height, width)), 1)
     drawn = Image.fromarray(np.rint(out).astype(np.uint8)).resize((width * times, height * times), 0)
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(12)
     each = zip(objects.boxes, objects.texts or objects.names, colors, strict=True)

@@ -17,7 +17,7 @@ from foveola.figures.settings import SheetConfig
 from foveola.figures.tiles import Tile, head_of, images_of, row_of
 from foveola.models.encoder import Encoder
 
-SAME = 0.5  # IoU from which a detection is that object
+AGREES = 0.5  # IoU from which a detection is that object
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def detections_sheet(encoders: dict[str, Encoder], source: Source, config: Detec
         rows.append(row_of(tiles, f"{number}: {sample.name}"))
     note = (
         f"Detections of a score of {config.score:g} and more. Agreement: 2 R / (F + A), of R that are right "
-        f"(class, and IoU of {SAME:g} or more), F found and A annotated."
+        f"(class, and IoU of {AGREES:g} or more), F found and A annotated."
     )
     return Sheet("Detections", ["annotated", *(head_of(name, "found") for name in encoders)], rows, note)
 
@@ -100,7 +100,7 @@ def agreement(found: DrawnObjects, truth: DrawnObjects) -> float:
         return 1.0
     overlaps, free, right = _ious(found.boxes, truth.boxes), np.ones(len(truth.boxes), bool), 0
     for k, name in enumerate(found.names):
-        fits = free & (overlaps[k] >= SAME) & (np.array(truth.names, object) == name)
+        fits = free & (overlaps[k] >= AGREES) & (np.array(truth.names, object) == name)
         if fits.any():
             free[np.where(fits, overlaps[k], -1).argmax()] = False
             right += 1
