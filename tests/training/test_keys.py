@@ -25,6 +25,7 @@ from foveola.training.recipe import RunConfig, nested, recipes, resolve, with_ch
 SOURCE = "scenes:?size=32&count=32&objects=2-4"
 LABELLED = f"{SOURCE}&background=class"  # what tasks learn from
 UNSEEN = {  # keys that weights do not show, by the reason why
+    "null is what the data have, tested with the detector": ("method.masks",),
     "names": ("recipe", "about", "data", "out", "method.classes"),
     "weights, tested with the runs that start from them": ("init",),
     "how a run is kept and measured": (
@@ -37,7 +38,7 @@ UNSEEN = {  # keys that weights do not show, by the reason why
     ),
     "measures only": (
         *("evaluate", "evaluate_every", "evaluate_train", "evaluate_test", "evaluations", "best"),
-        *("stop_when_worse", "method.look"),
+        *("stop_when_worse", "method.look", "method.score", "method.nms", "method.detections"),
     ),
     "how fast, not what": ("device", "compile", "checkpoint_activations", "loader.workers"),
     "another order of the same sums, tested with the loop": ("accumulate",),
