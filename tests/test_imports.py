@@ -80,6 +80,7 @@ ALLOWED = {
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
     "figures": {
+        "tasks",
         "drawing",
         "evaluation",
         "zoo",

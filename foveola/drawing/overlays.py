@@ -75,20 +75,6 @@ def outline(
     return out
 
 
-def box_frame(
-    pixels: UInt8[np.ndarray, "H W 3"], box: Sequence[float], color: tuple[int, int, int]
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Return an image with the frame of a box (x0, y0, x1, y1 in pixels, cut at the border) in a colour."""
-    height, width = pixels.shape[:2]
-    x0, x1 = (min(max(round(x), 0), width) for x in (box[0], box[2]))
-    y0, y1 = (min(max(round(y), 0), height) for y in (box[1], box[3]))
-    thick, out = max(max(pixels.shape) // BORDER, 1), pixels.copy()
-    inner = out[y0 + thick : y1 - thick, x0 + thick : x1 - thick].copy()
-    out[y0:y1, x0:x1] = color
-    out[y0 + thick : y1 - thick, x0 + thick : x1 - thick] = inner
-    return out
-
-
 def _eroded(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     """A mask without the pixels that touch, by a side, one outside it or the border of the image."""
     wide = np.pad(mask, 1)

@@ -7,23 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
 from foveola.config import UserError
 from foveola.data.decode import decode
-from foveola.data.sample import IGNORE, BadImage, Objects
+from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import Source
-from foveola.drawing.overlays import box_frame
+from foveola.drawing.boxes import paint_objects
 from foveola.drawing.sheet import Pixels, Row, Sheet
+from foveola.figures.detections import agreement, annotated, drawn_detections
 from foveola.models.encoder import Encoder
 from foveola.tasks.task import Classes, Detections, LabelMap
 
 SHOWN_FROM = 0.5  # score from which a detection is drawn, and counts as an answer
-MATCHED = 0.5  # intersection over union from which a detection has found an object
-GREEN, RED = (26, 150, 65), (215, 25, 28)
 READ_TOGETHER = 16  # images that are in memory at once
 
 
@@ -44,7 +41,7 @@ def answers(encoder: Encoder, source: Source, indices: Sequence[int]) -> list[An
 
     The score of a classifier is what it gives the right class (of several classes: the share that are rightly
     there or not there); of a segmenter the share of labelled pixels that are right; of a detector the
-    harmonic mean of the shares of objects that are found and of detections that find one. Raises UserError
+    `agreement` of what it found and what is annotated. Raises UserError
     for an encoder without a head, and where no image can be judged.
     """
     if encoder.head is None:
@@ -102,7 +99,7 @@ def answers_sheet(
 ABOUT_SCORES = {
     "classification": "The number is what the right class got; of several classes, the share that are right.",
     "segmentation": "The number is the share of labelled pixels that are right. Black: no class.",
-    "detection": "The number is F1 at half overlap, of detections above 0.5. Green: right class and place.",
+    "detection": "The number is 2 R / (F + A): R right ones of F found above a score of 0.5, A annotated.",
 }
 
 
@@ -180,55 +177,10 @@ def palette(count: int) -> UInt8[np.ndarray, "{count} 3"]:
 
 
 def _detections(source: Source, index: int, image: Pixels, answer: Detections) -> Answer | None:
-    sample, names = source[index], source.classes or ()
     if not source.has_objects:
         return None
-    height, width = image.shape[:2]
-    truth, labels = _boxes(sample.objects, names, width, height)
-    sure = answer.scores >= SHOWN_FROM
-    boxes, said = answer.boxes[sure].cpu(), [answer.names[i] for i in answer.labels[sure].tolist()]
-    found = matched(boxes, said, truth, labels)
-    hits = sum(each is not None for each in found)
-    score = 2 * hits / (len(boxes) + len(truth)) if len(boxes) + len(truth) else 1.0
-    true_tile, said_tile = image, image
-    for box in truth.tolist():
-        true_tile = box_frame(true_tile, box, GREEN)
-    for box, hit in zip(boxes.tolist(), found, strict=True):
-        said_tile = box_frame(said_tile, box, RED if hit is None else GREEN)
-    captions = "", ", ".join(sorted(set(labels))), f"{hits} of {len(truth)} found, {len(boxes) - hits} wrong"
-    return Answer(index, sample.name, score, (image, true_tile, said_tile), captions, (None, None, None))
-
-
-def _boxes(
-    objects: Objects | None, names: Sequence[str], width: int, height: int
-) -> tuple[Float[Tensor, "K 4"], list[str]]:
-    """Boxes in pixels, and the names of their classes."""
-    if objects is None:
-        return torch.zeros(0, 4), []
-    boxes = torch.from_numpy(objects.boxes) * torch.tensor([width, height, width, height])
-    labels = [] if objects.labels is None else objects.labels.tolist()
-    return boxes, [str(names[i]) for i in labels] if labels else [""] * len(boxes)
-
-
-def matched(
-    boxes: Float[Tensor, "K 4"], said: Sequence[str], truth: Float[Tensor, "T 4"], labels: Sequence[str]
-) -> list[int | None]:
-    """Return, for each detection in order, the object of its class that it overlaps most, if by half or more.
-
-    Each object is found once, by the first detection.
-    """
-    left, found = set(range(len(truth))), []
-    for box, name in zip(boxes, said, strict=True):
-        overlaps = {i: _overlap_of(box, truth[i]) for i in left if labels[i] == name}
-        best = max(overlaps, key=lambda i: overlaps[i], default=None)
-        best = best if best is not None and overlaps[best] >= MATCHED else None
-        left.discard(-1 if best is None else best)
-        found.append(best)
-    return found
-
-
-def _overlap_of(a: Float[Tensor, "4"], b: Float[Tensor, "4"]) -> float:
-    """Intersection over union of two boxes."""
-    inner = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
-    areas = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()
-    return float(inner / (areas - inner)) if areas > inner else 0.0
+    sample = source[index]
+    truth, found = annotated(sample, image, source), drawn_detections(answer, SHOWN_FROM)
+    tiles = image, paint_objects(image, truth), paint_objects(image, found)
+    captions = "", f"{len(truth.boxes)} annotated", f"{len(found.boxes)} found"
+    return Answer(index, sample.name, agreement(found, truth), tiles, captions, (None, None, None))

@@ -80,7 +80,7 @@ class Wrapped(VisionTransformer):
             self.config.refuse("a token that reads an object alone (pool=average takes means)")
         height, width = images.shape[-2:]
         patch = self.config.patch_size
-        found = tokens_of(self.module(images), self.config.name)
+        found = image_tokens(self.module(images), self.config.name)
         if found.grid != (height // patch, width // patch):
             raise UserError(
                 f"{self.config.name} gives {found.grid[0]} x {found.grid[1]} patches of images of {height} x "
@@ -101,7 +101,7 @@ class Wrapped(VisionTransformer):
         self.config.refuse("training")
 
 
-def tokens_of(found: Any, name: str) -> ImageTokens:
+def image_tokens(found: Any, name: str) -> ImageTokens:
     """Return what a module gave as `ImageTokens`, also a map [B, D, h, w]. UserError for all else."""
     if isinstance(found, Tensor) and found.ndim == 4:
         return ImageTokens(found.flatten(2).mT, (found.shape[2], found.shape[3]))
@@ -131,7 +131,7 @@ def looked_at(module: nn.Module, side: int, name: str, why: str = "") -> Wrapped
     where = next((p.device for p in module.parameters()), torch.device("cpu"))
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(where)
     with torch.enable_grad():
-        found = tokens_of(_tried(module, images.requires_grad_(), name), name)
+        found = image_tokens(_tried(module, images.requires_grad_(), name), name)
     rows, columns = found.grid
     if rows != columns or side % rows or _beyond(found.tokens, images):
         raise UserError(

@@ -25,7 +25,7 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 CROWDED = (
     0.5  # share of a proposal in regions that count as nothing, above which it is no example of background
 )
-SAME = 0.5  # IoU from which a proposal belongs to an object
+BELONGS_FROM = 0.5  # IoU from which a proposal belongs to an object
 CANONICAL = 224, 4  # a box of that side is read from the level of that number, where level 2 has strides of 4
 
 ViewTargets = list[
@@ -116,7 +116,7 @@ def countable(boxes: Float[Tensor, "P 4"], target: dict[str, Tensor], ignored: T
         return boxes
     crowded = share_inside(ignored, boxes) > CROWDED
     if len(target["boxes"]):
-        crowded &= box_iou(boxes, target["boxes"]).amax(dim=1) < SAME
+        crowded &= box_iou(boxes, target["boxes"]).amax(dim=1) < BELONGS_FROM
     return boxes[~crowded]
 
 
@@ -142,8 +142,8 @@ def make_regions(config: Any, classes: int, strides: Sequence[float]) -> RoIHead
         _pool(7, strides),
         FastRCNNConvFCHead((channels, 7, 7), layers, [hidden], norm_layer=ChannelNorm),
         predictor,
-        fg_iou_thresh=SAME,
-        bg_iou_thresh=SAME,
+        fg_iou_thresh=BELONGS_FROM,
+        bg_iou_thresh=BELONGS_FROM,
         batch_size_per_image=config.proposals,
         positive_fraction=0.25,
         bbox_reg_weights=None,

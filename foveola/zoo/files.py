@@ -12,6 +12,8 @@ from foveola.zoo.contents import beside_encoder
 from foveola.zoo.convert import FileConfig, convert
 from foveola.zoo.weights import SETTINGS, read_weights
 
+LARGEST = 8192  # pixels a side that `image_size=` may ask for
+
 
 def load_file(name: str) -> Encoder:
     """Return the encoder in a checkpoint file of a public ViT: `FILE` or `FILE?heads=12&image_size=448`.

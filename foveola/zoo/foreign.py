@@ -46,7 +46,7 @@ def adopt(foreign: Foreign, name: str) -> Encoder:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model of another library: as ours where it can be converted, as a wrapped one otherwise."""
 
     convert: Callable[[], Foreign]  # raises NotOursError
@@ -54,7 +54,7 @@ class Opened:
     beside: tuple[str, ...] = ()  # names of what else is in its file
 
 
-def taken(opened: Opened, name: str) -> Encoder:
+def taken(opened: OpenedModel, name: str) -> Encoder:
     """Return an encoder of a model, converted if our ViT computes the same. Raises UserError."""
     try:
         return adopt(replace(opened.convert(), beside=opened.beside), name)

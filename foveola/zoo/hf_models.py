@@ -11,7 +11,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 from foveola.zoo.convert import FileConfig, bare, plain_vit
-from foveola.zoo.foreign import Foreign, NotOursError, Opened, import_library, one_line
+from foveola.zoo.foreign import Foreign, NotOursError, OpenedModel, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 from foveola.zoo.wrap import wrap_library
 
@@ -41,7 +41,7 @@ TIMM_NAMES = (  # of transformers 4 and 5 to timm's, which are ours
 
 def from_hf(
     name: str, revision: str | None = None, preprocess: str | None = None, size: int | None = None
-) -> Opened:
+) -> OpenedModel:
     """Return a model of Hugging Face's hub, or of a folder that `save_pretrained` wrote.
 
     Args:
@@ -85,7 +85,7 @@ def from_hf(
         return wrap_library(getattr(model, "vision_model", model), hf_features(pooled), where, transform, why)
 
     beside = tuple(sorted(map(str, report["unexpected_keys"])))
-    return Opened(lambda: from_hf_module(model, where, transform), wrap, beside)
+    return OpenedModel(lambda: from_hf_module(model, where, transform), wrap, beside)
 
 
 def hf_features(pooled: bool) -> Callable[[Any, Tensor], tuple[Tensor, Tensor | None, int]]:

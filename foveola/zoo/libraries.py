@@ -8,14 +8,13 @@ import torch
 from foveola.config import ConfigError, UserError, build, nearest
 from foveola.models.encoder import Encoder
 from foveola.models.vit import ViTConfig
-from foveola.zoo.files import options_of
+from foveola.zoo.files import LARGEST, options_of
 from foveola.zoo.foreign import taken
 from foveola.zoo.hf_models import from_hf
 from foveola.zoo.preprocess import check_kind
 from foveola.zoo.timm_models import from_timm
 from foveola.zoo.weights import read_config
 
-LARGEST = 8192  # pixels a side
 SIZE_KEYS = {  # of ViTConfig, and how timm and transformers call them
     "width": ("embed_dim", "hidden_size"),
     "depth": ("depth", "num_hidden_layers"),

@@ -12,7 +12,9 @@ from foveola import files
 from foveola.config import UserError, to_dict
 from foveola.models.encoder import Encoder
 
-ABOUT = "foveola.json"  # in the file: what goes in, what comes out, the names of the classes, all settings
+FACTS_INSIDE = (
+    "foveola.json"  # in the file: what goes in, what comes out, the names of the classes, all settings
+)
 PROGRAM_TOLERANCE = 1e-5  # of the program to the network, over the largest number
 MOST_IMAGES = 2**16  # of a batch
 
@@ -71,7 +73,9 @@ def write_program(encoder: Encoder, out: Path) -> None:
         raise UserError(f"torch.export cannot express this encoder: {first}") from error
     _compare_runs(made, trials, wanted)
     with files.whole(out) as part:
-        torch.export.save(made, part, extra_files={ABOUT: json.dumps(_about(encoder, wanted[0]), indent=2)})
+        torch.export.save(
+            made, part, extra_files={FACTS_INSIDE: json.dumps(_about(encoder, wanted[0]), indent=2)}
+        )
 
 
 @torch.no_grad()

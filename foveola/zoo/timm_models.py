@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 from foveola.zoo.convert import FileConfig, bare, plain_vit
-from foveola.zoo.foreign import Foreign, NotOursError, Opened, import_library, one_line
+from foveola.zoo.foreign import Foreign, NotOursError, OpenedModel, import_library, one_line
 from foveola.zoo.preprocess import transform_of
 from foveola.zoo.weights import read_weights
 from foveola.zoo.wrap import wrap_library
@@ -26,7 +26,7 @@ EVA = (  # names of timm's Eva, which DINOv3 is there, to those of its ViT
 
 def from_timm(
     name: str, pretrained: str = "true", preprocess: str | None = None, size: int | None = None
-) -> Opened:
+) -> OpenedModel:
     """Return a model of timm's by name or from a folder that timm wrote (`config.json` and weights).
 
     Args:
@@ -59,7 +59,7 @@ def from_timm(
     def wrap(why: str) -> Encoder:
         return wrap_library(model, timm_features, full, _made_of(model, full, preprocess, size), why)
 
-    return Opened(lambda: from_timm_module(model, full, preprocess, size), wrap, beside)
+    return OpenedModel(lambda: from_timm_module(model, full, preprocess, size), wrap, beside)
 
 
 def _created(timm: Any, where: str, own: bool, preprocess: str | None, size: int | None) -> Any:

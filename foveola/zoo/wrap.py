@@ -10,10 +10,9 @@ from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.wrapped import ImageTokens, Wrapped, looked_at
 from foveola.outside import imported, is_importable
 from foveola.zoo.convert import PIXEL_STATISTICS
-from foveola.zoo.files import options_of
+from foveola.zoo.files import LARGEST, options_of
 
-OPTIONS = ("image_size", "preprocess")
-LARGEST = 8192  # pixels a side
+WRAP_OPTIONS = ("image_size", "preprocess")
 
 
 def wrap(module: nn.Module, name: str, transform: TransformConfig | None = None, why: str = "") -> Encoder:
@@ -50,9 +49,9 @@ def load_python(name: str) -> Encoder:
     if not is_importable(path):
         raise UserError(f"{name!r}: expected python:my_module:my_encoder")
     for option in options:
-        if option not in OPTIONS:
-            near = nearest(option, OPTIONS)
-            known = f"did you mean {near!r}?" if near else f"known: {', '.join(OPTIONS)}"
+        if option not in WRAP_OPTIONS:
+            near = nearest(option, WRAP_OPTIONS)
+            known = f"did you mean {near!r}?" if near else f"known: {', '.join(WRAP_OPTIONS)}"
             raise UserError(f"{name}: unknown option {option!r}; {known}")
     found = imported(path)
     if not isinstance(found, nn.Module) and callable(found):
@@ -104,13 +103,13 @@ class OfLibrary(nn.Module):
             grid = tokens.shape[2], tokens.shape[3]
             tokens = tokens.flatten(2).mT
         else:
-            grid = grid_of(tokens.shape[1] - special, images.shape[2], images.shape[3])
+            grid = grid_of_count(tokens.shape[1] - special, images.shape[2], images.shape[3])
         if pooled is not None and pooled.shape != (len(tokens), tokens.shape[2]):
             pooled = None
         return ImageTokens(tokens, grid, pooled)
 
 
-def grid_of(count: int, height: int, width: int) -> tuple[int, int]:
+def grid_of_count(count: int, height: int, width: int) -> tuple[int, int]:
     """Return (rows, columns) of so many square patches of an image. Raises UserError where none fit."""
     rows = round((count * height / width) ** 0.5)
     if rows < 1 or count % rows:

@@ -8,8 +8,7 @@ import torch
 
 from foveola.config import UserError
 from foveola.data.sources import open_source
-from foveola.drawing.overlays import box_frame
-from foveola.figures.answers import GREEN, answers, answers_sheet, matched, palette
+from foveola.figures.answers import answers, answers_sheet, palette
 from foveola.figures.visualize import visualize
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig
@@ -74,24 +73,6 @@ def test_a_detector_is_scored_by_what_it_finds(encoder: Encoder):
     encoder.head = Says([said, unsure])
     assert answers(encoder, source, [0])[0].score == pytest.approx(2 / (3 + len(boxes)))  # one hit
     assert answers(encoder, source, [0])[0].score == 0
-
-
-def test_objects_are_found_once_and_by_their_class():
-    truth = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0]])
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 4.0]])
-    assert matched(boxes, ["a", "a", "b"], truth, ["a", "b"]) == [0, None, None]
-    assert matched(boxes[:1], ["b"], truth, ["a", "b"]) == [None]
-
-
-def test_frames_are_inside_the_image():
-    image = np.zeros((40, 60, 3), np.uint8)
-    framed = box_frame(image, (-5, 10, 30.4, 90), GREEN)
-    assert not image.any()
-    assert (framed[10, 0:30] == GREEN).all()
-    assert (framed[39, 0:30] == GREEN).all()
-    assert not framed[:10].any()
-    assert not framed[20, 5:25].any()
-    assert not framed[:, 30:].any()
 
 
 def test_colours_differ():
