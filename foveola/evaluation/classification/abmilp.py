@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,13 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import ChosenProbes, ProbeGrid, ProbePlan, probe_metrics
+from foveola.evaluation.classification.grids import (
+    ChosenProbes,
+    ProbeGrid,
+    ProbePlan,
+    check_heads,
+    probe_metrics,
+)
 from foveola.evaluation.classification.linear import (
     BatchNorm,
     LinearBank,
@@ -42,11 +49,14 @@ class AbmilpBank:
 
     A probe: a score of each patch by an MLP of `depth` linear maps (the last one to one number), softmax over
     the patches, their average with these weights, BatchNorm without parameters, a linear classifier.
+    With `heads` H the last map gives H numbers, and so H score maps: the first d / H channels are averaged
+    with the first, and so on, so that the classifier stays as it is.
     With `attention` a self-attention layer precedes all of it, x + gamma softmax(q k^T / sqrt(d)) v with
-    gamma from 0 (Rymarczyk et al., 2021). (depth - 1) (d^2 + d) + d + 1 parameters before the classifier, and
-    3 (d^2 + d) + 1 more with `attention`.
+    gamma from 0 (Rymarczyk et al., 2021). (depth - 1) (d^2 + d) + H (d + 1) parameters before the classifier,
+    and 3 (d^2 + d) + 1 more with `attention`.
 
-    LARS scales the gradients of matrices, to which the scores' last map belongs as [1, d].
+    LARS scales the gradients of matrices, to which the scores' last map belongs as [H, d]. Raises UserError
+    where H does not divide d.
     """
 
     kind = "abmilp"
@@ -58,6 +68,7 @@ class AbmilpBank:
         classes: int,
         *,
         depth: int = 1,
+        heads: int = 1,
         activation: Activation = "relu",
         attention: bool = False,
         optimizer: OptimizerName = "lars",
@@ -67,6 +78,7 @@ class AbmilpBank:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_heads(heads, width)
         generator = torch.Generator().manual_seed(seed)
         count, device = len(rates), torch.device(device)
 
@@ -82,8 +94,8 @@ class AbmilpBank:
             return [p.to(device).repeat(count, *[1] * p.ndim) for p in (weight, bias)]
 
         self.group, self.norm_batch, self.activation = group, norm_batch, ACTIVATIONS[activation]
-        self.depth, self.attention = depth, attention
-        self.trained = [p for layer in range(depth) for p in linear(width if layer < depth - 1 else 1)]
+        self.depth, self.heads, self.attention = depth, heads, attention
+        self.trained = [p for layer in range(depth) for p in linear(width if layer < depth - 1 else heads)]
         self.trained += linear(classes, 0.01)
         if attention:
             self.trained += [p for _ in range(3) for p in linear(width)] + [
@@ -92,12 +104,17 @@ class AbmilpBank:
         self.norm = BatchNorm(count, width, device)
         self.optimizer = OPTIMIZERS[optimizer](self.trained, rates.to(device), momentum=momentum)
         about: dict[str, Any] = {"depth": depth, "activation": activation, "attention": attention}
+        about |= {"heads": heads} if heads > 1 else {}
         self.shape = dict(about)
         self.settings: list[dict[str, Any]] = [{"lr": rate, **about} for rate in rates.tolist()]
         self.parameters_each = sum(p[0].numel() for p in self.trained)
 
     def weights(self, x: Float[Tensor, "b N D"]) -> Float[Tensor, "G b N"]:
-        """Return how much of each patch goes into the average; rows sum to one."""
+        """Return how much of each patch goes into the average, a mean over heads; rows sum to one."""
+        return self.maps(x).mean(dim=2)
+
+    def maps(self, x: Float[Tensor, "b N D"]) -> Float[Tensor, "G b H N"]:
+        """Return how much of each patch goes into the average of each head's channels."""
         return self._pool(x, self.trained)[0]
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
@@ -135,7 +152,7 @@ class AbmilpBank:
         return x.split(max(1, HIDDEN_AT_ONCE // each))
 
     def _pool(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Weights [G, b, N] and averages [G, b, D]."""
+        """Weights [G, b, H, N] and averages [G, b, D]."""
         probes = len(p[0])
         tokens = x.flatten(0, 1).expand(probes, -1, -1)  # [G, b N, D]
         if self.attention:
@@ -146,10 +163,12 @@ class AbmilpBank:
             if layer:
                 hidden = self.activation(hidden)
             hidden = torch.baddbmm(bias[:, None], hidden, weight.transpose(1, 2))
-        weights = hidden.view(probes, len(x), -1).softmax(dim=2)
+        weights = hidden.view(probes, *x.shape[:2], self.heads).transpose(2, 3).softmax(dim=3)
         if not self.attention:  # the patches are the same for all probes: no copy of them for each
-            return weights, (weights.transpose(0, 1) @ x).transpose(0, 1)
-        return weights, torch.einsum("gbn,gbnd->gbd", weights, tokens.view(probes, *x.shape))
+            shares = x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, H, N, D / H]
+            return weights, (weights.permute(1, 2, 0, 3) @ shares).permute(2, 0, 1, 3).flatten(2)
+        shares = tokens.view(probes, *x.shape[:2], self.heads, -1)
+        return weights, torch.einsum("gbhn,gbnhc->gbhc", weights, shares).flatten(2)
 
     def _attend(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> Float[Tensor, "G bN D"]:
         at = 2 * self.depth + 2
@@ -176,6 +195,9 @@ class AbmilpConfig(TrainedConfig):
     depth: tuple[int, ...] = key(
         (1,), "linear maps of the scores to try, each reported", at_least=1, at_most=8
     )
+    heads: tuple[int, ...] = key(
+        (1,), "score maps to try, each of its share of the channels, each reported", at_least=1
+    )
     activation: tuple[Activation, ...] = key(("relu",), "between them: relu, gelu, tanh; each reported")
     attention: bool = key(False, "a trained self-attention layer first; with sgd, lars diverges in the paper")
     fixed: tuple[str, ...] = key(
@@ -197,7 +219,7 @@ class AbmilpConfig(TrainedConfig):
     norm_batch: int = key(2048, "images whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:
-        for name in ("depth", "activation", "lr"):
+        for name in ("depth", "heads", "activation", "lr"):
             value = getattr(self, name)
             if not value or len(set(value)) < len(value):
                 raise ValueError(f"{name}: needs different values, got {list(value)}")
@@ -222,9 +244,10 @@ class AbmilpConfig(TrainedConfig):
 class Abmilp(TrainedProbe):
     """Classifies the patches' average by learned scores and, on the same batches, by fixed ones.
 
-    Numbers in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths), `token`, `average`,
-    ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights over the test images, in nats:
-    exp of it is the number of patches that an image's vector is made of.
+    Numbers in percent, of a group for each: `abmilp` (`abmilp_2_gelu` of other depths, `abmilp_heads4` of
+    other heads), `token`, `average`, ...: as of `linear`. `entropy_abmilp` is the mean entropy of its weights
+    over the test images and heads, in nats: exp of it is the number of patches that an image's vector is made
+    of.
     """
 
     name = "abmilp"
@@ -269,23 +292,23 @@ class Abmilp(TrainedProbe):
 
 def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> list[ProbeGrid]:
     rates = torch.tensor(config.lr) * (batch / 256)
-    shapes: list[tuple[int, Activation]] = [
+    mlps: list[tuple[int, Activation]] = [
         (d, a) for d in config.depth for a in (config.activation if d > 1 else config.activation[:1])
     ]
     banks: list[ProbeGrid] = []
-    for depth, activation in shapes:
+    for (depth, activation), heads in product(mlps, config.heads):
+        group = "abmilp" if len(mlps) == 1 else f"abmilp_{depth}" + (f"_{activation}" if depth > 1 else "")
         bank = AbmilpBank(
             rates,
             shape_of(encoder, "patches", need("patches"))[-1],
             task.classes,
             depth=depth,
+            heads=heads,
             activation=activation,
             attention=config.attention,
             optimizer=config.optimizer or "lars",
             norm_batch=config.norm_batch,
-            group="abmilp"
-            if len(shapes) == 1
-            else f"abmilp_{depth}" + (f"_{activation}" if depth > 1 else ""),
+            group=group if len(config.heads) == 1 else f"{group}_heads{heads}",
             seed=config.seed,
             device=task.device,
         )
@@ -327,9 +350,9 @@ def load_weights(path: str, encoder: Encoder) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _entropy(bank: AbmilpBank, probe: int, columns: Columns) -> float:
-    """Mean over images of the entropy of the weights, in nats."""
+    """Mean over images and heads of the entropy of the weights, in nats."""
     total = 0.0
     for at in torch.arange(len(columns)).split(256):
-        shares = bank.weights(columns.take(at)["patches"])[probe]
-        total += torch.special.entr(shares.double()).sum().item()
+        shares = bank.maps(columns.take(at)["patches"])[probe]
+        total += torch.special.entr(shares.double()).sum().item() / bank.heads
     return total / len(columns)

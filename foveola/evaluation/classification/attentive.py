@@ -9,10 +9,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.init import trunc_normal_
 
-from foveola.config import UserError, key
+from foveola.config import key
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import ProbeGrid, ProbePlan, probe_metrics
+from foveola.evaluation.classification.grids import ProbeGrid, ProbePlan, check_heads, probe_metrics
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
 from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
@@ -122,16 +122,6 @@ class AttentiveBank:
         heads = torch.bmm(read.transpose(0, 1), maps.transpose(1, 2))  # [g h, b, size]
         pooled = heads.view(g, h, len(x), size).transpose(1, 2).flatten(2) + values_bias[:, None]
         return torch.baddbmm(bias[:, None], pooled, head.transpose(1, 2))
-
-
-def check_heads(heads: int, width: int) -> None:
-    """Raise UserError, with heads that would do, unless they divide the width."""
-    if width % heads:
-        right = [n for n in range(1, width + 1) if width % n == 0]
-        below, above = max(n for n in right if n < heads), min([n for n in right if n > heads], default=width)
-        raise UserError(
-            f"heads={heads} do not divide the width of the patches, {width}; {below} or {above} do"
-        )
 
 
 # -- protocol ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from foveola.config import UserError
 from foveola.evaluation.classification.solvers import Factor
 from foveola.evaluation.classification.task import Columns, Exam, Task
 from foveola.evaluation.classification.truth import Answers
@@ -54,6 +55,16 @@ class ProbeGrid(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Return all that `logits` computes with, by name: [G, ...], or [1, ...] where all share it."""
         ...
+
+
+def check_heads(heads: int, width: int) -> None:
+    """Raise UserError, with heads that would do, unless they divide the width."""
+    if width % heads:
+        right = [n for n in range(1, width + 1) if width % n == 0]
+        below, above = max(n for n in right if n < heads), min([n for n in right if n > heads], default=width)
+        raise UserError(
+            f"heads={heads} do not divide the width of the patches, {width}; {below} or {above} do"
+        )
 
 
 @dataclass

@@ -47,6 +47,7 @@ MAKERS = {
     "abmilp": lambda rates, **k: AbmilpBank(
         rates, WIDTH, CLASSES, depth=2, activation="gelu", norm_batch=8, **k
     ),
+    "abmilp_heads": lambda rates, **k: AbmilpBank(rates, WIDTH, CLASSES, heads=3, **k),
     "abmilp_attention": lambda rates, **k: AbmilpBank(
         rates, WIDTH, CLASSES, attention=True, optimizer="sgd", **k
     ),
@@ -242,6 +243,56 @@ def test_abmilp_with_attention_is_a_naive_loop() -> None:
     assert bank.parameters_each == 3 * (WIDTH**2 + WIDTH) + 1 + WIDTH + 1 + CLASSES * (WIDTH + 1)
 
 
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize(("heads", "depth"), [(1, 1), (4, 1), (3, 2), (WIDTH, 1)])
+def test_heads_of_abmilp_are_a_naive_loop(heads, depth, attention) -> None:
+    """In float64: each head has scores of its own, which average its own D / H channels."""
+    about = {"heads": heads, "depth": depth, "attention": attention, "optimizer": "sgd"}
+    bank = AbmilpBank(RATES, WIDTH, CLASSES, **about)
+    for x, y in data(3):
+        bank.step(x, y, 1.0)
+    logits, maps, weights = bank.logits(x), bank.maps(x["patches"]), bank.weights(x["patches"])
+    size = WIDTH // heads
+    for g, b in ((0, 3), (2, 11)):
+        p = [each[g].double() for each in bank.trained]
+        tokens = [patch.double() for patch in x["patches"][b]]
+        if attention:
+            q, k, v = ([p[2 * depth + i] @ t + p[2 * depth + i + 1] for t in tokens] for i in (2, 4, 6))
+            read = []
+            for query in q:
+                shares = torch.stack([query @ other / WIDTH**0.5 for other in k]).softmax(dim=0)
+                read.append(sum(share * value for share, value in zip(shares, v, strict=True)))
+            tokens = [t + p[-1] * r for t, r in zip(tokens, read, strict=True)]
+        pooled, expected = [], []
+        for head in range(heads):
+            scores = []
+            for t in tokens:
+                hidden = t
+                for layer in range(depth):
+                    hidden = p[2 * layer] @ (torch.relu(hidden) if layer else hidden) + p[2 * layer + 1]
+                scores.append(math.exp(hidden[head]))
+            shares = [score / sum(scores) for score in scores]
+            expected.append(shares)
+            for c in range(head * size, (head + 1) * size):
+                pooled.append(sum(share * float(t[c]) for share, t in zip(shares, tokens, strict=True)))
+        z = torch.tensor(pooled, dtype=torch.float64) - bank.norm.mean[g, 0]
+        z = z / (bank.norm.variance[g, 0].double() + 1e-6).sqrt()
+        own = p[2 * depth] @ z + p[2 * depth + 1]
+        torch.testing.assert_close(logits[g, b].double(), own, rtol=1e-3, atol=1e-5)
+        found = torch.tensor(expected)
+        torch.testing.assert_close(maps[g, b], found, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights[g, b], found.mean(dim=0), rtol=1e-4, atol=1e-6)
+    if heads > 1:
+        assert (maps[:, :, 0] - maps[:, :, 1]).abs().max() > 1e-3
+    before = (depth - 1) * (WIDTH**2 + WIDTH) + heads * (WIDTH + 1) + CLASSES * (WIDTH + 1)
+    assert bank.parameters_each == before + attention * (3 * (WIDTH**2 + WIDTH) + 1)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(UserError, match="heads=5 do not divide the width of the patches, 12; 4 or 6 do"):
+        AbmilpBank(RATES, WIDTH, CLASSES, heads=5)
+
+
 def test_abmilp_is_the_average_where_scores_are_alike() -> None:
     """Zero scores average; a bias of the scores, and the order of the patches, change nothing."""
     bank = AbmilpBank(RATES, WIDTH, CLASSES)
@@ -273,7 +324,7 @@ def test_features_of_linear_probes() -> None:
 
 
 def test_parts_of_a_batch_change_nothing(monkeypatch) -> None:
-    for name in ("abmilp", "abmilp_attention", "attentive"):
+    for name in ("abmilp", "abmilp_heads", "abmilp_attention", "attentive"):
         banks = []
         for entries in (2**27, 1):
             monkeypatch.setattr("foveola.evaluation.classification.abmilp.HIDDEN_AT_ONCE", entries)

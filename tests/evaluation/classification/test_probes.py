@@ -68,6 +68,26 @@ def test_probes_learn_brightness(protocol, encoder, shades, check_scores, tmp_pa
     assert "pass over train: 90 images in" in result.table()
 
 
+def test_heads_of_abmilp_are_reported_beside_each_other(encoder, shades) -> None:
+    """One head is what there is without the key; several in one call are what they are alone."""
+    places = {"train": shades(0, 60), "test": shades(900, 15), "fixed": ("average",), **SHORT["abmilp"]}
+    alone = evaluate(encoder, "abmilp", **places, **QUIET)
+    both = evaluate(encoder, "abmilp", heads=(1, 4), **places, **QUIET)
+    four = evaluate(encoder, "abmilp", heads=(4,), depth=(1, 2), **places, **QUIET)
+    for name, value in alone.metrics.items():
+        assert both.metrics[name.replace("abmilp", "abmilp_heads1")] == value
+    assert both.metrics["entropy_abmilp_heads4"] == four.metrics["entropy_abmilp_1"]
+    assert both.metrics["entropy_abmilp_heads4"] != both.metrics["entropy_abmilp_heads1"]
+    assert "entropy_abmilp_2_relu" in four.metrics
+    assert "heads" not in alone.chosen["abmilp"]
+    one, several = (both.chosen[f"abmilp_heads{heads}"]["parameters"] for heads in (1, 4))
+    assert several == one + 3 * 33
+    with pytest.raises(UserError, match="heads=5 do not divide the width of the patches, 32; 4 or 8 do"):
+        evaluate(encoder, "abmilp", heads=(5,), **places, **QUIET)
+    with pytest.raises(UserError, match="heads: needs different values"):
+        evaluate(encoder, "abmilp", heads=(2, 2), **places, **QUIET)
+
+
 def test_styles_of_the_linear_probe(encoder, shades) -> None:
     for style, group, count in (
         ("dino", "linear", 4 * 15),

@@ -19,7 +19,7 @@ SHORT = {
     "linear": {"epochs": 4, "batch": 30, "lr": (1e-2, 0.1)},
     "attentive": {"epochs": 4, "batch": 30, "heads": (2, 4), "lr": (1e-2,), "weight_decay": (1e-3, 1e-2)},
     "attentive cae": {"style": "cae", "epochs": 4, "batch": 30},
-    "abmilp": {"epochs": 4, "batch": 30, "lr": (0.1, 1.0), "depth": (1, 2), "attention": True},
+    "abmilp": {"epochs": 4, "batch": 30, "lr": (0.1, 1.0), "depth": (1, 2), "heads": (4,), "attention": True},
 }
 
 
