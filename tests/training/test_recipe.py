@@ -413,7 +413,61 @@ LINEAR = SEGMENTER | {  # DINOv2's linear segmentation, on whole patches of 14
     "model.drop_path": 0.0,
     "freeze": {"encoder": "all"},
 }
+FINETUNED = {  # MAE's fine-tuning (Table 9 and its released commands); rates are lr * batch / 256
+    "batch_size": 1024,
+    "method.name": "classification",
+    "method.reads": "average",
+    "method.augment.randaugment": 2,
+    "method.augment.magnitude": 9.0,
+    "method.augment.magnitude_std": 0.5,
+    "method.augment.erasing": 0.25,
+    "method.augment.mixup": 0.8,
+    "method.augment.cutmix": 1.0,
+    "method.augment.smoothing": 0.1,
+    "views.global_size": 224,
+    "views.global_scale": [0.08, 1.0],
+    "optimizer.kind": "adamw",
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.lr.value": 5e-4,
+    "optimizer.lr.end": 1e-6,
+    "optimizer.lr.warmup": "5 epochs",
+    "optimizer.lr.shape": "cosine",
+    "optimizer.weight_decay.value": 0.05,
+    "optimizer.clip": None,
+}
+VITDET = {  # B.2 of the position field paper; what it does not state is ViTDet's
+    "duration": "22128 steps",
+    "batch_size": 64,
+    "method.name": "detection",
+    "views.global_size": 1024,
+    "views.rescale.range": [0.1, 2.0],
+    "views.rescale.side": "long",
+    "optimizer.lr.warmup": "250 steps",
+    "optimizer.lr.shape": "steps",
+    "optimizer.weight_decay.value": 0.1,
+    "optimizer.layer_decay": 0.7,
+    "model.drop_path": 0.1,
+    "model.window": None,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "classify-vits16-in1k": FINETUNED | {"model.size": "small", "duration": "100 epochs"},  # not published
+    "classify-vitb16-in1k": FINETUNED
+    | {
+        "model.size": "base",
+        "duration": "100 epochs",
+        "optimizer.layer_decay": 0.65,
+        "model.drop_path": 0.1,
+    },
+    "classify-vitl16-in1k": FINETUNED
+    | {
+        "model.size": "large",
+        "duration": "50 epochs",
+        "optimizer.layer_decay": 0.75,
+        "model.drop_path": 0.2,
+        "optimizer.lr.value": 1e-3,
+    },
+    "vitdet-vits16-coco": VITDET | {"model.size": "small", "optimizer.lr.value": 1e-4},
+    "vitdet-vitb16-coco": VITDET | {"model.size": "base", "optimizer.lr.value": 3e-4},
     "segment-vits16-ade20k": SEGMENTER | {"model.size": "small"},
     "segment-vitb16-ade20k": SEGMENTER | {"model.size": "base"},
     "segment-linear-vits14-ade20k": LINEAR | {"model.size": "small"},
@@ -471,6 +525,8 @@ PEAKS = {
     "dinov2-vitl16-in1k": 4e-3 * 2**0.5,
     "posfield-vits16-in1k": 2e-3 / 2**0.5,
     "mae-vitb16-in1k": 2.4e-3,
+    "classify-vitb16-in1k": 2e-3,
+    "vitdet-vitb16-coco": 3e-4,
     "ijepa-vith14-in1k": 1e-3,
 }
 
