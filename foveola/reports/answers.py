@@ -7,6 +7,8 @@ from foveola import distributed
 from foveola.config import UserError
 from foveola.data.sources import Source, open_source
 from foveola.drawing import html
+from foveola.drawing.plots import Chart, Line
+from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.figures.answers import answers_sheet
 from foveola.figures.choice import image_numbers
@@ -31,7 +33,9 @@ def answers_section(found: Sequence[Findings], config: ReportConfig) -> str:
         if not is_task(each.record):
             continue
         name = html.tag("h3", html.escape(each.record.name)) if len(found) > 1 else ""
-        parts.append(name + _numbers(each.record) + _mistakes(each.record) + _images(each, config))
+        found_in = _newest(each.record)
+        told = _numbers(each.record) + _mistakes(found_in) + _curves(found_in) + _classes(found_in)
+        parts.append(name + told + _images(each, config))
     return "".join(parts)
 
 
@@ -54,14 +58,47 @@ def _numbers(record: Record) -> str:
     return html.table(["", "first", "highest", "last"], rows) + test
 
 
-def _mistakes(record: Record) -> str:
-    """The most frequent confusions of a classifier, from its newest result."""
-    stored = [each.result for each in results_of(record.folder)[0] if each.result.protocol == "classify"]
-    confusions: list[Any] = stored[0].data.get("test", {}).get("confusions", []) if stored else []
+def _newest(record: Record) -> dict[str, Result]:
+    """The newest result of each protocol in the folder of a run."""
+    found: dict[str, Result] = {}
+    for each in results_of(record.folder)[0]:
+        found.setdefault(each.result.protocol, each.result)
+    return found
+
+
+def _mistakes(results: dict[str, Result]) -> str:
+    """The most frequent confusions of a classifier."""
+    result = results.get("classify")
+    confusions: list[Any] = [] if result is None else result.data.get("test", {}).get("confusions", [])
     if not confusions:
         return ""
     rows = [[html.escape(right), html.escape(said), str(count)] for right, said, count in confusions[:10]]
     return html.tag("h3", "Most frequent mistakes") + html.table(["class", "said", "images"], rows)
+
+
+def _curves(results: dict[str, Result]) -> str:
+    """The precision of a detector at each recall."""
+    if "detect" not in results:
+        return ""
+    drawn = []
+    for kind, curves in results["detect"].grid.get("precision", {}).items():
+        lines = [
+            Line(level, [step / (len(values) - 1) for step in range(len(values))], values)
+            for level, values in curves.items()
+        ]
+        drawn.append(Chart(f"Precision of {kind}, mean over classes", lines, "recall", "precision"))
+    note = "Of all sizes. A line that falls to 0 early says that many objects are not found at any score."
+    return html.charts(drawn, "precision") + html.paragraph(note, "note") if drawn else ""
+
+
+def _classes(results: dict[str, Result]) -> str:
+    """How well each class is segmented, the worst first."""
+    if "segment" not in results:
+        return ""
+    numbers = results["segment"].data.get("class_iou", {})
+    found = [(value, name) for name, value in numbers.items() if value is not None]
+    rows = [[html.escape(name), f"{value:.2f}"] for value, name in sorted(found)]
+    return html.tag("h3", "Classes, the worst first") + html.table(["class", "IoU, %"], rows) if rows else ""
 
 
 def _images(each: Findings, config: ReportConfig) -> str:
