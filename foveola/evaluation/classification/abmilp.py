@@ -19,6 +19,7 @@ from foveola.evaluation.classification.grids import (
     ProbePlan,
     check_heads,
     probe_metrics,
+    with_spread,
 )
 from foveola.evaluation.classification.linear import (
     BatchNorm,
@@ -254,7 +255,7 @@ class Abmilp(TrainedProbe):
     help = "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)"
     Config = AbmilpConfig
     banks = (AbmilpBank, LinearBank)
-    metrics = (*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats"))
+    metrics = with_spread((*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats")))
 
     def wanted(self, config: AbmilpConfig, encoder: Encoder) -> Need:
         """Return all patches of each image, and the fixed averages."""

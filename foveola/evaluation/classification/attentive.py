@@ -12,7 +12,13 @@ from torch.nn.init import trunc_normal_
 from foveola.config import key
 from foveola.evaluation.classification.abmilp import SMALL
 from foveola.evaluation.classification.cae import CaeBank
-from foveola.evaluation.classification.grids import ProbeGrid, ProbePlan, check_heads, probe_metrics
+from foveola.evaluation.classification.grids import (
+    ProbeGrid,
+    ProbePlan,
+    check_heads,
+    probe_metrics,
+    with_spread,
+)
 from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
 from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
 from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
@@ -195,7 +201,7 @@ class Attentive(TrainedProbe):
     help = "classification of what one learned query reads from the patches (CAPI, CAE)"
     Config = AttentiveConfig
     banks = (AttentiveBank, CaeBank)
-    metrics = probe_metrics(title)
+    metrics = with_spread(probe_metrics(title))
 
     def wanted(self, config: AttentiveConfig, encoder: Encoder) -> Need:
         """Return all patches of each image; CAE's probe reads the class token, too."""

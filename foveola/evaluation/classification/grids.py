@@ -1,7 +1,8 @@
 """Banks of probes: trained on the same batches, one chosen on the hold-out, scored on test."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from foveola.evaluation.features.stream import FeatureBatch
 from foveola.evaluation.images import show
 from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
-from foveola.evaluation.protocol import Metric, Outcome
+from foveola.evaluation.protocol import INTERVAL_ENDS, Metric, Outcome
 
 SCORING = 256  # rows scored at once
 
@@ -32,6 +33,12 @@ def probe_metrics(label: str) -> tuple[Metric, ...]:
         Metric("top1_*_best_on_test", f"{label} top-1 ({{}} best on test)", "higher", chance=1,
                column="best on test"),
     )  # fmt: skip
+
+
+def with_spread(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Return metrics and, of each, its standard deviation over seeds, as `over_seeds` names it."""
+    spread = (Metric(f"{m.name}_std", f"{m.label}, standard deviation", unit=m.unit) for m in metrics)
+    return (*metrics, *spread)
 
 
 @runtime_checkable
@@ -235,6 +242,28 @@ def scored(
     }
     hits = {f"top1_{group}": right, f"top5_{group}": top5}
     return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
+
+
+def over_seeds(runs: Sequence[Outcome], seed: int) -> Outcome:
+    """Return the outcome of the first of several trainings, of seeds `seed`, `seed` + 1, ..., with the mean
+    of each metric over all of them, and their sample standard deviation as `<metric>_std`.
+
+    Intervals over images, scores of rows, what was chosen and the grid stay those of the first. The outcome
+    of a single training is returned as it is.
+    """
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    ends = {name + end for name in first.metrics for end in INTERVAL_ENDS}
+    metrics = dict(first.metrics)
+    for name in [name for name in first.metrics if name not in ends]:
+        values = [run.metrics[name] for run in runs]
+        metrics |= {name: fmean(values), f"{name}_std": stdev(values)}
+    note = (
+        f"numbers are means over trainings with seeds {seed} to {seed + len(runs) - 1}, _std is their "
+        f"standard deviation; intervals, differences of pairs, the grid and the kept probe are of seed {seed}"
+    )
+    return replace(first, metrics=metrics, notes=(*first.notes, note))
 
 
 def notes_of_choice(task: Task, count: int) -> list[str]:

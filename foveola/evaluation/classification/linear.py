@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import ProbePlan, probe_metrics
+from foveola.evaluation.classification.grids import ProbePlan, probe_metrics, with_spread
 from foveola.evaluation.classification.solvers import (
     OPTIMIZERS,
     Factor,
@@ -240,7 +240,7 @@ class Linear(TrainedProbe):
     help = "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)"
     Config = LinearConfig
     banks = (LinearBank,)
-    metrics = probe_metrics(title)
+    metrics = with_spread(probe_metrics(title))
 
     def wanted(self, config: LinearConfig, encoder: Encoder) -> Need:
         """Return vectors of each image."""

@@ -132,11 +132,12 @@ class Task:
         return batches(columns, self.labels[self.fit], batch, steps, seed, stored)
 
 
-def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
+def open_task(at: At, config: ProbeConfig, need: Need, candidates: int, seed: int | None = None) -> Task:
     """Open the stores of both sources with what is needed, and the split.
 
     A single candidate leaves nothing to choose: then all training images train, unless `holdout` is given.
-    With views=stream training images are not stored, but for the evaluation view of the hold-out.
+    With views=stream training images are not stored, but for the evaluation view of the hold-out. `seed`
+    draws the hold-out, in place of that of the settings, which still says which images and crops are read.
     Raises UserError for: no labels, a single class, no class in common, fewer images than a hold-out needs.
     """
     train, notes = at.train, list[str]()
@@ -151,7 +152,7 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int) -> Task:
     if len(present) < classes:
         notes.append(f"train: {classes - len(present)} of {classes} classes have no image")
     share = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
-    fit, hold = held_out(rows, share, config.seed, labels[rows])
+    fit, hold = held_out(rows, share, config.seed if seed is None else seed, labels[rows])
     if share and not len(hold):
         raise UserError(
             f"{train.name}: no class has two labelled images, so none can be held out to choose among "

@@ -14,6 +14,7 @@ from foveola.evaluation.classification.grids import (
     ProbePlan,
     choose,
     notes_of_choice,
+    over_seeds,
     places_of,
     score_chosen,
     train_plans,
@@ -35,6 +36,12 @@ class TrainedConfig(ProbeConfig):
     probe: str | None = key(
         None, "a file that an earlier evaluation wrote: score its probes, without training and without train="
     )
+    seeds: int = key(
+        1,
+        "trainings on the same images, of seed, seed + 1, ...: numbers are their means, _std their "
+        "standard deviation",
+        at_least=1,
+    )
     block: int = key(-1, "block whose tokens are read, through the final norm; negative counts from the last")
 
 
@@ -44,6 +51,7 @@ class Prepared:
 
     protocol: "TrainedProbe"
     config: Any
+    seed: int  # of the split, of the start of the probes, and of the order of the batches
     wanted: Need
     task: Task
     plan: ProbePlan
@@ -59,7 +67,7 @@ class Prepared:
             task.notes.extend(notes_of_choice(task, most))
             self.first = at.test
         exam = task.exam if at.test is self.first else open_exam(at, config, self.wanted, task.known)
-        outcome = self.protocol.score(banks, self.choice, exam, self.wanted, config.seed)
+        outcome = self.protocol.score(banks, self.choice, exam, self.wanted, self.seed)
         return replace(outcome, data=task.facts(exam), notes=(*task.notes, *exam.notes))
 
 
@@ -108,26 +116,31 @@ class TrainedProbe(Protocol):
         """Return the same for several test sets; the probes are trained once."""
         if config.probe:
             return [self._scored_again(at, config) for at in every]
-        first = every[0]
-        prepared = self.prepare(first, config)
-        train_together([prepared], first.progress)
-        outcomes = [prepared.outcome(at) for at in every]
-        saved = self._saved(prepared, outcomes[0], first.encoder)
+        first, saved = every[0], None
+        runs: list[list[Outcome]] = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            prepared = self.prepare(first, config, seed)
+            train_together([prepared], first.progress)
+            runs.append([prepared.outcome(at) for at in every])
+            saved = saved or self._saved(prepared, runs[0][0], first.encoder)
+        outcomes = [over_seeds(of_test, config.seed) for of_test in zip(*runs, strict=True)]
         return [replace(outcomes[0], beside={PROBE: saved}), *outcomes[1:]]
 
-    def prepare(self, at: At, config: Any) -> Prepared:
-        """Return the grid, untrained."""
+    def prepare(self, at: At, config: Any, seed: int | None = None) -> Prepared:
+        """Return the grid, untrained; `seed` is that of the training, in place of that of the settings."""
+        used: int = config.seed if seed is None else seed
         wanted = self.read(config, at.encoder)
-        task = open_task(at, config, wanted, self.candidates(config, at.encoder))
-        return Prepared(self, config, wanted, task, self.plan(config, at.encoder, task))
+        task = open_task(at, config, wanted, self.candidates(config, at.encoder), used)
+        plan = self.plan(replace(config, seed=used), at.encoder, task)
+        return Prepared(self, config, used, wanted, task, plan)
 
     def _saved(self, prepared: Prepared, outcome: Outcome, encoder: Encoder) -> SavedProbe:
-        """The chosen probes, to be kept."""
+        """The chosen probes of one training, to be kept."""
         task, choice = prepared.task, prepared.choice
         assert choice is not None
         about = {
             "protocol": self.name,
-            "settings": to_dict(prepared.config),
+            "settings": to_dict(replace(prepared.config, seeds=1)),
             "encoder": encoder.fingerprint(),
             "known": asdict(task.known),
             "data": {name: facts for name, facts in outcome.data.items() if name != "test"},
@@ -188,5 +201,5 @@ def train_together(every: Sequence[Prepared], progress: bool) -> None:
         wanted, first = reduce(or_, (each.wanted for each in some)), some[0]
         for each in some:
             each.task.train = first.task.train  # all learn from what this one says that it read
-        drawn = first.task.drawn(wanted, first.config.views, batch, steps, first.config.seed)
+        drawn = first.task.drawn(wanted, first.config.views, batch, steps, first.seed)
         train_plans([each.plan for each in some], drawn, progress)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from foveola.models.encoder import Encoder, TransformConfig
 QUIET = {"progress": False, "workers": 0}
 SHORT = {
     "linear": {"epochs": 4, "batch": 30, "lr": (1e-2, 0.1)},
-    "attentive": {"epochs": 4, "batch": 30, "heads": (2, 4), "lr": (1e-2,), "weight_decay": (1e-3, 1e-2)},
+    "attentive": {"epochs": 12, "batch": 30, "heads": (2, 4), "lr": (0.05,), "weight_decay": (1e-3, 1e-2)},
     "attentive cae": {"style": "cae", "epochs": 4, "batch": 30},
     "abmilp": {"epochs": 4, "batch": 30, "lr": (0.1, 1.0), "depth": (1, 2), "heads": (4,), "attention": True},
 }
@@ -69,6 +70,67 @@ def test_one_training_serves_all_test_sets_now_and_later(case, encoder, sets, tm
     stored = sorted(path.name for path in (tmp_path / "results").glob("*.json"))
     assert len(stored) == 2
     assert stored[-1] == f"{protocol}.json"
+
+
+@pytest.mark.parametrize("protocol", ["linear", "attentive", "abmilp"])
+def test_seeds_are_single_trainings(protocol, encoder, sets, tmp_path: Path) -> None:
+    """Means and deviations are NumPy's of single runs; everything else, also the kept probe, is the first's.
+
+    Of all images, and on the second test set as on the first, where another hold-out is drawn for each seed.
+    """
+    train, one, two = sets
+    for source in sets:  # so that no probe has all right
+        source.samples = [replace(s, label=(s.label + i % 2) % 3) for i, s in enumerate(source.samples)]
+    settings = SHORT[protocol] | QUIET
+    places = {"train": train, "test": [one, two]}
+    found = evaluate(encoder, protocol, **places, seed=4, seeds=3, out=tmp_path, **settings)
+    alone = [evaluate(encoder, protocol, **places, seed=seed, **settings) for seed in (4, 5, 6)]
+    varied = []
+    for result, *runs in zip((found, *found.others), *((run, *run.others) for run in alone), strict=True):
+        names = {name for name in runs[0].metrics if not name.endswith(("_low", "_high"))}
+        assert result.metrics.keys() == runs[0].metrics.keys() | {f"{name}_std" for name in names}
+        for name in names:
+            values = [run.metrics[name] for run in runs]
+            assert result.metrics[name] == pytest.approx(np.mean(values), rel=1e-9)
+            assert result.metrics[f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+            varied += [name] * (len(set(values)) > 1)
+            spread = result.metric(f"{name}_std")
+            assert (spread.name, spread.main, spread.better) == (
+                f"{result.metric(name).name}_std",
+                False,
+                None,
+            )
+        for name in runs[0].metrics.keys() - names:
+            assert result.metrics[name] == runs[0].metrics[name]
+        for part in ("scores", "chosen", "grid"):
+            assert getattr(result, part) == getattr(runs[0], part)
+        assert result.settings == runs[0].settings | {"seeds": 3}
+        assert set(result.notes) - set(runs[0].notes) == {
+            "numbers are means over trainings with seeds 4 to 6, _std is their standard deviation; "
+            "intervals, differences of pairs, the grid and the kept probe are of seed 4"
+        }
+    assert varied
+    file = tmp_path / "results" / protocol / "probe.safetensors"
+    again = evaluate(encoder, protocol, test=two, probe=str(file), **QUIET)
+    first = alone[0].others[0]
+    assert again.metrics == pytest.approx(without_grid(first), rel=1e-6)
+    assert (again.scores, again.settings) == (first.scores, first.settings)
+    with pytest.raises(ConfigError, match=r"seeds: probe=.* is trained already"):
+        evaluate(encoder, protocol, test=two, probe=str(file), seeds=3, **QUIET)
+
+
+def test_seeds_read_the_images_and_crops_of_the_first(encoder, sets) -> None:
+    """Of a part of the images, too, which the first seed chooses, and of streamed crops."""
+    train, one, two = sets
+    settings = {"lr": (1e-2,), "features": ("average",), "epochs": 4, "batch": 10, **QUIET}
+    places = {"train": train, "test": [one, two], "limit": 20}
+    for views in (0, 2, "stream"):
+        single = evaluate(encoder, "linear", views=views, **places, **settings)
+        found = evaluate(encoder, "linear", views=views, seeds=2, **places, **settings)
+        assert found.scores == single.scores
+        assert found.data["test"]["fingerprint"] == single.data["test"]["fingerprint"]
+        assert found.data["train"]["computed"] == single.data["train"]["computed"]
+        assert found.others[0].metrics.keys() == found.metrics.keys()
 
 
 def test_compare_shows_each_test_set(encoder, sets, tmp_path: Path) -> None:
