@@ -36,7 +36,7 @@ def probe_metrics(label: str) -> tuple[Metric, ...]:
 
 
 def with_spread(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
-    """Return metrics and, of each, its standard deviation over seeds, as `over_seeds` names it."""
+    """Return metrics and, of each, its standard deviation over seeds, as `means_over_seeds` names it."""
     spread = (Metric(f"{m.name}_std", f"{m.label}, standard deviation", unit=m.unit) for m in metrics)
     return (*metrics, *spread)
 
@@ -244,7 +244,7 @@ def scored(
     return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
 
 
-def over_seeds(runs: Sequence[Outcome], seed: int) -> Outcome:
+def means_over_seeds(runs: Sequence[Outcome], seed: int) -> Outcome:
     """Return the outcome of the first of several trainings, of seeds `seed`, `seed` + 1, ..., with the mean
     of each metric over all of them, and their sample standard deviation as `<metric>_std`.
 

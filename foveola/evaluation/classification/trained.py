@@ -13,8 +13,8 @@ from foveola.evaluation.classification.grids import (
     ProbeGrid,
     ProbePlan,
     choose,
+    means_over_seeds,
     notes_of_choice,
-    over_seeds,
     places_of,
     score_chosen,
     train_plans,
@@ -123,7 +123,7 @@ class TrainedProbe(Protocol):
             train_together([prepared], first.progress)
             runs.append([prepared.outcome(at) for at in every])
             saved = saved or self._saved(prepared, runs[0][0], first.encoder)
-        outcomes = [over_seeds(of_test, config.seed) for of_test in zip(*runs, strict=True)]
+        outcomes = [means_over_seeds(of_test, config.seed) for of_test in zip(*runs, strict=True)]
         return [replace(outcomes[0], beside={PROBE: saved}), *outcomes[1:]]
 
     def prepare(self, at: At, config: Any, seed: int | None = None) -> Prepared:
