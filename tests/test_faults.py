@@ -155,7 +155,7 @@ def test_what_is_measured_is_shown_though_it_cannot_be_written(here: Path, capsy
     from foveola.evaluation import evaluate
     from foveola.evaluation.result import Result
 
-    def full(result: Result, folder: Path) -> Result:
+    def full(result: Result, folder: Path, further: bool) -> Result:
         raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr(evaluate, "store", full)
@@ -173,10 +173,10 @@ def test_finished_protocols_are_shown_and_written_when_a_later_one_refuses(here:
 
     measure = evaluate._measure
 
-    def refusing(job, at):
-        if job.protocol.name == "label_free":
+    def refusing(jobs, at):
+        if jobs[0].protocol.name == "label_free":
             raise UserError("label_free: such data")
-        return measure(job, at)
+        return measure(jobs, at)
 
     monkeypatch.setattr(evaluate, "_measure", refusing)
     (here / "run" / "results" / "knn.json").unlink()

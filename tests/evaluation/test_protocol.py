@@ -101,7 +101,7 @@ def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample, 
     for protocol, kwargs, message in [
         ("kn", {"train": train, "test": test}, "unknown protocol 'kn'; did you mean 'knn'"),
         ("linar", {"train": train, "test": test}, "did you mean 'linear'"),
-        ("zzz", {"train": train, "test": test}, "known: knn, logistic"),
+        ("zzz", {"train": train, "test": test}, "known: classify, segment, knn, logistic"),
         ("knn", {"train": train}, "knn: test is needed"),
         ("knn", {"test": test}, "knn: train is needed"),
         ("retrieval", {}, "retrieval: test is needed"),

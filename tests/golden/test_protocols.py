@@ -35,7 +35,7 @@ PIXELS: dict[str, dict[str, Any]] = {
     "logistic_segmentation": {"c": (1e-3, 1.0)},
     "linear_segmentation": {"rates": (1e-3, 1e-2), "steps": 40, "train_batch": 4},
 }
-HEADS = {"classify", "detect"}  # measured where heads are tested: tests/tasks/
+HEADS = {"classify", "detect", "segment"}  # measured where heads are tested: tests/tasks/
 
 
 @pytest.fixture(scope="module")

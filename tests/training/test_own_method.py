@@ -151,7 +151,7 @@ def test_as_an_object_and_by_an_entry_point(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "simsiam"}, "method: unknown method 'simsiam'; known: distillation, capi, mae, ijepa "),
+        ({"name": "simsiam"}, "method: unknown method 'simsiam'; known: distillation, capi, mae, ijepa, "),
         ({"name": "distilation"}, r"did you mean 'distillation'\? \(one of your own: my_module:MyMethod\)"),
         ({"name": "simsiam_of_docs:SimSam"}, "method: .* has no 'SimSam'; did you mean 'SimSiam'"),
         ({"name": "simsiam_of_doks:SimSiam"}, r"there is no module 'simsiam_of_doks'; PYTHONPATH=\."),

@@ -395,8 +395,10 @@ def test_several_protocols_share_one_pass(encoder, shades, tmp_path: Path) -> No
         **QUIET,
     )
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        "attentive",  # the probe
         "attentive.json",
         "knn.json",
+        "linear",
         "linear.json",
     ]
     alone = evaluate(encoder, "knn", train=train, test=test, k=(5, 10), **QUIET)

@@ -408,11 +408,13 @@ def test_crops_of_dino_are_bilinear_and_the_evaluated_image_is_not(encoder, imag
     """torchvision's RandomResizedCrop, as DINO and iBOT call it; PIL says what bilinear is."""
     from PIL import Image
 
-    from foveola.evaluation.classification.linear import LinearConfig, wanted_of
+    from foveola.evaluation.classification.linear import Linear, LinearConfig
 
-    wanted = wanted_of(LinearConfig(style="dino"), encoder)
+    wanted = Linear().wanted(LinearConfig(style="dino"), encoder)
     assert wanted.crops == "bilinear"
-    assert {wanted_of(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {None}
+    assert {Linear().wanted(LinearConfig(style=style), encoder).crops for style in ("dinov2", "mae")} == {
+        None
+    }
     chosen, side = np.arange(3), encoder.config.transform.crop
     settings = (encoder.config.transform, 8, CONFIG, 2, False)
     cuts = CropsCut(*settings), CropsCut(*settings, "bilinear")

@@ -384,15 +384,15 @@ def test_bf16_is_close(encoder, varied) -> None:
     assert cosine.min() > 0.98
 
 
-def test_what_masks_can_be_had(list_source, make_sample) -> None:
+def test_what_masks_can_be_had(list_source, make_sample, encoder) -> None:
     bare, boxed = list_source([make_sample(0)]), list_source([make_sample(0, [(0, 0, 9, 9)])])
-    assert mask_kinds("both", boxed, boxed) == ((False, True), [])
-    assert mask_kinds(True, boxed, boxed) == ((True,), [])
-    assert mask_kinds(False, boxed, boxed) == ((False,), [])
-    assert mask_kinds("both", bare, bare)[0] == (False,)
-    assert "whole images" in mask_kinds("both", bare, boxed)[1][0]
+    assert mask_kinds("both", boxed, boxed, encoder, None) == ((False, True), [])
+    assert mask_kinds(True, boxed, boxed, encoder, None) == ((True,), [])
+    assert mask_kinds(False, boxed, boxed, encoder, None) == ((False,), [])
+    assert mask_kinds("both", bare, bare, encoder, None)[0] == (False,)
+    assert "whole images" in mask_kinds("both", bare, boxed, encoder, None)[1][0]
     with pytest.raises(UserError, match="neither boxes nor masks"):
-        mask_kinds(True, boxed, bare)
+        mask_kinds(True, boxed, bare, encoder, None)
 
 
 def test_ranks_share_the_images_and_keep_their_order(run_ranks) -> None:
