@@ -65,7 +65,12 @@ EXPORT = [
         "timm",
         "library that is to load it; torch: one file for foveola.load; program: one of torch.export, .pt2",
     ),
-    KeyInfo("head", "true|false", True, "format=program: with the head of a fine-tuned encoder"),
+    KeyInfo(
+        "head",
+        "true|false",
+        True,
+        "format=program: with the head of a fine-tuned encoder; others leave it, and say so unless false",
+    ),
 ]
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),

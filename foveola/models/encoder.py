@@ -295,9 +295,9 @@ class Encoder(nn.Module):
     def predict(self, images: Any) -> Any:
         """Return what the head says of an image, or of each in a list or tuple.
 
-        An image is a path, the bytes of a file, a PIL image, or an array [H, W, 3] of uint8, of any size. The
-        answer is a `foveola.tasks` `Classes`, `LabelMap` or `Detections`, in pixels of the image. Raises
-        UserError for an encoder without a head, and with the reason for what cannot be read.
+        An image is a path, the bytes of a file, a PIL image, or an array [H, W, 3] of uint8, of 8 pixels a
+        side or more. The answer is a `foveola.tasks` `Classes`, `LabelMap` or `Detections`, in its pixels.
+        Raises UserError for an encoder without a head, and with the reason for what cannot be read.
         """
         if self.head is None:
             raise UserError("this encoder has no head that answers for a task: `foveola finetune` trains one")

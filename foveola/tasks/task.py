@@ -19,6 +19,7 @@ from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.views.batch import ViewsConfig
 
 Image = UInt8[np.ndarray, "_ _ 3"]
+STUDENT_HEAD = "student.task_head."  # how the names of a head's tensors begin in a `TaskMethod`
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,3 +201,14 @@ def make_head(tree: dict[str, Any], model: ViTConfig, where: Path) -> TaskHead:
     config = build(config_class(tree), tree, where=str(where))
     assert isinstance(config, TaskConfig)
     return method.Head(config, model)
+
+
+def filled_head(head: TaskHead, state: dict[str, Tensor], where: Path) -> TaskHead:
+    """Return a head, frozen, with the tensors that were read at `where`. Raises UserError where they do not
+    fit.
+    """
+    own = {name: value.shape for name, value in head.state_dict().items()}
+    if own != {name: value.shape for name, value in state.items()}:
+        raise UserError(f"{where} does not hold a head for {head.config.name} of {len(head.classes)} classes")
+    head.load_state_dict(state)
+    return head.requires_grad_(False).eval()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm",
     `transformers.AutoModel.from_pretrained(OUT)` and its image processor. `torch`: one file, a dict of the
     tensors (`state_dict`) by timm's names and of the settings as JSON (`foveola`), which `foveola.load` reads
     back; any encoder can be had so. `program`: a file of `torch.export`, from pixels to the answers of the
-    head (`zoo.program`), or to features where there is none or `head` is false; the others are without it.
+    head (`zoo.program`), or to features where there is none or `head` is false. The others hold encoders
+    alone, and warn of a head that is left behind, unless `head` is false.
 
     Raises UserError for networks that the library cannot express, for outputs that differ, for an `out` that
     exists, and where the library is missing; nothing is then left at `out`.
@@ -54,6 +56,12 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm",
         encoder = encoder if head else Encoder(encoder.config, encoder.backbone, encoder.predictor)
         write_program(encoder, out)
         return out
+    if encoder.head is not None and head:
+        warnings.warn(
+            f"{out} is without the head for {encoder.head.config.name}, as format={format} holds encoders "
+            "alone; format=program takes the head of a classifier or a segmenter along",
+            stacklevel=2,
+        )
     if format == "torch":
         state = {name: value.detach().float().cpu().contiguous() for name, value in encoder.weights().items()}
         with files.whole(out) as part:

@@ -11,11 +11,11 @@ from torch import Tensor
 from foveola.config import UserError, build, meant, read_yaml
 from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
-from foveola.tasks.task import TaskHead, make_head
+from foveola.tasks.task import filled_head
 from foveola.zoo.files import load_file
 from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
-from foveola.zoo.runs import kept_folder, student_of
+from foveola.zoo.runs import empty_head, kept_folder, student_of
 from foveola.zoo.weights import read_config
 from foveola.zoo.wrap import load_python
 
@@ -104,16 +104,6 @@ def _load_folder(folder: EncoderFolder) -> Encoder:
             )
     encoder = filled(build(EncoderConfig, settings, where=str(folder.config)), state, folder.path)
     if folder.head_config.is_file():
-        encoder.head = _head(folder, encoder)
+        head = empty_head(folder, encoder.config)
+        encoder.head = filled_head(head, _tensors(folder.head_weights), folder.head_weights)
     return encoder
-
-
-def _head(folder: EncoderFolder, encoder: Encoder) -> TaskHead:
-    """The head that was kept with an encoder. Raises UserError where its files do not fit."""
-    head = make_head(read_config(folder.head_config), encoder.config.model, folder.head_config)
-    own, state = head.state_dict(), _tensors(folder.head_weights)
-    shapes = {name: value.shape for name, value in own.items()}
-    if shapes != {name: value.shape for name, value in state.items()}:
-        raise UserError(f"{folder.head_weights} does not hold the head that {folder.head_config} describes")
-    head.load_state_dict(state)
-    return head.requires_grad_(False).eval()

@@ -72,9 +72,9 @@ def write_program(encoder: Encoder, out: Path) -> None:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"torch.export cannot express this encoder: {first}") from error
     _compare_runs(made, trials, wanted)
-    with files.whole(out) as part:
+    with files.whole(out) as part, part.open("wb") as file:  # by name it warns of any that lacks .pt2
         torch.export.save(
-            made, part, extra_files={FACTS_INSIDE: json.dumps(_about(encoder, wanted[0]), indent=2)}
+            made, file, extra_files={FACTS_INSIDE: json.dumps(_about(encoder, wanted[0]), indent=2)}
         )
 
 

@@ -11,6 +11,7 @@ from foveola.config import UserError, build
 from foveola.files import EncoderFolder, RunModel, checkpoint_step, is_whole
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.models.lora import merged
+from foveola.tasks.task import STUDENT_HEAD, TaskHead, filled_head, make_head
 from foveola.zoo.weights import read_config
 
 # Where the students of our methods stood before checkpoints said it.
@@ -39,8 +40,9 @@ def kept_folder(model: RunModel) -> EncoderFolder:
 def student_of(model: RunModel) -> Encoder:
     """Return the student of the newest whole checkpoint of a run, or of that of a step, as an encoder.
 
-    It has the shape, transform and pooling of the encoder that the run keeps. Of a method without a teacher
-    both are the same. Raises UserError, which names the steps that are there, where there is no checkpoint.
+    It has the shape, transform and pooling of the encoder that the run keeps, and of a task its head. Of a
+    method without a teacher both are the same. Raises UserError, which names the steps that are there, where
+    there is no checkpoint.
     """
     own = model.run.encoder.config
     if not own.is_file():
@@ -58,7 +60,22 @@ def student_of(model: RunModel) -> Encoder:
         if theirs not in tensors:
             raise UserError(f"{model.name}: {path} lacks {theirs}, a weight of the student")
         found[name] = tensors[theirs].float()
-    return filled(config, found, path)
+    encoder = filled(config, found, path)
+    if model.run.encoder.head_config.is_file():
+        head = {
+            name.removeprefix(STUDENT_HEAD): value.float()
+            for name, value in tensors.items()
+            if name.startswith(STUDENT_HEAD)
+        }
+        encoder.head = filled_head(empty_head(model.run.encoder, config), head, path)
+    return encoder
+
+
+def empty_head(folder: EncoderFolder, config: EncoderConfig) -> TaskHead:
+    """Return the head that an encoder folder describes, with fresh weights. Raises UserError as
+    `make_head`.
+    """
+    return make_head(read_config(folder.head_config), config.model, folder.head_config)
 
 
 def _checkpoint(model: RunModel) -> Path:

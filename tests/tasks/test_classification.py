@@ -13,7 +13,7 @@ from torch import Tensor
 from foveola.config import ConfigError, UserError, merge
 from foveola.data.sources import open_source
 from foveola.evaluation.evaluate import evaluate
-from foveola.models.encoder import Encoder
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig
 from foveola.models.tokens import Features
 from foveola.models.vit import VisionTransformer
@@ -372,3 +372,23 @@ def test_the_fingerprint_knows_the_head(finished: Path):
     with torch.no_grad():
         encoder.head.linear.bias += 1
     assert encoder.fingerprint() != before
+
+
+def test_objects_of_an_image_do_not_disturb_its_label():
+    source = open_source("scenes:?count=12")
+    assert source[0].objects is not None
+    assert source.classes is not None
+    encoder = Encoder(EncoderConfig(MODEL, TransformConfig(crop=32, resize=32), pool="average"))
+    encoder.head = ClassificationHead(ClassificationConfig(classes=source.classes), MODEL)
+    with torch.no_grad():
+        encoder.head.linear.bias[3] = 4.0
+    found = evaluate(encoder, "classify", test=source, workers=0, progress=False).metrics
+    labels = [source[i].label for i in range(12)]
+    assert found["top1"] == pytest.approx(100 * labels.count(3) / 12)
+
+
+def test_a_student_has_its_head(finished: Path, other_colors: str):
+    """A task has no teacher: the student of the newest checkpoint is the encoder that the run keeps."""
+    student, kept = load(f"{finished}?which=student"), load(finished)
+    assert student.fingerprint() == kept.fingerprint()
+    assert load(f"{finished}?which=student&step=20").fingerprint() != kept.fingerprint()

@@ -71,6 +71,9 @@ def test_a_classifier_and_a_segmenter_give_their_logits(tmp_path: Path):
         told = json.loads(about["foveola.json"])
         assert told["classes"] == list(names)
         assert told["gives"]["logits"] == ["batch", *wanted.shape[1:]]
+    with pytest.warns(UserWarning, match="without the head for segmentation, as format=torch"):
+        export(encoder, tmp_path / "file.pth", "torch")
+    export(encoder, tmp_path / "silent.pth", "torch", head=False)  # warnings are errors here
     plain = export(encoder, tmp_path / "alone.pt2", "program", head=False)
     assert set(torch.export.load(plain).module()(pixels(1))) == {"embedding", "patches"}
 

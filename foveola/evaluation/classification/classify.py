@@ -61,7 +61,8 @@ class ViewCut:
         """Return one image. Raises BadImage."""
         pixels = evaluation_view(decode(sample.image), self.transform).pixels[None]
         label = -1 if sample.label is None else sample.label
-        table = class_table([sample], self.classes)
+        several = self.classes > 0  # a head for one class asks for the label alone, not for objects
+        table = class_table([sample], self.classes) if several else torch.zeros(1, 0, dtype=torch.bool)
         return LabelledView(torch.tensor([index]), pixels, torch.tensor([label]), table)
 
 
