@@ -99,6 +99,8 @@ def _encode(
 ) -> Float32[np.ndarray, "B h w D"]:
     images = encoder.normalise(pixels.to(encoder.device))
     network = encoder.backbone
-    where = None if network.pos_field is None else torch.tensor(positions, device=encoder.device)
-    features = network(images, Inputs(positions=where))
+    where = None
+    if not encoder.wrapped and network.pos_field is not None:  # of somebody else's network nobody knows
+        where = torch.tensor(positions, device=encoder.device)
+    features = network(images) if where is None else network(images, Inputs(positions=where))
     return features.patches.unflatten(1, features.grid).float().cpu().numpy()

@@ -259,3 +259,19 @@ def test_training_does_not_begin_with_a_wrapped_network(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="training from it needs the inside of a ViT"):
         read_start("python:another_of_mine:network", ViTConfig())
+
+
+@pytest.mark.parametrize("kind", ["pca", "similarity", "correspondences", "dictionary"])
+def test_figures_of_patches_are_drawn(kind: str, tmp_path: Path):
+    encoder = foveola.wrap(Convolution(), "mine", TRANSFORM)
+    count = {"images": "0,1"} if kind == "correspondences" else {"count": 2}
+    (path,) = foveola.visualize(kind, encoder, "scenes:?size=64&count=8", out=tmp_path, **count)
+    assert path.stat().st_size > 1000
+
+
+def test_protocols_of_label_maps_read_patches():
+    data = "scenes:?size=64&count=12&background=class"
+    encoder = foveola.wrap(Convolution(), "mine", TRANSFORM)
+    settings = {"overlap": "allow", "progress": False, "workers": 0}
+    found = foveola.evaluate(encoder, "knn_segmentation", train=data, test=data, k=(3,), **settings)
+    assert 0 < found.metrics["miou"] <= 100
