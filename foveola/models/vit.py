@@ -68,6 +68,8 @@ class VisionTransformer(nn.Module):
         last = make_norm(config.norm, width, config.final_norm_affine, config.norm_eps)
         self.norm = last if config.final_norm == "tokens" else nn.Identity()
         self.fc_norm = last if config.final_norm == "pooled" else nn.Identity()  # timm's name
+        # It is for whoever pools. No method does, and data-parallel training would wait for its gradient.
+        self.fc_norm.requires_grad_(False)
         self.reset()
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from foveola import distributed
 from foveola.config import UserError, key
 from foveola.methods.method import Output
 from foveola.models.encoder import Encoder
+from foveola.models.starting import StartingWeights
 from foveola.models.transform import evaluation_view
 from foveola.models.vit import Features, Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
@@ -162,6 +163,12 @@ class Classification(TaskMethod):
     Config = ClassificationConfig
     Head = ClassificationHead
 
+    @property
+    def task_head(self) -> ClassificationHead:
+        head = self.student.task_head
+        assert isinstance(head, ClassificationHead)
+        return head
+
     def __init__(self, config: ClassificationConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__(config, model, views)
         self.augment = Augment(config.augment, views)
@@ -169,9 +176,15 @@ class Classification(TaskMethod):
         if config.reads == "average":  # the head's norm stands in for it, so nothing reads it
             self.student.backbone.norm.requires_grad_(False)
 
+    def start_from(self, start: StartingWeights) -> None:
+        """Take over encoder and head; a fresh head begins with the norm of the mean, of weights with one."""
+        super().start_from(start)
+        norm, learned = self.task_head.norm, self.student.backbone.fc_norm
+        if start.classes != self.task_head.classes and norm is not None and isinstance(learned, nn.LayerNorm):
+            norm.load_state_dict(learned.state_dict())
+
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        head = self.student.task_head
-        assert isinstance(head, ClassificationHead)
+        head = self.task_head
         images, several = batch.large.pixels[:, 0], head.config.several
         if several:
             assert batch.classes is not None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from foveola.config import ConfigError, UserError, merge
 from foveola.data.sources import open_source
+from foveola.evaluation.classification.classify import confusions
 from foveola.evaluation.evaluate import evaluate
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig
+from foveola.models.starting import StartingWeights
 from foveola.models.tokens import Features
 from foveola.models.vit import VisionTransformer
 from foveola.schedules import Progress
@@ -143,14 +146,14 @@ def test_a_batch_without_labels_changes_nothing():
     assert all(p.grad is None or not p.grad.any() for p in task.parameters())
 
 
-def test_every_weight_that_learns_has_a_gradient():
+@pytest.mark.parametrize("final_norm", ["tokens", "pooled", "none"])
+@pytest.mark.parametrize("reads", ["average", "token", "attention"])
+def test_every_weight_that_learns_has_a_gradient(reads: str, final_norm: str):
     """Data-parallel training would wait for one that has none."""
-    for reads in ("average", "token", "attention"):
-        config = ClassificationConfig(classes=NAMES, reads=reads, query_heads=2)
-        task = drawn(Classification(config, MODEL, VIEWS))
-        task(batch_of(torch.randn(3, 3, 32, 32), [0, 1, 2]), progress()).losses["classification"].backward()
-        lacking = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
-        assert not lacking, (reads, lacking)
+    config = ClassificationConfig(classes=NAMES, reads=reads, query_heads=2)
+    task = drawn(Classification(config, replace(MODEL, final_norm=final_norm), VIEWS))
+    task(batch_of(torch.randn(3, 3, 32, 32), [0, 1, 2]), progress()).losses["classification"].backward()
+    assert not [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
 
 
 # -- augmentation --------------------------------------------------------------------------------------------
@@ -392,3 +395,28 @@ def test_a_student_has_its_head(finished: Path, other_colors: str):
     student, kept = load(f"{finished}?which=student"), load(finished)
     assert student.fingerprint() == kept.fingerprint()
     assert load(f"{finished}?which=student&step=20").fingerprint() != kept.fingerprint()
+
+
+def test_a_norm_of_the_mean_goes_on_in_the_head():
+    """Weights fine-tuned by MAE have one, which is what the head would have to learn again."""
+    model = replace(MODEL, final_norm="pooled")
+    weights = drawn(VisionTransformer(model)).state_dict()
+    task = Classification(ClassificationConfig(classes=NAMES), model, VIEWS)
+    task.start_from(StartingWeights("weights", weights))
+    assert torch.equal(task.task_head.norm.weight, weights["fc_norm.weight"])
+    assert torch.equal(task.task_head.norm.bias, weights["fc_norm.bias"])
+
+
+def test_classes_that_the_head_lacks_count_one_by_one(finished: Path, tmp_path: Path):
+    """Three classes of four, of which the head knows one: the mean over classes is a third at most."""
+    others = colored(tmp_path / "others", 2, ("cyan", "mauve", "red"), seed=2)
+    found = evaluate(str(finished), "classify", test=f"folder:{others}", workers=0, progress=False)
+    assert found.metrics["top1"] == pytest.approx(100 / 3)
+    assert found.metrics["mean_class"] == pytest.approx(100 / 3)
+    assert found.data["test"]["confusions"] == []
+
+
+def test_another_right_answer_is_no_confusion():
+    labels, said = torch.tensor([0, 1, 1, -1]), torch.tensor([1, 2, 2, 0])
+    right = torch.tensor([True, False, False, False])  # the first has several right answers
+    assert confusions(labels, said, right, NAMES) == [("b", "c", 2)]

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import fmean
 from time import perf_counter
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
@@ -17,20 +17,11 @@ from foveola.data.sample import Sample
 from foveola.data.sources import decode
 from foveola.evaluation.classification.several import in_classes, mean_average_precision
 from foveola.evaluation.classification.truth import answers_of, shared_labels
-from foveola.evaluation.images import (
-    Batches,
-    ChosenConfig,
-    Images,
-    choose_images,
-    facts_of_bad,
-    identity_for,
-    join,
-    share_of_rank,
-)
+from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.images import ChosenConfig, join
 from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
-from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.tasks.classification import ClassificationHead
 
@@ -97,39 +88,37 @@ class Classify(Protocol):
 
     def measure(self, at: At, config: ClassifyConfig) -> Outcome:
         """Classify all images of the test data, each process its share."""
-        head = classifier_of(at.encoder)
+        head = asked_head(
+            at.encoder,
+            ClassificationHead,
+            self.name,
+            "classify",
+            "knn, logistic and linear measure frozen encoders",
+        )
         several = head.config.several
         check_annotated(at.test, "classes" if several else "labels")
         began = perf_counter()
-        chosen = choose_images(len(at.test), config.limit, config.seed)
-        answered, bad = _ask(at, head, config, chosen)
-        facts = facts_of_bad(bad, len(chosen), at.test)
+        cut = ViewCut(at.encoder.config.transform, len(at.test.classes or ()) if several else 0)
+        asked: AskedImages[LabelledView] = AskedImages(at, config, cut, self.name)
+        answered = _ask(asked, head, cut.classes)
+        facts = asked.facts()
         found = _of_several(answered, at, head, config) if several else _of_one(answered, at, head, config)
-        named = {"name": at.test.name, "fingerprint": identity_for(at.test, config).digest}
-        named |= facts | {"images": len(chosen)} | found.data
-        data = {"test": named, "seconds": round(perf_counter() - began, 2)}
+        data = {"test": facts | found.data, "seconds": round(perf_counter() - began, 2)}
         return replace(found, data=data)
 
 
-def _ask(
-    at: At, head: ClassificationHead, config: ClassifyConfig, chosen: Int64[np.ndarray, "n"]
-) -> tuple[Answered, Int64[Tensor, "b"]]:
-    """What the head says of all images of all processes, and those that cannot be read."""
-    encoder, count = at.encoder, len(at.test.classes or ()) if head.config.several else 0
-    cut = ViewCut(encoder.config.transform, count)
-    images = Images(at.test, chosen[share_of_rank(len(chosen))], cut)
-    batches: Batches[LabelledView] = Batches(images, config, f"classify {at.test.name}", at.progress)
-    empty = torch.zeros(0, dtype=torch.int64)
-    parts = [
-        Answered(empty, empty, torch.zeros(0, count, dtype=torch.bool), torch.zeros(0, len(head.classes)))
-    ]
-    for batch in batches:
-        with torch.no_grad(), torch.autocast(encoder.device.type, torch.bfloat16, config.precision == "bf16"):
+def _ask(asked: AskedImages[LabelledView], head: ClassificationHead, classes: int) -> Answered:
+    """What the head says of all images of all processes."""
+    encoder, empty = asked.at.encoder, torch.zeros(0, dtype=torch.int64)
+    table = torch.zeros(0, classes, dtype=torch.bool)
+    parts = [Answered(empty, empty, table, torch.zeros(0, len(head.classes)))]
+    for batch in asked:
+        with torch.no_grad(), asked.reduced():
             pixels = encoder.normalise(batch.pixels.to(encoder.device))
             logits = head.logits(encoder.backbone, pixels).cpu()
         parts.append(Answered(batch.indices, batch.labels, batch.classes, logits))
     mine: Answered = join(parts)
-    return Answered(*map(distributed.gather_rows, mine)), batches.gathered_bad()
+    return Answered(*map(distributed.gather_rows, mine))
 
 
 def _of_one(answered: Answered, at: At, head: ClassificationHead, config: ClassifyConfig) -> Outcome:
@@ -140,7 +129,7 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
     if missing := int((~known).sum()):
         notes.append(f"test: {missing} images without a label are left out")
     indices, labels, logits = (each[known] for each in (answered.indices, answered.labels, answered.logits))
-    everything = torch.arange(len(head.classes))
+    everything, given = torch.arange(len(head.classes)), labels
     labels = shared_labels(labels, at.test.classes, everything, head.classes, notes)
     answers = answers_of(at.test, head.classes, labels, indices, len(head.classes))
     right, top5 = answers.hits(logits), answers.top5(logits)
@@ -150,21 +139,21 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
         "top1_low": 100 * low,
         "top1_high": 100 * high,
         "top5": percent(top5),
-        "mean_class": sum(percent(right[labels == c]) for c in labels.unique()) / len(labels.unique()),
+        "mean_class": fmean(percent(right[given == c]) for c in given.unique()),
     }
     scores = {"top1": packed(right, indices), "top5": packed(top5, indices)}
-    facts = {"rows": len(labels), "confusions": confusions(labels, logits.argmax(dim=1), head.classes)}
+    facts = {"rows": len(labels), "confusions": confusions(labels, answers.best(logits), right, head.classes)}
     return Outcome(metrics, facts, tuple(notes), scores=scores)
 
 
 def confusions(
-    labels: Int64[Tensor, "n"], said: Int64[Tensor, "n"], names: tuple[str, ...]
+    labels: Int64[Tensor, "n"], said: Int64[Tensor, "n"], right: Bool[Tensor, "n"], names: tuple[str, ...]
 ) -> list[tuple[str, str, int]]:
     """Return the most frequent mistakes: the right class, the one that was said instead, how often.
 
     Images of a class that is not in `names` (-1) are left out.
     """
-    wrong = (labels != said) & (labels >= 0)
+    wrong = ~right & (labels >= 0)
     pairs = Counter(zip(labels[wrong].tolist(), said[wrong].tolist(), strict=True))
     ranked = sorted(pairs.items(), key=lambda each: (-each[1], each[0]))[:CONFUSIONS]
     return [(names[right], names[other], count) for (right, other), count in ranked]
@@ -182,14 +171,3 @@ def _of_several(answered: Answered, at: At, head: ClassificationHead, config: Cl
     value, low, high = mean_average_precision(answered.logits[:, shared], right, config.seed)
     metrics = {"map": 100 * value, "map_low": 100 * low, "map_high": 100 * high}
     return Outcome(metrics, {"rows": len(right), "classes": int(right.any(dim=0).sum())}, tuple(notes))
-
-
-def classifier_of(encoder: Encoder) -> ClassificationHead:
-    """Return the head of an encoder. Raises UserError where it has none, or one for another task."""
-    if not isinstance(encoder.head, ClassificationHead):
-        what = "no head" if encoder.head is None else f"a head for {encoder.head.config.name}"
-        raise UserError(
-            f"classify asks a head that was fine-tuned to classify; this encoder has {what} (knn, logistic "
-            "and linear measure frozen encoders)"
-        )
-    return encoder.head

@@ -37,7 +37,11 @@ class Answers:
 
     def hits(self, logits: Float[Tensor, "*G m C"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
         """Return whether the best (candidate) class of each row is right."""
-        return self.among(self._allowed(logits).argmax(dim=-1, keepdim=True).cpu(), rows)
+        return self.among(self.best(logits)[..., None], rows)
+
+    def best(self, logits: Float[Tensor, "*G m C"]) -> Int64[Tensor, "*G m"]:
+        """Return the (candidate) class of highest score of each row, on the CPU."""
+        return self._allowed(logits).argmax(dim=-1).cpu()
 
     def top5(self, logits: Float[Tensor, "m C"]) -> Bool[Tensor, "m"]:
         """Return whether a right answer is among the five (candidate) classes of highest score."""

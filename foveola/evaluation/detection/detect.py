@@ -1,14 +1,9 @@
 """What a fine-tuned detector finds, held against annotated objects: the protocol `detect`."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
-
-import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, again, key
@@ -16,15 +11,8 @@ from foveola.data.sample import have_masks
 from foveola.data.sources import Source
 from foveola.evaluation.detection.average_precision import CocoScores, Kind, ap_interval, score
 from foveola.evaluation.detection.truth import Annotated, AnnotatedCut, data_set, met_by_name, rle_of
-from foveola.evaluation.images import (
-    Batches,
-    ChosenConfig,
-    Images,
-    choose_images,
-    facts_of_bad,
-    identity_for,
-    share_of_rank,
-)
+from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.images import ChosenConfig
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.tasks.detection import DetectionHead
@@ -51,7 +39,6 @@ class Searched(NamedTuple):
     sizes: dict[int, tuple[int, int]]  # rows, columns
     annotations: list[dict[str, Any]]
     detections: list[dict[str, Any]]
-    bad: Int64[Tensor, "b"]
 
 
 class Detect(Protocol):
@@ -86,39 +73,27 @@ class Detect(Protocol):
             raise UserError(f"test: {at.test.name} has no objects, which detect needs (annotations=, boxes=)")
         shared = met_by_name(head.classes, at.test)
         masks = bool(head.config.masks) and have_masks(at.test)
-        chosen = choose_images(len(at.test), config.limit, config.seed)
-        found = search_images(at, head, config, chosen, masks, shared)
-        facts = facts_of_bad(found.bad, len(chosen), at.test)
-        seconds = round(perf_counter() - began, 2)
-        return distributed.on_main(
-            lambda: _outcome(at.test, head.config.names, config, found, masks, facts | {"seconds": seconds})
-        )
+        asked: AskedImages[Annotated] = AskedImages(at, config, AnnotatedCut(masks), self.name, parcel=4)
+        found = search_images(asked, head, masks, shared)
+        facts = asked.facts() | {"seconds": round(perf_counter() - began, 2)}
+        return distributed.on_main(lambda: _outcome(at.test, head.config.names, config, found, masks, facts))
 
 
 def detector_of(encoder: Encoder) -> DetectionHead:
     """Return the head of an encoder. Raises UserError where it has none, or one for another task."""
-    if not isinstance(encoder.head, DetectionHead):
-        what = "no head" if encoder.head is None else f"a head for {encoder.head.config.name}"
-        raise UserError(
-            f"detect asks a head that was fine-tuned to detect; this encoder has {what} (localisation "
-            "measures encoders without a head)"
-        )
-    return encoder.head
+    instead = "localisation measures encoders without a head"
+    return asked_head(encoder, DetectionHead, "detect", "detect", instead)
 
 
 def search_images(
-    at: At, head: DetectionHead, config: DetectConfig, chosen: Any, masks: bool, shared: dict[int, int]
+    asked: AskedImages[Annotated], head: DetectionHead, masks: bool, shared: dict[int, int]
 ) -> Searched:
     """Return what is found in the chosen images by all processes, and what there is."""
-    images = Images(at.test, chosen[share_of_rank(len(chosen))], AnnotatedCut(masks), parcel=4)
-    batches: Batches[Annotated] = Batches(images, config, f"detect {at.test.name}", at.progress)
-    device = at.encoder.device.type
     sizes, annotations, detections = {}, [], []
-    for batch in batches:
+    for batch in asked:
         for index, image, known in zip(batch.indices.tolist(), batch.images, batch.annotations, strict=True):
-            reduced = torch.autocast(device, torch.bfloat16) if config.precision == "bf16" else nullcontext()
-            with reduced:
-                (prediction,) = head.predict(at.encoder, [image])
+            with asked.reduced():
+                (prediction,) = head.predict(asked.at.encoder, [image])
             sizes[index] = image.shape[:2]
             annotations += known
             detections += coco_results(prediction, index, shared, masks)
@@ -127,7 +102,6 @@ def search_images(
         {index: size for part in gathered for index, size in part[0].items()},
         [each for part in gathered for each in part[1]],
         [each for part in gathered for each in part[2]],
-        batches.gathered_bad(),
     )
 
 
@@ -175,9 +149,6 @@ def _outcome(
             metrics |= {f"{kind}_ap_low": 100 * low, f"{kind}_ap_high": 100 * high}
     objects = [annotation for annotation in found.annotations if not annotation["iscrowd"]]
     told = {
-        "name": source.name,
-        "fingerprint": identity_for(source, config).digest,
-        "images": len(found.sizes) + facts["unreadable"],
         **facts,
         "rows": len(found.sizes),
         "objects": len(objects),

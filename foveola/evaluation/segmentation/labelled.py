@@ -11,6 +11,19 @@ from foveola.evaluation.features.reading import ImageRows, rows_of
 from foveola.models.transform import TransformConfig, evaluation_view
 
 
+def labelled_image(
+    source: PixelSource, sample: Sample, index: int
+) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+    """Return an image and its label map. Raises BadImage, and DataError for a label map that cannot be
+    used.
+    """
+    image, labels = decode(sample.image), source.label_map(index)
+    if image.shape[:2] != labels.shape:
+        (h, w), (lh, lw) = image.shape[:2], labels.shape
+        raise DataError(f"{source.name}: {sample.name} is {w}x{h} pixels, its label map {lw}x{lh}")
+    return image, labels
+
+
 class LabelledCut:
     """Makes one row of an image, with `maps` squashed as the image is, so that both cover the same part.
 
@@ -23,10 +36,7 @@ class LabelledCut:
 
     def __call__(self, sample: Sample, index: int) -> ImageRows:
         """The row of one image. Raises BadImage, and DataError for a label map that cannot be used."""
-        image, labels = decode(sample.image), self.source.label_map(index)
-        if image.shape[:2] != labels.shape:
-            (h, w), (lh, lw) = image.shape[:2], labels.shape
-            raise DataError(f"{self.source.name}: {sample.name} is {w}x{h} pixels, its label map {lw}x{lh}")
+        image, labels = labelled_image(self.source, sample, index)
         rows = rows_of(sample, index, [evaluation_view(image, self.transform)], [None], self.grid)
         return rows._replace(maps=torch.from_numpy(squash(labels, self.transform.crop))[None])
 

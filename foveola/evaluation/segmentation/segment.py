@@ -1,7 +1,6 @@
 """What a fine-tuned segmenter answers, held against label maps: the protocol `segment`."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -13,22 +12,14 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, again, key
-from foveola.data.sample import IGNORE, DataError, Sample
+from foveola.data.sample import IGNORE, Sample
 from foveola.data.segmentation import PixelSource
-from foveola.data.sources import decode
-from foveola.evaluation.images import (
-    Batches,
-    ChosenConfig,
-    Images,
-    choose_images,
-    facts_of_bad,
-    identity_for,
-    share_of_rank,
-)
+from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.images import ChosenConfig
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.evaluation.segmentation.iou import named_iou, region_areas, summary
-from foveola.models.encoder import Encoder
+from foveola.evaluation.segmentation.labelled import labelled_image
 from foveola.tasks.segmentation import SegmentationHead
 from foveola.tasks.sliding import LookConfig
 
@@ -77,10 +68,7 @@ class PixelCut:
 
     def __call__(self, sample: Sample, index: int) -> LabelledImage:
         """Return one image. Raises BadImage, and DataError for a label map that cannot be used."""
-        image, labels = decode(sample.image), self.source.label_map(index)
-        if image.shape[:2] != labels.shape:
-            (h, w), (lh, lw) = image.shape[:2], labels.shape
-            raise DataError(f"{self.source.name}: {sample.name} is {w}x{h} pixels, its label map {lw}x{lh}")
+        image, labels = labelled_image(self.source, sample, index)
         return LabelledImage(torch.tensor([index]), (image,), (labels,))
 
 
@@ -104,7 +92,13 @@ class Segment(Protocol):
 
     def measure(self, at: At, config: SegmentConfig) -> Outcome:
         """Return what is measured, each process on its share. Raises UserError for other classes."""
-        head = segmenter_of(at.encoder)
+        head = asked_head(
+            at.encoder,
+            SegmentationHead,
+            self.name,
+            "segment",
+            "linear_segmentation and knn_segmentation measure frozen encoders",
+        )
         if not isinstance(at.test, PixelSource):
             raise UserError(
                 f"test: {at.test.name} has no label for each pixel; use masks:, voc:, ade20k: and so on"
@@ -113,17 +107,16 @@ class Segment(Protocol):
         notes: list[str] = []
         numbers = shared_classes(head.classes, at.test.classes, at.test.name, notes)
         began = perf_counter()
-        chosen = choose_images(len(at.test), config.limit, config.seed)
-        areas, indices, bad = self._areas(at, head, look, config, chosen, numbers)
-        facts = facts_of_bad(bad, len(chosen), at.test)
+        asked: AskedImages[LabelledImage] = AskedImages(at, config, PixelCut(at.test), self.name)
+        areas, indices = self._areas(asked, head, look, numbers)
+        facts = asked.facts()
         metrics = summary(areas, config.seed)
         del metrics["miou_capi"]
         total = areas.sum(dim=0)[:, :-1].double()
         there = total[2] > 0
         metrics["mean_accuracy"] = 100 * float((total[0] / total[2])[there].mean())
-        named = {"name": at.test.name, "fingerprint": identity_for(at.test, config).digest, **facts}
         data = {
-            "test": named | {"images": len(chosen), "rows": len(areas)},
+            "test": facts | {"rows": len(areas)},
             "class_iou": named_iou(areas, at.test.classes),
             "seconds": round(perf_counter() - began, 2),
         }
@@ -131,38 +124,27 @@ class Segment(Protocol):
         return Outcome(metrics, data, tuple(notes), scores=scores)
 
     def _areas(
-        self, at: At, head: SegmentationHead, look: LookConfig, config: SegmentConfig,
-        chosen: Int64[np.ndarray, "n"], numbers: Int64[Tensor, "256"],
-    ) -> tuple[Int64[Tensor, "m 3 C1"], Int64[Tensor, "m"], Int64[Tensor, "b"]]:  # fmt: skip
-        """Areas of every image of all processes, their indices, and those that cannot be read."""
-        images = Images(at.test, chosen[share_of_rank(len(chosen))], PixelCut(at.test))
-        batches: Batches[LabelledImage] = Batches(images, config, f"segment {at.test.name}", at.progress)
-        classes = len(at.test.classes)
+        self,
+        asked: AskedImages[LabelledImage],
+        head: SegmentationHead,
+        look: LookConfig,
+        numbers: Int64[Tensor, "256"],
+    ) -> tuple[Int64[Tensor, "m 3 C1"], Int64[Tensor, "m"]]:
+        """Areas of every image of all processes, and their indices."""
+        encoder, classes = asked.at.encoder, len(asked.at.test.classes)
         areas, indices = (
             [torch.zeros(0, 3, classes + 1, dtype=torch.int64)],
             [torch.zeros(0, dtype=torch.int64)],
         )
-        for batch in batches:
-            bf16 = config.precision == "bf16"
-            with torch.autocast(at.encoder.device.type, torch.bfloat16) if bf16 else nullcontext():
-                found = head.predict(at.encoder, batch.images, look)
+        for batch in asked:
+            with asked.reduced():
+                found = head.predict(encoder, batch.images, look)
             for one, truth in zip(found, batch.maps, strict=True):
                 predicted = numbers[one.classes.long()]
                 areas.append(region_areas(predicted, torch.from_numpy(truth), classes)[None])
             indices.append(batch.indices)
         gathered = [distributed.gather_rows(torch.cat(each)) for each in (areas, indices)]
-        return gathered[0], gathered[1], batches.gathered_bad()
-
-
-def segmenter_of(encoder: Encoder) -> SegmentationHead:
-    """Return the head of an encoder. Raises UserError where it has none, or one for another task."""
-    if not isinstance(encoder.head, SegmentationHead):
-        what = "no head" if encoder.head is None else f"a head for {encoder.head.config.name}"
-        raise UserError(
-            f"segment asks a head that was fine-tuned to segment; this encoder has {what} "
-            "(linear_segmentation and knn_segmentation measure frozen encoders)"
-        )
-    return encoder.head
+        return gathered[0], gathered[1]
 
 
 def shared_classes(
