@@ -2,26 +2,26 @@
 
 import colorsys
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from foveola.config import UserError
+from foveola.config import UserError, kind_of
 from foveola.data.decode import decode
 from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import Source
 from foveola.drawing.boxes import paint_objects
 from foveola.drawing.sheet import Pixels, Row, Sheet
+from foveola.evaluation.segmentation.labelled import labelled_image
 from foveola.figures.detections import agreement, annotated, drawn_detections
 from foveola.models.encoder import Encoder
 from foveola.tasks.task import Classes, Detections, LabelMap
 
 SHOWN_FROM = 0.5  # score from which a detection is drawn, and counts as an answer
-READ_TOGETHER = 16  # images that are in memory at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,52 +29,51 @@ class Answer:
     """What a head said of an image, how good it is (in [0, 1]), and how both are drawn."""
 
     index: int
-    name: str
+    said: Any  # `Classes`, a `LabelMap` or `Detections`
     score: float
     tiles: tuple[Pixels, ...]
     captions: tuple[str, ...]
     right: tuple[bool | None, ...]
 
 
-def answers(encoder: Encoder, source: Source, indices: Sequence[int]) -> list[Answer]:
-    """Return the answers for images of a source that can be read and judged, in their order.
+def answers(encoder: Encoder, source: Source, indices: Sequence[int]) -> Iterator[Answer]:
+    """Yield the answers for images of a source that can be read and judged, in their order.
 
     The score of a classifier is what it gives the right class (of several classes: the share that are rightly
     there or not there); of a segmenter the share of labelled pixels that are right; of a detector the
-    `agreement` of what it found and what is annotated. Raises UserError
-    for an encoder without a head, and where no image can be judged.
+    `agreement` of what it found and what is annotated. Raises UserError for an encoder without a head, and
+    for a head whose answers nobody knows to judge.
     """
     if encoder.head is None:
         raise UserError("answers needs a fine-tuned encoder: this one has no head for a task")
-    found: list[Answer] = []
-    for start in range(0, len(indices), READ_TOGETHER):
-        group, images = [], []
-        for index in indices[start : start + READ_TOGETHER]:
-            try:
-                images.append(decode(source[index].image))
-                group.append(index)
-            except BadImage:  # what evaluations count
-                continue
-        said = encoder.predict(images) if images else []
-        for index, image, answer in zip(group, images, said, strict=True):
-            if (judged := _judged(source, index, image, answer)) is not None:
-                found.append(judged)
-    if not found:
-        raise UserError(
-            f"{source.name}: none of {len(indices)} images has what {encoder.head.config.name} answers"
-        )
-    return found
+    for index in indices:
+        try:
+            image = decode(source[index].image)
+        except BadImage:  # what evaluations count
+            continue
+        if (judged := _judged(encoder, source, index, image)) is not None:
+            yield judged
 
 
 def answers_sheet(
     encoder: Encoder, source: Source, indices: Sequence[int], worst: int = 4, best: int = 4
 ) -> Sheet:
-    """Return the worst and the best answers among images of a source, the truth beside what was said."""
-    found = sorted(answers(encoder, source, indices), key=lambda each: each.score)
-    low = found[: min(worst, len(found))]
-    high = found[len(low) :][::-1][:best]
+    """Return the worst and the best answers among images of a source, the truth beside what was said.
+
+    Raises UserError where no image can be judged.
+    """
+    # Images may be large: at first their scores alone are kept, and then those that are shown.
+    scores = [(each.score, each.index) for each in answers(encoder, source, indices)]
+    if not scores:
+        name = encoder.head.config.name
+        raise UserError(f"{source.name}: none of {len(indices)} images has what {name} answers")
+    ranked = [index for _, index in sorted(scores, key=lambda pair: pair[0])]
+    worse = ranked[: min(worst, len(ranked))]
+    better = ranked[len(worse) :][::-1][:best]
+    found = {each.index: each for each in answers(encoder, source, [*worse, *better])}
+    low, high = ([found[index] for index in some] for some in (worse, better))
     groups = [(title, group) for title, group in (("worst", low), ("best", high)) if group]
-    if len(found[0].tiles) == 1:  # side by side
+    if len(groups[0][1][0].tiles) == 1:  # side by side
         columns = [""] * max(len(group) for _, group in groups)
         rows = [
             Row(
@@ -92,46 +91,45 @@ def answers_sheet(
             for title, group in groups
             for each in group
         ]
-    note = f"The {len(low)} worst and {len(high)} best of {len(found)} images. {ABOUT_SCORES[_kind(encoder)]}"
+    about = ABOUT_SCORES[type(groups[0][1][0].said)]
+    note = f"The {len(low)} worst and {len(high)} best of {len(scores)} images. {about}"
     return Sheet("Answers", columns, rows, note)
 
 
-ABOUT_SCORES = {
-    "classification": "The number is what the right class got; of several classes, the share that are right.",
-    "segmentation": "The number is the share of labelled pixels that are right. Black: no class.",
-    "detection": "The number is 2 R / (F + A): R right ones of F found above a score of 0.5, A annotated.",
+ABOUT_SCORES: dict[type, str] = {
+    Classes: "The number is what the right class got; of several classes, the share that are right.",
+    LabelMap: "The number is the share of labelled pixels that are right. Black: no class.",
+    Detections: "The number is 2 R / (F + A): R right ones of F found above a score of 0.5, A annotated.",
 }
 
 
-def _kind(encoder: Encoder) -> str:
-    name = encoder.head.config.name
-    return name if name in ABOUT_SCORES else "classification"
-
-
-def _judged(source: Source, index: int, image: Pixels, answer: Any) -> Answer | None:
+def _judged(encoder: Encoder, source: Source, index: int, image: Pixels) -> Answer | None:
     """None for an image without annotation."""
-    if isinstance(answer, Classes):
-        return _classes(source, index, image, answer)
-    if isinstance(answer, LabelMap):
-        return _label_map(source, index, image, answer)
-    return _detections(source, index, image, answer)
+    said = encoder.predict(image)
+    if isinstance(said, Classes):
+        return _classes(source, index, image, said, encoder.head.config.several)
+    if isinstance(said, LabelMap):
+        return _label_map(source, index, said)
+    if isinstance(said, Detections):
+        return _detections(source, index, image, said)
+    raise UserError(f"answers of {encoder.head.config.name} cannot be judged here: {kind_of(said)}")
 
 
-def _classes(source: Source, index: int, image: Pixels, answer: Classes) -> Answer | None:
+def _classes(source: Source, index: int, image: Pixels, answer: Classes, several: bool) -> Answer | None:
     sample, names = source[index], source.classes or ()
     place = {name: i for i, name in enumerate(answer.names)}
-    if sample.labels is not None or (sample.label is None and sample.objects is not None):
+    if several:
         truth = {names[i] for i in sample.all_classes()}
         said = {name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5}
         score = 1 - len(truth ^ said) / len(answer.names)
         caption = f"{', '.join(sorted(said)) or 'none'} (truth: {', '.join(sorted(truth)) or 'none'})"
-        return Answer(index, sample.name, score, (image,), (caption,), (truth == said,))
+        return Answer(index, answer, score, (image,), (caption,), (truth == said,))
     if sample.label is None:
         return None
     right = names[sample.label]
     score = float(answer.scores[place[right]]) if right in place else 0.0
     caption = _plain(answer.best) + ("" if answer.best == right else f", not {_plain(right)}")
-    return Answer(index, sample.name, score, (image,), (caption,), (answer.best == right,))
+    return Answer(index, answer, score, (image,), (caption,), (answer.best == right,))
 
 
 def _plain(name: str) -> str:
@@ -139,11 +137,11 @@ def _plain(name: str) -> str:
     return re.sub(r"^n\d{8} ", "", name)
 
 
-def _label_map(source: Source, index: int, image: Pixels, answer: LabelMap) -> Answer | None:
+def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     if not isinstance(source, PixelSource):
         return None
     try:
-        truth = source.label_map(index)
+        image, truth = labelled_image(source, source[index], index)
     except BadImage:
         return None
     place = {name: i for i, name in enumerate(answer.names)}
@@ -158,7 +156,7 @@ def _label_map(source: Source, index: int, image: Pixels, answer: LabelMap) -> A
     largest = np.bincount(said[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
     caption = ", ".join(answer.names[i] for i in largest if (said[labelled] == i).any())
     tiles = image, _painted(image, truth, colors), _painted(image, said, colors)
-    return Answer(index, source[index].name, score, tiles, ("", "", caption), (None, None, None))
+    return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
 
 
 def _painted(image: Pixels, classes: UInt8[np.ndarray, "H W"], colors: UInt8[np.ndarray, "C 3"]) -> Pixels:
@@ -183,4 +181,4 @@ def _detections(source: Source, index: int, image: Pixels, answer: Detections) -
     truth, found = annotated(sample, image, source), drawn_detections(answer, SHOWN_FROM)
     tiles = image, paint_objects(image, truth), paint_objects(image, found)
     captions = "", f"{len(truth.boxes)} annotated", f"{len(found.boxes)} found"
-    return Answer(index, sample.name, agreement(found, truth), tiles, captions, (None, None, None))
+    return Answer(index, answer, agreement(found, truth), tiles, captions, (None, None, None))

@@ -216,7 +216,10 @@ def _hf_kind(encoder: Encoder) -> str:
             return "IJepa"
         raise UserError("Hugging Face has no network without class token but with what this encoder has")
     if encoder.config.pool != "token":
-        raise UserError("Hugging Face's networks with a class token pool by it: export with pool=token")
+        raise UserError(
+            "Hugging Face's networks with a class token pool by it, and this encoder pools otherwise: other "
+            "formats keep that; in Python export(encoder.pooled('token'), ...) gives it up"
+        )
     if plain:
         return "ViT"
     if not float(model.mlp_ratio).is_integer():

@@ -23,9 +23,11 @@ class Says(torch.nn.Module):
 
     def __init__(self, said: list) -> None:
         super().__init__()
-        self.said, self.config = said, type("Config", (), {"name": "classification"})
+        self.said, self.asked = said, 0
+        self.config = type("Config", (), {"name": "classification", "several": False})
 
     def predict(self, encoder: Encoder, images: list) -> list:
+        self.asked += len(images)
         return [self.said.pop(0) for _ in images]
 
 
@@ -40,7 +42,8 @@ def test_a_classifier_is_scored_by_the_right_class(encoder: Encoder, tmp_path: P
 
     source = open_source(f"folder:{colored(tmp_path / 'colors', 1)}")  # blue, green, red
     rows = [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]
-    encoder.head = Says([Classes(("blue", "green", "red"), torch.tensor(row)) for row in rows])
+    again = [rows[1], rows[2], rows[0]]  # those that are shown are asked again, the worst first
+    encoder.head = Says([Classes(("blue", "green", "red"), torch.tensor(row)) for row in rows + again])
     sheet = answers_sheet(encoder, source, range(3), worst=1, best=2)
     assert [row.title for row in sheet.rows] == ["worst", "best"]
     assert sheet.rows[0].captions == ["blue, not green (0.30)"]
@@ -55,7 +58,7 @@ def test_a_label_map_is_scored_by_its_labelled_pixels(encoder: Encoder):
     wrong[:8] = (wrong[:8] + 1) % 2
     encoder.head = Says([LabelMap(source.classes, torch.from_numpy(each)) for each in (truth[0], wrong)])
     encoder.head.config = type("Config", (), {"name": "segmentation"})
-    found = answers(encoder, source, range(2))
+    found = list(answers(encoder, source, range(2)))
     labelled = truth[1] != 255
     assert found[0].score == 1
     assert found[1].score == pytest.approx((wrong == truth[1])[labelled].mean())
@@ -71,8 +74,40 @@ def test_a_detector_is_scored_by_what_it_finds(encoder: Encoder):
     said = Detections(names, *twice, torch.tensor([0.9, 0.8, 0.7]))
     unsure = Detections(names, boxes, labels, torch.full((len(boxes),), 0.4))
     encoder.head = Says([said, unsure])
-    assert answers(encoder, source, [0])[0].score == pytest.approx(2 / (3 + len(boxes)))  # one hit
-    assert answers(encoder, source, [0])[0].score == 0
+    (first,), (second,) = (list(answers(encoder, source, [0])) for _ in range(2))
+    assert first.score == pytest.approx(2 / (3 + len(boxes)))  # one hit
+    assert second.score == 0
+
+
+def test_a_head_for_several_classes_is_judged_by_all_of_them(encoder: Encoder):
+    """Whatever else the images have: these have a label of their own as well."""
+    source = open_source(SCENES)
+    sample = source[0]
+    assert sample.label is not None
+    truth = sample.all_classes()
+    scores = torch.tensor([0.9 if c in truth else 0.1 for c in range(len(source.classes))])
+    missed = scores.clone()
+    missed[min(truth)] = 0.2
+    encoder.head = Says([Classes(source.classes, each) for each in (scores, missed)])
+    encoder.head.config.several = True
+    (first,), (second,) = (list(answers(encoder, source, [0])) for _ in range(2))
+    assert first.score == 1
+    assert second.score == pytest.approx(1 - 1 / len(source.classes))
+
+
+def test_images_are_not_kept(encoder: Encoder):
+    """A photo may have tens of megabytes: of 6 images, 2 are shown, and asked for again."""
+    source = open_source(SCENES)
+    row = Classes(source.classes, torch.arange(len(source.classes)) / 60)
+    encoder.head = Says([row] * 8)
+    answers_sheet(encoder, source, range(6), worst=1, best=1)
+    assert encoder.head.asked == 8
+
+
+def test_answers_that_nobody_knows_are_refused(encoder: Encoder):
+    encoder.head = Says(["a poem"])
+    with pytest.raises(UserError, match="cannot be judged here: a str"):
+        list(answers(encoder, open_source(SCENES), [0]))
 
 
 def test_colours_differ():

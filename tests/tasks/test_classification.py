@@ -354,7 +354,7 @@ def test_heads_are_asked_for_what_they_learned(finished: Path, other_colors: str
     with pytest.raises(ConfigError, match="learns without annotations"):
         finetune("ibot-small", data=other_colors)
     strange = colored(tmp_path / "strange", 2, ("x", "y", "z"))
-    with pytest.raises(UserError, match="share no class"):
+    with pytest.raises(UserError, match="the head and test share no class"):
         evaluate(encoder, "classify", test=f"folder:{strange}", workers=0, progress=False)
 
 

@@ -130,7 +130,7 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
         notes.append(f"test: {missing} images without a label are left out")
     indices, labels, logits = (each[known] for each in (answered.indices, answered.labels, answered.logits))
     everything, given = torch.arange(len(head.classes)), labels
-    labels = shared_labels(labels, at.test.classes, everything, head.classes, notes)
+    labels = shared_labels(labels, at.test.classes, everything, head.classes, notes, "the head")
     answers = answers_of(at.test, head.classes, labels, indices, len(head.classes))
     right, top5 = answers.hits(logits), answers.top5(logits)
     low, high = interval(right, seed=config.seed)

@@ -90,11 +90,12 @@ def shared_labels(
     bank_labels: Int64[Tensor, "N"],
     bank_classes: tuple[str, ...] | None,
     notes: list[str],
+    whose: str = "train",
 ) -> Int64[Tensor, "m"]:
     """Return test labels in the numbering of the bank, matched by class name where both name their classes.
 
-    A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. Raises UserError
-    when no class is shared.
+    A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. `whose` says for
+    people where the classes of the bank are from. Raises UserError when no class is shared.
     """
     if classes is not None and bank_classes is not None and classes != bank_classes:
         number = {name: i for i, name in enumerate(bank_classes)}
@@ -102,12 +103,12 @@ def shared_labels(
     known = torch.isin(labels, bank_labels) & (labels >= 0)
     if not known.any():
         raise UserError(
-            "train and test share no class "
+            f"{whose} and test share no class "
             f"({_examples(bank_labels, bank_classes)} against {_examples(labels, classes)})"
         )
     if missing := int((~known).sum()):
         notes.append(
-            f"test: {missing} of {len(labels)} rows are of classes that train lacks, and count as wrong"
+            f"test: {missing} of {len(labels)} rows are of classes that {whose} lacks, and count as wrong"
         )
     return torch.where(known, labels, -1)
 
