@@ -118,8 +118,7 @@ class MaskDecoder(nn.Module):
     """Segmenter's mask transformer (Section 3.2): patches and a token for each class through blocks.
 
     A logit is the scalar product of a patch and a class, both projected and of unit length; LayerNorm over
-    the classes of each patch then sets the scale. The released code drops out a tenth in these blocks, which
-    the paper does not say and is not done here.
+    the classes of each patch then sets the scale. Nothing is dropped out.
     """
 
     def __init__(self, width: int, classes: int, depth: int, heads: int) -> None:
