@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from foveola import distributed
-from foveola.config import ConfigError, to_dict
+from foveola.config import ConfigError, UserError, to_dict
 from foveola.data.sources import Source, Split, as_source
 from foveola.evaluation.evaluate import evaluate_all
-from foveola.evaluation.features.overlap import separate
+from foveola.evaluation.features.overlap import overlap_of, separate
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import store
 from foveola.failures import told
@@ -21,6 +21,8 @@ from foveola.training.log import Log
 from foveola.training.milestones import Milestones
 from foveola.training.planned import TEST, Planned, planned, without_details
 from foveola.training.recipe import RunConfig
+
+COMPARED = 10_000  # images of training and test data at most that are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +176,14 @@ def _open(
     test = source(own.get(keys[1]) or plan.test or train, "test", keys[1])
     if plan.protocol.train == "unused" and plan.train is not None:
         raise ConfigError(f"{keys[0]} has no effect: {plan.protocol.name} learns from nothing")
+    if plan.protocol.name == getattr(config.method, "protocol", None):  # a head, which learns from `data`
+        seen = source(own.get("data") or config.data, "train", "data")
+        _check_seen(plan, seen, test, keys[1])
+        return None, test
     learns = plan.protocol.train == "needed" or (plan.protocol.train == "optional" and plan.train is not None)
     if not learns:
+        if plan.overlap == "allow":
+            raise ConfigError(f"{plan.where}.overlap has no effect: {plan.protocol.name} learns from nothing")
         return None, test
     learned = source(train, "train", keys[0])
     if not plan.named:
@@ -186,8 +194,27 @@ def _open(
         settings = f"{plan.where}.settings" if plan.named else "evaluate"
         excluding = f", or {settings}.exclude_self=true" if hasattr(plan.config, "exclude_self") else ""
         remedies = f"set {keys[1]}= to images that training does not see{excluding}"
-        separate(plan.where, plan.config, learned, test, otherwise=remedies)
+        separate(plan.where, plan.config, learned, test, plan.overlap, remedies)
+    elif plan.overlap == "allow":
+        raise ConfigError(
+            f"{plan.where}.overlap has no effect: {plan.protocol.name} may read the same images"
+        )
     return learned, test
+
+
+def _check_seen(plan: Planned, seen: Source, test: Source, key: str) -> None:
+    """Raise UserError where a head is measured on images from which it learns, unless that is asked for.
+
+    Of large data sets a part is compared, so that a few shared images may go unseen, but never whole folders.
+    """
+    if plan.overlap == "allow":
+        return
+    overlap = overlap_of(seen, test, COMPARED, 0)
+    if overlap.count:
+        raise UserError(
+            f"{plan.where}: {overlap}: set {key}= to images that training does not see; "
+            f"{plan.where}.overlap=allow measures on them all the same"
+        )
 
 
 def _together(each: Sequence[Opened]) -> list[list[Opened]]:

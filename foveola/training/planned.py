@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from foveola.config import ConfigError, UserError, build, key, nearest, to_dict
 from foveola.evaluation.classification.knn import Knn
@@ -22,6 +22,9 @@ class EvaluationConfig:
     every: str | None = key(None, "time between these evaluations; null = evaluate_every")
     train: str | None = key(None, "what it learns from, where it does, as a data string; null = data")
     test: str | None = key(None, "what it measures on, as a data string; null = the test split of train")
+    overlap: Literal["refuse", "allow"] = key(
+        "refuse", "test images from which it learns as well, byte for byte: a mistake, or meant so"
+    )
     settings: dict[str, Any] = key(factory=dict, help="settings of the protocol")
 
 
@@ -35,6 +38,7 @@ class Planned(NamedTuple):
     every: str
     train: str | None
     test: str | None
+    overlap: Literal["refuse", "allow"] = "refuse"
 
     @property
     def named(self) -> bool:
@@ -90,7 +94,7 @@ def planned(config: Any) -> list[Planned]:
         except UserError as error:
             raise ConfigError(f"{where}.protocol: {error}") from error
         settings = build(protocol.Config, each.settings, f"{where}.settings")
-        found.append(Planned(name, where, protocol, settings, every, each.train, each.test))
+        found.append(Planned(name, where, protocol, settings, every, each.train, each.test, each.overlap))
     same: dict[str, str] = {}
     for each in found:
         about = str((each.protocol.name, to_dict(each.config), each.train, each.test))

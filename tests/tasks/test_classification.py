@@ -420,3 +420,16 @@ def test_another_right_answer_is_no_confusion():
     labels, said = torch.tensor([0, 1, 1, -1]), torch.tensor([1, 2, 2, 0])
     right = torch.tensor([True, False, False, False])  # the first has several right answers
     assert confusions(labels, said, right, NAMES) == [("b", "c", 2)]
+
+
+def test_a_head_is_not_measured_on_what_it_learns_from(colors: str, small: Callable, tmp_path: Path):
+    settings, often = small(data=colors, duration="1 steps"), {"test": {"every": "1 steps"}}
+    with pytest.raises(UserError, match=r"18 of 18 test images are in train as well .*overlap=allow"):
+        finetune("classify-small", test=colors, out=str(tmp_path / "run"), evaluations=often, **settings)
+    assert not (tmp_path / "run").exists()
+    meant = {"test": {"overlap": "allow", "every": "1 steps"}}
+    run = finetune("classify-small", test=colors, out=str(tmp_path / "run"), evaluations=meant, **settings)
+    assert run.finished
+    idle = {"free": {"protocol": "label_free", "every": "1 steps", "overlap": "allow"}}
+    with pytest.raises(UserError, match="label_free learns from nothing"):
+        finetune("classify-small", out=str(tmp_path / "other"), evaluations=idle, **settings)
