@@ -95,9 +95,10 @@ def demo(
 def measure_demo(model: Encoder | Path, config: RunConfig) -> dict[str, float]:
     """Return the measures of the demo's table, in percent, for one encoder."""
     settings = {"knn": _knn(config), "retrieval": _find(config, DEMO_OBJECTS)}
+    learns = {"knn": config.data, "retrieval": None}
     results = {
-        name: evaluate(model, name, train=config.data, test=config.data, progress=False, **settings[name])
-        for name in ("knn", "retrieval")
+        name: evaluate(model, name, train=train, test=config.data, progress=False, **settings[name])
+        for name, train in learns.items()
     }
     return {title: results[protocol].metrics[metric] for title, (protocol, metric) in MEASURES.items()}
 

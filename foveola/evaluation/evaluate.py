@@ -207,11 +207,13 @@ def _open(
     trained = [name for name, config in configs.items() if getattr(config, "probe", None)]
     if train is not None and trained and len(trained) == len(configs):
         raise UserError(f"{trained[0]}: probe= is trained already; leave out train=")
+    used = train is not None and any(use != "unused" for use in uses.values())
+    if train is not None and not used:
+        raise UserError(f"train= has no effect: {', '.join(protocols)} learns from nothing; leave it out")
     texts = [each for each in tests if isinstance(each, str)]
     if len(set(texts)) < len(texts):
         raise UserError(f"test: the same set twice: {', '.join(texts)}")
     say(progress and distributed.is_main())
-    used = train is not None and any(use != "unused" for use in uses.values())
     return (as_source(train, "train", "train") if used else None), [
         as_source(each, "test", "test") for each in tests
     ]

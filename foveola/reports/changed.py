@@ -10,7 +10,7 @@ from foveola.figures.maps import neighbours
 from foveola.figures.nearest import neighbour_sheet
 from foveola.models.encoder import Encoder
 
-COMPARED = 10  # nearest neighbours of an image whose change is counted
+NEIGHBOURS_COUNTED = 10  # nearest neighbours of an image whose change is counted
 CHANGED_SHOWN = 3  # neighbours that are shown of each network
 
 
@@ -48,7 +48,7 @@ def most_changed(
         known, asked = (
             extract(encoder, s, masks=masks, config=config, progress=False) for s in (reference, queries)
         )
-        found = neighbours(asked.features, known.features, min(COMPARED, len(known.features)))
+        found = neighbours(asked.features, known.features, min(NEIGHBOURS_COUNTED, len(known.features)))
         near.append(found.numpy())
         right.append((known.labels[found[:, 0]] == asked.labels).numpy())
         images = asked.image_indices.numpy()

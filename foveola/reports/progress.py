@@ -256,7 +256,9 @@ def _evaluate(
     encoder: Encoder, names: Sequence[str], data: Data, settings: dict[str, Any], out: Path
 ) -> dict[str, Result]:
     changes: dict[str, Any] = {find_protocol(name).name: settings[name] for name in names}
-    return evaluate_all(encoder, names, train=data.train, test=data.test, out=out, progress=False, **changes)
+    learns = any(find_protocol(name).train != "unused" for name in names)
+    train = data.train if learns else None
+    return evaluate_all(encoder, names, train=train, test=data.test, out=out, progress=False, **changes)
 
 
 def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:

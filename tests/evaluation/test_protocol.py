@@ -156,6 +156,11 @@ def test_retrieval_through_evaluate(encoder, shades, tmp_path: Path) -> None:
     assert "(20 rows)" in result.table()
 
 
+def test_training_images_are_refused_where_nothing_learns(encoder, shades) -> None:
+    with pytest.raises(UserError, match="train= has no effect: retrieval learns from nothing; leave it out"):
+        evaluate(encoder, "retrieval", train=shades(0, 3), test=shades(0, 6), **QUIET)
+
+
 def test_every_protocol_says_what_it_is() -> None:
     assert [protocol.name for protocol in every()] == list(PROTOCOLS)
     for protocol in every():
