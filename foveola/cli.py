@@ -7,19 +7,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import foveola
+from foveola import commands
 from foveola.command_keys import (
     ANALYZE,
     AUTO_KEYS,
     DEMO,
     EVALUATE_KEYS,
-    EXPORT,
     FINETUNE_KEYS,
     TRAIN,
     VISUALIZE,
 )
 from foveola.config import UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
-from foveola.failures import explain, told
+from foveola.failures import explain
 from foveola.files import is_there
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ usage: foveola COMMAND ...
   report RUN [RUN ...] [data=...] [out=FILE] [key=value ...]
                                       what runs learned and whether it helped, on one page: RUN/report.html
       --help                          every key of the report
-  compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
-  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf), as a file (torch), or
-                                      with its head as a program of torch.export (program)
-  demo [out=runs/demo] [seeds=1] [key=value ...]
+{commands}  demo [out=runs/demo] [seeds=1] [key=value ...]
                                       pretrain on built-in images, measure, draw; keys of the recipe `demo`
   recipes                             the recipes that come with foveola, and what each aims at
   --version
@@ -90,30 +87,37 @@ def main(arguments: list[str] | None = None) -> int:
         return refuse(reason)
 
 
+def usage_text() -> str:
+    """Return what `foveola --help` prints: every command, those with a file of their own among them."""
+    return USAGE.replace("{commands}", "".join(commands.command(name).USAGE for name in commands.names()))
+
+
 def _dispatch(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], None]] = {
+    own: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
         "analyze": _analyze,
         "visualize": _visualize,
         "report": _report,
-        "compare": _compare,
         "recipes": _recipes,
-        "export": _export,
         "demo": _demo,
     }
+    others = commands.names()
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(USAGE, end="")
+        print(usage_text(), end="")
         return 0 if arguments else 2
     command, *rest = arguments
     if command == "--version":
         print(f"foveola {foveola.__version__}")
-    elif command in commands:
-        commands[command](rest)
+    elif command in own:
+        own[command](rest)
+    elif command in others:
+        commands.command(command).main(rest)
     else:
-        near = nearest(command, commands)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(commands)}"
+        known = [*own, *others]
+        near = nearest(command, known)
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"unknown command {command!r}; {hint}")
     return 0
 
@@ -121,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _pretrain(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ("--dry-run",))
     if "--help" in flags and not names:
-        print(USAGE, end="")
+        print(usage_text(), end="")
         return
     recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
     from foveola.training.auto.plan import AUTO, TRAINED
@@ -300,28 +304,6 @@ def _report(arguments: list[str]) -> None:
     print(report(names, **parse_overrides(overrides)))
 
 
-def _compare(arguments: list[str]) -> None:
-    names, overrides, flags = split(arguments, ())
-    usage = "foveola compare RUN RUN ... [protocol=...]"
-    if "--help" in flags:
-        print(
-            f"usage: {usage}\n\n"
-            "Prints what `foveola evaluate` wrote for several encoders side by side, for the protocols that\n"
-            "all of them have. RUN is a run folder, an out= folder, a result file, or untrained:RUN,\n"
-            "RUN?step=400, RUN?step=best, RUN?which=student. Only results with the same settings and data\n"
-            "are shown together: the newest, if there are several; notes name the others."
-        )
-        return
-    settings = parse_overrides(overrides)
-    protocol = settings.pop("protocol", None)
-    if settings:
-        raise UserError(f"compare takes no {next(iter(settings))!r}; usage: {usage}")
-    from foveola.evaluation.compare import compare
-
-    tables = [c.table() for c in compare(names, None if protocol is None else str(protocol))]
-    print("\n\n".join(tables))
-
-
 def _recipes(arguments: list[str]) -> None:
     names, overrides, flags = split(arguments, ())
     if names or overrides:
@@ -333,30 +315,6 @@ def _recipes(arguments: list[str]) -> None:
 
     rows = [(name, about.method, about.model, about.data, about.aim) for name, about in recipes().items()]
     print_table([("name", "method", "model", "data", "aim"), *rows])
-
-
-def _export(arguments: list[str]) -> None:
-    usage = "foveola export MODEL out=... [format=timm|hf|torch|program]"
-    names, overrides, flags = split(arguments, ())
-    if "--help" in flags:
-        print(
-            f"usage: {usage}\n\nWrites an encoder, any that evaluate takes as model=, for another library.\n"
-        )
-        print_keys(EXPORT)
-        return
-    model = only(names, "model", usage)
-    settings = parse_overrides(overrides)
-    for name in settings.keys() - {info.path for info in EXPORT}:
-        raise UserError(f"unknown key {name!r}; usage: {usage}")
-    if "out" not in settings:
-        raise UserError(f"export needs out=, where to write; usage: {usage}")
-    from foveola.zoo.export import export
-
-    with told(f"{settings['out']} cannot be written"):
-        head = settings.get("head", True)
-        if not isinstance(head, bool):
-            raise UserError(f"head={head}: expected true or false")
-        print(export(model, str(settings["out"]), str(settings.get("format", "timm")), head))
 
 
 def _demo(arguments: list[str]) -> None:

@@ -13,9 +13,9 @@ ROOT = Path(foveola.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 LINES, BODY, PARAMETERS = 400, 70, 8
 
-# What is the same in each module that defines it: the contract of a protocol, a type variable, a room's door.
+# What is the same in each module that defines it: a type variable, a room's door, the contract of a command.
 OPENERS = ("open_hub",)  # takes the options of a data string, each by its name
-DEFINED_TWICE = {"DOOR", "T", "wanted_of"}
+DEFINED_TWICE = {"DOOR", "T", "USAGE", "main", "wanted_of"}
 # What a docstring of a function or method begins with.
 VERBS = frozenset(
     """

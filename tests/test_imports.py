@@ -26,6 +26,7 @@ OPEN_LEAVES = {
 }  # any file may import these
 ALLOWED = {
     "cli": {
+        "commands",
         "console",
         "command_keys",
         "training",
@@ -34,6 +35,19 @@ ALLOWED = {
         "reports",
         "zoo",
         "demo",
+        "distributed",
+        "models.encoder",
+    },
+    "commands": {
+        "console",
+        "command_keys",
+        "training",
+        "evaluation",
+        "proposals",
+        "figures",
+        "reports",
+        "zoo",
+        "data",
         "distributed",
         "models.encoder",
     },
@@ -50,6 +64,7 @@ ALLOWED = {
     },
     "training": {
         "methods",
+        "proposals",
         "tasks",
         "data",
         "views",
@@ -94,8 +109,20 @@ ALLOWED = {
     "zoo": {"tasks", "models.encoder", "models.lora", "models.shape", "models.vit", "models.wrapped"},
     "zoo.transfer": {"models"},  # it makes tensors of other shapes
     "zoo.training_heads": {"models.starting"},
+    "proposals": {
+        "zoo",
+        "models.encoder",
+        "models.capture",
+        "models.transform",
+        "models.wrapped",
+        "data",
+        "drawing",
+        "geometry",
+        "distributed",
+    },
     "evaluation": {
         "tasks",
+        "proposals",
         "models.encoder",
         "models.transform",
         "zoo",

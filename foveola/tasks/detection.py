@@ -97,7 +97,7 @@ class DetectionHead(TaskHead):
             ) from error
         self.pyramid = Pyramid(model.shape[0], model.patch_size, config.channels)
         apart = strides(model.patch_size)
-        self.proposals = rcnn.Proposals(config.channels, apart, config.anchor)
+        self.proposals = rcnn.AnchorProposals(config.channels, apart, config.anchor)
         self.regions = rcnn.make_regions(config, len(config.names), apart)
 
     def losses(

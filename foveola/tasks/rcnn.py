@@ -34,7 +34,7 @@ ViewTargets = list[
 Ignored = Sequence[Bool[Tensor, "H W"] | None]  # pixels of each view that count as nothing
 
 
-class Proposals(RegionProposalNetwork):
+class AnchorProposals(RegionProposalNetwork):
     """Boxes that may hold an object, of any class: two convolutions on each level, three anchors a cell."""
 
     def __init__(self, channels: int, strides: Sequence[float], anchor: float) -> None:
