@@ -91,7 +91,7 @@ ALLOWED = {
     "training.auto.cost": {"models.heads"},
     "training.recipe": {"evaluation.classification.knn"},  # its config only
     "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},
-    "tasks": {"methods", "views", "models", "losses", "distributed", "data.sample"},
+    "tasks": {"methods", "views", "models", "losses", "distributed", "data.sample", "drawing"},
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
     "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
     "figures": {

@@ -1,13 +1,11 @@
 """Sheets of answers: what the head of a fine-tuned encoder says of annotated images, worst and best."""
 
-import colorsys
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from foveola.config import UserError, kind_of
 from foveola.data.decode import decode
@@ -15,13 +13,13 @@ from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import Source
 from foveola.drawing.boxes import paint_objects
+from foveola.drawing.classes import paint_classes, palette
 from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.evaluation.segmentation.labelled import labelled_image
-from foveola.figures.detections import agreement, annotated, drawn_detections
+from foveola.figures.detections import agreement, annotated
 from foveola.models.encoder import Encoder
+from foveola.tasks.drawn import drawn_detections
 from foveola.tasks.task import Classes, Detections, LabelMap
-
-SHOWN_FROM = 0.5  # score from which a detection is drawn, and counts as an answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,30 +153,15 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     colors = palette(len(answer.names))
     largest = np.bincount(said[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
     caption = ", ".join(answer.names[i] for i in largest if (said[labelled] == i).any())
-    tiles = image, _painted(image, truth, colors), _painted(image, said, colors)
+    tiles = image, paint_classes(image, truth, colors), paint_classes(image, said, colors)
     return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
-
-
-def _painted(image: Pixels, classes: UInt8[np.ndarray, "H W"], colors: UInt8[np.ndarray, "C 3"]) -> Pixels:
-    """Classes as colours, over the brightness of the image."""
-    table = np.zeros((256, 3), np.float32)
-    table[: len(colors)] = colors
-    light = image.mean(axis=2, keepdims=True) / 255
-    return np.rint(table[classes] * (0.55 + 0.45 * light)).astype(np.uint8)
-
-
-def palette(count: int) -> UInt8[np.ndarray, "{count} 3"]:
-    """Return colours that are far apart: hues by the golden ratio, in three degrees of light."""
-    hues = [(i * 0.61803398875) % 1 for i in range(count)]
-    made = [colorsys.hsv_to_rgb(hue, 0.75, (1.0, 0.8, 0.6)[i % 3]) for i, hue in enumerate(hues)]
-    return np.rint(255 * np.array(made).reshape(count, 3)).astype(np.uint8)
 
 
 def _detections(source: Source, index: int, image: Pixels, answer: Detections) -> Answer | None:
     if not source.has_objects:
         return None
     sample = source[index]
-    truth, found = annotated(sample, image, source), drawn_detections(answer, SHOWN_FROM)
+    truth, found = annotated(sample, image, source), drawn_detections(answer)
     tiles = image, paint_objects(image, truth), paint_objects(image, found)
     captions = "", f"{len(truth.boxes)} annotated", f"{len(found.boxes)} found"
     return Answer(index, answer, agreement(found, truth), tiles, captions, (None, None, None))

@@ -16,7 +16,7 @@ from foveola.figures.choice import image_numbers, samples_of
 from foveola.figures.settings import SheetConfig
 from foveola.figures.tiles import Tile, head_of, images_of, row_of
 from foveola.models.encoder import Encoder
-from foveola.tasks.task import Detections
+from foveola.tasks.drawn import drawn_detections
 
 AGREES = 0.5  # IoU from which a detection is that object
 
@@ -85,16 +85,7 @@ def annotated(sample: Sample, image: Pixels, source: Source) -> DrawnObjects:
 def detected(encoder: Encoder, image: Pixels, score: float) -> DrawnObjects:
     """Return what a detector finds in an image, from a score on."""
     (found,) = detector_of(encoder).predict(encoder, [image])
-    return drawn_detections(found, score)
-
-
-def drawn_detections(found: Detections, score: float) -> DrawnObjects:
-    """Return detections from a score on as they are drawn."""
-    kept = (found.scores >= score).nonzero()[:, 0].tolist()
-    masks = None if found.masks is None else [found.masks[k].numpy() for k in kept]
-    names = tuple(found.names[found.labels[k]] for k in kept)
-    texts = tuple(f"{name} {found.scores[k]:.2f}" for k, name in zip(kept, names, strict=True))
-    return DrawnObjects(found.boxes[kept].double().numpy(), names, masks, texts)
+    return drawn_detections(found, score=score)
 
 
 def agreement(found: DrawnObjects, truth: DrawnObjects) -> float:

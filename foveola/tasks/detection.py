@@ -11,15 +11,24 @@ from torch import Tensor
 
 from foveola.config import ConfigError, UserError, key
 from foveola.data.sample import have_masks
+from foveola.drawing.boxes import DrawnObjects
 from foveola.methods.method import Output
 from foveola.models.encoder import Encoder
 from foveola.models.tokens import Inputs
 from foveola.models.transform import resize
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
+from foveola.tasks.drawn import VIEWS_KEPT, detections_figure, drawn_detections, images_of
 from foveola.tasks.pyramid import LEVELS, Pyramid, as_map, factors, strides
 from foveola.tasks.regions import drawn
-from foveola.tasks.task import Detections, TaskConfig, TaskHead, TaskMethod, check_annotated_views
+from foveola.tasks.task import (
+    Detections,
+    TaskConfig,
+    TaskHead,
+    TaskMethod,
+    at_rest,
+    check_annotated_views,
+)
 from foveola.views.batch import Batch, ViewsConfig
 
 if TYPE_CHECKING:
@@ -145,8 +154,20 @@ class DetectionHead(TaskHead):
         pixels = resize(image, rows, columns, encoder.config.transform.interpolation)
         view = torch.zeros(1, 3, side, side, device=encoder.device)
         view[:, :, :rows, :columns] = encoder.normalise(pixels[None].to(encoder.device))
-        found = self.detect(encoder_map(encoder.backbone, view), (side, side), (rows, columns))
-        boxes = found["boxes"].float() * view.new_tensor([width / columns, height / rows] * 2)
+        features = encoder_map(encoder.backbone, view)
+        return self.answer(features, (side, side), (rows, columns), (height, width))
+
+    def answer(
+        self,
+        features: Float[Tensor, "1 D h w"],
+        size: tuple[int, int],
+        image: tuple[int, int],
+        true: tuple[int, int],
+    ) -> Detections:
+        """Return what `detect` finds in a view, in pixels of the image at its `true` size (rows, columns)."""
+        (rows, columns), (height, width) = image, true
+        found = self.detect(features, size, image)
+        boxes = found["boxes"].float() * features.new_tensor([width / columns, height / rows] * 2).float()
         masks = None
         if "masks" in found:
             masks = pasted(found["masks"].float(), boxes, height, width).cpu()
@@ -200,6 +221,10 @@ class Detection(TaskMethod):
     def __init__(self, config: DetectionConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__(config, model, views)
         self.masks = bool(config.masks)
+        self.colors = views.color.mean, views.color.std
+        # Views of the last step, where their images lie, features; then objects of each.
+        self.shown: tuple[Tensor, ...] | None = None
+        self.shown_objects: ViewTargets = []
         self.backbone.norm.requires_grad_(False)  # never used: data-parallel training would wait for it
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
@@ -210,7 +235,10 @@ class Detection(TaskMethod):
         targets, ignored = self.targets_of(views.instances, len(pixels), size)
         head = self.task_head
         assert isinstance(head, DetectionHead)
-        losses = head.losses(encoder_map(self.backbone, pixels), size, inside, targets, ignored)
+        features = encoder_map(self.backbone, pixels)
+        losses = head.losses(features, size, inside, targets, ignored)
+        self.shown = tuple(each[:VIEWS_KEPT].detach().clone() for each in (pixels, inside, features))
+        self.shown_objects = targets[:VIEWS_KEPT]
         counts = torch.tensor([len(target["boxes"]) for target in targets], dtype=torch.float32)
         return Output(losses, {"objects/number": counts.mean(), **batch.facts})
 
@@ -231,6 +259,32 @@ class Detection(TaskMethod):
             targets.append(target)
             ignored.append(_region(instances, others, size) if bool(others.any()) else None)
         return targets, ignored
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Return some views of the last step in columns: with their objects, and with what the head finds.
+
+        The head is as the step left it, the features are as the step had them.
+        """
+        if self.shown is None:
+            return {}
+        views, inside, features = self.shown
+        names, head, images = self.config.names, self.task_head, images_of(views, *self.colors)
+        assert isinstance(head, DetectionHead)
+        found, size = [], (views.shape[2], views.shape[3])
+        with at_rest(head):
+            for frame, seen in zip(inside.long().tolist(), features.float().split(1), strict=True):
+                image = max(frame[3], 1), max(frame[2], 1)
+                found.append(drawn_detections(head.answer(seen, size, image, image), size))
+        truth = [
+            DrawnObjects(
+                each["boxes"].double().cpu().numpy(),
+                tuple(names[k - 1] for k in each["labels"].tolist()),
+                list(each["masks"].bool().cpu().numpy()) if self.masks else None,
+            )
+            for each in self.shown_objects
+        ]
+        return {"detections": detections_figure(images, truth, found)}
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
         if self.masks:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
@@ -17,6 +18,7 @@ from foveola.models.encoder import Encoder
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.tasks.decoders import DecoderConfig, enlarged_logits
+from foveola.tasks.drawn import VIEWS_KEPT, images_of, label_maps_figure
 from foveola.tasks.sliding import LookConfig, label_map, looks
 from foveola.tasks.task import Image, LabelMap, TaskConfig, TaskHead, TaskMethod, check_annotated_views
 from foveola.views.batch import Batch, ViewsConfig
@@ -115,6 +117,9 @@ class Segmentation(TaskMethod):
     def __init__(self, config: SegmentationConfig, model: ViTConfig, views: ViewsConfig) -> None:
         super().__init__(config, model, views)
         self.seen: list[Int64[Tensor, 2]] = []  # labelled pixels: right ones and all, since the last look
+        # Of the last step: views, their labels, logits of patches.
+        self.shown: tuple[Tensor, ...] | None = None
+        self.colors = views.color.mean, views.color.std
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         views, head = batch.large, self.student.task_head
@@ -123,8 +128,10 @@ class Segmentation(TaskMethod):
         images, maps = views.pixels[:, 0], views.label_maps[:, 0]
         features = self.student.backbone(images)
         counted = inside_patches(views.inside[:, 0], features.grid, self.student.backbone.config.patch_size)
-        logits = enlarged_logits(head(features, counted), features.grid, (images.shape[2], images.shape[3]))
+        answers = head(features, counted)
+        logits = enlarged_logits(answers, features.grid, (images.shape[2], images.shape[3]))
         loss, right, labelled = summed_loss(logits, maps)
+        self.shown = tuple(each[:VIEWS_KEPT].detach().clone() for each in (images, maps, answers))
         # Gradients are averaged over processes, of which each has its own number of labelled pixels.
         weight = distributed.all_reduce_sum(labelled.float()).clamp(min=1)
         self.seen.append(torch.stack((right, labelled)))
@@ -137,6 +144,18 @@ class Segmentation(TaskMethod):
         right, count = torch.stack(self.seen).sum(dim=0).tolist()
         self.seen = []
         return {"pixel_accuracy": right / max(count, 1)}
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Return some views of the last step in columns: as they are, their labels, and what was said."""
+        if self.shown is None:
+            return {}
+        views, maps, answers = self.shown
+        size, patch_size = (views.shape[2], views.shape[3]), self.student.backbone.config.patch_size
+        logits = enlarged_logits(answers, (size[0] // patch_size, size[1] // patch_size), size)
+        said = logits.argmax(dim=1).to(torch.uint8)
+        images = images_of(views, *self.colors)
+        return {"segmentation": label_maps_figure(images, maps, said, len(self.config.names))}
 
 
 def summed_loss(

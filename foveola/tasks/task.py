@@ -1,7 +1,8 @@
 """What a task is to the training loop and to users: a method with annotations as targets, and its head."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,6 +172,18 @@ class TaskMethod(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"encoder": self.student.backbone, "head": self.student.task_head}
+
+
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """Let a module answer as at inference, and then be in training again where it was."""
+    learning = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in learning:
+            each.training = True
 
 
 def check_annotated_views(name: str, views: ViewsConfig) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from foveola.config import UserError
 from foveola.data.sources import open_source
-from foveola.figures.answers import answers, answers_sheet, palette
+from foveola.drawing.classes import palette
+from foveola.figures.answers import answers, answers_sheet
 from foveola.figures.visualize import visualize
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig

@@ -14,8 +14,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
+from foveola.drawing.boxes import color_of
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
+from foveola.schedules import Progress
 from foveola.tasks.detection import (
     Detection,
     DetectionConfig,
@@ -25,7 +27,8 @@ from foveola.tasks.detection import (
     pasted,
 )
 from foveola.tasks.pyramid import ChannelNorm
-from foveola.views.batch import ViewsConfig
+from foveola.views.annotations import ViewInstances
+from foveola.views.batch import Batch, Views, ViewsConfig
 
 MODEL = ViTConfig(width=32, depth=2, heads=2, patch_size=16, image_size=64, drop_path=0.0)
 CONFIG = DetectionConfig(
@@ -346,6 +349,48 @@ def test_an_image_is_seen_alone_and_answers_are_in_its_pixels(monkeypatch) -> No
     assert not found.masks[0, :, :98].any()
     assert found.masks[0, 2:58, 104:148].all()
     assert not found.masks[0, :, 152:].any()
+
+
+def test_a_figure_shows_objects_and_what_the_head_finds(monkeypatch) -> None:
+    """Views of an image in their upper 96 rows; the mask of a found object ends where its image does."""
+    trained = method().train()
+    assert trained.figures() == {}
+    instances = ViewInstances(
+        torch.tensor([0, 4]), torch.tensor([[10.0, 10, 60, 60], [0, 0, 9, 9]]), torch.tensor([1, 0]),
+        torch.tensor([False, False]), torch.ones(2, 128, 128, dtype=torch.uint8),
+    )  # fmt: skip
+    boxes = torch.tensor([0, 0, 1, 4 / 3]).expand(5, 1, 4)
+    flips, none = torch.zeros(5, 1, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
+    views = Views(torch.zeros(5, 1, 3, 128, 128), boxes, flips, boxes, instances=instances)
+    trained(Batch(views, None, none, none, {}), Progress(0, 1, 1, 5))
+    seen = []
+
+    def detect(features: Tensor, size: tuple[int, int], image: tuple[int, int]) -> dict[str, Tensor]:
+        seen.append((tuple(features.shape), size, image, trained.task_head.training))
+        return {
+            "boxes": torch.tensor([[0.0, 0, 128, 96], [0, 0, 64, 64]]), "labels": torch.tensor([3, 1]),
+            "scores": torch.tensor([0.9, 0.4]), "masks": torch.ones(2, 1, 28, 28),
+        }  # fmt: skip
+
+    monkeypatch.setattr(trained.task_head, "detect", detect)
+    sheet = trained.figures()["detections"]
+    assert seen == [((1, 32, 8, 8), (128, 128), (96, 128), False)] * 4
+    assert trained.task_head.training
+    assert sheet.shape == (2 * (3 * 128 + 4), 4 * (3 * 128 + 4), 3)  # tiles of three times their size
+    plain = np.rint(255 * np.array(ViewsConfig().color.mean))
+
+    def blended(name: str) -> np.ndarray:
+        return np.rint(0.6 * plain + 0.4 * np.array(color_of(name)))
+
+    truth, found = sheet[:388], sheet[388:]
+    assert np.abs(truth[2 + 3 * 100, 2 + 3 * 100] - blended("b")).max() <= 1
+    assert np.abs(truth[2 + 3 * 100, 388 + 2 + 3 * 100] - plain).max() <= 1  # the second has no object
+    for column in range(4):
+        below = 388 * column + 2 + 3 * 100
+        assert np.abs(found[2 + 3 * 90, below] - blended("c")).max() <= 1
+        assert np.abs(found[2 + 3 * 110, below] - plain).max() <= 1
+        assert tuple(found[2 + 3 * 50, 388 * column + 2]) == color_of("c")  # the edge of the box
+        assert tuple(found[2 + 3 * 50, 388 * column + 2 + 3 * 63]) != color_of("a")  # below the score
 
 
 def test_answers_do_not_depend_on_other_images() -> None:

@@ -109,6 +109,10 @@ def test_an_interrupted_run_ends_as_if_it_never_was(tmp_path: Path) -> None:
         checkpoint.read_checkpoint(tmp_path / name / "checkpoints" / "step-00000004")["trainer"]["method"]
         for name in ("whole", "cut")
     )
+    drawn = [
+        (tmp_path / name / "figures" / "detections-00000004.png").read_bytes() for name in ("whole", "cut")
+    ]
+    assert drawn[0] == drawn[1]
     assert whole.keys() == cut.keys()
     for name, value in whole.items():
         assert torch.equal(value, cut[name]), name

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 import foveola
 from foveola.config import UserError, build, merge, to_dict
 from foveola.data.sample import IGNORE, Canvases, Sample
+from foveola.drawing.classes import palette
 from foveola.schedules import Progress
 from foveola.tasks.segmentation import Segmentation, inside_patches, summed_loss
 from foveola.training.finetune import finetune
@@ -122,6 +123,35 @@ def test_the_loss_of_a_step_is_that_of_its_views(decoder):
     right = (field.argmax(dim=1) == maps).sum().item() / len(losses)
     assert method.diagnose() == {"pixel_accuracy": pytest.approx(right)}
     assert method.diagnose() == {}
+
+
+def test_a_figure_shows_views_labels_and_answers():
+    """Tiles with white between them: the brightness of the view, under the colour of each pixel's class."""
+    method, config = method_of(**{"views.rescale.range": [0.5, 0.75]})
+    assert method.figures() == {}
+    batch = make_views(canvases(5), config.views, 4, Streams(0, 0))
+    method.eval()
+    method(batch, Progress(0, 8, 4, 5))
+    (name, sheet), *_ = method.figures().items()
+    assert (name, sheet.shape) == ("segmentation", (3 * 36, 4 * 36, 3))
+    views, maps = batch.large.pixels[:, 0], batch.large.label_maps[:, 0]
+    logits = method.task_head(method.backbone(views)).detach().double()
+    field = interpolate(logits.mT.unflatten(2, (8, 8)), (32, 32), mode="bilinear", align_corners=False)
+    mean, std = (np.array(each)[:, None, None] for each in (config.views.color.mean, config.views.color.std))
+    colors = palette(3).astype(float)
+    for b in range(4):
+        shown, truth, said = (sheet[36 * r + 2 : 36 * r + 34, 36 * b + 2 : 36 * b + 34] for r in range(3))
+        wanted = np.clip(np.rint(255 * (views[b].numpy() * std + mean)), 0, 255).transpose(1, 2, 0)
+        assert np.abs(shown.astype(float) - wanted).max() <= 1
+        for y, x in np.ndindex(32, 32):
+            light = 0.55 + 0.45 * shown[y, x].mean() / 255
+            if maps[b, y, x] == IGNORE:
+                assert not truth[y, x].any()
+                assert not said[y, x].any()
+            else:
+                for tile, label in ((truth, maps[b, y, x]), (said, field[b, :, y, x].argmax())):
+                    assert np.abs(tile[y, x] - light * colors[int(label)]).max() < 1
+    assert (sheet[:2] == 255).all()
 
 
 RANKS = """
