@@ -69,6 +69,12 @@ def score(truth: dict[str, Any], detections: Sequence[dict[str, Any]], kind: Kin
     return CocoScores(summary, classes, curves, _ranked(measured))
 
 
+def of_kind(result: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return a result with what is measured: pycocotools makes boxes of masks where both are there."""
+    left = "segmentation" if kind == "box" else "bbox"
+    return {name: value for name, value in result.items() if name != left}
+
+
 def _loaded(true: Any, detections: Sequence[dict[str, Any]]) -> COCO:
     """Results as pycocotools reads them, which fails on an empty list."""
     if detections:

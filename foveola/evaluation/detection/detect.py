@@ -9,7 +9,7 @@ from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.sample import have_masks
 from foveola.data.sources import Source
-from foveola.evaluation.detection.average_precision import CocoScores, Kind, ap_interval, score
+from foveola.evaluation.detection.average_precision import CocoScores, Kind, ap_interval, of_kind, score
 from foveola.evaluation.detection.truth import Annotated, AnnotatedCut, data_set, met_by_name, rle_of
 from foveola.evaluation.heads import AskedImages, asked_head
 from foveola.evaluation.images import ChosenConfig
@@ -141,7 +141,7 @@ def _outcome(
     curves: dict[str, Any] = {}
     kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
     for kind in kinds:
-        scores = score(truth, [_only(each, kind) for each in found.detections], kind)
+        scores = score(truth, [of_kind(each, kind) for each in found.detections], kind)
         metrics |= _numbers(kind, scores, classes)
         curves[kind] = {level: [round(v, 4) for v in values] for level, values in scores.precision.items()}
         if config.resamples and len(found.sizes) > 1:
@@ -158,12 +158,6 @@ def _outcome(
     notes = _notes(classes, names, masks)
     beside = {FILE: official(source, found.detections)}
     return Outcome(metrics, {"test": told}, notes, grid={"precision": curves}, beside=beside)
-
-
-def _only(result: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    """A result with what is measured: pycocotools makes boxes of masks where both are there."""
-    left = "segmentation" if kind == "box" else "bbox"
-    return {name: value for name, value in result.items() if name != left}
 
 
 def _numbers(kind: str, scores: CocoScores, classes: tuple[str, ...]) -> dict[str, float]:

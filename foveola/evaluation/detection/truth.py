@@ -26,33 +26,48 @@ class Annotated(NamedTuple):
 
 
 class AnnotatedCut:
-    """Makes an `Annotated` of an image; with `masks` the masks of its objects, too."""
+    """Makes an `Annotated` of an image; with `masks` the masks of its objects, too.
 
-    def __init__(self, masks: bool) -> None:
-        self.masks = masks
+    Without `classes` every object is of the first and only category, also one without a class.
+    """
+
+    def __init__(self, masks: bool, classes: bool = True) -> None:
+        self.masks, self.classes = masks, classes
 
     def __call__(self, sample: Sample, index: int) -> Annotated:
         """Return one image. Raises BadImage."""
         image = decode(sample.image)
-        size = image.shape[:2]
-        found = annotations_of(sample.objects, index, size, self.masks, crowd=False)
-        found += annotations_of(sample.crowds, index, size, self.masks, crowd=True)
+        found = all_annotations(sample, index, image.shape[:2], self.masks, self.classes)
         return Annotated(torch.tensor([index]), (image,), (found,))
 
 
+def all_annotations(
+    sample: Sample, image: int, size: tuple[int, int], masks: bool, classes: bool
+) -> list[dict[str, Any]]:
+    """Return objects and crowds of a sample as `annotations_of` gives them."""
+    found = annotations_of(sample.objects, image, size, masks, crowd=False, classes=classes)
+    return found + annotations_of(sample.crowds, image, size, masks, crowd=True, classes=classes)
+
+
 def annotations_of(
-    objects: Objects | None, image: int, size: tuple[int, int], masks: bool, crowd: bool
+    objects: Objects | None,
+    image: int,
+    size: tuple[int, int],
+    masks: bool,
+    crowd: bool,
+    classes: bool = True,
 ) -> list[dict[str, Any]]:
     """Return objects as COCO annotations of an image of `size` (rows, columns).
 
-    Categories are labels + 1; objects without a class are left out. The mask of an object without one is its
-    box.
+    Categories are labels + 1, and objects without a class are left out; without `classes` all are of
+    category 1. The mask of an object without one is its box.
     """
-    if objects is None or objects.labels is None:
+    if objects is None or (classes and objects.labels is None):
         return []
     height, width = size
+    labels = np.zeros(len(objects), np.int64) if objects.labels is None or not classes else objects.labels
     found = []
-    for k, label in enumerate(objects.labels.tolist()):
+    for k, label in enumerate(labels.tolist()):
         if label < 0:
             continue
         x0, y0, x1, y1 = (objects.boxes[k].astype(np.float64) * (width, height, width, height)).tolist()
