@@ -198,7 +198,7 @@ class CocoRegions:
     def __init__(
         self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
     ) -> None:
-        boxes, areas, masks = [], [], []
+        boxes, areas, masks, scores = [], [], [], []
         for (width, height), some in zip(sizes.tolist(), annotations, strict=True):
             rows = []
             for annotation in some:
@@ -207,14 +207,22 @@ class CocoRegions:
                 rows.append((x, y, x + w, y + h, labels[annotation["category_id"]]))
                 areas.append(annotation.get("area", w * h) / (width * height))
                 masks.append(_pack_mask(annotation.get("segmentation"), height, width))
+                scores.append(annotation.get("score"))
             boxes.append(rows)
         self.sizes = sizes  # width, height
         self.table, self.masks = BoxTable(boxes), Packed(masks)
         self.areas = np.array(areas, np.float32)
+        known = [score for score in scores if score is not None]
+        if 0 < len(known) < len(scores):
+            raise DataError(
+                f"{len(known)} of {len(scores)} annotations have a score; all or none can have one"
+            )
+        self.scores = np.array(known, np.float32) if known else None
 
     def digest(self) -> str:
-        """Return the digest of sizes, boxes, labels, areas, polygons and RLE."""
+        """Return the digest of sizes, boxes, labels, areas, polygons, RLE, and scores if there are any."""
         parts = (self.sizes, self.areas, self.masks.ends, self.masks.bytes)
+        parts += () if self.scores is None else (self.scores,)
         own = hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()
         return f"{self.table.digest()} {own}"
 
@@ -226,12 +234,13 @@ class CocoRegions:
         first = int(self.table.ends[row]) - len(boxes)
         width, height = (int(side) for side in self.sizes[row])
         masks = [_unpack_mask(self.masks[i], height, width) for i in range(first, first + len(boxes))]
-        areas = self.areas[first : first + len(boxes)]
+        part = slice(first, first + len(boxes))
+        scores = None if self.scores is None else self.scores[part]
         unit = boxes / np.array([width, height, width, height], np.float32)
         if orientation != 1:
             unit = turn_boxes(unit, orientation)
             masks = [None if mask is None else turn(full_mask(mask), orientation) for mask in masks]
-        return Objects.from_boxes(unit, labels, masks, areas)
+        return Objects.from_boxes(unit, labels, masks, self.areas[part], scores)
 
 
 class CocoObjects:

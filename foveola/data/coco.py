@@ -23,7 +23,9 @@ def check_size(image: dict) -> None:
 
 
 def check_annotation(annotation: dict, width: int, height: int) -> None:
-    """Raise DataError, naming the annotation, for a box, area or mask that cannot be of such an image."""
+    """Raise DataError, naming the annotation, for a box, area, mask or score that cannot be of such an
+    image.
+    """
     told = f"annotation {annotation.get('id', 'without id')} of image {annotation.get('image_id')}"
     box, area = annotation["bbox"], annotation.get("area", 0)
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
@@ -33,6 +35,8 @@ def check_annotation(annotation: dict, width: int, height: int) -> None:
         raise DataError(f"{told}: bbox {box} lies outside its {width}x{height} pixels")
     if not _is_finite(area) or area < 0:
         raise DataError(f"{told}: area {area}")
+    if not _is_finite(annotation.get("score", 0)):
+        raise DataError(f"{told}: score {annotation['score']}")
     mask = annotation.get("segmentation")
     try:
         if isinstance(mask, dict):

@@ -148,6 +148,8 @@ def _of_samples(source: Any, chosen: np.ndarray | None) -> Identity:
 def _parts(objects: Objects | None) -> Iterator[Any]:
     for part in () if objects is None else (objects.boxes, objects.areas, objects.labels):
         yield b"" if part is None else part
+    if objects is not None and objects.scores is not None:
+        yield objects.scores
     for mask in () if objects is None else objects.masks or ():
         yield mask if isinstance(mask, np.ndarray) else repr(mask).encode()
 

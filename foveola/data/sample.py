@@ -39,12 +39,14 @@ class Objects:
     image: of the mask, or of the box where there is none. `labels` are class indices. `masks` holds per
     object None (the box is the mask), a bool array [H, W], a COCO RLE ({"size": [h, w], "counts": ...}) or
     polygons ({"size": [h, w], "polygons": [[x, y, x, y, ...], ...]} in pixels); None stands for boxes alone.
+    `scores` of objects that no person annotated say how sure each is; they compare within one file.
     """
 
     boxes: Float32[np.ndarray, "K 4"]
     areas: Float32[np.ndarray, "K"]
     labels: Int64[np.ndarray, "K"] | None = None
     masks: tuple | None = None
+    scores: Float32[np.ndarray, "K"] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -56,6 +58,7 @@ class Objects:
         labels: Int64[np.ndarray, "K"] | None = None,
         masks: Sequence[Any] | None = None,
         areas: Float[np.ndarray, "K"] | None = None,
+        scores: Float32[np.ndarray, "K"] | None = None,
     ) -> "Objects | None":
         """Return objects from boxes in units of the image, corners in any order. Clips; drops what has no
         area.
@@ -74,6 +77,7 @@ class Objects:
             areas=shares[keep],
             labels=None if labels is None else labels[keep],
             masks=None if masks is None else tuple(masks[i] for i in keep.tolist()),
+            scores=None if scores is None else scores[keep],
         )
 
     def draw(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:

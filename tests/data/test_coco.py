@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as official
 
 from foveola.data.coco import rle_counts
+from foveola.data.identity import identity_of
 from foveola.data.sample import DataError
 from foveola.data.sources import open_source
 
@@ -54,6 +55,7 @@ GOOD = {"bbox": [1, 1, 8, 8], "area": 64}
         ({"bbox": ["1", 1, 8, 8]}, "is not x, y, width, height"),
         ({"bbox": [40, 1, 8, 8]}, r"bbox \[40, 1, 8, 8\] lies outside its 30x20 pixels"),
         ({"area": float("inf")}, "area inf"),
+        ({"score": "high"}, "score high"),
     ],
 )
 def test_hostile_annotations(tmp_path: Path, changes: dict, message: str):
@@ -88,6 +90,32 @@ def test_what_is_right_is_read(tmp_path: Path, kind: str):
     sample = open_source(write(tmp_path, {"segmentation": segmentation}))[0]
     assert sample.objects is not None
     assert np.array_equal(sample.objects.draw(0, 60) > 127, np.kron(mask, np.ones((3, 2))) > 0)
+
+
+def test_scores_are_kept_by_the_objects_that_are_left(tmp_path: Path):
+    name = write(tmp_path, {"score": 0.25})
+    file = tmp_path / "coco.json"
+    tree = json.loads(file.read_text())
+    plain = open_source(name)[0].objects
+    assert plain is not None
+    assert plain.scores is not None
+    assert plain.scores.tolist() == [0.25]
+    for number, (box, score) in enumerate((([2, 2, 0, 8], 0.5), ([2, 2, 8, 8], 0.75)), start=8):
+        tree["annotations"].append(tree["annotations"][0] | {"id": number, "bbox": box, "score": score})
+    file.write_text(json.dumps(tree))
+    source = open_source(name)
+    found = source[0].objects
+    assert found is not None
+    assert found.scores is not None
+    assert found.scores.tolist() == [0.25, 0.75]  # the second has no area
+    digest = identity_of(source).digest
+    tree["annotations"][0]["score"] = 0.3
+    file.write_text(json.dumps(tree))
+    assert identity_of(open_source(name)).digest != digest
+    del tree["annotations"][0]["score"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"coco.json: 2 of 3 annotations have a score"):
+        open_source(name)
 
 
 def write(folder: Path, changes: dict, size: tuple = (30, 20), name: str = "a.png") -> str:
