@@ -1,15 +1,15 @@
 """All probes side by side on the same features: the protocol `probes`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from foveola.config import ConfigError, key
 from foveola.evaluation.classification.abmilp import Abmilp, AbmilpConfig
 from foveola.evaluation.classification.attentive import Attentive, AttentiveConfig
-from foveola.evaluation.classification.grids import probe_metrics
+from foveola.evaluation.classification.grids import means_over_seeds, probe_metrics, with_spread
 from foveola.evaluation.classification.knn import Knn, KnnConfig
 from foveola.evaluation.classification.linear import Linear, LinearConfig
 from foveola.evaluation.classification.logistic import Logistic, LogisticConfig
@@ -18,6 +18,7 @@ from foveola.evaluation.classification.trained import Prepared, TrainedProbe, tr
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 
+MEASURED_ONCE = {"knn", "logistic"}  # nothing but a hold-out is drawn by chance
 Name = Literal["knn", "logistic", "linear", "aggregations", "attentive", "cae"]
 
 
@@ -40,12 +41,20 @@ class ProbesConfig(ProbeConfig):
         (0.01, 0.03, 0.1, 0.3), "learning rates of the aggregations and of cae, of a batch of 256", above=0
     )
     attention_of: str | None = key(None, "another encoder, whose attention averages the patches")
+    seeds: int = key(
+        1,
+        "trainings of each trained probe, of seed, seed + 1, ...: numbers are their means, _std their "
+        "standard deviation; k-NN and logistic regression are measured once",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         if not self.run or len(set(self.run)) < len(self.run):
             raise ValueError(f"run: needs different probes, got {list(self.run)}")
         if set(self.run) & {"aggregations", "cae"} and not self.lr:
             raise ValueError("lr: needs a value")
+        if self.seeds > 1 and not set(self.run) - MEASURED_ONCE:
+            raise ValueError(f"seeds: has no effect, as nothing of run={list(self.run)} is trained by steps")
 
 
 def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol, Any]]:
@@ -84,6 +93,13 @@ def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol
     return parts
 
 
+class Timed(NamedTuple):
+    """What a probe scored, and the seconds of it and of its training."""
+
+    outcome: Outcome
+    seconds: float
+
+
 class Probes(Protocol):
     """Every probe on the same features: the numbers of all of them, with their intervals.
 
@@ -96,7 +112,7 @@ class Probes(Protocol):
     help = "all classification protocols side by side on the same features"
     Config = ProbesConfig
     train = "needed"
-    metrics = (*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats"))
+    metrics = with_spread((*probe_metrics("probes"), Metric("entropy_*", "probes: entropy {}", unit="nats")))
 
     def needs(self, config: ProbesConfig, encoder: Encoder) -> Needs:
         """Return the needs of all parts."""
@@ -113,25 +129,28 @@ class Probes(Protocol):
     def measure_all(self, every: Sequence[At], config: ProbesConfig) -> list[Outcome]:
         """Return the same for several test sets; what is trained by steps is trained once."""
         parts = parts_of(config, every[0].encoder)
-        prepared = self._trained(every[0], parts)
-        return [self._measured(at, parts, prepared) for at in every]
+        seeds = range(config.seed, config.seed + config.seeds)
+        trainings = [self._trained(every, parts, seed) for seed in seeds]
+        return [
+            self._measured(at, parts, {name: [run[name][i] for run in trainings] for name in trainings[0]})
+            for i, at in enumerate(every)
+        ]
 
     def _measured(
-        self, at: At, parts: dict[str, tuple[Protocol, Any]], prepared: dict[str, Prepared]
+        self, at: At, parts: dict[str, tuple[Protocol, Any]], trained: dict[str, list[Timed]]
     ) -> Outcome:
+        """The numbers of all parts on a test set; `trained` has those of each training."""
         metrics: dict[str, float] = {}
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}
         grid: dict[str, Any] = {}
         scores: dict[str, Any] = {}
         notes: list[str] = []
-        seconds = {name: each.plan.seconds for name, each in prepared.items()}
+        seconds: dict[str, float] = {}
         for name, (protocol, own) in parts.items():
-            began = perf_counter()
-            with _named(name):
-                ready = prepared.get(name)
-                outcome = protocol.measure(at, own) if ready is None else ready.outcome(at)
-            seconds[name] = round(seconds.get(name, 0.0) + perf_counter() - began, 2)
+            runs = trained.get(name) or [_timed(name, lambda p=protocol, o=own: p.measure(at, o))]
+            seconds[name] = round(sum(run.seconds for run in runs), 2)
+            outcome = means_over_seeds([run.outcome for run in runs], own.seed)
             found, kept = outcome.metrics, outcome.scores
             if name == "knn":
                 found, kept = (
@@ -151,15 +170,27 @@ class Probes(Protocol):
         data["probe_seconds"] = seconds  # of training steps and scoring; the pass over the images is apart
         return Outcome(metrics, data, tuple(dict.fromkeys(notes)), chosen, grid, scores)
 
-    def _trained(self, at: At, parts: dict[str, tuple[Protocol, Any]]) -> dict[str, Prepared]:
-        """The grids of the parts that are trained by steps, trained."""
-        prepared = {}
+    def _trained(
+        self, every: Sequence[At], parts: dict[str, tuple[Protocol, Any]], seed: int
+    ) -> dict[str, list[Timed]]:
+        """What the parts that are trained by steps score on each test set, after a training of a seed."""
+        prepared: dict[str, Prepared] = {}
         for name, (protocol, own) in parts.items():
             if isinstance(protocol, TrainedProbe):
                 with _named(name):
-                    prepared[name] = protocol.prepare(at, own)
-        train_together(list(prepared.values()), at.progress)
-        return prepared
+                    prepared[name] = protocol.prepare(every[0], own, seed)
+        train_together(list(prepared.values()), every[0].progress)
+        found: dict[str, list[Timed]] = {}
+        for name, ready in prepared.items():
+            scored = [_timed(name, lambda r=ready, at=at: r.outcome(at)) for at in every]
+            found[name] = [run._replace(seconds=run.seconds + ready.plan.seconds) for run in scored]
+        return found
+
+
+def _timed(part: str, measure: Callable[[], Outcome]) -> Timed:
+    began = perf_counter()
+    with _named(part):
+        return Timed(measure(), perf_counter() - began)
 
 
 @contextmanager

@@ -119,6 +119,30 @@ def test_seeds_are_single_trainings(protocol, encoder, sets, tmp_path: Path) -> 
         evaluate(encoder, protocol, test=two, probe=str(file), seeds=3, **QUIET)
 
 
+def test_seeds_of_all_probes_side_by_side(encoder, sets) -> None:
+    """What is trained by steps has means of single runs; k-NN and logistic regression are measured once."""
+    train, one, two = sets
+    for source in sets:
+        source.samples = [replace(s, label=(s.label + i % 2) % 3) for i, s in enumerate(source.samples)]
+    short = {"run": ("knn", "logistic", "linear"), "epochs": 2, "batch": 32, "values": 2, "k": (5,)}
+    places = {"train": train, "test": [one, two], **short, **QUIET}
+    found = evaluate(encoder, "probes", **places, seed=4, seeds=2)
+    alone = [evaluate(encoder, "probes", **places, seed=seed) for seed in (4, 5)]
+    for result, *runs in zip((found, *found.others), *((run, *run.others) for run in alone), strict=True):
+        for name, value in runs[0].metrics.items():
+            if "linear" in name and not name.endswith(("_low", "_high")):
+                values = [run.metrics[name] for run in runs]
+                assert result.metrics[name] == pytest.approx(np.mean(values), rel=1e-9)
+                assert result.metrics[f"{name}_std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+            else:
+                assert result.metrics[name] == value
+        assert not any("_std" in name and "linear" not in name for name in result.metrics)
+        assert result.scores == runs[0].scores
+        assert sum("means over trainings with seeds 4 to 5" in note for note in result.notes) == 1
+    with pytest.raises(UserError, match="seeds: has no effect, as nothing of run="):
+        evaluate(encoder, "probes", **places | {"run": ("knn", "logistic")}, seeds=2)
+
+
 def test_seeds_read_the_images_and_crops_of_the_first(encoder, sets) -> None:
     """Of a part of the images, too, which the first seed chooses, and of streamed crops."""
     train, one, two = sets
