@@ -1,0 +1,111 @@
+"""Objects that detectors find: those of torchvision and transformers, YOLO exports, and runs of foveola."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from foveola.config import ConfigError, UserError, key, to_dict
+from foveola.proposals.found import Image, Opened, chosen, proposals_of
+from foveola.proposals.own_models import open_own
+from foveola.proposals.proposal import Proposals
+from foveola.proposals.torchvision_models import open_torchvision
+
+SOME_READ = ("names",)  # which models do not share
+ENCODERS = ("timm", "pixels", "untrained", "python")
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Settings of detectors. A key that the model does not read is refused."""
+
+    score: float | None = key(
+        None,
+        "proposals are kept that score more; null = 0.5, or what the head of a run starts from",
+        at_least=0,
+        below=1,
+    )
+    classes: tuple[str, ...] | None = key(None, "names of the classes that are kept; null = all")
+    agnostic: bool = key(False, 'call everything that is found "object"')
+    names: tuple[str, ...] | None = key(
+        None, "names of the classes of weights that do not say them, in the order of outputs"
+    )
+    batch_size: int = key(4, "images at a time", at_least=1)
+
+
+class Detector:
+    """A `Proposer` that asks a detector."""
+
+    def __init__(self, opened: Opened, config: DetectorConfig, model: str) -> None:
+        self.opened, self.config, self.model = opened, config, model
+        self.chosen = chosen(opened.names, config.classes, config.agnostic, model)
+        self.score = opened.score if config.score is None else config.score
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what it finds: those of the model that are kept, or "object"."""
+        return self.chosen.classes
+
+    @property
+    def batch_size(self) -> int:
+        """How many images it wants at a time."""
+        return self.config.batch_size
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, model, identity of the weights and settings."""
+        settings = to_dict(replace(self.config, score=self.score))
+        del settings["batch_size"]  # which changes nothing that is found
+        return {"kind": "detect", "model": self.model, "weights": self.opened.identity, **settings}
+
+    @torch.no_grad()
+    def propose(self, images: Sequence[Image], /) -> list[Proposals]:
+        """Return what is found in each image; the answer for an image does not depend on the others."""
+        found: dict[int, Proposals] = {}
+        for rows in self._together(images):
+            each = self.opened.find([images[row] for row in rows], self.score)
+            for row, one in zip(rows, each, strict=True):
+                found[row] = proposals_of(one, images[row].shape[:2], self.score, self.chosen, self.model)
+        return [found[row] for row in range(len(images))]
+
+    def _together(self, images: Sequence[Image]) -> list[list[int]]:
+        """The images that the model may see in one batch: padding to the largest would change its answers."""
+        if self.opened.one_size:
+            return [list(range(len(images)))] if images else []
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(row)
+        return list(groups.values())
+
+
+def detector(model: str, config: DetectorConfig, device: str | torch.device = "cpu") -> Detector:
+    """Open a detector as a `Proposer`.
+
+    Args:
+        model: `torchvision:NAME`, `hf:NAME` or `hf:FOLDER`, `onnx:FILE`, or a run (or encoder folder) of
+            foveola that has a head for detection. `docs/masks.md` lists what they may be.
+
+    Code that comes with a model is never run. Raises UserError, in one line, for models that are not found,
+    that are no detectors or whose library is not installed, and ConfigError for keys that the model does not
+    read.
+    """
+    kind, _, rest = model.partition(":")
+    if kind in OPENERS:
+        with torch.random.fork_rng(devices=[]):  # networks draw weights before they get others
+            opened = OPENERS[kind](rest, config, torch.device(device))
+    elif kind in ENCODERS:
+        known = ", ".join(f"{kind}:" for kind in OPENERS)
+        raise UserError(f"{model} is an encoder without a detector: expected {known}, or a run of foveola")
+    else:
+        opened = open_own(model, config.score, device)
+    for name in SOME_READ:
+        if getattr(config, name) is not None and name not in opened.reads:
+            raise ConfigError(f"{name} has no effect: {model} does not read it")
+    return Detector(opened, config, model)
+
+
+def _torchvision(name: str, config: DetectorConfig, device: torch.device) -> Opened:
+    return open_torchvision(name, config.names, device)
+
+
+OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], Opened]] = {"torchvision": _torchvision}
