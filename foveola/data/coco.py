@@ -4,6 +4,7 @@ Counts that do not add up to the image, or a polygon that reaches to 1e9, make i
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,35 @@ from foveola.data.decode import MAX_PIXELS
 from foveola.data.sample import DataError
 
 RLE_DIGITS = 6  # characters of a number in compressed RLE: 30 bits
+
+
+def listed_part(tree: dict, path: Path) -> dict:
+    """Return the images that a text file names, a name or path a line, and their annotations.
+
+    A file name alone is enough, as is a path with more folders than the annotations have (lists such as that
+    of COCO20k). Raises DataError for names of no image, or of several.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    known: dict[str, list[dict]] = {}
+    for image in tree["images"]:
+        for name in {image["file_name"], image["file_name"].rsplit("/", 1)[-1]}:
+            known.setdefault(name, []).append(image)
+    chosen, missing = {}, []
+    for line in filter(None, lines):
+        found = known.get(line) or known.get(line.rsplit("/", 1)[-1], [])
+        if len(found) > 1:
+            raise DataError(f"{path}: {line} is the name of {len(found)} images: give paths")
+        missing += [] if found else [line]
+        chosen |= {image["id"]: image for image in found}
+    if missing or not chosen:
+        such = (
+            f": {len(missing)} of its names are of no annotated image, such as {missing[0]}"
+            if missing
+            else ""
+        )
+        raise DataError(f"{path}{such or ': names no image'}")
+    annotations = [each for each in tree["annotations"] if each["image_id"] in chosen]
+    return {"images": list(chosen.values()), "annotations": annotations}
 
 
 def check_size(image: dict) -> None:

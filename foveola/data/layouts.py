@@ -21,7 +21,7 @@ from foveola.data.annotations import (
     map_size,
     read_json,
 )
-from foveola.data.coco import check_size
+from foveola.data.coco import check_size, listed_part
 from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
 from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
@@ -272,8 +272,13 @@ def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
     return [classes[Path(file).stem] for file in files]
 
 
-def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFiles:
-    """Open COCO instances, crowds apart. Classes are numbered from 0 in the order of their ids."""
+def open_coco(
+    name: str, root: Path, annotations: Path | None = None, files: Path | None = None
+) -> ImageFiles:
+    """Open COCO instances, crowds apart. Classes are numbered from 0 in the order of their ids.
+
+    `files` lists the images that are taken, a name or path a line.
+    """
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
     tree = read_json(annotations)
@@ -283,6 +288,8 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
     if not tree["images"]:
         raise DataError(f"{annotations}: lists no images")
     try:
+        if files is not None:
+            tree |= listed_part(tree, files)
         images = sorted(tree["images"], key=lambda image: image["id"])
         row_of = {image["id"]: row for row, image in enumerate(images)}
         categories = sorted(tree["categories"], key=lambda category: category["id"])
@@ -293,7 +300,7 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
         for image in images:
             check_size(image)
         sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
-        files = [image["file_name"] for image in images]
+        names = [image["file_name"] for image in images]
         reader = CocoObjects(sizes, per_image, label_of)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -301,14 +308,14 @@ def open_coco(name: str, root: Path, annotations: Path | None = None) -> ImageFi
         ) from error
     except DataError as error:
         raise DataError(f"{annotations}: {error}") from error
-    check_inside(annotations, files)
-    check_listed(root, files)
+    check_inside(annotations, names)
+    check_listed(root, names)
     classes = [category["name"] for category in categories]
-    source = ImageFiles(name, root, files, None, classes, reader)
+    source = ImageFiles(name, root, names, None, classes, reader)
     source.image_ids = np.array([image["id"] for image in images])
     source.category_ids = np.array([category["id"] for category in categories])
     annotated = int((np.diff(reader.table.ends, prepend=0) > 0).sum())
-    source.notes = _few_objects(annotations, annotated, len(files))
+    source.notes = _few_objects(annotations, annotated, len(names))
     return source
 
 

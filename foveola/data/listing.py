@@ -19,6 +19,10 @@ LAYOUTS = {
     "imagenet-a": ("folders named by ImageNet's wnids", OWN),
     "objectnet": ("the folders images and mappings of objectnet-1.0", OWN),
     "voc": ("JPEGImages, SegmentationClass and ImageSets/Segmentation, the folder VOC2012", OWN_MAPS),
+    "voc-objects": (
+        "JPEGImages, Annotations and ImageSets/Main, the folder VOC2007 or VOC2012",
+        "coco: and folder:?boxes= read boxes in other files",
+    ),
     "ade20k": ("images/training, annotations/training, ..., the folder ADEChallengeData2016", OWN_MAPS),
     "cityscapes": ("leftImg8bit/<split>/<city> and gtFine/<split>/<city>", OWN_MAPS),
     "camvid": ("<split>/images and <split>/labels, or <split> and <split>annot", OWN_MAPS),

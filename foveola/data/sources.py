@@ -33,6 +33,7 @@ from foveola.data.segmentation import (
     open_masks,
     open_voc,
 )
+from foveola.data.voc import ignored_flags, open_voc_objects
 from foveola.outside import announced, imported, is_importable
 
 __all__ = ["BadImage", "DataError", "PixelSource", "Source", "decode", "open_source"]
@@ -324,9 +325,13 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
     "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
     "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
-    "coco": (open_coco, {"annotations": _path}),
+    "coco": (open_coco, {"annotations": _path, "files": _path}),
     "masks": (open_masks, {"labels": _folder, "classes": str, **LABEL_MAP_KEYS}),
     "voc": (open_voc, {"split": _one_of("train", "trainaug", "val", "test")}),
+    "voc-objects": (
+        open_voc_objects,
+        {"split": _one_of("train", "val", "trainval", "test"), "ignore": ignored_flags},
+    ),
     "ade20k": (open_ade20k, {"split": _split}),
     "cityscapes": (open_cityscapes, {"split": _split}),
     "cocostuff": (open_coco_stuff, {"labels": _folder, "classes": str}),

@@ -129,3 +129,29 @@ def write(folder: Path, changes: dict, size: tuple = (30, 20), name: str = "a.pn
     }
     (folder / "coco.json").write_text(json.dumps(tree))
     return f"coco:{folder / 'p'}?annotations={folder / 'coco.json'}"
+
+
+def test_a_list_of_files_selects_images(tmp_path: Path):
+    """Lists name images with more folders than the annotations do, such as that of COCO20k."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
+    tree = {
+        "images": [
+            {"id": k, "file_name": f"{name}.png", "width": 30, "height": 20} for k, name in enumerate("abc")
+        ],
+        "annotations": [{"id": 7 + k, "image_id": k, "category_id": 1, **GOOD} for k in range(3)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(tree))
+    listed = tmp_path / "some.txt"
+    listed.write_text("train2014/c.png\n\na.png\nc.png\n")
+    spec = f"coco:{tmp_path}?annotations={tmp_path / 'coco.json'}&files={listed}"
+    source = open_source(spec)
+    assert [source[index].name for index in range(len(source))] == ["a.png", "c.png"]
+    assert source[1].objects is not None
+    listed.write_text("a.png\nd.png\n")
+    with pytest.raises(DataError, match=r"some.txt: 1 of its names are of no annotated image, such as d.png"):
+        open_source(spec)
+    listed.write_text("")
+    with pytest.raises(DataError, match=r"some.txt: names no image"):
+        open_source(spec)
