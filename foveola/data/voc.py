@@ -15,7 +15,7 @@ from foveola.data.sample import DataError
 from foveola.data.segmentation import VOC_WORDS
 
 FLAGS = ("difficult", "truncated")  # of an object
-CLASSES = tuple(VOC_WORDS.split()[1:])
+VOC_CLASSES = tuple(VOC_WORDS.split()[1:])
 
 
 def ignored_flags(text: str) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def open_voc_objects(name: str, root: Path, split: str, ignore: tuple[str, ...] 
         )
     read = [_read(_xml(base, stem), ignore) for stem in stems]
     names = {each["name"] for _, some in read for each in some}
-    classes = CLASSES if names <= set(CLASSES) else tuple(sorted(names))
+    classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
     numbers = {word: number for number, word in enumerate(classes)}
     annotations = [[each | {"category_id": numbers[each["name"]]} for each in some] for _, some in read]
     sizes = np.array([size for size, _ in read], np.int64)

@@ -21,11 +21,15 @@ from foveola.evaluation.metrics import interval
 from foveola.evaluation.paired import PackedScores, packed
 from foveola.evaluation.protocol import Metric
 
-IOUS = np.linspace(0.5, 0.95, 10)  # COCO's; the first one is that of precision, recall and CorLoc
-FIRST = (1, 10, 100)  # proposals of an image that AR reads
-SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}  # areas, as COCO
+COCO_IOUS = np.linspace(0.5, 0.95, 10)  # COCO's; the first one is that of precision, recall and CorLoc
+FIRST_PROPOSALS = (1, 10, 100)  # proposals of an image that AR reads
+AREA_RANGES = {
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}  # areas, as COCO
 NEARLY_ONE = 1 - 1e-10  # pycocotools' greatest IoU that is asked for
-OBJECT = ("object",)  # the only class
+ONE_CLASS = ("object",)  # the only class
 
 METRICS = (
     Metric("*_corloc", "{} CorLoc", "higher"),
@@ -41,7 +45,7 @@ METRICS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class Held:
     """The K proposals of one image, best first, held against its G objects."""
 
     image: int
@@ -73,10 +77,10 @@ def match(
     `crowds` are shares of each proposal that lie within each crowd. Proposals choose in their order; of
     objects with the same IoU the last one is taken, as pycocotools has it.
     """
-    taken = np.full((len(IOUS), len(ious)), -1)
-    ignored = np.zeros((len(IOUS), len(ious)), bool)
+    taken = np.full((len(COCO_IOUS), len(ious)), -1)
+    ignored = np.zeros((len(COCO_IOUS), len(ious)), bool)
     on_crowd = crowds.max(axis=1, initial=-1.0)
-    for level, wanted in enumerate(np.minimum(IOUS, NEARLY_ONE).tolist()):
+    for level, wanted in enumerate(np.minimum(COCO_IOUS, NEARLY_ONE).tolist()):
         free = ious.astype(np.float64)
         for k in range(len(ious)):
             best = free.shape[1] - 1 - int(free[k, ::-1].argmax()) if free.shape[1] else -1
@@ -88,21 +92,21 @@ def match(
     return taken, ignored
 
 
-def judge(
+def held_against(
     image: int, annotations: Sequence[dict[str, Any]], proposals: Sequence[dict[str, Any]], kind: Kind
-) -> Judged:
+) -> Held:
     """Hold the proposals of one image, in any order, against its annotations."""
     ranked = sorted(proposals, key=lambda each: -each["score"])  # equals stay in their order
     objects, crowds = ([a for a in annotations if bool(a["iscrowd"]) is crowd] for crowd in (False, True))
-    ious = overlaps(ranked, objects, kind)
-    taken, ignored = match(ious, overlaps(ranked, crowds, kind))
+    ious = pairwise_iou(ranked, objects, kind)
+    taken, ignored = match(ious, pairwise_iou(ranked, crowds, kind))
     counting = np.flatnonzero(~ignored[0])
-    first = bool(len(counting)) and bool((ious[counting[0]] >= IOUS[0]).any())
+    first = bool(len(counting)) and bool((ious[counting[0]] >= COCO_IOUS[0]).any())
     areas = np.array([annotation["area"] for annotation in objects], np.float64)
-    return Judged(image, taken, ignored, ious.max(axis=0, initial=0.0), first, areas)
+    return Held(image, taken, ignored, ious.max(axis=0, initial=0.0), first, areas)
 
 
-def overlaps(
+def pairwise_iou(
     proposals: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]], kind: Kind
 ) -> Float64[np.ndarray, "K G"]:
     """Return the IoU of each proposal with each annotation; with a crowd, its own share that lies within."""
@@ -145,10 +149,12 @@ def compare_proposals(
     curves: dict[str, dict[str, list[float]]] = {}
     rows = Rows(metrics, scores, seed)
     true_of, found_of = _by_image(sizes, annotations), _by_image(sizes, proposals)
-    truth = data_set(sizes, list(annotations), OBJECT)
+    truth = data_set(sizes, list(annotations), ONE_CLASS)
     for kind in kinds:
         _add_matches(
-            rows, kind, [judge(image, true_of[image], found_of[image], kind) for image in sorted(sizes)]
+            rows,
+            kind,
+            [held_against(image, true_of[image], found_of[image], kind) for image in sorted(sizes)],
         )
         summary = score(truth, [of_kind(each, kind) for each in proposals], kind)
         metrics |= _average_precision(kind, summary, len(sizes), resamples, seed)
@@ -176,24 +182,24 @@ class Rows:
             self.scores[name] = packed(values, images)
 
 
-def _add_matches(rows: Rows, kind: Kind, judged: Sequence[Judged]) -> None:
+def _add_matches(rows: Rows, kind: Kind, held: Sequence[Held]) -> None:
     """Everything that each image says by itself."""
-    some = [each for each in judged if len(each.best)]
+    some = [each for each in held if len(each.best)]
     ids = torch.tensor([each.image for each in some])
     rows.add(f"{kind}_corloc", torch.tensor([each.first for each in some]), ids)
-    proposals = np.concatenate([each.taken[0][~each.ignored[0]] >= 0 for each in judged])
-    of_image = _repeated(judged, lambda each: int((~each.ignored[0]).sum()))
+    proposals = np.concatenate([each.taken[0][~each.ignored[0]] >= 0 for each in held])
+    of_image = _repeated(held, lambda each: int((~each.ignored[0]).sum()))
     rows.add(f"{kind}_precision", torch.from_numpy(proposals), of_image, keep=False)
     of_object = _repeated(some, lambda each: len(each.best))
     recalled = torch.from_numpy(_joined(each.found(0) for each in some))
     rows.add(f"{kind}_recall", recalled, of_object)
     areas = torch.from_numpy(_joined(each.areas for each in some))
-    for size, (least, most) in SIZES.items():
+    for size, (least, most) in AREA_RANGES.items():
         here = (areas >= least) & (areas < most)
         rows.add(f"{kind}_recall_{size}", recalled[here], of_object[here])
     rows.add(f"{kind}_best_iou", torch.from_numpy(_joined(each.best for each in some)), of_object)
-    for count in FIRST:
-        found = (np.mean([each.found(t, count) for t in range(len(IOUS))], axis=0) for each in some)
+    for count in FIRST_PROPOSALS:
+        found = (np.mean([each.found(t, count) for t in range(len(COCO_IOUS))], axis=0) for each in some)
         rows.add(f"{kind}_ar{count}", torch.from_numpy(_joined(found)), of_object)
 
 
@@ -201,7 +207,7 @@ def _average_precision(
     kind: Kind, found: CocoScores, images: int, resamples: int, seed: int
 ) -> dict[str, float]:
     """COCO's AP of all kinds, and AR by size; AR of the first proposals has its rows elsewhere."""
-    own = {f"ar{count}" for count in FIRST}
+    own = {f"ar{count}" for count in FIRST_PROPOSALS}
     numbers = {f"{kind}_{name}": 100 * value for name, value in found.summary.items() if name not in own}
     if resamples and images > 1:
         low, high = ap_interval(found.ranked, images, resamples, seed)
@@ -218,9 +224,9 @@ def _by_image(
     return of_image
 
 
-def _repeated(judged: Sequence[Judged], count: Callable[[Judged], int]) -> Int64[Tensor, "n"]:
+def _repeated(held: Sequence[Held], count: Callable[[Held], int]) -> Int64[Tensor, "n"]:
     """The image of each row, of which each image has so many."""
-    return torch.tensor([each.image for each in judged for _ in range(count(each))], dtype=torch.int64)
+    return torch.tensor([each.image for each in held for _ in range(count(each))], dtype=torch.int64)
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from foveola.evaluation.detection.average_precision import COCO_TYPES, of_kind, score
-from foveola.evaluation.detection.proposals import IOUS, METRICS, compare_proposals, judge, match
+from foveola.evaluation.detection.proposals import COCO_IOUS, METRICS, compare_proposals, held_against, match
 from foveola.evaluation.detection.truth import data_set, rle_of
 from foveola.evaluation.paired import unpacked
 from foveola.evaluation.protocol import declared
@@ -27,7 +27,7 @@ def found(image: int, x: float, y: float, w: float, h: float, score: float = 1.0
     return box | {"score": score}
 
 
-SIZES = dict.fromkeys((0, 3, 5, 8), (SIDE, SIDE))
+IMAGES = dict.fromkeys((0, 3, 5, 8), (SIDE, SIDE))
 TRUTH = [
     true(0, 0, 0, 20, 20),
     true(0, 60, 60, 40, 40),
@@ -50,7 +50,7 @@ def test_numbers_by_hand(kind) -> None:
 
     Two of the four proposals that count are right at 0.5. Images 0 and 3 are found, 5 has no proposal.
     """
-    numbers = compare_proposals(SIZES, TRUTH, FOUND, [kind], resamples=0).metrics
+    numbers = compare_proposals(IMAGES, TRUTH, FOUND, [kind], resamples=0).metrics
     expected = {
         "corloc": 2 / 3,
         "precision": 2 / 4,
@@ -71,10 +71,12 @@ def test_numbers_by_hand(kind) -> None:
 def test_crowds_are_no_mistakes() -> None:
     """A proposal that a crowd explains neither helps nor harms; one more elsewhere harms."""
     without = [each for each in FOUND if each["bbox"] != [10, 70, 20, 20]]
-    numbers, others = (compare_proposals(SIZES, TRUTH, some, ["box"], 0).metrics for some in (FOUND, without))
+    numbers, others = (
+        compare_proposals(IMAGES, TRUTH, some, ["box"], 0).metrics for some in (FOUND, without)
+    )
     for name in ("corloc", "precision", "recall", "best_iou", "ap", "ap50"):
         assert numbers[f"box_{name}"] == others[f"box_{name}"], name
-    more = compare_proposals(SIZES, TRUTH, [*FOUND, found(3, 80, 0, 20, 20)], ["box"], 0).metrics
+    more = compare_proposals(IMAGES, TRUTH, [*FOUND, found(3, 80, 0, 20, 20)], ["box"], 0).metrics
     assert more["box_precision"] == pytest.approx(40)
     assert more["box_corloc"] == pytest.approx(100 / 3)  # it is the best one of image 3 now
 
@@ -126,7 +128,7 @@ def test_matches_are_those_of_pycocotools(kind) -> None:
     each_image = {e["image_id"]: e for e in measured.evalImgs[: len(sizes)] if e is not None}
     taken, ignored = 0, 0
     for image in sizes:
-        own = judge(
+        own = held_against(
             image,
             [a for a in objects if a["image_id"] == image],
             [p for p in proposals if p["image_id"] == image],
@@ -193,4 +195,4 @@ def test_rows_are_alike_for_any_proposals() -> None:
     assert none.metrics["box_ar100"] == none.metrics["mask_ap"] == none.metrics["box_corloc"] == 0
     assert "box_precision" not in none.metrics
     assert torch.equal(unpacked(none.scores["images_without"])[0], torch.ones(10, dtype=torch.bool))
-    assert len(IOUS) == 10
+    assert len(COCO_IOUS) == 10
