@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from foveola.methods.terms.term import Term
     from foveola.models.encoder import Encoder, Features, TransformConfig
     from foveola.models.wrapped import ImageTokens
+    from foveola.proposals.proposal import Proposals, Proposer
+    from foveola.proposals.run import Proposed, propose
     from foveola.reports.report import report
     from foveola.tasks.task import Classes, Detections, LabelMap
     from foveola.training.auto.plan import Plan
@@ -50,6 +52,9 @@ __all__ = [
     "Outcome",
     "Output",
     "Plan",
+    "Proposals",
+    "Proposed",
+    "Proposer",
     "Protocol",
     "Reading",
     "Result",
@@ -69,6 +74,7 @@ __all__ = [
     "make_plan",
     "open_source",
     "pretrain",
+    "propose",
     "recipes",
     "report",
     "visualize",
@@ -106,6 +112,10 @@ _HOMES = {
     "MethodConfig": "foveola.methods.method",
     "Output": "foveola.methods.method",
     "Term": "foveola.methods.terms.term",
+    "propose": "foveola.proposals.run",
+    "Proposals": "foveola.proposals.proposal",
+    "Proposer": "foveola.proposals.proposal",
+    "Proposed": "foveola.proposals.run",
     "report": "foveola.reports.report",
     "visualize": "foveola.figures.visualize",
     "Figure": "foveola.figures.visualize",

@@ -119,8 +119,10 @@ ALLOWED = {
         "drawing",
         "geometry",
         "distributed",
+        "progress",
     },
     "evaluation": {
+        "progress",
         "tasks",
         "proposals",
         "models.encoder",
@@ -139,6 +141,7 @@ ALLOWED = {
     "clustering": {"losses"},
     "data": set(),
     "console": {"distributed"},
+    "progress": {"distributed"},
     "command_keys": set(),
 }
 METHOD_BASES = {"method", "targets", "terms"}  # the files of methods/ that other methods may build on

@@ -1,4 +1,4 @@
-"""COCO annotations held against what they may be, before pycocotools reads them: it trusts what it is given.
+"""COCO annotations: held against what they may be before pycocotools, which trusts them, reads them; and RLE.
 
 Counts that do not add up to the image, or a polygon that reaches to 1e9, make it hang or crash the process.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from foveola.data.decode import MAX_PIXELS
 from foveola.data.sample import DataError
@@ -127,3 +127,16 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, "n"]:
     counts -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)
     counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
     return counts
+
+
+def rle_of(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    """Return a mask as compressed RLE whose counts are text, as files of results hold it."""
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": counts_text(rle["counts"])}
+
+
+def counts_text(counts: bytes | str) -> str:
+    """Return the counts of compressed RLE as text."""
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts

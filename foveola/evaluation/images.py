@@ -5,11 +5,10 @@ encodes. `Images` applies it in worker processes; `Batches` joins what they send
 cannot be read, and shows progress. The configurations are those from which the protocols' own inherit.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,9 +23,9 @@ from foveola.data.ahead import begin_worker
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, DataError
 from foveola.data.sources import Source, image_name, why_bad
+from foveola.progress import show
 
 PARCEL = 8  # images that travel together from a worker
-SAY_SECONDS = 60.0  # between two lines of progress where there is no terminal
 MAX_BAD = 0.01  # share of unreadable images above which a number would not be what it says
 
 T = TypeVar("T")
@@ -255,26 +254,6 @@ def _each(item: Any, change: Callable[[Any], Any]) -> Any:
 
 def _as_is(item: Any) -> Any:
     return item
-
-
-def show(items: Any, total: int, label: str, progress: bool) -> Iterator[Any]:
-    """Iterate with a progress bar on standard error; without a terminal, with a line there every minute."""
-    if not progress or not distributed.is_main():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(items, label, total, console=console, transient=True)
-        return
-    began = said = monotonic()
-    for done, item in enumerate(items):
-        if monotonic() - said >= SAY_SECONDS:
-            said = monotonic()
-            print(f"{label}: {done} of {total} in {(said - began) / 60:.0f} min", file=sys.stderr, flush=True)
-        yield item
 
 
 def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[str, Any]:

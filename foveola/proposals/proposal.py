@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
@@ -31,6 +31,7 @@ class Proposals:
         return Proposals(self.boxes[indices], self.scores[indices], self.labels[indices], masks)
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """Who finds objects in images.
 

@@ -16,10 +16,10 @@ from foveola.evaluation.classification.task import Columns, Exam, Task
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.names import Need
 from foveola.evaluation.features.stream import FeatureBatch
-from foveola.evaluation.images import show
 from foveola.evaluation.metrics import interval, percent
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import INTERVAL_ENDS, Metric, Outcome
+from foveola.progress import show
 
 SCORING = 256  # rows scored at once
 

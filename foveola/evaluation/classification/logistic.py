@@ -19,10 +19,10 @@ from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.trained import probe_needs
 from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.images import show
 from foveola.evaluation.metrics import percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
+from foveola.progress import show
 
 LOGITS_AT_ONCE = 2**24  # logits in memory at a time: 128 MiB in float64
 STALLED = 20  # iterations that must together lower the loss, by more than this share of it:

@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
+from foveola.data.coco import counts_text, rle_of
 from foveola.data.sample import Objects, Sample, full_mask
 from foveola.data.sources import Source, decode
 
@@ -88,7 +89,7 @@ def annotations_of(
 def _mask_of(objects: Objects, index: int, size: tuple[int, int]) -> dict[str, Any]:
     mask = None if objects.masks is None else objects.masks[index]
     if isinstance(mask, dict) and isinstance(mask.get("counts"), bytes | str) and tuple(mask["size"]) == size:
-        return {"size": list(size), "counts": _text(mask["counts"])}
+        return {"size": list(size), "counts": counts_text(mask["counts"])}
     if mask is not None:
         return rle_of(full_mask(mask))
     height, width = size
@@ -96,18 +97,6 @@ def _mask_of(objects: Objects, index: int, size: tuple[int, int]) -> dict[str, A
     whole = np.zeros(size, bool)
     whole[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
     return rle_of(whole)
-
-
-def rle_of(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-    """Return a mask as compressed RLE whose counts are text, as files of results hold it."""
-    from pycocotools import mask as coco
-
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": _text(rle["counts"])}
-
-
-def _text(counts: bytes | str) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
 
 
 def data_set(

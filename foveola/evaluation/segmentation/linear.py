@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy, interpolate
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.segmentation import IGNORE
-from foveola.evaluation.images import show
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Outcome
 from foveola.evaluation.segmentation.choice import choose_setting, hold_out
@@ -29,6 +28,7 @@ from foveola.evaluation.segmentation.iou import (
 from foveola.evaluation.segmentation.patches import Scaler
 from foveola.evaluation.segmentation.reading import ComparedConfig, DensePass, DenseProtocol
 from foveola.evaluation.segmentation.retrieval import label_pixels
+from foveola.progress import show
 
 POWER = 0.9  # of the polynomial schedule (Segmenter)
 

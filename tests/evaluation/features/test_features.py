@@ -9,8 +9,9 @@ from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
 from foveola.evaluation.features.reading import ExtractConfig, ImageRows, RowsCut, object_crop
 from foveola.evaluation.features.table import extract, extract_tables, mask_kinds
-from foveola.evaluation.images import Images, choose_images, read_parcels, show
+from foveola.evaluation.images import Images, choose_images, read_parcels
 from foveola.models.encoder import TransformConfig
+from foveola.progress import show
 
 TRANSFORM = TransformConfig(resize=40, crop=32)
 LOCAL = {"workers": 0}
@@ -79,7 +80,7 @@ def test_a_patch_is_read_from_the_share_that_the_object_covers(list_source, leas
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch) -> None:
     assert list(show(range(3), 3, "things", progress=True)) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # less than a minute
-    monkeypatch.setattr("foveola.evaluation.images.SAY_SECONDS", 0.0)
+    monkeypatch.setattr("foveola.progress.SAY_SECONDS", 0.0)
     assert list(show(range(3), 3, "things", progress=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     list(show(range(3), 3, "things", progress=True))

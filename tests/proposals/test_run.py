@@ -1,0 +1,253 @@
+"""A run over data: what it writes, what it goes on with after a kill, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import foveola
+from foveola.config import UserError
+from foveola.data.sample import DataError
+from foveola.proposals.journal import Journal
+from foveola.proposals.written import read_about, read_summary
+
+ROOT = Path(__file__).resolve().parents[2]
+# A proposer whose objects are the pixels brighter and darker than the mean; other processes read it, too.
+BRIGHT = """
+import time
+import numpy as np
+import foveola
+
+
+class Bright:
+    classes, batch_size = ("object",), 3
+
+    def __init__(self, level=0.0, wait=0.0):
+        self.level, self.wait, self.seen = level, wait, []
+
+    def describe(self):
+        return {"kind": "bright", "level": self.level}
+
+    def propose(self, images):
+        time.sleep(self.wait)
+        self.seen.append([image.shape for image in images])
+        return [self.of(image.mean(2)) for image in images]
+
+    def of(self, grey):
+        masks = np.stack([grey > grey.mean() + self.level, grey < grey.mean() - self.level])
+        boxes = np.tile(np.array([[0, 0, grey.shape[1], grey.shape[0]]], np.float32), (2, 1))
+        scores = np.array([grey[mask].mean() if mask.any() else 0 for mask in masks], np.float32)
+        return foveola.Proposals(boxes, scores, np.zeros(2, np.int64), masks)
+"""
+space: dict = {}
+exec(BRIGHT, space)
+Bright = space["Bright"]
+DATA = "scenes:?size=32&count=20"
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path):
+    whole = foveola.propose(Bright(), DATA, out=tmp_path / "whole", progress=False)
+    assert not (tmp_path / "whole" / "objects.unfinished").exists()
+    out = tmp_path / "killed"
+    code = f"{BRIGHT}\nfoveola.propose(Bright(wait=0.3), {DATA!r}, out={str(out)!r}, progress=False)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    lines = out / "objects.unfinished" / "0.jsonl"
+    while process.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = lines.read_bytes().count(b"\n")
+    assert 2 <= done < 7
+    assert not (out / "objects.json").exists()
+    with lines.open("ab") as file:  # as a kill in the midst of a line leaves it
+        file.write(b'[{"index": 6, "file_na')
+    again = Bright()
+    foveola.propose(again, DATA, out=out, progress=False)
+    assert len(again.seen) == 7 - done
+    assert (out / "objects.json").read_bytes() == whole.file.read_bytes()
+    assert not lines.parent.exists()
+
+
+def test_several_processes_share_the_images(tmp_path: Path, run_ranks):
+    code = f"""{BRIGHT}
+import sys
+from foveola import distributed
+with distributed.joined("cpu"):
+    proposer = Bright()
+    foveola.propose(proposer, {DATA!r}, out=sys.argv[1], progress=False)
+    print(sum(map(len, proposer.seen)))
+"""
+    printed = run_ranks(code, 2, [str(tmp_path / "two")])
+    assert [int(text) for text in printed] == [9, 11]
+    one = foveola.propose(Bright(), DATA, out=tmp_path / "one", progress=False)
+    assert (tmp_path / "two" / "objects.json").read_bytes() == one.file.read_bytes()
+
+
+def test_finished_work_is_not_done_again_and_other_work_is_refused(tmp_path: Path):
+    first = foveola.propose(Bright(), DATA, out=tmp_path, progress=False, min_area=0.1)
+    again = Bright()
+    second = foveola.propose(again, DATA, out=tmp_path, progress=False, min_area=0.1, workers=0)
+    assert not again.seen
+    assert second.known
+    assert second.table() == first.table().replace("objects.json", "objects.json (was there already)", 1)
+    for proposer, data, settings, message in (
+        (Bright(level=3.0), DATA, {"min_area": 0.1}, r"by\.level is 0\.0 there and 3\.0 here"),
+        (Bright(), DATA, {}, r"kept\.min_area is 0\.1 there and 0\.0 here"),
+        (Bright(), f"{DATA}&seed=1", {"min_area": 0.1}, "contents is 'content:.*give another out="),
+    ):
+        with pytest.raises(UserError, match=message):
+            foveola.propose(proposer, data, out=tmp_path, progress=False, **settings)
+    first.file.write_text("{}")
+    with pytest.raises(UserError, match=r"objects\.json was not written by foveola masks"):
+        foveola.propose(Bright(), DATA, out=tmp_path, progress=False)
+    unfinished = tmp_path / "other"
+    Journal(unfinished / "objects.unfinished").begin({"by": {"kind": "bright", "level": 9}})
+    with pytest.raises(UserError, match=r"objects\.unfinished holds other work: by\.level is 9 there"):
+        foveola.propose(Bright(), DATA, out=unfinished, progress=False)
+
+
+def test_images_that_cannot_be_read_are_named_and_sizes_are_those_of_upright_images(tmp_path: Path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (40, 30)), ("long.png", (4000, 9)), ("turned.jpg", (24, 16))):
+        image = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "turned.jpg" else 1
+        image.save(folder / name, exif=exif)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
+    found = foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "out", progress=False, workers=0)
+    tree = json.loads(found.file.read_text())
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in tree["images"]}
+    assert sizes == {"a.png": (40, 30), "long.png": (4000, 9), "turned.jpg": (16, 24)}
+    assert [name for name, _ in found.summary.unreadable] == ["dot.png", "torn.jpg"]
+    assert "unreadable images: 2: dot.png (1x1 pixels is less than 8 on a side)" in found.table()
+    assert [text.split(":")[0] for text in tree["info"]["unreadable"]] == ["dot.png", "torn.jpg"]
+    assert read_summary(found.file) == found.summary
+    for name in sizes:
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"none of 2 images can be read, such as dot\.png \(1x1"):
+        foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "none", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
+def test_the_file_is_one_of_coco(tmp_path: Path, capsys):
+    """By pycocotools, and by what its authors say of the format."""
+    from pycocotools.coco import COCO
+
+    found = foveola.propose(Bright(), DATA, out=tmp_path, progress=False)
+    tree = json.loads(found.file.read_text())
+    kinds = {
+        "images": {"id": int, "width": int, "height": int, "file_name": str},
+        "annotations": {
+            "id": int,
+            "image_id": int,
+            "category_id": int,
+            "segmentation": dict,
+            "area": float,
+            "bbox": list,
+            "iscrowd": int,
+        },
+        "categories": {"id": int, "name": str, "supercategory": str},
+    }
+    assert {"info", "licenses", *kinds} == tree.keys()
+    for part, needed in kinds.items():
+        assert tree[part]
+        for row in tree[part]:
+            assert all(isinstance(row[name], kind) for name, kind in needed.items())
+        assert len({row["id"] for row in tree[part]}) == len(tree[part])
+    data = COCO(str(found.file))
+    assert len(data.getAnnIds(iscrowd=False)) == sum(found.summary.counts) == len(tree["annotations"])
+    proposer, source = Bright(), foveola.open_source(DATA)
+    for index in range(3):
+        of_image = data.loadAnns(data.getAnnIds(imgIds=index + 1))
+        want = proposer.of(source[index].image.mean(2))
+        order = np.argsort(-want.scores)
+        for annotation, k in zip(of_image, order, strict=True):
+            assert np.array_equal(data.annToMask(annotation).astype(bool), want.masks[k])
+            assert annotation["area"] == want.masks[k].sum()
+            assert annotation["score"] == pytest.approx(want.scores[k], abs=1e-6)
+    about = read_about(found.file)
+    assert about is not None
+    assert about["by"] == {"kind": "bright", "level": 0.0}
+    assert about["data"] == source.name
+    capsys.readouterr()
+
+
+class Boxes(Bright):
+    """Boxes alone, prompted by those that the data have."""
+
+    prompts = True
+
+    def propose(self, images, objects):
+        return [
+            foveola.Proposals(
+                each.boxes * np.float32([i.shape[1], i.shape[0]] * 2), each.areas, each.labels, None
+            )
+            for i, each in zip(images, objects, strict=True)
+        ]
+
+
+def test_prompts_and_boxes_alone(tmp_path: Path):
+    proposer = Boxes()
+    proposer.classes = foveola.open_source(DATA).classes
+    found = foveola.propose(proposer, DATA, out=tmp_path / "a", progress=False, duplicate_iou=None)
+    tree = json.loads(found.file.read_text())
+    assert not any("segmentation" in each for each in tree["annotations"])
+    first = foveola.open_source(DATA)[0].objects
+    assert first is not None
+    boxes = {tuple(each["bbox"]) for each in tree["annotations"] if each["image_id"] == 1}
+    corners = {(x, y, x + w, y + h) for x, y, w, h in boxes}
+    assert corners == {tuple(box) for box in (first.boxes * 32).tolist()}
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    with pytest.raises(UserError, match="has no objects, and this model is prompted by their boxes"):
+        foveola.propose(Boxes(), f"folder:{folder}", out=tmp_path / "b", progress=False)
+
+
+class Named:
+    """Source of images with any names."""
+
+    name, classes, has_objects = "named", None, False
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> foveola.Sample:
+        return foveola.Sample(np.full((8, 8, 3), index, np.uint8), self.names[index])
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "a/../../b.png", "..\\a.png"])
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str):
+    with pytest.raises(DataError, match="is not below the folder of images"):
+        foveola.propose(Bright(), Named("a.png", name), out=tmp_path, progress=False)
+
+
+def test_what_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"named: images 0 and 2 are both named a\.png"):
+        foveola.propose(Bright(), Named("a.png", "b.png", "a.png"), out=tmp_path, progress=False)
+    for arguments, settings, message in (
+        ((Bright(), DATA), {"min_scor": 1}, "unknown key 'min_scor'; did you mean 'min_score'"),
+        ((Bright(), DATA), {"max_area": 2.0}, "max_area: must be <= 1, got 2"),
+        ((Bright(), DATA, "runs/x"), {}, "model= has no effect: .*Bright finds the objects itself"),
+        (("discoverr", DATA, "runs/x"), {}, "unknown kind of proposals 'discoverr'; did you mean 'discover'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            foveola.propose(*arguments, out=tmp_path / "x", progress=False, **settings)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file where a folder belongs: give another out="):
+        foveola.propose(Bright(), DATA, out=tmp_path / "file", progress=False)
