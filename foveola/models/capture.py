@@ -34,7 +34,9 @@ class BlockAttention:
         attn, width = block.attn, x.shape[-1]
         bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
         both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
-        query, key = (rotate(part, tokens.rotation) for part in split_heads(both, 2, attn.heads))
+        parts = split_heads(both, 2, attn.heads)
+        self.placeless = parts[1]  # keys that say nothing of where a token stands
+        query, key = (rotate(part, tokens.rotation) for part in parts)
         self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
         self.tokens = tokens
         # [heads or 1, T, T]: the bias of relative positions, or -inf for what lies in another window
@@ -53,6 +55,13 @@ class BlockAttention:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return self.tokens.grid
+
+    def keys(self) -> Float32[Tensor, "B N D"]:
+        """Return the keys of the patches, the heads one after the other, before rotary positions turn them.
+
+        They are the features of LOST, TokenCut and MaskCut.
+        """
+        return self.placeless[:, :, self.special :].transpose(1, 2).flatten(2).float()
 
     def objects(self) -> Float32[Tensor, "B heads M T"]:
         """Return what each object token reads; nothing outside its object."""

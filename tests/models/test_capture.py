@@ -71,6 +71,18 @@ def test_rows_of_attention_by_a_loop(size) -> None:
                 torch.testing.assert_close(mine.double(), scores.softmax(dim=0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"positions": "rope"}, {"class_token": False}], ids=str)
+def test_keys_are_the_second_third_of_what_the_block_projects(changes) -> None:
+    vit = network(registers=4, **changes)
+    projected: list[Tensor] = []
+    hook = vit.blocks[1].attn.qkv.register_forward_hook(lambda m, i, o: projected.append(o))
+    vit(random_images())
+    hook.remove()
+    special = 4 + int(vit.config.class_token)
+    expected = projected[0][:, special:, 24:48]  # not turned
+    torch.testing.assert_close(attention_of(vit, random_images(), None, 1).keys(), expected)
+
+
 def test_an_object_token_reads_only_its_object() -> None:
     vit = network()
     found = capture(vit, random_images(), 1, masks(), attention=True).objects

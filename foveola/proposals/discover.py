@@ -1,0 +1,228 @@
+"""Objects from the features of any encoder, without labels: TokenCut, MaskCut, LOST, attention."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, UInt8
+from torch import Tensor
+
+from foveola.config import UserError, key, to_dict
+from foveola.models.encoder import Encoder
+from foveola.models.transform import fit_to_patches
+from foveola.proposals.cuts import Found, brightest, lost, maskcut, tokencut
+from foveola.proposals.proposal import Proposals
+from foveola.proposals.refine import enlarged
+from foveola.zoo.load import load
+
+TAU = {"tokencut": 0.2, "maskcut": 0.15}  # as published
+PATCHES = 4096  # of an image: its graph has as many squared edges, 64 MiB
+
+
+@dataclass(frozen=True)
+class DiscoverConfig:
+    """How objects are cut out of features."""
+
+    method: Literal["maskcut", "tokencut", "lost", "attention"] = key(
+        "maskcut",
+        "normalised cuts, for several objects (maskcut) or one (tokencut); one around the patch that is like "
+        "the fewest others (lost), or where the class token looks (attention)",
+    )
+    image_size: int | None = key(
+        None,
+        "pixels of an image's longer side when it is encoded, in whole patches; null = the encoder's crop",
+        at_least=1,
+        at_most=2**13,
+    )
+    features: Literal["patches", "keys"] = key(
+        "patches", "what tells patches apart: a block's output, or the keys of its attention, as published"
+    )
+    block: int = key(-1, "block whose keys, patches or attention are read; negative ones count from the last")
+    tau: float | None = key(
+        None,
+        "cosine similarity above which patches are alike; null = 0.2 of tokencut, 0.15 of maskcut",
+        at_least=-1,
+        at_most=1,
+    )
+    objects: int = key(3, "maskcut: objects of an image at most", at_least=1, at_most=100)
+    k: int = key(100, "lost: patches that may vote, of those that are alike to the fewest", at_least=1)
+    share: float = key(
+        0.6, "attention: share of it that the brightest patches have together", above=0, below=1
+    )
+    batch_size: int = key(16, "images encoded at once", at_least=1)
+    precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder; cuts are exact in any case")
+
+    def unread(self) -> dict[str, str]:
+        """Return keys that nothing reads with these settings, and why."""
+        readers = {
+            "tau": ("tokencut", "maskcut"),
+            "objects": ("maskcut",),
+            "k": ("lost",),
+            "share": ("attention",),
+        }
+        return {
+            name: f"it is for method={' and '.join(methods)}, and this is {self.method}"
+            for name, methods in readers.items()
+            if self.method not in methods
+        }
+
+
+def discoverer(
+    model: str | Encoder, config: DiscoverConfig | None = None, device: str | torch.device = "cpu"
+) -> "Discoverer":
+    """Return who finds objects in images by the features of an encoder, or of what `foveola.load` reads.
+
+    Raises UserError for what the encoder lacks: keys, attention or a block of a network whose inside is not
+    known, attention of a class token where there is none; and for images of more than 4,096 patches.
+    """
+    encoder = load(model) if isinstance(model, str) else model
+    return Discoverer(encoder.to(device).eval(), config or DiscoverConfig())
+
+
+class Discoverer:
+    """A `Proposer`: images to the objects that their own patches show."""
+
+    classes = ("object",)
+
+    def __init__(self, encoder: Encoder, config: DiscoverConfig) -> None:
+        self.encoder, self.config = encoder, config
+        self.batch_size = config.batch_size
+        self.size = config.image_size or encoder.config.transform.crop
+        self.block = encoder.block_index(config.block)
+        if config.features == "keys":
+            encoder.check_inside("features=keys")
+        if config.method == "attention":
+            encoder.check_inside("method=attention")
+            if not encoder.config.model.class_token:
+                raise UserError("method=attention: this encoder has no class token that looks at patches")
+        side = round(self.size / encoder.patch_size)
+        if not side:
+            raise UserError(
+                f"image_size={self.size}: a patch of this encoder has {encoder.patch_size} pixels a side"
+            )
+        if side**2 > PATCHES:
+            most = int(PATCHES**0.5) * encoder.patch_size
+            raise UserError(
+                f"image_size={self.size} makes {side} x {side} patches, and {PATCHES:,} can be compared: "
+                f"write image_size={most} or less"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings, as they are read, and the fingerprint of the encoder."""
+        idle = self.config.unread()
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in idle}
+        settings |= {"image_size": self.size, "block": self.block}
+        if "tau" in settings:
+            settings["tau"] = self.tau
+        settings.pop("batch_size")  # which changes nothing of what is found
+        about = {"encoder": self.encoder.fingerprint(), "origin": self.encoder.config.origin}
+        return {"kind": "discover", **settings, **about}
+
+    @property
+    def tau(self) -> float:
+        """The similarity above which patches are alike."""
+        return TAU[self.config.method] if self.config.tau is None else self.config.tau
+
+    @torch.inference_mode()
+    def propose(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], /) -> list[Proposals]:
+        """Return the objects of each image, surest first; none of an image of one colour.
+
+        Scores say how much more alike the patches of an object are to each other than to the rest
+        (`cuts.separation`).
+        """
+        small = [self._small(image) for image in images]
+        together: dict[tuple[int, int], list[int]] = defaultdict(list)  # those of the same size
+        for index, pixels in enumerate(small):
+            together[pixels.shape[1], pixels.shape[2]].append(index)
+        found = [none_of(image) for image in images]
+        for indices in together.values():
+            for start in range(0, len(indices), self.batch_size):
+                some = [i for i in indices[start : start + self.batch_size] if not _plain(images[i])]
+                if some:
+                    masks, scores, grid = self._cut(torch.stack([small[i] for i in some]))
+                    for at, index in enumerate(some):
+                        found[index] = proposals_of(images[index], masks[at], scores[at], grid)
+        return found
+
+    def _small(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[Tensor, "3 h w"]:
+        return fit_to_patches(image, self.encoder.config.transform, self.encoder.patch_size, self.size)
+
+    def _cut(
+        self, images: UInt8[Tensor, "B 3 h w"]
+    ) -> tuple[Bool[np.ndarray, "B K N"], Float32[np.ndarray, "B K"], tuple[int, int]]:
+        """Masks over the patches of images of the same size, their scores, and the grid."""
+        grid = (images.shape[2] // self.encoder.patch_size, images.shape[3] // self.encoder.patch_size)
+        features, maps = self._seen(images)
+        if not features.isfinite().all():
+            raise UserError("features are not finite: the weights of this encoder are of no use")
+        found = self._found(features, maps, grid)
+        return found.masks.cpu().numpy(), found.scores.cpu().numpy(), grid
+
+    def _found(
+        self, features: Float[Tensor, "B N D"], maps: Float[Tensor, "B N"] | None, grid: tuple[int, int]
+    ) -> Found:
+        if self.config.method == "tokencut":
+            return tokencut(features, grid, self.tau)
+        if self.config.method == "maskcut":
+            return maskcut(features, grid, self.tau, self.config.objects)
+        if self.config.method == "lost":
+            return lost(features, grid, self.config.k)
+        assert maps is not None
+        return brightest(maps, features, grid, self.config.share)
+
+    def _seen(
+        self, images: UInt8[Tensor, "B 3 h w"]
+    ) -> tuple[Float32[Tensor, "B N D"], Float32[Tensor, "B N"] | None]:
+        """Features of patches, and what the class token reads of each, where that is asked for."""
+        encoder, looks = self.encoder, self.config.method == "attention"
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            pixels = encoder.normalise(images.to(encoder.device))
+            if self.config.features == "keys":
+                seen = encoder.attention(pixels, block=self.block)
+                features = seen.keys()
+            else:
+                last = 1 if encoder.wrapped else encoder.config.model.shape[1] - self.block
+                captured = encoder.capture(pixels, last, attention=looks, block=self.block)
+                features, seen = captured.layers[0].patches.float(), captured.attention
+            if not looks:
+                return features, None
+            assert seen is not None
+            return features, seen.objects()[:, :, 0, seen.special :].mean(dim=1)
+
+
+def none_of(image: UInt8[np.ndarray, "H W 3"]) -> Proposals:
+    """Return no objects of an image."""
+    masks = np.zeros((0, *image.shape[:2]), bool)
+    return Proposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), masks)
+
+
+def proposals_of(
+    image: UInt8[np.ndarray, "H W 3"],
+    masks: Bool[np.ndarray, "K N"],
+    scores: Float32[np.ndarray, "K"],
+    grid: tuple[int, int],
+) -> Proposals:
+    """Return masks over patches as objects in the pixels of their image, surest first.
+
+    One that covers no centre of a pixel, in an image smaller than the grid, is left out.
+    """
+    large = enlarged(masks.reshape(len(masks), *grid), image.shape[:2])
+    there = np.flatnonzero(large.any(axis=(1, 2)))
+    order = there[np.argsort(-scores[there], kind="stable")]
+    if not len(order):
+        return none_of(image)
+    boxes = np.stack([_box(large[index]) for index in order])
+    return Proposals(boxes, scores[order], np.zeros(len(order), np.int64), large[order])
+
+
+def _box(mask: Bool[np.ndarray, "H W"]) -> Float32[np.ndarray, "4"]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+
+
+def _plain(image: UInt8[np.ndarray, "H W 3"]) -> bool:
+    """Whether all pixels are the same."""
+    return bool((image == image[:1, :1]).all())
