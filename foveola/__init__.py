@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveola.data.sample import Objects, Sample
     from foveola.data.sources import Source, open_source
+    from foveola.embedding.embed import embed
     from foveola.evaluation.attention.analysis import analyze_attention
     from foveola.evaluation.attention.result import AttentionAnalysis
     from foveola.evaluation.compare import Comparison, compare
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "analyze_attention",
     "compare",
+    "embed",
     "evaluate",
     "evaluate_all",
     "export",
@@ -100,6 +102,7 @@ _HOMES = {
     "compare": "foveola.evaluation.compare",
     "Comparison": "foveola.evaluation.compare",
     "export": "foveola.zoo.export",
+    "embed": "foveola.embedding.embed",
     "analyze_attention": "foveola.evaluation.attention.analysis",
     "AttentionAnalysis": "foveola.evaluation.attention.result",
     "Result": "foveola.evaluation.result",

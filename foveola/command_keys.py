@@ -99,3 +99,9 @@ AUTO_KEYS = [
         "weights to start from; none = from nothing; not given = public ones that are on this machine",
     ),
 ]
+EMBED = [
+    KeyInfo("model", "text", "(needed)", "what encodes: a run or encoder folder, weights, as for evaluate"),
+    KeyInfo("data", "text", "(needed)", "images, as a data string, with the objects that it has"),
+    KeyInfo("out", "text", "(needed)", "file to write: it ends in .parquet, .npz or .zarr"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]

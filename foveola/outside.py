@@ -117,3 +117,13 @@ def check_class(found: Any, base: type, asked: str, what: str) -> None:
         raise UserError(f"{asked}: a {what} needs a frozen dataclass as Config")
     if vars(config).get("__annotations__") and "__dataclass_fields__" not in vars(config):
         raise UserError(f"{asked}: {config.__name__} needs @dataclass(frozen=True)")
+
+
+def library(module: str, extra: str, what: str) -> Any:
+    """Return an optional library. Raises UserError, which says what needs it and which extra has it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs {module.split('.')[0]} ({error}); pip install 'foveola[{extra}]'"
+        ) from error

@@ -39,6 +39,7 @@ ALLOWED = {
         "models.encoder",
     },
     "commands": {
+        "embedding",
         "console",
         "command_keys",
         "training",
@@ -101,6 +102,15 @@ ALLOWED = {
         "zoo",
         "models.encoder",
         "models.vit",
+        "models.transform",
+        "data",
+        "distributed",
+    },
+    "embedding": {
+        "evaluation",
+        "drawing",
+        "zoo",
+        "models.encoder",
         "models.transform",
         "data",
         "distributed",
