@@ -21,10 +21,12 @@ from foveola.config import UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
 from foveola.failures import explain
 from foveola.files import is_there
+from foveola.launchers import STOPPED, processes_asked, start_processes
 
 if TYPE_CHECKING:
     from foveola.training.recipe import RunConfig
 
+PARALLEL = ("pretrain", "finetune", "evaluate", "analyze", "masks", "embed")  # take gpus= and processes=
 USAGE = """\
 usage: foveola COMMAND ...
 
@@ -53,7 +55,7 @@ usage: foveola COMMAND ...
 
 RECIPE is a name from `foveola recipes` or the path of a YAML file. Values are YAML:
 batch_size=256  views.local_scale='[0.05, 0.3]'  compile=true  data='folder:/my/images'
-On several GPUs: torchrun --nproc-per-node=8 --no-python foveola pretrain RECIPE ...
+On several GPUs: foveola pretrain RECIPE gpus=8 ... (or under srun, mpirun or torchrun: docs/scale.md)
 FOVEOLA_DEBUG=1 shows the traceback behind an error message.
 """
 
@@ -65,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal n.
     """
     try:
+        words = sys.argv[1:] if arguments is None else arguments
         with as_command():
-            return _dispatch(sys.argv[1:] if arguments is None else arguments)
+            return _dispatch(*processes_asked(words))
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
             raise
@@ -92,7 +95,7 @@ def usage_text() -> str:
     return USAGE.replace("{commands}", "".join(commands.command(name).USAGE for name in commands.names()))
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], processes: str | None) -> int:
     own: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
         "finetune": _finetune,
@@ -108,6 +111,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(usage_text(), end="")
         return 0 if arguments else 2
     command, *rest = arguments
+    if processes is not None and command in PARALLEL:
+        return start_processes(arguments, processes)
+    rest += [] if processes is None else [processes]
     if command == "--version":
         print(f"foveola {foveola.__version__}")
     elif command in own:
@@ -155,8 +161,8 @@ def _train(config: "RunConfig", flags: set[str]) -> None:
             report = dryrun.dry_run(config)
             if distributed.is_main():
                 print(report)
-    else:
-        run.pretrain(config)
+    elif run.pretrain(config).interrupted and os.environ.get("RANK", "0") == "0":  # the last to write
+        sys.exit(int(os.environ.get(STOPPED) or 0))
 
 
 def _finetune(arguments: list[str]) -> None:

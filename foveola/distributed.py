@@ -17,11 +17,12 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.failures import explain
+from foveola.launchers import join_tasks
 
 T = TypeVar("T")
-# What launchers other than torchrun tell their tasks: how many they are.
-LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-
+# Rank 0 may be evaluating or writing for long while the others wait for it. Processes that died are not
+# waited for: connections to them break, and launchers end the others.
+PATIENCE = timedelta(hours=6)
 STORE_SECONDS = timedelta(seconds=5)  # to reach the store of torchrun
 
 
@@ -67,16 +68,18 @@ def find_device(device: str | torch.device | None = None, local: int = 0) -> tor
 
 
 def start(device: str) -> torch.device:
-    """Join the processes that torchrun started (if it did), and return this process's device.
+    """Join the processes that torchrun, srun or mpirun started, if any did; returns this process's device.
 
     `device` is "cpu", "cuda" (this process's own GPU), "cuda:1", or "auto" (a GPU if there is
-    one). Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError when there is no such device, when the
-    environment names only some of the variables, and for tasks of srun or mpirun, which know nothing of each
-    other.
+    one). Reads RANK, WORLD_SIZE and LOCAL_RANK, or what srun and mpirun say in their own words
+    (`foveola.launchers`). Raises UserError when there is no such device, when the environment names only some
+    of the variables, and for tasks that cannot find each other.
     """
-    _refuse_lone_tasks()
+    join_tasks(os.environ)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if "SLURM_PROCID" in os.environ and torch.cuda.device_count() == 1:
+        local = 0  # of the GPUs of a machine, srun shows each task its own alone
     chosen = find_device(device, local)
     if chosen.type == "cuda":
         index = local if chosen.index is None else chosen.index
@@ -88,22 +91,9 @@ def start(device: str) -> torch.device:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} not set; start with torchrun")
-        # Minutes of slack: rank 0 may be evaluating or writing while the others wait for it.
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=PATIENCE)
     return chosen
-
-
-def _refuse_lone_tasks() -> None:
-    for name, launcher in LAUNCHERS.items():
-        count = os.environ.get(name, "")
-        if "WORLD_SIZE" not in os.environ and count.isdigit() and int(count) > 1:
-            raise UserError(
-                f"{launcher} started {count} tasks, and each would do the whole work alone: start one task a "
-                "machine, and in it `torchrun --nnodes=MACHINES --nproc-per-node=GPUS --rdzv-backend=c10d "
-                "--rdzv-endpoint=FIRST_MACHINE:29500 --no-python foveola ...`; tasks that are meant to be "
-                "independent set WORLD_SIZE=1"
-            )
 
 
 def stop() -> None:

@@ -109,7 +109,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_interruption(monkeypatch, capsys):
-    def interrupt(arguments):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupt)
@@ -171,7 +171,12 @@ def test_words_reach_the_python_api_unchanged(monkeypatch, capsys):
         return dict.fromkeys(names, Table())
 
     monkeypatch.setattr(evaluate, "evaluate_all", evaluate_all)
-    monkeypatch.setattr(run, "pretrain", calls.append)
+
+    def pretrain(config):
+        calls.append(config)
+        return run.Run(Path(), config, 1, 1, {})
+
+    monkeypatch.setattr(run, "pretrain", pretrain)
     words = "evaluate knn model=2024 train=scenes: test=folder:/a?split=test k=[1,3] temperature=0.1"
     assert cli.main(words.split()) == 0
     assert capsys.readouterr().out == "the table\n"

@@ -69,21 +69,6 @@ def test_impossible_devices_are_named(monkeypatch):
         distributed.start("cpu")
 
 
-def test_lone_tasks_of_another_launcher_are_refused(monkeypatch):
-    """srun and mpirun start as many whole runs as there are tasks: none of them knows of the others."""
-    for name in ("WORLD_SIZE", *distributed.LAUNCHERS):
-        monkeypatch.delenv(name, raising=False)
-    for name, launcher in distributed.LAUNCHERS.items():
-        monkeypatch.setenv(name, "8")
-        with pytest.raises(UserError, match=rf"^{launcher} started 8 tasks, .*torchrun --nnodes"):
-            distributed.start("cpu")
-        monkeypatch.setenv("WORLD_SIZE", "1")  # on purpose
-        assert distributed.start("cpu") == torch.device("cpu")
-        monkeypatch.delenv("WORLD_SIZE")
-        monkeypatch.setenv(name, "1")
-        assert distributed.start("cpu") == torch.device("cpu")
-
-
 FAILING = """
 from foveola import distributed as d
 from foveola.config import UserError

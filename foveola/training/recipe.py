@@ -58,8 +58,9 @@ LIKELY = {  # words that other libraries use, and what to write here
     "workers": "write loader.workers={}",
     "image_size": "write views.global_size={0} model.image_size={0}",
     "patch_size": "write model.patch_size={}",
-    "gpus": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
-    "devices": "start several processes: torchrun --nproc-per-node={} --no-python foveola pretrain ...",
+    "gpus": "it is for the command line, which then starts processes: foveola pretrain RECIPE gpus={} ...",
+    "processes": "it is for the command line, which starts them: foveola pretrain RECIPE processes={} ...",
+    "devices": "write gpus={}, on the command line",
     "resume": "the same command on the same out= goes on where it stopped",
     **dict.fromkeys(
         ("weights", "pretrained", "checkpoint", "teacher"), "write init={}, to start from weights"

@@ -55,6 +55,7 @@ class Run:
     step: int
     total_steps: int
     metrics: dict[str, float]  # of the last step that was logged; empty where this call took no step
+    interrupted: bool = False  # by a signal, before its end
 
     @property
     def finished(self) -> bool:
@@ -164,7 +165,8 @@ class _Session:
                 raise self._ended(error, log) from error
             step = self.step
             self._farewell(log, step)
-        return Run(self.folder, self.config, step, self.total, metrics)
+            interrupted = step < self.total and not self.evaluations.worse
+        return Run(self.folder, self.config, step, self.total, metrics, interrupted)
 
     def _claimed(self, stack: ExitStack) -> Path:
         images = same_data.agreed(self.source)  # not beyond here: an inventory of a million files is large
