@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from foveola import distributed, files
-from foveola.config import UserError, build, merge, to_dict
+from foveola.config import UserError, build, merge, refuse_unread, to_dict
 from foveola.data.identity import looked_at_once, say
 from foveola.data.sources import Source, as_source, notes_of
 from foveola.evaluation.features.cache import Feed, where_of
@@ -184,7 +184,9 @@ def protocol_configs(protocols: Sequence[str | Protocol | type], settings: dict[
     for protocol in found:
         name = protocol.name
         mine = {key: v for key, v in common.items() if key in fields[name] or key not in known}
-        configs[name] = build(protocol.Config, merge(mine, own.get(name, {})))
+        tree = merge(mine, own.get(name, {}))
+        configs[name] = build(protocol.Config, tree)
+        refuse_unread(configs[name], tree)
     return configs
 
 

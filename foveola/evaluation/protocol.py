@@ -33,6 +33,7 @@ PROTOCOLS = {
     "dense_retrieval": "foveola.evaluation.segmentation.retrieval:DenseRetrieval",
     "detect": "foveola.evaluation.detection.detect:Detect",
     "localisation": "foveola.evaluation.localisation.localisation:Localisation",
+    "discovery": "foveola.evaluation.detection.discovery:Discovery",
     "retrieval": "foveola.evaluation.views.retrieval:Retrieval",
     "label_free": "foveola.evaluation.views.label_free:LabelFree",
 }

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "retrieval": {"objects": 60},
     "label_free": {},
     "localisation": {},
+    "discovery": {"discover": {"image_size": 96, "tau": 0.98, "objects": 2}, "limit": 24, "resamples": 20},
 }
 PIXELS: dict[str, dict[str, Any]] = {
     "dense_retrieval": {"k": (3, 5), "memory": 300, "subsample": (1, 2)},

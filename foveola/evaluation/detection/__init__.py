@@ -1,4 +1,5 @@
-"""Detection: objects that the head of a fine-tuned encoder finds, against those that people drew (`detect`).
+"""Objects that were found, against those that people annotated: by a fine-tuned head (`detect`), by features
+alone (`discovery`), by anything else (`check`).
 
-What an encoder lights up without a head is for `localisation`.
+What an encoder lights up without any cut is for `localisation`.
 """
