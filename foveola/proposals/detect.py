@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.proposals.found import Image, Opened, chosen, proposals_of
+from foveola.proposals.hf_models import open_hf
 from foveola.proposals.own_models import open_own
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.torchvision_models import open_torchvision
 
-SOME_READ = ("names",)  # which models do not share
+SOME_READ = ("names", "text", "segments")  # which models do not share
 ENCODERS = ("timm", "pixels", "untrained", "python")
 
 
@@ -22,12 +23,16 @@ class DetectorConfig:
 
     score: float | None = key(
         None,
-        "proposals are kept that score more; null = 0.5, or what the head of a run starts from",
+        "proposals are kept that score more; null = the usual one, 0.5 of most",
         at_least=0,
         below=1,
     )
     classes: tuple[str, ...] | None = key(None, "names of the classes that are kept; null = all")
     agnostic: bool = key(False, 'call everything that is found "object"')
+    text: tuple[str, ...] | None = key(None, "what to look for, in words (OWL-ViT, OWLv2, Grounding DINO)")
+    segments: Literal["instance", "panoptic"] | None = key(
+        None, "what masks are (MaskFormer, Mask2Former, OneFormer); null = instance, which may overlap"
+    )
     names: tuple[str, ...] | None = key(
         None, "names of the classes of weights that do not say them, in the order of outputs"
     )
@@ -108,4 +113,11 @@ def _torchvision(name: str, config: DetectorConfig, device: torch.device) -> Ope
     return open_torchvision(name, config.names, device)
 
 
-OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], Opened]] = {"torchvision": _torchvision}
+def _hf(name: str, config: DetectorConfig, device: torch.device) -> Opened:
+    return open_hf(name, config.text, config.segments, device)
+
+
+OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], Opened]] = {
+    "torchvision": _torchvision,
+    "hf": _hf,
+}

@@ -97,6 +97,16 @@ def proposals_of(found: Found, size: tuple[int, int], score: float, kept: Chosen
     return Proposals(boxes[order].numpy(), scores[order].numpy(), labels[order].numpy(), masks)
 
 
+def mask_boxes(masks: Bool[Tensor, "K H W"]) -> Float[Tensor, "K 4"]:
+    """Return the least boxes that hold the pixels of masks, (x0, y0, x1, y1); zeros where there are none."""
+    sides = []
+    for axis in (1, 2):  # columns, then rows
+        there = masks.any(dim=axis)
+        first, last = there.float().argmax(dim=1), there.shape[1] - there.flip(1).float().argmax(dim=1)
+        sides += [first * there.any(dim=1), last * there.any(dim=1)]
+    return torch.stack([sides[0], sides[2], sides[1], sides[3]], dim=1).float()
+
+
 def identity_of(state: Mapping[str, Tensor]) -> str:
     """Return 16 hex digits that change with any tensor of a network."""
     digest = hashlib.sha256()
