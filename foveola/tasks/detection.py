@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from foveola.config import ConfigError, UserError, key
@@ -148,8 +148,12 @@ class DetectionHead(TaskHead):
         """
         return [self._look(encoder, image) for image in images]
 
+    def side(self, encoder: Encoder) -> int:
+        """Return the pixels of a side of the square in which it looks at an image."""
+        return self.config.image_size or encoder.config.transform.crop
+
     def _look(self, encoder: Encoder, image: UInt8[np.ndarray, "H W 3"]) -> Detections:
-        side, (height, width) = self.config.image_size or encoder.config.transform.crop, image.shape[:2]
+        side, (height, width) = self.side(encoder), image.shape[:2]
         rows, columns = (max(round(n * side / max(height, width)), 1) for n in (height, width))
         pixels = resize(image, rows, columns, encoder.config.transform.interpolation)
         view = torch.zeros(1, 3, side, side, device=encoder.device)
@@ -187,6 +191,22 @@ class DetectionHead(TaskHead):
         inside = features.new_tensor([[0, 0, image[1], image[0]]], dtype=torch.float32)
         boxes, _ = self.proposals.propose(maps, size, inside)
         return self.regions(_named(maps), boxes, [image])[0][0]
+
+    def traced(
+        self, network: Any, pixels: Float[Tensor, "1 3 S S"], extent: Int64[Tensor, "2"]
+    ) -> dict[str, Tensor]:
+        """Return what `detect` finds in a normalised view, in a way that torch.export can express.
+
+        The image lies in the upper left, over `extent` (rows, columns), and all else is made the mean colour.
+        Boxes are in pixels of the view, labels from 0, scores; masks of boxes are [K, 28, 28].
+        """
+        from foveola.tasks.traced import traced_answer
+
+        side = torch.arange(pixels.shape[-1], device=pixels.device)
+        there = (side[:, None] < extent[0]) & (side < extent[1])
+        features = encoder_map(network, torch.where(there, pixels, 0.0))
+        found = traced_answer(self, features, extent)
+        return found | {"labels": found["labels"] - 1}
 
 
 def _named(maps: list[Tensor]) -> dict[str, Tensor]:

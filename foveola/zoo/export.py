@@ -59,7 +59,7 @@ def export(encoder: Encoder | str | Path, out: str | Path, format: str = "timm",
     if encoder.head is not None and head:
         warnings.warn(
             f"{out} is without the head for {encoder.head.config.name}, as format={format} holds encoders "
-            "alone; format=program takes the head of a classifier or a segmenter along",
+            "alone; format=program takes the head along",
             stacklevel=2,
         )
     if format == "torch":

@@ -146,6 +146,26 @@ def test_detections_are_torchvisions() -> None:
         assert torch.equal(masks, expected["masks"][:, 0] > 0.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"score": 0.0}, {"masks": False}, {"detections": 3}, {"score": 0.99}])
+def test_an_answer_without_branches_is_that_of_torchvision(changes: dict[str, Any]) -> None:
+    """As a program of torch.export has it; of images that do not fill the view, one of them of one pixel."""
+    backbone, head = made(replace(CONFIG, **changes))
+    head.eval()
+    for rows, columns in ((128, 128), (128, 70), (33, 128), (1, 1)):
+        view = torch.zeros(1, 3, *SIZE)
+        view[:, :, :rows, :columns] = pixels(1)[:, :, :rows, :columns]
+        expected = head.detect(encoder_map(backbone.eval(), view), SIZE, (rows, columns))
+        found = head.traced(backbone, pixels(1), torch.tensor([rows, columns]))
+        assert len(found["boxes"]) == len(expected["boxes"])
+        torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-6)
+        assert torch.equal(found["labels"] + 1, expected["labels"])
+        assert ("masks" in found) == ("masks" in expected)
+        if "masks" in found:
+            torch.testing.assert_close(found["masks"], expected["masks"][:, 0], rtol=0, atol=1e-5)
+
+
 def test_patches_of_14_pixels() -> None:
     """Anchors are centred on cells of 3.5 to 56 pixels, and a box is read from where it is."""
     model = replace(MODEL, patch_size=14, image_size=56)

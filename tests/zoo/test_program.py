@@ -12,6 +12,7 @@ from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.predictor import PredictorConfig
 from foveola.models.shape import ViTConfig
 from foveola.tasks.classification import ClassificationConfig, ClassificationHead
+from foveola.tasks.detection import DetectionConfig, DetectionHead
 from foveola.tasks.segmentation import SegmentationConfig, SegmentationHead
 from foveola.zoo.export import export
 
@@ -76,6 +77,44 @@ def test_a_classifier_and_a_segmenter_give_their_logits(tmp_path: Path):
     export(encoder, tmp_path / "silent.pth", "torch", head=False)  # warnings are errors here
     plain = export(encoder, tmp_path / "alone.pt2", "program", head=False)
     assert set(torch.export.load(plain).module()(pixels(1))) == {"embedding", "patches"}
+
+
+def test_a_detector_gives_any_number_of_objects(tmp_path: Path):
+    """As many, and the same, as `predict` finds in images that need no resizing; also none at all."""
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    encoder = encoder_of("plain")
+    config = DetectionConfig(
+        classes=("a", "b"), masks=True, channels=8, hidden=8, convolutions=1, score=0.3, detections=20
+    )
+    head = DetectionHead(config, encoder.config.model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    encoder.head = head.eval()
+    about = {"foveola.json": ""}
+    path = export(encoder, tmp_path / "detector.pt2", "program")
+    run = torch.export.load(path, extra_files=about).module()
+    told, numbers = json.loads(about["foveola.json"]), set()
+    assert told["classes"] == ["a", "b"]
+    assert told["gives"]["masks"] == ["found", 28, 28]
+    for rows, columns in ((32, 32), (32, 9), (13, 32)):
+        view = pixels(1)  # what is beyond the image is anything
+        (expected,) = encoder.predict([view[0, :, :rows, :columns].permute(1, 2, 0).numpy()])
+        found = run(view, torch.tensor([rows, columns]))
+        numbers.add(len(found["boxes"]))
+        torch.testing.assert_close(found["boxes"], expected.boxes, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["scores"], expected.scores, rtol=0, atol=1e-5)
+        assert torch.equal(found["labels"], expected.labels)
+        masks = paste_masks_in_image(found["masks"][:, None], found["boxes"], (rows, columns))[:, 0] > 0.5
+        assert (masks == expected.masks).float().mean() > 0.999
+    assert len(numbers) > 1
+    assert min(numbers) > 2
+    with torch.no_grad():
+        dict(run.named_parameters())["encoder.head.regions.box_predictor.cls_score.bias"][0] = 100
+    found = run(pixels(1), torch.tensor([32, 32]))
+    assert {name: len(value) for name, value in found.items()} == dict.fromkeys(found, 0)
 
 
 def test_what_cannot_be_a_program_is_one_line(tmp_path: Path):
