@@ -16,6 +16,7 @@ from foveola.proposals.spectral import second_eigenvectors
 
 EPS = 1e-5  # weight of an edge between patches that are not similar, so that every graph hangs together
 AGAIN = 0.5  # IoU with the object before from which MaskCut has found it again
+ROUNDING = 1e-5  # of the length of features that do not differ, what is left once their mean is off
 TINY = 0.01  # share of the image up to which a further object of MaskCut is none
 
 
@@ -23,7 +24,18 @@ class Found(NamedTuple):
     """Of B images, K masks at most, best first; empty ones are none."""
 
     masks: Bool[Tensor, "B K N"]
-    scores: Float32[Tensor, "B K"]  # `separation`; 0 of empty masks
+    scores: Float32[Tensor, "B K"]  # `objectness`; 0 of empty masks
+
+
+def centred(features: Float[Tensor, "B N D"]) -> Float32[Tensor, "B N D"]:
+    """Return features less their mean over the image's patches; zero where that leaves rounding alone.
+
+    Some encoders (DINOv2's keys) have so much in common to all patches that none differ by their cosines.
+    """
+    x = features.float()
+    length = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    x = x - x.mean(dim=1, keepdim=True)
+    return torch.where(torch.linalg.vector_norm(x, dim=2, keepdim=True) > ROUNDING * length, x, 0.0)
 
 
 def affinity(
@@ -48,7 +60,7 @@ def tokencut(features: Float[Tensor, "B N D"], grid: tuple[int, int], tau: float
     vector = second_eigenvectors(affinity(features, tau)).vectors
     seed = vector.argmax(dim=1)  # where the absolute value is largest, by `Eigen`
     front = vector > vector.mean(dim=1, keepdim=True)
-    return _scored(around(front, seed, grid)[:, None], features)
+    return _scored(around(front, seed, grid)[:, None], features, grid)
 
 
 def maskcut(
@@ -83,7 +95,7 @@ def maskcut(
         alive = alive[new.any(dim=1)]
         if not len(alive):
             break
-    return _scored(masks, features)
+    return _scored(masks, features, grid)
 
 
 def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) -> Found:
@@ -102,7 +114,7 @@ def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) 
     few = torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :k], True)
     with_seed = product.gather(1, seed[:, None, None].expand(-1, 1, x.shape[1]))[:, 0] > 0
     votes = ((few & with_seed).to(x.dtype)[:, None] @ product)[:, 0]
-    return _scored(around(votes > 0, seed, grid)[:, None], features)
+    return _scored(around(votes > 0, seed, grid)[:, None], features, grid)
 
 
 def brightest(
@@ -122,7 +134,7 @@ def brightest(
     sizes = torch.zeros(len(maps), count + 1, dtype=torch.int64, device=maps.device)
     sizes.scatter_add_(1, labels, torch.ones_like(labels))
     largest = sizes[:, :count].argmax(dim=1, keepdim=True)
-    return _scored(((labels == largest) & bright)[:, None], features)
+    return _scored(((labels == largest) & bright)[:, None], features, grid)
 
 
 def separation(features: Float[Tensor, "B N D"], masks: Bool[Tensor, "B K N"]) -> Float32[Tensor, "B K"]:
@@ -139,6 +151,18 @@ def separation(features: Float[Tensor, "B N D"], masks: Bool[Tensor, "B K N"]) -
     within = own.square().sum(dim=2) / size.square().clamp(min=1)
     between = (own * other).sum(dim=2) / (size * rest).clamp(min=1)
     return torch.where((size > 0) & (rest > 0), within - between, 0.0).float()
+
+
+def objectness(
+    features: Float[Tensor, "B N D"], masks: Bool[Tensor, "B K N"], grid: tuple[int, int]
+) -> Float32[Tensor, "B K"]:
+    """Return how sure it is that masks are objects, in [0, 1]: half the `separation`, negative ones being 0,
+    times the share of the image's border that the mask leaves free.
+    """
+    border = torch.ones(grid, dtype=torch.bool, device=masks.device)
+    border[1:-1, 1:-1] = False
+    free = 1 - (masks & border.flatten()).sum(dim=2) / border.sum()
+    return separation(features, masks).clamp(min=0) / 2 * free
 
 
 def components(masks: Bool[Tensor, "B h w"]) -> Int64[Tensor, "B h w"]:
@@ -176,6 +200,6 @@ def corners(masks: Bool[Tensor, "B N"], grid: tuple[int, int]) -> Int64[Tensor, 
     return field[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(dim=1)
 
 
-def _scored(masks: Bool[Tensor, "B K N"], features: Float[Tensor, "B N D"]) -> Found:
+def _scored(masks: Bool[Tensor, "B K N"], features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Found:
     masks = masks & ~masks.all(dim=2, keepdim=True)
-    return Found(masks, separation(features, masks))
+    return Found(masks, objectness(features, masks, grid))

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveola.config import UserError, key, to_dict
 from foveola.models.encoder import Encoder
 from foveola.models.transform import fit_to_patches
-from foveola.proposals.cuts import Found, brightest, lost, maskcut, tokencut
+from foveola.proposals.cuts import Found, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.refine import enlarged
 from foveola.zoo.load import load
@@ -39,6 +39,9 @@ class DiscoverConfig:
     )
     features: Literal["patches", "keys"] = key(
         "patches", "what tells patches apart: a block's output, or the keys of its attention, as published"
+    )
+    centre: bool = key(
+        True, "take the mean over the image's patches off the features; false = as published, for DINO's keys"
     )
     block: int = key(-1, "block whose keys, patches or attention are read; negative ones count from the last")
     tau: float | None = key(
@@ -130,8 +133,8 @@ class Discoverer:
     def propose(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], /) -> list[Proposals]:
         """Return the objects of each image, surest first; none of an image of one colour.
 
-        Scores say how much more alike the patches of an object are to each other than to the rest
-        (`cuts.separation`).
+        Scores are in [0, 1]: how much more alike the patches of an object are to each other than to the rest,
+        and how much of the image's border it leaves free (`cuts.objectness`).
         """
         small = [self._small(image) for image in images]
         together: dict[tuple[int, int], list[int]] = defaultdict(list)  # those of the same size
@@ -158,7 +161,7 @@ class Discoverer:
         features, maps = self._seen(images)
         if not features.isfinite().all():
             raise UserError("features are not finite: the weights of this encoder are of no use")
-        found = self._found(features, maps, grid)
+        found = self._found(centred(features) if self.config.centre else features, maps, grid)
         return found.masks.cpu().numpy(), found.scores.cpu().numpy(), grid
 
     def _found(

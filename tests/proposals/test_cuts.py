@@ -10,10 +10,12 @@ from torch import Tensor
 from foveola.proposals.cuts import (
     affinity,
     brightest,
+    centred,
     components,
     corners,
     lost,
     maskcut,
+    objectness,
     separation,
     tokencut,
 )
@@ -156,6 +158,31 @@ def test_separation_is_the_mean_over_pairs():
             assert found[image, index].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_objectness_by_hand():
+    """An object of 2 x 2 patches of 3 x 4 that are alike, in a corner and so on 3 of the border's 10."""
+    field = torch.zeros(3, 4, dtype=torch.bool)
+    field[:2, :2] = True
+    features = torch.where(field.flatten()[:, None], torch.tensor([1.0, 0]), torch.tensor([-0.6, 0.8]))[None]
+    mask = field.flatten()[None, None]
+    assert separation(features, mask).item() == pytest.approx(1.6)
+    assert objectness(features, mask, (3, 4)).item() == pytest.approx(0.8 * 7 / 10)
+    assert objectness(features, ~mask & mask, (3, 4)).item() == 0
+    alike = torch.tensor([[[1.0, 0], [-1, 0], [1, 0], [1, 0]]])  # the mask's are less alike than to the rest
+    assert objectness(alike, torch.tensor([[[True, True, False, False]]]), (2, 2)).item() == 0
+
+
+def test_centred_features_have_no_mean_and_constant_ones_are_zero():
+    features = scenes(2) + 100
+    found = centred(features)
+    torch.testing.assert_close(
+        found.double(), features.double() - features.double().mean(1, True), atol=1e-4, rtol=0
+    )
+    constant = torch.full((1, 108, 16), 0.1) * torch.linspace(0.3, 7, 16)
+    assert not centred(constant).any()
+    for cut in (tokencut, maskcut, lost):
+        assert not cut(centred(constant), GRID).masks.any()
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 4), (12, 12)])
 def test_where_all_patches_are_the_same_there_is_no_object(grid: tuple[int, int]):
     count = grid[0] * grid[1]
@@ -176,7 +203,7 @@ def test_an_object_of_one_patch_is_one():
     features[0, 50] = torch.tensor([0, 1.0])
     for found in (tokencut(features, GRID), maskcut(features, GRID)):
         assert found.masks[0, 0].nonzero().flatten().tolist() == [50]
-        assert found.scores[0, 0] == 1
+        assert found.scores[0, 0] == 0.5  # half of 1 - 0, away from the border
         assert found.masks[0, 1:].sum() == 0
     assert lost(features - torch.tensor([0.5, 0.5]), GRID).masks[0, 0].nonzero().flatten().tolist() == [50]
 

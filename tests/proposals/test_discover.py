@@ -60,7 +60,9 @@ def test_blocks_are_found_where_they_are():
     assert found.masks.sum() == 32 * 32 + 24 * 32
     assert found.labels.tolist() == [0, 0]
     # Pairs of one block are alike (1). Colours are (1, -1, -1) / sqrt 3 and so on: products are -1/3.
-    np.testing.assert_allclose(found.scores, 4 / 3, atol=1e-6)
+    (plain,) = colours(centre=False).propose([scene(96, 96, *blocks)])
+    np.testing.assert_array_equal(plain.boxes[np.argsort(plain.boxes[:, 0])], [blocks[0][:4], blocks[1][:4]])
+    np.testing.assert_allclose(plain.scores, 2 / 3, atol=1e-6)
     (single,) = colours(method="tokencut").propose([scene(96, 96, blocks[0])])
     assert single.boxes.tolist() == [[8, 16, 40, 48]]
 
@@ -113,7 +115,7 @@ def test_features_are_those_that_are_asked_for():
     patches = encoder.layers(pixels, 2)[0].patches
     for features, expected in (("keys", keys), ("patches", patches)):
         found = discoverer(
-            encoder, DiscoverConfig(features=features, block=1, image_size=64, tau=0.9, **PLAIN)
+            encoder, DiscoverConfig(features=features, block=1, image_size=64, tau=0.9, centre=False, **PLAIN)
         ).propose([image])[0]
         masks = maskcut(expected, (8, 8), 0.9).masks[0]
         masks = masks[masks.any(dim=1)].view(-1, 8, 8).numpy()
@@ -143,7 +145,14 @@ def test_work_is_told_from_other_work_by_what_it_depends_on():
     assert plain["encoder"] == encoder.fingerprint()
     assert "k" not in plain
     assert discoverer(encoder, DiscoverConfig(image_size=64, batch_size=3)).describe() == plain
-    for changes in ({"tau": 0.2}, {"features": "keys"}, {"objects": 2}, {"block": 0}, {"method": "lost"}):
+    for changes in (
+        {"tau": 0.2},
+        {"features": "keys"},
+        {"centre": False},
+        {"objects": 2},
+        {"block": 0},
+        {"method": "lost"},
+    ):
         other = discoverer(encoder, DiscoverConfig(image_size=64, **changes)).describe()
         assert other != plain, changes
     assert discoverer(vit(width=48), DiscoverConfig(image_size=64)).describe() != plain
