@@ -266,8 +266,12 @@ class CocoObjects:
     def path(self, file: str) -> None:
         """Return None: all annotations are in memory."""
 
+    def holds(self, row: int) -> bool:
+        """Return whether anything is annotated in an image."""
+        return any(len(each.table.of(row)[0]) for each in (self.objects, self.crowds))
+
     def __call__(self, row: int, file: str, path: Path, label: int) -> Marked:
-        if not any(len(each.table.of(row)[0]) for each in (self.objects, self.crowds)):
+        if not self.holds(row):
             return Marked(path)
         data, header = _opened(path)
         if header is None:

@@ -44,6 +44,10 @@ class HubImages:
             image = ImageFile(image, self.reading)
         return Sample(image, f"row {row}", None, None if label < 0 else label)
 
+    def image_names(self) -> list[str]:
+        """Return what the images are called, in order."""
+        return [f"row {row}" for row in self.rows.tolist()]
+
     def data(self, index: int) -> bytes:
         """Return the bytes of the file of an image. Raises OSError and BadImage."""
         file = self._file(int(self.rows[index]), self.image)

@@ -2,13 +2,12 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
-from foveola.config import nearest
 from foveola.data.annotations import (
     BoxTable,
     CocoObjects,
@@ -19,12 +18,11 @@ from foveola.data.annotations import (
     PixelBoxes,
     XmlBoxes,
     map_size,
-    read_json,
 )
-from foveola.data.coco import check_size, listed_part
 from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
-from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
+from foveola.data.instances import few_objects, read_instances
+from foveola.data.listing import check_listed, find_images, match_names, misfit, printable
 from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
 from foveola.data.tables import read_boxes
 
@@ -74,6 +72,10 @@ class ImageFiles:
     def path(self, index: int) -> Path:
         """Return the file of an image."""
         return self.root / os.fsdecode(self.files[int(self.rows[index])])
+
+    def image_names(self) -> list[str]:
+        """Return what the images are called, in order."""
+        return [printable(os.fsdecode(self.files[row])) for row in self.rows.tolist()]
 
     def files_below(self) -> tuple[Path, list[str]]:
         """Return the folder, and the paths of the images below it, in order."""
@@ -178,10 +180,10 @@ def open_folder(
     reader = None
     if boxes is not None:
         rows: list[list] = [[] for _ in files]
-        for key, row in _match_names(found, files, boxes).items():
+        for key, row in match_names(found, files, boxes).items():
             rows[row] += [(*box[:4], index[box[4]] if box[4] else -1) for box in found[key]]
         reader = PixelBoxes(BoxTable(rows))
-        notes += _few_objects(boxes, sum(map(bool, rows)), len(files))
+        notes += few_objects(boxes, sum(map(bool, rows)), len(files))
     elif masks is not None:
         reader = maps = LabelMaps(masks, ignore)
         _probe(files, masks, lambda file: maps.path(file).is_file())
@@ -189,13 +191,6 @@ def open_folder(
     source = ImageFiles(name, root, files, labels, classes or None, reader)
     source.notes = notes
     return source
-
-
-def _few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
-    """A note where most images have no object; each of them then counts as one."""
-    if 2 * annotated >= images:
-        return ()
-    return (f"{where}: objects in {annotated:,} of {images:,} images; each of the others counts as one",)
 
 
 def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
@@ -281,41 +276,11 @@ def open_coco(
     """
     if annotations is None:
         raise DataError("coco: needs annotations=, as in coco:/images?annotations=/instances.json")
-    tree = read_json(annotations)
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(tree, dict) or not isinstance(tree.get(part), list):
-            raise DataError(f"{annotations}: has no list {part!r}; is it an instances file of COCO?")
-    if not tree["images"]:
-        raise DataError(f"{annotations}: lists no images")
-    try:
-        if files is not None:
-            tree |= listed_part(tree, files)
-        images = sorted(tree["images"], key=lambda image: image["id"])
-        row_of = {image["id"]: row for row, image in enumerate(images)}
-        categories = sorted(tree["categories"], key=lambda category: category["id"])
-        label_of = {category["id"]: label for label, category in enumerate(categories)}
-        per_image: list[list[dict]] = [[] for _ in images]
-        for annotation in tree["annotations"]:
-            per_image[row_of[annotation["image_id"]]].append(annotation)
-        for image in images:
-            check_size(image)
-        sizes = np.array([[image["width"], image["height"]] for image in images], np.int64)
-        names = [image["file_name"] for image in images]
-        reader = CocoObjects(sizes, per_image, label_of)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{annotations}: not as COCO instances are: {type(error).__name__} {error}"
-        ) from error
-    except DataError as error:
-        raise DataError(f"{annotations}: {error}") from error
-    check_inside(annotations, names)
-    check_listed(root, names)
-    classes = [category["name"] for category in categories]
-    source = ImageFiles(name, root, names, None, classes, reader)
-    source.image_ids = np.array([image["id"] for image in images])
-    source.category_ids = np.array([category["id"] for category in categories])
-    annotated = int((np.diff(reader.table.ends, prepend=0) > 0).sum())
-    source.notes = _few_objects(annotations, annotated, len(names))
+    found = read_instances(annotations, files)
+    check_listed(root, found.files)
+    source = ImageFiles(name, root, found.files, None, found.classes, found.reader())
+    source.image_ids, source.category_ids = found.image_ids, found.category_ids
+    source.notes = few_objects(annotations, found.annotated, len(found.files))
     return source
 
 
@@ -325,31 +290,6 @@ def open_coco(
 def _probe(files: list[str], folder: Path, has: Callable[[str], bool]) -> None:
     if not any(has(file) for file in files[:: max(len(files) // PROBES, 1)]):
         raise DataError(f"{folder}: no annotation there belongs to any of the images, such as {files[0]}")
-
-
-def _match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
-    """Which of the image `files` each name in an annotation file means: by path, or by unique file name.
-
-    Raises DataError for names that no image has.
-    """
-    by_path = {file: row for row, file in enumerate(files)}
-    by_name: dict[str, int] = {}
-    for row, file in enumerate(files):
-        name = file.rsplit("/", 1)[-1]
-        by_name[name] = -1 if name in by_name else row
-    rows, missing = {}, []
-    for name in named:
-        row = by_path.get(name.replace("\\", "/"), by_name.get(name, -1))
-        if row < 0:
-            missing.append(name)
-        rows[name] = row
-    if missing:
-        near = nearest(missing[0], [*by_path, *by_name][:100000])
-        raise DataError(
-            f"{where}: {len(missing)} of {len(rows)} images that it names are missing, such as {missing[0]}"
-            + (f"; did you mean {near}?" if near else "")
-        )
-    return rows
 
 
 def _read_table(root: Path, file: str, columns: int) -> list[list[str]]:

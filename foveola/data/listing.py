@@ -3,10 +3,11 @@
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from foveola.config import nearest
 from foveola.data.sample import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -142,3 +143,28 @@ def printable(text: str) -> str:
     backslashes.
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
+    """Return which of the image `files` each name in an annotation file means: by path, or unique file name.
+
+    Raises DataError for names that no image has.
+    """
+    by_path = {file: row for row, file in enumerate(files)}
+    by_name: dict[str, int] = {}
+    for row, file in enumerate(files):
+        name = file.rsplit("/", 1)[-1]
+        by_name[name] = -1 if name in by_name else row
+    rows, missing = {}, []
+    for name in named:
+        row = by_path.get(name.replace("\\", "/"), by_name.get(name, -1))
+        if row < 0:
+            missing.append(name)
+        rows[name] = row
+    if missing:
+        near = nearest(missing[0], [*by_path, *by_name][:100000])
+        raise DataError(
+            f"{where}: {len(missing)} of {len(rows)} images that it names are missing, such as {missing[0]}"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    return rows

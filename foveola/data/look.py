@@ -14,6 +14,7 @@ from foveola.data.annotations import PixelBoxes
 from foveola.data.depth import CONTAINER, is_deep, states_range, values_of
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header, check_pages, open_image, read_header
+from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
 from foveola.data.sample import BadImage, DataError
@@ -21,7 +22,7 @@ from foveola.data.sample import BadImage, DataError
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
 
-Looked = ImageFiles | HubImages
+Looked = ImageFiles | HubImages | GivenObjects
 
 
 @dataclass

@@ -144,7 +144,14 @@ class Scenes:
         labels = scene.objects.labels
         assert labels is not None
         label = int(labels[scene.objects.areas.argmax()])
-        return Sample(scene.image, f"scenes/{self.split}/{index}", scene.objects, label)
+        return Sample(scene.image, self._image_name(index), scene.objects, label)
+
+    def image_names(self) -> list[str]:
+        """Return what the scenes are called, in order."""
+        return [self._image_name(index) for index in range(self.count)]
+
+    def _image_name(self, index: int) -> str:
+        return f"scenes/{self.split}/{index}"
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Return the identity of scenes, which are what their parameters say: one of the same parameters and

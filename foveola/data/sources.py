@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from foveola.config import UserError, kind_of, meant, nearest
 from foveola.data.decode import decode
+from foveola.data.given import GivenObjects
 from foveola.data.hub import open_hub
 from foveola.data.imagenet import (
     open_imagenet_a,
@@ -22,6 +23,19 @@ from foveola.data.imagenet import (
 )
 from foveola.data.layouts import open_coco, open_folder, open_imagenet, open_tiny_imagenet
 from foveola.data.look import look
+from foveola.data.options import (
+    at_least_one,
+    existing_folder,
+    existing_path,
+    first_word,
+    one_of,
+    share,
+    split_name,
+    true_or_false,
+    whole_number,
+    whole_numbers,
+    whole_range,
+)
 from foveola.data.sample import IGNORE, BadImage, DataError, Decoding, Sample
 from foveola.data.scenes import open_scenes
 from foveola.data.segmentation import (
@@ -95,14 +109,19 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if not colon or kind not in KINDS:
         raise DataError(_unknown_kind(spec, kind))
     opener, own = KINDS[kind]
-    allowed = dict(own) | ({} if kind == "scenes" else {"limit": _some, "seed": _whole})
-    allowed |= {} if kind == "scenes" else {"range": Decoding.values, "pages": _first}
-    allowed |= {"holdout": _share, "split": _split} if kind in WITHOUT_HALVES else {}
+    allowed = dict(own)
+    allowed |= {} if kind == "scenes" else {"limit": at_least_one, "seed": whole_number}
+    allowed |= {} if kind == "scenes" else {"range": Decoding.values, "pages": first_word}
+    allowed |= {"holdout": share, "split": split_name} if kind in WITHOUT_HALVES else {}
+    allowed.setdefault("annotations", existing_path)
     options = _parse_options(kind, query, allowed)
+    given = None if "annotations" in own else options.pop("annotations", None)
     if kind == "scenes":
         if place:
             raise DataError(f"scenes: is built in and has no path, but was given {place!r}")
-        return opener(options.pop("split", split), **options)
+        return with_objects(opener(options.pop("split", split), **options), given)
+    if given is not None and (others := {"boxes", "masks"} & options.keys()):
+        raise DataError(f"{kind}: takes {min(others)}= or annotations=, not both")
     if not place:
         raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
     root = Path(unquote(place)).expanduser()
@@ -122,12 +141,20 @@ def open_source(spec: str, split: Split = "train") -> Source:
     source = opener(spec, unquote(place) if kind == "hf" else root, **options)
     if reading != Decoding():
         source.read_as(reading)
+    source = with_objects(source, given)
     look(source)  # at all of it: each part of one folder is read alike
     if holdout is not None:
         source.hold_out(holdout, seed, half)
     if limit is not None:
         source.limit(limit, seed)
     return source
+
+
+def with_objects(source: Any, annotations: str | Path | None) -> Any:
+    """Return a source with the objects of a COCO file in place of its own, as `annotations=` of a data string
+    gives them; None leaves it as it is. Raises DataError for a file that does not fit.
+    """
+    return source if annotations is None else GivenObjects(source, Path(annotations).expanduser())
 
 
 def _from_outside(kind: str, place: str) -> tuple[Any, dict[str, str]] | None:
@@ -150,8 +177,11 @@ def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split
         raise DataError(f"{spec}: expected a function that returns a source, got {kind_of(opener)}")
     known = signature(opener).parameters
     takes_all = any(each.kind is each.VAR_KEYWORD for each in known.values())
-    names = [*known] if not takes_all else [part.partition("=")[0] for part in query.split("&")]
-    options |= _parse_options(spec.partition("?")[0], query, dict.fromkeys(names, str))
+    names = [*known] if not takes_all else [part.partition("=")[0] for part in query.split("&") if part]
+    readers: Mapping[str, Callable[[str], Any]] = {"annotations": existing_path} | dict.fromkeys(names, str)
+    given = _parse_options(spec.partition("?")[0], query, readers)
+    annotations = None if "annotations" in names else given.pop("annotations", None)
+    options |= given
     if "split" in known:
         options.setdefault("split", split)
     lacking = [name for name, each in known.items() if each.default is each.empty and name not in options]
@@ -164,7 +194,7 @@ def _open_own(spec: str, opener: Any, options: dict[str, str], query: str, split
         raise
     except Exception as error:  # whatever the function does
         raise DataError(f"{spec} cannot be opened: {type(error).__name__}: {error}") from error
-    return as_source(opened, split, spec)
+    return with_objects(as_source(opened, split, spec), annotations)
 
 
 def as_source(data: Any, split: Split, what: str) -> Source:
@@ -208,7 +238,7 @@ def _unknown_kind(spec: str, kind: str) -> str:
     return f"unknown data {spec!r}" + (f"; did you mean {near}:?" if near else f"; valid kinds: {valid}")
 
 
-def _parse_options(kind: str, query: str, allowed: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+def _parse_options(kind: str, query: str, allowed: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
         name, equals, text = part.partition("=")
@@ -225,80 +255,6 @@ def _parse_options(kind: str, query: str, allowed: dict[str, Callable[[str], Any
     return options
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal() or len(text) > 18:  # 64 bits
-        raise ValueError("a whole number")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    share = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
-    if not 0 < share < 1:
-        raise ValueError("a share such as 0.2")
-    return share
-
-
-def _some(text: str) -> int:
-    if not _whole(text):
-        raise ValueError("at least 1")
-    return int(text)
-
-
-def _split(text: str) -> str:
-    if text not in ("train", "val", "test"):
-        raise ValueError("train or test")
-    return "train" if text == "train" else "test"
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"one of {', '.join(names)}")
-        return text
-
-    return read
-
-
-def _range(text: str) -> tuple[int, int]:
-    low, dash, high = text.partition("-")
-    if not low.isdecimal() or (dash and not high.isdecimal()):
-        raise ValueError("a range such as 2-5")
-    return int(low), int(high or low)
-
-
-def _yes(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError("true or false")
-    return text == "true"
-
-
-def _first(text: str) -> bool:
-    if text != "first":
-        raise ValueError("first")
-    return True
-
-
-def _path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise ValueError(f"a path that exists{meant(path)}")
-    return path
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"a folder that exists{meant(path)}")
-    return path
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError("whole numbers such as 0,255")
-    return tuple(map(int, parts))
-
-
 WITHOUT_HALVES = (
     "folder",
     "coco",
@@ -306,41 +262,41 @@ WITHOUT_HALVES = (
     "listed",
 )  # kinds without halves of their own, which holdout= makes
 LABEL_MAP_KEYS: Mapping[str, Callable[[str], Any]] = {
-    "ignore": _whole,
-    "values": _numbers,
-    "absent": lambda text: bool(_one_of("allow")(text)),
+    "ignore": whole_number,
+    "values": whole_numbers,
+    "absent": lambda text: bool(one_of("allow")(text)),
 }
 KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] = {
     "scenes": (
         open_scenes,
         {
-            "size": _whole,
-            "count": _whole,
-            "seed": _whole,
-            "objects": _range,
-            "split": _split,
-            "background": _one_of("class", "ignore"),
+            "size": whole_number,
+            "count": whole_number,
+            "seed": whole_number,
+            "objects": whole_range,
+            "split": split_name,
+            "background": one_of("class", "ignore"),
         },
     ),
-    "folder": (open_folder, {"boxes": _path, "masks": _folder, "ignore": _whole}),
-    "tinyimagenet": (open_tiny_imagenet, {"split": _split}),
-    "imagenet": (open_imagenet, {"boxes": _folder, "split": _split}),
-    "coco": (open_coco, {"annotations": _path, "files": _path}),
-    "masks": (open_masks, {"labels": _folder, "classes": str, **LABEL_MAP_KEYS}),
-    "voc": (open_voc, {"split": _one_of("train", "trainaug", "val", "test")}),
+    "folder": (open_folder, {"boxes": existing_path, "masks": existing_folder, "ignore": whole_number}),
+    "tinyimagenet": (open_tiny_imagenet, {"split": split_name}),
+    "imagenet": (open_imagenet, {"boxes": existing_folder, "split": split_name}),
+    "coco": (open_coco, {"annotations": existing_path, "files": existing_path}),
+    "masks": (open_masks, {"labels": existing_folder, "classes": str, **LABEL_MAP_KEYS}),
+    "voc": (open_voc, {"split": one_of("train", "trainaug", "val", "test")}),
     "voc-objects": (
         open_voc_objects,
-        {"split": _one_of("train", "val", "trainval", "test"), "ignore": ignored_flags},
+        {"split": one_of("train", "val", "trainval", "test"), "ignore": ignored_flags},
     ),
-    "ade20k": (open_ade20k, {"split": _split}),
-    "cityscapes": (open_cityscapes, {"split": _split}),
-    "cocostuff": (open_coco_stuff, {"labels": _folder, "classes": str}),
-    "camvid": (open_camvid, {"split": _one_of("train", "val", "test")}),
+    "ade20k": (open_ade20k, {"split": split_name}),
+    "cityscapes": (open_cityscapes, {"split": split_name}),
+    "cocostuff": (open_coco_stuff, {"labels": existing_folder, "classes": str}),
+    "camvid": (open_camvid, {"split": one_of("train", "val", "test")}),
     "imagenetv2": (open_imagenet_v2, {}),
     "imagenet-a": (open_imagenet_a, {}),
-    "imagenet-real": (open_imagenet_real, {"labels": _path}),
-    "objectnet": (open_objectnet, {"border": _whole}),
-    "listed": (open_listed, {"files": _path, "classes": str, "several": _yes}),
+    "imagenet-real": (open_imagenet_real, {"labels": existing_path}),
+    "objectnet": (open_objectnet, {"border": whole_number}),
+    "listed": (open_listed, {"files": existing_path, "classes": str, "several": true_or_false}),
     "hf": (
         open_hub,
         dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,

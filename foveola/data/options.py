@@ -1,0 +1,92 @@
+"""Options of data strings: from text to values. Each raises ValueError with what it needs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from foveola.config import meant
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of 64 bits."""
+    if not text.isdecimal() or len(text) > 18:  # 64 bits
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Return a share between 0 and 1."""
+    share = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
+    if not 0 < share < 1:
+        raise ValueError("a share such as 0.2")
+    return share
+
+
+def at_least_one(text: str) -> int:
+    """Return a whole number that is not 0."""
+    if not whole_number(text):
+        raise ValueError("at least 1")
+    return int(text)
+
+
+def split_name(text: str) -> str:
+    """Return train or test."""
+    if text not in ("train", "val", "test"):
+        raise ValueError("train or test")
+    return "train" if text == "train" else "test"
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """Return what reads one of some words."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+def whole_range(text: str) -> tuple[int, int]:
+    """Return both ends of a range of whole numbers."""
+    low, dash, high = text.partition("-")
+    if not low.isdecimal() or (dash and not high.isdecimal()):
+        raise ValueError("a range such as 2-5")
+    return int(low), int(high or low)
+
+
+def true_or_false(text: str) -> bool:
+    """Return whether it is true."""
+    if text not in ("true", "false"):
+        raise ValueError("true or false")
+    return text == "true"
+
+
+def first_word(text: str) -> bool:
+    """Return true for the only word that there is: first."""
+    if text != "first":
+        raise ValueError("first")
+    return True
+
+
+def existing_path(text: str) -> Path:
+    """Return a path that exists."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise ValueError(f"a path that exists{meant(path)}")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """Return a folder that exists."""
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"a folder that exists{meant(path)}")
+    return path
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Return whole numbers that commas separate."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError("whole numbers such as 0,255")
+    return tuple(map(int, parts))
