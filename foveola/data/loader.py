@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
+from jaxtyping import Int64
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from foveola.config import key
@@ -30,7 +29,9 @@ from foveola.data.ahead import (
     room,
 )
 from foveola.data.annotated import Annotations, Read, check_annotated, class_table, stack_label_maps
+from foveola.data.chosen import ObjectRows
 from foveola.data.decode import Scratch, decode, to_canvas
+from foveola.data.noise import NoiseConfig, check_noise, make_noisy
 from foveola.data.sample import BadImage, Canvases, DataError, Instances, ObjectChoice, Objects, have_masks
 from foveola.data.sources import Source, read_label_map
 from foveola.failures import explain
@@ -60,6 +61,9 @@ class LoaderConfig:
     )
     objects_per_image: int = key(1, "objects drawn from each image", at_least=1, at_most=1000)
     choose: ObjectChoice = key("area", "which objects are drawn: by area, uniform, or the largest")
+    objects_noise: NoiseConfig | None = key(
+        None, "objects are made wrong on purpose, to see what that costs; null = as they are annotated"
+    )
     workers: int = key(2, "processes that decode; 0: in the training process", at_least=0, at_most=1000)
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(
@@ -113,6 +117,8 @@ class Loader:
     ) -> None:
         check_annotated(source, annotations)
         config = LoaderConfig() if config is None else config
+        if with_objects:
+            check_noise(source, config.objects_noise)
         self.steps_per_epoch = accumulate * (len(source) // (accumulate * batch_size * world_size))
         if not self.steps_per_epoch:
             whole = accumulate * batch_size * world_size
@@ -285,14 +291,12 @@ class _Batches(Dataset):
         start = step_of_epoch * across + self.rank * self.batch_size
         order = _cached_order(self.seed, epoch, len(self.source))[start : start + self.batch_size]
 
-        B, M, size = self.batch_size, self.config.objects_per_image, self.config.mask_canvas
-        canvas = self.config.canvas
+        B, canvas = self.batch_size, self.config.canvas
         # Channels last, as decoders give them.
         images = torch.zeros((B, canvas, canvas, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         extents = torch.empty((B, 2), dtype=torch.int64)
         aspects, labels = torch.empty(B), torch.full((B,), -1)
-        masks = torch.full((B, M, size, size), 255, dtype=torch.uint8)
-        whole, object_labels = torch.ones((B, M), dtype=torch.bool), torch.full((B, M), -1)
+        objects = ObjectRows(B, self.config.objects_per_image, self.config.mask_canvas)
         indices = torch.from_numpy(order.copy())
         bad: list[str] = []
         maps, found, samples = [], [], []
@@ -310,26 +314,32 @@ class _Batches(Dataset):
             indices[row] = read.index
             if sample.label is not None:
                 labels[row] = sample.label
-            if self.with_objects and sample.objects is not None:
+            if self.with_objects and (known := self._objects(read)) is not None:
                 rng = np.random.default_rng([self.seed, OBJECTS, epoch, read.index])
-                whole[row] = False
-                masks[row], object_labels[row] = _draw_objects(sample.objects, rng, self.config)
+                objects.fill(row, known, rng, self.config.choose)
         rows, columns = extents.amax(dim=0).tolist()  # what no image of the batch reaches is left out
         batch = Canvases(
             images[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last),
             extents,
             aspects,
-            masks,
-            whole,
-            object_labels,
+            objects.masks,
+            objects.whole,
+            objects.labels,
             labels,
             indices,
+            chosen=objects.chosen,
             skipped=len(bad),
             label_maps=stack_label_maps(maps, extents.tolist()) if self.label_maps else None,
             instances=Instances.of(found, self.instance_mask) if self.instances else None,
             classes=class_table(samples, len(self.source.classes or ())) if self.classes else None,
         )
         return batch, bad
+
+    def _objects(self, read: Read) -> Objects | None:
+        noise = self.config.objects_noise
+        if noise is None or not noise.active:
+            return read.sample.objects
+        return make_noisy(read.sample.objects, self.source, read.index, self.seed, noise)
 
     def _read(self, epoch: int, index: int, scratch: Scratch, bad: list[str]) -> Read:
         """An image, or its stand-in: drawn from (seed, epoch, index), so always the same.
@@ -379,15 +389,6 @@ class _Batches(Dataset):
 @lru_cache(maxsize=2)  # of each worker: two epochs meet in what is read ahead
 def _cached_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
     return epoch_order(seed, epoch, count)
-
-
-def _draw_objects(
-    objects: Objects, rng: np.random.Generator, config: LoaderConfig
-) -> tuple[UInt8[Tensor, "M s s"], Int64[Tensor, "M"]]:
-    chosen = objects.choose(rng, config.objects_per_image, config.choose)
-    masks = np.stack([objects.draw(int(index), config.mask_canvas) for index in chosen])
-    labels = np.full(len(chosen), -1) if objects.labels is None else objects.labels[chosen]
-    return torch.from_numpy(masks), torch.from_numpy(labels)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -240,6 +240,19 @@ class Instances(NamedTuple):
         )
 
 
+class Chosen(NamedTuple):
+    """The M objects of each image that are trained on: which of its objects, and what is known of them.
+
+    `which` is the place among the image's objects: the same number twice is the same object, drawn again
+    since there are fewer than M. `areas` are shares of the image; `scores` are 1 where nobody gave any. The
+    image as a whole, where there are no objects, is object 0.
+    """
+
+    which: Int64[Tensor, "B M"]
+    areas: Float32[Tensor, "B M"]
+    scores: Float32[Tensor, "B M"]
+
+
 def have_masks(source: Any) -> bool:
     """Return whether objects of a source have masks of their own, rather than boxes alone.
 
@@ -267,7 +280,7 @@ class Canvases:
     object is the whole image (no annotation) and its mask is all 255. `indices` are positions in the
     source. `skipped` counts bad images that were replaced. `label_maps` (classes, IGNORE for none and beyond
     each image), `instances` and `classes` (which of all classes an image has) are there where a task reads
-    them.
+    them; `chosen` tells more of the objects.
     """
 
     images: UInt8[Tensor, "B 3 R C"]
@@ -279,6 +292,7 @@ class Canvases:
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
     skipped: int = 0
+    chosen: Chosen | None = None
     label_maps: UInt8[Tensor, "B R C"] | None = None
     instances: Instances | None = None
     classes: Bool[Tensor, "B K"] | None = None
@@ -307,8 +321,8 @@ class Canvases:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Canvases":
         def changed(value: Any) -> Any:
-            if isinstance(value, Instances):
-                return Instances(*map(changed, value))
+            if isinstance(value, Instances | Chosen):
+                return type(value)(*map(changed, value))
             return change(value) if isinstance(value, Tensor) else value
 
         return Canvases(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})

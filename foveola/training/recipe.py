@@ -206,7 +206,7 @@ class RunConfig:
         if self.evaluate_every is None and not self.evaluations:
             idle["stop_when_worse"] = "nothing is measured (evaluate_every=null, no evaluations)"
         if self.views.objects is None:
-            drawn = ("loader.objects_per_image", "loader.choose")
+            drawn = ("loader.objects_per_image", "loader.choose", "loader.objects_noise")
             drawn += ("loader.mask_canvas",) * (self.method.annotations != "instances")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
         if ALL in (self.freeze.get("encoder"), self.freeze.get("backbone")):
