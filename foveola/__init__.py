@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from foveola.models.wrapped import ImageTokens
     from foveola.proposals.proposal import Proposals, Proposer
     from foveola.proposals.run import Proposed, propose
+    from foveola.reports.data_page import check_data
     from foveola.reports.report import report
     from foveola.tasks.task import Classes, Detections, LabelMap
     from foveola.training.auto.plan import Plan
@@ -66,6 +67,7 @@ __all__ = [
     "TransformConfig",
     "__version__",
     "analyze_attention",
+    "check_data",
     "compare",
     "embed",
     "evaluate",
@@ -84,6 +86,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "check_data": "foveola.reports.data_page",
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
     "finetune": "foveola.training.finetune",

@@ -72,6 +72,10 @@ EXPORT = [
         "format=program: with the head of a fine-tuned encoder; others leave it, and say so unless false",
     ),
 ]
+CHECK = [
+    KeyInfo("out", "text or null", None, "folder for check.json and check.html; null = nothing is written"),
+    KeyInfo("images", "int >= 1", 512, "how many images are read, evenly spread over the data set"),
+]
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
     KeyInfo("seeds", "int >= 1", 1, "how many runs to average; each starts from another seed"),
