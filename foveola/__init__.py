@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from foveola.data.sample import Objects, Sample
     from foveola.data.sources import Source, open_source
     from foveola.embedding.embed import embed
+    from foveola.embedding.index import Index
+    from foveola.embedding.search import search
     from foveola.evaluation.attention.analysis import analyze_attention
     from foveola.evaluation.attention.result import AttentionAnalysis
     from foveola.evaluation.compare import Comparison, compare
@@ -45,6 +47,7 @@ __all__ = [
     "Features",
     "Figure",
     "ImageTokens",
+    "Index",
     "LabelMap",
     "Method",
     "MethodConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "propose",
     "recipes",
     "report",
+    "search",
     "visualize",
     "wrap",
 ]
@@ -106,6 +110,8 @@ _HOMES = {
     "Comparison": "foveola.evaluation.compare",
     "export": "foveola.zoo.export",
     "embed": "foveola.embedding.embed",
+    "Index": "foveola.embedding.index",
+    "search": "foveola.embedding.search",
     "analyze_attention": "foveola.evaluation.attention.analysis",
     "AttentionAnalysis": "foveola.evaluation.attention.result",
     "Result": "foveola.evaluation.result",

@@ -109,3 +109,19 @@ EMBED = [
     KeyInfo("out", "text", "(needed)", "file to write: it ends in .parquet, .npz or .zarr"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
+SEARCH = [
+    KeyInfo("index", "text", "(needed)", "a file that foveola embed wrote"),
+    KeyInfo("query", "text", "(needed)", "images, joined by commas, or a data string"),
+    KeyInfo(
+        "box",
+        "[float, float, float, float] or null",
+        None,
+        "x0,y0,x1,y1 in pixels: the object that is meant",
+    ),
+    KeyInfo("top", "int >= 1", 10, "rows to find for each query"),
+    KeyInfo("model", "text or null", None, "the encoder of the index; null = where the index says"),
+    KeyInfo("method", "exact|hnsw", "exact", "hnsw: by a graph, for more than a million rows"),
+    KeyInfo("out", "text or null", None, "also write the result (.json), or a sheet of images (.png)"),
+    KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+]

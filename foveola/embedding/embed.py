@@ -14,7 +14,7 @@ from foveola import distributed, files
 from foveola.config import UserError, build, refuse_unread, to_dict
 from foveola.data.identity import identity_of, looked_at_once, say
 from foveola.data.sources import Source, as_source, why_bad
-from foveola.embedding.formats import format_of, read_about, write_features
+from foveola.embedding.formats import format_of, header_of, write_features
 from foveola.embedding.parts import FileParts, differing
 from foveola.embedding.rows import EmbedConfig, Embedding
 from foveola.evaluation.features.names import EXTERNAL
@@ -178,7 +178,7 @@ def _prepare(
 ) -> dict[str, Any] | None:
     """What the file says about itself where it is there; otherwise the folder of parts is made."""
     if path.exists():
-        known = read_about(path)
+        known = header_of(path)
         if other := differing(work_of(known), work_of(about)):
             raise UserError(
                 f"{path} is there, and of other work (another {other}): remove it, or give another out="

@@ -12,7 +12,7 @@ import numpy as np
 from foveola import files
 from foveola.config import UserError, nearest
 from foveola.embedding.parts import FileParts
-from foveola.embedding.rows import Rows
+from foveola.embedding.rows import FeatureRows
 from foveola.outside import library
 
 _ABOUT = "foveola"  # where a file keeps what it says about itself, as JSON
@@ -43,15 +43,15 @@ def columns_of(parts: FileParts) -> FileColumns:
     return FileColumns(sum(counts) // len(_TEXT), kinds, feature.shape[1:])
 
 
-def column_of(rows: Rows, name: str) -> np.ndarray:
+def column_of(rows: FeatureRows, name: str) -> np.ndarray:
     """Return a column of a file, by its name there."""
     return rows.box[:, _BOX.index(name)] if name in _BOX else getattr(rows, name)
 
 
-def rows_from(columns: dict[str, np.ndarray]) -> Rows:
+def rows_from(columns: dict[str, np.ndarray]) -> FeatureRows:
     """Return rows from the columns of a file by name."""
     box = np.stack([columns[name] for name in _BOX], axis=1)
-    return Rows(**{name: box if name == "box" else columns[name] for name in Rows._fields})
+    return FeatureRows(**{name: box if name == "box" else columns[name] for name in FeatureRows._fields})
 
 
 # -- NumPy ---------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def write_features(path: Path, parts: FileParts, about: dict[str, Any]) -> dict[
     return json.loads(text)
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def header_of(path: Path) -> dict[str, Any]:
     """Return what a file of `embed` says about itself. Raises UserError for one that is missing, damaged, or
     of somebody else.
     """
@@ -247,10 +247,10 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def read_features(path: str | Path) -> tuple[Rows, dict[str, Any]]:
-    """Return all rows of a file that `embed` wrote, and what it says about itself. Raises as `read_about`."""
+def read_features(path: str | Path) -> tuple[FeatureRows, dict[str, Any]]:
+    """Return all rows of a file of `embed`, and what it says about itself. Raises as `header_of`."""
     path = Path(path).expanduser()
-    about = read_about(path)
+    about = header_of(path)
     with _ours(path):
         rows = rows_from(format_of(path).read(path))
         return rows._replace(feature=rows.feature.reshape(-1, *about["shape"])), about

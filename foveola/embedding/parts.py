@@ -10,7 +10,7 @@ import numpy as np
 
 from foveola import files
 from foveola.config import UserError
-from foveola.embedding.rows import Rows
+from foveola.embedding.rows import FeatureRows
 
 
 class FileParts:
@@ -42,16 +42,16 @@ class FileParts:
         """Return numbers of the parts that are not there, ascending."""
         return [number for number in range(self.count) if not self._path(number).is_file()]
 
-    def write(self, number: int, rows: Rows) -> None:
+    def write(self, number: int, rows: FeatureRows) -> None:
         """Write one part as a whole."""
         with files.whole(self._path(number)) as part, part.open("wb") as file:
             np.savez(file, **rows._asdict())
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[FeatureRows]:
         """All parts, one after the other."""
         for number in range(self.count):
             with self._open(number) as part:
-                yield Rows(*(part[name] for name in Rows._fields))
+                yield FeatureRows(*(part[name] for name in FeatureRows._fields))
 
     def column(self, name: str) -> Iterator[np.ndarray]:
         """Yield one column of each part."""

@@ -81,8 +81,8 @@ class EmbedConfig(MaskedConfig):
         return wanted
 
 
-class Rows(NamedTuple):
-    """Rows of a file, or of a part of it: n of them, as NumPy arrays by the names of the file's columns."""
+class FeatureRows(NamedTuple):
+    """n rows of a file, or of a part of it, as NumPy arrays by the names of the columns."""
 
     feature: np.ndarray  # [n, D], or [n, h, w, D] of patches; float32 or float16
     name: np.ndarray  # of the image, as its source has it; text
@@ -140,7 +140,7 @@ def _seen(height: int, width: int, transform: TransformConfig) -> Box:
 
 
 class Embedding:
-    """Rows of a source by an encoder, as an `EmbedConfig` asks for them.
+    """The rows of a source by an encoder, as an `EmbedConfig` asks for them.
 
     Raises UserError for features that the encoder has not, and objects that the source has not.
     """
@@ -169,7 +169,7 @@ class Embedding:
                     raise UserError(f"features={kind} of the patches of an object: valid are {known}")
             check_kinds(self.encoder, ["masked"] if "token" in kinds else [], 1)
 
-    def read(self, chosen: Int64[np.ndarray, "n"], together: int) -> Iterator[tuple[int, Rows]]:
+    def read(self, chosen: Int64[np.ndarray, "n"], together: int) -> Iterator[tuple[int, FeatureRows]]:
         """Yield (number, rows) of each `together` images (a multiple of 8) of `chosen`, in their order.
 
         An image that cannot be read has no row. What is encoded at once never goes beyond a part, so the
@@ -199,14 +199,14 @@ class Embedding:
         if waiting:
             yield waiting
 
-    def _rows(self, parcels: list[_Cut]) -> Rows:
+    def _rows(self, parcels: list[_Cut]) -> FeatureRows:
         """The rows of one batch."""
         if not parcels:
             none = np.zeros(0, np.int64)
             feature, text = np.zeros((0, *self.shape), self.config.store), np.zeros(0, "<U1")
             empty = np.zeros(0, np.float32)
-            boxes = np.zeros((0, 4), np.float32)
-            return Rows(feature, text, text, none, none, none, boxes, none, none, none.astype(bool), empty)
+            ends = none, none, none.astype(bool), empty
+            return FeatureRows(feature, text, text, none, none, none, np.zeros((0, 4), np.float32), *ends)
         made = join(parcels)
         rows = ImageRows(**made.rows)
         found = checked(self._encode(rows), self.config.store, rows.image_indices, self.source)
@@ -216,7 +216,7 @@ class Embedding:
             for label in rows.labels.tolist()
         ]
         whole = torch.ones(len(rows.labels))
-        return Rows(
+        return FeatureRows(
             feature=found.reshape(-1, *self.shape).numpy(),
             name=np.array(made.names, dtype=np.str_),
             label=np.array(labels, dtype=np.str_),
@@ -259,6 +259,6 @@ class Embedding:
         return torch.cat(columns, dim=1)
 
 
-def joined_rows(parts: list[Rows]) -> Rows:
+def joined_rows(parts: list[FeatureRows]) -> FeatureRows:
     """Return the rows of several parts, at least one, one after the other."""
-    return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return FeatureRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))

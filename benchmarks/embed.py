@@ -1,0 +1,106 @@
+"""`foveola embed` against the plain forward of the same images, and search in 100,000 rows, in one run.
+
+    python -m benchmarks.embed [--images 1000] [--rows 100000]
+
+The plain forward gets 1,000 images that are decoded, cut and normalised already, in the same batches: what is
+above it is reading, and writing the file. Images are the photographs of --data, again and again.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+import foveola
+from foveola.evaluation.features.reading import ExtractConfig, RowsCut
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.vit import ViTConfig
+
+BATCH = 64
+
+
+class Repeated:
+    """Photographs of a source, again and again, `count` of them."""
+
+    def __init__(self, source: foveola.Source, count: int) -> None:
+        self.source, self.count = source, count
+        self.name, self.classes, self.has_objects = source.name, source.classes, False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> foveola.Sample:
+        return self.source[index % len(self.source)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="scenes:?size=224&count=100")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--width", type=int, default=192)
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = Encoder(
+        EncoderConfig(
+            model=ViTConfig(width=words.width, depth=12, heads=words.width // 64, patch_size=16),
+            transform=TransformConfig(),
+        )
+    )
+    source = Repeated(foveola.open_source(words.data, "test"), words.images)
+    cut = RowsCut(encoder.config.transform, 16, ExtractConfig())
+    pixels = torch.cat([cut(source[i], i).images for i in range(min(len(source.source), words.images))])
+
+    def plain() -> float:
+        began = perf_counter()
+        with torch.inference_mode():
+            for start in range(0, words.images, BATCH):
+                count = min(BATCH, words.images - start)
+                numbers = torch.arange(start, start + count) % len(pixels)
+                encoder.tokens(encoder.normalise(pixels[numbers]))
+        return perf_counter() - began
+
+    def embedded(end: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / f"f.{end}"
+            settings = {"batch_size": BATCH, "workers": words.workers, "progress": False}
+            began = perf_counter()
+            foveola.embed(encoder, source, out=out, **settings)
+            return perf_counter() - began
+
+    embedded("parquet")
+    plains, files = [], []
+    for _ in range(2):
+        plains.append(plain())
+        files.append(embedded("parquet"))
+    ratio = min(files) / min(plains)
+    print(f"{words.images} images: forward {min(plains):.1f} s, embed {min(files):.1f} s: {ratio:.2f} times")
+
+    rng = np.random.default_rng(0)
+    index = foveola.Index.build(rng.normal(size=(words.rows, 384)).astype(np.float32), device="cpu")
+    for count in (1, 100):
+        queries = rng.normal(size=(count, 384)).astype(np.float32)
+        index.search(queries)
+        began = perf_counter()
+        index.search(queries)
+        seconds = perf_counter() - began
+        print(f"exact search of {count} in {words.rows:,} rows of 384: {1e3 * seconds:.0f} ms")
+    began = perf_counter()
+    index.search(queries, method="hnsw")
+    made = perf_counter() - began
+    began = perf_counter()
+    index.search(queries, method="hnsw")
+    assert index.graph is not None
+    print(
+        f"hnsw: made in {made:.0f} s, recall {100 * index.graph.recall:.1f} %, {len(queries)} queries "
+        f"{1e3 * (perf_counter() - began):.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
