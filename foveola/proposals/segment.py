@@ -1,0 +1,194 @@
+"""Masks that SAM and SAM 2 cut, `hf:NAME` or `hf:FOLDER`: where a grid of points lies, or of given boxes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from foveola.config import UserError, key, to_dict
+from foveola.data.sample import Objects
+from foveola.proposals.found import Chosen, Found, Image, identity_of, mask_boxes, proposals_of
+from foveola.proposals.hf_library import HubModel, pillows
+from foveola.proposals.proposal import Proposals
+from foveola.zoo.foreign import import_library
+
+PROCESSORS = {"SamModel": "SamProcessor", "Sam2Model": "Sam2Processor"}
+OBJECT = Chosen(("object",), np.zeros(1, np.int64))
+AT_ONCE = 2**28  # numbers of masks at the size of the image that are in memory at once: 1 GB
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """Settings of segmenters. Defaults: the automatic masks of SAM (its section 5 and code)."""
+
+    prompt: Literal["points", "boxes"] = key(
+        "points", "what is asked: a grid of points (automatic masks), or the boxes of the objects of the data"
+    )
+    points_per_side: int = key(32, "points of the grid on each axis", at_least=1, at_most=128)
+    score: float | None = key(
+        None,
+        "masks are kept whose IoU is predicted to be more; null = 0.88 of points, 0 of boxes",
+        at_least=0,
+        below=1,
+    )
+    stability: float = key(
+        0.95,
+        "masks are kept whose area changes less: IoU of their pixels above +stability_offset and above "
+        "-stability_offset",
+        at_least=0,
+        below=1,
+    )
+    stability_offset: float = key(1.0, "shift of the logits by which stability is judged", at_least=0)
+    nms: float = key(0.7, "IoU of boxes above which the worse of two masks is dropped", above=0, at_most=1)
+    prompts_at_once: int = key(64, "points or boxes of an image in a pass", at_least=1)
+
+    def unread(self) -> dict[str, str]:
+        """Return keys that change nothing, and why."""
+        if self.prompt == "points":
+            return {}
+        of_points = ("points_per_side", "stability", "stability_offset", "nms")
+        return dict.fromkeys(of_points, "each box has its one mask (prompt=boxes)")
+
+
+class Segmenter:
+    """A `Proposer` that asks a segmenter.
+
+    With `prompts` it wants the objects of each image, whose boxes it cuts masks for.
+    """
+
+    classes = OBJECT.classes
+    batch_size = 1  # of images; their prompts fill a pass
+
+    def __init__(self, model: Any, processor: Any, config: SegmenterConfig, name: str) -> None:
+        self.model, self.processor, self.config, self.name = model, processor, config, name
+        self.prompts = config.prompt == "boxes"
+        usual = 0.0 if self.prompts else 0.88
+        self.score = usual if config.score is None else config.score
+        self.identity = identity_of(model.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, model, identity of the weights and settings."""
+        settings = {**to_dict(self.config), "score": self.score}
+        for name in ("prompts_at_once", *self.config.unread()):
+            del settings[name]  # which change nothing that is found
+        return {"kind": "segment", "model": self.name, "weights": self.identity, **settings}
+
+    @torch.no_grad()
+    def propose(
+        self, images: Sequence[Image], objects: Sequence[Objects | None] | None = None, /
+    ) -> list[Proposals]:
+        """Return the masks of each image.
+
+        Args:
+            objects: of each image, boxes in its unit square; of `prompt=boxes` alone. Each has one mask, and
+                an image without any has none.
+
+        Raises UserError where objects are wanted and not given.
+        """
+        if self.prompts and objects is None:
+            raise UserError(f"{self.name} is asked by boxes (prompt=boxes), and there are none")
+        given = objects if self.prompts and objects is not None else [None] * len(images)
+        return [self._look(image, each) for image, each in zip(images, given, strict=True)]
+
+    def _look(self, image: Image, objects: Objects | None) -> Proposals:
+        size = (image.shape[0], image.shape[1])
+        asked = self._boxes(objects, size) if self.prompts else self._points(size)
+        found = self._cut(image, asked) if len(asked) else Found(*_nothing(size))
+        return proposals_of(found, size, self.score, OBJECT, self.name)
+
+    def _points(self, size: tuple[int, int]) -> Float32[np.ndarray, "n 1 2"]:
+        """A grid of points (x, y) in pixels, in the middles of as many cells that fill the image."""
+        side = self.config.points_per_side
+        middles = (np.arange(side) + 0.5) / side
+        y, x = np.meshgrid(middles * size[0], middles * size[1], indexing="ij")
+        return np.stack([x, y], -1).reshape(-1, 1, 2).astype(np.float32)
+
+    def _boxes(self, objects: Objects | None, size: tuple[int, int]) -> Float32[np.ndarray, "n 4"]:
+        boxes = np.zeros((0, 4)) if objects is None else objects.boxes
+        return (boxes * np.array([size[1], size[0]] * 2)).astype(np.float32)
+
+    def _cut(self, image: Image, asked: Float32[np.ndarray, "n *_"]) -> Found:
+        """The masks that the model cuts for points or boxes in an image."""
+        size = (image.shape[0], image.shape[1])
+        parts = list(self._answers(image, asked))
+        scores = torch.cat([part[0] for part in parts])
+        boxes = torch.cat([part[1] for part in parts])
+        packed = np.concatenate([part[2] for part in parts])
+        if not self.prompts:
+            kept = import_library("torchvision.ops", "detection").nms(boxes, scores, self.config.nms)
+            scores, boxes, packed = scores[kept], boxes[kept], packed[kept.numpy()]
+        masks = np.unpackbits(packed, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
+        return Found(boxes, scores, torch.zeros(len(scores), dtype=torch.int64), torch.from_numpy(masks))
+
+    def _answers(
+        self, image: Image, asked: Float32[np.ndarray, "n *_"]
+    ) -> Iterator[tuple[Float[Tensor, "k"], Float[Tensor, "k 4"], UInt8[np.ndarray, "k bytes"]]]:
+        """Scores, boxes and masks (8 pixels a byte), of some prompts after others."""
+        device, size = self.model.device, (image.shape[0], image.shape[1])
+        prompt = {"input_boxes": [asked.tolist()]} if self.prompts else {"input_points": [asked.tolist()]}
+        inputs = self.processor(images=pillows([image]), return_tensors="pt", **prompt)
+        embedded = self.model.get_image_embeddings(inputs["pixel_values"].to(device))
+        name = "input_boxes" if self.prompts else "input_points"
+        of_sam = ("reshaped_input_sizes",)  # before padding, which SAM 2 has not
+        sizes = {known: inputs[known] for known in of_sam if known in inputs}
+        yield torch.zeros(0), torch.zeros(0, 4), np.zeros((0, -(-size[0] * size[1] // 8)), np.uint8)
+        for some in inputs[name].to(device, torch.float32).split(self.config.prompts_at_once, dim=1):
+            labels = (
+                {} if self.prompts else {"input_labels": torch.ones_like(some[..., 0], dtype=torch.int64)}
+            )
+            answer = self.model(
+                image_embeddings=embedded, multimask_output=not self.prompts, **{name: some}, **labels
+            )
+            scores, masks = answer.iou_scores[0].flatten().float(), answer.pred_masks[0].flatten(0, 1).float()
+            sure = scores > self.score
+            count = max(AT_ONCE // (size[0] * size[1]), 1)
+            for few, those in zip(scores[sure].split(count), masks[sure].split(count), strict=True):
+                if len(few):
+                    (large,) = self.processor.image_processor.post_process_masks(
+                        [those[None]], [size], binarize=False, **sizes
+                    )
+                    yield self._kept(few, large[0])
+
+    def _kept(
+        self, scores: Float[Tensor, "k"], logits: Float[Tensor, "k H W"]
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n 4"], UInt8[np.ndarray, "n bytes"]]:
+        """What is stable of masks at the size of the image."""
+        masks = logits > 0
+        stable = masks.flatten(1).any(dim=1)
+        if not self.prompts:
+            offset = self.config.stability_offset
+            inner, outer = ((logits > shift).flatten(1).sum(dim=1) for shift in (offset, -offset))
+            stable &= inner > self.config.stability * outer
+        masks = masks[stable]
+        packed = np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
+        return scores[stable].cpu(), mask_boxes(masks).cpu(), packed
+
+
+def segmenter(model: str, config: SegmenterConfig, device: str | torch.device = "cpu") -> Segmenter:
+    """Open a segmenter as a `Proposer`: `hf:NAME` or `hf:FOLDER` of a SAM or SAM 2 of transformers.
+
+    Code that comes with a model is never run. Raises UserError, in one line, for models that are not found,
+    that are no such segmenters or whose library is not installed.
+    """
+    kind, _, rest = model.partition(":")
+    if kind != "hf":
+        raise UserError(
+            f"{model} is no segmenter: expected hf:NAME or hf:FOLDER, such as hf:facebook/sam-vit-base"
+        )
+    found = HubModel.named(rest)
+    auto = import_library("transformers.models.auto.modeling_auto", "hf")
+    made = auto.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES.get(found.config.model_type, found.architecture)
+    if made not in PROCESSORS:
+        raise UserError(f"{found.where} is a {made}: segmenters are {' and '.join(PROCESSORS)}")
+    processor = found.processor(PROCESSORS[made])
+    network = found.model("AutoModelForMaskGeneration", torch.device(device))
+    return Segmenter(network, processor, config, model)
+
+
+def _nothing(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = torch.zeros(0)
+    return torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool)
