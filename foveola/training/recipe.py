@@ -317,6 +317,7 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+@cache
 def _shipped() -> list[str]:
     files = (resources.files("foveola") / "recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
