@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -26,9 +27,12 @@ CALLS_CHECKED = 10  # of each function, in each test
 calls: list[list[int]] = []  # of each function, in this test
 
 
-def first_calls(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
-    """The checked function for the first calls in a test, the plain one after them."""
-    count = [0]
+def first_calls(plain: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The checked function for the first calls in a test, the plain one after them.
+
+    It is made when it is first called: to make one of every function would take longer than many tests.
+    """
+    count, checked = [0], functools.cache(lambda: check(plain))
     calls.append(count)
 
     @functools.wraps(plain)
@@ -37,7 +41,7 @@ def first_calls(plain: Callable[..., Any], checked: Callable[..., Any]) -> Calla
         if count[0] >= CALLS_CHECKED:
             return plain(*args, **kwargs)
         count[0] += 1
-        return checked(*args, **kwargs)
+        return checked()(*args, **kwargs)
 
     return call
 
@@ -46,8 +50,8 @@ def jaxtyped(*, typechecker: Any, check_all: Callable[..., Any] = jaxtyping.jaxt
     """In place of jaxtyping's, for what the import hook decorates."""
 
     def decorate(what: Any) -> Any:
-        checked = check_all(typechecker=typechecker)(what)
-        return first_calls(what, checked) if isinstance(what, FunctionType) else checked
+        check = check_all(typechecker=typechecker)
+        return first_calls(what, check) if isinstance(what, FunctionType) else check(what)
 
     return decorate
 
@@ -83,6 +87,28 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(before / "matplotlib"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FOVEOLA_CACHE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def painted_once() -> Iterator[None]:
+    """Scenes are painted once for all tests: to paint them takes longer than what most tests do with them."""
+    from foveola.data.scenes import Scene, Scenes
+
+    paint = Scenes.scene
+
+    @functools.lru_cache(maxsize=1024)
+    def kept(split: Any, size: int, seed: int, objects: tuple[int, int], index: int) -> Scene:
+        return paint(Scenes(split, size, index + 1, seed, objects), index)
+
+    @functools.wraps(paint)
+    def scene(self: Scenes, index: int) -> Scene:
+        if type(self) is not Scenes or not 0 <= index < self.count:
+            return paint(self, index)
+        return deepcopy(kept(self.split, self.size, self.seed, self.objects, index))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scenes, "scene", scene)
         yield
 
 
