@@ -1,6 +1,6 @@
 """What a step of ViTDet costs: seconds of its parts, and memory with and without activation checkpointing.
 
-    python -m benchmarks.finetune_cost [--size tiny] [--side 1024]
+    python -m benchmarks.finetune_cost [--size tiny] [--side 1024] [--memory]
 
 One image with ten objects, forward and backward, in float32 on one core of a CPU (seconds are those of the
 process, whatever else the machine does); each in a process of its own. On a GPU run
@@ -59,16 +59,19 @@ def seconds(size: str, side: int, window: int | None = None) -> dict[str, float]
     return {"encoder": encoded - began + done - back, "heads": back - encoded}
 
 
-def memory(size: str, side: int, checkpoints: bool) -> float:
-    """Return the most MiB that this process holds in a step, beyond what it holds before."""
+def memory(size: str, side: int, checkpoints: bool) -> tuple[float, float]:
+    """Return the most MiB that this process holds in a step, beyond what it holds before: until the encoder
+    has gone forward, and in all.
+    """
     made = method(size, side)
     made.backbone.checkpoint_activations = checkpoints
     pixels, inside = torch.randn(1, 3, side, side), torch.tensor([[0.0, 0, side, side]])
     before = peak_mib()
     features = encoder_map(made.backbone, pixels)
+    forward = peak_mib() - before
     losses = made.task_head.losses(features, (side, side), inside, [target(side)], [None])
     torch.stack(list(losses.values())).sum().backward()
-    return peak_mib() - before
+    return forward, peak_mib() - before
 
 
 def main() -> None:
@@ -76,16 +79,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--memory", action="store_true", help="memory alone")
     given = parser.parse_args()
-    for window in (None, 14):
+    for window in () if given.memory else (None, 14):
         parts = in_a_process(seconds, given.size, given.side, window)
         total = sum(parts.values())
         named = "all blocks read everything" if window is None else f"windows of {window}, 4 global blocks"
         shares = ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in parts.items())
         print(f"ViT-{given.size}/16 at {given.side} pixels, {named}: {total:.1f} s an image: {shares}")
     for checkpoints in (False, True):
-        mib = in_a_process(memory, given.size, given.side, checkpoints)
-        print(f"checkpoint_activations={str(checkpoints).lower()}: {mib / 1024:.2f} GiB an image")
+        forward, whole = (mib / 1024 for mib in in_a_process(memory, given.size, given.side, checkpoints))
+        print(
+            f"checkpoint_activations={str(checkpoints).lower()}: {whole:.2f} GiB an image, "
+            f"{forward:.2f} once the encoder has gone forward",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Durations of a run in steps, once the number of its images is known, and what does not fit them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from foveola.training.freezing import ALL
 from foveola.training.planned import planned
 from foveola.training.recipe import RunConfig
 
+SHARE = re.compile(r"[0-9.]*[1-9][0-9.]*\s*%")  # of a run, above 0
 PERIODS = ("checkpoint_every", "keep_every", "evaluate_every")  # durations of at least a step, or null
 
 
@@ -74,8 +76,9 @@ def _parts(config: RunConfig) -> dict[str, str | int]:
 
 def durations(config: RunConfig, progress: Progress) -> dict[str, int]:
     """Return the steps of every duration of a run besides its length, by their keys."""
-    given = _parts(config) | {name: each for name, each in periods(config).items() if each is not None}
-    return {name: _steps(duration, name, progress) for name, duration in given.items()}
+    found = {name: _steps(duration, name, progress) for name, duration in _parts(config).items()}
+    apart = {name: period(config, name, progress) for name in periods(config)}
+    return found | {name: steps for name, steps in apart.items() if steps is not None}
 
 
 def periods(config: RunConfig) -> dict[str, str | None]:
@@ -86,11 +89,17 @@ def periods(config: RunConfig) -> dict[str, str | None]:
 
 
 def period(config: RunConfig, name: str, progress: Progress) -> int | None:
-    """Return the steps of one of `periods`, at least 1; None where it is null."""
+    """Return the steps of one of `periods`, at least 1; None where it is null.
+
+    Of a share of the run that is less than half a step it is every step: a recipe can be tried for some
+    steps. Any other duration below that raises ConfigError.
+    """
     duration = periods(config)[name]
     if duration is None:
         return None
     steps = _steps(duration, name, progress)
+    if not steps and SHARE.fullmatch(duration.strip()):
+        return 1
     if not steps:
         raise ConfigError(f"{name}: {duration!r} is less than a step of {progress.batch_size} images")
     return steps

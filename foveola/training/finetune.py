@@ -1,10 +1,11 @@
 """Fine-tuning: a run whose method is a task, measured on test data while it trains."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, merge
+from foveola.config import ConfigError, merge, nearest
 from foveola.tasks.task import TaskConfig
 from foveola.training.planned import TEST
 from foveola.training.recipe import RunConfig, nested, resolve
@@ -36,8 +37,12 @@ def finetune(recipe: str | Path, *, callbacks: Sequence[Any] = (), test: Any = N
 def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[str, Any]:
     """Return what is laid over a recipe, with the evaluation on `test` if there is any.
 
-    Raises ConfigError for a recipe whose method is no task.
+    Raises ConfigError for a recipe whose method is no task, and for what is next to `test` by its name.
     """
+    known = [each.name for each in fields(RunConfig)]
+    for given in overrides:
+        if given not in known and nearest(given, [*known, "test"]) == "test":
+            raise ConfigError(f"unknown key {given!r}; did you mean 'test'?")
     name = (
         nested({k: v for k, v in overrides.items() if k.startswith("method")}).get("method", {}).get("name")
     )

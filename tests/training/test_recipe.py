@@ -1,6 +1,7 @@
 """Recipes: bases and overrides, the published settings in numbers, durations and schedules of a run."""
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from foveola.config import (
 from foveola.schedules import Progress
 from foveola.training import durations
 from foveola.training.durations import period, plan, schedules
+from foveola.training.finetune import with_test
 from foveola.training.recipe import RunConfig, nested, recipes, resolve
 
 IMAGENET = 1_281_167  # images
@@ -853,3 +855,21 @@ def test_all_schedules_are_found_with_their_paths():
         "optimizer.weight_decay",
     ]
     assert durations.PERIODS == ("checkpoint_every", "keep_every", "evaluate_every")
+
+
+def test_a_share_of_a_short_run_is_every_step_at_least():
+    """A tenth of four steps is each of them; what is not a share of the run, or none at all, is refused."""
+    config = resolve("demo", {"duration": "4 steps", "batch_size": 16})
+    for share, steps in (("10 %", 1), ("0.1%", 1), ("25 %", 1), ("50 %", 2)):
+        changed = replace(config, checkpoint_every=share)
+        assert period(changed, "checkpoint_every", plan(changed, 64)) == steps
+    for duration in ("0 %", "0.0 %", "3 samples", "0.01 epochs"):
+        with pytest.raises(ConfigError, match=f"checkpoint_every: '{duration}' is less than a step of 16"):
+            plan(replace(config, checkpoint_every=duration), 64)
+
+
+def test_a_mistyped_test_is_told():
+    with pytest.raises(ConfigError, match=r"unknown key 'tset'; did you mean 'test'\?"):
+        with_test("classify-small", {"data": "folder:/x", "tset": "folder:/y"}, None)
+    with pytest.raises(ConfigError, match=r"unknown key 'sed'; did you mean 'seed'\?"):
+        resolve("classify-small", with_test("classify-small", {"sed": 3}, None))
