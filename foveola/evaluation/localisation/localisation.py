@@ -1,7 +1,7 @@
 """Does the encoder look at the object? Boxes from maps over the patches; protocol `localisation`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
+from foveola.evaluation.classification.abmilp import load_weights
+from foveola.evaluation.classification.saved import SavedProbe
 from foveola.evaluation.classification.task import held_out
 from foveola.evaluation.features.cache import feeding
 from foveola.evaluation.features.names import need
@@ -54,6 +56,7 @@ from foveola.models.encoder import Encoder
 
 __all__ = ["BoxAccuracy", "Localisation", "LocalisationConfig", "locate", "max_box_acc"]
 
+OF_TRAINING = ("epochs", "lr", "store")  # keys of AbMILP's training
 CURVE = 20  # points of the curves over thresholds that a result keeps
 
 
@@ -79,8 +82,16 @@ class LocalisationConfig(SquashedConfig):
     epochs: int = key(90, "abmilp: passes over the training images", at_least=1)
     lr: tuple[float, ...] = key((0.1,), "abmilp: learning rates to try, of a batch of 256", above=0)
     store: Literal["float32", "float16"] = key("float32", "abmilp: number format of stored patches")
+    probe: str | None = key(
+        None, "abmilp: a file that an evaluation by `abmilp` wrote; its weights, without training and train="
+    )
 
     def __post_init__(self) -> None:
+        if self.probe and self.maps is not None and "abmilp" not in self.maps:
+            raise ValueError("probe: has no effect, as maps= has no abmilp")
+        for each in fields(self) if self.probe else ():
+            if each.name in OF_TRAINING and getattr(self, each.name) != each.default:
+                raise ValueError(f"{each.name}: probe={self.probe} is trained already, so it has no effect")
         for name in ("maps", "iou", "lr"):
             value = getattr(self, name)
             if value is not None and (not value or len(set(value)) < len(value)):
@@ -193,8 +204,12 @@ class Localisation(Protocol):
         """Return the need of patches of training images, for AbMILP; test images are squashed, in a
         pass of its own.
         """
-        learned = config.maps is None or "abmilp" in config.maps
+        learned = not config.probe and (config.maps is None or "abmilp" in config.maps)
         return Needs(train=(Reading(need("patches")),) if learned else ())
+
+    def train_for(self, config: LocalisationConfig) -> Literal["optional", "unused"]:
+        """Return that AbMILP may learn from training data, unless it is trained already."""
+        return "unused" if config.probe else "optional"
 
     def measure(self, at: At, config: LocalisationConfig) -> Outcome:
         """Measure boxes from each map, and from content-free squares, against `test`'s."""
@@ -204,14 +219,17 @@ class Localisation(Protocol):
                 f"{test.name} has no boxes, against which to localise; give it some (boxes=, annotations=)"
             )
         labelled = train is not None and len(train.classes or ()) > 1
-        names = choose_maps(at.encoder, config.maps, labelled)
+        names = choose_maps(at.encoder, config.maps, labelled or config.probe is not None)
         side = config.image_size or at.encoder.config.transform.crop
         at.encoder.check_side(side, "image_size")
         reader = MapReader(at.encoder, names, config.block, config.precision)
         data: dict[str, Any] = {}
         chosen: dict[str, Any] = {}
         metrics: dict[str, float] = {}
-        if "abmilp" in names and train is not None and at.feed is not None:
+        if config.probe:
+            reader.weights = load_weights(config.probe, at.encoder)
+            data["train"] = SavedProbe.load(config.probe).about["data"]["train"]
+        elif "abmilp" in names and train is not None and at.feed is not None:
             learned = learn_weights(
                 at.feed,
                 train,

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -532,3 +533,28 @@ def test_tables(tmp_path) -> None:
     }
     assert "51.50* [48.0, 53.0]" in rows["maxboxacc_v2_attention"]
     assert "*" not in rows["maxboxacc_v2_centred_box"]
+
+
+def test_a_kept_probe_gives_the_map_of_its_training(encoder, tmp_path: Path) -> None:
+    """That of an evaluation by `abmilp` with the same settings, without train=."""
+    train, test = open_source("scenes:?count=20", "train"), open_source("scenes:?count=8", "test")
+    shared = {"epochs": 3, "lr": (1.0,), "workers": 0, "progress": False}
+    evaluate(
+        encoder, "abmilp", train=train, test=test, out=tmp_path, fixed=(), depth=(1,), holdout=0, **shared
+    )
+    probe = str(tmp_path / "results" / "abmilp" / "probe.safetensors")
+    learned = evaluate(encoder, "localisation", train=train, test=test, **shared)
+    kept = {"test": test, "probe": probe, "workers": 0, "progress": False}
+    found = evaluate(encoder, "localisation", **kept)
+    assert found.metrics == pytest.approx(learned.metrics, abs=1e-6)
+    other = evaluate(encoder, "localisation", train=train, test=test, **shared | {"lr": (0.01,)})
+    assert any(value != pytest.approx(other.metrics[name]) for name, value in found.metrics.items())
+    assert found.data["train"]["fingerprint"] == learned.data["train"]["fingerprint"]
+    for change, message in (
+        ({"lr": (1.0,)}, "lr: probe=.* is trained already, so it has no effect"),
+        ({"maps": ("centre",)}, "probe: has no effect, as maps= has no abmilp"),
+        ({"train": train}, "train"),
+        ({"probe": str(tmp_path)}, "there is no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(encoder, "localisation", **kept | change)
