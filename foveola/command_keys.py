@@ -72,7 +72,7 @@ EXPORT = [
         "format=program: with the head of a fine-tuned encoder; others leave it, and say so unless false",
     ),
 ]
-CHECK = [
+CHECK_KEYS = [
     KeyInfo("out", "text or null", None, "folder for check.json and check.html; null = nothing is written"),
     KeyInfo("images", "int >= 1", 512, "how many images are read, evenly spread over the data set"),
 ]

@@ -22,7 +22,7 @@ from foveola.launchers import join_tasks
 T = TypeVar("T")
 # Rank 0 may be evaluating or writing for long while the others wait for it. Processes that died are not
 # waited for: connections to them break, and launchers end the others.
-PATIENCE = timedelta(hours=6)
+MEETING_PATIENCE = timedelta(hours=6)
 STORE_SECONDS = timedelta(seconds=5)  # to reach the store of torchrun
 
 
@@ -92,7 +92,7 @@ def start(device: str) -> torch.device:
         if missing:
             raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} not set; start with torchrun")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=MEETING_PATIENCE)
     return chosen
 
 

@@ -18,7 +18,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux gives to outgoing connec
 PORT = 29_500  # torchrun's own default
 STOPPED = "FOVEOLA_STOPPED_EXIT"  # exit code of a run that was stopped before its end, instead of 0
 SHUTDOWN_SECONDS = 600  # for a checkpoint, after a signal
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # of which a run makes a checkpoint
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # of which a run makes a checkpoint
 
 
 def join_tasks(environment: MutableMapping[str, str]) -> None:
@@ -204,7 +204,7 @@ def start_processes(words: list[str], asked: str) -> int:
         os.environ.pop(name, None)  # of the tasks outside, which have met by now
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     known = {field.name for field in fields(LaunchConfig)}  # those of earlier torch lack some
-    patient = {"shutdown_timeout": SHUTDOWN_SECONDS, "signals_to_handle": ",".join(SIGNALS)}
+    patient = {"shutdown_timeout": SHUTDOWN_SECONDS, "signals_to_handle": ",".join(STOPPING)}
     meeting |= {name: value for name, value in patient.items() if name in known}
     config = LaunchConfig(nproc_per_node=count, max_restarts=0, run_id="foveola", **meeting)
     try:

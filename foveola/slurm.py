@@ -13,7 +13,7 @@ from foveola.files import write_text
 from foveola.launchers import STOPPED
 
 UNFINISHED = 75  # "try again", of the exit codes that sysexits.h names
-WITHOUT = ("--dry-run", "--help", "-h")
+NO_JOB = ("--dry-run", "--help", "-h")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_command(words: Sequence[str]) -> Path:
         raise UserError(
             "a job needs out=, its run folder: there it goes on when it comes back from the queue"
         )
-    if refused := [word for word in words if word in WITHOUT]:
+    if refused := [word for word in words if word in NO_JOB]:
         raise UserError(f"{refused[0]} needs no job: run it here")
     return Path(out[0]).expanduser().absolute()
 

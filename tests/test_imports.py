@@ -107,7 +107,16 @@ ALLOWED = {
     "training.planned": {"evaluation.classification.knn", "evaluation.protocol"},
     "tasks": {"methods", "views", "models", "losses", "distributed", "data.sample", "drawing"},
     "methods": {"views", "models", "losses", "cross_entropy", "clustering", "distributed"},
-    "reports": {"figures", "drawing", "evaluation", "zoo", "models.encoder", "data", "distributed"},
+    "reports": {
+        "progress",
+        "figures",
+        "drawing",
+        "evaluation",
+        "zoo",
+        "models.encoder",
+        "data",
+        "distributed",
+    },
     "figures": {
         "tasks",
         "drawing",

@@ -1,6 +1,6 @@
 """`foveola check`: a first look at the images of a data set."""
 
-from foveola.command_keys import CHECK
+from foveola.command_keys import CHECK_KEYS
 from foveola.config import UserError, parse_overrides
 from foveola.console import only, print_keys, split
 
@@ -18,13 +18,13 @@ def main(arguments: list[str]) -> None:
             f"usage: {usage}\n\nLooks at images of a data set: sizes, channels, range of values, copies,\n"
             "damaged files, classes and objects, with advice. DATA is a data string, as folder:/my/images.\n"
         )
-        print_keys(CHECK)
+        print_keys(CHECK_KEYS)
         return
     settings = parse_overrides(overrides)
     if "data" in settings:
         names = [*names, str(settings.pop("data"))]
     data = only(names, "data set", usage)
-    for name in settings.keys() - {info.path for info in CHECK}:
+    for name in settings.keys() - {info.path for info in CHECK_KEYS}:
         raise UserError(f"unknown key {name!r}; usage: {usage}")
     images = settings.get("images", 512)
     if not isinstance(images, int) or isinstance(images, bool) or images < 1:

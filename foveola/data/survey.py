@@ -22,7 +22,7 @@ HASH_BITS = 64  # of a perceptual hash: 8 x 8 differences of neighbours
 NEAR_BITS = 6  # bits that differ at most between images that look the same
 FLAT = 1.0  # levels of 255: pixels whose deviation is below show nothing
 LONG = 3.0  # sides of an image, longer to shorter, from which on squares lose much of it
-NAMED = 5  # images that are named of each finding
+NAMES_SHOWN = 5  # images that are named of each finding
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Survey:
         width = max(len(name) for name, _ in rows)
         lines = [self.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
         for title, groups in (("copies", self.copies), ("look the same", self.alike)):
-            lines += [f"  {title}: {_named(group)}" for group in groups[:NAMED]]
-        lines += [f"  unreadable: {name}: {why}" for name, why in self.unreadable[:NAMED]]
+            lines += [f"  {title}: {_named(group)}" for group in groups[:NAMES_SHOWN]]
+        lines += [f"  unreadable: {name}: {why}" for name, why in self.unreadable[:NAMES_SHOWN]]
         return "\n".join([*lines, *(f"- {text}" for text in self.advice)])
 
     def tree(self) -> dict[str, Any]:
@@ -365,5 +365,5 @@ def _count(images: int) -> str:
 
 
 def _named(group: Sequence[str]) -> str:
-    more = len(group) - NAMED
-    return ", ".join(group[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(group) - NAMES_SHOWN
+    return ", ".join(group[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
