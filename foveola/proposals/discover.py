@@ -15,7 +15,7 @@ from foveola.models.encoder import Encoder
 from foveola.models.transform import fit_to_patches
 from foveola.proposals.cuts import Found, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
-from foveola.proposals.refine import enlarged
+from foveola.proposals.refine import Refine, enlarged, grabcut, opencv
 from foveola.zoo.load import load
 
 TAU = {"tokencut": 0.2, "maskcut": 0.15}  # as published
@@ -54,6 +54,9 @@ class DiscoverConfig:
     k: int = key(100, "lost: patches that may vote, of those that are alike to the fewest", at_least=1)
     share: float = key(
         0.6, "attention: share of it that the brightest patches have together", above=0, below=1
+    )
+    refine: Refine = key(
+        "none", "edges of masks: those of patches (none), or where colours change, by OpenCV (grabcut)"
     )
     batch_size: int = key(16, "images encoded at once", at_least=1)
     precision: Literal["fp32", "bf16"] = key("fp32", "arithmetic of the encoder; cuts are exact in any case")
@@ -95,6 +98,8 @@ class Discoverer:
         self.batch_size = config.batch_size
         self.size = config.image_size or encoder.config.transform.crop
         self.block = encoder.block_index(config.block)
+        if config.refine == "grabcut":
+            opencv()
         if config.features == "keys":
             encoder.check_inside("features=keys")
         if config.method == "attention":
@@ -146,9 +151,34 @@ class Discoverer:
                 some = [i for i in indices[start : start + self.batch_size] if not _plain(images[i])]
                 if some:
                     masks, scores, grid = self._cut(torch.stack([small[i] for i in some]))
-                    for at, index in enumerate(some):
-                        found[index] = proposals_of(images[index], masks[at], scores[at], grid)
+                    for at, i in enumerate(some):
+                        found[i] = self._proposals(images[i], small[i], masks[at], scores[at], grid)
         return found
+
+    def _proposals(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        small: UInt8[Tensor, "3 h w"],
+        masks: Bool[np.ndarray, "K N"],
+        scores: Float32[np.ndarray, "K"],
+        grid: tuple[int, int],
+    ) -> Proposals:
+        """Masks over patches as objects in the pixels of their image, surest first.
+
+        One that has no pixel, in an image smaller than the grid, is left out.
+        """
+        there = masks.any(axis=1)
+        fields, scores = masks[there].reshape(-1, *grid), scores[there]
+        if self.config.refine == "grabcut":
+            large = grabcut(fields, small.permute(1, 2, 0).contiguous().numpy(), image.shape[:2])
+        else:
+            large = enlarged(fields, image.shape[:2])
+        there = np.flatnonzero(large.any(axis=(1, 2)))
+        order = there[np.argsort(-scores[there], kind="stable")]
+        if not len(order):
+            return none_of(image)
+        boxes = np.stack([_box(large[index]) for index in order])
+        return Proposals(boxes, scores[order], np.zeros(len(order), np.int64), large[order])
 
     def _small(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[Tensor, "3 h w"]:
         return fit_to_patches(image, self.encoder.config.transform, self.encoder.patch_size, self.size)
@@ -200,25 +230,6 @@ def none_of(image: UInt8[np.ndarray, "H W 3"]) -> Proposals:
     """Return no objects of an image."""
     masks = np.zeros((0, *image.shape[:2]), bool)
     return Proposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), masks)
-
-
-def proposals_of(
-    image: UInt8[np.ndarray, "H W 3"],
-    masks: Bool[np.ndarray, "K N"],
-    scores: Float32[np.ndarray, "K"],
-    grid: tuple[int, int],
-) -> Proposals:
-    """Return masks over patches as objects in the pixels of their image, surest first.
-
-    One that covers no centre of a pixel, in an image smaller than the grid, is left out.
-    """
-    large = enlarged(masks.reshape(len(masks), *grid), image.shape[:2])
-    there = np.flatnonzero(large.any(axis=(1, 2)))
-    order = there[np.argsort(-scores[there], kind="stable")]
-    if not len(order):
-        return none_of(image)
-    boxes = np.stack([_box(large[index]) for index in order])
-    return Proposals(boxes, scores[order], np.zeros(len(order), np.int64), large[order])
 
 
 def _box(mask: Bool[np.ndarray, "H W"]) -> Float32[np.ndarray, "4"]:

@@ -181,8 +181,14 @@ def test_what_cannot_be_is_refused():
         discoverer(broken).propose([noise(40, 40)])
 
 
-def test_pixels_have_the_patch_at_their_centre():
-    masks = np.array([[[True, False], [False, True]]])
-    # Centres of 5 columns at 0.2, 0.6, 1.0, 1.4, 1.8 patches: the third is in the second patch.
-    assert enlarged(masks, (2, 5))[0].astype(int).tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
-    assert enlarged(masks, (1, 1))[0].tolist() == [[True]]  # the last patch
+def test_edges_are_refined_on_what_was_encoded():
+    pytest.importorskip("cv2")
+    image = scene(192, 192, (37, 50, 115, 121, "red"))
+    coarse, sharp = (colours(method="tokencut", refine=how) for how in ("none", "grabcut"))
+    plain, fine = coarse.propose([image])[0], sharp.propose([image])[0]
+    assert plain.masks is not None
+    assert fine.masks is not None
+    assert np.abs(plain.boxes - [[37, 50, 115, 121]]).max() > 4  # multiples of 16 pixels
+    assert np.abs(fine.boxes - [[37, 50, 115, 121]]).max() <= 2  # pixels of what was encoded
+    truth = (image[..., 0] > 0).sum()
+    assert abs(fine.masks.sum() / truth - 1) < 0.1 < abs(plain.masks.sum() / truth - 1)
