@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -20,41 +20,19 @@ from foveola.data.sources import Source, as_source, notes_of
 from foveola.evaluation.features.cache import Feed, where_of
 from foveola.evaluation.features.overlap import POLICIES, separate
 from foveola.evaluation.images import identity_for
-from foveola.evaluation.protocol import At, Needs, Protocol, Reading, find_protocol
+from foveola.evaluation.inferred import asked_masks, jobs_with_masks
+from foveola.evaluation.job import Job
+from foveola.evaluation.protocol import At, Outcome, Protocol, find_protocol
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import store
 from foveola.failures import told
 from foveola.files import home_of
 from foveola.models.encoder import Encoder
+from foveola.proposals.run import DOOR
 from foveola.zoo.load import load
 
 Tests = Source | str | Sequence[Source | str] | None
 BETWEEN = re.compile(r",\s*(?=[A-Za-z][\w.]*:)")  # a comma with another data string behind it
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One protocol of an evaluation, with what it measures and what it reads of that."""
-
-    protocol: Protocol
-    config: Any
-    train: Any  # a Source, or None
-    test: Any
-    needs: Needs
-    notes: tuple[str, ...] = ()
-
-    @property
-    def learns(self) -> bool:
-        """Whether it learns from the training data, so that test data must be others."""
-        train = self.protocol.train_for(self.config)
-        optional = train == "optional" and len(getattr(self.train, "classes", None) or ()) > 1
-        return train == "needed" or (optional and bool(self.needs.train))
-
-    def readings(self) -> list[tuple[Source, Reading, int]]:
-        """Return what is read from the shared pass: sources, features, and random crops beside."""
-        train = self.needs.train if self.learns else ()
-        read = [(self.train, reading, reading.views) for reading in train]
-        return read + [(self.test, reading, 0) for reading in self.needs.test]
 
 
 def evaluate(
@@ -125,7 +103,7 @@ def evaluate_all(
     Raises UserError for a setting that none of them knows, and as `evaluate`.
     """
     found = {protocol.name: protocol for protocol in map(find_protocol, protocols)}
-    configs = protocol_configs(protocols, settings)
+    configs, (by, _) = protocol_configs(protocols, settings), asked_masks(settings)
     bank, tests = _open(found, configs, train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder):
@@ -140,6 +118,8 @@ def evaluate_all(
         needs = protocol.needs(configs[name], encoder)
         jobs += [Job(protocol, configs[name], used, queries, needs) for queries in tests]
     jobs = _separate(jobs, overlap)
+    if by is not None:
+        jobs = jobs_with_masks(jobs, by, encoder, cache, progress)
     storing = _storing(jobs, cache)
     feed = Feed(encoder, cache, progress=progress) if storing else None
     results = {}
@@ -175,15 +155,23 @@ def protocol_configs(protocols: Sequence[str | Protocol | type], settings: dict[
     """
     found = [find_protocol(protocol) for protocol in protocols]
     names = [protocol.name for protocol in found]
+    by, settings = asked_masks(settings)
+    if by is not None and any(by.kind.name in each.Config.__dataclass_fields__ for each in found):
+        settings |= {by.kind.name: by.given}  # one of them finds objects itself
     if not names or len(set(names)) < len(names):
         raise UserError(f"expected different protocols, got {', '.join(names) or 'none'}")
     own = {name: settings[name] for name in names if isinstance(settings.get(name), dict)}
     common = {name: value for name, value in settings.items() if name not in own}
     fields = {protocol.name: set(protocol.Config.__dataclass_fields__) for protocol in found}
     configs, known = {}, set().union(*fields.values())
+    for kind in DOOR.names():
+        if kind in common and kind not in known:
+            raise UserError(f"{kind}. has no effect: its keys are for masks={kind}, which is not asked for")
     for protocol in found:
         name = protocol.name
         mine = {key: v for key, v in common.items() if key in fields[name] or key not in known}
+        if by is not None and "masks" in fields[name]:  # where they are not read by default
+            mine |= {"masks": protocol.Config.__dataclass_fields__["masks"].default or True}
         tree = merge(mine, own.get(name, {}))
         configs[name] = build(protocol.Config, tree)
         refuse_unread(configs[name], tree)
@@ -281,13 +269,29 @@ def _want(feed: Feed, jobs: Sequence[Job]) -> None:
 
 
 def _facts(job: Job, told: dict[str, Any]) -> dict[str, Any]:
-    """What a protocol told of its data, and what tells them from others where it has not said that itself."""
+    """What a protocol told of its data, and what tells them from others where it has not said that itself.
+
+    Data in which objects were found are told apart by their images: what is found depends on the encoder.
+    """
     facts = dict(told)
+    if job.plain is not None:
+        facts["masks"] = job.masks
+        for which, source in zip(("train", "test"), job.plain, strict=True):
+            if isinstance(facts.get(which), dict):
+                facts[which] = facts[which] | {"fingerprint": identity_for(source, job.config).digest}
     for which, source in (("train", job.train if job.learns else None), ("test", job.test)):
         own = told.get(which, {})
         if source is not None and isinstance(own, dict) and "fingerprint" not in own:
             facts[which] = {"name": source.name, "fingerprint": identity_for(source, job.config).digest} | own
     return facts
+
+
+def _settings(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """What was asked for, and who found the objects if they were found."""
+    settings = to_dict(job.config) if outcome.settings is None else outcome.settings
+    if not job.masks:
+        return settings
+    return settings | {"masks_by": {"kind": job.masks["kind"], **to_dict(job.masks["given"])}}
 
 
 def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:
@@ -307,7 +311,7 @@ def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:
         told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
         result = Result(
             protocol=protocol.name,
-            settings=to_dict(config) if outcome.settings is None else outcome.settings,
+            settings=_settings(job, outcome),
             metrics=metrics,
             data=_facts(job, outcome.data),
             encoder=at.encoder.fingerprint(),

@@ -71,7 +71,9 @@ class KnnConfig(ExtractConfig):
     """Settings of `knn`. Defaults: DINO, iBOT and ODIS."""
 
     masks: Literal["both"] | bool = key(
-        "both", "object tokens read only their object's patches: true, false, both"
+        "both",
+        "object tokens read only their object's patches: true, false, both; discover, detect or segment: "
+        "both, of the object that this finds in each image (docs/evaluation/encoding.md)",
     )
     k: tuple[int, ...] = key(
         (10, 20, 100, 200), "numbers of neighbours to try; the best is reported", at_least=1

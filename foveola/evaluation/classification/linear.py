@@ -199,7 +199,11 @@ class LinearConfig(TrainedConfig):
         "steps of training, instead of epochs; dinov2: null = 12,500, at most 100 passes",
         at_least=1,
     )
-    masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
+    masks: bool = key(
+        False,
+        "object tokens, which read only their object, in place of class tokens; discover, detect or segment: "
+        "of the object that this finds in each image (docs/evaluation/encoding.md)",
+    )
     norm_batch: int = key(2048, "style=mae: images whose statistics normalise them", at_least=2)
 
     def __post_init__(self) -> None:

@@ -225,7 +225,11 @@ class LogisticConfig(ProbeConfig):
     iterations: int = key(1000, "L-BFGS iterations of each C at most", at_least=1)
     tolerance: float = key(1e-6, "L-BFGS stops when no entry of the gradient is larger", above=0)
     standardise: bool = key(False, "columns to mean 0 and deviation 1, by the rows that train")
-    masks: bool = key(False, "object tokens, which read only their object, in place of class tokens")
+    masks: bool = key(
+        False,
+        "object tokens, which read only their object, in place of class tokens; discover, detect or segment: "
+        "of the object that this finds in each image (docs/evaluation/encoding.md)",
+    )
     arithmetic: Literal["float64", "float32"] = key("float64", "numbers of the fit")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from foveola.data.coco import rle_of
 from foveola.data.sample import have_masks
 from foveola.evaluation.detection.average_precision import Kind
 from foveola.evaluation.detection.detect import DIGITS, SCORE_DIGITS, official
-from foveola.evaluation.detection.proposals import METRICS, Compared, Rows, compare_proposals
+from foveola.evaluation.detection.proposals import METRICS, Compared, MeanRows, compare_proposals
 from foveola.evaluation.detection.truth import Annotated, AnnotatedCut
 from foveola.evaluation.images import (
     Batches,
@@ -193,7 +193,7 @@ def _add_squares(
         boxes.setdefault(each["image_id"], []).append(corners)
     ids = sorted(boxes)
     hits = np.stack([square_hits(_array(boxes[image]), (0.5,), SIDE, False)[0] for image in ids])
-    best, rows = int(hits.mean(axis=0).argmax()), Rows(compared.metrics, compared.scores, seed)
+    best, rows = int(hits.mean(axis=0).argmax()), MeanRows(compared.metrics, compared.scores, seed)
     for name, option in (("centred_box", best), ("full_image", STEPS - 1)):
         rows.add(f"{name}_corloc", torch.from_numpy(hits[:, option].copy()), torch.tensor(ids))
     return {"centred_box": {"side": round((best + 1) / STEPS, 4)}}

@@ -147,7 +147,7 @@ def compare_proposals(
     metrics: dict[str, float] = {}
     scores: dict[str, PackedScores] = {}
     curves: dict[str, dict[str, list[float]]] = {}
-    rows = Rows(metrics, scores, seed)
+    rows = MeanRows(metrics, scores, seed)
     true_of, found_of = _by_image(sizes, annotations), _by_image(sizes, proposals)
     truth = data_set(sizes, list(annotations), ONE_CLASS)
     for kind in kinds:
@@ -165,7 +165,7 @@ def compare_proposals(
     return Compared(metrics, scores, curves)
 
 
-class Rows:
+class MeanRows:
     """Takes numbers from rows: their mean, its interval over images, and the rows themselves."""
 
     def __init__(self, metrics: dict[str, float], scores: dict[str, PackedScores], seed: int) -> None:
@@ -182,7 +182,7 @@ class Rows:
             self.scores[name] = packed(values, images)
 
 
-def _add_matches(rows: Rows, kind: Kind, held: Sequence[Held]) -> None:
+def _add_matches(rows: MeanRows, kind: Kind, held: Sequence[Held]) -> None:
     """Everything that each image says by itself."""
     some = [each for each in held if len(each.best)]
     ids = torch.tensor([each.image for each in some])

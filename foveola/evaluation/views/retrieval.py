@@ -73,7 +73,9 @@ class RetrievalConfig(OtherViewsConfig):
 
     objects: int = key(1000, "objects to find, at most one an image while images last", at_least=2)
     masks: Literal["both"] | bool = key(
-        "both", "object tokens read only their object's patches: true, false, both"
+        "both",
+        "object tokens read only their object's patches: true, false, both; discover, detect or segment: "
+        "both, of the object that this finds in each image (docs/evaluation/encoding.md)",
     )
     min_area: float = key(
         0.0, "objects smaller than this share of their image are not used", at_least=0, below=1
