@@ -123,5 +123,10 @@ SEARCH = [
     KeyInfo("method", "exact|hnsw", "exact", "hnsw: by a graph, for more than a million rows"),
     KeyInfo("out", "text or null", None, "also write the result (.json), or a sheet of images (.png)"),
     KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
+]
+MASKS = [
+    KeyInfo("data", "text", "(needed)", "images, as a data string (docs/data.md)"),
+    KeyInfo("model", "text", "(needed)", "what finds the objects; which models there are depends on KIND"),
+    KeyInfo("out", "text", "(needed)", "folder for objects.json and its contact sheet"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]

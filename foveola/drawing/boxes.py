@@ -21,13 +21,17 @@ class DrawnObjects:
     names: tuple[str, ...]
     masks: Sequence[Bool[np.ndarray, "_ _"] | None] | None = None
     texts: tuple[str, ...] = ()  # drawn in place of names
+    apart: bool = False  # a colour for each object, rather than for each name
 
 
 def color_of(name: str) -> tuple[int, int, int]:
     """Return the colour of a name: always the same."""
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-    text = COLORS[number % len(COLORS)].lstrip("#")
-    return int(text[:2], 16), int(text[2:4], 16), int(text[4:6], 16)
+    return _rgb(COLORS[number % len(COLORS)])
+
+
+def _rgb(text: str) -> tuple[int, int, int]:
+    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def paint_objects(pixels: UInt8[np.ndarray, "H W 3"], objects: DrawnObjects) -> UInt8[np.ndarray, "H2 W2 3"]:
@@ -35,7 +39,9 @@ def paint_objects(pixels: UInt8[np.ndarray, "H W 3"], objects: DrawnObjects) -> 
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = pixels.shape[:2]
-    colors = [color_of(name) for name in objects.names]
+    colors = [_rgb(COLORS[k % len(COLORS)]) for k in range(len(objects.names))]
+    if not objects.apart:
+        colors = [color_of(name) for name in objects.names]
     out = pixels.astype(np.float32)
     for mask, color in reversed(list(zip(objects.masks or (), colors, strict=False))):
         if mask is not None:

@@ -24,6 +24,7 @@ from foveola.progress import show
 from foveola.proposals.filter import FilterConfig, filtered
 from foveola.proposals.journal import ImageRecord, Journal, refuse_other_work
 from foveola.proposals.proposal import Proposer
+from foveola.proposals.sheet import facts_of, save_sheets
 from foveola.proposals.written import (
     OBJECTS,
     Summary,
@@ -80,6 +81,7 @@ class ProposeConfig(FilterConfig):
     """What is kept, and how the run goes."""
 
     workers: int = key(2, "threads that read images; 0 = none besides this one", at_least=0)
+    sheet: int = key(48, "images on the contact sheet, spread over the data; 0 = no sheet", at_least=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,26 +91,18 @@ class Proposed:
     file: Path
     summary: Summary
     known: bool = False  # whether it was there before, from the same work
+    sheets: tuple[Path, ...] = ()  # images with their objects, as PNG and as a web page
 
     def table(self) -> str:
         """Return the numbers in words, for people."""
-        images, found = len(self.summary.counts), sum(self.summary.counts)
-        without = self.summary.counts.count(0)
-        lines = [
-            f"{self.file}" + (" (was there already)" if self.known else ""),
-            f"{found:,} objects in {images:,} images, {found / max(images, 1):.2f} in each",
-            f"images without any: {without:,} ({100 * without / max(images, 1):.1f} %)",
-        ]
-        if self.summary.areas:
-            quarters = np.percentile(self.summary.areas, (25, 50, 75))
-            sizes = ", ".join(f"{100 * share:.1f} %" for share in quarters)
-            lines.append(f"an object covers (quartiles): {sizes} of its image")
+        lines = [f"{self.file}" + (" (was there already)" if self.known else "")]
+        lines += [f"{name.lower()}: {value}" for name, value in facts_of(self.summary)]
         if bad := self.summary.unreadable:
             named = "; ".join(f"{name} ({reason})" for name, reason in bad[:BAD_NAMED])
             lines.append(
                 f"unreadable images: {len(bad):,}: {named}" + ("; ..." if len(bad) > BAD_NAMED else "")
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.sheets)])
 
 
 def find_kind(name: str) -> ProposalKind:
@@ -119,12 +113,17 @@ def find_kind(name: str) -> ProposalKind:
     return found
 
 
+def config_class(kind: ProposalKind) -> type:
+    """Return the class of a kind's configuration."""
+    return imported(kind.config)
+
+
 def configure_kind(kind: ProposalKind, settings: dict[str, Any]) -> tuple[Any, ProposeConfig]:
     """Return the configuration of a kind, and that of the run, from one set of keys.
 
     Raises UserError for a key that neither has, and where one has no effect.
     """
-    own = imported(kind.config)
+    own = config_class(kind)
     mine = {f.name for f in fields(own)}
     rest = {f.name for f in fields(ProposeConfig)}
     if both := mine & rest:
@@ -207,14 +206,15 @@ class _Run:
         self.file = out / OBJECTS
         self.journal = Journal(out / "objects.unfinished")
         # A key that only says how the work is done makes no other work.
-        kept = {name: value for name, value in to_dict(config).items() if name != "workers"}
+        kept = {name: value for name, value in to_dict(config).items() if name not in ("workers", "sheet")}
         work = {"by": proposer.describe(), "kept": kept, "classes": list(proposer.classes)}
         work |= {"data": source.name, "contents": identity_of(source).digest}
         self.work = json.loads(json.dumps(work))
 
     def run(self) -> Proposed:
         if distributed.on_main(self._is_done):
-            return Proposed(self.file, read_summary(self.file), known=True)
+            summary = read_summary(self.file)
+            return Proposed(self.file, summary, True, self._sheets(summary))
         distributed.on_main(lambda: self.journal.begin(self._told_apart(self.work)))
         if not self.journal.folder.is_dir():
             raise UserError(f"{self.journal.folder} is not on this machine: give an out= that all reach")
@@ -226,7 +226,15 @@ class _Run:
         for batch in show(self._batches(mine), len(mine), "finding objects", self.progress):
             self.journal.append(rank, self._records(batch))
         distributed.barrier()
-        return Proposed(self.file, distributed.on_main(self._finish))
+        summary = distributed.on_main(self._finish)
+        return Proposed(self.file, summary, False, self._sheets(summary))
+
+    def _sheets(self, summary: Summary) -> tuple[Path, ...]:
+        if not self.config.sheet:
+            return ()
+        return distributed.on_main(
+            lambda: save_sheets(self.source, self.file, summary, self.config.sheet, self.work)
+        )
 
     def _is_done(self) -> bool:
         if not self.file.exists():

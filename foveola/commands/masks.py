@@ -1,0 +1,53 @@
+"""`foveola masks`: objects for images that have none, in one file that every data string reads."""
+
+from typing import Any
+
+from foveola.command_keys import MASKS
+from foveola.config import UserError, describe, parse_overrides
+from foveola.console import only, print_keys, print_table, split
+
+USAGE = """\
+  masks KIND data=... model=... out=... [key=value ...]
+                                      objects for images that have none, found by features (discover),
+                                      by a detector (detect) or a segmenter (segment)
+      --help                          every kind; after a kind, every key of it
+"""
+
+
+def main(arguments: list[str]) -> None:
+    usage = "foveola masks KIND data=... model=... out=... [key=value ...]"
+    names, overrides, flags = split(arguments, ())
+    from foveola.proposals.run import DOOR, ProposeConfig, config_class, find_kind
+
+    if "--help" in flags and not names:
+        print(
+            f"usage: {usage}\n\nWrites OUT/objects.json, which `annotations=` of any data string reads, and "
+            "a\ncontact sheet (docs/masks.md). Started again, it goes on. `foveola masks KIND --help` lists "
+            "the keys of a kind:"
+        )
+        print_table([(f"  {name}", find_kind(name).help) for name in DOOR.names()])
+        return
+    kind = only(names, f"kind ({', '.join(DOOR.names())})", usage)
+    found = find_kind(kind)
+    if "--help" in flags:
+        print(f"foveola masks {kind} [key=value ...]: {found.help}\n")
+        print_keys([*MASKS, *describe(config_class(found)()), *describe(ProposeConfig())])
+        return
+    settings = parse_overrides(overrides)
+    given = {info.path: settings.pop(info.path, None) for info in MASKS}
+    _propose(kind, given, settings, usage)
+
+
+def _propose(kind: str, given: dict[str, Any], settings: dict[str, Any], usage: str) -> None:
+    from foveola import distributed
+    from foveola.proposals.run import configure_kind, find_kind, propose
+
+    configure_kind(find_kind(kind), settings)  # mistakes first, before anything is loaded
+    for name in ("data", "model", "out"):
+        if given[name] is None:
+            raise UserError(f"masks {kind} needs {name}=; usage: {usage}")
+    with distributed.joined(str(given["device"] or "auto")) as device:
+        data, model, out = (str(given[name]) for name in ("data", "model", "out"))
+        found = propose(kind, data, model, out=out, device=str(device), **settings)
+        if distributed.is_main():
+            print(found.table())
