@@ -430,7 +430,7 @@ def test_of_two_processes_targets_are_shared_and_neighbours_are_not(
 
 SMALL = {  # 16 prototypes for 64 tokens, and images that are hardly changed: it learns within some steps
     "duration": "60 steps",
-    "batch_size": 16,
+    "batch_size": 8,
     "device": "cpu",
     "log_every": 1,
     "model.width": 48,
@@ -450,8 +450,8 @@ SMALL = {  # 16 prototypes for 64 tokens, and images that are hardly changed: it
     "views.color.grayscale": 0.0,
     "views.color.blur": [0.0, 0.0, 0.0],
     "views.color.solarize": [0.0, 0.0, 0.0],
-    "method.heads.main": {"prototypes": 16, "hidden": 64},
-    "method.heads.patches": {"prototypes": 16, "hidden": 64},
+    "method.heads.main": {"prototypes": 16, "hidden": 32, "bottleneck": 16},
+    "method.heads.patches": {"prototypes": 16, "hidden": 32, "bottleneck": 16},
     "loader.workers": 0,
     "checkpoint_every": "1000 steps",
 }

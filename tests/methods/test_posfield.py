@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -398,7 +399,7 @@ def test_a_sheet_shows_true_and_guessed_places():
 
 SMALL = {
     "duration": "40 steps",
-    "batch_size": 16,
+    "batch_size": 8,
     "device": "cpu",
     "log_every": 1,
     "model.width": 48,
@@ -417,7 +418,8 @@ SMALL = {
     "checkpoint_every": "40 steps",
 }
 SMALL |= {
-    f"method.heads.{name}": {"prototypes": 16, "hidden": 64} for name in ("main", "patches", "positions")
+    f"method.heads.{name}": {"prototypes": 16, "hidden": 32, "bottleneck": 16}
+    for name in ("main", "patches", "positions")
 }
 
 
@@ -481,8 +483,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(painted: str, tmp_path: Path):
     settings = SMALL | {"duration": "6 steps", "checkpoint_every": "3 steps", "keep": 5}
     for name in ("whole", "parts"):
         foveola.pretrain("posfield-tiny-tinyimagenet", data=painted, out=str(tmp_path / name), **settings)
-    import shutil
-
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000006")
     foveola.pretrain("posfield-tiny-tinyimagenet", data=painted, out=str(tmp_path / "parts"), **settings)
     whole, parts = (foveola.load(tmp_path / name) for name in ("whole", "parts"))
