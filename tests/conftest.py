@@ -148,43 +148,85 @@ def host() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
+class Forked:
+    """Processes that run a script, forked from `host`, which has imported what takes long.
+
+    Attributes:
+        pids: their numbers. Each is the first of a group of its own, with its workers.
+        printed, errors: the files of what each writes to its standard output, and to its standard error.
+    """
+
+    def __init__(
+        self, host: subprocess.Popen[str], folder: Path, code: str, ranks: int, words: Sequence[str]
+    ):
+        self.host, script = host, folder / "ranks.py"
+        script.write_text(code)
+        self.printed, self.errors = ([folder / f"{n}.{end}" for n in range(ranks)] for end in ("out", "err"))
+        for path in (*self.printed, *self.errors):
+            path.touch()  # so that they can be read before the processes open them
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes = [
+            [common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)), str(out), str(errors)]
+            for rank, (out, errors) in enumerate(zip(self.printed, self.errors, strict=True))
+        ]
+        order = {"words": [str(script), *words], "folder": str(Path.cwd()), "processes": processes}
+        assert host.stdin is not None
+        assert host.stdout is not None
+        print(json.dumps(order), file=host.stdin, flush=True)
+        self.pids: list[int] = json.loads(host.stdout.readline())
+        self.codes: list[int] | None = None
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Their exit codes, when all have ended; those that take too long are killed."""
+        assert self.host.stdout is not None
+        late = threading.Timer(timeout, self.kill)
+        late.start()
+        codes: list[int] = json.loads(self.host.stdout.readline())
+        self.codes = codes
+        late.cancel()
+        return codes
+
+    def kill(self) -> None:
+        for pid in self.pids if self.codes is None else ():
+            os.kill(pid, signal.SIGKILL)
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.codes is None:
+            self.kill()
+            self.wait()
+
+
 @pytest.fixture
-def run_ranks(
-    host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., list[str]]:
+def forked(host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Forked]:
+    """`with forked(code, words) as process`: code in a process of its own, while a test does something else.
+
+    Nothing is checked there at calls, and it ends without taking its modules apart.
+    """
+
+    def start(code: str, words: Sequence[str] = (), ranks: int = 1) -> Forked:
+        return Forked(host, tmp_path_factory.mktemp("ranks"), code, ranks, words)
+
+    return start
+
+
+@pytest.fixture
+def run_ranks(forked: Callable[..., Forked]) -> Callable[..., list[str]]:
     """run_ranks(code, ranks=2, words=[]): run code in as many processes as torchrun would; what each printed.
 
     Nothing is checked there at calls. One rank is a process of its own.
     """
 
     def run(code: str, ranks: int = 2, words: Sequence[str] = (), timeout: float = 120) -> list[str]:
-        assert host.stdin is not None
-        assert host.stdout is not None
-        folder = tmp_path_factory.mktemp("ranks")
-        (folder / "ranks.py").write_text(code)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes = [
-            [
-                common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-                f"{folder}/{rank}.out",
-                f"{folder}/{rank}.err",
-            ]
-            for rank in range(ranks)
-        ]
-        script = str(folder / "ranks.py")
-        order = {"words": [script, *words], "folder": str(Path.cwd()), "processes": processes}
-        print(json.dumps(order), file=host.stdin, flush=True)
-        started = json.loads(host.stdout.readline())
-        late = threading.Timer(timeout, lambda: [os.kill(process, signal.SIGKILL) for process in started])
-        late.start()
-        codes = json.loads(host.stdout.readline())
-        late.cancel()
-        for rank, code_ in enumerate(codes):
-            assert code_ == 0, (folder / f"{rank}.err").read_text()
-        return [(folder / f"{rank}.out").read_text() for rank in range(ranks)]
+        with forked(code, words, ranks) as processes:
+            for code_, errors in zip(processes.wait(timeout), processes.errors, strict=True):
+                assert code_ == 0, errors.read_text()
+            return [path.read_text() for path in processes.printed]
 
     return run
 

@@ -449,51 +449,50 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 """
 
 
-def start(code: str) -> subprocess.Popen:
-    """The script in a process group of its own."""
-    command = [sys.executable, "-c", SCRIPT + code]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="signals tell their sender on Linux only")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_workers_survive_a_signal_to_the_whole_group(number: signal.Signals):
+def test_workers_survive_a_signal_to_the_whole_group(number: signal.Signals, forked, tmp_path):
     """As Ctrl-C and batch systems send it: the training process decides what to do, and needs its batches."""
-    process = start(
-        "print('ready', flush=True); input()\n"
+    code = (
+        "import os, sys, time\n"
+        "print('ready', flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
         "for _ in range(20): next(batches)\n"
         "print(len(active_children()))\n"
     )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
-        os.killpg(process.pid, number)
-        out, errors = process.communicate("go on\n", timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, errors) == (0, "2\n", "")
+    with forked(SCRIPT + code, [str(tmp_path / "go on")]) as process:
+        wait_for_line(process)
+        (pid,) = process.pids
+        assert os.getpgid(pid) == pid != os.getpgid(0)
+        os.killpg(pid, number)
+        (tmp_path / "go on").touch()
+        codes = process.wait(60)
+        said = process.printed[0].read_text(), process.errors[0].read_text()
+    assert (codes, *said) == ([0], "ready\n2\n", "")
+
+
+def wait_for_line(process: Any) -> str:
+    deadline = time.perf_counter() + 60
+    while not (text := process.printed[0].read_text()).endswith("\n"):
+        assert time.perf_counter() < deadline, process.errors[0].read_text()
+        time.sleep(0.01)
+    return text
 
 
 def test_leaving_with_a_loader_in_use_does_not_hang():
-    process = start("print('end')")
-    try:
-        out, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, errors) == (0, "end\n", "")
+    """In an interpreter that takes itself apart at its end."""
+    command = [sys.executable, "-c", SCRIPT + "print('end')"]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_workers_end_when_the_training_process_is_killed():
-    process = start("print(*[child.pid for child in active_children()], flush=True); input()")
-    try:
-        assert process.stdout is not None
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-    finally:
+def test_workers_end_when_the_training_process_is_killed(forked):
+    code = "import time; print(*[child.pid for child in active_children()], flush=True); time.sleep(600)"
+    with forked(SCRIPT + code) as process:
+        workers = [int(pid) for pid in wait_for_line(process).split()]
         process.kill()
-    process.communicate(timeout=60)
+        process.wait()
     assert len(workers) == 2
     deadline = time.perf_counter() + 30
     while any(alive(pid) for pid in workers):

@@ -1,8 +1,5 @@
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -174,15 +171,14 @@ for step in range(1, 10_000):
 """
 
 
-def test_kill_9_at_any_time(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITES_FOR_EVER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        said = [process.stdout.readline() for _ in range(3)]
+def test_kill_9_at_any_time(tmp_path, forked):
+    with forked(WRITES_FOR_EVER, [str(tmp_path)]) as process:
+        while len(process.printed[0].read_text().splitlines()) < 3:
+            time.sleep(0.001)
         time.sleep(random.Random(0).uniform(0.0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        said += process.stdout.readlines()
+        process.kill()
+        process.wait()
+        said = process.printed[0].read_text().splitlines()
     state = checkpoint.read_checkpoint(checkpoint.newest(tmp_path))
     assert state["x"].unique().item() >= int(said[-1])
 

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -214,25 +212,34 @@ def test_what_is_no_run_is_left_alone(tiny, tmp_path, snapshot):
     assert snapshot(tmp_path) == before
 
 
-def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch):
+HOLD = """
+import sys, pathlib, time
+from foveola.training.folder import lock
+with lock(pathlib.Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(600)
+"""
+
+
+def wait_for(path: Path, enough, process, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not (path.exists() and enough(path.read_text())):
+        assert time.monotonic() < end, process.errors[0].read_text()
+        time.sleep(0.02)
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny, tmp_path, monkeypatch, forked):
     monkeypatch.chdir(tmp_path)
     folder_ = tmp_path / "runs" / "tiny-20260101-000000"
     folder_.mkdir(parents=True)
     images = images_of_run(open_source(tiny().data))
     folder.begin(folder_, tiny(), images)
     assert folder.choose_folder(tiny(), 8, images).folder.resolve() == folder_
-    hold = (
-        "import sys, pathlib; from foveola.training.folder import lock\n"
-        "with lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    )
-    words = [sys.executable, "-c", hold, str(folder_)]
-    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+    with forked(HOLD, [str(folder_)]) as other:
+        wait_for(other.printed[0], lambda text: text == "held\n", other)
         with pytest.raises(UserError, match=r"another process is training in .*tiny-2026"):
             pretrain(tiny(out=str(folder_)))
         assert folder.choose_folder(tiny(), 8, images).folder.resolve() != folder_
-        other.kill()
     assert pretrain(tiny(out=str(folder_))).finished
 
 
@@ -254,14 +261,11 @@ pretrain(sys.argv[1], out=sys.argv[2])
 
 
 def test_killed_while_it_writes_a_checkpoint_a_run_goes_on_from_the_one_before(
-    tiny, tmp_path, same, newest, lines, whole
+    tiny, tmp_path, same, newest, lines, whole, forked
 ):
     (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny()))
-    words = [sys.executable, "-c", KILL, str(tmp_path / "tiny.yaml"), str(tmp_path / "killed")]
-    # As many threads as here: sums in another order differ in their last bits.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    with forked(KILL, [str(tmp_path / "tiny.yaml"), str(tmp_path / "killed")]) as process:
+        assert process.wait() == [-signal.SIGKILL], process.errors[0].read_text()
     assert newest(tmp_path / "killed")["step"] == 3
     assert max(line["step"] for line in lines(tmp_path / "killed")) == 6
     resumed = pretrain(tiny(out=str(tmp_path / "killed")))
@@ -274,39 +278,29 @@ def test_killed_while_it_writes_a_checkpoint_a_run_goes_on_from_the_one_before(
 # -- signals -------------------------------------------------------------------------------------------------
 
 
-def wait_for(path: Path, enough, process: subprocess.Popen, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not (path.exists() and enough(path.read_text())):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.02)
+COMMAND = "import sys; from foveola.cli import main; sys.exit(main())"
 
 
-def test_signals_checkpoint_and_exit_0_and_the_same_command_goes_on(tiny, tmp_path, newest, lines):
+def test_signals_checkpoint_and_exit_0_and_the_same_command_goes_on(
+    tiny, tmp_path, newest, lines, forked, monkeypatch
+):
     config = tiny(duration="100000 steps", checkpoint_every="100000 steps", **{"loader.workers": 2})
     (tmp_path / "tiny.yaml").write_text(dump_yaml(config))
-    words = [sys.executable, "-m", "foveola.cli", "pretrain", "tiny.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(tmp_path)
     last = 0
     for number in (signal.SIGTERM, signal.SIGINT):  # others are tested below, in this process
-        process = subprocess.Popen(
-            words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            metrics = next(tmp_path.glob("runs/*/metrics.jsonl"), None)
-            while metrics is None:
-                assert process.poll() is None, process.communicate()[1]
+        with forked(COMMAND, ["pretrain", "tiny.yaml"]) as process:
+            end = time.monotonic() + 60
+            while (metrics := next(tmp_path.glob("runs/*/metrics.jsonl"), None)) is None:
+                assert time.monotonic() < end, process.errors[0].read_text()
                 time.sleep(0.02)
-                metrics = next(tmp_path.glob("runs/*/metrics.jsonl"), None)
             wait_for(metrics, lambda text, n=last + 5: len(text.splitlines()) > n, process)
             if number == signal.SIGINT:
-                os.killpg(process.pid, number)  # Ctrl-C reaches all processes of a terminal
+                os.killpg(process.pids[0], number)  # Ctrl-C reaches all processes of a terminal
             else:
-                process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert process.returncode == 0, errors
+                os.kill(process.pids[0], number)
+            codes, errors = process.wait(30), process.errors[0].read_text()
+        assert codes == [0], errors
         assert "Traceback" not in errors
         (run,) = tmp_path.glob("runs/*")
         steps = [line["step"] for line in lines(run)]
@@ -341,23 +335,17 @@ def test_what_nohup_ignores_stays_ignored(tiny, tmp_path, interrupt_after):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_during_an_evaluation_waits_for_it(tiny, tmp_path, lines):
+def test_a_signal_during_an_evaluation_waits_for_it(tiny, tmp_path, lines, forked, monkeypatch):
     """Ctrl-C reaches the workers of the evaluation, too, and must not break them."""
     evaluation = {"evaluate_every": "1 steps", "evaluate.workers": 2, "evaluate.limit": 64}
     (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny(duration="1000 steps", **evaluation)))
-    words = [sys.executable, "-m", "foveola.cli", "pretrain", "tiny.yaml", "out=run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
+    monkeypatch.chdir(tmp_path)
+    with forked(COMMAND, ["pretrain", "tiny.yaml", "out=run"]) as process:
         wait_for(tmp_path / "run" / "metrics.jsonl", lambda text: "knn/" in text, process)
         time.sleep(0.1)  # into the next one: a step is short, an evaluation is not
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
+        os.killpg(process.pids[0], signal.SIGINT)
+        codes, errors = process.wait(60), process.errors[0].read_text()
+    assert codes == [0], errors
     assert "Traceback" not in errors
     assert errors.count("stopping after this step") == 1  # workers are silent
     steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
