@@ -9,11 +9,12 @@ import torch
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.proposals.found import Image, Opened, chosen, proposals_of
 from foveola.proposals.hf_models import open_hf
+from foveola.proposals.onnx_models import open_onnx
 from foveola.proposals.own_models import open_own
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.torchvision_models import open_torchvision
 
-SOME_READ = ("names", "text", "segments")  # which models do not share
+SOME_READ = ("names", "text", "segments", "nms", "image_size", "layout")  # which models do not share
 ENCODERS = ("timm", "pixels", "untrained", "python")
 
 
@@ -35,6 +36,18 @@ class DetectorConfig:
     )
     names: tuple[str, ...] | None = key(
         None, "names of the classes of weights that do not say them, in the order of outputs"
+    )
+    nms: float | None = key(
+        None,
+        "IoU above which the worse of two boxes of a class is dropped (YOLO exports without NMS); null = 0.7",
+        above=0,
+        at_most=1,
+    )
+    image_size: int | None = key(
+        None, "side of the square that images are fitted into (YOLO exports of any size)", at_least=32
+    )
+    layout: Literal["v8", "v5", "end2end"] | None = key(
+        None, "how outputs of a YOLO export are read; null = as their shapes tell"
     )
     batch_size: int = key(4, "images at a time", at_least=1)
 
@@ -117,7 +130,13 @@ def _hf(name: str, config: DetectorConfig, device: torch.device) -> Opened:
     return open_hf(name, config.text, config.segments, device)
 
 
+def _onnx(file: str, config: DetectorConfig, device: torch.device) -> Opened:
+    asked = {name: getattr(config, name) for name in ("nms", "image_size", "layout")}
+    return open_onnx(file, config.names, config.agnostic, asked, device)
+
+
 OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], Opened]] = {
     "torchvision": _torchvision,
     "hf": _hf,
+    "onnx": _onnx,
 }
