@@ -294,6 +294,19 @@ def covered_patches(
     return ((coverage > 0) & ((coverage >= min_coverage) | (coverage >= most))).flatten(-2)
 
 
+def patch_mask(
+    coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256, keep_most: bool = False
+) -> Bool[Tensor, "*B N"]:
+    """Return which patches belong to an object, from the share of each patch that it covers, in [0, 1].
+
+    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). With `keep_most`
+    an object that covers less than that of every patch keeps those that it covers most. An object that
+    covers no patch becomes the whole image.
+    """
+    mask = covered_patches(coverage, min_coverage, keep_most)
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
 def box_sums(field: Float[Tensor, "B M S S2"], boxes: Float[Tensor, "B M T 4"]) -> Float[Tensor, "B M T"]:
     """Return the sum of a field over each of T boxes, in units of field cells, through a summed-area table.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from foveola.config import UserError, meant, nearest
 from foveola.evaluation.paired import difference
@@ -11,6 +12,7 @@ from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, results_of
 from foveola.files import home_of, run_model
+from foveola.outside import library
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ class Comparison:
         ]
         said = [*self._marks(lines), *self._same(alike), *self._versions(), *self.notes]
         return "\n".join([*lines, *said, *dict.fromkeys(notes)])
+
+    def frame(self) -> Any:
+        """Return a pandas DataFrame with a line for each encoder and number. Raises UserError without pandas.
+
+        Columns are `encoder`, those of `Result.frame`, and `difference`, `difference_low`, `difference_high`:
+        how much higher it is than that of the first encoder, with the paired 95 % interval, where known.
+        """
+        found = []
+        for name, result in zip(self.names, self.results, strict=True):
+            for line in result.lines():
+                first = result is self.results[0]
+                change = None if first else difference(self.results[0], result, line["metric"])
+                ends = (None,) * 3 if change is None else (change.value, change.low, change.high)
+                columns = ("difference", "difference_low", "difference_high")
+                found.append({"encoder": name, **line, **dict(zip(columns, ends, strict=True))})
+        return library("pandas", "frames", "Comparison.frame()").DataFrame(found)
 
     def _best(self, metric: str) -> int | None:
         """The encoder that is the best beyond doubt, if there is one."""

@@ -14,6 +14,7 @@ import foveola
 from foveola import files
 from foveola.config import UserError, renewed
 from foveola.evaluation.protocol import INTERVAL_ENDS, PROTOCOLS, Metric, declared, find_protocol
+from foveola.outside import library
 
 
 def versions() -> dict[str, str]:
@@ -140,6 +141,22 @@ class Result:
         notes = [f"note: {note}" for note in self.notes]
         written = [self.written] if self.written else []
         return "\n".join([head, *self._rows(cells), *lines, *self._pass_lines(), *notes, *written])
+
+    def frame(self) -> Any:
+        """Return a pandas DataFrame with a line for each number: `protocol`, `metric`, `value`, `low` and
+        `high` (its 95 % interval, where it has one), `unit`, `better`. Raises UserError without pandas.
+        """
+        return library("pandas", "frames", "Result.frame()").DataFrame(self.lines())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of `frame` as dicts."""
+        found = []
+        for name in self.names():
+            low, high = self.interval(name) or (None, None)
+            about = self.metric(name)
+            found.append({"protocol": self.protocol, "metric": name, "value": self.metrics[name]})
+            found[-1] |= {"low": low, "high": high, "unit": about.unit, "better": about.better}
+        return found
 
     def _interval(self, name: str) -> str:
         ends = self.interval(name)

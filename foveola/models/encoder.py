@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor, nn
 
 from foveola import files
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.data.decode import pixels_of
-from foveola.geometry import covered_patches
+from foveola.geometry import patch_mask
 from foveola.models.capture import BlockAttention, Capture, attention_of, block_index, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, evaluation_view
+from foveola.models.vectors import vectors_of
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.models.wrapped import Wrapped
 
@@ -292,6 +294,17 @@ class Encoder(nn.Module):
         pixels = evaluation_view(pixels_of(image, range), self.config.transform).pixels
         return self.normalise(pixels[None].to(self.device))[0]
 
+    def embed(self, images: Any, batch_size: int = 64) -> Float32[np.ndarray, "n D"]:
+        """Return what stands for each of n images, as evaluations and `foveola.embed` have it.
+
+        Args:
+            images: what `transform` takes (a path, a PIL image, ...), one or in a list; or tensors
+                [n, 3, H, W]: uint8 that are cut already, or floats that are normalised, too; or a DataLoader
+                of such tensors, of which the first of each batch is taken where it gives several.
+            batch_size: images encoded at once, but for those of a DataLoader.
+        """
+        return vectors_of(self, images, batch_size)
+
     def predict(self, images: Any) -> Any:
         """Return what the head says of an image, or of each in a list or tuple.
 
@@ -373,19 +386,6 @@ def _settings(config: EncoderConfig) -> dict[str, Any]:
     later = {name for name in LATER if settings["model"][name] == usual[name]}
     settings["model"] = {name: value for name, value in settings["model"].items() if name not in later}
     return settings
-
-
-def patch_mask(
-    coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256, keep_most: bool = False
-) -> Bool[Tensor, "*B N"]:
-    """Return which patches belong to an object, from the share of each patch that it covers, in [0, 1].
-
-    A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). With `keep_most`
-    an object that covers less than that of every patch keeps those that it covers most. An object that
-    covers no patch becomes the whole image.
-    """
-    mask = covered_patches(coverage, min_coverage, keep_most)
-    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
 def filled(config: EncoderConfig, weights: dict[str, Tensor], where: Path) -> Encoder:

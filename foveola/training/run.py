@@ -22,6 +22,7 @@ from foveola.data.sources import OBJECT, Source, as_source, notes_of
 from foveola.failures import explain, told
 from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
+from foveola.outside import library
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, encoder_of, student_names, untrained
@@ -71,6 +72,10 @@ class Run:
         What was logged of one step in several lines, by training and by an evaluation, is laid together.
         """
         return RunFolder(self.folder).read_metrics()
+
+    def frame(self) -> Any:
+        """Return `history` as a pandas DataFrame, a line for each step. Raises UserError without pandas."""
+        return library("pandas", "frames", "Run.frame()").DataFrame(self.history())
 
 
 def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), **overrides: Any) -> Run:

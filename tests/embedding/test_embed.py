@@ -319,3 +319,51 @@ def test_the_encoder_is_left_as_it_was(model, photos, tmp_path) -> None:
     foveola.embed(encoder, photos, out=tmp_path / "f.npz", rows="objects", features="token2", **QUIET)
     assert encoder.training
     assert torch.is_grad_enabled()
+
+
+# -- the same in Python --------------------------------------------------------------------------------------
+
+
+def test_an_encoder_embeds_what_the_file_has_in_every_form(write, photos, model) -> None:
+    rows, _ = write()
+    encoder, folder = load(model), Path(photos.partition(":")[2].partition("?")[0])
+    paths = [folder / name for name in rows.name]
+    found = encoder.embed(paths, batch_size=8)
+    assert np.array_equal(found, encoder.embed([str(path) for path in paths], batch_size=8))
+    np.testing.assert_allclose(found, rows.feature, atol=1e-5)
+    assert found.dtype == np.float32
+    arrays = [np.asarray(Image.open(path).convert("RGB")) for path in paths[:3]]
+    normalised = torch.stack([encoder.transform(array) for array in arrays])
+    levels = torch.stack([open_view(array, encoder) for array in arrays])
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(levels, torch.arange(3)), batch_size=2
+    )
+    for images in (arrays, np.stack(arrays), normalised, levels, list(levels), loader, iter([normalised])):
+        np.testing.assert_allclose(encoder.embed(images), found[:3], atol=1e-5)
+    np.testing.assert_allclose(encoder.embed(arrays[1]), found[1:2], atol=1e-5)
+    np.testing.assert_allclose(encoder.embed(paths[1]), found[1:2], atol=1e-5)
+    average = encoder.pooled("average").embed(normalised)
+    np.testing.assert_allclose(average, encoder(normalised).patches.mean(dim=1), atol=1e-5)
+
+
+def open_view(image: np.ndarray, encoder) -> torch.Tensor:
+    from foveola.models.transform import evaluation_view
+
+    return evaluation_view(image, encoder.config.transform).pixels
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "images: expected at least one"),
+        (torch.zeros(2, 3, 33, 32), r"in whole patches of 8 pixels, got \[2, 3, 33, 32\]"),
+        (torch.zeros(2, 1, 32, 32), r"expected \[n, 3, H, W\]"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "expected uint8 pixels or normalised floats"),
+        ("nowhere.png", "nowhere.png"),
+        (iter(["a.png"]), "expected batches of tensors, got"),
+        (3, "int"),
+    ],
+)
+def test_what_an_encoder_cannot_embed(model, images, message) -> None:
+    with pytest.raises(UserError, match=message):
+        load(model).embed(images)

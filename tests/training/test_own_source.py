@@ -49,6 +49,7 @@ def test_the_example_of_the_page_trains_resumes_and_is_measured(squares: type, t
     assert read_yaml(out / "config.yaml")["data"] == "python:squares-64-0"
     # Every line of the log, not the last alone; training and evaluation of one step are one line.
     history = run.history()
+    assert run.frame()["step"].tolist() == [line["step"] for line in history]
     assert [line["step"] for line in history] == [1, 2, 3, 4]
     assert all("loss" in line for line in history)
     assert "knn/top1_plain" in history[-1]

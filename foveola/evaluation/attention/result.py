@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveola import files
 from foveola.evaluation.attention.statistics import BLOCK_STATISTICS, HEAD_STATISTICS, Layout
+from foveola.outside import library
 
 CSV_COLUMNS: tuple[str, ...] = (
     "encoder",
@@ -134,6 +135,10 @@ class AttentionAnalysis:
                     where = {"encoder": encoder.name, "block": block, "head": head, "statistic": name}
                     found = {"mean": _plain(mean), "standard_error": _plain(error)}
                     yield {**where, **found, "images": self.data["analysed"], **about}
+
+    def frame(self) -> Any:
+        """Return `rows` as a pandas DataFrame. Raises UserError without pandas."""
+        return library("pandas", "frames", "AttentionAnalysis.frame()").DataFrame(self.rows())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, null for what an encoder has not."""

@@ -151,6 +151,7 @@ def test_files_hold_every_number(source, tmp_path) -> None:
     analysis = analyze({"a": make(), "b": make(depth=1, heads=4)}, source, workers=0, outlier_norm=3.0)
     tree, table = analysis.save(tmp_path)
     rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert analysis.frame()["statistic"].tolist() == [row["statistic"] for row in rows]
     assert tuple(rows[0]) == CSV_COLUMNS
     assert len(rows) == sum(
         len(HEAD_STATISTICS) * (blocks * (heads + 1) + 1) + len(BLOCK_STATISTICS) * (blocks + 1)
