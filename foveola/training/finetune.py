@@ -7,6 +7,7 @@ from typing import Any
 
 from foveola.config import ConfigError, merge, nearest
 from foveola.tasks.task import TaskConfig
+from foveola.training.auto.plan import AUTO
 from foveola.training.planned import TEST
 from foveola.training.recipe import RunConfig, nested, resolve
 from foveola.training.run import Run, pretrain
@@ -39,6 +40,11 @@ def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[
 
     Raises ConfigError for a recipe whose method is no task, and for what is next to `test` by its name.
     """
+    if recipe == AUTO:
+        raise ConfigError(
+            "auto chooses how to pretrain, and knows no costs of heads: name a recipe of fine-tuning "
+            "(`foveola finetune --help` lists them); --dry-run measures its step, heads and windows included"
+        )
     known = [each.name for each in fields(RunConfig)]
     for given in overrides:
         if given not in known and nearest(given, [*known, "test"]) == "test":

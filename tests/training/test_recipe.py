@@ -873,3 +873,8 @@ def test_a_mistyped_test_is_told():
         with_test("classify-small", {"data": "folder:/x", "tset": "folder:/y"}, None)
     with pytest.raises(ConfigError, match=r"unknown key 'sed'; did you mean 'seed'\?"):
         resolve("classify-small", with_test("classify-small", {"sed": 3}, None))
+
+
+def test_auto_does_not_fine_tune():
+    with pytest.raises(ConfigError, match=r"auto chooses how to pretrain, .* --dry-run measures its step"):
+        with_test("auto", {"data": "folder:/x"}, None)
