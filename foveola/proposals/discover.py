@@ -1,8 +1,10 @@
-"""Objects from the features of any encoder, without labels: TokenCut, MaskCut, LOST, attention."""
+"""Objects from the features of any encoder: TokenCut, MaskCut, LOST, attention, and weights of AbMILP."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from foveola.models.transform import fit_to_patches
 from foveola.proposals.cuts import Found, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.refine import Refine, enlarged, grabcut, opencv
+from foveola.proposals.scored import probe_maps
 from foveola.zoo.load import load
 
 TAU = {"tokencut": 0.2, "maskcut": 0.15}  # as published
@@ -26,10 +29,10 @@ PATCHES = 4096  # of an image: its graph has as many squared edges, 64 MiB
 class DiscoverConfig:
     """How objects are cut out of features."""
 
-    method: Literal["maskcut", "tokencut", "lost", "attention"] = key(
+    method: Literal["maskcut", "tokencut", "lost", "attention", "abmilp"] = key(
         "maskcut",
         "normalised cuts, for several objects (maskcut) or one (tokencut); one around the patch that is like "
-        "the fewest others (lost), or where the class token looks (attention)",
+        "the fewest others (lost), or where the class token (attention) or a probe (abmilp) looks",
     )
     image_size: int | None = key(
         None,
@@ -53,8 +56,9 @@ class DiscoverConfig:
     objects: int = key(3, "maskcut: objects of an image at most", at_least=1, at_most=100)
     k: int = key(100, "lost: patches that may vote, of those that are alike to the fewest", at_least=1)
     share: float = key(
-        0.6, "attention: share of it that the brightest patches have together", above=0, below=1
+        0.6, "attention, abmilp: share of it that the brightest patches have together", above=0, below=1
     )
+    probe: str | None = key(None, "abmilp: probe.safetensors, as `foveola evaluate abmilp` has kept it")
     refine: Refine = key(
         "none", "edges of masks: those of patches (none), or where colours change, by OpenCV (grabcut)"
     )
@@ -67,7 +71,8 @@ class DiscoverConfig:
             "tau": ("tokencut", "maskcut"),
             "objects": ("maskcut",),
             "k": ("lost",),
-            "share": ("attention",),
+            "share": ("attention", "abmilp"),
+            "probe": ("abmilp",),
         }
         return {
             name: f"it is for method={' and '.join(methods)}, and this is {self.method}"
@@ -102,6 +107,7 @@ class Discoverer:
             opencv()
         if config.features == "keys":
             encoder.check_inside("features=keys")
+        self.weights = probe_maps(self._probe(), encoder) if config.method == "abmilp" else None
         if config.method == "attention":
             encoder.check_inside("method=attention")
             if not encoder.config.model.class_token:
@@ -118,6 +124,14 @@ class Discoverer:
                 f"write image_size={most} or less"
             )
 
+    def _probe(self) -> str:
+        """The file of the probe, which was trained on the last patches."""
+        if self.config.probe is None:
+            raise UserError("method=abmilp needs probe=, a file that `foveola evaluate abmilp` has kept")
+        if self.config.features != "patches" or self.block != self.encoder.block_index(-1):
+            raise UserError("method=abmilp reads the last block's patches: leave out features= and block=")
+        return self.config.probe
+
     def describe(self) -> dict[str, Any]:
         """Return the settings, as they are read, and the fingerprint of the encoder."""
         idle = self.config.unread()
@@ -125,6 +139,8 @@ class Discoverer:
         settings |= {"image_size": self.size, "block": self.block}
         if "tau" in settings:
             settings["tau"] = self.tau
+        if self.weights is not None:
+            settings["probe"] = hashlib.sha256(Path(self._probe()).expanduser().read_bytes()).hexdigest()[:16]
         settings.pop("batch_size")  # which changes nothing of what is found
         about = {"encoder": self.encoder.fingerprint(), "origin": self.encoder.config.origin}
         return {"kind": "discover", **settings, **about}
@@ -221,7 +237,7 @@ class Discoverer:
                 captured = encoder.capture(pixels, last, attention=looks, block=self.block)
                 features, seen = captured.layers[0].patches.float(), captured.attention
             if not looks:
-                return features, None
+                return features, None if self.weights is None else self.weights(features)
             assert seen is not None
             return features, seen.objects()[:, :, 0, seen.special :].mean(dim=1)
 
