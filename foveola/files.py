@@ -246,6 +246,32 @@ class RunFolder:
         return [steps[step] for step in sorted(steps)]
 
 
+@dataclass(frozen=True)
+class LoopFolder:
+    """Where everything of a loop of rounds is: its last round is the run in `path` itself, earlier ones are
+    runs of their own in `rounds/`, which also says what the loop is, and each has its objects in `masks/`.
+    """
+
+    path: Path
+    PARTS = ("rounds", "masks")  # what is here before the last round begins
+
+    @property
+    def about(self) -> RunFolder:
+        """The configuration, the images and the log of the loop."""
+        return RunFolder(self.path / "rounds")
+
+    def masks(self, number: int) -> Path:
+        """Return the folder of the objects that a round is trained on."""
+        return self.path / "masks" / f"round-{number}"
+
+    def objects(self, number: int) -> Path:
+        return self.masks(number) / "objects.json"
+
+    def run(self, number: int, last: int) -> Path:
+        """Return the folder of the run of a round, of which there are `last`."""
+        return self.path if number == last else self.path / "rounds" / f"round-{number}"
+
+
 def results_in(folder: str | Path) -> Path:
     """Return the folder of the results, one file for each protocol, beside an encoder or in a run folder."""
     return Path(folder) / "results"

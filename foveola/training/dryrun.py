@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from foveola import distributed
 from foveola.data.decode import decode
@@ -14,14 +15,17 @@ from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import BadImage
 from foveola.data.sources import PixelSource, Source, notes_of, open_source, read_label_map, why_bad
+from foveola.proposals.discover import discoverer
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, blueprint
+from foveola.training.assemble import assemble, batch_share, blueprint, untrained
+from foveola.training.bootstrap import data_of, round_config
 from foveola.training.durations import plan
 from foveola.training.loop import Trainer
-from foveola.training.recipe import RunConfig
+from foveola.training.recipe import BootstrapConfig, RunConfig
 from foveola.training.start import Start
 from foveola.views.blocks import draw_blocks
+from foveola.zoo.load import load
 
 LOOKED_AT = 200  # images that are read to find unreadable ones, spread evenly over the data
 LOOK_SECONDS = 5.0  # after which no further one is read
@@ -36,10 +40,42 @@ def dry_run(config: RunConfig) -> str:
     with several processes they are those of one of them.
     """
     with distributed.joined(config.device) as device, saying(distributed.is_main()):
+        if isinstance(config, BootstrapConfig):
+            return _describe_rounds(config, device)
         return _describe(config, device)
 
 
-def _describe(config: RunConfig, device: torch.device) -> str:
+def _describe_rounds(config: BootstrapConfig, device: torch.device) -> str:
+    """Each kind of round: what its training is and costs, and how long its objects take to find."""
+    source = open_source(data_of(config))
+    parts = []
+    if config.init is None:
+        parts.append("round 0, without objects\n" + _describe(round_config(config, 0, None, None), device))
+    training = round_config(config, 1, None, config.init)
+    encoder = untrained(training) if config.init is None else load(config.init)
+    finder = discoverer(encoder, config.discover, device)
+    chosen = np.linspace(0, len(source) - 1, min(finder.batch_size, len(source))).round().astype(int)
+    images = [pixels for index in chosen.tolist() if (pixels := _pixels(source, index)) is not None]
+    seconds = 0.0
+    for _ in range(2 * bool(images)):  # the first one warms up
+        start = time.perf_counter()
+        finder.propose(images)
+        _wait(device)
+        seconds = time.perf_counter() - start
+    took = _duration(seconds * len(source) / max(len(images), 1))
+    objects = f"found by {config.discover.method} in about {took} (reading images not counted)"
+    which = "round 1" if config.rounds == 1 else f"rounds 1 to {config.rounds}, each"
+    return "\n\n".join([*parts, f"{which}\n{_describe(training, device, objects)}"])
+
+
+def _pixels(source: Source, index: int) -> UInt8[np.ndarray, "H W 3"] | None:
+    try:
+        return decode(source[index].image)
+    except (BadImage, OSError):
+        return None
+
+
+def _describe(config: RunConfig, device: torch.device, objects: str | None = None) -> str:
     source = open_source(config.data or "scenes:")
     config = dataclasses.replace(config, method=config.method.with_data(source))
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
@@ -56,7 +92,7 @@ def _describe(config: RunConfig, device: torch.device) -> str:
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
         "data": f"{source.name}: {len(source):,} images"
         + ("" if config.data else " (built in, as there is no data=)"),
-        **({"objects": objects_line(source)} if config.data and config.views.objects else {}),
+        **({"objects": objects or objects_line(source)} if config.data and config.views.objects else {}),
         **({"readable": try_images(source, config.method.annotations)} if config.data else {}),
         **({} if start.weights is None else {"starting weights": start.weights.name}),
         "parameters": _parameters(trainer),

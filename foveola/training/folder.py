@@ -3,19 +3,19 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from foveola import distributed, files
-from foveola.config import ConfigError, UserError, build, dump_yaml, read_yaml, renewed, to_dict
-from foveola.files import RunFolder
+from foveola.config import ConfigError, UserError, dump_yaml, read_yaml, renewed, to_dict
+from foveola.files import LoopFolder, RunFolder
 from foveola.training import checkpoint, same_data
 from foveola.training.durations import plan
 from foveola.training.lengthen import check_longer
-from foveola.training.recipe import RunConfig
+from foveola.training.recipe import RunConfig, run_config
 from foveola.trees import flat
 
 # What may differ between a run and its continuation: where and how fast it runs, not what it computes.
@@ -72,13 +72,13 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
                 )
             if before.duration != config.duration:
                 check_longer(folder, before, config, images.count)
-        elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        elif not is_empty(folder, besides=LoopFolder.PARTS):
             raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
         return Choice(folder)
     name = (config.recipe or "run").replace("/", "-")
     runs, said = Path("runs"), ""
     for folder in sorted(runs.glob("*/"), reverse=True):
-        if not folder.name.startswith(f"{name}-") or not _is_of(folder, config, images):
+        if not folder.name.startswith(f"{name}-") or not is_of(folder, config, images):
             continue
         what = "" if config.data_changed == "allow" else same_data.changed_since(folder, images)
         if not _is_finished(folder, config, total_steps, what):
@@ -86,8 +86,19 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
                 return Choice(folder)
         elif what and not said:
             said = f"{folder} is finished, and {what}: this is a run of its own"
-    new = runs / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return Choice(new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}"), said)
+    return Choice(new_folder(name), said)
+
+
+def new_folder(name: str) -> Path:
+    """Return the path of a run folder in runs/ that does not exist yet."""
+    new = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return new if not new.exists() else new.with_name(f"{new.name}-{os.getpid()}")
+
+
+def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
+    """Return whether a folder, which need not exist, holds nothing but hidden files and those names."""
+    found = folder.iterdir() if folder.exists() else ()
+    return all(path.name.startswith(".") or path.name in besides for path in found)
 
 
 def setting_difference(folder: Path, config: RunConfig, images: same_data.RunImages) -> str | None:
@@ -104,7 +115,7 @@ def setting_difference(folder: Path, config: RunConfig, images: same_data.RunIma
 def _settings(folder: Path) -> RunConfig:
     path = RunFolder(folder).config
     try:
-        return build(RunConfig, renewed(read_yaml(path)))  # keys that it lacks have their defaults
+        return run_config(renewed(read_yaml(path)))  # keys that it lacks have their defaults
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read ({error}): choose another out=") from error
 
@@ -140,8 +151,8 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _is_of(folder: Path, config: RunConfig, images: same_data.RunImages) -> bool:
-    """Whether a folder holds a run of these settings."""
+def is_of(folder: Path, config: RunConfig, images: same_data.RunImages) -> bool:
+    """Return whether a folder holds a run of these settings."""
     try:
         return RunFolder(folder).config.exists() and not setting_difference(folder, config, images)
     except ConfigError:  # of another version, or not a run: not this run, in any case

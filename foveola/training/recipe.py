@@ -37,6 +37,8 @@ from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.lora import LoraConfig
 from foveola.models.shape import SIZES, ViTConfig
 from foveola.outside import name_of
+from foveola.proposals.discover import DiscoverConfig
+from foveola.proposals.filter import FilterConfig
 from foveola.training import start
 from foveola.training.freezing import ALL
 from foveola.training.loop import Precision
@@ -222,6 +224,41 @@ class RunConfig:
         return EncoderConfig(model, transform, self.recipe, pool, predictor)
 
 
+@dataclass(frozen=True, repr=False)
+class BootstrapConfig(RunConfig):
+    """A loop: objects from features, training on them, objects from better features. Each round is a run.
+
+    Any recipe with object-aware views becomes one by the key `rounds`.
+    """
+
+    rounds: int = key(2, "rounds: find objects by features, and train on them", at_least=1, at_most=100)
+    first_duration: str | None = key(
+        None, "length of the round without objects that comes first where there is no init; null = duration"
+    )
+    restart: bool = key(
+        False, "each round begins from what the loop began with, not with the encoder of the round before"
+    )
+    discover: DiscoverConfig = key(factory=DiscoverConfig, help="how objects are cut out of features")
+    filter: FilterConfig = key(factory=FilterConfig, help="which of the objects that are found are kept")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views.objects is None:
+            raise ValueError("rounds: a round trains on the objects that were found: set views.objects={}")
+
+    def unread(self) -> dict[str, str]:
+        """Return keys that nothing reads with these settings, and why."""
+        idle = super().unread()
+        if self.init is not None:
+            idle["first_duration"] = "init gives features: no round without objects comes first"
+        return idle
+
+
+def run_config(tree: dict[str, Any]) -> RunConfig:
+    """Return the configuration of a tree: that of a loop where it has `rounds`."""
+    return build(BootstrapConfig if "rounds" in tree else RunConfig, tree)
+
+
 def recipes() -> dict[str, About]:
     """Return the recipes that come with the package."""
     return {
@@ -259,7 +296,7 @@ def _asked_for(layers: list[dict[str, Any]], changes: dict[str, Any]) -> RunConf
     if re.fullmatch(r"\d+", duration := str(changes.get("duration")).strip()):
         raise ConfigError(f"duration={duration} has no unit: write '{duration} epochs' or '{duration} steps'")
     tree, shape = _laid([*layers, changes])
-    config = build(RunConfig, tree)
+    config = run_config(tree)
     if shape is not None:
         transfer.check(shape, config.model, str(config.init))
     refuse_unread(config, changes)

@@ -28,13 +28,14 @@ from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, encoder_of, student_names, untrained
 from foveola.training.auto.plan import AUTO
 from foveola.training.auto.request import request
+from foveola.training.bootstrap import bootstrap
 from foveola.training.callbacks import Callbacks
 from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
 from foveola.training.lengthen import lengthen, what_changes
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
-from foveola.training.recipe import RunConfig, nested, resolve, with_changes
+from foveola.training.recipe import BootstrapConfig, RunConfig, nested, resolve, with_changes
 from foveola.training.signals import Stop
 from foveola.training.start import Start
 from foveola.training.supply import Supply, loader_of
@@ -107,6 +108,8 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
     if isinstance(recipe, RunConfig) and overrides:
         config = with_changes(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device, saying(distributed.is_main()):
+        if isinstance(config, BootstrapConfig):
+            return bootstrap(config, device, lambda each: _Session(each, device, {}, told_of).run())
         return _Session(config, device, sources, told_of).run()
 
 

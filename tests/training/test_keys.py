@@ -104,7 +104,9 @@ def small(name: str) -> dict[str, Any]:
     parts = PARTS.get(method.name, {})
     if method.name == "distillation":
         parts = {f"method.heads.{head}": HEAD for head in method.heads}
-    tree = merge(merge(to_dict(config), SMALL), nested(parts))
+    own = {field.name for field in dataclasses.fields(RunConfig)}  # those of a loop are tested with it
+    tree = {name: value for name, value in to_dict(config).items() if name in own}
+    tree = merge(merge(tree, SMALL), nested(parts))
     vary(tree)
     tree["freeze"] = {}  # an encoder that rests in the first of two steps is where it began in both
     if tree["views"]["objects"]:

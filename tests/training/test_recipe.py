@@ -21,7 +21,7 @@ from foveola.schedules import Progress
 from foveola.training import durations
 from foveola.training.durations import period, plan, schedules
 from foveola.training.finetune import with_test
-from foveola.training.recipe import RunConfig, nested, recipes, resolve
+from foveola.training.recipe import RunConfig, nested, recipes, resolve, run_config
 
 IMAGENET = 1_281_167  # images
 
@@ -582,7 +582,7 @@ def test_shipped_recipes_resolve_fit_their_data_and_survive_saving(name, tmp_pat
     progress = plan(config, images)
     assert not any(schedule.shortened(progress) for _, schedule in schedules(config))
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    assert build(RunConfig, read_yaml(tmp_path / "config.yaml")) == config
+    assert run_config(read_yaml(tmp_path / "config.yaml")) == config
     assert resolve(tmp_path / "config.yaml") == config
 
 
