@@ -251,3 +251,15 @@ def test_what_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file where a folder belongs: give another out="):
         foveola.propose(Bright(), DATA, out=tmp_path / "file", progress=False)
+
+
+def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    page = (ROOT / "docs" / "masks.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0].replace("count=100", "count=9&size=32")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "images: 9\n" in capsys.readouterr().out
+    bright = json.loads((tmp_path / "masks" / "objects.json").read_text())["annotations"]
+    source = foveola.open_source("scenes:?count=9&size=32")
+    areas = [int((source[index].image.mean(2) > 128).sum()) for index in range(9)]  # type: ignore[union-attr]
+    assert [each["area"] for each in bright] == [area for area in areas if area]
