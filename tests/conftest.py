@@ -148,6 +148,16 @@ def host() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take most of a report's time once its results are there."""
+    from foveola.drawing import html
+
+    monkeypatch.setattr(
+        html, "charts", lambda charts, salt, names=(): "".join(f"<p>{chart.title}</p>" for chart in charts)
+    )
+
+
 class Forked:
     """Processes that run a script, forked from `host`, which has imported what takes long.
 

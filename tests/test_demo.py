@@ -22,7 +22,9 @@ SHORT = [
 ]
 
 
-def test_a_short_demo_compares_and_draws(tmp_path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_a_short_demo_compares_and_draws(
+    tmp_path, capsys: pytest.CaptureFixture, monkeypatch, no_charts: None
+) -> None:
     monkeypatch.setattr(module, "DEMO_OBJECTS", 16)
     monkeypatch.setattr(module, "REPORTED", 8)
     monkeypatch.setattr(module, "DRAWN", 24)

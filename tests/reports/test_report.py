@@ -79,16 +79,6 @@ def page(runs: Path) -> Path:
 VOID = {"meta", "link", "img", "br", "line", "path", "use", "rect"}
 
 
-@pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts take most of a report's time once its results are there."""
-    from foveola.drawing import html
-
-    monkeypatch.setattr(
-        html, "charts", lambda charts, salt, names=(): "".join(f"<p>{chart.title}</p>" for chart in charts)
-    )
-
-
 class Checker(html.parser.HTMLParser):
     """Elements are closed in order; collects addresses, ids, and texts."""
 
