@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from foveola.config import ConfigError, UserError, key, to_dict
-from foveola.proposals.found import Image, Opened, chosen, proposals_of
+from foveola.proposals.found import ImagePixels, OpenedDetector, chosen, proposals_of
 from foveola.proposals.hf_models import open_hf
 from foveola.proposals.onnx_models import open_onnx
 from foveola.proposals.own_models import open_own
@@ -55,7 +55,7 @@ class DetectorConfig:
 class Detector:
     """A `Proposer` that asks a detector."""
 
-    def __init__(self, opened: Opened, config: DetectorConfig, model: str) -> None:
+    def __init__(self, opened: OpenedDetector, config: DetectorConfig, model: str) -> None:
         self.opened, self.config, self.model = opened, config, model
         self.chosen = chosen(opened.names, config.classes, config.agnostic, model)
         self.score = opened.score if config.score is None else config.score
@@ -73,11 +73,12 @@ class Detector:
     def describe(self) -> dict[str, Any]:
         """Return kind, model, identity of the weights and settings."""
         settings = to_dict(replace(self.config, score=self.score))
-        del settings["batch_size"]  # which changes nothing that is found
+        for name in ("batch_size", *(set(SOME_READ) - self.opened.reads)):
+            del settings[name]  # which changes nothing that is found
         return {"kind": "detect", "model": self.model, "weights": self.opened.identity, **settings}
 
     @torch.no_grad()
-    def propose(self, images: Sequence[Image], /) -> list[Proposals]:
+    def propose(self, images: Sequence[ImagePixels], /) -> list[Proposals]:
         """Return what is found in each image; the answer for an image does not depend on the others."""
         found: dict[int, Proposals] = {}
         for rows in self._together(images):
@@ -86,7 +87,7 @@ class Detector:
                 found[row] = proposals_of(one, images[row].shape[:2], self.score, self.chosen, self.model)
         return [found[row] for row in range(len(images))]
 
-    def _together(self, images: Sequence[Image]) -> list[list[int]]:
+    def _together(self, images: Sequence[ImagePixels]) -> list[list[int]]:
         """The images that the model may see in one batch: padding to the largest would change its answers."""
         if self.opened.one_size:
             return [list(range(len(images)))] if images else []
@@ -122,20 +123,20 @@ def detector(model: str, config: DetectorConfig, device: str | torch.device = "c
     return Detector(opened, config, model)
 
 
-def _torchvision(name: str, config: DetectorConfig, device: torch.device) -> Opened:
+def _torchvision(name: str, config: DetectorConfig, device: torch.device) -> OpenedDetector:
     return open_torchvision(name, config.names, device)
 
 
-def _hf(name: str, config: DetectorConfig, device: torch.device) -> Opened:
+def _hf(name: str, config: DetectorConfig, device: torch.device) -> OpenedDetector:
     return open_hf(name, config.text, config.segments, device)
 
 
-def _onnx(file: str, config: DetectorConfig, device: torch.device) -> Opened:
+def _onnx(file: str, config: DetectorConfig, device: torch.device) -> OpenedDetector:
     asked = {name: getattr(config, name) for name in ("nms", "image_size", "layout")}
     return open_onnx(file, config.names, config.agnostic, asked, device)
 
 
-OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], Opened]] = {
+OPENERS: dict[str, Callable[[str, DetectorConfig, torch.device], OpenedDetector]] = {
     "torchvision": _torchvision,
     "hf": _hf,
     "onnx": _onnx,

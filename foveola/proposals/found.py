@@ -13,12 +13,12 @@ from torch import Tensor
 from foveola.config import ConfigError, UserError, nearest
 from foveola.proposals.proposal import Proposals
 
-Image = UInt8[np.ndarray, "_ _ 3"]
+ImagePixels = UInt8[np.ndarray, "_ _ 3"]
 NAMELESS = ("__background__", "N/A")  # of outputs that are no class, in lists of names
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundInImage:
     """What a model finds in an image, in any order: boxes in its pixels, scores, indices in the model's
     names, masks at its size.
     """
@@ -30,7 +30,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class OpenedDetector:
     """A model of some library that finds objects.
 
     `find(images, score)` returns what scores more in each image. With `one_size` the model sees all images at
@@ -39,7 +39,7 @@ class Opened:
     """
 
     names: tuple[str, ...]
-    find: Callable[[Sequence[Image], float], list[Found]]
+    find: Callable[[Sequence[ImagePixels], float], list[FoundInImage]]
     identity: str
     score: float = 0.5
     one_size: bool = False
@@ -47,14 +47,14 @@ class Opened:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class KeptClasses:
     """The classes that are kept, and of each output of a model the index among them, -1 for none."""
 
     classes: tuple[str, ...]
     index: Int64[np.ndarray, "C"]
 
 
-def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, model: str) -> Chosen:
+def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, model: str) -> KeptClasses:
     """Return which outputs of a model are kept, and as what.
 
     Outputs of one name are one class, and those without a name are left out. Raises ConfigError for a wanted
@@ -75,10 +75,12 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, m
         raise ConfigError(f"classes: expected different names of classes, got {', '.join(kept) or 'none'}")
     place = {name: 0 if agnostic else row for row, name in enumerate(kept)}
     index = np.array([place.get(name, -1) for name in names], np.int64)
-    return Chosen(("object",) if agnostic else kept, index)
+    return KeptClasses(("object",) if agnostic else kept, index)
 
 
-def proposals_of(found: Found, size: tuple[int, int], score: float, kept: Chosen, model: str) -> Proposals:
+def proposals_of(
+    found: FoundInImage, size: tuple[int, int], score: float, kept: KeptClasses, model: str
+) -> Proposals:
     """Return what a model found in an image of `size` (rows, columns) as proposals, best first.
 
     Boxes are cut at the image. What scores `score` or less, has a class that is not kept, a box without area
@@ -107,7 +109,7 @@ def mask_boxes(masks: Bool[Tensor, "K H W"]) -> Float[Tensor, "K 4"]:
     return torch.stack([sides[0], sides[2], sides[1], sides[3]], dim=1).float()
 
 
-def identity_of(state: Mapping[str, Tensor]) -> str:
+def weights_identity(state: Mapping[str, Tensor]) -> str:
     """Return 16 hex digits that change with any tensor of a network."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image as Pillow
 
 from foveola.config import UserError
-from foveola.proposals.found import Image, frozen
+from foveola.proposals.found import ImagePixels, frozen
 from foveola.zoo.files import options_of
 from foveola.zoo.foreign import import_library, one_line
 
@@ -89,7 +89,7 @@ class HubModel:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """While loading, the library does not speak: what matters is said as an error."""
+    """Keep the library silent while it loads: what matters is said as an error."""
     speech = transformers.utils.logging
     loudness, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
     speech.set_verbosity_error()
@@ -102,13 +102,13 @@ def quiet(transformers: Any) -> Iterator[None]:
             speech.enable_progress_bar()
 
 
-def pillows(images: Sequence[Image]) -> list[Any]:
+def pillows(images: Sequence[ImagePixels]) -> list[Any]:
     """Return images as processors take them without guessing which axis holds the channels."""
     return [Pillow.fromarray(image) for image in images]
 
 
 def has_one_size(processor: Any) -> bool:
-    """Whether all images get the same size, whatever theirs is."""
+    """Return whether all images get the same size, whatever theirs is."""
     size = getattr(processor, "size", None) or {}
     height, width = (size.get(side) if hasattr(size, "get") else None for side in ("height", "width"))
     return bool(getattr(processor, "do_resize", False)) and None not in (height, width)

@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveola.geometry import sample
-from foveola.proposals.found import Found, Image, Opened, identity_of, mask_boxes
+from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector, mask_boxes, weights_identity
 from foveola.proposals.hf_library import HubModel, has_one_size, pillows
 
-OVERLAP = 0.8  # share of a mask that no surer one may take (Mask2Former's OVERLAP_THRESHOLD)
+LEFT_OF_SEGMENT = 0.8  # share of a mask that no surer one may take (Mask2Former's OVERLAP_THRESHOLD)
 
 
-def open_masks(found: HubModel, segments: str, device: torch.device) -> Opened:
+def open_mask_model(found: HubModel, segments: str, device: torch.device) -> OpenedDetector:
     """Open such a model. Instances may overlap; panoptic segments share the image out, stuff among them.
 
     Raises UserError for what is not found or not whole.
@@ -25,7 +25,7 @@ def open_masks(found: HubModel, segments: str, device: torch.device) -> Opened:
     cut = panoptic if segments == "panoptic" else instances
     names = tuple(model.config.id2label[label] for label in range(len(model.config.id2label)))
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         task = {"task_inputs": [segments] * len(images)} if one else {}
         inputs = processor(images=pillows(images), return_tensors="pt", **task).to(device)
         outputs = model(**inputs)
@@ -41,8 +41,10 @@ def open_masks(found: HubModel, segments: str, device: torch.device) -> Opened:
             answers.append(cut(classes, masks, part, size, score))
         return answers
 
-    identity = identity_of(model.state_dict())
-    return Opened(names, find, identity, one_size=has_one_size(images_alone), reads=frozenset({"segments"}))
+    identity = weights_identity(model.state_dict())
+    return OpenedDetector(
+        names, find, identity, one_size=has_one_size(images_alone), reads=frozenset({"segments"})
+    )
 
 
 def inside(filled: Tensor) -> Float[Tensor, "1 1 4"]:
@@ -58,7 +60,7 @@ def instances(
     part: Float[Tensor, "1 1 4"],
     size: tuple[int, int],
     score: float,
-) -> Found:
+) -> FoundInImage:
     """Return the objects that score more: as many pairs of query and class as there are queries, best first.
 
     The score is the probability of the class times the mean probability of the mask within it (Mask2Former,
@@ -79,7 +81,7 @@ def instances(
     if not kept:
         return nothing(size)
     scores, labels, cut = (torch.stack(column) for column in zip(*kept, strict=True))
-    return Found(mask_boxes(cut), scores, labels, cut)
+    return FoundInImage(mask_boxes(cut), scores, labels, cut)
 
 
 def panoptic(
@@ -88,11 +90,12 @@ def panoptic(
     part: Float[Tensor, "1 1 4"],
     size: tuple[int, int],
     score: float,
-) -> Found:
+) -> FoundInImage:
     """Return segments that share the image out, as Mask2Former's official code does (arguments: `instances`).
 
     Each pixel belongs to the query whose class and mask are surest together, if its mask is surer than not.
-    Queries whose class scores `score` or less, and those of which less than `OVERLAP` is left, have none.
+    Queries whose class scores `score` or less have none, nor those of which surer ones take too much
+    (`LEFT_OF_SEGMENT`).
     """
     chance, labels = classes.softmax(dim=-1).max(dim=-1)
     queries = ((labels < classes.shape[1] - 1) & (chance > score)).nonzero()[:, 0].tolist()
@@ -110,16 +113,16 @@ def panoptic(
     kept, cut = [], []
     for query, mask in zip(queries, own, strict=True):
         left = owner == query
-        if (left & mask).any() and left.sum() >= OVERLAP * mask.sum():
+        if (left & mask).any() and left.sum() >= LEFT_OF_SEGMENT * mask.sum():
             kept.append(query)
             cut.append(left & mask)
     if not kept:
         return nothing(size)
     found = torch.stack(cut)
-    return Found(mask_boxes(found), chance[kept], labels[kept], found)
+    return FoundInImage(mask_boxes(found), chance[kept], labels[kept], found)
 
 
-def nothing(size: tuple[int, int]) -> Found:
+def nothing(size: tuple[int, int]) -> FoundInImage:
     """Return that nothing was found in an image of `size`."""
     none = torch.zeros(0)
-    return Found(torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool))
+    return FoundInImage(torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool))

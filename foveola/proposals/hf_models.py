@@ -8,21 +8,23 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import ConfigError, UserError
-from foveola.proposals.found import Found, Image, Opened, identity_of
+from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector, weights_identity
 from foveola.proposals.hf_library import HubModel, has_one_size, pillows
-from foveola.proposals.hf_masks import open_masks
+from foveola.proposals.hf_masks import open_mask_model
 from foveola.zoo.foreign import import_library
 
 OWL = ("owlvit", "owlv2")
 GROUNDING = ("grounding-dino", "mm-grounding-dino")
-MASKS = ("maskformer", "mask2former", "oneformer")
-KNOWN = (
+WITH_MASKS = ("maskformer", "mask2former", "oneformer")
+DETECTORS_KNOWN = (
     "classes for object detection (DETR, Conditional and Deformable DETR, RT-DETR, D-FINE, YOLOS, ...), "
     "MaskFormer, Mask2Former, OneFormer, OWL-ViT, OWLv2 and Grounding DINO"
 )
 
 
-def open_hf(text: str, words: tuple[str, ...] | None, segments: str | None, device: torch.device) -> Opened:
+def open_hf(
+    text: str, words: tuple[str, ...] | None, segments: str | None, device: torch.device
+) -> OpenedDetector:
     """Open a detector of transformers; boxes and scores are those of its library's post-processing.
 
     Args:
@@ -34,8 +36,8 @@ def open_hf(text: str, words: tuple[str, ...] | None, segments: str | None, devi
     """
     found = HubModel.named(text)
     kind = found.config.model_type
-    if kind in MASKS:
-        return open_masks(found, segments or "instance", device)
+    if kind in WITH_MASKS:
+        return open_mask_model(found, segments or "instance", device)
     if kind in (*OWL, *GROUNDING):
         if not words:
             raise ConfigError(f"text: {found.where} looks for what it is told, such as text='[a cat, a dog]'")
@@ -44,7 +46,8 @@ def open_hf(text: str, words: tuple[str, ...] | None, segments: str | None, devi
     detects = auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
     if kind not in detects or found.architecture not in (kind, detects[kind]):
         raise UserError(
-            f"{found.where} is a {found.architecture}, which finds no objects here: known are {KNOWN}"
+            f"{found.where} is a {found.architecture}, which finds no objects here: "
+            f"known are {DETECTORS_KNOWN}"
         )
     processor = found.processor("AutoImageProcessor")
     if not hasattr(processor, "post_process_object_detection"):
@@ -54,24 +57,24 @@ def open_hf(text: str, words: tuple[str, ...] | None, segments: str | None, devi
     model = found.model("AutoModelForObjectDetection", device)
     names = tuple(model.config.id2label[label] for label in range(len(model.config.id2label)))
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         inputs = processor(images=pillows(images), return_tensors="pt").to(device)
         return _boxes(processor, model(**inputs), images, score)
 
-    return Opened(names, find, identity_of(model.state_dict()), one_size=has_one_size(processor))
+    return OpenedDetector(names, find, weights_identity(model.state_dict()), one_size=has_one_size(processor))
 
 
-def _sizes(images: Sequence[Image], device: torch.device) -> Int64[Tensor, "B 2"]:
+def _sizes(images: Sequence[ImagePixels], device: torch.device) -> Int64[Tensor, "B 2"]:
     return torch.tensor([image.shape[:2] for image in images], device=device)
 
 
-def _boxes(processor: Any, outputs: Any, images: Sequence[Image], score: float) -> list[Found]:
+def _boxes(processor: Any, outputs: Any, images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
     sizes = _sizes(images, outputs.logits.device)
     found = processor.post_process_object_detection(outputs, threshold=score, target_sizes=sizes)
-    return [Found(each["boxes"], each["scores"], each["labels"]) for each in found]
+    return [FoundInImage(each["boxes"], each["scores"], each["labels"]) for each in found]
 
 
-def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> Opened:
+def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> OpenedDetector:
     """OWL-ViT and OWLv2: each phrase is a query of its own."""
     processor = found.processor("AutoProcessor")
     model = found.model("AutoModelForZeroShotObjectDetection", device)
@@ -83,22 +86,22 @@ def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> 
                 f"text: {phrase!r} has more words than {found.where} reads at once ({most} tokens)"
             )
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         texts = [list(words)] * len(images)
         inputs = processor(text=texts, images=pillows(images), return_tensors="pt", **padded).to(device)
         return _boxes(processor.image_processor, model(**inputs), images, score)
 
-    return Opened(
+    return OpenedDetector(
         words,
         find,
-        identity_of(model.state_dict()),
+        weights_identity(model.state_dict()),
         score=0.1,
         one_size=has_one_size(processor.image_processor),
         reads=frozenset({"text"}),
     )
 
 
-def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.device) -> Opened:
+def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.device) -> OpenedDetector:
     """Grounding DINO: all phrases are one sentence, and a box belongs to the phrase with its best word."""
     if any("." in phrase for phrase in words):
         raise ConfigError(f"text: {found.where} ends phrases by full stops: leave them out")
@@ -113,7 +116,7 @@ def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.devic
     if without := set(range(len(words))) - set(phrases.tolist()):
         raise ConfigError(f"text: {found.where} knows no word of {words[min(without)]!r}")
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         inputs = processor(text=[sentence] * len(images), images=pillows(images), return_tensors="pt").to(
             device
         )
@@ -124,13 +127,13 @@ def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.devic
         answers = []
         for each, logits in zip(results, outputs.logits, strict=True):
             kept = logits.sigmoid().amax(dim=1) > score
-            answers.append(Found(each["boxes"], each["scores"], best_phrase(logits[kept], phrases)))
+            answers.append(FoundInImage(each["boxes"], each["scores"], best_phrase(logits[kept], phrases)))
         return answers
 
-    return Opened(
+    return OpenedDetector(
         words,
         find,
-        identity_of(model.state_dict()),
+        weights_identity(model.state_dict()),
         score=0.25,
         one_size=has_one_size(processor.image_processor),
         reads=frozenset({"text"}),

@@ -21,12 +21,12 @@ from torch.nn.functional import interpolate
 
 from foveola.config import ConfigError, UserError
 from foveola.geometry import sample
-from foveola.proposals.found import Found, Image, Opened
+from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector
 from foveola.zoo.foreign import import_library, one_line
 
 GREY = 114  # of what lies beside an image in its letterbox, in YOLO's training and exports
-SIDE = 640  # of the square, where the file takes any
-MOST = 300  # boxes of an image after NMS
+USUAL_SIDE = 640  # of the square, where the file takes any
+MOST_BOXES = 300  # boxes of an image after NMS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Letterbox:
         rows, columns = (max(round(side * scale), 1) for side in size)
         return cls(rows, columns, round((square[0] - rows) / 2 - 0.1), round((square[1] - columns) / 2 - 0.1))
 
-    def draw(self, image: Image, square: tuple[int, int]) -> Float32[np.ndarray, "3 H W"]:
+    def draw(self, image: ImagePixels, square: tuple[int, int]) -> Float32[np.ndarray, "3 H W"]:
         """Return the square in [0, 1]: the image, resized bilinearly without antialiasing, on grey."""
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
         resized = interpolate(pixels, (self.rows, self.columns), mode="bilinear").round()[0]
@@ -65,7 +65,7 @@ class Letterbox:
 
 
 @dataclass(frozen=True)
-class Reading:
+class OutputReading:
     """How outputs are read: their layout, the number of classes and of prototypes (0: boxes alone)."""
 
     layout: str
@@ -91,13 +91,13 @@ class Reading:
         centre, half = rows[:, :2], rows[:, 2:4] / 2
         boxes = torch.cat([centre - half, centre + half], dim=1)
         nms = import_library("torchvision.ops", "onnx").batched_nms
-        kept = nms(boxes, scores, labels, iou)[:MOST]
+        kept = nms(boxes, scores, labels, iou)[:MOST_BOXES]
         return boxes[kept], scores[kept], labels[kept], rows[kept, first + self.classes :]
 
 
 def reading_of(
     shapes: Sequence[tuple[int, ...]], classes: int | None, layout: str | None, where: str
-) -> Reading:
+) -> OutputReading:
     """Return how outputs of these shapes are read.
 
     Args:
@@ -132,7 +132,7 @@ def reading_of(
         raise UserError(f"{where} gives {seen}, which is no output of YOLO's for {known}; names= says them")
     if len(possible) > 1:
         raise ConfigError(f"layout: {where} gives {seen}, which may be {' or '.join(possible)}: say which")
-    return Reading(possible[0], fits[possible[0]], prototypes)
+    return OutputReading(possible[0], fits[possible[0]], prototypes)
 
 
 def open_onnx(
@@ -141,7 +141,7 @@ def open_onnx(
     agnostic: bool,
     asked: dict[str, Any],
     device: torch.device,
-) -> Opened:
+) -> OpenedDetector:
     """Open a file of ONNX.
 
     Args:
@@ -171,7 +171,7 @@ def open_onnx(
         names, reading = ("object",), replace(reading, nameless=True)
     iou = 0.7 if asked["nms"] is None else asked["nms"]
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         places = [Letterbox.of((image.shape[0], image.shape[1]), square) for image in images]
         drawn = [place.draw(image, square) for place, image in zip(places, images, strict=True)]
         outputs = network(np.stack(drawn))
@@ -185,19 +185,19 @@ def open_onnx(
     reads = {"nms"} if reading.layout != "end2end" else set()
     reads |= {"names", "layout"} | ({"image_size"} if network.any_size else set())
     identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Opened(names, find, identity, score=0.25, one_size=True, reads=frozenset(reads))
+    return OpenedDetector(names, find, identity, score=0.25, one_size=True, reads=frozenset(reads))
 
 
 def _found(
-    reading: Reading,
+    reading: OutputReading,
     output: Tensor,
     prototypes: Tensor | None,
-    image: Image,
+    image: ImagePixels,
     place: Letterbox,
     square: tuple[int, int],
     score: float,
     iou: float,
-) -> Found:
+) -> FoundInImage:
     """What is found in an image, with masks where there are prototypes: cut at its pixels and at its box."""
     size = (image.shape[0], image.shape[1])
     boxes, scores, labels, weights = reading.boxes(output, score, iou)
@@ -207,7 +207,7 @@ def _found(
         raise UserError(f"it finds class {int(labels.max())}, and names {reading.classes} classes")
     boxes = place.undo(boxes, size)
     if prototypes is None:
-        return Found(boxes, scores, labels)
+        return FoundInImage(boxes, scores, labels)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
     part = place.part(square)
     for mask, each, box in zip(masks, weights, boxes.tolist(), strict=True):
@@ -215,7 +215,7 @@ def _found(
         x0, y0, x1, y1 = (max(round(side), 0) for side in box)
         cut = sample(logits[None, None], part, None, size, "linear")[0, 0, 0] > 0
         mask[y0:y1, x0:x1] = cut[y0:y1, x0:x1]
-    return Found(boxes, scores, labels, masks)
+    return FoundInImage(boxes, scores, labels, masks)
 
 
 class _Network:
@@ -283,7 +283,7 @@ def _square(session: Any, said: dict[str, str], asked: int | None, where: str) -
         and all(isinstance(n, int) and n > 0 for n in known)
     ):
         return known[0], known[1]
-    return SIDE, SIDE
+    return USUAL_SIDE, USUAL_SIDE
 
 
 def _names(text: str | None, where: str) -> tuple[str, ...] | None:

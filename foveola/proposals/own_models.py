@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from foveola.config import ConfigError, UserError
-from foveola.proposals.found import Found, Image, Opened
+from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector
 from foveola.zoo.load import load
 
 
-def open_own(model: str, score: float | None, device: str | torch.device) -> Opened:
+def open_own(model: str, score: float | None, device: str | torch.device) -> OpenedDetector:
     """Open a run or an encoder folder with a head for detection, as `foveola finetune` writes them.
 
     Raises UserError for encoders without such a head, and ConfigError for a `score` below that from which the
@@ -23,9 +23,10 @@ def open_own(model: str, score: float | None, device: str | torch.device) -> Ope
     if score is not None and score < least:
         raise ConfigError(f"score={score}: the head of {model} gives detections from {least} on")
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         return [
-            Found(each.boxes, each.scores, each.labels, each.masks) for each in encoder.predict(list(images))
+            FoundInImage(each.boxes, each.scores, each.labels, each.masks)
+            for each in encoder.predict(list(images))
         ]
 
-    return Opened(encoder.head.classes, find, encoder.fingerprint(), max(0.5, least), one_size=True)
+    return OpenedDetector(encoder.head.classes, find, encoder.fingerprint(), max(0.5, least), one_size=True)

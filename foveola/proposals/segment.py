@@ -11,14 +11,21 @@ from torch import Tensor
 
 from foveola.config import UserError, key, to_dict
 from foveola.data.sample import Objects
-from foveola.proposals.found import Chosen, Found, Image, identity_of, mask_boxes, proposals_of
+from foveola.proposals.found import (
+    FoundInImage,
+    ImagePixels,
+    KeptClasses,
+    mask_boxes,
+    proposals_of,
+    weights_identity,
+)
 from foveola.proposals.hf_library import HubModel, pillows
 from foveola.proposals.proposal import Proposals
 from foveola.zoo.foreign import import_library
 
 PROCESSORS = {"SamModel": "SamProcessor", "Sam2Model": "Sam2Processor"}
-OBJECT = Chosen(("object",), np.zeros(1, np.int64))
-AT_ONCE = 2**28  # numbers of masks at the size of the image that are in memory at once: 1 GB
+WITHOUT_CLASSES = KeptClasses(("object",), np.zeros(1, np.int64))
+NUMBERS_AT_ONCE = 2**28  # numbers of masks at the size of the image that are in memory at once: 1 GB
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Segmenter:
     With `prompts` it wants the objects of each image, whose boxes it cuts masks for.
     """
 
-    classes = OBJECT.classes
+    classes = WITHOUT_CLASSES.classes
     batch_size = 1  # of images; their prompts fill a pass
 
     def __init__(self, model: Any, processor: Any, config: SegmenterConfig, name: str) -> None:
@@ -68,7 +75,7 @@ class Segmenter:
         self.prompts = config.prompt == "boxes"
         usual = 0.0 if self.prompts else 0.88
         self.score = usual if config.score is None else config.score
-        self.identity = identity_of(model.state_dict())
+        self.identity = weights_identity(model.state_dict())
 
     def describe(self) -> dict[str, Any]:
         """Return kind, model, identity of the weights and settings."""
@@ -79,7 +86,7 @@ class Segmenter:
 
     @torch.no_grad()
     def propose(
-        self, images: Sequence[Image], objects: Sequence[Objects | None] | None = None, /
+        self, images: Sequence[ImagePixels], objects: Sequence[Objects | None] | None = None, /
     ) -> list[Proposals]:
         """Return the masks of each image.
 
@@ -94,11 +101,11 @@ class Segmenter:
         given = objects if self.prompts and objects is not None else [None] * len(images)
         return [self._look(image, each) for image, each in zip(images, given, strict=True)]
 
-    def _look(self, image: Image, objects: Objects | None) -> Proposals:
+    def _look(self, image: ImagePixels, objects: Objects | None) -> Proposals:
         size = (image.shape[0], image.shape[1])
         asked = self._boxes(objects, size) if self.prompts else self._points(size)
-        found = self._cut(image, asked) if len(asked) else Found(*_nothing(size))
-        return proposals_of(found, size, self.score, OBJECT, self.name)
+        found = self._cut(image, asked) if len(asked) else FoundInImage(*_nothing(size))
+        return proposals_of(found, size, self.score, WITHOUT_CLASSES, self.name)
 
     def _points(self, size: tuple[int, int]) -> Float32[np.ndarray, "n 1 2"]:
         """A grid of points (x, y) in pixels, in the middles of as many cells that fill the image."""
@@ -111,7 +118,7 @@ class Segmenter:
         boxes = np.zeros((0, 4)) if objects is None else objects.boxes
         return (boxes * np.array([size[1], size[0]] * 2)).astype(np.float32)
 
-    def _cut(self, image: Image, asked: Float32[np.ndarray, "n *_"]) -> Found:
+    def _cut(self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]) -> FoundInImage:
         """The masks that the model cuts for points or boxes in an image."""
         size = (image.shape[0], image.shape[1])
         parts = list(self._answers(image, asked))
@@ -122,10 +129,12 @@ class Segmenter:
             kept = import_library("torchvision.ops", "detection").nms(boxes, scores, self.config.nms)
             scores, boxes, packed = scores[kept], boxes[kept], packed[kept.numpy()]
         masks = np.unpackbits(packed, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
-        return Found(boxes, scores, torch.zeros(len(scores), dtype=torch.int64), torch.from_numpy(masks))
+        return FoundInImage(
+            boxes, scores, torch.zeros(len(scores), dtype=torch.int64), torch.from_numpy(masks)
+        )
 
     def _answers(
-        self, image: Image, asked: Float32[np.ndarray, "n *_"]
+        self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]
     ) -> Iterator[tuple[Float[Tensor, "k"], Float[Tensor, "k 4"], UInt8[np.ndarray, "k bytes"]]]:
         """Scores, boxes and masks (8 pixels a byte), of some prompts after others."""
         device, size = self.model.device, (image.shape[0], image.shape[1])
@@ -145,7 +154,7 @@ class Segmenter:
             )
             scores, masks = answer.iou_scores[0].flatten().float(), answer.pred_masks[0].flatten(0, 1).float()
             sure = scores > self.score
-            count = max(AT_ONCE // (size[0] * size[1]), 1)
+            count = max(NUMBERS_AT_ONCE // (size[0] * size[1]), 1)
             for few, those in zip(scores[sure].split(count), masks[sure].split(count), strict=True):
                 if len(few):
                     (large,) = self.processor.image_processor.post_process_masks(

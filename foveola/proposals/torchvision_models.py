@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from foveola.config import ConfigError, UserError, nearest
-from foveola.proposals.found import Found, Image, Opened, frozen, identity_of
+from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector, frozen, weights_identity
 from foveola.zoo.files import options_of
 from foveola.zoo.foreign import import_library, one_line
 from foveola.zoo.weights import read_weights
 
-WRAPPERS = ("model", "state_dict")  # of torchvision's own training script, and of others
-COUNTED = "num_batches_tracked"  # of norms, which frozen ones lack, and which no answer depends on
+WEIGHTS_INSIDE = ("model", "state_dict")  # of torchvision's own training script, and of others
+BATCHES_COUNTED = "num_batches_tracked"  # of norms, which frozen ones lack, and which no answer depends on
 
 
-def open_torchvision(text: str, names: tuple[str, ...] | None, device: torch.device) -> Opened:
+def open_torchvision(text: str, names: tuple[str, ...] | None, device: torch.device) -> OpenedDetector:
     """Open `NAME`, `NAME?weights=COCO_V1` or `NAME?weights=/file.pth`.
 
     Without `weights` they are torchvision's newest. A file is one for the classes of those, or `names` are
@@ -52,16 +52,16 @@ def open_torchvision(text: str, names: tuple[str, ...] | None, device: torch.dev
     return of_module(model, tuple(meant.meta["categories"]), device)
 
 
-def of_module(model: Any, names: tuple[str, ...], device: torch.device) -> Opened:
+def of_module(model: Any, names: tuple[str, ...], device: torch.device) -> OpenedDetector:
     """Open a module that answers as torchvision's detectors do; `names` are those of its outputs."""
     model = frozen(model, device)
     thresholds = getattr(model, "roi_heads", model)
 
-    def find(images: Sequence[Image], score: float) -> list[Found]:
+    def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         thresholds.score_thresh = score
         pixels = [torch.from_numpy(image.copy()).to(device).permute(2, 0, 1) / 255 for image in images]
         return [
-            Found(
+            FoundInImage(
                 each["boxes"],
                 each["scores"],
                 each["labels"],
@@ -70,7 +70,7 @@ def of_module(model: Any, names: tuple[str, ...], device: torch.device) -> Opene
             for each in model(pixels)
         ]
 
-    return Opened(names, find, identity_of(model.state_dict()), reads=frozenset({"names"}))
+    return OpenedDetector(names, find, weights_identity(model.state_dict()), reads=frozenset({"names"}))
 
 
 def _cache() -> Path:
@@ -79,7 +79,7 @@ def _cache() -> Path:
 
 def _of_file(
     models: Any, name: str, path: Path, names: tuple[str, ...] | None, device: torch.device
-) -> Opened:
+) -> OpenedDetector:
     """A model with the weights of a file."""
     where, official = f"torchvision:{name}", models.get_model_weights(name)
     if not path.is_file():
@@ -96,11 +96,11 @@ def _of_file(
     with torch.random.fork_rng(devices=[]):
         model = models.get_model(name, weights=None, weights_backbone=None, num_classes=len(outputs))
     state: Any = read_weights(path)
-    while wrapper := next((each for each in WRAPPERS if isinstance(state.get(each), dict)), None):
+    while wrapper := next((each for each in WEIGHTS_INSIDE if isinstance(state.get(each), dict)), None):
         state = state[wrapper]
     state = {key.removeprefix("module."): value for key, value in state.items() if hasattr(value, "shape")}
-    own = {key: value for key, value in model.state_dict().items() if not key.endswith(COUNTED)}
-    state = {key: value for key, value in state.items() if not key.endswith(COUNTED)}
+    own = {key: value for key, value in model.state_dict().items() if not key.endswith(BATCHES_COUNTED)}
+    state = {key: value for key, value in state.items() if not key.endswith(BATCHES_COUNTED)}
     for what, keys in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
         if keys:
             raise UserError(f"{path} {what} {min(keys)} of {where} ({len(keys)} such tensors)")

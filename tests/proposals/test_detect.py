@@ -16,7 +16,7 @@ from foveola.config import ConfigError, UserError, build
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.proposals.detect import Detector, DetectorConfig, detector
-from foveola.proposals.found import Found, Opened, chosen, identity_of
+from foveola.proposals.found import FoundInImage, OpenedDetector, chosen, weights_identity
 from foveola.proposals.torchvision_models import of_module
 from foveola.tasks.detection import DetectionConfig, DetectionHead
 from foveola.zoo.load import load
@@ -108,10 +108,10 @@ def test_images_of_several_sizes_do_not_meet_in_a_batch() -> None:
     """Padding to the largest changes what many detectors see."""
     batches = []
 
-    def find(images: Any, score: float) -> list[Found]:
+    def find(images: Any, score: float) -> list[FoundInImage]:
         batches.append([image.shape[:2] for image in images])
-        none = Found(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-        one = Found(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+        none = FoundInImage(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        one = FoundInImage(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
         return [one if image[0, 0, 0] else none for image in images]
 
     images = [np.full((*size, 3), size[0] % 2, np.uint8) for size in ((4, 9), (5, 9), (4, 9), (5, 9))]
@@ -120,7 +120,7 @@ def test_images_of_several_sizes_do_not_meet_in_a_batch() -> None:
         (True, [[image.shape[:2] for image in images]]),
     ):
         batches.clear()
-        proposer = Detector(Opened(("a",), find, "", one_size=one_size), DetectorConfig(), "m")
+        proposer = Detector(OpenedDetector(("a",), find, "", one_size=one_size), DetectorConfig(), "m")
         assert [len(each) for each in proposer.propose(images)] == [0, 1, 0, 1]
         assert batches == expected
     assert proposer.propose([]) == []
@@ -131,11 +131,13 @@ def test_what_is_no_proposal_is_left_out() -> None:
     boxes = torch.tensor([[-5.0, -5, 3, 40], [12, 0, 15, 4], [3, 3, 3, 6], [1, 1, 2, 2], [0, 0, 2, 2]])
     masks = torch.ones(5, 8, 10, dtype=torch.bool)
     masks[3] = False
-    answer = [Found(boxes, torch.tensor([0.6, 0.9, 0.9, 0.9, 0.6]), torch.zeros(5, dtype=torch.int64), masks)]
-    proposer = Detector(Opened(("a",), lambda images, score: answer, ""), DetectorConfig(), "m")
+    answer = [
+        FoundInImage(boxes, torch.tensor([0.6, 0.9, 0.9, 0.9, 0.6]), torch.zeros(5, dtype=torch.int64), masks)
+    ]
+    proposer = Detector(OpenedDetector(("a",), lambda images, score: answer, ""), DetectorConfig(), "m")
     (found,) = proposer.propose(noise((8, 10)))
     assert found.boxes.tolist() == [[0, 0, 3, 8], [0, 0, 2, 2]]  # equal scores keep their order
-    answer[0] = Found(boxes / 0, torch.ones(5), torch.zeros(5, dtype=torch.int64))
+    answer[0] = FoundInImage(boxes / 0, torch.ones(5), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(UserError, match="m gives numbers that are not finite"):
         proposer.propose(noise((8, 10)))
 
@@ -299,8 +301,8 @@ def test_an_identity_is_of_the_weights() -> None:
         {"a": torch.arange(3), "c": torch.zeros(2, 2)},
         state | {"b": torch.zeros(4)},
     ]
-    assert identity_of(state) == identity_of(same)
-    assert len({identity_of(each) for each in (state, *others)}) == 4
+    assert weights_identity(state) == weights_identity(same)
+    assert len({weights_identity(each) for each in (state, *others)}) == 4
 
 
 def test_classes_are_met_by_name() -> None:

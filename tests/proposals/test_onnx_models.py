@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from foveola.config import UserError
 from foveola.proposals.detect import DetectorConfig, detector
-from foveola.proposals.onnx_models import Letterbox, Reading, reading_of
+from foveola.proposals.onnx_models import Letterbox, OutputReading, reading_of
 
 NAMES = str({0: "ant", 1: "bee"})
 
@@ -182,20 +182,20 @@ def test_a_letterbox_is_as_worked_by_hand() -> None:
 @pytest.mark.parametrize(
     ("shapes", "classes", "layout", "expected"),
     [
-        ([(1, 84, 8400)], 80, None, Reading("v8", 80, 0)),
-        ([(1, 84, 8400)], None, None, Reading("v8", 80, 0)),
-        ([(1, 25200, 85)], 80, None, Reading("v5", 80, 0)),
-        ([(1, 25200, 85)], None, None, Reading("v5", 80, 0)),
-        ([(1, 300, 6)], 80, None, Reading("end2end", 80, 0)),
-        ([(1, 300, 6)], 1, "end2end", Reading("end2end", 1, 0)),
-        ([(1, 300, 6)], 1, "v5", Reading("v5", 1, 0)),
-        ([(1, 116, 8400), (1, 32, 160, 160)], 80, None, Reading("v8", 80, 32)),
-        ([(1, 25200, 117), (1, 32, 160, 160)], 80, None, Reading("v5", 80, 32)),
-        ([(1, 300, 38), (1, 32, 160, 160)], 80, None, Reading("end2end", 80, 32)),
-        ([(1, 5, 8400)], 1, None, Reading("v8", 1, 0)),
+        ([(1, 84, 8400)], 80, None, OutputReading("v8", 80, 0)),
+        ([(1, 84, 8400)], None, None, OutputReading("v8", 80, 0)),
+        ([(1, 25200, 85)], 80, None, OutputReading("v5", 80, 0)),
+        ([(1, 25200, 85)], None, None, OutputReading("v5", 80, 0)),
+        ([(1, 300, 6)], 80, None, OutputReading("end2end", 80, 0)),
+        ([(1, 300, 6)], 1, "end2end", OutputReading("end2end", 1, 0)),
+        ([(1, 300, 6)], 1, "v5", OutputReading("v5", 1, 0)),
+        ([(1, 116, 8400), (1, 32, 160, 160)], 80, None, OutputReading("v8", 80, 32)),
+        ([(1, 25200, 117), (1, 32, 160, 160)], 80, None, OutputReading("v5", 80, 32)),
+        ([(1, 300, 38), (1, 32, 160, 160)], 80, None, OutputReading("end2end", 80, 32)),
+        ([(1, 5, 8400)], 1, None, OutputReading("v8", 1, 0)),
     ],
 )
-def test_layouts_are_told_by_shapes(shapes: Any, classes: Any, layout: Any, expected: Reading) -> None:
+def test_layouts_are_told_by_shapes(shapes: Any, classes: Any, layout: Any, expected: OutputReading) -> None:
     assert reading_of(shapes, classes, layout, "m") == expected
 
 
