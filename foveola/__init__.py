@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveola.evaluation.attention.analysis import analyze_attention
     from foveola.evaluation.attention.result import AttentionAnalysis
     from foveola.evaluation.compare import Comparison, compare
+    from foveola.evaluation.detection.check import check_masks
     from foveola.evaluation.evaluate import evaluate, evaluate_all
     from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
     from foveola.evaluation.result import Result
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "analyze_attention",
     "check_data",
+    "check_masks",
     "compare",
     "embed",
     "evaluate",
@@ -91,6 +93,7 @@ __all__ = [
 
 _HOMES = {
     "check_data": "foveola.reports.data_page",
+    "check_masks": "foveola.evaluation.detection.check",
     "pretrain": "foveola.training.run",
     "Run": "foveola.training.run",
     "finetune": "foveola.training.finetune",

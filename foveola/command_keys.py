@@ -130,3 +130,12 @@ MASKS = [
     KeyInfo("out", "text", "(needed)", "folder for objects.json and its contact sheet"),
     KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
+MASKS_CHECK = [
+    KeyInfo(
+        "annotations", "text", "(needed)", "file of objects in COCO's format, as `foveola masks` writes it"
+    ),
+    KeyInfo("data", "text", "(needed)", "images with the true objects, as a data string (docs/data.md)"),
+    KeyInfo(
+        "out", "text or null", None, "folder for results/masks_check.json; null = that of the annotations"
+    ),
+]

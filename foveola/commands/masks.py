@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from foveola.command_keys import MASKS
+from foveola.command_keys import MASKS, MASKS_CHECK
 from foveola.config import UserError, describe, parse_overrides
 from foveola.console import only, print_keys, print_table, split
 
@@ -11,6 +11,8 @@ USAGE = """\
                                       objects for images that have none, found by features (discover),
                                       by a detector (detect) or a segmenter (segment)
       --help                          every kind; after a kind, every key of it
+  masks check annotations=... data=...
+                                      whether the objects of a file are those that people annotated
 """
 
 
@@ -26,8 +28,12 @@ def main(arguments: list[str]) -> None:
             "the keys of a kind:"
         )
         print_table([(f"  {name}", find_kind(name).help) for name in DOOR.names()])
+        print("\n`foveola masks check` holds such a file against objects that people annotated.")
         return
-    kind = only(names, f"kind ({', '.join(DOOR.names())})", usage)
+    kind = only(names, f"kind ({', '.join(DOOR.names())}, check)", usage)
+    if kind == "check":
+        _check(overrides, "--help" in flags)
+        return
     found = find_kind(kind)
     if "--help" in flags:
         print(f"foveola masks {kind} [key=value ...]: {found.help}\n")
@@ -51,3 +57,23 @@ def _propose(kind: str, given: dict[str, Any], settings: dict[str, Any], usage: 
         found = propose(kind, data, model, out=out, device=str(device), **settings)
         if distributed.is_main():
             print(found.table())
+
+
+def _check(overrides: list[str], help: bool) -> None:
+    from foveola.evaluation.detection.check import MasksCheckConfig, check_masks
+
+    usage = "foveola masks check annotations=masks/objects.json data=... [key=value ...]"
+    if help:
+        print(
+            f"usage: {usage}\n\nHolds the objects of a file against those of data, whose images it names:\n"
+            "precision, recall, CorLoc, AP and AR (docs/evaluation/discovery.md).\n"
+        )
+        print_keys([*MASKS_CHECK, *describe(MasksCheckConfig())])
+        return
+    settings = parse_overrides(overrides)
+    given = {info.path: settings.pop(info.path, None) for info in MASKS_CHECK}
+    for name in ("annotations", "data"):
+        if given[name] is None:
+            raise UserError(f"masks check needs {name}=; usage: {usage}")
+    out = None if given["out"] is None else str(given["out"])
+    print(check_masks(str(given["annotations"]), str(given["data"]), out=out, **settings).table())

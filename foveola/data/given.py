@@ -28,8 +28,9 @@ class GivenObjects:
 
     has_objects = True
 
-    def __init__(self, source: Any, path: Path) -> None:
-        file = read_instances(path)
+    def __init__(self, source: Any, path: Path | InstancesFile) -> None:
+        file = read_instances(path) if isinstance(path, Path) else path
+        path = file.path
         names = image_names(source)
         met = match_names(file.files, names, path)
         indices = np.array([met[name] for name in file.files], np.int64)

@@ -145,24 +145,25 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
+def find_names(named: Iterable[str], files: Sequence[str]) -> dict[str, int]:
     """Return which of the image `files` each name in an annotation file means: by path, or unique file name.
 
-    Raises DataError for names that no image has.
+    -1 for a name that no image has.
     """
     by_path = {file: row for row, file in enumerate(files)}
     by_name: dict[str, int] = {}
     for row, file in enumerate(files):
         name = file.rsplit("/", 1)[-1]
         by_name[name] = -1 if name in by_name else row
-    rows, missing = {}, []
-    for name in named:
-        row = by_path.get(name.replace("\\", "/"), by_name.get(name, -1))
-        if row < 0:
-            missing.append(name)
-        rows[name] = row
+    return {name: by_path.get(name.replace("\\", "/"), by_name.get(name, -1)) for name in named}
+
+
+def match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:
+    """Return what `find_names` does. Raises DataError for names that no image has."""
+    rows = find_names(named, files)
+    missing = [name for name, row in rows.items() if row < 0]
     if missing:
-        near = nearest(missing[0], [*by_path, *by_name][:100000])
+        near = nearest(missing[0], [*files, *(file.rsplit("/", 1)[-1] for file in files)][:100000])
         raise DataError(
             f"{where}: {len(missing)} of {len(rows)} images that it names are missing, such as {missing[0]}"
             + (f"; did you mean {near}?" if near else "")

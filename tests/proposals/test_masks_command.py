@@ -35,7 +35,7 @@ def test_help_lists_every_kind_and_every_key(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "which kind (discover, detect, segment)? usage: foveola masks KIND"),
+        ("", "which kind (discover, detect, segment, check)? usage: foveola masks KIND"),
         ("discovr", "unknown kind of proposals 'discovr'; did you mean 'discover'?"),
         ("discover data=x out=y", "masks discover needs model=; usage: foveola masks KIND"),
         ("discover data=x model=y", "masks discover needs out="),

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
@@ -91,12 +91,23 @@ def _mask_of(objects: Objects, index: int, size: tuple[int, int]) -> dict[str, A
     if isinstance(mask, dict) and isinstance(mask.get("counts"), bytes | str) and tuple(mask["size"]) == size:
         return {"size": list(size), "counts": counts_text(mask["counts"])}
     if mask is not None:
-        return rle_of(full_mask(mask))
+        return rle_of(_of_size(full_mask(mask), size))
     height, width = size
     x0, y0, x1, y1 = np.rint(objects.boxes[index] * np.array([width, height, width, height])).astype(int)
     whole = np.zeros(size, bool)
     whole[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
     return rle_of(whole)
+
+
+def _of_size(mask: Bool[np.ndarray, "H W"], size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """A mask at the size of its image, which may be another one: a cell has the value under its centre.
+
+    pycocotools finds no overlap between masks of two sizes, without a word.
+    """
+    if mask.shape == size:
+        return mask
+    y, x = ((2 * np.arange(n) + 1) * side // (2 * n) for n, side in zip(size, mask.shape, strict=True))
+    return mask[y[:, None], x]
 
 
 def data_set(

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 from foveola.config import key
 from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms.assignment import AssignmentTerm, check_masks
+from foveola.methods.terms.assignment import AssignmentTerm, check_masked_share
 from foveola.methods.terms.term import Heads, Seen, Setting
 from foveola.schedules import Schedule
 
@@ -61,7 +61,9 @@ class PositionTerm(AssignmentTerm):
             raise ValueError(
                 f"method.{name} needs masked positions: set views.position_masking, or method.{name}=null"
             )
-        check_masks(setting, masking.ratio, None if masking.share else "views.position_masking.share=0.0")
+        check_masked_share(
+            setting, masking.ratio, None if masking.share else "views.position_masking.share=0.0"
+        )
 
     def forward(self, seen: Seen) -> Output:
         large = seen.batch.large
