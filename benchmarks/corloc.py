@@ -64,7 +64,7 @@ def line(name: str, hits: np.ndarray) -> str:
 @torch.inference_mode()
 def main(data: str, model: str, count: int = 200, side: int | None = None) -> None:
     """Print the table."""
-    encoder, source = load(model), open_source(data, "val")
+    encoder, source = load(model), open_source(data, "test")
     found: dict[str, list[float]] = {name: [] for name in [*CUTS, "maskcut, patches: any"]}
     squares = []
     for index in np.random.default_rng(0).permutation(len(source)):
