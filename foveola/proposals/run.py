@@ -1,5 +1,6 @@
 """A run of a proposer over data: in batches, by several processes, going on after a kill; then one file."""
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from foveola.progress import show
 from foveola.proposals.filter import FilterConfig, filtered
 from foveola.proposals.journal import ImageRecord, Journal, refuse_other_work
 from foveola.proposals.proposal import Proposer
-from foveola.proposals.sheet import facts_of, save_sheets
+from foveola.proposals.sheet import numbers_of, save_sheets
 from foveola.proposals.written import (
     OBJECTS,
     Summary,
@@ -96,7 +97,7 @@ class Proposed:
     def table(self) -> str:
         """Return the numbers in words, for people."""
         lines = [f"{self.file}" + (" (was there already)" if self.known else "")]
-        lines += [f"{name.lower()}: {value}" for name, value in facts_of(self.summary)]
+        lines += [f"{name.lower()}: {value}" for name, value in numbers_of(self.summary)]
         if bad := self.summary.unreadable:
             named = "; ".join(f"{name} ({reason})" for name, reason in bad[:BAD_NAMED])
             lines.append(
@@ -208,7 +209,9 @@ class _Run:
         # A key that only says how the work is done makes no other work.
         kept = {name: value for name, value in to_dict(config).items() if name not in ("workers", "sheet")}
         work = {"by": proposer.describe(), "kept": kept, "classes": list(proposer.classes)}
+        names = "\0".join(source.image_names()) if hasattr(source, "image_names") else ""  # type: ignore[attr-defined]
         work |= {"data": source.name, "contents": identity_of(source).digest}
+        work |= {"names": hashlib.sha256(names.encode()).hexdigest()[:16]}  # contents alone do not tell them
         self.work = json.loads(json.dumps(work))
 
     def run(self) -> Proposed:

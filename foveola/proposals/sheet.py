@@ -44,7 +44,7 @@ def save_sheets(
             continue
         captions.append(f"{_count(sample.objects)}: {sample.name}")
     rows = [Row("", tiles[k : k + COLUMNS], captions[k : k + COLUMNS]) for k in range(0, len(tiles), COLUMNS)]
-    facts = facts_of(summary)
+    facts = numbers_of(summary)
     note = ". ".join(f"{name}: {value}" for name, value in facts)
     drawn = Sheet(f"Objects found in {source.name}", (), rows, note)
     title = (
@@ -57,7 +57,7 @@ def save_sheets(
     )
 
 
-def facts_of(summary: Summary) -> list[tuple[str, str]]:
+def numbers_of(summary: Summary) -> list[tuple[str, str]]:
     """Return the numbers of a summary, in words."""
     images, found, without = len(summary.counts), sum(summary.counts), summary.counts.count(0)
     facts = [

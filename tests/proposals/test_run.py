@@ -1,10 +1,6 @@
 """A run over data: what it writes, what it goes on with after a kill, and what it refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -52,25 +48,25 @@ Bright = space["Bright"]
 DATA = "scenes:?size=32&count=20"
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path):
-    whole = foveola.propose(Bright(), DATA, out=tmp_path / "whole", progress=False)
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, forked):
+    whole = foveola.propose(Bright(), DATA, out=tmp_path / "whole", progress=False, sheet=0)
     assert not (tmp_path / "whole" / "objects.unfinished").exists()
     out = tmp_path / "killed"
-    code = f"{BRIGHT}\nfoveola.propose(Bright(wait=0.3), {DATA!r}, out={str(out)!r}, progress=False)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    lines = out / "objects.unfinished" / "0.jsonl"
-    while process.poll() is None and not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    code = f"{BRIGHT}\nfoveola.propose(Bright(wait=0.3), {DATA!r}, out={str(out)!r}, progress=False, sheet=0)"
+    lines, late = out / "objects.unfinished" / "0.jsonl", time.monotonic() + 60
+    with forked(code) as process:
+        while not (lines.is_file() and lines.read_bytes().count(b"\n") >= 2):
+            assert time.monotonic() < late, process.errors[0].read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
     done = lines.read_bytes().count(b"\n")
     assert 2 <= done < 7
     assert not (out / "objects.json").exists()
     with lines.open("ab") as file:  # as a kill in the midst of a line leaves it
         file.write(b'[{"index": 6, "file_na')
     again = Bright()
-    foveola.propose(again, DATA, out=out, progress=False)
+    foveola.propose(again, DATA, out=out, progress=False, sheet=0)
     assert len(again.seen) == 7 - done
     assert (out / "objects.json").read_bytes() == whole.file.read_bytes()
     assert not lines.parent.exists()
@@ -82,19 +78,19 @@ import sys
 from foveola import distributed
 with distributed.joined("cpu"):
     proposer = Bright()
-    foveola.propose(proposer, {DATA!r}, out=sys.argv[1], progress=False)
+    foveola.propose(proposer, {DATA!r}, out=sys.argv[1], progress=False, sheet=0)
     print(sum(map(len, proposer.seen)))
 """
     printed = run_ranks(code, 2, [str(tmp_path / "two")])
     assert [int(text) for text in printed] == [9, 11]
-    one = foveola.propose(Bright(), DATA, out=tmp_path / "one", progress=False)
+    one = foveola.propose(Bright(), DATA, out=tmp_path / "one", progress=False, sheet=0)
     assert (tmp_path / "two" / "objects.json").read_bytes() == one.file.read_bytes()
 
 
 def test_finished_work_is_not_done_again_and_other_work_is_refused(tmp_path: Path):
-    first = foveola.propose(Bright(), DATA, out=tmp_path, progress=False, min_area=0.1)
+    first = foveola.propose(Bright(), DATA, out=tmp_path, progress=False, sheet=0, min_area=0.1)
     again = Bright()
-    second = foveola.propose(again, DATA, out=tmp_path, progress=False, min_area=0.1, workers=0)
+    second = foveola.propose(again, DATA, out=tmp_path, progress=False, sheet=0, min_area=0.1, workers=0)
     assert not again.seen
     assert second.known
     assert second.table() == first.table().replace("objects.json", "objects.json (was there already)", 1)
@@ -104,14 +100,14 @@ def test_finished_work_is_not_done_again_and_other_work_is_refused(tmp_path: Pat
         (Bright(), f"{DATA}&seed=1", {"min_area": 0.1}, "contents is 'content:.*give another out="),
     ):
         with pytest.raises(UserError, match=message):
-            foveola.propose(proposer, data, out=tmp_path, progress=False, **settings)
+            foveola.propose(proposer, data, out=tmp_path, progress=False, sheet=0, **settings)
     first.file.write_text("{}")
     with pytest.raises(UserError, match=r"objects\.json was not written by foveola masks"):
-        foveola.propose(Bright(), DATA, out=tmp_path, progress=False)
+        foveola.propose(Bright(), DATA, out=tmp_path, progress=False, sheet=0)
     unfinished = tmp_path / "other"
     Journal(unfinished / "objects.unfinished").begin({"by": {"kind": "bright", "level": 9}})
     with pytest.raises(UserError, match=r"objects\.unfinished holds other work: by\.level is 9 there"):
-        foveola.propose(Bright(), DATA, out=unfinished, progress=False)
+        foveola.propose(Bright(), DATA, out=unfinished, progress=False, sheet=0)
 
 
 def test_images_that_cannot_be_read_are_named_and_sizes_are_those_of_upright_images(tmp_path: Path):
@@ -125,7 +121,9 @@ def test_images_that_cannot_be_read_are_named_and_sizes_are_those_of_upright_ima
         image.save(folder / name, exif=exif)
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
-    found = foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "out", progress=False, workers=0)
+    found = foveola.propose(
+        Bright(), f"folder:{folder}", out=tmp_path / "out", progress=False, sheet=0, workers=0
+    )
     tree = json.loads(found.file.read_text())
     sizes = {image["file_name"]: (image["width"], image["height"]) for image in tree["images"]}
     assert sizes == {"a.png": (40, 30), "long.png": (4000, 9), "turned.jpg": (16, 24)}
@@ -133,10 +131,14 @@ def test_images_that_cannot_be_read_are_named_and_sizes_are_those_of_upright_ima
     assert "unreadable images: 2: dot.png (1x1 pixels is less than 8 on a side)" in found.table()
     assert [text.split(":")[0] for text in tree["info"]["unreadable"]] == ["dot.png", "torn.jpg"]
     assert read_summary(found.file) == found.summary
+    (folder / "a.png").rename(folder / "aa.png")
+    with pytest.raises(UserError, match=r"objects\.json holds other work: names is '"):
+        foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "out", progress=False, sheet=0)
+    (folder / "aa.png").rename(folder / "a.png")
     for name in sizes:
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"none of 2 images can be read, such as dot\.png \(1x1"):
-        foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "none", progress=False)
+        foveola.propose(Bright(), f"folder:{folder}", out=tmp_path / "none", progress=False, sheet=0)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
@@ -144,7 +146,7 @@ def test_the_file_is_one_of_coco(tmp_path: Path, capsys):
     """By pycocotools, and by what its authors say of the format."""
     from pycocotools.coco import COCO
 
-    found = foveola.propose(Bright(), DATA, out=tmp_path, progress=False)
+    found = foveola.propose(Bright(), DATA, out=tmp_path, progress=False, sheet=0)
     tree = json.loads(found.file.read_text())
     kinds = {
         "images": {"id": int, "width": int, "height": int, "file_name": str},
@@ -200,7 +202,7 @@ class Boxes(Bright):
 def test_prompts_and_boxes_alone(tmp_path: Path):
     proposer = Boxes()
     proposer.classes = foveola.open_source(DATA).classes
-    found = foveola.propose(proposer, DATA, out=tmp_path / "a", progress=False, duplicate_iou=None)
+    found = foveola.propose(proposer, DATA, out=tmp_path / "a", progress=False, sheet=0, duplicate_iou=None)
     tree = json.loads(found.file.read_text())
     assert not any("segmentation" in each for each in tree["annotations"])
     first = foveola.open_source(DATA)[0].objects
@@ -212,7 +214,7 @@ def test_prompts_and_boxes_alone(tmp_path: Path):
     folder.mkdir()
     Image.new("RGB", (9, 9)).save(folder / "a.png")
     with pytest.raises(UserError, match="has no objects, and this model is prompted by their boxes"):
-        foveola.propose(Boxes(), f"folder:{folder}", out=tmp_path / "b", progress=False)
+        foveola.propose(Boxes(), f"folder:{folder}", out=tmp_path / "b", progress=False, sheet=0)
 
 
 class Named:
@@ -233,12 +235,12 @@ class Named:
 @pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "a/../../b.png", "..\\a.png"])
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str):
     with pytest.raises(DataError, match="is not below the folder of images"):
-        foveola.propose(Bright(), Named("a.png", name), out=tmp_path, progress=False)
+        foveola.propose(Bright(), Named("a.png", name), out=tmp_path, progress=False, sheet=0)
 
 
 def test_what_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"named: images 0 and 2 are both named a\.png"):
-        foveola.propose(Bright(), Named("a.png", "b.png", "a.png"), out=tmp_path, progress=False)
+        foveola.propose(Bright(), Named("a.png", "b.png", "a.png"), out=tmp_path, progress=False, sheet=0)
     for arguments, settings, message in (
         ((Bright(), DATA), {"min_scor": 1}, "unknown key 'min_scor'; did you mean 'min_score'"),
         ((Bright(), DATA), {"max_area": 2.0}, "max_area: must be <= 1, got 2"),
@@ -246,11 +248,11 @@ def test_what_is_refused(tmp_path: Path):
         (("discoverr", DATA, "runs/x"), {}, "unknown kind of proposals 'discoverr'; did you mean 'discover'"),
     ):
         with pytest.raises(UserError, match=message):
-            foveola.propose(*arguments, out=tmp_path / "x", progress=False, **settings)
+            foveola.propose(*arguments, out=tmp_path / "x", progress=False, sheet=0, **settings)
     assert not (tmp_path / "x").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file where a folder belongs: give another out="):
-        foveola.propose(Bright(), DATA, out=tmp_path / "file", progress=False)
+        foveola.propose(Bright(), DATA, out=tmp_path / "file", progress=False, sheet=0)
 
 
 def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -8,7 +8,7 @@ from PIL import Image
 
 import foveola
 from foveola.drawing.plots import COLORS
-from foveola.proposals.sheet import facts_of
+from foveola.proposals.sheet import numbers_of
 from foveola.proposals.written import Summary
 
 NAME = "<b>bad & long.png"
@@ -61,7 +61,7 @@ def test_images_with_what_was_found(tmp_path: Path):
 
 
 def test_numbers_of_all_images():
-    facts = facts_of(Summary([2, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], [1.0] * 4, [("a", "b")]))
+    facts = numbers_of(Summary([2, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], [1.0] * 4, [("a", "b")]))
     assert facts == [
         ("Images", "4"),
         ("Objects", "4, 1.00 in each image"),
@@ -69,7 +69,7 @@ def test_numbers_of_all_images():
         ("An object covers", "25.0 % of its image; half of them 17.5 % to 32.5 %"),
         ("Unreadable images", "1"),
     ]
-    assert facts_of(Summary([0])) == [
+    assert numbers_of(Summary([0])) == [
         ("Images", "1"),
         ("Objects", "0, 0.00 in each image"),
         ("Images without any", "1 (100.0 %)"),
