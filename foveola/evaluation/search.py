@@ -1,4 +1,4 @@
-"""Exact search for the nearest rows of a large bank, in bounded memory."""
+"""Exact search for the nearest rows of a large reference set, in bounded memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from foveola.evaluation.metrics import unit_rows
 
 Distance = Literal["cosine", "l2"]
 
-QUERY_BLOCK = 16384  # queries that share one pass over the bank
-BANK_CHUNK = 32768  # bank rows on the device at a time
-# Similarities in memory at a time, and bank rows that they are of: on a CPU a tile should stay in its cache.
+QUERY_BLOCK = 16384  # queries that share one pass over the references
+REFERENCE_CHUNK = 32768  # reference rows on the device at a time
+# Similarities in memory at a time, and references that they are of: on a CPU a tile should stay in its cache.
 TILE, TILE_COLUMNS = 2**21, 2048
 TILE_GPU = 2**24
 COLUMN_GROUP = 8  # columns of which only the largest number is compared first
@@ -24,46 +24,48 @@ SLAB = 1024  # candidates of a row that are merged at once, or 4 k of them
 @torch.no_grad()
 def nearest_rows(
     queries: Float[Tensor, "m D"],
-    bank: Float[Tensor, "N D"],
+    references: Float[Tensor, "N D"],
     k: int,
     *,
     distance: Distance = "cosine",
     query_groups: Int64[Tensor, "m"] | None = None,
-    bank_groups: Int64[Tensor, "N"] | None = None,
+    reference_groups: Int64[Tensor, "N"] | None = None,
     device: torch.device | str = "cpu",
-    bank_chunk: int = BANK_CHUNK,
+    reference_chunk: int = REFERENCE_CHUNK,
     tile: int | None = None,
 ) -> tuple[Float32[Tensor, "m k"], Int64[Tensor, "m k"]]:
-    """Return the k nearest bank rows of each query, nearest first: (similarities, indices), on the CPU.
+    """Return the k nearest reference rows of each query, nearest first: (similarities, indices), on the CPU.
 
-    Naively: `(unit_rows(queries) @ unit_rows(bank).T).topk(k)`. Here the matrix of similarities exists only
-    in tiles of `tile` entries, and the bank goes to `device` in chunks. Products are float32 (no TF32, no
-    autocast).
+    Naively: `(unit_rows(queries) @ unit_rows(references).T).topk(k)`. Here the matrix of similarities exists
+    only in tiles of `tile` entries, and the references go to `device` in chunks. Products are float32 (no
+    TF32, no autocast).
 
-    "l2" ranks by q.f - |f|^2 / 2, which falls with the distance, of features moved to the bank's mean: a
+    "l2" ranks by q.f - |f|^2 / 2, which falls with the distance, of features moved to the references' mean: a
     common offset would cost the digits that tell neighbours apart. These are its similarities.
 
     Args:
-        query_groups, bank_groups: a bank row of a query's own group is no neighbour of it (an image is not
-            its own neighbour). Where fewer than k rows are left, similarities end with -inf.
-        bank_chunk, tile: memory against speed; they change nothing in the result, but for ties.
+        query_groups, reference_groups: a reference of a query's own group is no neighbour of it (an
+            image is not its own neighbour). Where fewer than k rows are left, similarities end with -inf.
+        reference_chunk, tile: memory against speed; they change nothing in the result, but for ties.
     """
-    k, kind = min(k, len(bank)), torch.device(device).type
+    k, kind = min(k, len(references)), torch.device(device).type
     similarities = torch.empty(len(queries), k)
     indices = torch.zeros(len(queries), k, dtype=torch.int64)
-    wide = min(TILE_COLUMNS if kind == "cpu" else bank_chunk, bank_chunk, max(1, len(bank)))
+    wide = min(TILE_COLUMNS if kind == "cpu" else reference_chunk, reference_chunk, max(1, len(references)))
     rows = max(1, (tile or (TILE if kind == "cpu" else TILE_GPU)) // wide)
-    ready = _preparation(bank, distance, device, bank_chunk)
+    ready = _preparation(references, distance, device, reference_chunk)
     with exact_products(kind):
         for start in range(0, len(queries), QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
             pieces = ready(queries[block]).split(rows)
             own = None if query_groups is None else query_groups[block].to(device).split(rows)
             best = [Best(len(piece), k, device) for piece in pieces]
-            for first in range(0, len(bank), bank_chunk):
-                part = ready(bank[first : first + bank_chunk])
+            for first in range(0, len(references), reference_chunk):
+                part = ready(references[first : first + reference_chunk])
                 half = part.square().sum(dim=1) / 2 if distance == "l2" else None
-                groups = None if bank_groups is None else bank_groups[first : first + bank_chunk].to(device)
+                groups = reference_groups
+                if groups is not None:
+                    groups = groups[first : first + reference_chunk].to(device)
                 for i, piece in enumerate(pieces):
                     for column in range(0, len(part), wide):
                         some = slice(column, column + wide)
@@ -81,12 +83,12 @@ def nearest_rows(
 
 
 def _preparation(
-    bank: Tensor, distance: Distance, device: torch.device | str, chunk: int
+    references: Tensor, distance: Distance, device: torch.device | str, chunk: int
 ) -> Callable[[Tensor], Tensor]:
     """What is done to rows on their way to the device."""
     if distance == "cosine":
         return lambda rows: unit_rows(rows.to(device))
-    centre = sum(part.double().sum(dim=0) for part in bank.split(chunk)) / max(1, len(bank))
+    centre = sum(part.double().sum(dim=0) for part in references.split(chunk)) / max(1, len(references))
     moved = torch.as_tensor(centre).float().to(device)
     return lambda rows: rows.to(device).float() - moved
 

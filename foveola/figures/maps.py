@@ -117,11 +117,11 @@ def centre_of(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[float,
 
 
 def neighbours(
-    queries: Float[Tensor, "n D"], bank: Float[Tensor, "N D"], count: int
+    queries: Float[Tensor, "n D"], references: Float[Tensor, "N D"], count: int
 ) -> Int64[Tensor, "n count"]:
-    """Return rows of the bank by falling cosine similarity to each query."""
-    queries, bank = (normalize(x.float(), dim=1) for x in (queries, bank))
-    return (queries @ bank.T).topk(count, dim=1).indices
+    """Return rows of the references by falling cosine similarity to each query."""
+    queries, references = (normalize(x.float(), dim=1) for x in (queries, references))
+    return (queries @ references.T).topk(count, dim=1).indices
 
 
 def similarity(

@@ -91,7 +91,7 @@ def test_k_above_the_bank_is_clipped_and_said(encoder, shades) -> None:
     result = evaluate(encoder, "knn", train=shades(0, 15), test=shades(99, 6), masks=False, **QUIET)
     assert {"top1_plain_k10", "top1_plain_k15"} <= set(result.metrics)
     assert "top1_plain_k20" not in result.metrics
-    assert result.notes == ("the bank has 15 rows: k = 10, 15 instead of [10, 20, 100, 200]",)
+    assert result.notes == ("the reference set has 15 rows: k = 10, 15 instead of [10, 20, 100, 200]",)
 
 
 def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_neighbours_equal_scikit_learn(distance, metric, offset) -> None:
     queries, bank = rows(40, 0, offset=offset), rows(90, 1, offset=offset)
     judge = NearestNeighbors(n_neighbors=7, metric=metric, algorithm="brute")
     expected = judge.fit(bank.double().numpy()).kneighbors(queries.double().numpy(), return_distance=False)
-    for sizes in ({}, {"bank_chunk": 1}, {"bank_chunk": 13, "tile": 91}, {"tile": 1}):
+    for sizes in ({}, {"reference_chunk": 1}, {"reference_chunk": 13, "tile": 91}, {"tile": 1}):
         found = nearest_rows(queries, bank, 7, distance=distance, **sizes)[1]
         np.testing.assert_array_equal(found, expected)
 
@@ -36,7 +36,7 @@ def test_equals_the_naive_search_in_any_order_of_the_bank(order: str, k: int) ->
     unit = torch.nn.functional.normalize
     expected = (unit(queries.double()) @ unit(bank.double()).T).topk(k)
     for chunk, tile in ((100, 1000), (500, 1), (500, 5000), (10**6, None)):
-        similarities, indices = nearest_rows(queries, bank, k, bank_chunk=chunk, tile=tile)
+        similarities, indices = nearest_rows(queries, bank, k, reference_chunk=chunk, tile=tile)
         torch.testing.assert_close(similarities.double(), expected.values, atol=1e-6, rtol=0)
         assert (indices == expected.indices).double().mean() > 0.99  # nearly alike in float32
         assert all(len(row.unique()) == k for row in indices)
@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_queries_times_bank(monkeypatch: pytest.Monkey
     queries = torch.ones(500, 2) + 0.01 * rows(500, 0, 2)
     angle = torch.linspace(3, 0.8, 20_000)  # nearer and nearer
     bank = torch.stack([angle.cos(), angle.sin()], dim=1)
-    similarities, indices = nearest_rows(queries, bank, 5, tile=2**16, bank_chunk=4096)
+    similarities, indices = nearest_rows(queries, bank, 5, tile=2**16, reference_chunk=4096)
     assert max(sizes) <= 2**16
     assert sum(sizes) == 500 * 20_000
     assert max(waiting) <= 2 * 5

@@ -30,7 +30,7 @@ from foveola.models.encoder import Encoder
 
 def predict(
     queries: Float[Tensor, "m D"],
-    bank: Float[Tensor, "N D"],
+    references: Float[Tensor, "N D"],
     labels: Int64[Tensor, "N"],
     *,
     k: Sequence[int],
@@ -38,23 +38,28 @@ def predict(
     temperature: float = 0.07,
     top: int = 5,
     query_groups: Int64[Tensor, "m"] | None = None,
-    bank_groups: Int64[Tensor, "N"] | None = None,
+    reference_groups: Int64[Tensor, "N"] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, Int64[Tensor, "m r"]]:
     """Return, for each k, the r = min(top, classes) best classes of each query, best first (-1: no vote
     left).
 
-    `labels` in [0, classes) belong to the bank. Queries are read in blocks, so memory is that of the two
-    inputs plus a constant. Each k must be at most N.
+    `labels` in [0, classes) belong to the references. Queries are read in blocks, so memory is that of the
+    two inputs plus a constant. Each k must be at most N.
     """
-    if not 0 < min(k) <= max(k) <= len(bank):
-        raise ValueError(f"k={tuple(k)} with a bank of {len(bank)} rows")
+    if not 0 < min(k) <= max(k) <= len(references):
+        raise ValueError(f"k={tuple(k)} with {len(references)} references")
     ranked: dict[int, list[Tensor]] = {each: [] for each in k}
     for start in range(0, len(queries), QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         own = None if query_groups is None else query_groups[block]
         similarities, indices = nearest_rows(
-            queries[block], bank, max(k), query_groups=own, bank_groups=bank_groups, device=device
+            queries[block],
+            references,
+            max(k),
+            query_groups=own,
+            reference_groups=reference_groups,
+            device=device,
         )
         for each in k:
             for s, i in zip(similarities[:, :each].split(512), indices[:, :each].split(512), strict=True):
@@ -139,14 +144,14 @@ class Knn(Protocol):
             plain = config.pool or at.encoder.config.pool
             return [store.table("masked" if masked else plain) for masked in kinds], store.facts
 
-        banks, train_facts = tables(at.train)
+        references, train_facts = tables(at.train)
         same = identity_for(at.train, config).digest == identity_for(at.test, config).digest
-        queries, test_facts = (banks, train_facts) if same else tables(at.test)
+        queries, test_facts = (references, train_facts) if same else tables(at.test)
         seconds = {"extract_seconds": round(perf_counter() - began, 2)}
         began, metrics, scores = perf_counter(), {}, {}
-        for masked, bank, query in zip(kinds, banks, queries, strict=True):
+        for masked, reference, query in zip(kinds, references, queries, strict=True):
             name = "masks" if masked else "plain"
-            found = _measure(name, bank, query, (at.train, at.test), config, at.encoder.device, notes)
+            found = _measure(name, reference, query, (at.train, at.test), config, at.encoder.device, notes)
             metrics |= found[0]
             scores |= found[1]
         seconds["search_seconds"] = round(perf_counter() - began, 2)
@@ -166,7 +171,7 @@ def wanted_of(config: KnnConfig, encoder: Encoder) -> Need | None:
 
 def _measure(
     name: str,
-    bank: FeatureTable,
+    reference: FeatureTable,
     query: FeatureTable,
     sources: tuple[Source, Source],
     config: KnnConfig,
@@ -174,31 +179,32 @@ def _measure(
     notes: list[str],
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics, and the score of each row for those that are shares of rows."""
-    bank, query = _labelled(bank, "train", config, notes), _labelled(query, "test", config, notes)
-    answers = _answers(bank, query, sources, config, notes)
+    reference, query = _labelled(reference, "train", config, notes), _labelled(query, "test", config, notes)
+    answers = _answers(reference, query, sources, config, notes)
     if answers.candidates is not None:  # rows of classes that cannot be right have no vote
-        bank = bank.select(answers.candidates[bank.labels])
-    ks = tuple(dict.fromkeys(min(k, len(bank.labels)) for k in sorted(config.k)))
+        reference = reference.select(answers.candidates[reference.labels])
+    ks = tuple(dict.fromkeys(min(k, len(reference.labels)) for k in sorted(config.k)))
     if ks != tuple(sorted(config.k)):
         notes.append(
-            f"the bank has {len(bank.labels)} rows: k = {', '.join(map(str, ks))} instead of {list(config.k)}"
+            f"the reference set has {len(reference.labels)} rows: k = {', '.join(map(str, ks))} "
+            f"instead of {list(config.k)}"
         )
-    classes = int(bank.labels.max()) + 1
+    classes = int(reference.labels.max()) + 1
     mine = share_of_rank(len(query.labels))
     groups = (
-        content_groups(*sources, config, bank.image_indices, query.image_indices)
+        content_groups(*sources, config, reference.image_indices, query.image_indices)
         if config.exclude_self
         else None
     )
     ranked = predict(
         query.features[mine],
-        bank.features,
-        bank.labels,
+        reference.features,
+        reference.labels,
         k=ks,
         classes=classes,
         temperature=config.temperature,
         query_groups=None if groups is None else groups[1][mine],
-        bank_groups=None if groups is None else groups[0],
+        reference_groups=None if groups is None else groups[0],
         device=device,
     )
     ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}
@@ -220,7 +226,7 @@ def _measure(
 
 
 def _answers(
-    bank: FeatureTable,
+    reference: FeatureTable,
     query: FeatureTable,
     sources: tuple[Source, Source],
     config: KnnConfig,
@@ -228,10 +234,10 @@ def _answers(
 ) -> Answers:
     """What is right: the labels, and what the test set says of whole images besides."""
     train, test = sources
-    labels = shared_labels(query.labels, test.classes, bank.labels, train.classes, notes)
+    labels = shared_labels(query.labels, test.classes, reference.labels, train.classes, notes)
     if config.rows == "objects" and test.has_objects:  # `answers` are of images
         return Answers(labels, query.image_indices)
-    classes = max(int(bank.labels.max()) + 1, len(train.classes or ()))
+    classes = max(int(reference.labels.max()) + 1, len(train.classes or ()))
     return answers_of(test, train.classes, labels, query.image_indices, classes)
 
 
@@ -243,4 +249,4 @@ def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[st
         raise UserError(f"{which}: no labels on its {kind}, which k-NN needs; other data, or {other}")
     if missing := int((~known).sum()):
         notes.append(f"{which}: {missing} rows without a label are left out")
-    return table.select(known) if missing else table  # no copy of a large bank for nothing
+    return table.select(known) if missing else table  # no copy of a large table for nothing

@@ -87,24 +87,25 @@ def answers_of(
 def shared_labels(
     labels: Int64[Tensor, "m"],
     classes: tuple[str, ...] | None,
-    bank_labels: Int64[Tensor, "N"],
-    bank_classes: tuple[str, ...] | None,
+    reference_labels: Int64[Tensor, "N"],
+    reference_classes: tuple[str, ...] | None,
     notes: list[str],
     whose: str = "train",
 ) -> Int64[Tensor, "m"]:
-    """Return test labels in the numbering of the bank, matched by class name where both name their classes.
+    """Return test labels in the numbering of the references, matched by class name where both name their
+    classes.
 
-    A class that the bank lacks gets -1: its rows can only be wrong, and stay in the count. `whose` says for
-    people where the classes of the bank are from. Raises UserError when no class is shared.
+    A class that the references lack gets -1: its rows can only be wrong, and stay in the count. `whose` says
+    for people where the classes of the references are from. Raises UserError when no class is shared.
     """
-    if classes is not None and bank_classes is not None and classes != bank_classes:
-        number = {name: i for i, name in enumerate(bank_classes)}
+    if classes is not None and reference_classes is not None and classes != reference_classes:
+        number = {name: i for i, name in enumerate(reference_classes)}
         labels = torch.tensor([number.get(name, -1) for name in classes], dtype=torch.int64)[labels]
-    known = torch.isin(labels, bank_labels) & (labels >= 0)
+    known = torch.isin(labels, reference_labels) & (labels >= 0)
     if not known.any():
         raise UserError(
             f"{whose} and test share no class "
-            f"({_examples(bank_labels, bank_classes)} against {_examples(labels, classes)})"
+            f"({_examples(reference_labels, reference_classes)} against {_examples(labels, classes)})"
         )
     if missing := int((~known).sum()):
         notes.append(

@@ -100,14 +100,16 @@ def test_k_of_the_whole_bank_and_above_a_class_size() -> None:
     assert indices.shape == (2, 5)
     assert similarities.isfinite().all()
     assert predict(torch.randn(2, 3), bank, labels, k=(5,), classes=3)[5].shape == (2, 3)
-    with pytest.raises(ValueError, match="bank of 5"):
+    with pytest.raises(ValueError, match="with 5 references"):
         predict(torch.randn(2, 3), bank, labels, k=(6,), classes=3)
 
 
 def test_a_row_of_ones_own_group_is_no_neighbour() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(2))
     images = torch.arange(30) // 3
-    similarities, indices = nearest_rows(x, x, 29, query_groups=images, bank_groups=images, bank_chunk=7)
+    similarities, indices = nearest_rows(
+        x, x, 29, query_groups=images, reference_groups=images, reference_chunk=7
+    )
     for i in range(30):
         found = indices[i][similarities[i] > -torch.inf].tolist()
         assert sorted(found) == [j for j in range(30) if images[j] != images[i]]
