@@ -103,6 +103,7 @@ def cross_view_loss(
     predictions: Float[Tensor, "B S D"],
     temperature: float,
     prototypes: PrototypeWeights | None = None,
+    shares: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
 
@@ -115,6 +116,7 @@ def cross_view_loss(
         predictions: logits (D = K), or features whose logits with `prototypes` are meant.
         prototypes: (v, g), logit_k = g_k <v_k / |v_k|, prediction>. With them, no more than some rows of
             logits are in memory at a time.
+        shares: what each image counts in the mean, 1 on average; None: all alike.
     """
     rows = targets.flatten(0, 1) if isinstance(targets, Tensor) else targets
     images, students = predictions.shape[:2]
@@ -126,6 +128,8 @@ def cross_view_loss(
     if not pairs:
         raise ValueError("cross_view_loss: a single view has no other one to predict")
     weights = predictions.new_full((images,), 1 / (pairs * images), dtype=torch.float32)
+    if shares is not None:
+        weights = weights * shares
     return cross_entropy(predictions, prototypes, rows, own, weights, temperature)
 
 

@@ -131,9 +131,12 @@ def reading_objects(data: str, file: Path) -> str:
 
 
 def _without_objects(method: DistillationConfig, tree: Tree) -> Tree:
-    """What of a method changes where views have no object tokens: a term about a second token is away."""
+    """What of a method changes where views have no object tokens: a term about a second token is away, and
+    nothing is weighted by object.
+    """
+    changes: Tree = {"token": tree["token"] and tree["token"] | {"weight_by": None}}
     terms = method.terms().items()
-    return {name: None for name, term in terms if method.known[name].reads_image_token(term)}
+    return changes | {name: None for name, term in terms if method.known[name].reads_image_token(term)}
 
 
 def _claim(config: BootstrapConfig, images: same_data.RunImages, stack: ExitStack) -> Path:

@@ -24,6 +24,7 @@ from foveola.training.durations import plan
 from foveola.training.loop import Trainer
 from foveola.training.recipe import BootstrapConfig, RunConfig
 from foveola.training.start import Start
+from foveola.training.supply import with_data
 from foveola.views.blocks import draw_blocks
 from foveola.zoo.load import load
 
@@ -77,7 +78,7 @@ def _pixels(source: Source, index: int) -> UInt8[np.ndarray, "H W 3"] | None:
 
 def _describe(config: RunConfig, device: torch.device, objects: str | None = None) -> str:
     source = open_source(config.data or "scenes:")
-    config = dataclasses.replace(config, method=config.method.with_data(source))
+    config = with_data(config, source)
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
     images = len(source) if config.data else 100 * config.batch_size
     progress = plan(config, images, distributed.world_size())

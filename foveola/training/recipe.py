@@ -211,6 +211,8 @@ class RunConfig:
             drawn = ("loader.objects_per_image", "loader.choose", "loader.objects_noise")
             drawn += ("loader.mask_canvas",) * (self.method.annotations != "instances")
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
+        if self.loader.objects_per_image == 1:
+            idle["method.token.weight_by"] = "one object of an image is drawn (loader.objects_per_image=1)"
         if ALL in (self.freeze.get("encoder"), self.freeze.get("backbone")):
             idle |= dict.fromkeys(("lora", "train_blocks"), "freeze.encoder=all: nothing of it learns")
         return idle

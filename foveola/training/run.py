@@ -38,7 +38,7 @@ from foveola.training.loop import Diverged
 from foveola.training.recipe import BootstrapConfig, RunConfig, nested, resolve, with_changes
 from foveola.training.signals import Stop
 from foveola.training.start import Start
-from foveola.training.supply import Supply, loader_of
+from foveola.training.supply import Supply, loader_of, with_data
 from foveola.training.watch import Watch, facts_of_run, warmup_of
 from foveola.zoo.load import load
 
@@ -125,7 +125,7 @@ class _Session:
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         config.refuse_fresh()
         self.source = as_source(sources.get("data", config.data), "train", "data")
-        self.config = config = dataclasses.replace(config, method=config.method.with_data(self.source))
+        self.config = config = with_data(config, self.source)
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = batch_share(config)
         self.total = self.progress.total_steps

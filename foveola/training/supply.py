@@ -1,19 +1,33 @@
 """The batches of the next step, taken together and between steps, so that all ranks go on or all stop."""
 
+import dataclasses
 import time
 from collections.abc import Generator
 
 import torch
 
 from foveola import distributed
-from foveola.config import UserError
+from foveola.config import ConfigError, UserError
 from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
-from foveola.data.sample import Canvases, DataError
+from foveola.data.sample import Canvases, DataError, have_scores
 from foveola.data.sources import Source
 from foveola.failures import explain
 from foveola.training.recipe import RunConfig
 from foveola.training.signals import Stop
+
+
+def with_data(config: RunConfig, source: Source) -> RunConfig:
+    """Return the same with what the data say to its method. Raises ConfigError where they lack what it
+    reads.
+    """
+    method = config.method.with_data(source)
+    if getattr(getattr(method, "token", None), "weight_by", None) == "score" and not have_scores(source):
+        raise ConfigError(
+            f"method.token.weight_by=score: objects of {source.name} have no scores, as those of "
+            "`foveola masks` have; use area"
+        )
+    return dataclasses.replace(config, method=method)
 
 
 def loader_of(

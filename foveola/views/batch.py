@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from foveola.data.sample import IGNORE, Canvases
+from foveola.data.sample import IGNORE, Canvases, Chosen
 from foveola.geometry import pixels_inside, random_boxes, sample, sample_labels
 from foveola.views import color
 from foveola.views.annotations import ViewInstances, cut_instances
@@ -90,6 +90,7 @@ class Batch:
     indices: Int64[Tensor, "B"]
     facts: dict[str, Tensor]  # scalars worth logging
     classes: Bool[Tensor, "B K"] | None = None  # which each image has, where it may have several
+    chosen: Chosen | None = None  # what is known of the objects whose tokens the views have
 
 
 def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams: Streams) -> Batch:
@@ -127,6 +128,7 @@ def make_views(canvases: Canvases, config: ViewsConfig, patch_size: int, streams
         indices=canvases.indices,
         facts=cutter.facts,
         classes=canvases.classes,
+        chosen=canvases.chosen,
     )
 
 

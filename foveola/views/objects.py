@@ -1,12 +1,14 @@
 """Object-aware cropping (ODIS): boxes that hold the target object, judged without resampling a pixel."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveola.config import key
+from foveola.data.sample import Chosen
 from foveola.geometry import box_sums, covered_patches, random_boxes, sample
 
 
@@ -94,3 +96,17 @@ def object_patches(
     """
     coverage = sample(masks, boxes, flips, grid, kernel="area")
     return covered_patches(coverage, min_coverage)
+
+
+def object_shares(chosen: Chosen, by: Literal["area", "score"]) -> Float[Tensor, "B M"]:
+    """Return what each object token counts in the mean of a batch: 1 on average in every image.
+
+    Within an image, objects count in proportion to their areas, or scores (below 0: not at all; all alike
+    where none has any). One that was drawn several times counts as often as if it had been once. So the mean
+    over all objects of an image, weighted by area, is what drawing one by its area (ODIS, section 4) gives
+    on average.
+    """
+    values = chosen.areas if by == "area" else chosen.scores.clamp(min=0)
+    times = (chosen.which[:, :, None] == chosen.which[:, None]).sum(dim=2)
+    values = torch.where(values.sum(dim=1, keepdim=True) > 0, values, 1.0) / times
+    return values / values.mean(dim=1, keepdim=True)

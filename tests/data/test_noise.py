@@ -14,6 +14,7 @@ from foveola.data.noise import NoiseConfig, make_noisy
 from foveola.data.sample import BadImage, DataError, Objects, Sample
 from foveola.data.scenes import Scenes
 from foveola.training.recipe import resolve
+from foveola.training.supply import with_data
 
 
 class Marked:
@@ -226,3 +227,15 @@ def test_mistakes_are_refused() -> None:
         resolve("ibot-small", ["loader.objects_noise.jitter=0.1"])
     with pytest.raises(ConfigError, match=r"random_area has no effect: random=0, spurious=0"):
         resolve("odis-small", ["loader.objects_noise={jitter: 0.1, random_area: [0.1, 0.2]}"])
+
+
+def test_weights_by_score_need_scores() -> None:
+    small = {"model": {"width": 32, "heads": 2}, "loader": {"objects_per_image": 2}}
+    config = resolve("odis-tiny-tinyimagenet", small | {"method": {"token": {"weight_by": "score"}}})
+    assert with_data(config, Marked(12)) == config
+    with pytest.raises(ConfigError, match=r"weight_by=score: objects of scenes:.* have no scores"):
+        with_data(config, Scenes(size=32, count=8, objects=(2, 3)))
+    with pytest.raises(ConfigError, match=r"weight_by has no effect: one object of an image is drawn"):
+        resolve("odis-tiny-tinyimagenet", ["method.token.weight_by=area"])
+    with pytest.raises(ConfigError, match=r"weight_by=area: needs tokens of several objects"):
+        resolve("ibot-tiny-tinyimagenet", ["method.token.weight_by=area"])

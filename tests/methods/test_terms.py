@@ -1,5 +1,6 @@
 """Terms on tokens given by hand: which tokens they read, which pairs they form, what their targets follow."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveola.data.sample import Chosen
 from foveola.losses import entropy, koleo_loss, sinkhorn
 from foveola.methods import targets as module
 from foveola.methods.targets import SAMPLE, TargetConfig, Targets
@@ -135,6 +137,39 @@ def test_objects_form_their_own_pairs():
         for m in range(3)
     ]
     assert token_loss(student, teacher).item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+
+
+def test_objects_count_by_area_or_score_within_each_image():
+    """Each image counts alike; within it, drawing one object by area and averaging gives the same."""
+    student, teacher = tokens(3), tokens(3, seed=1)
+    which = torch.tensor([[0, 1, 2], [1, 0, 1], [0, 0, 0], [2, 0, 1]])
+    areas = torch.tensor([[0.5, 0.25, 0.125], [0.1, 0.3, 0.1], [1.0, 1.0, 1.0], [0.2, 0.2, 0.4]])
+    scores = torch.tensor([[0.9, 0.1, -2.0], [0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.5, 0.25, 0.25]])
+    chosen = Chosen(which, areas, scores)
+
+    def single(b: int, m: int) -> float:
+        mine, theirs = part(student, slice(m, m + 1)), part(teacher, slice(m, m + 1))
+        rows = [
+            Given(*(x[b : b + 1].expand(4, *x.shape[1:]) for x in vars(g).values())) for g in (mine, theirs)
+        ]
+        return token_loss(*rows).item()
+
+    for by, values in (("area", areas), ("score", scores)):
+        total = 0.0
+        for b in range(4):
+            seen_once = {int(which[b, m]): m for m in range(3)}
+            worth = {m: max(values[b, m].item(), 0.0) for m in seen_once.values()}
+            if not sum(worth.values()):
+                worth = dict.fromkeys(worth, 1.0)
+            for m in range(3):
+                first = seen_once[int(which[b, m])]
+                times = which[b].tolist().count(int(which[b, m]))
+                total += worth[first] / sum(worth.values()) / times * single(b, m) / 4
+        config = TokenTermConfig(target=CONSTANT, weight_by=by)
+        step = seen(student, teacher)
+        step = dataclasses.replace(step, batch=dataclasses.replace(step.batch, chosen=chosen))
+        loss = TokenTerm(config, setting())(step).losses["loss"]
+        assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_objects_and_image_token_are_told_apart():

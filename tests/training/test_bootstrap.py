@@ -14,7 +14,7 @@ from foveola.config import ConfigError, build, merge, read_yaml
 from foveola.data.coco import rle_of
 from foveola.data.scenes import Scenes
 from foveola.proposals.discover import Discoverer
-from foveola.training.bootstrap import changes
+from foveola.training.bootstrap import changes, round_config
 from foveola.training.dryrun import dry_run
 from foveola.training.recipe import BootstrapConfig, RunConfig, resolve, run_config
 from foveola.training.run import pretrain
@@ -233,3 +233,22 @@ def test_dry_run_says_what_each_round_costs(loop: Callable[..., RunConfig]) -> N
     assert "found by tokencut in about " in each
     assert "objects" not in first.partition("\n")[2].replace("objects/", "")
     assert each.count("images/s") == 1
+
+
+def test_the_round_without_objects_has_nothing_about_objects(loop: Callable[..., RunConfig]) -> None:
+    target = {"temperature": {"value": 0.07}}
+    config = loop(
+        method={
+            "token": {"weight_by": "score", "target": target},
+            "image": {"token": "image", "target": target},
+        },
+        views={"objects": {"image_token": True}},
+        loader={"objects_per_image": 2, "objects_noise": {"jitter": 0.1}},
+    )
+    assert isinstance(config, BootstrapConfig)
+    first, second = (round_config(config, number, None, None) for number in (0, 1))
+    assert first.views.objects is None
+    assert first.loader.objects_noise is None
+    assert getattr(first.method, "image") is None  # noqa: B009
+    assert first.method.token.weight_by is None
+    assert second.method == config.method

@@ -89,6 +89,7 @@ OTHER: dict[str, Any] = {  # values that change much, where most change little i
     "views.masking.smallest_block": 16,
     "loader.mask_canvas": 8,
     "loader.objects_noise": {"random": 1.0},
+    "method.token.weight_by": "area",
     "optimizer.clip": 1e-3,
     "optimizer.parts": {"student": {"lr": 0.5}},
     "optimizer.freeze_last_layer": "80 %",

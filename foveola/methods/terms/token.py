@@ -13,6 +13,7 @@ from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig
 from foveola.methods.terms.assignment import AssignmentTerm, prototypes_of
 from foveola.methods.terms.term import Seen, Setting
+from foveola.views.objects import object_shares
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class TokenTermConfig:
     head: str = key("main", "name of the term's head; terms that name the same head share it")
     token: Literal["object", "image"] = key(
         "object", "which tokens: the objects', or views.objects.image_token's"
+    )
+    weight_by: Literal["area", "score"] | None = key(
+        None,
+        "what each of several objects of an image counts by: its area, or how sure it is; null = all alike",
     )
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 
@@ -44,6 +49,14 @@ class TokenTerm(AssignmentTerm):
             raise ValueError(
                 "token terms compare different views: views.global_count + views.local_count must be >= 2"
             )
+        objects = setting.views.objects
+        if config.weight_by is not None and (
+            config.token == "image" or objects is None or not objects.attention
+        ):
+            raise ValueError(
+                f"method.{setting.name}.weight_by={config.weight_by}: needs tokens of several objects: "
+                "token=object, views.objects.attention=true"
+            )
 
     def forward(self, seen: Seen) -> Output:
         student, teacher = seen.heads[self.config.head]
@@ -61,7 +74,11 @@ class TokenTerm(AssignmentTerm):
             targets = self.targets(features, prototypes_of(teacher), seen.progress)
         predictions = student.project(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
         temperature = self.config.target.student_temperature
-        loss = cross_view_loss(targets, predictions, temperature, prototypes_of(student))
+        shares = None
+        if self.config.weight_by is not None:
+            assert seen.batch.chosen is not None  # the loader gives it wherever there are objects
+            shares = object_shares(seen.batch.chosen, self.config.weight_by).flatten()
+        loss = cross_view_loss(targets, predictions, temperature, prototypes_of(student), shares)
         return Output({"loss": self.config.weight * loss}, targets.logs())
 
     def _select(self, tokens: Float[Tensor, "B V M D"], image_token: bool) -> Float[Tensor, "B V M2 D"]:
