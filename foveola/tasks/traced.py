@@ -5,7 +5,7 @@ by one way or another, which a program cannot. Here are the same steps with its 
 `roi_align`, for one view.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -17,17 +17,14 @@ from torchvision.ops import nms, roi_align
 from foveola.tasks.pyramid import LEVELS
 from foveola.tasks.regions import centred_inside, clipped
 
-if TYPE_CHECKING:
-    from foveola.tasks.detection import DetectionHead
-
 APART = 2.0**20  # pixels, above any side of a view
 LEAST_PROPOSED, LEAST_FOUND = 1e-3, 1e-2  # pixels: torchvision drops boxes with a side below that
 
 
 def traced_answer(
-    head: "DetectionHead", features: Float[Tensor, "1 D h w"], extent: Int64[Tensor, "2"]
+    head: Any, features: Float[Tensor, "1 D h w"], extent: Int64[Tensor, "2"]
 ) -> dict[str, Tensor]:
-    """Return what `head.detect` finds in a view: boxes in its pixels, labels from 1, scores, masks.
+    """Return what `detect` of a `DetectionHead` finds in a view: boxes in its pixels, labels from 1, scores, masks.
 
     The image lies in the upper left of the view, over `extent` (rows, columns). Masks are those of boxes, [K,
     28, 28].
@@ -54,7 +51,7 @@ def traced_answer(
     return found
 
 
-def _proposals(head: "DetectionHead", maps: list[Tensor], frame: Float[Tensor, "4"]) -> Float[Tensor, "P 4"]:
+def _proposals(head: Any, maps: list[Tensor], frame: Float[Tensor, "4"]) -> Float[Tensor, "P 4"]:
     """What `Proposals.propose` gives for one view at inference."""
     made = head.proposals
     found, moves = made.head(maps)
