@@ -18,7 +18,7 @@ from foveola.models.tokens import Inputs
 from foveola.models.transform import resize
 from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
-from foveola.tasks.drawn import VIEWS_KEPT, detections_figure, drawn_detections, images_of
+from foveola.tasks.drawn import VIEWS_DRAWN, detections_figure, drawn_detections, view_images
 from foveola.tasks.pyramid import LEVELS, Pyramid, as_map, factors, strides
 from foveola.tasks.regions import drawn
 from foveola.tasks.task import (
@@ -257,8 +257,8 @@ class Detection(TaskMethod):
         assert isinstance(head, DetectionHead)
         features = encoder_map(self.backbone, pixels)
         losses = head.losses(features, size, inside, targets, ignored)
-        self.shown = tuple(each[:VIEWS_KEPT].detach().clone() for each in (pixels, inside, features))
-        self.shown_objects = targets[:VIEWS_KEPT]
+        self.shown = tuple(each[:VIEWS_DRAWN].detach().clone() for each in (pixels, inside, features))
+        self.shown_objects = targets[:VIEWS_DRAWN]
         counts = torch.tensor([len(target["boxes"]) for target in targets], dtype=torch.float32)
         return Output(losses, {"objects/number": counts.mean(), **batch.facts})
 
@@ -289,7 +289,7 @@ class Detection(TaskMethod):
         if self.shown is None:
             return {}
         views, inside, features = self.shown
-        names, head, images = self.config.names, self.task_head, images_of(views, *self.colors)
+        names, head, images = self.config.names, self.task_head, view_images(views, *self.colors)
         assert isinstance(head, DetectionHead)
         found, size = [], (views.shape[2], views.shape[3])
         with at_rest(head):

@@ -10,16 +10,15 @@ from torch.nn.functional import pad
 
 from foveola.drawing.boxes import DrawnObjects, paint_objects
 from foveola.drawing.classes import paint_classes, palette
+from foveola.drawing.sheet import Pixels
 from foveola.tasks.task import Detections
 
-VIEWS_KEPT = 4  # of a step that are kept to be looked at
+VIEWS_DRAWN = 4  # of a step that are kept to be looked at
 SHOWN_FROM = 0.5  # score from which a detection is drawn
 GAP = 2  # white pixels around a tile
 
-Pixels = UInt8[np.ndarray, "_ _ 3"]
 
-
-def images_of(
+def view_images(
     views: Float[Tensor, "V 3 H W"], mean: Sequence[float], std: Sequence[float]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """Return normalised views as images."""

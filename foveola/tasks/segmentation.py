@@ -18,7 +18,7 @@ from foveola.models.encoder import Encoder
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.schedules import Progress
 from foveola.tasks.decoders import DecoderConfig, enlarged_logits
-from foveola.tasks.drawn import VIEWS_KEPT, images_of, label_maps_figure
+from foveola.tasks.drawn import VIEWS_DRAWN, label_maps_figure, view_images
 from foveola.tasks.sliding import LookConfig, label_map, looks
 from foveola.tasks.task import Image, LabelMap, TaskConfig, TaskHead, TaskMethod, check_annotated_views
 from foveola.views.batch import Batch, ViewsConfig
@@ -131,7 +131,7 @@ class Segmentation(TaskMethod):
         answers = head(features, counted)
         logits = enlarged_logits(answers, features.grid, (images.shape[2], images.shape[3]))
         loss, right, labelled = summed_loss(logits, maps)
-        self.shown = tuple(each[:VIEWS_KEPT].detach().clone() for each in (images, maps, answers))
+        self.shown = tuple(each[:VIEWS_DRAWN].detach().clone() for each in (images, maps, answers))
         # Gradients are averaged over processes, of which each has its own number of labelled pixels.
         weight = distributed.all_reduce_sum(labelled.float()).clamp(min=1)
         self.seen.append(torch.stack((right, labelled)))
@@ -154,7 +154,7 @@ class Segmentation(TaskMethod):
         size, patch_size = (views.shape[2], views.shape[3]), self.student.backbone.config.patch_size
         logits = enlarged_logits(answers, (size[0] // patch_size, size[1] // patch_size), size)
         said = logits.argmax(dim=1).to(torch.uint8)
-        images = images_of(views, *self.colors)
+        images = view_images(views, *self.colors)
         return {"segmentation": label_maps_figure(images, maps, said, len(self.config.names))}
 
 

@@ -24,7 +24,7 @@ LEAST_PROPOSED, LEAST_FOUND = 1e-3, 1e-2  # pixels: torchvision drops boxes with
 def traced_answer(
     head: Any, features: Float[Tensor, "1 D h w"], extent: Int64[Tensor, "2"]
 ) -> dict[str, Tensor]:
-    """Return what `detect` of a `DetectionHead` finds in a view: boxes in its pixels, labels from 1, scores, masks.
+    """Return what `detect` of a head finds in a view: boxes in its pixels, labels from 1, scores, masks.
 
     The image lies in the upper left of the view, over `extent` (rows, columns). Masks are those of boxes, [K,
     28, 28].
