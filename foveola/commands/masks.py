@@ -19,7 +19,7 @@ USAGE = """\
 def main(arguments: list[str]) -> None:
     usage = "foveola masks KIND data=... model=... out=... [key=value ...]"
     names, overrides, flags = split(arguments, ())
-    from foveola.proposals.run import DOOR, ProposeConfig, config_class, find_kind
+    from foveola.proposals.run import DOOR, ProposeConfig, config_of_kind, find_kind
 
     if "--help" in flags and not names:
         print(
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     found = find_kind(kind)
     if "--help" in flags:
         print(f"foveola masks {kind} [key=value ...]: {found.help}\n")
-        print_keys([*MASKS, *describe(config_class(found)()), *describe(ProposeConfig())])
+        print_keys([*MASKS, *describe(config_of_kind(found)()), *describe(ProposeConfig())])
         return
     settings = parse_overrides(overrides)
     given = {info.path: settings.pop(info.path, None) for info in MASKS}

@@ -19,7 +19,7 @@ ObjectChoice = Literal["area", "uniform", "largest"]
 
 IGNORE = 255  # in a label map: of no class; such pixels count nowhere
 
-LOOKS = 64  # samples that tell whether objects have masks, or scores
+MASK_LOOKS = 64  # samples that tell whether objects have masks, or scores
 SLIVER = 1e-4  # of a mask pixel: what rounding of a box leaves over its neighbour; counts as not covered
 
 
@@ -256,7 +256,7 @@ class Chosen(NamedTuple):
 def have_masks(source: Any) -> bool:
     """Return whether objects of a source have masks of their own, rather than boxes alone.
 
-    The same for a run as a whole: up to `LOOKS` of its samples, spread evenly, are looked at.
+    The same for a run as a whole: up to `MASK_LOOKS` of its samples, spread evenly, are looked at.
     """
     return any(any(mask is not None for mask in objects.masks or ()) for objects in _looked_at(source))
 
@@ -267,7 +267,7 @@ def have_scores(source: Any) -> bool:
 
 
 def _looked_at(source: Any) -> Iterator[Objects]:
-    spread = np.linspace(0, len(source) - 1, min(LOOKS, len(source)))
+    spread = np.linspace(0, len(source) - 1, min(MASK_LOOKS, len(source)))
     for index in np.unique(spread.astype(int)).tolist():
         try:
             sample = source[index]

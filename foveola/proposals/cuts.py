@@ -14,13 +14,13 @@ from torch.nn.functional import normalize
 
 from foveola.proposals.spectral import second_eigenvectors
 
-EPS = 1e-5  # weight of an edge between patches that are not similar, so that every graph hangs together
+WEAK_EDGE = 1e-5  # weight of an edge between patches that are not similar, so that every graph hangs together
 AGAIN = 0.5  # IoU with the object before from which MaskCut has found it again
-ROUNDING = 1e-5  # of the length of features that do not differ, what is left once their mean is off
+NO_DIFFERENCE = 1e-5  # of the length of features that do not differ, what is left once their mean is off
 TINY = 0.01  # share of the image up to which a further object of MaskCut is none
 
 
-class Found(NamedTuple):
+class CutObjects(NamedTuple):
     """Of B images, K masks at most, best first; empty ones are none."""
 
     masks: Bool[Tensor, "B K N"]
@@ -35,7 +35,7 @@ def centred(features: Float[Tensor, "B N D"]) -> Float32[Tensor, "B N D"]:
     x = features.float()
     length = torch.linalg.vector_norm(x, dim=2, keepdim=True)
     x = x - x.mean(dim=1, keepdim=True)
-    return torch.where(torch.linalg.vector_norm(x, dim=2, keepdim=True) > ROUNDING * length, x, 0.0)
+    return torch.where(torch.linalg.vector_norm(x, dim=2, keepdim=True) > NO_DIFFERENCE * length, x, 0.0)
 
 
 def affinity(
@@ -48,10 +48,10 @@ def affinity(
     x = normalize(features.float(), dim=2)
     if hidden is not None:
         x = x.masked_fill(hidden[..., None], 0)
-    return torch.where(x @ x.mT > tau, 1.0, EPS)
+    return torch.where(x @ x.mT > tau, 1.0, WEAK_EDGE)
 
 
-def tokencut(features: Float[Tensor, "B N D"], grid: tuple[int, int], tau: float = 0.2) -> Found:
+def tokencut(features: Float[Tensor, "B N D"], grid: tuple[int, int], tau: float = 0.2) -> CutObjects:
     """Return one object of each image (TokenCut, Wang et al. 2022, Section 3).
 
     The second eigenvector of the normalised cut is split at its mean. The object is on the side of its
@@ -65,7 +65,7 @@ def tokencut(features: Float[Tensor, "B N D"], grid: tuple[int, int], tau: float
 
 def maskcut(
     features: Float[Tensor, "B N D"], grid: tuple[int, int], tau: float = 0.15, objects: int = 3
-) -> Found:
+) -> CutObjects:
     """Return up to `objects` objects of each image, none of which overlap (CutLER, Wang et al. 2023, Section
     3.1).
 
@@ -98,7 +98,7 @@ def maskcut(
     return _scored(masks, features, grid)
 
 
-def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) -> Found:
+def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) -> CutObjects:
     """Return one object of each image (LOST, Simeoni et al. 2021, Section 3).
 
     Patches are alike if their product is positive. The seed is the patch that is alike to the fewest, the
@@ -119,7 +119,7 @@ def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) 
 
 def brightest(
     maps: Float[Tensor, "B N"], features: Float[Tensor, "B N D"], grid: tuple[int, int], share: float = 0.6
-) -> Found:
+) -> CutObjects:
     """Return one object of each image from a map that is nowhere negative, such as attention (DINO).
 
     The brightest patches that together have `share` of the map's sum are kept, and of these the largest
@@ -129,7 +129,7 @@ def brightest(
     dark_first, order = weights.sort(dim=1, stable=True)
     bright = torch.zeros_like(weights, dtype=torch.bool).scatter(1, order, dark_first.cumsum(1) > 1 - share)
     bright &= (maps.amin(dim=1) < maps.amax(dim=1))[:, None]
-    labels = components(bright.unflatten(1, grid)).flatten(1)
+    labels = connected(bright.unflatten(1, grid)).flatten(1)
     count = maps.shape[1]
     sizes = torch.zeros(len(maps), count + 1, dtype=torch.int64, device=maps.device)
     sizes.scatter_add_(1, labels, torch.ones_like(labels))
@@ -165,7 +165,7 @@ def objectness(
     return separation(features, masks).clamp(min=0) / 2 * free
 
 
-def components(masks: Bool[Tensor, "B h w"]) -> Int64[Tensor, "B h w"]:
+def connected(masks: Bool[Tensor, "B h w"]) -> Int64[Tensor, "B h w"]:
     """Return of each patch the first index of the 4-connected part of the mask that it is in; h w outside."""
     rows, columns = masks.shape[1:]
     outside = rows * columns
@@ -190,7 +190,7 @@ def around(
     masks: Bool[Tensor, "B N"], seeds: Int64[Tensor, "B"], grid: tuple[int, int]
 ) -> Bool[Tensor, "B N"]:
     """Return the 4-connected part of each mask that holds its seed, empty where the seed is outside."""
-    labels = components(masks.unflatten(1, grid)).flatten(1)
+    labels = connected(masks.unflatten(1, grid)).flatten(1)
     return masks & (labels == labels.gather(1, seeds[:, None]))
 
 
@@ -200,6 +200,8 @@ def corners(masks: Bool[Tensor, "B N"], grid: tuple[int, int]) -> Int64[Tensor, 
     return field[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(dim=1)
 
 
-def _scored(masks: Bool[Tensor, "B K N"], features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Found:
+def _scored(
+    masks: Bool[Tensor, "B K N"], features: Float[Tensor, "B N D"], grid: tuple[int, int]
+) -> CutObjects:
     masks = masks & ~masks.all(dim=2, keepdim=True)
-    return Found(masks, objectness(features, masks, grid))
+    return CutObjects(masks, objectness(features, masks, grid))

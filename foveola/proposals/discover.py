@@ -15,7 +15,7 @@ from torch import Tensor
 from foveola.config import UserError, key, to_dict
 from foveola.models.encoder import Encoder
 from foveola.models.transform import fit_to_patches
-from foveola.proposals.cuts import Found, brightest, centred, lost, maskcut, tokencut
+from foveola.proposals.cuts import CutObjects, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.refine import Refine, enlarged, grabcut, opencv
 from foveola.proposals.scored import probe_maps
@@ -212,7 +212,7 @@ class Discoverer:
 
     def _found(
         self, features: Float[Tensor, "B N D"], maps: Float[Tensor, "B N"] | None, grid: tuple[int, int]
-    ) -> Found:
+    ) -> CutObjects:
         if self.config.method == "tokencut":
             return tokencut(features, grid, self.tau)
         if self.config.method == "maskcut":

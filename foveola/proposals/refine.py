@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from foveola.config import UserError
 
 Refine = Literal["none", "grabcut"]
-ROUNDS = 1  # of GrabCut: a second one changes little
+GRABCUT_ROUNDS = 1  # of GrabCut: a second one changes little
 CHANGED = 0.5  # IoU with the patches below which the colours say nothing of the object
 
 
@@ -64,7 +64,7 @@ def _one(
         return plain
     cv2.setRNGSeed(0)  # its clusters of colours begin at random
     models = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(np.ascontiguousarray(pixels), labels, None, *models, ROUNDS, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(np.ascontiguousarray(pixels), labels, None, *models, GRABCUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
     return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
 
 

@@ -114,7 +114,7 @@ def find_kind(name: str) -> ProposalKind:
     return found
 
 
-def config_class(kind: ProposalKind) -> type:
+def config_of_kind(kind: ProposalKind) -> type:
     """Return the class of a kind's configuration."""
     return imported(kind.config)
 
@@ -124,7 +124,7 @@ def configure_kind(kind: ProposalKind, settings: dict[str, Any]) -> tuple[Any, P
 
     Raises UserError for a key that neither has, and where one has no effect.
     """
-    own = config_class(kind)
+    own = config_of_kind(kind)
     mine = {f.name for f in fields(own)}
     rest = {f.name for f in fields(ProposeConfig)}
     if both := mine & rest:

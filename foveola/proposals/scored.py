@@ -14,13 +14,13 @@ from torch.nn.functional import gelu, relu
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
 HINT = "`foveola evaluate abmilp` keeps results/abmilp/probe.safetensors in a run"
 
-Maps = Callable[[Float[Tensor, "B N D"]], Float[Tensor, "B N"]]
+ProbeMaps = Callable[[Float[Tensor, "B N D"]], Float[Tensor, "B N"]]
 
 
-def probe_maps(path: str, encoder: Encoder) -> Maps:
+def probe_maps(path: str, encoder: Encoder) -> ProbeMaps:
     """Return the weights of patches of the first AbMILP probe in a file that an evaluation has kept.
 
     A score of each patch by the probe's linear maps, a softmax over the patches of each head, the mean over
@@ -38,7 +38,7 @@ def probe_maps(path: str, encoder: Encoder) -> Maps:
     shape = own["shape"]
     if shape.get("attention"):
         raise UserError(f"probe={path}: method=abmilp takes probes with attention=false")
-    depth, activation = shape["depth"], ACTIVATIONS[shape["activation"]]
+    depth, activation = shape["depth"], ACTIVATION_FUNCTIONS[shape["activation"]]
     parts = [tensors[f"{group}.trained_{i}"].to(encoder.device) for i in range(2 * depth)]
 
     def maps(patches: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:

@@ -9,8 +9,8 @@ from torch import Tensor
 EXACT = 128  # patches up to which all eigenvectors are computed: as quick, and nothing can converge slowly
 RESIDUAL = 1e-8  # of a unit vector z: |M z - mu z|
 CHECK = 8  # steps of Lanczos between two looks at the residual
-STEPS = 256  # after which a graph gets all its eigenvectors instead
-ROUNDING = 1e-6  # of entries that count as equal
+LANCZOS_STEPS = 256  # after which a graph gets all its eigenvectors instead
+SAME_SIZE = 1e-6  # of entries that count as equal
 BREAKDOWN = 1e-12  # a Krylov space that grows by less than this is whole
 
 
@@ -51,7 +51,7 @@ def second_eigenvectors(weights: Float[Tensor, "B N N"], exact: int = EXACT) -> 
             mu[~converged], z[~converged] = _all_at_once(matrix[~converged], first[~converged])
     y = scale * z
     size = y.abs()
-    equals = size >= (1 - ROUNDING) * size.amax(dim=1, keepdim=True)
+    equals = size >= (1 - SAME_SIZE) * size.amax(dim=1, keepdim=True)
     largest = y.gather(1, equals.int().argmax(dim=1, keepdim=True))  # the first of them
     least, most = w.flatten(1).aminmax(dim=1)
     y = torch.where((least == most)[:, None], 0, y * torch.where(largest < 0, -1.0, 1.0))
@@ -74,7 +74,7 @@ def _lanczos(
     Each graph keeps what it had when it converged, so the others do not change it.
     """
     batch, count, _ = matrix.shape
-    steps = min(STEPS, count - 2)
+    steps = min(LANCZOS_STEPS, count - 2)
     basis = matrix.new_zeros(batch, steps + 2, count)
     basis[:, 0] = first
     start = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -29,7 +29,7 @@ from foveola.proposals.run import Proposed, propose
 from foveola.training import folder, same_data
 from foveola.training.recipe import BootstrapConfig, RunConfig
 
-Tree = dict[str, Any]
+KeyTree = dict[str, Any]
 FINISHED = "finished"  # how the last line of the log of a loop begins
 
 
@@ -44,7 +44,7 @@ class Trained(Protocol):
 R = TypeVar("R", bound=Trained)
 
 
-def bootstrap(config: BootstrapConfig, device: torch.device, train: Callable[[RunConfig], R]) -> R:
+def run_rounds(config: BootstrapConfig, device: torch.device, train: Callable[[RunConfig], R]) -> R:
     """Go through the rounds of a loop, or through what is left of them; returns the run of the last one.
 
     A signal ends the round that trains, whose run is returned; the same call then goes on. `train` trains a
@@ -108,7 +108,7 @@ def round_config(
     Without a loop (`--dry-run`), it is one on the images alone.
     """
     own = {f.name for f in fields(BootstrapConfig)} - {f.name for f in fields(RunConfig)}
-    tree: Tree = {name: value for name, value in to_dict(config).items() if name not in own}
+    tree: KeyTree = {name: value for name, value in to_dict(config).items() if name not in own}
     tree["init"] = config.init if config.restart else features
     if not config.restart:  # else rounds differ by their objects alone
         tree["seed"] = (config.seed + number) % 2**64
@@ -130,11 +130,11 @@ def reading_objects(data: str, file: Path) -> str:
     return f"{data}{'&' if '?' in data else '?'}annotations={quote(str(file))}"
 
 
-def _without_objects(method: DistillationConfig, tree: Tree) -> Tree:
+def _without_objects(method: DistillationConfig, tree: KeyTree) -> KeyTree:
     """What of a method changes where views have no object tokens: a term about a second token is away, and
     nothing is weighted by object.
     """
-    changes: Tree = {"token": tree["token"] and tree["token"] | {"weight_by": None}}
+    changes: KeyTree = {"token": tree["token"] and tree["token"] | {"weight_by": None}}
     terms = method.terms().items()
     return changes | {name: None for name, term in terms if method.known[name].reads_image_token(term)}
 
@@ -202,11 +202,11 @@ def _account(loop: LoopFolder, number: int, found: Proposed) -> str:
         f"half of the objects cover more than {np.median(found.summary.areas):.0%} of their image"
     )
     if number > 1 and distributed.is_main():
-        text += f"; {changes(loop.objects(number - 1), loop.objects(number))}"
+        text += f"; {object_changes(loop.objects(number - 1), loop.objects(number))}"
     return text
 
 
-def changes(before: Path, now: Path) -> str:
+def object_changes(before: Path, now: Path) -> str:
     """Return how the objects of two files of the same images differ, in words."""
     old, new = _by_image(before), _by_image(now)
     gained = sum(not old.get(name) for name, found in new.items() if found)

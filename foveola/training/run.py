@@ -28,7 +28,7 @@ from foveola.training.advice import advice, objects_line
 from foveola.training.assemble import assemble, batch_share, encoder_of, student_names, untrained
 from foveola.training.auto.plan import AUTO
 from foveola.training.auto.request import request
-from foveola.training.bootstrap import bootstrap
+from foveola.training.bootstrap import run_rounds
 from foveola.training.callbacks import Callbacks
 from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
@@ -109,7 +109,7 @@ def pretrain(recipe: str | Path | RunConfig, *, callbacks: Sequence[Any] = (), *
         config = with_changes(to_dict(config), nested(overrides))
     with distributed.joined(config.device) as device, saying(distributed.is_main()):
         if isinstance(config, BootstrapConfig):
-            return bootstrap(config, device, lambda each: _Session(each, device, {}, told_of).run())
+            return run_rounds(config, device, lambda each: _Session(each, device, {}, told_of).run())
         return _Session(config, device, sources, told_of).run()
 
 

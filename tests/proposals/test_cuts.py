@@ -11,7 +11,7 @@ from foveola.proposals.cuts import (
     affinity,
     brightest,
     centred,
-    components,
+    connected,
     corners,
     lost,
     maskcut,
@@ -138,7 +138,7 @@ def test_parts_of_masks_are_scipys():
     snake[::2] = True
     snake[1::4, -1] = snake[3::4, 0] = True
     masks[0] = snake
-    for mask, labels in zip(masks.numpy(), components(masks).numpy(), strict=True):
+    for mask, labels in zip(masks.numpy(), connected(masks).numpy(), strict=True):
         expected, count = ndimage.label(mask)
         firsts = [np.flatnonzero(expected.ravel() == i)[0] for i in range(1, count + 1)]
         np.testing.assert_array_equal(labels, np.array([13 * 17, *firsts])[expected])

@@ -12,7 +12,7 @@ from foveola.command_keys import MASKS
 from foveola.config import describe
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig
-from foveola.proposals.run import DOOR, ProposeConfig, config_class, find_kind
+from foveola.proposals.run import DOOR, ProposeConfig, config_of_kind, find_kind
 
 DATA = "scenes:?size=32&count=6"
 
@@ -22,7 +22,7 @@ def test_help_lists_every_kind_and_every_key(capsys):
     kinds = capsys.readouterr().out
     assert all(f"  {name}" in kinds for name in DOOR.names())
     for name in DOOR.names():
-        config = config_class(find_kind(name))()
+        config = config_of_kind(find_kind(name))()
         assert cli.main(["masks", name, "--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
         keys = [info.path for info in [*MASKS, *describe(config), *describe(ProposeConfig())]]

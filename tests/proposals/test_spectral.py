@@ -40,7 +40,7 @@ def test_the_vector_is_that_of_the_dense_solver(nodes: int, exact: int):
 
 
 def test_a_graph_that_converges_slowly_is_solved_whole(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(spectral, "STEPS", 8)
+    monkeypatch.setattr(spectral, "LANCZOS_STEPS", 8)
     weights = graph(150, 0)[None]
     expected = reference(weights[0])[1]
     np.testing.assert_allclose(second_eigenvectors(weights, 0).vectors[0].numpy(), expected, atol=1e-9)

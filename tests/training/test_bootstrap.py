@@ -14,7 +14,7 @@ from foveola.config import ConfigError, build, merge, read_yaml
 from foveola.data.coco import rle_of
 from foveola.data.scenes import Scenes
 from foveola.proposals.discover import Discoverer
-from foveola.training.bootstrap import changes, round_config
+from foveola.training.bootstrap import object_changes, round_config
 from foveola.training.dryrun import dry_run
 from foveola.training.recipe import BootstrapConfig, RunConfig, resolve, run_config
 from foveola.training.run import pretrain
@@ -130,7 +130,7 @@ def test_how_objects_differ_is_said_of_masks(tmp_path: Path) -> None:
     old = write("old", {"a": [(0, 4), (6, 10)], "b": [], "c": [(0, 2)], "d": [(0, 10)]})
     new = write("new", {"a": [(2, 6), (0, 4)], "b": [(1, 2)], "c": [], "d": [(0, 5)]})
     # a: 2 of 6 columns, and 1; d: 5 of 10.
-    text = changes(old, new)
+    text = object_changes(old, new)
     assert text.startswith(f"mean best IoU {(2 / 6 + 1 + 0.5) / 3:.2f} with those of the round before")
     assert text.endswith("1 images have some now and had none, 1 have none any more")
 
