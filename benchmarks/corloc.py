@@ -17,10 +17,10 @@ from torch import Tensor
 from foveola.data.sources import decode, open_source
 from foveola.evaluation.metrics import interval
 from foveola.models.transform import fit_to_patches
-from foveola.proposals.cuts import Found, brightest, centred, lost, maskcut, tokencut
+from foveola.proposals.cuts import CutObjects, brightest, centred, lost, maskcut, tokencut
 from foveola.zoo.load import load
 
-Cut = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Found]  # of keys, patches, attention
+Cut = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], CutObjects]  # of keys, patches, attention
 
 CUTS: dict[str, Cut] = {
     "tokencut, keys, centre=false": lambda k, p, a, g: tokencut(k, g),
