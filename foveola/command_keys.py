@@ -123,6 +123,7 @@ SEARCH = [
     KeyInfo("method", "exact|hnsw", "exact", "hnsw: by a graph, for more than a million rows"),
     KeyInfo("out", "text or null", None, "also write the result (.json), or a sheet of images (.png)"),
     KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
+    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
 ]
 MASKS = [
     KeyInfo("data", "text", "(needed)", "images, as a data string (docs/data.md)"),

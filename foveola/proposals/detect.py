@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from foveola.config import ConfigError, UserError, key, to_dict
+from foveola.files import is_there
 from foveola.proposals.found import ImagePixels, OpenedDetector, chosen, proposals_of
 from foveola.proposals.hf_models import open_hf
 from foveola.proposals.onnx_models import open_onnx
@@ -116,6 +117,9 @@ def detector(model: str, config: DetectorConfig, device: str | torch.device = "c
         known = ", ".join(f"{kind}:" for kind in OPENERS)
         raise UserError(f"{model} is an encoder without a detector: expected {known}, or a run of foveola")
     else:
+        if not is_there(model):
+            known = ", ".join(f"{kind}:" for kind in OPENERS)
+            raise UserError(f"no detector at {model}: expected {known}, or a run of foveola")
         opened = open_own(model, config.score, device)
     for name in SOME_READ:
         if getattr(config, name) is not None and name not in opened.reads:
