@@ -92,7 +92,8 @@ def check_masks(
 
     Args:
         annotations: a file of COCO's instances, with scores or without, as `foveola masks` writes it.
-        truth: a data string, or a source, with objects.
+        truth: a data string, or a source, with objects; of data with splits the training one, as `propose`
+            reads them, unless the string says `split=`.
         out: folder for `results/masks_check.json`; None = that of the file. `foveola.compare` takes it.
         progress: whether a bar, or a line each minute, is shown on standard error.
         settings: keys of `MasksCheckConfig`: workers, seed, resamples.
@@ -103,7 +104,7 @@ def check_masks(
     path = Path(annotations).expanduser()
     folder = path.parent if out is None else Path(out).expanduser()
     files.check_place(files.results_in(folder), "give another out= for the result")
-    source = as_source(truth, "test", "data")
+    source = as_source(truth, "train", "data")
     if not source.has_objects:
         raise DataError(f"{source.name} has no objects to check against (annotations=, boxes=, masks=)")
     file = read_instances(path)
