@@ -161,8 +161,10 @@ def _train(config: "RunConfig", flags: set[str]) -> None:
             report = dryrun.dry_run(config)
             if distributed.is_main():
                 print(report)
-    elif run.pretrain(config).interrupted and os.environ.get("RANK", "0") == "0":  # the last to write
-        sys.exit(int(os.environ.get(STOPPED) or 0))
+    else:
+        stopped, code = run.pretrain(config).interrupted, os.environ.get(STOPPED)
+        if stopped and code and os.environ.get("RANK", "0") == "0":  # the last to write
+            sys.exit(int(code))
 
 
 def _finetune(arguments: list[str]) -> None:
