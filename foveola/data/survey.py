@@ -3,24 +3,26 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageStat
 
 from foveola.data.decode import decode
 from foveola.data.depth import is_deep, values_of
 from foveola.data.formats import DAMAGED, open_image, orientation_of
 from foveola.data.identity import hash_of
-from foveola.data.sample import BadImage, ImageFile, Sample
+from foveola.data.sample import BadImage, DataError, ImageFile
 from foveola.data.sources import Source, notes_of
 
-HASH_BITS = 64  # of a perceptual hash: 8 x 8 differences of neighbours
-NEAR_BITS = 6  # bits that differ at most between images that look the same
-FLAT = 1.0  # levels of 255: pixels whose deviation is below show nothing
+GREY_SIDE = 16  # pixels a side of the grey ones by which images are compared
+SAME_LOOK = 0.98  # correlation of these from which on two images look the same
+PAIRS_AT_ONCE = 2**22  # pairs of images that are compared at once
+FLAT = 1.0  # levels of 255: channels whose deviation is below show nothing
 LONG = 3.0  # sides of an image, longer to shorter, from which on squares lose much of it
 NAMES_SHOWN = 5  # images that are named of each finding
 
@@ -47,7 +49,7 @@ class ImageFacts:
     objects: int | None = None
     smallest: float | None = None  # share of the image that its smallest object takes
     content: bytes = b""  # hash of its file
-    look: int = 0  # perceptual hash
+    look: bytes = b""  # the image as a small grey one
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Survey:
             )
         for what, groups in (("copies", self.copies), ("look the same", self.alike)):
             if groups:
-                found.append((what, f"{sum(map(len, groups)):,} images in {len(groups):,} groups"))
+                found.append((what, f"{sum(map(len, groups)):,} images in {_count(len(groups), 'group')}"))
         if self.unreadable:
             found.append(("unreadable", f"{len(self.unreadable):,}"))
         return found
@@ -116,8 +118,8 @@ def survey(
 ) -> Survey:
     """Look at `images` images of a source, evenly spread (at all of a smaller one), and say what they are.
 
-    Each is read and decoded once. `show(items, total)` may draw progress. Files that cannot be read are part
-    of what is found.
+    Each file is read once; it is decoded once more where its values have more than 8 bits. `show(items,
+    total)` may draw progress. Files that cannot be read are part of what is found.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(np.int64)).tolist()
     found = []
@@ -132,35 +134,40 @@ def survey(
 def _facts(source: Source, index: int) -> ImageFacts:
     try:
         sample = source[index]
-    except BadImage as error:
+    except DataError as error:
         return ImageFacts(f"image {index}", str(error))
     try:
-        pixels = decode(sample.image)
-        stored = _stored(sample)
-        content = hash_of(sample.image)
+        image = _in_memory(sample.image)
+        pixels = decode(image)
+        stored = _stored(image)
     except (BadImage, *DAMAGED) as error:
-        return ImageFacts(sample.name, str(error))
+        return ImageFacts(sample.name, getattr(error, "strerror", None) or str(error))
     objects = sample.objects
     return ImageFacts(
         name=sample.name,
         width=pixels.shape[1],
         height=pixels.shape[0],
-        flat=bool(pixels.std() < FLAT),
+        flat=max(ImageStat.Stat(Image.fromarray(pixels)).stddev) < FLAT,
         label=sample.label,
         objects=None if not source.has_objects else 0 if objects is None else len(objects),
         smallest=None if objects is None else float(objects.areas.min()),
-        content=content,
-        look=looks_like(pixels),
+        content=hash_of(image),
+        look=small_grey(pixels),
         grey=bool(stored.get("channels", 3) >= 3 and (pixels == pixels[..., :1]).all()),
         **stored,
     )
 
 
-def _stored(sample: Sample) -> dict[str, Any]:
-    """What the file of a sample says of itself; of pixels there is nothing to say."""
-    image = sample.image.data if isinstance(sample.image, ImageFile) else sample.image
-    if isinstance(image, Path):
-        image = image.read_bytes()
+def _in_memory(image: Any) -> Any:
+    """The image of a sample, with the bytes of its file in place of the path."""
+    if isinstance(image, ImageFile):
+        return replace(image, data=_in_memory(image.data))
+    return image.read_bytes() if isinstance(image, Path) else image
+
+
+def _stored(image: Any) -> dict[str, Any]:
+    """What the file of an image says of itself; of pixels there is nothing to say."""
+    image = image.data if isinstance(image, ImageFile) else image
     if not isinstance(image, bytes):
         return {"channels": 3}
     with warnings.catch_warnings():
@@ -170,18 +177,18 @@ def _stored(sample: Sample) -> dict[str, Any]:
         bands = opened.getbands()
         found: dict[str, Any] = {
             "format": opened.format or "",
-            "channels": len(bands) if opened.mode not in ("P", "1") else 3 if opened.mode == "P" else 1,
+            "channels": {"P": 3, "PA": 4}.get(opened.mode, len(bands)),
+            "bits": 1 if opened.mode == "1" else 8,
             "turned": orientation_of(opened) != 1,
             "profile": _profile(opened),
             "transparent": "A" in bands or "transparency" in opened.info,
         }
         if deep:
-            values = values_of(image)
-            finite = None if values is None else values[np.isfinite(values)]
-            floating = values is not None and values.dtype.kind == "f"
-            found |= {"bits": 32 if floating else 16}
-            if finite is not None and finite.size:
-                found |= {"low": float(finite.min()), "high": float(finite.max())}
+            found |= {"bits": 32 if opened.mode == "F" else 16}
+            with suppress(BadImage):  # it is decoded to 8 bits, but of its values nothing is known
+                values = values_of(image)
+                if values is not None and (finite := values[np.isfinite(values)]).size:
+                    found |= {"low": float(finite.min()), "high": float(finite.max())}
     return found
 
 
@@ -201,15 +208,10 @@ def _profile(image: Image.Image) -> str:
     return "" if "srgb" in name.lower().replace(" ", "") or "gray" in name.lower() else name[:60] or "unnamed"
 
 
-def looks_like(pixels: UInt8[np.ndarray, "H W 3"]) -> int:
-    """Return 64 bits that hardly change when an image is resized, compressed or made a little brighter.
-
-    Each says whether a cell of the image, shrunk to 8 x 9 grey ones, is brighter than its right neighbour.
-    """
-    grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L").resize((9, 8), Image.Resampling.BOX)
-    cells = np.asarray(grey).astype(np.int16)
-    bits = np.packbits((cells[:, 1:] > cells[:, :-1]).reshape(-1))
-    return int.from_bytes(bits.tobytes(), "big")
+def small_grey(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """Return an image as 16 x 16 grey pixels, each the mean of its part of the image."""
+    grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
+    return grey.resize((GREY_SIDE, GREY_SIDE), Image.Resampling.BOX).tobytes()
 
 
 # -- all of them ------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def _shares(found: Sequence[ImageFacts]) -> dict[str, dict[str, int]]:
     counts = {
         "formats": Counter(each.format or "pixels" for each in found),
         "channels": Counter(kinds.get(each.channels, str(each.channels)) for each in found),
-        "bits": Counter({8: "8", 16: "16", 32: "floating point"}[each.bits] for each in found),
+        "bits": Counter({32: "floating point"}.get(each.bits, str(each.bits)) for each in found),
         "profiles": Counter(each.profile for each in found if each.profile),
         "noted": Counter(
             name
@@ -291,23 +293,24 @@ def _groups(found: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
 
 
 def alike_groups(found: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
-    """Return groups of images that look the same: each is within 6 of 64 bits of another of its group."""
+    """Return groups of images that look the same: the small grey one of each correlates by 0.98 at least with
+    that of another of its group.
+
+    So neither size, compression nor a change of brightness or contrast counts.
+    """
     if len(found) < 2:
         return []
-    bits = np.array([[each.look >> bit & 1 for bit in range(HASH_BITS)] for each in found], np.float32)
-    group = np.arange(len(found))
-    for first in range(0, len(found), 1024):
-        for left, right in np.argwhere(_near(bits[first : first + 1024], bits)).tolist():
-            a, b = group[first + left], group[right]
-            if a != b:
-                group[group == max(a, b)] = min(a, b)
+    levels = np.frombuffer(b"".join(each.look for each in found), np.uint8).reshape(len(found), -1)
+    centred = levels - levels.mean(axis=1, dtype=np.float32, keepdims=True)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-6)
+    group, block = np.arange(len(found)), max(1, PAIRS_AT_ONCE // len(found))
+    for first in range(0, len(found), block):
+        for near in unit[first : first + block] @ unit.T >= SAME_LOOK:
+            joined = group[near]
+            if len(joined) and joined.min() != joined.max():
+                group[np.isin(group, joined)] = joined.min()
     sizes = Counter(group.tolist())
     return [[found[i] for i in np.flatnonzero(group == g).tolist()] for g, n in sizes.items() if n > 1]
-
-
-def _near(a: Float[np.ndarray, "a 64"], b: Float[np.ndarray, "b 64"]) -> Bool[np.ndarray, "a b"]:
-    different = a.sum(1)[:, None] + b.sum(1)[None] - 2 * a @ b.T
-    return different <= NEAR_BITS
 
 
 def _advice(about: Survey, found: Sequence[ImageFacts], source: Source) -> Iterator[str]:
@@ -360,8 +363,8 @@ def _advice_on_labels(about: Survey) -> Iterator[str]:
             )
 
 
-def _count(images: int) -> str:
-    return "1 image" if images == 1 else f"{images:,} images"
+def _count(number: int, what: str = "image") -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
 
 
 def _named(group: Sequence[str]) -> str:

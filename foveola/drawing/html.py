@@ -8,11 +8,10 @@ from html import escape
 from importlib import resources
 from string import Template
 
-import numpy as np
 from PIL import Image
 
 from foveola.drawing.plots import Chart, draw_charts, stroke, to_svg
-from foveola.drawing.sheet import Bar, Pixels, Sheet
+from foveola.drawing.sheet import Bar, Pixels, Sheet, shrunk
 
 CHART = 3.5, 2.1  # inches; with TEXT its letters are 12 pixels high on a phone
 TEXT = 1.22
@@ -151,7 +150,7 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
             told = f"{drawn.title}: {what} of {name}" + (f", {caption}" if caption else "")
             mark = "" if right is None else ("✓ " if right else "✗ ")
             below = tag("span", escape(mark + caption), "caption") if caption else ""
-            cells.append(tag("td", image(_shrunk(tile), told) + below, frame))
+            cells.append(tag("td", image(shrunk(tile, LARGEST_TILE), told) + below, frame))
         title = tag("th", escape(row.title), "name", scope="row") if any(r.title for r in drawn.rows) else ""
         lines.append(tag("tr", title + "".join(cells)))
     if any(row.title for row in drawn.rows):
@@ -178,14 +177,6 @@ def bar(drawn: Bar) -> str:
         for share, text in drawn.marks
     )
     return tag("div", strip + tag("div", marks, "marks"), "bar")
-
-
-def _shrunk(tile: Pixels) -> Pixels:
-    scale = LARGEST_TILE / max(tile.shape[:2])
-    if scale >= 1:
-        return tile
-    size = max(round(tile.shape[1] * scale), 1), max(round(tile.shape[0] * scale), 1)
-    return np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.LANCZOS))
 
 
 def chart(drawn: Chart, salt: str, lines: bool = True) -> str:

@@ -49,6 +49,15 @@ class Sheet:
         return panel(self.title, self.columns, self.rows, tile, self.note, self.bar)
 
 
+def shrunk(pixels: Pixels, side: int) -> Pixels:
+    """Return an image whose longer side has `side` pixels at most, its shape kept."""
+    scale = side / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    size = max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
 def panel(
     title: str,
     columns: Sequence[str],

@@ -16,7 +16,7 @@ from foveola.data.decode import pixels_of
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import Source, as_source, decode, why_bad
 from foveola.drawing.overlays import box_outlines
-from foveola.drawing.sheet import Pixels, Row, Sheet, save_png
+from foveola.drawing.sheet import Pixels, Row, Sheet, save_png, shrunk
 from foveola.embedding.index import Index
 from foveola.embedding.rows import EmbedConfig, Embedding, FeatureRows
 from foveola.evaluation.images import PARCEL
@@ -105,7 +105,7 @@ class SearchResult:
         for query, pixels, hits in zip(self.queries, self.asked, self.hits, strict=True):
             tiles, captions = [_boxed(pixels, query["box"])], ["query"]
             for hit in hits:
-                tiles.append(_boxed(_small(_pixels_of_hit(source, hit)), hit["box"]))
+                tiles.append(_boxed(shrunk(_pixels_of_hit(source, hit), SHOWN_SIDE), hit["box"]))
                 captions.append(f"{hit['similarity']:.3f} {hit['label'] or ''}".rstrip())
             rows.append(Row(query["name"], tiles, captions))
         count = max(map(len, self.hits), default=0)
@@ -177,7 +177,7 @@ def search(
         {"name": str(n), "box": b.astype(float).tolist(), "masked": bool(m)}
         for n, b, m in zip(rows.name, rows.box, rows.masked, strict=True)
     )
-    asked = tuple(_small(decode(source[int(i)].image)) for i in rows.image_index)
+    asked = tuple(shrunk(decode(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
     return SearchResult(queries, hits, about, asked)
 
 
@@ -301,12 +301,6 @@ def _pixels_of_hit(source: Source, hit: dict[str, Any]) -> Pixels:
         raise UserError(f"{source.name}: image {index} is {found}, in the index {name}: these are other data")
     with told(f"{name} cannot be shown"):
         return decode(source[index].image)
-
-
-def _small(pixels: Pixels) -> Pixels:
-    image = Image.fromarray(pixels)
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    return np.asarray(image)
 
 
 def _boxed(pixels: Pixels, box: Sequence[float]) -> Pixels:

@@ -12,12 +12,13 @@ import foveola
 from foveola import progress as bars
 from foveola.data.decode import decode
 from foveola.data.formats import DAMAGED
-from foveola.data.sample import BadImage
+from foveola.data.sample import DataError
 from foveola.data.sources import Source, as_source
 from foveola.data.survey import Survey, survey
 from foveola.drawing import html
-from foveola.drawing.sheet import Row, Sheet
-from foveola.files import write_text
+from foveola.drawing.sheet import Row, Sheet, shrunk
+from foveola.failures import told
+from foveola.files import check_place, write_text
 
 SHOWN, WIDE = 24, 6  # images of the page, and of a row
 LISTED = 50  # lines of a list of names
@@ -38,16 +39,19 @@ def check_data(
     files, classes and objects, and advice. Raises UserError for data that cannot be opened.
     """
     source = as_source(data, "train", "data")
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None:
+        check_place(folder, "give another out=")
 
     def show(items: Iterable[Any], total: int) -> Iterator[Any]:
         return bars.show(items, total, f"images of {source.name}", progress)
 
     found = survey(source, images, show)
-    if out is not None:
-        folder = Path(out).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "check.json", json.dumps(found.tree(), indent=1) + "\n")
-        write_text(folder / "check.html", data_page(found, source))
+    if folder is not None:
+        with told(f"{folder} cannot be written"):
+            text = json.dumps(found.tree(), indent=1, allow_nan=False)
+            write_text(folder / "check.json", text + "\n")
+            write_text(folder / "check.html", data_page(found, source))
     return found
 
 
@@ -85,9 +89,9 @@ def _sheet(source: Source) -> Sheet:
         try:
             sample = source[index]
             pixels = decode(sample.image)
-        except (BadImage, *DAMAGED):
+        except (DataError, *DAMAGED):
             continue
-        tiles.append(pixels)
+        tiles.append(shrunk(pixels, html.LARGEST_TILE))  # photos as a whole would fill the memory
         names.append(f"{sample.name} ({pixels.shape[1]} x {pixels.shape[0]})")
     rows = [Row("", tiles[i : i + WIDE], names[i : i + WIDE]) for i in range(0, len(tiles), WIDE)]
     return Sheet("Evenly spread over the data set", [""] * min(WIDE, len(tiles)), rows)

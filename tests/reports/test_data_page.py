@@ -3,16 +3,19 @@
 import io
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 
 import foveola
 from foveola.cli import main
 from foveola.config import UserError
-from foveola.data.survey import looks_like, survey
+from foveola.data import identity
+from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.survey import ImageFacts, alike_groups, small_grey, survey
 
 
 def scene(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
@@ -45,7 +48,7 @@ def test_what_is_wrong_is_found_and_named(folder: Path) -> None:
     shutil.copy(folder / "cat" / "0.png", dog / "copy.png")
     Image.fromarray(scene(1)).resize((40, 30)).save(dog / "like.jpg", quality=60)
     (dog / "torn.png").write_bytes((folder / "cat" / "2.png").read_bytes()[:200])
-    Image.fromarray(np.full((60, 80, 3), 9, np.uint8)).save(dog / "flat.png")
+    Image.fromarray(np.full((60, 80, 3), (9, 99, 199), np.uint8)).save(dog / "flat.png")
     Image.fromarray(scene(7, 20, 90)).save(dog / "long.png")
     Image.fromarray(scene(8)).convert("RGBA").save(dog / "clear.png")
     Image.fromarray(np.repeat(scene(9)[..., :1], 3, 2)).save(dog / "grey.png")
@@ -62,7 +65,7 @@ def test_what_is_wrong_is_found_and_named(folder: Path) -> None:
         "turned by EXIF": 1,
         "transparent": 1,
         "one value everywhere": 1,
-        "colour files of grey images": 2,  # the flat one is grey, too
+        "colour files of grey images": 1,
         "longer than 3 to 1": 1,
     }
     assert list(found.shares["profiles"].values()) == [1]
@@ -93,7 +96,7 @@ def test_values_above_8_bits_are_found(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", ["jpeg", "half", "brighter"])
 def test_what_looks_the_same_stays_near(change: str) -> None:
-    near, far = [], []
+    facts = []
     for seed in range(40):
         pixels = scene(seed, 120, 160)
         image = Image.fromarray(pixels)
@@ -105,16 +108,39 @@ def test_what_looks_the_same_stays_near(change: str) -> None:
             other = np.asarray(image.resize((80, 60), Image.Resampling.BICUBIC))
         else:
             other = (pixels.astype(float) * 0.9 + 20).clip(0, 255).astype(np.uint8)
-        near.append((looks_like(pixels) ^ looks_like(other)).bit_count())
-        far.append((looks_like(pixels) ^ looks_like(scene(seed + 1000))).bit_count())
-    assert sum(bits <= 6 for bits in near) >= 38
-    assert min(far) > 6
+        facts += [ImageFacts(f"{seed}", look=small_grey(each)) for each in (pixels, other)]
+    assert [[each.name for each in group] for group in alike_groups(facts)] == [
+        [str(seed)] * 2 for seed in range(40)
+    ]
 
 
-def test_the_hash_by_hand() -> None:
-    rising = np.repeat(np.arange(9, dtype=np.uint8)[None, :, None] * 20, 8, 0).repeat(3, 2)
-    assert looks_like(rising) == 2**64 - 1
-    assert looks_like(rising[:, ::-1].copy()) == 0
+def test_small_things_on_a_plain_ground_do_not_look_the_same() -> None:
+    """Of cells and the like nearly all pixels are equal in all images: only where they differ counts."""
+    facts = []
+    for seed in range(60):
+        image = Image.new("RGB", (112, 112))
+        x, y = np.random.default_rng(seed).integers(0, 90, 2).tolist()
+        ImageDraw.Draw(image).ellipse([x, y, x + 20, y + 20], fill=(200, 100, 50))
+        facts.append(ImageFacts(f"{seed}", look=small_grey(np.asarray(image))))
+    again = replace(facts[8], name="again")
+    empty = [ImageFacts(f"empty {i}", look=bytes(256)) for i in range(2)]
+    groups = alike_groups([*facts, *empty, again])
+    assert sum(map(len, groups)) <= 4  # by chance two are in nearly the same place
+    assert ["8", "again"] in [[each.name for each in group] for group in groups]
+
+
+def test_images_that_look_the_same_one_after_the_other_are_one_group(monkeypatch) -> None:
+    """Each is near the next alone; and blocks change nothing."""
+    waves = [np.sin(np.arange(256) / 5 + step / 7) for step in range(30)]
+    looks = [np.rint(127 + 100 * wave).astype(np.uint8).tobytes() for wave in waves]
+    facts = [ImageFacts(str(i), look=look) for i, look in enumerate(looks)]
+    near = np.corrcoef([np.frombuffer(look, np.uint8) for look in looks]) >= 0.98
+    assert near[0].sum() == 2
+    shuffled = [facts[i] for i in np.random.default_rng(0).permutation(30)]
+    for compared in (2**22, 70):
+        monkeypatch.setattr("foveola.data.survey.PAIRS_AT_ONCE", compared)
+        assert sorted(map(len, alike_groups(shuffled))) == [30]
+        assert [len(group) for group in alike_groups([*facts[:10], *facts[20:]])] == [10, 10]
 
 
 def test_a_part_is_looked_at_evenly(folder: Path) -> None:
@@ -165,3 +191,65 @@ def test_data_without_a_readable_image(tmp_path: Path) -> None:
     assert found.sides == {}
     with pytest.raises(UserError, match="nothing"):
         foveola.check_data("nothing:/here", progress=False)
+
+
+@dataclass
+class OwnSource:
+    """A source of one's own, some of whose samples cannot be had."""
+
+    samples: list[Sample | Exception]
+    name: str = "own"
+    classes: tuple[str, ...] | None = None
+    has_objects: bool = False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        if isinstance(sample, Exception):
+            raise sample
+        return sample
+
+
+def test_samples_that_a_source_refuses_are_found_and_do_not_end_the_look(tmp_path: Path) -> None:
+    good = Sample(scene(0), "good")
+    refused = [BadImage("a: no such row"), DataError("b: its box lies outside")]
+    missing = Sample(tmp_path / "missing.png", "missing.png")
+    found = foveola.check_data(OwnSource([good, *refused, missing]), tmp_path / "out", progress=False)
+    assert found.looked == 4
+    assert found.unreadable == [
+        ("image 1", "a: no such row"),
+        ("image 2", "b: its box lies outside"),
+        ("missing.png", "No such file or directory"),
+    ]
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["looked"] == 4
+
+
+def test_odd_modes_are_what_they_are(tmp_path: Path) -> None:
+    for number, mode in enumerate(("1", "P", "L", "LA", "RGBA")):
+        Image.fromarray(scene(number)).convert(mode).save(tmp_path / f"{mode}.png")
+    Image.fromarray(scene(9)).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    frames = [Image.fromarray(scene(10 + i)) for i in range(3)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    found = foveola.check_data(f"folder:{tmp_path}", progress=False)
+    assert found.shares["channels"] == {"grey": 2, "four": 2, "colour": 2, "grey and alpha": 1}
+    assert found.shares["bits"] == {"8": 6, "1": 1}
+    assert found.shares["noted"]["transparent"] == 2
+    assert found.unreadable == []
+
+
+def test_each_file_is_read_once(folder: Path, monkeypatch) -> None:
+    source, read = foveola.open_source(f"folder:{folder}"), []
+    whole, hashed = Path.read_bytes, identity._hash_file
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), whole(path))[1])
+    monkeypatch.setattr(identity, "_hash_file", lambda path: (read.append(path), hashed(path))[1])
+    survey(source)
+    assert len(read) == len(set(read)) == 6
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_image_is_read(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("foveola.reports.data_page.survey", None)
+    with pytest.raises(UserError, match="is a file where a folder belongs: give another out="):
+        foveola.check_data("scenes:?count=2", tmp_path / "file", progress=False)
