@@ -307,7 +307,7 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-XML_ERRORS = (ElementTree.ParseError, AttributeError, TypeError, ValueError)  # of a file that is none
+XML_ERRORS = (ElementTree.ParseError, AttributeError, OverflowError, TypeError, ValueError)  # of no such file
 
 
 def read_xml(path: Path) -> tuple[tuple[int, int], Float[np.ndarray, "K 4"]]:

@@ -4,6 +4,7 @@ Counts that do not add up to the image, or a polygon that reaches to 1e9, make i
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from foveola.data.decode import MAX_PIXELS
+from foveola.data.listing import read_lines
 from foveola.data.sample import DataError
 
 RLE_DIGITS = 6  # characters of a number in compressed RLE: 30 bits
@@ -22,7 +24,7 @@ def listed_part(tree: dict, path: Path) -> dict:
     A file name alone is enough, as is a path with more folders than the annotations have (lists such as that
     of COCO20k). Raises DataError for names of no image, or of several.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_lines(path)]
     known: dict[str, list[dict]] = {}
     for image in tree["images"]:
         for name in {image["file_name"], image["file_name"].rsplit("/", 1)[-1]}:
@@ -81,7 +83,7 @@ def check_annotation(annotation: dict, width: int, height: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # JSON's integers have no end
 
 
 def _check_ring(ring: Any, width: int, height: int) -> None:

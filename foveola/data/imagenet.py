@@ -18,7 +18,7 @@ from foveola.data.annotations import read_json
 from foveola.data.decode import decode
 from foveola.data.identity import Identity
 from foveola.data.layouts import ImageFiles, open_imagenet
-from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable
+from foveola.data.listing import check_inside, check_listed, find_images, misfit, printable, read_lines
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import read_names
 
@@ -170,7 +170,7 @@ def _numbers(tables: Path, words: str) -> list[int]:
     listed = next((place for place in places if place.is_file()), None)
     if listed is None:
         raise DataError(f"objectnet: no file {places[0]}")
-    line_of = {line.strip(): i for i, line in enumerate(listed.read_text(encoding="utf-8").splitlines())}
+    line_of = {line.strip(): i for i, line in enumerate(read_lines(listed))}
     number_of = {int(i): int(n) for n, i in _table(tables / "pytorch_to_imagenet_2012_id.json").items()}
     numbers = []
     for word in (part.strip() for part in words.split("; ")):
@@ -196,7 +196,7 @@ def open_listed(
     """
     if files is None:
         raise DataError("listed: needs files=, as in listed:/images?files=/train.csv")
-    lines = [line for line in files.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line for line in read_lines(files) if line.strip()]
     rows = [_all_fields(line) if several else _fields(line) for line in lines]
     if not rows or (not several and len({len(row) for row in rows}) > 1):
         raise DataError(f"{files}: every line is `path label`, or every line is `path`; and there is a line")

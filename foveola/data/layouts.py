@@ -22,7 +22,7 @@ from foveola.data.annotations import (
 from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
 from foveola.data.instances import few_objects, read_instances
-from foveola.data.listing import check_listed, find_images, match_names, misfit, printable
+from foveola.data.listing import check_listed, find_images, match_names, misfit, printable, read_lines
 from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
 from foveola.data.tables import read_boxes
 
@@ -297,9 +297,7 @@ def _read_table(root: Path, file: str, columns: int) -> list[list[str]]:
     path = root / file
     if not path.is_file():
         raise misfit("tinyimagenet", f"no file {path}")
-    rows = [
-        line.rstrip("\r").split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
-    ]
+    rows = [line.split("\t") for line in read_lines(path) if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) < columns:
             raise DataError(f"{path}, line {number}: {len(row)} fields where {columns} are expected")

@@ -138,6 +138,14 @@ def check_inside(where: Path, files: Sequence[str]) -> None:
             raise DataError(f"{where}: names {printable(file)!r}, which is not below the folder of images")
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, with empty ones. Raises DataError for one that is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 (byte {error.start})") from None
+
+
 def printable(text: str) -> str:
     """Return the text that any file and terminal takes: bytes of a name that are not UTF-8 become
     backslashes.

@@ -16,7 +16,7 @@ from jaxtyping import Integer, UInt8
 from foveola.data.annotations import Packed, map_size, read_values
 from foveola.data.fit import upright_map
 from foveola.data.layouts import ImageFiles
-from foveola.data.listing import check_listed, find_images, misfit, printable
+from foveola.data.listing import check_listed, find_images, misfit, printable, read_lines
 from foveola.data.sample import IGNORE, DataError, Sample
 
 UNKNOWN = 254  # in a table of values: one that the data set does not have
@@ -206,7 +206,7 @@ def read_names(path: Path) -> list[str]:
     """Return names of classes, one a line. Raises DataError for a file that is missing or names none."""
     if not path.is_file():
         raise DataError(f"no file of class names {path}")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_lines(path) if line.strip()]
     if len(set(names)) < len(names) or not names:
         raise DataError(f"{path}: needs a class name a line, each once")
     return names
@@ -261,7 +261,7 @@ def _voc_set(base: Path, which: str) -> list[str]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise misfit("voc", f"no list {places[0]}")
-    stems = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    stems = [Path(line.split()[0]).stem for line in read_lines(path) if line.strip()]
     if not stems:
         raise DataError(f"{path}: names no image")
     return sorted(set(stems))
@@ -276,7 +276,7 @@ def open_ade20k(name: str, root: Path, split: str) -> LabelledImages:
     info = base / "objectInfo150.txt"  # Idx, Ratio, Train, Val, Name
     names = [f"class {number}" for number in range(1, 151)]
     if info.is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()[1:]
+        lines = read_lines(info)[1:]
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
         names = [f"{number} {word}" for number, word in enumerate(names, start=1)]  # two classes are "screen"
     if len(names) != 150:

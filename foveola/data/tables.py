@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foveola.data.annotations import read_json
+from foveola.data.listing import read_lines
 from foveola.data.sample import DataError
 
 NAME_COLUMNS = (
@@ -47,7 +48,7 @@ def read_boxes(path: Path) -> dict[str, list[LabelledBox]]:
     for where, name, fields, sized in _json_boxes(path) if path.suffix == ".json" else _csv_boxes(path):
         try:
             x0, y0, x1, y1 = (float(value) for value in fields[:4])
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise DataError(f"{where}: a box is x0, y0, x1, y1 and perhaps a label, not {fields}") from None
         box = (x0, y0, x0 + x1, y0 + y1) if sized else (x0, y0, x1, y1)
         _check(box, where, sized)
@@ -75,25 +76,24 @@ def _check(box: tuple[float, float, float, float], where: str, sized: bool) -> N
 def _csv_boxes(path: Path) -> Iterator[tuple[str, str, Sequence[Any], bool]]:
     """Where a box stands, its image, its four numbers and label, and whether these are width and height."""
     columns, sized, started = None, False, False
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, line in enumerate(csv.reader(file), start=1):
-            fields = [field.strip() for field in line]
-            if not any(fields):
-                continue
-            where = f"{path}, line {number}"
-            _check_separator(fields, where)
-            if not started and not any(_is_number(field) for field in fields):
-                columns, sized = _understand(fields, where)
-            elif columns is not None:
-                if len(fields) <= max(columns):
-                    raise DataError(f"{where}: {len(fields)} fields, fewer than the header names")
-                name, *values = (fields[column] for column in columns)
-                yield where, name, values, sized
-            else:
-                if len(fields) > 6:
-                    raise DataError(f"{where}: {len(fields)} fields without a header; a line is {WITHOUT}")
-                yield where, fields[0], fields[1:], False
-            started = True
+    for number, line in enumerate(csv.reader(f"{line}\n" for line in read_lines(path)), start=1):
+        fields = [field.strip() for field in line]
+        if not any(fields):
+            continue
+        where = f"{path}, line {number}"
+        _check_separator(fields, where)
+        if not started and not any(_is_number(field) for field in fields):
+            columns, sized = _understand(fields, where)
+        elif columns is not None:
+            if len(fields) <= max(columns):
+                raise DataError(f"{where}: {len(fields)} fields, fewer than the header names")
+            name, *values = (fields[column] for column in columns)
+            yield where, name, values, sized
+        else:
+            if len(fields) > 6:
+                raise DataError(f"{where}: {len(fields)} fields without a header; a line is {WITHOUT}")
+            yield where, fields[0], fields[1:], False
+        started = True
 
 
 def _check_separator(fields: list[str], where: str) -> None:

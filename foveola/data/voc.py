@@ -10,7 +10,7 @@ import numpy as np
 from foveola.data.annotations import XML_ERRORS, CocoObjects
 from foveola.data.coco import check_size
 from foveola.data.layouts import ImageFiles
-from foveola.data.listing import find_images, misfit
+from foveola.data.listing import find_images, misfit, read_lines
 from foveola.data.sample import DataError
 from foveola.data.segmentation import VOC_WORDS
 
@@ -84,9 +84,7 @@ def _stems(base: Path, split: str) -> list[str] | None:
     path = base / "ImageSets/Main" / f"{split}.txt"
     if not path.is_file():
         return None
-    stems = sorted(
-        {line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
-    )
+    stems = sorted({line.split()[0] for line in read_lines(path) if line.strip()})
     if not stems:
         raise DataError(f"{path}: names no image")
     return stems

@@ -52,6 +52,7 @@ GOOD = {"bbox": [1, 1, 8, 8], "area": 64}
         ({"segmentation": {"size": [20, 30]}}, "segmentation: 'counts'"),
         ({"bbox": [1, 1, -8, 8]}, r"bbox \[1, 1, -8, 8\] is not x, y, width, height"),
         ({"bbox": [1, 1, float("nan"), 8]}, "is not x, y, width, height"),
+        ({"bbox": [1, 1, 10**400, 8]}, "is not x, y, width, height"),
         ({"bbox": ["1", 1, 8, 8]}, "is not x, y, width, height"),
         ({"bbox": [40, 1, 8, 8]}, r"bbox \[40, 1, 8, 8\] lies outside its 30x20 pixels"),
         ({"area": float("inf")}, "area inf"),

@@ -1,5 +1,6 @@
 """What lies below a folder: each image once, nothing left out without a word, no name that breaks a run."""
 
+import json
 import os
 from pathlib import Path
 
@@ -91,3 +92,24 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path):
     name = open_source(f"folder:{tmp_path}")[0].name
     assert name == "caf\\udce9.png"
     assert printable("café") == "café"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("boxes.csv", "folder:{folder}?boxes={file}"),
+        ("files.txt", "listed:{folder}?files={file}"),
+        ("files.txt", "coco:{folder}?annotations={coco}&files={file}"),
+        ("ImageSets/Main/train.txt", "voc-objects:{folder}?split=train"),
+        ("words.txt", "tinyimagenet:{folder}?split=train"),
+    ],
+)
+def test_lists_that_are_not_utf8_are_named(tmp_path: Path, folder: Path, name: str, source: str):
+    (folder / "Annotations").mkdir()
+    file, coco = folder / name, tmp_path / "coco.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"a/1.png,0,0,5,5\nb/\xe4.png,0,0,5,5\n")  # Latin-1
+    images = [{"id": 1, "file_name": "a/1.png", "width": 9, "height": 9}]
+    coco.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(DataError, match=rf"{file} is no text in UTF-8 \(byte 18\)"):
+        open_source(source.format(folder=folder, file=file, coco=coco))

@@ -108,6 +108,10 @@ def test_mistakes(voc: Path, tmp_path: Path):
         DataError, match=r"000007.xml is no annotation of VOC: annotation without size/height"
     ):
         open_source(f"voc-objects:{voc}?split=val")
+    endless = "<annotation><size><width>inf</width><height>20</height></size></annotation>"
+    (voc / "Annotations" / "000007.xml").write_text(endless)
+    with pytest.raises(DataError, match=r"000007.xml is no annotation of VOC: cannot convert float infinity"):
+        open_source(f"voc-objects:{voc}?split=val")
     (voc / "ImageSets/Main/val.txt").write_text("000008\n../../x\n")
     with pytest.raises(DataError, match=r"2 of 2 listed images are missing, such as \.\./\.\./x"):
         open_source(f"voc-objects:{voc}?split=val")
