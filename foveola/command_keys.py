@@ -2,6 +2,7 @@
 
 from foveola.config import KeyInfo
 
+DEVICE = KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one")
 EVALUATE_KEYS = [
     KeyInfo(
         "model",
@@ -34,14 +35,14 @@ EVALUATE_KEYS = [
         None,
         "folder that keeps features; null = that of FOVEOLA_CACHE, or temporary",
     ),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
     KeyInfo("overlap", "refuse|drop|allow", "refuse", "test images that train holds as well, byte for byte"),
 ]
 ANALYZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
     KeyInfo("data", "text", "(needed)", "images, as a data string; labels and objects are not used"),
     KeyInfo("out", "text", "(needed)", "folder for attention.json, attention.csv and charts"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
 ]
 VISUALIZE = [
     KeyInfo(
@@ -49,7 +50,7 @@ VISUALIZE = [
     ),
     KeyInfo("data", "text", "(needed)", "images, as a data string; not for positions"),
     KeyInfo("out", "text", "figures", "folder for KIND.png, or a file that ends in .png"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
 ]
 TRAIN = KeyInfo(
     "train",
@@ -107,7 +108,7 @@ EMBED = [
     KeyInfo("model", "text", "(needed)", "what encodes: a run or encoder folder, weights, as for evaluate"),
     KeyInfo("data", "text", "(needed)", "images, as a data string, with the objects that it has"),
     KeyInfo("out", "text", "(needed)", "file to write: it ends in .parquet, .npz or .zarr"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
 ]
 SEARCH = [
     KeyInfo("index", "text", "(needed)", "a file that foveola embed wrote"),
@@ -123,13 +124,13 @@ SEARCH = [
     KeyInfo("method", "exact|hnsw", "exact", "hnsw: by a graph, for more than a million rows"),
     KeyInfo("out", "text or null", None, "also write the result (.json), or a sheet of images (.png)"),
     KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
 ]
 MASKS = [
     KeyInfo("data", "text", "(needed)", "images, as a data string (docs/data.md)"),
     KeyInfo("model", "text", "(needed)", "what finds the objects; which models there are depends on KIND"),
     KeyInfo("out", "text", "(needed)", "folder for objects.json and its contact sheet"),
-    KeyInfo("device", "text or null", None, "cpu, cuda, cuda:1; null = a GPU if there is one"),
+    DEVICE,
 ]
 MASKS_CHECK = [
     KeyInfo(

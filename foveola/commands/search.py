@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> None:
             device=str(device),
             progress=True,
         )
+        if not distributed.is_main():
+            return
         print(found.table())
         if out is not None:
             print(found.save(str(out), None if data is None else str(data)))

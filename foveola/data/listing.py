@@ -163,7 +163,8 @@ def find_names(named: Iterable[str], files: Sequence[str]) -> dict[str, int]:
     for row, file in enumerate(files):
         name = file.rsplit("/", 1)[-1]
         by_name[name] = -1 if name in by_name else row
-    return {name: by_path.get(name.replace("\\", "/"), by_name.get(name, -1)) for name in named}
+    slashed = {name: name if name in by_path else name.replace("\\", "/") for name in named}
+    return {name: by_path.get(path, by_name.get(name, -1)) for name, path in slashed.items()}
 
 
 def match_names(named: Iterable[str], files: Sequence[str], where: Path) -> dict[str, int]:

@@ -1,9 +1,12 @@
 """A graph of near neighbours (HNSW, by faiss) for indices of millions of rows, and how much it misses."""
 
 import hashlib
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from foveola import files
 from foveola.evaluation.metrics import unit_rows
 from foveola.evaluation.search import nearest_rows
+from foveola.failures import explain
 from foveola.outside import library
 
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 200, 128  # edges of a node; candidates while it is made, and searched
@@ -41,8 +45,9 @@ def graph_of(vectors: Float[Tensor, "n D"], path: Path | None, device: torch.dev
     kept = None if path is None else path.with_name(f"{path.name}.hnsw.npz")
     digest = _digest(vectors)
     if kept is not None and kept.is_file():
-        with np.load(kept, allow_pickle=False) as parts:
-            if str(parts["digest"]) == digest:  # else the file was written anew since
+        damaged = OSError, ValueError, EOFError, KeyError, BadZipFile  # then it is made again
+        with suppress(*damaged), kept.open("rb") as file, np.load(file) as parts:
+            if str(parts["digest"]) == digest:  # else the features were written anew since
                 return Graph(faiss.deserialize_index(parts["graph"]), float(parts["recall"]))
     made = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     made.hnsw.efConstruction = BUILD_WIDTH
@@ -50,8 +55,11 @@ def graph_of(vectors: Float[Tensor, "n D"], path: Path | None, device: torch.dev
         made.add(unit_rows(part).numpy())
     graph = Graph(made, _recall(made, vectors, device))
     if kept is not None:
-        with files.whole(kept) as part, part.open("wb") as file:
-            np.savez(file, graph=faiss.serialize_index(made), recall=graph.recall, digest=digest)
+        try:
+            with files.whole(kept) as part, part.open("wb") as file:
+                np.savez(file, graph=faiss.serialize_index(made), recall=graph.recall, digest=digest)
+        except OSError as error:
+            warnings.warn(f"the graph is not kept: {explain(error)}", stacklevel=3)
     return graph
 
 

@@ -81,7 +81,10 @@ class Index:
 
         Raises UserError for other shapes, and numbers that are not finite.
         """
-        array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
+        if isinstance(features, Tensor):
+            features = features.detach().cpu()
+            features = features if features.dtype == torch.float16 else features.float()
+        array = np.asarray(features)
         array = array if array.dtype in (np.float32, np.float16) else array.astype(np.float32)
         if array.ndim not in (2, 4) or not len(array):
             raise UserError(f"features: expected [n, D] or [n, h, w, D], got {list(array.shape)}")
@@ -91,6 +94,8 @@ class Index:
         for what, column in (("names", names), ("labels", labels), ("boxes", boxes)):
             if column is not None and len(column) != count:
                 raise UserError(f"{what}: {len(column)} of {count} rows")
+        if boxes is not None and np.shape(boxes) != (count, 4):
+            raise UserError(f"boxes: expected [{count}, 4], got {list(np.shape(boxes))}")
         unknown, ones = np.full(count, -1), np.ones(count, np.float32)
         rows = FeatureRows(
             feature=np.ascontiguousarray(array),
@@ -101,7 +106,7 @@ class Index:
             object=unknown,
             box=np.tile(np.array(WHOLE, np.float32), (count, 1))
             if boxes is None
-            else np.asarray(boxes, np.float32).reshape(count, 4),
+            else np.asarray(boxes, np.float32),
             width=np.zeros(count, np.int64),
             height=np.zeros(count, np.int64),
             masked=ones == 0,
@@ -120,9 +125,10 @@ class Index:
             vectors: an array or tensor [m, D], or [D].
             method: "exact" compares with every row, in float32, on the device of the index. "hnsw" walks
                 through a graph (faiss), which is made once and kept beside the file; `graph.recall` says how
-                many of the exact neighbours it finds. It is for more than a million rows.
+                many of the exact neighbours it finds. It is for more than a million rows. Where the graph
+                finds fewer than `top` rows, a vector is compared with every row.
 
-        Raises UserError for vectors of another width, and for hnsw without faiss.
+        Raises UserError for vectors of another width, numbers that are not finite, and hnsw without faiss.
         """
         asked = torch.as_tensor(vectors)
         asked = asked[None] if asked.ndim == 1 else asked
@@ -131,6 +137,8 @@ class Index:
                 f"vectors: expected [m, {self.vectors.shape[1]}] as the index has them, got "
                 f"{list(torch.as_tensor(vectors).shape)}"
             )
+        if not torch.isfinite(asked).all():
+            raise UserError("vectors: not all numbers are finite")
         if top < 1:
             raise UserError(f"top={top}: expected at least 1")
         if method == "exact":
@@ -140,7 +148,11 @@ class Index:
             raise UserError(f"method={method}: expected exact or hnsw")
         if self.graph is None:
             self.graph = graph_of(self.vectors, self.path, self.device)
-        return Neighbours(*self.graph.search(unit_rows(asked).numpy(), min(top, len(self))))
+        near, rows = self.graph.search(unit_rows(asked).numpy(), min(top, len(self)))
+        if (lost := (rows < 0).any(axis=1)).any():  # the graph has no way to as many rows
+            exact = nearest_rows(asked[torch.from_numpy(lost)], self.vectors, top, device=self.device)
+            near[lost], rows[lost] = (part.numpy() for part in exact)
+        return Neighbours(near, rows)
 
     def describe(self, index: int | np.integer) -> dict[str, Any]:
         """Return what a row is: `name`, `label`, `image_index`, `object`, `box` in the unit square.

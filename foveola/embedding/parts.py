@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,7 +25,7 @@ class FileParts:
     def prepare(self) -> None:
         """Make the folder. Raises UserError where it holds parts of other work."""
         path = self.folder / "work.json"
-        if not self.folder.exists():
+        if not path.exists() and not any(self.folder.glob("part-*")):  # perhaps a kill came between
             files.write_text(path, json.dumps(self.work, indent=2) + "\n")
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -51,23 +54,27 @@ class FileParts:
         """All parts, one after the other."""
         for number in range(self.count):
             with self._open(number) as part:
-                yield FeatureRows(*(part[name] for name in FeatureRows._fields))
+                rows = FeatureRows(*(part[name] for name in FeatureRows._fields))
+            yield rows
 
     def column(self, name: str) -> Iterator[np.ndarray]:
         """Yield one column of each part."""
         for number in range(self.count):
             with self._open(number) as part:
-                yield part[name]
+                values = part[name]
+            yield values
 
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
 
-    def _open(self, number: int) -> Any:
+    @contextmanager
+    def _open(self, number: int) -> Iterator[Any]:
         path = self._path(number)
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
+                yield part
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and give the same command") from error
 
     def _path(self, number: int) -> Path:

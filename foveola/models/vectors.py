@@ -16,6 +16,8 @@ def vectors_of(encoder: Any, images: Any, batch_size: int) -> Float32[np.ndarray
 
     Raises UserError for no image, one that cannot be read, and tensors of other shapes.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: expected at least 1")
     training, parts = encoder.training, []
     encoder.eval()
     try:
@@ -39,6 +41,9 @@ def _batches(encoder: Any, images: Any, batch_size: int) -> Iterator[Float[Tenso
             made = [
                 _pixels(encoder, x[None])[0] if isinstance(x, Tensor) else encoder.transform(x) for x in some
             ]
+            if other := [x for x in made if x.shape != made[0].shape]:
+                sizes = list(made[0].shape), list(other[0].shape)
+                raise UserError(f"images: tensors of one size are encoded together, got {sizes}")
             yield torch.stack(made)
     elif isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray):
         for batch in images:

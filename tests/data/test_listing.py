@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveola.data.listing import check_inside, find_images, printable
+from foveola.data.listing import check_inside, find_images, find_names, printable
 from foveola.data.sample import DataError
 from foveola.data.sources import notes_of, open_source
 
@@ -92,6 +92,8 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path):
     name = open_source(f"folder:{tmp_path}")[0].name
     assert name == "caf\\udce9.png"
     assert printable("café") == "café"
+    assert find_names([name], [name, "a/b.png"]) == {name: 0}  # as an annotation file has it
+    assert find_names(["a\\b.png"], [name, "a/b.png"]) == {"a\\b.png": 1}
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,24 @@ def test_done_is_done_and_other_work_is_refused(photos, model, tmp_path, monkeyp
     assert not (tmp_path / "g.npz").exists()
 
 
+def test_what_a_kill_or_a_disk_leaves_of_the_parts(photos, model, tmp_path, monkeypatch) -> None:
+    """A folder without its `work.json` is begun anew; a part that is cut short is named."""
+    out, folder = tmp_path / "f.npz", tmp_path / "f.npz.parts"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("foveola.embedding.embed._finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            foveola.embed(model, photos, out=out, **QUIET)
+    part = folder / "part-000000.npz"
+    whole = part.read_bytes()
+    for damaged in (whole[:700], whole[:100] + bytes(50) + whole[150:], b""):
+        part.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"part-000000\.npz is damaged .*: remove it, and give the same"):
+            foveola.embed(model, photos, out=out, **QUIET)
+    part.unlink()
+    assert foveola.embed(model, photos, out=out, **QUIET).computed == 20
+
+
 # -- trouble -------------------------------------------------------------------------------------------------
 
 
@@ -361,9 +379,12 @@ def open_view(image: np.ndarray, encoder) -> torch.Tensor:
         (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "expected uint8 pixels or normalised floats"),
         ("nowhere.png", "nowhere.png"),
         (iter(["a.png"]), "expected batches of tensors, got"),
+        ([torch.zeros(3, 32, 32), torch.zeros(3, 32, 40)], r"of one size are encoded together, got .*32, 40"),
         (3, "int"),
     ],
 )
 def test_what_an_encoder_cannot_embed(model, images, message) -> None:
     with pytest.raises(UserError, match=message):
         load(model).embed(images)
+    with pytest.raises(UserError, match="batch_size=0: expected at least 1"):
+        load(model).embed(images, batch_size=0)

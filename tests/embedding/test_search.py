@@ -88,6 +88,54 @@ def test_a_graph_says_its_recall_and_is_kept_for_the_same_rows(tmp_path, written
     assert (tmp_path / "objects.npz.hnsw.npz").read_bytes() != kept
 
 
+def test_where_a_graph_has_no_way_to_as_many_rows_all_are_compared() -> None:
+    pytest.importorskip("faiss")
+    bank = np.repeat(np.random.default_rng(0).normal(size=(30, 16)), 100, axis=0).astype(np.float32)
+    index, lost = Index.build(bank, device="cpu"), []
+    for number in (0, 1500):  # which of them the graph serves is its own affair
+        own = bank[number : number + 1]
+        there = index.search(own, 200, method="hnsw")
+        if (index.graph.search(own / np.linalg.norm(own), 200)[1] < 0).any():
+            exact = naive(own, bank, 200)[0]
+            np.testing.assert_allclose(there.similarities, exact, atol=1e-5)
+            lost.append(number)
+        assert len(set(there.indices[0].tolist())) == 200
+        assert there.indices.min() >= 0
+    assert lost
+
+
+def test_a_graph_that_cannot_be_kept_or_read_is_made_again(tmp_path, written, monkeypatch) -> None:
+    pytest.importorskip("faiss")
+    path = tmp_path / "objects.npz"
+    path.write_bytes(written["objects"].read_bytes())
+    kept = tmp_path / "objects.npz.hnsw.npz"
+    for left in (b"PK", b"", b"\x80"):
+        kept.write_bytes(left)
+        index = Index.load(path, "cpu")
+        assert index.search(index.vectors[3], 1, method="hnsw").indices.tolist() == [[3]]
+        assert len(kept.read_bytes()) > 1000
+    kept.unlink()
+
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("foveola.embedding.graph.np.savez", full)
+    index = Index.load(path, "cpu")
+    with pytest.warns(UserWarning, match="the graph is not kept: .*No space left on device"):
+        found = index.search(index.vectors[3], 1, method="hnsw")
+    assert found.indices.tolist() == [[3]]
+
+
+def test_own_features_in_other_forms() -> None:
+    ones = torch.eye(4, 8, dtype=torch.bfloat16)
+    index = Index.build(ones, device="cpu")
+    assert index.search(ones[2], 1).indices.tolist() == [[2]]
+    with pytest.raises(UserError, match=r"boxes: expected \[4, 4\], got \[4, 5\]"):
+        Index.build(ones, boxes=np.zeros((4, 5)))
+    with pytest.raises(UserError, match="vectors: not all numbers are finite"):
+        index.search(np.full(8, np.nan))
+
+
 def test_recall_of_a_graph_that_misses_some_is_what_it_misses() -> None:
     """With a graph that is nearly none, `recall` is the share that a count by hand gives."""
     pytest.importorskip("faiss")
