@@ -27,6 +27,9 @@ from foveola.data.sample import DataError
 SHARED = Path("/dev/shm")  # where Linux keeps what processes hand over to each other
 POLL_SECONDS = 1.0  # a signal waits so long for its answer
 HUNG_SECONDS = 60.0  # after so long it is said that nothing comes
+JOIN_SECONDS = (
+    1.0  # for the last read: torch may abort where a thread of it is left at exit; a hung one is left
+)
 RESTARTS = 3  # of the readers, at one step
 
 
@@ -176,7 +179,8 @@ class _Thread:
         self.items, self.step = items, start
         self.asked, self.answers = queue.SimpleQueue(), queue.SimpleQueue()
         self.busy = False
-        threading.Thread(target=self._work, daemon=True, name="foveola-reader").start()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="foveola-reader")
+        self.thread.start()
 
     def next(self, seconds: float) -> Any:
         if not self.busy:
@@ -196,6 +200,7 @@ class _Thread:
 
     def close(self) -> None:
         self.asked.put(None)
+        self.thread.join(JOIN_SECONDS)
 
     def _work(self) -> None:
         while (step := self.asked.get()) is not None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import islice
@@ -363,6 +364,21 @@ def test_reads_that_hang_are_said_and_a_stop_ends_the_wait(monkeypatch, workers:
     assert time.monotonic() - began < 30  # not the 1000 s
     assert len(said) == 1
     assert said[0].startswith("no batch for 0 s: the disk or network")
+
+
+class Slow(Numbered):
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+def test_no_thread_that_reads_is_left_behind(monkeypatch):
+    """An interpreter that ends while a thread is in torch may abort."""
+    monkeypatch.setattr(ahead, "POLL_SECONDS", 0.01)
+    asker = Asker(lambda _: None, lambda: True)
+    before = set(threading.enumerate())
+    assert take(loader(Slow(30), config={"workers": 0}, asker=asker), 1) == []  # stopped while it reads
+    assert set(threading.enumerate()) <= before
 
 
 def test_where_the_largest_batch_does_not_fit_the_first_one_tells_the_size(monkeypatch, tmp_path):
