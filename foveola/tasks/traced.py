@@ -52,7 +52,7 @@ def traced_answer(
 
 
 def _proposals(head: Any, maps: list[Tensor], frame: Float[Tensor, "4"]) -> Float[Tensor, "P 4"]:
-    """What `Proposals.propose` gives for one view at inference."""
+    """What `AnchorProposals.propose` gives for one view at inference."""
     made = head.proposals
     found, moves = made.head(maps)
     counts = [level[0].numel() for level in found]

@@ -286,7 +286,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (f"torchvision:{SSD}?wieghts=a", "unknown option 'wieghts'; known: weights"),
         ("timm:vit_tiny", "is an encoder without a detector: expected torchvision:"),
         (str(plain), "has no head: `foveola finetune vitdet-small` trains one"),
-        (str(tmp_path / "none"), "no model at"),
+        (str(tmp_path / "none"), "no detector at .*: expected torchvision:, hf:, onnx:, or a run of foveola"),
     ):
         with pytest.raises(UserError, match=error) as caught:
             detector(model, DetectorConfig())
