@@ -99,6 +99,12 @@ def proposals_of(
     return Proposals(boxes[order].numpy(), scores[order].numpy(), labels[order].numpy(), masks)
 
 
+def nothing(size: tuple[int, int]) -> FoundInImage:
+    """Return that nothing was found in an image of `size`."""
+    none = torch.zeros(0)
+    return FoundInImage(torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool))
+
+
 def mask_boxes(masks: Bool[Tensor, "K H W"]) -> Float[Tensor, "K 4"]:
     """Return the least boxes that hold the pixels of masks, (x0, y0, x1, y1); zeros where there are none."""
     sides = []

@@ -7,7 +7,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveola.geometry import sample
-from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector, mask_boxes, weights_identity
+from foveola.proposals.found import (
+    FoundInImage,
+    ImagePixels,
+    OpenedDetector,
+    mask_boxes,
+    nothing,
+    weights_identity,
+)
 from foveola.proposals.hf_library import HubModel, has_one_size, pillows
 
 LEFT_OF_SEGMENT = 0.8  # share of a mask that no surer one may take (Mask2Former's OVERLAP_THRESHOLD)
@@ -120,9 +127,3 @@ def panoptic(
         return nothing(size)
     found = torch.stack(cut)
     return FoundInImage(mask_boxes(found), chance[kept], labels[kept], found)
-
-
-def nothing(size: tuple[int, int]) -> FoundInImage:
-    """Return that nothing was found in an image of `size`."""
-    none = torch.zeros(0)
-    return FoundInImage(torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool))

@@ -36,7 +36,8 @@ class Proposer(Protocol):
     """Who finds objects in images.
 
     One that is prompted by the objects that the data have says so with `prompts = True`, and its `propose`
-    takes them as well: `propose(images, objects)`, for each image `Objects` or None.
+    takes them as well: `propose(images, objects)`, for each image `Objects` or None. If it has `of_classes`,
+    the proposer that is asked is what `of_classes(classes)` of the data's classes returns.
     """
 
     @property

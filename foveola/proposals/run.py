@@ -36,6 +36,7 @@ from foveola.proposals.written import (
 )
 
 BAD_NAMED = 3  # unreadable images that are named
+NO_OTHER_WORK = ("workers", "sheet")  # keys that say how the work is done, or shown
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,11 @@ def propose(
     files.check_place(out, "give another out=")
     source = as_source(data, "train", "data")
     proposer = open_proposer(distributed.find_device(device))
-    if getattr(proposer, "prompts", False) and not source.has_objects:
-        raise UserError(f"{source.name} has no objects, and this model is prompted by their boxes")
+    if getattr(proposer, "prompts", False):
+        if not source.has_objects:
+            raise UserError(f"{source.name} has no objects, and this model is prompted by their boxes")
+        of_classes = getattr(proposer, "of_classes", None)
+        proposer = proposer if of_classes is None else of_classes(tuple(source.classes or ()))
     with saying(progress):
         return _Run(source, proposer, config, Path(out).expanduser(), progress).run()
 
@@ -206,8 +210,7 @@ class _Run:
         self.source, self.proposer, self.config, self.progress = source, proposer, config, progress
         self.file = out / OBJECTS
         self.journal = Journal(out / "objects.unfinished")
-        # A key that only says how the work is done makes no other work.
-        kept = {name: value for name, value in to_dict(config).items() if name not in ("workers", "sheet")}
+        kept = {name: value for name, value in to_dict(config).items() if name not in NO_OTHER_WORK}
         work = {"by": proposer.describe(), "kept": kept, "classes": list(proposer.classes)}
         names = "\0".join(source.image_names()) if hasattr(source, "image_names") else ""  # type: ignore[attr-defined]
         work |= {"data": source.name, "contents": identity_of(source).digest}

@@ -1,21 +1,24 @@
 """Masks that SAM and SAM 2 cut, `hf:NAME` or `hf:FOLDER`: where a grid of points lies, or of given boxes."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from foveola.config import UserError, key, to_dict
+from foveola.data.instances import AGNOSTIC
 from foveola.data.sample import Objects
 from foveola.proposals.found import (
     FoundInImage,
     ImagePixels,
     KeptClasses,
     mask_boxes,
+    nothing,
     proposals_of,
     weights_identity,
 )
@@ -24,7 +27,7 @@ from foveola.proposals.proposal import Proposals
 from foveola.zoo.foreign import import_library
 
 PROCESSORS = {"SamModel": "SamProcessor", "Sam2Model": "Sam2Processor"}
-WITHOUT_CLASSES = KeptClasses(("object",), np.zeros(1, np.int64))
+(UNKNOWN,) = AGNOSTIC  # the class of what no class is known of
 NUMBERS_AT_ONCE = 2**28  # numbers of masks at the size of the image that are in memory at once: 1 GB
 
 
@@ -61,13 +64,23 @@ class SegmenterConfig:
         return dict.fromkeys(of_points, "each box has its one mask (prompt=boxes)")
 
 
+class _Cut(NamedTuple):
+    """Masks of an image, with the number of the prompt that each is of."""
+
+    scores: Float[Tensor, "k"]
+    boxes: Float[Tensor, "k 4"]
+    prompts: Int64[Tensor, "k"]
+    packed: UInt8[np.ndarray, "k bytes"]  # 8 pixels a byte
+
+
 class Segmenter:
     """A `Proposer` that asks a segmenter.
 
-    With `prompts` it wants the objects of each image, whose boxes it cuts masks for.
+    With `prompts` it wants the objects of each image, whose boxes it cuts masks for. Their classes are kept
+    where it knows what they are (`of_classes`).
     """
 
-    classes = WITHOUT_CLASSES.classes
+    classes: tuple[str, ...] = AGNOSTIC
     batch_size = 1  # of images; their prompts fill a pass
 
     def __init__(self, model: Any, processor: Any, config: SegmenterConfig, name: str) -> None:
@@ -76,6 +89,15 @@ class Segmenter:
         usual = 0.0 if self.prompts else 0.88
         self.score = usual if config.score is None else config.score
         self.identity = weights_identity(model.state_dict())
+
+    def of_classes(self, classes: Sequence[str]) -> "Segmenter":
+        """Return the same for boxes whose labels are indices of these classes, which masks keep.
+
+        What has no class is an "object".
+        """
+        other = copy(self)
+        other.classes = tuple(dict.fromkeys([*classes, UNKNOWN]))
+        return other
 
     def describe(self) -> dict[str, Any]:
         """Return kind, model, identity of the weights and settings."""
@@ -104,8 +126,16 @@ class Segmenter:
     def _look(self, image: ImagePixels, objects: Objects | None) -> Proposals:
         size = (image.shape[0], image.shape[1])
         asked = self._boxes(objects, size) if self.prompts else self._points(size)
-        found = self._cut(image, asked) if len(asked) else FoundInImage(*_nothing(size))
-        return proposals_of(found, size, self.score, WITHOUT_CLASSES, self.name)
+        found = self._cut(image, asked, self._labels(objects, len(asked))) if len(asked) else nothing(size)
+        kept = KeptClasses(self.classes, np.arange(len(self.classes)))
+        return proposals_of(found, size, self.score, kept, self.name)
+
+    def _labels(self, objects: Objects | None, count: int) -> Int64[Tensor, "n"]:
+        """The class of each prompt."""
+        unknown = self.classes.index(UNKNOWN)
+        if objects is None or objects.labels is None or self.classes == AGNOSTIC:
+            return torch.full((count,), unknown)
+        return torch.from_numpy(np.where(objects.labels < 0, unknown, objects.labels))
 
     def _points(self, size: tuple[int, int]) -> Float32[np.ndarray, "n 1 2"]:
         """A grid of points (x, y) in pixels, in the middles of as many cells that fill the image."""
@@ -118,25 +148,22 @@ class Segmenter:
         boxes = np.zeros((0, 4)) if objects is None else objects.boxes
         return (boxes * np.array([size[1], size[0]] * 2)).astype(np.float32)
 
-    def _cut(self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]) -> FoundInImage:
-        """The masks that the model cuts for points or boxes in an image."""
+    def _cut(
+        self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"], labels: Int64[Tensor, "n"]
+    ) -> FoundInImage:
+        """The masks that the model cuts for points or boxes of these classes in an image."""
         size = (image.shape[0], image.shape[1])
-        parts = list(self._answers(image, asked))
-        scores = torch.cat([part[0] for part in parts])
-        boxes = torch.cat([part[1] for part in parts])
-        packed = np.concatenate([part[2] for part in parts])
+        parts = zip(*self._answers(image, asked), strict=True)
+        scores, boxes, prompts = (torch.cat(next(parts)) for _ in range(3))
+        packed = np.concatenate(next(parts))
         if not self.prompts:
             kept = import_library("torchvision.ops", "detection").nms(boxes, scores, self.config.nms)
-            scores, boxes, packed = scores[kept], boxes[kept], packed[kept.numpy()]
+            scores, boxes, prompts, packed = scores[kept], boxes[kept], prompts[kept], packed[kept.numpy()]
         masks = np.unpackbits(packed, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
-        return FoundInImage(
-            boxes, scores, torch.zeros(len(scores), dtype=torch.int64), torch.from_numpy(masks)
-        )
+        return FoundInImage(boxes, scores, labels[prompts], torch.from_numpy(masks))
 
-    def _answers(
-        self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]
-    ) -> Iterator[tuple[Float[Tensor, "k"], Float[Tensor, "k 4"], UInt8[np.ndarray, "k bytes"]]]:
-        """Scores, boxes and masks (8 pixels a byte), of some prompts after others."""
+    def _answers(self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]) -> Iterator[_Cut]:
+        """Masks of some prompts after others."""
         device, size = self.model.device, (image.shape[0], image.shape[1])
         prompt = {"input_boxes": [asked.tolist()]} if self.prompts else {"input_points": [asked.tolist()]}
         inputs = self.processor(images=pillows([image]), return_tensors="pt", **prompt)
@@ -144,8 +171,12 @@ class Segmenter:
         name = "input_boxes" if self.prompts else "input_points"
         of_sam = ("reshaped_input_sizes",)  # before padding, which SAM 2 has not
         sizes = {known: inputs[known] for known in of_sam if known in inputs}
-        yield torch.zeros(0), torch.zeros(0, 4), np.zeros((0, -(-size[0] * size[1] // 8)), np.uint8)
-        for some in inputs[name].to(device, torch.float32).split(self.config.prompts_at_once, dim=1):
+        none = torch.zeros(0)
+        packed = np.zeros((0, -(-size[0] * size[1] // 8)), np.uint8)
+        yield _Cut(none, torch.zeros(0, 4), none.long(), packed)
+        numbers = torch.arange(len(asked)).split(self.config.prompts_at_once)
+        prompts = inputs[name].to(device, torch.float32).split(self.config.prompts_at_once, dim=1)
+        for number, some in zip(numbers, prompts, strict=True):
             labels = (
                 {} if self.prompts else {"input_labels": torch.ones_like(some[..., 0], dtype=torch.int64)}
             )
@@ -153,18 +184,20 @@ class Segmenter:
                 image_embeddings=embedded, multimask_output=not self.prompts, **{name: some}, **labels
             )
             scores, masks = answer.iou_scores[0].flatten().float(), answer.pred_masks[0].flatten(0, 1).float()
+            of = number.to(device).repeat_interleave(len(scores) // len(number))
             sure = scores > self.score
             count = max(NUMBERS_AT_ONCE // (size[0] * size[1]), 1)
-            for few, those in zip(scores[sure].split(count), masks[sure].split(count), strict=True):
+            parts = (each[sure].split(count) for each in (scores, of, masks))
+            for few, which, those in zip(*parts, strict=True):
                 if len(few):
                     (large,) = self.processor.image_processor.post_process_masks(
                         [those[None]], [size], binarize=False, **sizes
                     )
-                    yield self._kept(few, large[0])
+                    yield self._kept(few, which, large[0])
 
     def _kept(
-        self, scores: Float[Tensor, "k"], logits: Float[Tensor, "k H W"]
-    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n 4"], UInt8[np.ndarray, "n bytes"]]:
+        self, scores: Float[Tensor, "k"], prompts: Int64[Tensor, "k"], logits: Float[Tensor, "k H W"]
+    ) -> _Cut:
         """What is stable of masks at the size of the image."""
         masks = logits > 0
         stable = masks.flatten(1).any(dim=1)
@@ -174,7 +207,7 @@ class Segmenter:
             stable &= inner > self.config.stability * outer
         masks = masks[stable]
         packed = np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
-        return scores[stable].cpu(), mask_boxes(masks).cpu(), packed
+        return _Cut(scores[stable].cpu(), mask_boxes(masks).cpu(), prompts[stable].cpu(), packed)
 
 
 def segmenter(model: str, config: SegmenterConfig, device: str | torch.device = "cpu") -> Segmenter:
@@ -196,8 +229,3 @@ def segmenter(model: str, config: SegmenterConfig, device: str | torch.device = 
     processor = found.processor(PROCESSORS[made])
     network = found.model("AutoModelForMaskGeneration", torch.device(device))
     return Segmenter(network, processor, config, model)
-
-
-def _nothing(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = torch.zeros(0)
-    return torch.zeros(0, 4), none, none.long(), torch.zeros(0, *size, dtype=torch.bool)

@@ -11,6 +11,7 @@ import numpy as np
 import foveola
 from foveola import files
 from foveola.data.coco import rle_of
+from foveola.data.instances import AGNOSTIC
 from foveola.proposals.filter import areas_of
 from foveola.proposals.journal import ImageRecord
 from foveola.proposals.proposal import Proposals
@@ -82,11 +83,15 @@ def write_objects(
     """Write the records of images, which are gone through several times, as one file; returns its summary.
 
     `about` are plain values that tell the work from other work. The same records give the same bytes. Ids of
-    images are their indices in the data + 1, those of categories their labels + 1.
+    images are their indices in the data + 1, those of categories their labels + 1. A last class "object",
+    behind others, is left out where it has no object.
     """
-    summary = Summary()
+    summary, used = Summary(), set()
     for record in records():
         summary.add(record)
+        used |= {each["category_id"] for each in record.get("found", ())}
+    if len(classes) > 1 and classes[-1:] == AGNOSTIC and len(classes) not in used:
+        classes = classes[:-1]
     info = {
         "description": "objects that foveola found; score: how sure it was",
         "version": foveola.__version__,

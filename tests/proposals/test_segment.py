@@ -1,5 +1,6 @@
 """SAM and SAM 2 with random weights in the layout of the hub, against transformers' pipeline and passes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from foveola.config import ConfigError, UserError, build, refuse_unread
-from foveola.data.sample import Objects
+from foveola.data.sample import Objects, Sample
+from foveola.proposals.run import propose
 from foveola.proposals.segment import Segmenter, SegmenterConfig, segmenter
 
 DECODER = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -141,9 +143,44 @@ def test_masks_of_boxes_are_those_of_the_model(made, maker) -> None:
         (masks,) = processor.post_process_masks(outputs.pred_masks, *extra)
         scores = outputs.iou_scores[0, :, 0]
         order = scores.argsort(descending=True)
+        assert each.labels.tolist() == [0] * len(known)
         np.testing.assert_allclose(each.scores, scores[order], atol=1e-5)
         assert each.masks is not None
         assert (each.masks != masks[order, 0].numpy()).mean() < 1e-3
+
+
+class Named(list[Sample]):
+    """A source with classes."""
+
+    name, classes, has_objects = "named", ("ant", "bee", "cat"), True
+
+
+@torch.no_grad()
+def test_masks_of_boxes_have_the_classes_of_the_data(made, tmp_path: Path) -> None:
+    """Each box is cut to another mask and score; labels stay with theirs, also beyond the first pass."""
+    boxes = [(0.0, 0.0, 0.3, 0.3), (0.5, 0.5, 0.9, 1.0), (0.1, 0.6, 0.3, 0.9)]
+    labels = [np.array([2, -1, 0]), np.array([1, 0, 2])]
+    some = [Objects.from_boxes(np.array(boxes, np.float32), each) for each in labels]
+    config = SegmenterConfig(prompt="boxes", prompts_at_once=2)
+    plain = segmenter(made(sam)[0], config)
+    named = plain.of_classes(("ant", "bee", "cat"))
+    assert named.classes == ("ant", "bee", "cat", "object")
+    assert named.describe() == plain.describe()
+    image = noise(40, 90)
+    alone = [plain.propose([image], [objects(box)])[0] for box in boxes]
+    for each, known in zip(named.propose([image, image], some), labels, strict=True):
+        wanted = {round(float(one.scores[0]), 4): k % 4 for one, k in zip(alone, known, strict=True)}
+        assert {round(float(s), 4): int(k) for s, k in zip(each.scores, each.labels, strict=True)} == wanted
+
+    def classes_of(*found: Objects) -> tuple[list[str], set[int]]:
+        source = Named([Sample(image, f"{k}.png", each) for k, each in enumerate(found)])
+        out = tmp_path / str(len(found))
+        known = propose(plain, source, out=out, progress=False, sheet=0, duplicate_iou=None)
+        tree = json.loads(known.file.read_text())
+        return [each["name"] for each in tree["categories"]], {k["category_id"] for k in tree["annotations"]}
+
+    assert classes_of(*some) == (["ant", "bee", "cat", "object"], {1, 2, 3, 4})
+    assert classes_of(some[1]) == (["ant", "bee", "cat"], {1, 2, 3})
 
 
 def finds(self: Any, image_embeddings: Any, **prompts: Tensor) -> Any:
@@ -202,9 +239,9 @@ def test_stability_is_of_the_area(made) -> None:
     logits[0, 1:3, 1:3] = 2
     for least, kept in ((4 / 9 - 0.01, 1), (4 / 9 + 0.01, 0)):
         proposer = Segmenter(model, processor, SegmenterConfig(stability=least), "m")
-        scores, boxes, _ = proposer._kept(torch.ones(1), logits)
-        assert len(scores) == kept
-        assert boxes.tolist() == [[1, 1, 3, 3]] * kept
+        cut = proposer._kept(torch.ones(1), torch.zeros(1, dtype=torch.int64), logits)
+        assert len(cut.scores) == kept
+        assert cut.boxes.tolist() == [[1, 1, 3, 3]] * kept
 
 
 def test_work_is_told_apart(made) -> None:
