@@ -28,7 +28,15 @@ from foveola.evaluation.protocol import Needs
 from foveola.models.encoder import Encoder
 from foveola.outside import imported
 from foveola.proposals.proposal import Proposer
-from foveola.proposals.run import DOOR, ProposalKind, ProposeConfig, configure_kind, find_kind, propose
+from foveola.proposals.run import (
+    DOOR,
+    NO_OTHER_WORK,
+    ProposalKind,
+    ProposeConfig,
+    configure_kind,
+    find_kind,
+    propose,
+)
 
 BEST = {"max_objects": 1}  # of an image, which has one object token
 
@@ -156,9 +164,11 @@ def _with_found_objects(
     it. Objects that `folder` has of the same work are read from there.
     """
     part = _Part(source, chosen)
-    work = [proposer.describe(), by.kept, identity_of(part).digest]
+    kept = {name: value for name, value in by.kept.items() if name not in NO_OTHER_WORK}
+    work = [proposer.describe(), kept, identity_of(part).digest]
     name = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:20]
-    found = propose(proposer, part, out=folder / name, progress=progress, **by.kept)
+    how: dict[str, Any] = {"sheet": 0, **by.kept}
+    found = propose(proposer, part, out=folder / name, progress=progress, **how)
     given = with_objects(source, found.file)
     given.name, given.notes = source.name, notes_of(source)
     counts = found.summary.counts
@@ -187,7 +197,8 @@ class _Part:
 
     def __init__(self, source: Any, chosen: Int64[np.ndarray, "n"]) -> None:
         self.source, self.chosen = source, chosen
-        self.name, self.classes, self.has_objects = source.name, source.classes, source.has_objects
+        self.name, self.has_objects = source.name, source.has_objects
+        self.classes = None  # an object has the class of its image
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -123,6 +123,23 @@ def test_numbers_are_those_of_data_with_these_objects(encoder, sets, fake, tmp_p
         assert any(f"none is found in {without} of {COUNT}" in note for note in found.notes)
 
 
+def test_what_is_prompted_by_objects_knows_no_classes_of_them(encoder, sets, fake, monkeypatch):
+    """An object has the class of its image, whatever that of the box is."""
+    asked = []
+
+    def of_classes(classes):
+        asked.append(classes)
+        return fake
+
+    fake.prompts, fake.of_classes = True, of_classes
+    monkeypatch.setattr(Fake, "propose", lambda self, images, objects: [self._of(image) for image in images])
+    sources = {"train": sets["true_train"], "test": sets["true_test"]}
+    true = evaluate(encoder, "knn", **SETTINGS, **sources, k=(3,), rows="objects")
+    found = evaluate(encoder, "knn", **SETTINGS, **sources, k=(3,), rows="objects", masks="segment")
+    assert asked == [(), ()]
+    assert found.metrics == true.metrics
+
+
 def test_what_was_found_is_kept(encoder, sets, fake, tmp_path):
     data = {"train": sets["train"], "test": sets["test"]}
     settings = {**SETTINGS, "k": (3,), "masks": "discover", "cache": tmp_path}
@@ -131,6 +148,9 @@ def test_what_was_found_is_kept(encoder, sets, fake, tmp_path):
     assert evaluate(encoder, "knn", **data, **settings).metrics == first.metrics
     assert fake.seen == 2 * COUNT
     assert len(list(Path(tmp_path).glob("objects/*/objects.json"))) == 2
+    assert not list(Path(tmp_path).rglob("objects.png"))
+    assert evaluate(encoder, "knn", **data, **settings, discover={"workers": 0}).metrics == first.metrics
+    assert fake.seen == 2 * COUNT
     evaluate(encoder, "knn", **data, **settings, limit=5)  # of each set, and no image more
     assert fake.seen == 2 * COUNT + 2 * 5
     evaluate(encoder, "knn", **data, **settings | {"cache": None})
