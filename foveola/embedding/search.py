@@ -18,7 +18,7 @@ from foveola.data.sources import Source, as_source, decode, why_bad
 from foveola.drawing.overlays import box_outlines
 from foveola.drawing.sheet import Pixels, Row, Sheet, save_png, shrunk
 from foveola.embedding.index import Index
-from foveola.embedding.rows import EmbedConfig, Embedding, FeatureRows
+from foveola.embedding.rows import WHOLE, EmbedConfig, Embedding, FeatureRows
 from foveola.evaluation.images import PARCEL
 from foveola.evaluation.result import aligned
 from foveola.failures import told
@@ -62,7 +62,8 @@ class SearchResult:
         """Return aligned plain text: a line for each query, and one for each of its hits."""
         lines = []
         for query, hits in zip(self.queries, self.hits, strict=True):
-            box = f", box {_box_text(query)}" if query["masked"] else ""
+            about_box = query["masked"] or tuple(query["box"]) != WHOLE
+            box = f", box {_box_text(query)}" if about_box else ""
             lines.append(f"{query['name']}{box}")
             head = ("", "cosine", "name", "label", "object", "box")
             cells = [
@@ -139,8 +140,9 @@ def search(
         query: an image (a path, bytes, a PIL image, an array [H, W, 3] of uint8), several in a list, a data
             string, or a source. Of a data set with objects each object is a query where the index has
             objects.
-        box: x0, y0, x1, y1 in pixels of the upright image: the object there is asked for, by a token that
-            reads its patches alone, as in training and evaluations; of an index of patches, by their mean.
+        box: x0, y0, x1, y1 in pixels of the upright image: the object there is asked for, as the objects of
+            the index were read; of an index of images by a token that reads its patches alone, as in training
+            and evaluations; of an index of patches by their mean.
         top: rows to return for each query.
         model: the encoder of the index; by default the one that the index names.
         method: as of `Index.search`.
@@ -158,7 +160,7 @@ def search(
     config = _asking(opened, source, box)
     encoder = _encoder_of(opened, model, device)
     rows = _encoded(encoder, source, config, progress)
-    if box is not None and not rows.masked.all():
+    if box is not None and config.masks is not False and not rows.masked.all():
         raise UserError(f"box={_plain_box(box)} lies outside of the square of the image that is encoded")
     found = opened.search(rows.feature.reshape(len(rows.name), -1), top, method=method)
     hits = tuple(
@@ -243,6 +245,10 @@ def _asking(index: Index, source: Source, box: Sequence[float] | None) -> EmbedC
     """How queries are encoded: as the rows of the index, or, of a box, as an object of theirs would be."""
     settings = dict(index.about["settings"])
     config = build(EmbedConfig, settings | {"limit": None, "store": "float32", "workers": 0})
+    if box is not None and config.rows == "objects":
+        if config.masks is False and config.view == "image":
+            raise UserError("box= has no effect: masks=false read the objects of this index as whole images")
+        return config
     if box is not None:
         feature = "average" if config.rows == "patches" else config.features
         return replace(config, rows="objects", masks=True, features=feature)
@@ -304,7 +310,7 @@ def _pixels_of_hit(source: Source, hit: dict[str, Any]) -> Pixels:
 
 
 def _boxed(pixels: Pixels, box: Sequence[float]) -> Pixels:
-    if tuple(box) == (0.0, 0.0, 1.0, 1.0):
+    if tuple(box) == WHOLE:
         return pixels
     return box_outlines(pixels, [(np.array(box), MARK)])
 

@@ -19,6 +19,7 @@ from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.reading import ExtractConfig
 from foveola.evaluation.features.table import extract
+from foveola.evaluation.images import choose_images
 from foveola.zoo.load import load
 
 QUIET = {"workers": 0, "batch_size": 8, "progress": False}
@@ -58,6 +59,33 @@ def test_features_of_objects_are_those_of_k_nn_bit_for_bit(write, photos, model,
     assert set(rows.width) == {48}
     assert set(rows.height) == {40}
     assert about["encoder"]["fingerprint"] == load(model).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": "images"},
+        {"rows": "images", "min_coverage": 0.6},
+        {"rows": "objects", "view": "object", "context": 1.5, "mask_canvas": 300},
+    ],
+)
+def test_every_setting_of_masks_and_views_is_that_of_k_nn(write, photos, model, settings) -> None:
+    rows, _ = write(masks=True, **settings)
+    config = ExtractConfig(workers=0, batch_size=8, **settings)
+    table = extract(load(model), open_source(photos, "test"), masks=True, config=config, progress=False)
+    assert np.array_equal(rows.feature, table.features.numpy())
+    assert rows.masked.tolist() == table.has_mask.tolist()
+    np.testing.assert_allclose(rows.readable, table.readable.numpy())
+    assert (rows.readable < 1).any()
+
+
+def test_a_limit_and_a_size_are_kept_to(write, photos, model) -> None:
+    rows, about = write(limit=6, seed=3, image_size=24)
+    assert rows.image_index.tolist() == choose_images(20, 6, 3).tolist()
+    assert about["data"]["images"] == 6
+    small, folder = load(model).sized(24, "image_size"), Path(photos.partition(":")[2].partition("?")[0])
+    expected = small.embed([folder / name for name in rows.name])
+    np.testing.assert_allclose(rows.feature, expected, atol=1e-5)
 
 
 def test_features_of_images_are_those_of_probes_bit_for_bit(write, photos, model) -> None:

@@ -211,6 +211,25 @@ def test_a_box_asks_with_the_object_token_of_evaluations(photos, written) -> Non
     assert all(query["masked"] for query in every.queries)
 
 
+def test_a_box_is_read_as_the_objects_of_the_index_were(photos, model, tmp_path) -> None:
+    """Of crops without masks it is a crop without a mask; where it would change nothing it is refused."""
+    kinds = {"crops": {"view": "object", "context": 1.0}, "whole": {"view": "image"}}
+    for name, settings in kinds.items():
+        foveola.embed(
+            model, photos, out=tmp_path / f"{name}.npz", rows="objects", masks=False, **settings, **QUIET
+        )
+    source, index = open_source(photos, "test"), Index.load(tmp_path / "crops.npz", "cpu")
+    for i in (2, 9):
+        sample, j = source[i], len(source[i].objects) - 1
+        box = (sample.objects.boxes[j] * [48, 40, 48, 40]).round().tolist()
+        found = foveola.search(index, path_of(photos, sample.name), box=box, top=1, device="cpu")
+        assert (found.hits[0][0]["image_index"], found.hits[0][0]["object"]) == (i, j)
+        assert found.hits[0][0]["similarity"] == pytest.approx(1, abs=1e-5)
+        assert ", box 0." in found.table().splitlines()[0]
+    with pytest.raises(UserError, match="box= has no effect: masks=false read the objects of this index as"):
+        foveola.search(tmp_path / "whole.npz", path_of(photos, sample.name), box=box, device="cpu")
+
+
 def test_a_box_in_an_index_of_patches_asks_by_the_mean_of_its_patches(photos, written) -> None:
     index = Index.load(written["patches"], "cpu")
     grid, seen = index.rows.feature[3], index.rows.box[3]
