@@ -24,11 +24,11 @@ from foveola.evaluation.inferred import asked_masks, jobs_with_masks
 from foveola.evaluation.job import Job
 from foveola.evaluation.protocol import At, Outcome, Protocol, find_protocol
 from foveola.evaluation.result import Result, versions
-from foveola.evaluation.stored import store
+from foveola.evaluation.stored import SPEED, store
 from foveola.failures import told
 from foveola.files import home_of
 from foveola.models.encoder import Encoder
-from foveola.proposals.run import DOOR
+from foveola.proposals.run import DOOR, NO_OTHER_WORK
 from foveola.zoo.load import load
 
 Tests = Source | str | Sequence[Source | str] | None
@@ -291,7 +291,13 @@ def _settings(job: Job, outcome: Outcome) -> dict[str, Any]:
     settings = to_dict(job.config) if outcome.settings is None else outcome.settings
     if not job.masks:
         return settings
-    return settings | {"masks_by": {"kind": job.masks["kind"], **to_dict(job.masks["given"])}}
+    given = {
+        name: value for name, value in job.masks["given"].items() if name not in {*SPEED, *NO_OTHER_WORK}
+    }
+    if "model" in given:  # a name does not tell its weights
+        by = job.masks["by"]
+        given["weights"] = by.get("weights", by.get("encoder"))
+    return settings | {"masks_by": {"kind": job.masks["kind"], **to_dict(given)}}
 
 
 def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:

@@ -29,6 +29,9 @@ class FoundInImage:
     masks: Bool[Tensor, "K H W"] | None = None
 
 
+Find = Callable[[Sequence[ImagePixels], float], list[FoundInImage]]
+
+
 @dataclass(frozen=True, eq=False)
 class OpenedDetector:
     """A model of some library that finds objects.
@@ -39,7 +42,7 @@ class OpenedDetector:
     """
 
     names: tuple[str, ...]
-    find: Callable[[Sequence[ImagePixels], float], list[FoundInImage]]
+    find: Find
     identity: str
     score: float = 0.5
     one_size: bool = False

@@ -77,6 +77,17 @@ class HubModel:
             raise UserError(f"{self.where} lacks {missing[0]} ({len(missing)} missing tensors)")
         return frozen(model, device)
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the outputs. Raises UserError where they are not numbered from 0 on."""
+        names = self.config.id2label or {}
+        if not names or set(names) != set(range(len(names))):
+            numbers = f"{min(names)} to {max(names)}" if names else "none"
+            raise UserError(
+                f"{self.where}: id2label in its config.json names {len(names)} classes, {numbers}; expected "
+                "a name of each output from 0 on"
+            )
+        return tuple(names[label] for label in range(len(names)))
+
     def processor(self, auto: str) -> Any:
         """Return what is done to images (`AutoImageProcessor`) and words (`AutoProcessor`)."""
         transformers = import_library("transformers", "hf")

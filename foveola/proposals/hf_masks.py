@@ -30,7 +30,7 @@ def open_mask_model(found: HubModel, segments: str, device: torch.device) -> Ope
     images_alone = processor.image_processor if one else processor
     model = found.model("AutoModelForUniversalSegmentation", device)
     cut = panoptic if segments == "panoptic" else instances
-    names = tuple(model.config.id2label[label] for label in range(len(model.config.id2label)))
+    names = found.class_names()
 
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         task = {"task_inputs": [segments] * len(images)} if one else {}

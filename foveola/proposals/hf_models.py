@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import ConfigError, UserError
-from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector, weights_identity
+from foveola.proposals.found import Find, FoundInImage, ImagePixels, OpenedDetector, weights_identity
 from foveola.proposals.hf_library import HubModel, has_one_size, pillows
 from foveola.proposals.hf_masks import open_mask_model
 from foveola.zoo.foreign import import_library
@@ -55,7 +55,7 @@ def open_hf(
             f"{found.where}: its images are made by a {type(processor).__name__}, which knows no boxes"
         )
     model = found.model("AutoModelForObjectDetection", device)
-    names = tuple(model.config.id2label[label] for label in range(len(model.config.id2label)))
+    names = found.class_names()
 
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         inputs = processor(images=pillows(images), return_tensors="pt").to(device)
@@ -72,6 +72,13 @@ def _boxes(processor: Any, outputs: Any, images: Sequence[ImagePixels], score: f
     sizes = _sizes(images, outputs.logits.device)
     found = processor.post_process_object_detection(outputs, threshold=score, target_sizes=sizes)
     return [FoundInImage(each["boxes"], each["scores"], each["labels"]) for each in found]
+
+
+def _of_words(words: tuple[str, ...], find: Find, model: Any, processor: Any, score: float) -> OpenedDetector:
+    """What both models of open vocabularies are."""
+    one_size = has_one_size(processor.image_processor)
+    identity = weights_identity(model.state_dict())
+    return OpenedDetector(words, find, identity, score, one_size, reads=frozenset({"text"}))
 
 
 def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> OpenedDetector:
@@ -91,14 +98,7 @@ def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> 
         inputs = processor(text=texts, images=pillows(images), return_tensors="pt", **padded).to(device)
         return _boxes(processor.image_processor, model(**inputs), images, score)
 
-    return OpenedDetector(
-        words,
-        find,
-        weights_identity(model.state_dict()),
-        score=0.1,
-        one_size=has_one_size(processor.image_processor),
-        reads=frozenset({"text"}),
-    )
+    return _of_words(words, find, model, processor, score=0.1)
 
 
 def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.device) -> OpenedDetector:
@@ -130,14 +130,7 @@ def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.devic
             answers.append(FoundInImage(each["boxes"], each["scores"], best_phrase(logits[kept], phrases)))
         return answers
 
-    return OpenedDetector(
-        words,
-        find,
-        weights_identity(model.state_dict()),
-        score=0.25,
-        one_size=has_one_size(processor.image_processor),
-        reads=frozenset({"text"}),
-    )
+    return _of_words(words, find, model, processor, score=0.25)
 
 
 def _phrases(offsets: Sequence[tuple[int, int]], sentence: str) -> Int64[Tensor, "T"]:

@@ -192,6 +192,14 @@ def test_two_encoders_that_find_their_own_objects_are_compared(encoder, sets, fa
     (both,) = compare([tmp_path / "a", tmp_path / "b"])
     line = next(line for line in both.table().splitlines() if line.startswith("top1_masks "))
     assert "[" in line.split("second")[-1]
+    evaluate(encoder, "knn", **data, **settings, discover={"batch_size": 2, "sheet": 1}, out=tmp_path / "d")
+    assert compare([tmp_path / "a", tmp_path / "d"])
+    for name in ("old", "new"):  # of one name, but not of the same weights
+        monkeypatch.setattr(Fake, "describe", lambda self, name=name: {"kind": "fake", "weights": name})
+        detect = {"masks": "detect", "detect": {"model": "onnx:a.onnx"}}
+        evaluate(encoder, "knn", **data, **{**settings, **detect}, out=tmp_path / name)
+    with pytest.raises(UserError, match=r"masks_by = .*'weights': 'old'"):
+        compare([tmp_path / "old", tmp_path / "new"])
     evaluate(encoder, "knn", **data, **{**settings, "masks": "both"}, out=tmp_path / "c")
     with pytest.raises(UserError, match="masks_by"):
         compare([tmp_path / "a", tmp_path / "c"])

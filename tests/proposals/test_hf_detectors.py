@@ -4,6 +4,7 @@ Where images and boxes belong together is seen with networks that find the brigh
 """
 
 import json
+import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -525,6 +526,16 @@ def test_keys_that_a_model_does_not_read(made, maker, settings: Any, error: str)
     folder, *_ = made(maker)
     with pytest.raises(ConfigError, match=error):
         detector(f"hf:{folder}", DetectorConfig(**settings))
+
+
+@pytest.mark.parametrize("maker", [detr, mask2former])
+def test_names_of_classes_are_those_of_outputs(made, maker, tmp_path: Path) -> None:
+    folder = shutil.copytree(made(maker)[0], tmp_path / "shifted")
+    about = json.loads((folder / "config.json").read_text())
+    about["id2label"] = {str(int(k) + 1): name for k, name in about["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"id2label in its config.json names \d classes, 1 to \d; expected"):
+        detector(f"hf:{folder}", DetectorConfig())
 
 
 def test_mistakes_are_one_line(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
