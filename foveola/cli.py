@@ -111,9 +111,18 @@ def _dispatch(arguments: list[str], processes: str | None) -> int:
         print(usage_text(), end="")
         return 0 if arguments else 2
     command, *rest = arguments
-    if processes is not None and command in PARALLEL:
+    asks = bool({"--help", "-h"} & {*rest})
+    if processes is not None and not asks and command in {*own, *others}:
+        if command not in PARALLEL:
+            if command == "slurm":
+                raise UserError(f"{processes}: slurm.gpus= says how many processes a machine of a job has")
+            several = ", ".join(PARALLEL)
+            raise UserError(
+                f"{command} runs in one process: leave out {processes}; several are for {several}"
+            )
         return start_processes(arguments, processes)
-    rest += [] if processes is None else [processes]
+    if asks and command in PARALLEL:
+        print("with gpus=8 (or all): in a process for each GPU; with processes=2 device=cpu: in two on CPUs")
     if command == "--version":
         print(f"foveola {foveola.__version__}")
     elif command in own:

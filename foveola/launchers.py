@@ -4,6 +4,7 @@ torch.distributed reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_A
 torchrun sets. What other launchers tell their tasks is put into these words here.
 """
 
+import logging
 import os
 import re
 import sys
@@ -29,7 +30,8 @@ def join_tasks(environment: MutableMapping[str, str]) -> None:
     """
     if "WORLD_SIZE" in environment:
         return
-    for read in (_slurm, _open_mpi, _hydra):
+    # In a job of Slurm, mpirun starts its daemons by srun, whose words its tasks then see as well.
+    for read in (_open_mpi, _hydra, _slurm):
         told = read(environment)
         if told is not None:
             for name, value in told.items():
@@ -72,7 +74,8 @@ def _hydra(told: Mapping[str, str]) -> dict[str, str] | None:
     """Tasks of MPICH or Intel MPI (mpiexec)."""
     size = _count(told, "PMI_SIZE")
     names = ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    return None if size < 2 else _mpi(told, "mpiexec", size, names)
+    by_srun = names[1] not in told and _count(told, "SLURM_STEP_NUM_TASKS") == size  # srun --mpi=pmi2
+    return None if size < 2 or by_srun else _mpi(told, "mpiexec", size, names)
 
 
 def _mpi(told: Mapping[str, str], launcher: str, size: int, names: tuple[str, str, str]) -> dict[str, str]:
@@ -200,6 +203,7 @@ def start_processes(words: list[str], asked: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = count_of(asked, torch.cuda.device_count)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         os.environ.pop(name, None)  # of the tasks outside, which have met by now
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))

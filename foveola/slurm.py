@@ -49,9 +49,6 @@ def slurm_script(words: Sequence[str], config: SlurmConfig, log: Path) -> str:
     The job is told `warning` seconds before its time ends, or when it is preempted; the run then stops with a
     checkpoint, and the job is queued again until the run is finished. An error ends it.
     """
-    for part in (config.name, config.time, *filter(None, (config.memory, config.partition, config.account))):
-        if not part.isprintable() or not part.strip():
-            raise ConfigError(f"{part!r} cannot stand in a batch script")
     asked = {
         "job-name": config.name,
         "nodes": config.nodes,
@@ -65,9 +62,13 @@ def slurm_script(words: Sequence[str], config: SlurmConfig, log: Path) -> str:
         "qos": config.qos,
         "constraint": config.constraint,
         "signal": f"USR2@{config.warning}",
-        "output": str(log),
+        "chdir": Path.cwd(),  # where relative paths are meant, wherever the script is submitted
+        "output": str(log).replace("%", "%%"),
         "open-mode": "append",
     }
+    for name, value in asked.items():
+        if value is not None and (not str(value).isprintable() or not str(value).strip()):
+            raise ConfigError(f"{name} {str(value)!r} cannot stand in a batch script")
     lines = [
         f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None
     ]
@@ -77,7 +78,6 @@ def slurm_script(words: Sequence[str], config: SlurmConfig, log: Path) -> str:
             "#!/usr/bin/env bash",
             *lines,
             "#SBATCH --requeue",
-            "set -u",
             *([config.before] if config.before else []),
             f"export {STOPPED}={UNFINISHED}",
             "# One process that fails ends all of them.",

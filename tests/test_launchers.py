@@ -2,12 +2,13 @@
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,19 @@ def test_tasks_of_mpi() -> None:
     assert joined(hydra)["RANK"] == "1"
 
 
+def test_tasks_of_mpi_in_a_job_of_slurm_are_not_the_tasks_of_srun() -> None:
+    """There srun starts a daemon on each machine, and every task sees what srun told the daemon."""
+    daemon = SRUN | {"MASTER_ADDR": "gpu03"}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "11"}
+    mpi |= {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+    hydra = {"PMI_SIZE": "16", "PMI_RANK": "11", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "8"}
+    for told in (mpi, hydra):
+        found = joined(daemon | told)
+        assert [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["11", "16", "3"]
+    pmi2 = joined(SRUN | {"PMI_SIZE": "7", "PMI_RANK": "5"})  # srun --mpi=pmi2
+    assert {name: pmi2[name] for name in TASK} == TASK
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -140,44 +154,53 @@ RUN = ("pretrain", "demo", "device=cpu", "data=scenes:?size=32&count=64", "batch
        "duration=4 steps", "log_every=1", "evaluate_every=null")  # fmt: skip
 
 
-def started(out: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "foveola.cli", *RUN, f"out={out}", *words],
-        env=known | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+# What foveola is started as: in a process that has imported it, which forks what it starts as well.
+FORKED = """
+import os, sys
+from torch.distributed.launcher import api
+from foveola.cli import main
+
+class Forks(api.elastic_launch):
+    def __call__(self, *words):
+        assert words[:2] == ("-m", "foveola.cli")
+        self._config.start_method, self._entrypoint = "fork", lambda *words: sys.exit(main([*words[2:]]))
+        return super().__call__(*words)
+
+api.elastic_launch = Forks
+rank = os.environ["RANK"]
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    del os.environ[name]
+if os.environ.get("SLURM_STEP_NUM_TASKS"):
+    os.environ |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+sys.exit(main())
+"""
 
 
 def losses(out: Path) -> list[float]:
     return [line["loss"] for line in RunFolder(out).read_metrics()]
 
 
-def test_tasks_of_srun_train_one_run_as_processes_of_the_command_do(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    tasks = [
-        started(
-            tmp_path / "srun",
-            **SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-            | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    own = started(tmp_path / "own", "processes=2")
-    for task in (*tasks, own):
-        said, _ = task.communicate(timeout=240)
-        assert task.returncode == 0, said
+def test_tasks_of_srun_train_one_run_as_processes_of_the_command_do(tmp_path, run_ranks, monkeypatch) -> None:
+    run_ranks(FORKED, 1, [*RUN, f"out={tmp_path / 'own'}", "processes=2"])
+    here = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    for name, value in (SRUN | here).items():
+        monkeypatch.setenv(name, value)
+    run_ranks(FORKED, 2, [*RUN, f"out={tmp_path / 'srun'}"])
     assert len(losses(tmp_path / "own")) == 4
     assert losses(tmp_path / "srun") == losses(tmp_path / "own")
 
 
 def test_a_stopped_run_of_several_processes_says_so_and_goes_on(tmp_path: Path) -> None:
+    """As a user starts it: an interpreter, and one for each process."""
     out = tmp_path / "run"
-    task = started(out, "processes=2", "duration=4000 steps", **{launchers.STOPPED: "75"})
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    task = subprocess.Popen(
+        [sys.executable, "-m", "foveola.cli", *RUN, f"out={out}", "processes=2", "duration=4000 steps"],
+        env=known | {"OMP_NUM_THREADS": "1", launchers.STOPPED: "75"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 240
     log = out / "metrics.jsonl"
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline and task.poll() is None:
@@ -191,12 +214,29 @@ def test_a_stopped_run_of_several_processes_says_so_and_goes_on(tmp_path: Path) 
     assert f"stopped after step {max(steps)} of 4000" in said
 
 
-def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path) -> None:
-    task = started(tmp_path / "run", "processes=2", "data=folder:/no/such/folder")
-    said, _ = task.communicate(timeout=240)
-    assert task.returncode == 2
-    assert said.count("no folder /no/such/folder") == 1
-    assert "Traceback" not in said
+def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path, forked: Callable[..., Any]) -> None:
+    with forked(FORKED, [*RUN, f"out={tmp_path}", "processes=2", "data=folder:/no/such/folder"]) as task:
+        assert task.wait() == [2]
+        said = task.errors[0].read_text().splitlines()
+    assert len(said) == 1  # torch's launcher has nothing to add
+    assert "no folder /no/such/folder" in said[0]
+
+
+def test_commands_of_one_process_say_so_and_the_others_what_they_take(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("foveola.cli.start_processes", lambda *_: pytest.fail("only help was asked for"))
+    for words in (["recipes"], ["demo"], ["compare", "a", "b"], ["report", "a"], ["visualize", "map"]):
+        assert main([*words, "gpus=2"]) == 2
+        assert (
+            f"{words[0]} runs in one process: leave out gpus=2; several are for pretrain"
+            in capsys.readouterr().err
+        )
+    assert main(["slurm", "pretrain", "demo", "out=x", "gpus=2"]) == 2
+    assert "slurm.gpus= says how many processes a machine" in capsys.readouterr().err
+    assert main(["pretrian", "demo", "gpus=2"]) == 2
+    assert "did you mean 'pretrain'?" in capsys.readouterr().err
+    for command in ("pretrain", "masks", "embed"):
+        assert main([command, "--help", "processes=2"]) == 0
+        assert "with processes=2 device=cpu: in two on CPUs" in capsys.readouterr().out
 
 
 # -- jobs -------------------------------------------------------------------------------------------------
@@ -240,6 +280,40 @@ def test_a_job_is_written_submitted_and_queued_again(tmp_path, monkeypatch, caps
     (tmp_path / "code").write_text("2")  # a mistake is not tried again
     assert main(words) == 0
     assert (tmp_path / "queued").read_text() == "requeue 7\n"
+
+
+def test_a_script_runs_what_was_asked_where_it_was_asked(tmp_path, monkeypatch, capsys) -> None:
+    """By bash, from another folder, with words that a shell would read otherwise; %j is a number to Slurm."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {tmp_path}/ran\n")
+    (tmp_path / "bin" / "srun").chmod(stat.S_IRWXU)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    hostile = ['data=folder:it\'s "my" $HOME/`id`; exit 7', "out=runs/50%j é", "init=null"]
+    before = "slurm.before='echo $NOT_SET > /dev/null'"  # as scripts of conda do
+    assert main(["slurm", "pretrain", "demo", *hostile, before, "slurm.submit=false"]) == 0
+    script = tmp_path / "runs" / "50%j é.sbatch"
+    assert f"{script}: submit it with sbatch" in capsys.readouterr().out
+    subprocess.run(["bash", str(script)], cwd="/", check=True)
+    assert (tmp_path / "ran").read_text().splitlines()[4:] == ["pretrain", "demo", *hostile]
+    asked = [line.removeprefix("#SBATCH --") for line in script.read_text().splitlines() if "#SBATCH" in line]
+    assert f"chdir={tmp_path}" in asked
+    assert f"output='{tmp_path}/runs/50%%j é.slurm.txt'" in asked
+    for wrong in ("out=a\nb", 'slurm.qos="a\\nb"', "slurm.constraint=' '"):
+        assert (
+            main(
+                [
+                    "slurm",
+                    "pretrain",
+                    "demo",
+                    "slurm.submit=false",
+                    *(["out=x"] if "slurm" in wrong else []),
+                    wrong,
+                ]
+            )
+            == 2
+        )
+        assert "cannot stand in a batch script" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
