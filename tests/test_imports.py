@@ -23,6 +23,7 @@ OPEN_LEAVES = {
     "outside",
     "schedules",
     "launchers",
+    "locks",
 }  # any file may import these
 LEAVES = OPEN_LEAVES | {"distributed", "geometry"}
 ALLOWED = {

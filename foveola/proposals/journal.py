@@ -13,14 +13,15 @@ from foveola import files
 from foveola.config import UserError
 from foveola.trees import flat
 
+NAMES, RESULTS = {"index", "file_name"}, {"found", "unreadable"}  # of a record: all of these, one of those
 ImageRecord = dict[str, Any]  # of an image: its index, file_name, and what `written` says was found
 
 
 class Journal:
     """Records of images in a folder: a file for each rank, a line for each batch.
 
-    A line that a kill has torn counts as not written. `work` are plain values that tell what is done, on
-    which data: only the same work goes on.
+    A line that a kill has torn, or that holds no records, counts as not written. `work` are plain values that
+    tell what is done, on which data: only the same work goes on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,10 +31,19 @@ class Journal:
         """Make the folder, or go on in it. Raises UserError where it holds other work."""
         about = self.folder / "work.json"
         if about.is_file():
-            refuse_other_work(self.folder, json.loads(about.read_text(encoding="utf-8")), work)
+            refuse_other_work(self.folder, self._begun(about), work)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             files.write_text(about, json.dumps(work))
+
+    def _begun(self, about: Path) -> dict[str, Any]:
+        try:
+            there = json.loads(about.read_bytes())
+        except (ValueError, RecursionError):
+            there = None
+        if not isinstance(there, dict):
+            raise UserError(f"{about} is damaged: remove {self.folder}, and all images are done again")
+        return there
 
     def append(self, rank: int, records: list[ImageRecord]) -> None:
         """Write the records of a batch as one line, which is with the system when this returns."""
@@ -65,7 +75,7 @@ class Journal:
                 if where[index] != last:
                     last = path, start = where[index]
                     opened[path].seek(start)
-                    batch = {record["index"]: record for record in json.loads(opened[path].readline())}
+                    batch = {record["index"]: record for record in _records_of(opened[path].readline())}
                 yield batch[index]
         finally:
             for file in opened.values():
@@ -85,10 +95,19 @@ class Journal:
             start = 0
             with path.open("rb") as file:
                 for line in file:
-                    if line.endswith(b"\n"):
-                        found |= {record["index"]: (path, start) for record in json.loads(line)}
+                    found |= {record["index"]: (path, start) for record in _records_of(line)}
                     start += len(line)
         return found
+
+
+def _records_of(line: bytes) -> list[ImageRecord]:
+    """The records of a batch; none where the line is torn, or is no such line."""
+    try:
+        records = json.loads(line) if line.endswith(b"\n") else []
+        whole = all(record.keys() >= NAMES and RESULTS & record.keys() for record in records)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return records if whole else []
 
 
 def refuse_other_work(where: Path, there: dict[str, Any], work: dict[str, Any]) -> None:

@@ -7,6 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
+from foveola.config import UserError, kind_of
+
+NUMPY_KINDS = {"f": "floating point", "iu": "whole numbers", "b": "bool"}  # NumPy's letters for dtypes
+
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
@@ -54,6 +58,35 @@ class Proposer(Protocol):
         """Return plain values that tell its work from other work: kind, settings, identity of the weights."""
         ...
 
-    def propose(self, images: Sequence[UInt8[np.ndarray, "H W 3"]], /) -> list[Proposals]:
+    def propose(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], /) -> list[Proposals]:
         """Return what is in each of these upright RGB images, whose sizes may differ."""
         ...
+
+
+def check_arrays(found: Any, classes: int) -> None:
+    """Raise UserError for other things than `Proposals` with labels of so many classes.
+
+    A mask of 0 and 255, for one, would count as 255 pixels each.
+    """
+    if not isinstance(found, Proposals):
+        raise UserError(f"the model found {kind_of(found)}, expected foveola.Proposals")
+    count = len(found.boxes)
+    size = () if found.masks is None else np.shape(found.masks)[1:3]
+    for name, kinds, shape in (
+        ("boxes", "f", (count, 4)),
+        ("scores", "f", (count,)),
+        ("labels", "iu", (count,)),
+        ("masks", "b", (count, *size)),
+    ):
+        array = getattr(found, name)
+        if name == "masks" and array is None:
+            continue
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
+            what = str(array.dtype) if isinstance(array, np.ndarray) else kind_of(array)
+            raise UserError(
+                f"the model found {name} of {what}, expected a NumPy array of {NUMPY_KINDS[kinds]}"
+            )
+        if array.shape != shape:
+            raise UserError(f"the model found {name} of shape {array.shape} for {count} boxes")
+    if wrong := set(found.labels.tolist()) - set(range(classes)):
+        raise UserError(f"the model found the label {min(wrong)}, and has {classes} classes")

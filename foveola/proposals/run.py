@@ -5,6 +5,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 
-from foveola import distributed, files
+from foveola import distributed, files, locks
 from foveola.config import UserError, build, key, kind_of, nearest, refuse_unread, to_dict
 from foveola.data.decode import decode
 from foveola.data.identity import identity_of, looked_at_once, saying
@@ -24,7 +25,7 @@ from foveola.outside import Door, imported
 from foveola.progress import show
 from foveola.proposals.filter import FilterConfig, filtered
 from foveola.proposals.journal import ImageRecord, Journal, refuse_other_work
-from foveola.proposals.proposal import Proposer
+from foveola.proposals.proposal import Proposer, check_arrays
 from foveola.proposals.sheet import numbers_of, save_sheets
 from foveola.proposals.written import (
     OBJECTS,
@@ -35,6 +36,7 @@ from foveola.proposals.written import (
     write_objects,
 )
 
+LOCK = ".objects.lock"  # of the folder, while a run goes on
 BAD_NAMED = 3  # unreadable images that are named
 NO_OTHER_WORK = ("workers", "sheet")  # keys that say how the work is done, or shown
 
@@ -218,6 +220,24 @@ class _Run:
         self.work = json.loads(json.dumps(work))
 
     def run(self) -> Proposed:
+        with ExitStack() as stack:
+            distributed.on_main(lambda: stack.enter_context(self._alone()))
+            return self._run()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other runs from the folder. A process that dies lets go of it."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        path = self.file.parent / LOCK
+        with path.open("a") as lock:
+            if locks.is_held(lock):
+                raise UserError(
+                    f"another process finds objects in {path.parent}: wait for it, or give another out="
+                )
+            yield
+            path.unlink(missing_ok=True)
+
+    def _run(self) -> Proposed:
         if distributed.on_main(self._is_done):
             summary = read_summary(self.file)
             return Proposed(self.file, summary, True, self._sheets(summary))
@@ -280,9 +300,10 @@ class _Run:
     def _records(self, batch: list["_Read"]) -> list[ImageRecord]:
         images = [each for each in batch if each.pixels is not None]
         proposals = self._propose(images) if images else []
-        if len(proposals) != len(images):
+        if not isinstance(proposals, list | tuple) or len(proposals) != len(images):
+            what = f"{len(proposals)} results" if isinstance(proposals, list | tuple) else kind_of(proposals)
             raise UserError(
-                f"{kind_of(self.proposer)} found {len(proposals)} proposals in {len(images)} images"
+                f"{kind_of(self.proposer)} returned {what} for {len(images)} images: expected one for each"
             )
         records = [
             {"index": each.index, "file_name": each.name, "unreadable": each.reason}
@@ -293,6 +314,7 @@ class _Run:
             assert each.pixels is not None
             size = each.pixels.shape[0], each.pixels.shape[1]
             try:
+                check_arrays(found, len(self.proposer.classes))
                 kept = filtered(found, size, self.config)
             except UserError as error:
                 raise UserError(f"{each.name}: {error}") from error

@@ -10,6 +10,7 @@ import numpy as np
 
 import foveola
 from foveola import files
+from foveola.config import UserError
 from foveola.data.coco import rle_of
 from foveola.data.instances import AGNOSTIC
 from foveola.proposals.filter import areas_of
@@ -122,15 +123,20 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def read_summary(path: Path) -> Summary:
-    """Return the summary of a file that `write_objects` wrote."""
-    tree = json.loads(path.read_bytes())
-    pixels = {image["id"]: image["width"] * image["height"] for image in tree["images"]}
-    counts = dict.fromkeys(pixels, 0)
-    for each in tree["annotations"]:
-        counts[each["image_id"]] += 1
-    areas = [each["area"] / pixels[each["image_id"]] for each in tree["annotations"]]
-    scores = [each["score"] for each in tree["annotations"]]
-    unreadable = [tuple(text.split(": ", 1)) for text in tree["info"]["unreadable"]]
+    """Return the summary of a file that `write_objects` wrote. Raises UserError for one that is damaged."""
+    try:
+        tree = json.loads(path.read_bytes())
+        pixels = {image["id"]: image["width"] * image["height"] for image in tree["images"]}
+        counts = dict.fromkeys(pixels, 0)
+        for each in tree["annotations"]:
+            counts[each["image_id"]] += 1
+        areas = [each["area"] / pixels[each["image_id"]] for each in tree["annotations"]]
+        scores = [each["score"] for each in tree["annotations"]]
+        unreadable = [tuple(text.split(": ", 1)) for text in tree["info"]["unreadable"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): give another out=, or remove it"
+        ) from error
     return Summary(list(counts.values()), areas, scores, unreadable)
 
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from foveola import distributed, files
+from foveola import distributed, files, locks
 from foveola.config import ConfigError, UserError, dump_yaml, read_yaml, renewed, to_dict
 from foveola.files import LoopFolder, RunFolder
 from foveola.training import checkpoint, same_data
@@ -146,7 +145,7 @@ def lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     with file:
-        if _is_held(file):
+        if locks.is_held(file):
             raise UserError(f"another process is training in {folder}: wait for it, or choose another out=")
         yield
 
@@ -176,21 +175,6 @@ def _is_free(folder: Path) -> bool:
     """Whether nobody is working on a run."""
     try:
         with RunFolder(folder).lock.open("a") as file:
-            return not _is_held(file)
+            return not locks.is_held(file)
     except OSError:  # somebody else's
         return False
-
-
-def _is_held(file: Any) -> bool:
-    """Take the lock of an open file, unless another process holds it. Worker processes do not inherit it."""
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # a file system without locks: nothing that could be asked
-        return False
-    return False

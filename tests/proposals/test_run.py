@@ -255,6 +255,113 @@ def test_what_is_refused(tmp_path: Path):
         foveola.propose(Bright(), DATA, out=tmp_path / "file", progress=False, sheet=0)
 
 
+class Stopped(Bright):
+    """Stops after three batches."""
+
+    def propose(self, images):
+        if len(self.seen) == 3:
+            raise KeyboardInterrupt
+        return super().propose(images)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [b"garbage\n", *lines],
+        lambda lines: [lines[0], b"\0" * 99 + b"\n", *lines[1:]],
+        lambda lines: [lines[0], lines[1][:99] + lines[1][200:], lines[2]],
+        lambda lines: [lines[0], lines[1].replace(b'"found"', b'"fund"'), lines[2]],
+        lambda lines: [lines[0], b"[1, 2]\n", b"7\n", *lines[1:]],
+    ],
+)
+def test_damaged_lines_count_as_not_written(tmp_path: Path, damage):
+    whole = foveola.propose(Bright(), DATA, out=tmp_path / "whole", progress=False, sheet=0)
+    with pytest.raises(KeyboardInterrupt):
+        foveola.propose(Stopped(), DATA, out=tmp_path / "out", progress=False, sheet=0)
+    file = tmp_path / "out" / "objects.unfinished" / "0.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(damage(lines)))
+    kept = sum(line in file.read_bytes() for line in lines)
+    again = Bright()
+    foveola.propose(again, DATA, out=tmp_path / "out", progress=False, sheet=0)
+    assert len(again.seen) == 7 - kept
+    assert (tmp_path / "out" / "objects.json").read_bytes() == whole.file.read_bytes()
+
+
+def test_damaged_files_are_named(tmp_path: Path):
+    for text in ("{", "[]"):
+        with pytest.raises(KeyboardInterrupt):
+            foveola.propose(Stopped(), DATA, out=tmp_path / text, progress=False, sheet=0)
+        (tmp_path / text / "objects.unfinished" / "work.json").write_text(text)
+        with pytest.raises(UserError, match=r"work\.json is damaged: remove .*objects\.unfinished"):
+            foveola.propose(Bright(), DATA, out=tmp_path / text, progress=False, sheet=0)
+    file = foveola.propose(Bright(), DATA, out=tmp_path, progress=False, sheet=0).file
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"objects\.json is damaged .*give another out=, or remove it"):
+        foveola.propose(Bright(), DATA, out=tmp_path, progress=False, sheet=0)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path, forked):
+    out = tmp_path / "out"
+    code = f"{BRIGHT}\nfoveola.propose(Bright(wait=9), {DATA!r}, out={str(out)!r}, progress=False, sheet=0)"
+    late = time.monotonic() + 60
+    with forked(code) as process:
+        while not (out / "objects.unfinished" / "work.json").is_file():
+            assert time.monotonic() < late, process.errors[0].read_text()
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=r"another process finds objects in .*out: wait for it"):
+            foveola.propose(Bright(), DATA, out=out, progress=False, sheet=0)
+        process.kill()
+        process.wait()
+    foveola.propose(Bright(), DATA, out=out, progress=False, sheet=0)
+
+
+class Answering(Bright):
+    """Says of each image what it is told to."""
+
+    batch_size = 20
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+
+    def describe(self):
+        return {}
+
+    def propose(self, images):
+        return self.answer(len(images))
+
+
+def proposals(**wrong) -> foveola.Proposals:
+    """A box, and what differs: written past the type checks, which only tests have."""
+    one = {"boxes": np.float32([[0, 0, 9, 9]]), "scores": np.ones(1, np.float32), "labels": np.zeros(1, int)}
+    found = object.__new__(foveola.Proposals)
+    for name, value in (one | {"masks": None} | wrong).items():
+        object.__setattr__(found, name, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n: None, r"returned .*None.* for 20 images"),
+        (lambda n: [proposals()] * (n - 1), "returned 19 results for 20 images"),
+        (lambda n: [None] * n, r"scenes/train/0: the model found .*None.*, expected foveola\.Proposals"),
+        (lambda n: [proposals(boxes=[[0, 0, 9, 9]])] * n, r"found boxes of .*list"),
+        (lambda n: [proposals(scores=np.ones(2, np.float32))] * n, r"scores of shape \(2,\) for 1 boxes"),
+        (lambda n: [proposals(labels=np.ones(1, int))] * n, "found the label 1, and has 1 classes"),
+        (lambda n: [proposals(labels=-np.ones(1, int))] * n, "found the label -1, and has 1 classes"),
+        (
+            lambda n: [proposals(masks=np.full((1, 32, 32), 255, np.uint8))] * n,
+            "found masks of uint8, expected a NumPy array of bool",
+        ),
+    ],
+)
+def test_answers_that_are_no_proposals_are_refused_at_once(tmp_path: Path, answer, message: str):
+    with pytest.raises(UserError, match=message):
+        foveola.propose(Answering(answer), DATA, out=tmp_path, progress=False, sheet=0)
+    assert not (tmp_path / "objects.json").exists()
+
+
 def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     page = (ROOT / "docs" / "masks.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0].replace("count=100", "count=9&size=32")
