@@ -1,9 +1,11 @@
 """A term from outside, as docs/extend.md shows it: by importable name, by entry point, as a class."""
 
 import importlib
+import math
 import pickle
 import re
 from copy import deepcopy
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from foveola import outside
 from foveola.cli import main
 from foveola.config import ConfigError, build, dump_yaml, merge, read_yaml, to_dict
+from foveola.data.sample import Chosen
 from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import Inputs, ViTConfig
@@ -21,6 +24,7 @@ from foveola.schedules import Progress
 from foveola.training.recipe import resolve
 from foveola.training.run import pretrain
 from foveola.views.batch import ViewsConfig
+from foveola.views.objects import ObjectsConfig
 from foveola.views.tokens import MaskingConfig
 
 NAME = "mean_patch_of_docs:MeanPatch"
@@ -142,3 +146,36 @@ def test_a_recipe_may_build_on_one_that_has_it(module, tmp_path):
     changed = resolve(tmp_path / "mine.yaml", ["method.mean.weight=4"]).method
     assert to_dict(changed)["mean"] == {"weight": 4.0, "name": NAME}
     assert merge(to_dict(changed), {})["patch"] is None
+
+
+def test_objects_are_told_from_others_and_not_from_themselves(example_of_docs, batch):
+    """InfoNCE by loops. Image 0 has its first object twice: no sum has both."""
+    example_of_docs("Contrast", "contrast_of_docs")
+    importlib.import_module("contrast_of_docs")
+    views = ViewsConfig(local_count=0, masking=None, objects=ObjectsConfig(attention=True))
+    tree = {"name": "contrast_of_docs:Contrast", "weight": 0.5, "temperature": 0.3}
+    torch.manual_seed(0)
+    method = Distillation(configured(contrast=tree, patch=None), MODEL, views).train()
+    which = torch.tensor([[0, 0], [2, 1], [0, 1]])
+    chosen = Chosen(which, torch.ones(3, 2), torch.ones(3, 2))
+    made = replace(batch(seed=0, objects=2, local_count=0, masking=False), chosen=chosen)
+    loss = method(made, Progress(0, 10, 5, 3)).losses["contrast"]
+    tokens = []
+    for network in (method.student.backbone, method.backbone):
+        seen = Inputs(objects=made.large.objects.flatten(0, 1))
+        found = network(made.large.pixels.flatten(0, 1), seen).objects.detach().double()
+        tokens.append((found / found.norm(dim=-1, keepdim=True)).unflatten(0, (3, 2)))  # [B, V, M, D]
+    student, teacher = tokens
+    total = []
+    for one, other in ((0, 1), (1, 0)):
+        for b in range(3):
+            for m in range(2):
+                pairs = {
+                    (c, k): (student[b, one, m] @ teacher[c, other, k]).item() / 0.3
+                    for c in range(3)
+                    for k in range(2)
+                    if (c, k) == (b, m) or (c, which[c, k].item()) != (b, which[b, m].item())
+                }
+                total.append(math.log(sum(map(math.exp, pairs.values()))) - pairs[b, m])
+    assert len(total) == 12
+    assert loss.item() == pytest.approx(0.5 * sum(total) / 12, rel=1e-5)
