@@ -1,10 +1,11 @@
 """What objects from features cost, over the forward pass of the encoder on the same images, from one run.
 
-    python -m benchmarks.proposals [images] [pixels] [model]
+    python -m benchmarks.proposals [images] [pixels] [model] [data]
 
 Prints the CPU seconds of an image for the pass (whole, to the patches) and for each way of cutting (the pass
 included), and the ratio of each to the pass: with OMP_NUM_THREADS=1 other work on the machine changes little.
-Images are smooth noise, in whose features cuts find something.
+Images are those of a data string, squashed to squares, or else smooth noise, in whose features cuts find
+something.
 """
 
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from foveola.data.sources import decode, open_source
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.transform import resize
 from foveola.models.vit import ViTConfig
@@ -31,8 +33,13 @@ WAYS = (
 )
 
 
-def images(count: int, side: int) -> list[np.ndarray]:
-    """Return noise of 8 x 8 cells, enlarged."""
+def images(count: int, side: int, data: str | None) -> list[np.ndarray]:
+    """Return images drawn by seed 0, or noise of 8 x 8 cells, enlarged."""
+    if data is not None:
+        source = open_source(data)
+        order = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+        small = (resize(decode(source[index].image), side, side) for index in order)
+        return [one.permute(1, 2, 0).contiguous().numpy() for one in small]
     random = np.random.default_rng(0)
     cells = random.integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
     return [resize(one, side, side).permute(1, 2, 0).contiguous().numpy() for one in cells]
@@ -59,7 +66,7 @@ def forward(encoder: Encoder, side: int) -> Callable[[list[np.ndarray]], object]
     return work
 
 
-def main(count: int = 32, side: int = 336, model: str | None = None) -> None:
+def main(count: int = 32, side: int = 336, model: str | None = None, data: str | None = None) -> None:
     """Print the table."""
     if model is None:
         shape = ViTConfig(patch_size=14, image_size=224)
@@ -67,7 +74,7 @@ def main(count: int = 32, side: int = 336, model: str | None = None) -> None:
     else:
         encoder = load(model)
     side = side // encoder.patch_size * encoder.patch_size
-    some = images(count, side)
+    some = images(count, side, data)
     plain = seconds(forward(encoder, side), some)
     print(f"{'the pass':40s} {plain:8.3f} s an image")
     for way in WAYS:

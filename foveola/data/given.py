@@ -47,7 +47,8 @@ class GivenObjects:
         self.name: str = source.name
         if "annotations=" not in self.name:
             self.name += f"{'&' if '?' in self.name else '?'}annotations={quote(str(path))}"
-        self.notes = (*getattr(source, "notes", ()), *_notes(file, names, indices))
+        self.path = path
+        self.says_lacking = True  # among its notes, which images have no objects
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "source" not in self.__dict__:  # while it is copied or unpickled
@@ -72,6 +73,22 @@ class GivenObjects:
         named = _named(objects, sample.label), _named(crowds, sample.label)
         return replace(sample, image=image, objects=named[0], crowds=named[1])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the source says, and how many of the images that are left have objects."""
+        own: tuple[str, ...] = tuple(getattr(self.source, "notes", ()))
+        if not self.says_lacking:
+            return own
+        given = self._given()
+        own += few_objects(self.path, self.with_objects(), len(given))
+        missing = np.flatnonzero(given < 0)
+        if len(missing):
+            own += (
+                f"{self.path}: names {len(given) - len(missing):,} of {len(given):,} images; those that it "
+                f"leaves out have no objects, such as {image_names(self.source)[missing[0]]}",
+            )
+        return own
+
     def annotation_size(self, index: int) -> tuple[int, int] | None:
         """Return the width and height that the file states for an image, if it names it."""
         row = self._row(index)
@@ -85,8 +102,8 @@ class GivenObjects:
     def with_objects(self) -> int:
         """Return how many images have an object."""
         has = np.diff(self.reader.table.ends, prepend=0) > 0
-        rows = np.array([self._row(index) for index in range(len(self))], np.int64)
-        return int(has[rows[rows >= 0]].sum())
+        given = self._given()
+        return int(has[given[given >= 0]].sum())
 
     def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
         """Leave only the images of these indices, in their order. Raises DataError where the source
@@ -100,8 +117,7 @@ class GivenObjects:
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Return the identity of the images, and of the objects that the file gives them."""
         plain = identity_of(self.source, chosen)
-        indices = range(len(self)) if chosen is None else chosen.tolist()
-        given = np.array([self._row(index) for index in indices], np.int64)
+        given = self._given() if chosen is None else self._given()[chosen]
         about = self.classes, given, self.reader.digest(), self.raw
         return Identity.of(plain.contents, plain.digest, *about)
 
@@ -109,6 +125,11 @@ class GivenObjects:
         """Which image of the file it is, or -1."""
         rows = getattr(self.source, "rows", None)
         return int(self.given[index if rows is None else rows[index]])
+
+    def _given(self) -> Int64[np.ndarray, "n"]:
+        """The same of each image that is left."""
+        rows = getattr(self.source, "rows", None)
+        return self.given if rows is None else self.given[rows]
 
 
 def image_names(source: Any) -> list[str]:
@@ -138,17 +159,6 @@ def _classes(source: Any, file: InstancesFile) -> tuple[tuple[str, ...] | None, 
         )
     index = {name: label for label, name in enumerate(classes)}
     return classes, {number: index[file.classes[label]] for number, label in file.labels.items()}
-
-
-def _notes(file: InstancesFile, names: list[str], met: Int64[np.ndarray, "n"]) -> tuple[str, ...]:
-    notes = few_objects(file.path, file.annotated, len(names))
-    missing = np.setdiff1d(np.arange(len(names)), met)
-    if len(missing):
-        notes += (
-            f"{file.path}: names {len(met):,} of {len(names):,} images; those that it leaves out have no "
-            f"objects, such as {names[missing[0]]}",
-        )
-    return notes
 
 
 def _named(objects: Objects | None, label: int | None) -> Objects | None:

@@ -21,7 +21,7 @@ from foveola import distributed
 from foveola.config import UserError
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import Sample
-from foveola.data.sources import notes_of, with_objects
+from foveola.data.sources import with_objects
 from foveola.evaluation.images import choose_images
 from foveola.evaluation.job import Job
 from foveola.evaluation.protocol import Needs
@@ -170,7 +170,7 @@ def _with_found_objects(
     how: dict[str, Any] = {"sheet": 0, **by.kept}
     found = propose(proposer, part, out=folder / name, progress=progress, **how)
     given = with_objects(source, found.file)
-    given.name, given.notes = source.name, notes_of(source)
+    given.name, given.says_lacking = source.name, False
     counts = found.summary.counts
     return given, {"images": len(counts), "without": counts.count(0)}
 

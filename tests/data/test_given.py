@@ -85,6 +85,9 @@ def test_objects_without_classes_have_the_label_of_their_image(images: Path, tmp
     assert source.with_objects() == 2  # type: ignore[attr-defined]
     note = "names 3 of 4 images; those that it leaves out have no objects, such as dog/a.png"
     assert source.notes[-1].endswith(note)  # type: ignore[attr-defined]
+    source.keep(np.array([0, 1, 3]))  # type: ignore[attr-defined]
+    assert list(by_name(source)) == ["cat/a.png", "cat/b.png", "dog/turned.jpg"]
+    assert source.notes == ()  # type: ignore[attr-defined]
 
 
 def test_classes_of_the_file_come_behind_those_of_the_images(images: Path, tmp_path: Path):
