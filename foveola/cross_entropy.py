@@ -143,7 +143,7 @@ class _CrossEntropy(torch.autograd.Function):
         # Gradients before the scaling of losses are too small for half precision; bfloat16 has the range.
         half = precision(predictions)
         exact = torch.float32 if half == torch.float16 else half
-        rounded, factor = v, torch.tensor(1 / temperature, device=device)
+        rounded, factor = v, torch.full((), 1 / temperature, device=device)
         if v is not None and g is not None:
             rounded, factor = v.to(half), scales_of((v, g)) / temperature
         needs = [trained and needed for needed in ctx.needs_input_grad[:3]]

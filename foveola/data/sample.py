@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -313,8 +313,12 @@ class Canvases:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def to(self, device: torch.device | str) -> "Canvases":
-        """Return the same batch on `device`; asynchronous where the memory is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the same batch on `device`; asynchronous where the memory is pinned.
+
+        `aspects` stay on the CPU, where boxes are drawn: a GPU would have to be waited for.
+        """
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, aspects=self.aspects)
 
     def pin_memory(self) -> "Canvases":
         """Return the same batch in page-locked memory, from which a copy to a GPU overlaps with compute."""

@@ -42,7 +42,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.bad_steps = 0
+        self.bad_steps, self.bad_at = 0, 0  # in a row until now; the number of the last one
+        self.asked: tuple[Tensor, torch.cuda.Event | None, Progress] | None = None
         self.wrapped = self._wrap()
 
     def _wrap(self, again: bool = False) -> nn.Module:
@@ -86,15 +87,21 @@ class Trainer:
         norm = self.optimizer.clip()
         total = torch.stack(list(losses.values())).sum()
         # Gradients are the same on all ranks, so all ranks decide alike.
-        finite = bool(torch.isfinite(norm))
+        finite = torch.isfinite(norm)
         after: dict[str, float] = {}
-        if finite:
+        # A fused optimizer leaves a bad step out by itself, and the loop hears of it a step later: to ask
+        # would mean to wait until the device has done all that it was told. The teacher of such a step
+        # moves towards a student that stayed.
+        if self.optimizer.fused or bool(finite):
             self.optimizer.drop_frozen(progress)
-            self.scaler.step(self.optimizer.inner)
+            self.optimizer.step(self.scaler, finite)
             after = self.method.after_step(progress, schedules["lr"])
         self.scaler.update()
         self.optimizer.inner.zero_grad(set_to_none=True)
-        self._count_bad(finite, progress)
+        before, self.asked = self.asked, _asked(finite, progress)
+        self._count(before)
+        if not self.optimizer.fused:
+            self.settle()
         named = {f"loss/{name}": value for name, value in losses.items()}
         return {"loss": total, **named, **schedules, **after, "grad_norm": norm, **logs}
 
@@ -108,18 +115,32 @@ class Trainer:
             return self.wrapped.no_sync()
         return nullcontext()
 
-    def _count_bad(self, finite: bool, progress: Progress) -> None:
+    def settle(self) -> None:
+        """Count the last step among those whose gradients were finite or not; waits for it."""
+        asked, self.asked = self.asked, None
+        self._count(asked)
+
+    def _count(self, asked: tuple[Tensor, torch.cuda.Event | None, Progress] | None) -> None:
+        if asked is None:
+            return
+        finite, arrived, progress = asked
+        if arrived is not None:
+            arrived.synchronize()
         # With a loss scaler a step that overflows is ordinary: the scale halves until it does not.
         limit = 20 if self.scaler.is_enabled() else PATIENCE
-        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if bool(finite):
+            self.bad_steps = 0
+            return
+        self.bad_steps, self.bad_at = self.bad_steps + 1, progress.step + 1
         if self.bad_steps >= limit:
             raise Diverged(
-                f"gradients were not finite in {limit} steps in a row, up to step {progress.step + 1}: "
+                f"gradients were not finite in {limit} steps in a row, up to step {self.bad_at}: "
                 "try precision=bf16 or fp32, a lower optimizer.lr.value, or a longer optimizer.lr.warmup"
             )
 
     def state_dict(self) -> dict:
         """Return everything that a resumed run needs besides its configuration and step."""
+        self.settle()
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -131,4 +152,15 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.bad_steps = state["bad_steps"]
+        self.bad_steps, self.asked = state["bad_steps"], None
+
+
+def _asked(finite: Tensor, progress: Progress) -> tuple[Tensor, torch.cuda.Event | None, Progress]:
+    """The answer of a step on its way to the CPU, and what tells that it is there (None: it is)."""
+    if not finite.is_cuda:
+        return finite, None, progress
+    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+    answer.copy_(finite, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return answer, arrived, progress

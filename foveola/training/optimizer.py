@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, key
@@ -103,7 +104,8 @@ class Optimizer:
             groups.setdefault(settings, {"params": [], "part": part, "decay": decay, "rate": settings[3]})
             groups[settings]["params"].append(p)
         ordered = [groups[settings] for settings in sorted(groups)]
-        self.inner = _inner(config, ordered, fused=all(p.is_cuda for p in self.named.values()))
+        self.fused = all(p.is_cuda for p in self.named.values())
+        self.inner = _inner(config, ordered, fused=self.fused)
         self.networks: dict[int, str] = {}
         for name, part in model.networks().items():  # what two parts share is of the first
             for p in part.parameters():
@@ -151,7 +153,8 @@ class Optimizer:
             if self.config.clip_each == "module":
                 names = [self.networks.get(id(p), "") for p in self.named.values() if p.grad is not None]
                 modules = sorted(set(names))
-                where = torch.tensor([modules.index(name) for name in names], device=norms.device)
+                where = torch.tensor([modules.index(name) for name in names])
+                where = where.to(norms.device, non_blocking=True)
                 squares = norms.new_zeros(len(modules)).index_add_(0, where, norms**2)
                 norms = squares.sqrt()[where]
             elif self.config.clip_each == "all":
@@ -159,6 +162,15 @@ class Optimizer:
             factors = (self.config.clip / (norms + 1e-6)).clamp(max=1)
             torch._foreach_mul_(gradients, list(factors.unbind()))
         return total
+
+    def step(self, scaler: torch.amp.GradScaler, finite: Bool[Tensor, ""]) -> None:
+        """Move the parameters. A fused optimizer does so only where gradients are `finite`, which its
+        kernels ask: nothing waits for the answer.
+        """
+        if self.fused and not scaler.is_enabled():  # a loss scaler tells it by itself
+            self.inner.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+            self.inner.found_inf = 1 - finite.float()  # pyright: ignore[reportAttributeAccessIssue]
+        scaler.step(self.inner)
 
     def drop_frozen(self, progress: Progress) -> None:
         """Forget the gradients of prototypes while they are frozen: they then stay, undecayed."""

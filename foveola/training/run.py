@@ -272,7 +272,7 @@ class _Session:
                 batches = supply.next() if step < self.total else None
                 seconds, last = seconds + time.perf_counter() - began, batches is None
                 if trainer.bad_steps and config.precision != "fp16":
-                    log.note(f"step {step}: gradients are not finite; the weights stay as they are")
+                    log.note(f"step {trainer.bad_at}: gradients are not finite; the weights stay as they are")
                 if last or step % config.log_every == 0:
                     metrics = self._metrics(step, values, supply.loader, log)
                     metrics["images_per_second"] = steps * config.batch_size / seconds

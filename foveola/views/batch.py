@@ -304,6 +304,7 @@ class _Cutter:
         looks = kind.looks.expand(boxes.shape[:2])
         drawn = color.draw_colors(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
         blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
+        blur = None if blur is None else blur.to(self.device, non_blocking=True)
         extents = self.canvases.extents
         views = sample(self.pixels, boxes, flips, kind.size, "bicubic", blur, extents, self.outside)
         inside = None

@@ -140,8 +140,10 @@ def apply(
                 _update(images, chosen, lambda x, f=factor, op=operation: op(x, f))
     _update(images, drawn.gray.nonzero()[:, 0], lambda x: _luma(x).expand_as(x))
     _update(images, drawn.solarize.nonzero()[:, 0], lambda x: torch.where(x >= 128 / 255, 1 - x, x))
-    mean = torch.tensor(config.mean, device=images.device)[:, None, None]
-    std = torch.tensor(config.std, device=images.device)[:, None, None]
+    mean, std = (
+        torch.tensor(each).to(images.device, non_blocking=True)[:, None, None]
+        for each in (config.mean, config.std)
+    )
     images.sub_(mean).div_(std)
     return images if inside is None else images.masked_fill_(~inside, 0)
 
@@ -188,6 +190,6 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     )
     hue = hue + 6 * shift
     # Each channel is the same trapezoid of the hue, shifted by 5 (red), 3 (green), 1 (blue) sixths of a turn.
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    offsets = torch.arange(5.0, 0.0, -2.0, device=x.device)[:, None, None]
     k = torch.remainder(hue + offsets, 6)
     return high - spread * torch.minimum(k, 4 - k).clamp_(0, 1)

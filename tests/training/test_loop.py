@@ -300,3 +300,50 @@ def test_steps_that_are_not_finite_change_nothing_and_the_third_is_an_error(tiny
     with pytest.raises(Diverged, match=r"not finite in 3 steps in a row, up to step 8: try"):
         trainer.step(dataclasses.replace(progress, step=7), lambda: next(batches))
     assert loop.PATIENCE == 3
+
+
+def fused(trainer: Trainer) -> Trainer:
+    """The same with the optimizer that it has on a GPU, whose kernels leave bad steps out."""
+    old = trainer.optimizer.inner
+    assert isinstance(old, torch.optim.AdamW)
+    groups = [{**group, "fused": True, "foreach": False} for group in old.param_groups]
+    trainer.optimizer.inner = torch.optim.AdamW(groups)
+    trainer.optimizer.fused = True
+    return trainer
+
+
+def test_a_fused_optimizer_leaves_bad_steps_out_and_the_loop_hears_of_them_a_step_later(tiny, monkeypatch):
+    trainer, progress, batches = begin(tiny())
+    fused(trainer)
+
+    def steps(trainer: Trainer, *numbers: int) -> None:
+        for number in numbers:
+            trainer.step(dataclasses.replace(progress, step=number), lambda: next(batches))
+
+    steps(trainer, 0, 1)
+    before = {name: value.clone() for name, value in student(trainer).items()}
+    with monkeypatch.context() as patch:
+        spoil(patch, math.nan)
+        steps(trainer, 2)
+    assert all(torch.equal(before[name], value) for name, value in student(trainer).items())
+    assert trainer.bad_steps == 0  # not known yet
+    steps(trainer, 3)
+    assert (trainer.bad_steps, trainer.bad_at) == (1, 3)
+    assert trainer.state_dict()["bad_steps"] == 0  # a checkpoint waits for the last answer
+    assert all(value.isfinite().all() for value in trainer.method.state_dict().values())
+    with monkeypatch.context() as patch:
+        spoil(patch, math.nan)
+        steps(trainer, 4, 5, 6)
+        assert trainer.bad_steps == 2
+        with pytest.raises(Diverged, match="3 steps in a row, up to step 7: try"):
+            trainer.settle()
+
+
+def test_a_fused_optimizer_trains_as_the_others_do(tiny):
+    plain, progress, batches = begin(tiny())
+    other = fused(begin(tiny())[0])
+    for step in range(3):
+        canvases = next(batches)
+        for each in (plain, other):
+            each.step(dataclasses.replace(progress, step=step), lambda: canvases)  # noqa: B023
+    assert farthest(plain, other) < 0.02 * farthest(begin(tiny())[0], other)
