@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import foveola
-from foveola.evaluation.features.reading import ExtractConfig, RowsCut
+from foveola.evaluation.features.table import ExtractConfig, RowsCut
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 

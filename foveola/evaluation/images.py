@@ -3,6 +3,9 @@
 A protocol gives a source, the images chosen of it, and a cut, which makes of a sample what the protocol
 encodes. `Images` applies it in worker processes; `Batches` joins what they send, counts the images that
 cannot be read, and shows progress. The configurations are those from which the protocols' own inherit.
+
+Most cuts make `ImageRows`: views, and the patch masks of what is read in them. A mask follows the image's own
+geometry: a view is a box in the unit square of the image, and the object mask is resampled at that box.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,8 +24,11 @@ from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.ahead import begin_worker
 from foveola.data.identity import Identity, identity_of
-from foveola.data.sample import BadImage, DataError
+from foveola.data.sample import BadImage, DataError, Objects, Sample
 from foveola.data.sources import Source, image_name, why_bad
+from foveola.geometry import covered_patches
+from foveola.geometry import sample as resample
+from foveola.models.transform import Box, TransformConfig, View
 from foveola.progress import show
 
 PARCEL = 8  # images that travel together from a worker
@@ -265,3 +271,91 @@ def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[st
             + why_bad(source, int(bad[0]))
         )
     return {"unreadable": len(bad), "unreadable_names": names}
+
+
+# -- rows of images ------------------------------------------------------------------------------------------
+
+
+class ImageRows(NamedTuple):
+    """The rows of some images, as a worker makes them: V views, R rows."""
+
+    image_indices: Int64[Tensor, "R"]
+    objects: Int64[Tensor, "R"]
+    labels: Int64[Tensor, "R"]
+    masks: Bool[Tensor, "R N"]  # the patches that its object token may read
+    has_mask: Bool[Tensor, "R"]
+    images: UInt8[Tensor, "V 3 S S2"]
+    rows: Int64[Tensor, "V"]  # how many rows see each view, one after the other
+    maps: UInt8[Tensor, "V2 H W"] = torch.zeros(0, 0, 0, dtype=torch.uint8)  # classes of pixels, if asked for
+
+    @property
+    def image_of(self) -> Int64[Tensor, "R"]:
+        """The view that a row sees."""
+        return torch.arange(len(self.rows)).repeat_interleave(self.rows)
+
+
+class PatchMasks:
+    """The rule from the masks of objects to the patches that their token may read."""
+
+    def __init__(self, transform: TransformConfig, patch_size: int, config: MaskedConfig) -> None:
+        self.grid = (transform.crop // patch_size, transform.crop // patch_size)
+        half = 0.5 / patch_size**2  # of a pixel
+        self.min_coverage = half if config.min_coverage is None else config.min_coverage
+        self.canvas = config.mask_canvas or max(transform.resize, min(2 * transform.resize, 256))
+
+    def __call__(
+        self, objects: Objects | None, target: tuple[int, ...], box: Box
+    ) -> Bool[Tensor, "N"] | None:
+        """Patches of a view that the objects `target` cover from `min_coverage` on, or None for no object.
+
+        An object that covers less than that of every patch (a tiny one) keeps the patch that it covers most.
+        """
+        if objects is None or not target:
+            return None
+        canvas, near = np.zeros((self.canvas, self.canvas), np.uint8), np.zeros(self.grid, bool)
+        for j in target:
+            canvas = np.maximum(canvas, objects.draw(j, self.canvas))
+            near |= touched(objects.boxes[j], box, self.grid)
+        field = torch.from_numpy(canvas)[None, None].float() / 255
+        coverage = resample(field, torch.tensor([[box]]), None, self.grid, kernel="area")[0, 0, 0]
+        # A canvas cell on the edge of an object spreads it over the whole cell, perhaps into the next patch.
+        coverage = torch.where(torch.from_numpy(near), coverage, 0.0)
+        mask = covered_patches(coverage, self.min_coverage, keep_most=True)
+        return mask if mask.any() else None
+
+
+def rows_of(
+    sample: Sample,
+    index: int,
+    views: list[View],
+    masks: list[Bool[Tensor, "N"] | None],
+    grid: tuple[int, int],
+) -> ImageRows:
+    """Return the rows of an image with its label: as many as `masks`, one for each view or all of the only
+    view.
+    """
+    whole, count = torch.ones(grid[0] * grid[1], dtype=torch.bool), len(masks)
+    return ImageRows(
+        image_indices=torch.full((count,), index),
+        objects=torch.full((count,), -1),
+        labels=torch.full((count,), -1 if sample.label is None else sample.label),
+        masks=torch.stack([whole if mask is None else mask for mask in masks]),
+        has_mask=torch.tensor([mask is not None for mask in masks]),
+        images=torch.stack([view.pixels for view in views]),
+        rows=torch.full((len(views),), count // len(views)),
+    )
+
+
+def touched(inner: Float32[np.ndarray, "4"], outer: Box, grid: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Return which cells of a grid over the box `outer` the box `inner` overlaps."""
+    x0, y0, x1, y1 = inner.tolist()
+    rows = _overlapped((y0, y1), (outer[1], outer[3]), grid[0])
+    return np.outer(rows, _overlapped((x0, x1), (outer[0], outer[2]), grid[1]))
+
+
+def _overlapped(
+    inner: tuple[float, float], outer: tuple[float, float], cells: int
+) -> Bool[np.ndarray, "cells"]:
+    edges = outer[0] + (outer[1] - outer[0]) * np.arange(cells + 1) / cells
+    overlap = np.minimum(inner[1], edges[1:]) - np.maximum(inner[0], edges[:-1])
+    return overlap > 1e-6  # touching is not overlapping

@@ -16,8 +16,14 @@ from foveola.data.sample import BadImage
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
 from foveola.drawing.sheet import Pixels, Row, Sheet
-from foveola.evaluation.features.reading import ExtractConfig, RowsCut
-from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds, object_tokens
+from foveola.evaluation.features.table import (
+    ExtractConfig,
+    FeatureTable,
+    RowsCut,
+    extract_tables,
+    mask_kinds,
+    object_tokens,
+)
 from foveola.evaluation.images import choose_images, identity_for
 from foveola.figures.tiles import FULL, TILE_SIDE, Encoders, encoders_by_name, head_of
 from foveola.models.encoder import Encoder

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveola.config import key
-from foveola.evaluation.features.reading import ExtractConfig
+from foveola.evaluation.features.table import ExtractConfig
 from foveola.figures.maps import MASS
 from foveola.figures.nearest import REFERENCE_LIMIT
 from foveola.figures.tiles import MIN_COVERAGE, TILE_SIDE

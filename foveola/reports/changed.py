@@ -4,8 +4,7 @@ import numpy as np
 
 from foveola.data.sources import Source
 from foveola.drawing.sheet import Row, Sheet
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract
+from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.figures.maps import neighbours
 from foveola.figures.nearest import neighbour_sheet
 from foveola.models.encoder import Encoder

@@ -11,7 +11,7 @@ from foveola.data.decode import decode
 from foveola.data.sample import BadImage
 from foveola.drawing import html
 from foveola.drawing.sheet import Sheet
-from foveola.evaluation.features.reading import ExtractConfig
+from foveola.evaluation.features.table import ExtractConfig
 from foveola.figures.gallery import attention_sheet, pca_sheet
 from foveola.figures.nearest import neighbour_sheet
 from foveola.figures.positions import position_sheet

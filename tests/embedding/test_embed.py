@@ -17,8 +17,7 @@ from foveola.embedding.formats import read_features
 from foveola.evaluation.classification.linear import joined_features
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.names import need
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract
+from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.evaluation.images import choose_images
 from foveola.zoo.load import load
 

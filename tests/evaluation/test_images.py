@@ -9,8 +9,8 @@ import torch
 
 from foveola.data.sample import BadImage, DataError
 from foveola.evaluation.attention.analysis import SquaresCut
-from foveola.evaluation.features.crops import CropsCut
-from foveola.evaluation.features.reading import ExtractConfig, RowsCut
+from foveola.evaluation.features.encoding import CropsCut
+from foveola.evaluation.features.table import ExtractConfig, RowsCut
 from foveola.evaluation.images import Batches, Images, ReadingConfig
 from foveola.evaluation.localisation.boxed import BoxedCut
 from foveola.evaluation.views.retrieval import CanvasCut

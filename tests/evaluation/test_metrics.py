@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from foveola.evaluation.classification.knn import ranking, vote
 from foveola.evaluation.metrics import (
     bootstrap,
     effective_rank,
@@ -11,11 +12,9 @@ from foveola.evaluation.metrics import (
     paired_interval,
     partner_ranks,
     percent,
-    ranking,
     recall_at,
     tango,
     unit_rows,
-    vote,
     wilson,
 )
 

@@ -19,8 +19,7 @@ from foveola.data.sources import open_source
 from foveola.evaluation.classification.knn import KnnConfig
 from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate, evaluate_all
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract
+from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.evaluation.paired import difference, packed
 from foveola.evaluation.protocol import Metric, declared, find_protocol
 from foveola.evaluation.result import Result

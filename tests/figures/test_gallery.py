@@ -14,8 +14,7 @@ from foveola.console import split
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import open_source
 from foveola.drawing.sheet import Row, Sheet, panel
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract
+from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.figures import gallery
 from foveola.figures.choice import image_numbers, pairs_of, points_of
 from foveola.figures.pca import pca_images

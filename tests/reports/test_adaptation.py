@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import FeatureTable
+from foveola.evaluation.features.table import ExtractConfig, FeatureTable
 from foveola.evaluation.result import Result
 from foveola.reports import changed
 from foveola.reports.adaptation import advise, capital, model_of

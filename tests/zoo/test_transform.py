@@ -9,7 +9,7 @@ from PIL import Image
 
 from foveola.config import ConfigError, UserError, build
 from foveola.data.sources import open_source
-from foveola.evaluation.features.reading import ExtractConfig, RowsCut
+from foveola.evaluation.features.table import ExtractConfig, RowsCut
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.transform import evaluation_view, image_crop
 from foveola.models.vit import ViTConfig

@@ -30,9 +30,9 @@ from foveola.evaluation.classification.linear import (
 )
 from foveola.evaluation.classification.saved import SavedProbe
 from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
-from foveola.evaluation.classification.task import Columns, Exam, Task, plan_training
+from foveola.evaluation.classification.task import Exam, Task, plan_training
 from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
-from foveola.evaluation.features.cache import Need
+from foveola.evaluation.features.cache import Columns, Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
 from foveola.evaluation.protocol import Metric, Outcome
 from foveola.models.encoder import Encoder

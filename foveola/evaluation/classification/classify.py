@@ -16,10 +16,9 @@ from foveola.data.annotated import check_annotated, class_table
 from foveola.data.sample import Sample
 from foveola.data.sources import decode
 from foveola.evaluation.classification.several import in_classes, mean_average_precision
-from foveola.evaluation.classification.truth import answers_of, shared_labels
 from foveola.evaluation.heads import AskedImages, asked_head
 from foveola.evaluation.images import ChosenConfig, join
-from foveola.evaluation.metrics import interval, percent
+from foveola.evaluation.metrics import answers_of, interval, percent, shared_labels
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.transform import TransformConfig, evaluation_view

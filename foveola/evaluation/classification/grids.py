@@ -12,11 +12,10 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.evaluation.classification.solvers import Factor
-from foveola.evaluation.classification.task import Columns, Exam, Task
-from foveola.evaluation.classification.truth import Answers
+from foveola.evaluation.classification.task import Exam, Task
+from foveola.evaluation.features.cache import Columns, FeatureBatch
 from foveola.evaluation.features.names import Need
-from foveola.evaluation.features.stream import FeatureBatch
-from foveola.evaluation.metrics import interval, percent
+from foveola.evaluation.metrics import Answers, interval, percent
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import INTERVAL_ENDS, Metric, Outcome
 from foveola.progress import show

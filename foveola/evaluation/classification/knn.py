@@ -12,20 +12,48 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
 from foveola.evaluation.features.cache import Need
 from foveola.evaluation.features.names import need
 from foveola.evaluation.features.overlap import content_groups
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import FeatureTable, extract_tables, mask_kinds, without_objects
+from foveola.evaluation.features.table import (
+    ExtractConfig,
+    FeatureTable,
+    extract_tables,
+    mask_kinds,
+    without_objects,
+)
 from foveola.evaluation.images import identity_for, share_of_rank
-from foveola.evaluation.metrics import effective_rank, interval, percent, ranking, vote
+from foveola.evaluation.metrics import Answers, answers_of, effective_rank, interval, percent, shared_labels
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.evaluation.search import QUERY_BLOCK, nearest_rows
 from foveola.models.encoder import Encoder
 
 # -- vote ----------------------------------------------------------------------------------------------------
+
+
+def vote(
+    similarities: Float[Tensor, "n k"], labels: Int64[Tensor, "n k"], classes: int, temperature: float
+) -> Float[Tensor, "n {classes}"]:
+    """Return the weighted vote (DINO's k-NN): score of class c = sum over its neighbours j of exp(s_j /
+    temperature).
+
+    Scores are divided by the largest weight of their row, so that no temperature overflows; the ranking
+    stays. A similarity of -inf (no neighbour) has no vote. Labels lie in [0, classes).
+    """
+    best = similarities.amax(dim=1, keepdim=True)
+    present = similarities > -torch.inf
+    weights = torch.where(present, ((similarities - best) / temperature).exp(), 0.0)
+    scores = torch.zeros(similarities.shape[0], classes, device=similarities.device)
+    return scores.scatter_add_(1, labels, weights)
+
+
+def ranking(scores: Float[Tensor, "n C"], top: int) -> Int64[Tensor, "n r"]:
+    """Return the r = min(top, C) classes of highest score, best first; -1 where no score is left above
+    zero.
+    """
+    values, classes = scores.topk(min(top, scores.shape[1]), dim=1)
+    return torch.where(values > 0, classes, -1)
 
 
 def predict(

@@ -17,9 +17,8 @@ from foveola.evaluation.classification.grids import Judged, judged, notes_of_cho
 from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.trained import probe_needs
-from foveola.evaluation.classification.truth import Answers
 from foveola.evaluation.features.cache import Need
-from foveola.evaluation.metrics import percent
+from foveola.evaluation.metrics import Answers, percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.progress import show

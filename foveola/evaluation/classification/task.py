@@ -10,14 +10,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.truth import Answers, answers_of, shared_labels
-from foveola.evaluation.features.cache import FeedConfig, Need, Store
-from foveola.evaluation.features.stream import FeatureBatch, Order, Part, Stream, labels_of, per_epoch
+from foveola.evaluation.features.cache import (
+    Columns,
+    FeatureBatch,
+    FeedConfig,
+    Need,
+    Store,
+    batches,
+    per_epoch,
+)
+from foveola.evaluation.features.stream import Part, Stream, labels_of
 from foveola.evaluation.images import choose_images, identity_for
+from foveola.evaluation.metrics import Answers, answers_of, shared_labels
 from foveola.evaluation.protocol import At
 
 PUBLISHED_STEPS = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
@@ -25,7 +33,6 @@ HOLDOUT = 0.1  # share of the training images that chooses, unless it is said ot
 MOST_PASSES = (
     100  # passes over the training images after which a published number of steps ends at the latest
 )
-PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
 
 
 @dataclass(frozen=True)
@@ -266,50 +273,3 @@ def plan_training(task: Task, config: Any, published: int | None = None) -> tupl
     elif views != "stream" and views < task.training["epochs"]:
         task.notes.append(f"trained on {views} crops of each image in turn; published: new ones each epoch")
     return length
-
-
-# -- features by batch ---------------------------------------------------------------------------------------
-
-
-class Columns:
-    """Kinds of features of some rows of a store, on the device if they are few enough, else read as asked."""
-
-    def __init__(
-        self, store: Store, rows: Int64[Tensor, "r"], wanted: Need, device: torch.device, views: int = 0
-    ) -> None:
-        self.store, self.rows, self.wanted, self.device = store, rows, wanted, device
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        every = range(1, 1 + views) if views else (0,)
-        size = sum(
-            4 * len(rows) * store.take(kind, slice(1), layers=wanted.layers)[0].numel()
-            for kind in wanted.kinds
-        )
-        if size * len(every) <= PRELOAD:
-            for kind in wanted.kinds:
-                for view in every:
-                    self.kept[kind, view] = store.take(kind, rows, view, wanted.layers).to(device)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
-        """Return features of the rows at the places `at`."""
-        if self.kept:
-            there = at.to(self.device)
-            return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
-        rows = self.rows[at]
-        return {
-            kind: self.store.take(kind, rows, view, self.wanted.layers).to(self.device)
-            for kind in self.wanted.kinds
-        }
-
-
-def batches(
-    columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
-) -> Iterator[FeatureBatch]:
-    """Yield batches of stored features, in an `Order`; with crops, those of the epoch in turn."""
-    labels, order = labels.to(columns.device), Order(len(columns), batch, seed)
-    for step in range(steps):
-        epoch, rows = order(step)
-        at = torch.from_numpy(rows)
-        yield columns.take(at, 1 + epoch % views if views else 0), labels[at.to(labels.device)]

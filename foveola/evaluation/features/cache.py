@@ -1,7 +1,7 @@
 """One feature pass for several protocols, kept in memory-mapped files.
 
 A `Feed` belongs to one encoder. Protocols say what they need of a source (`want`), and the first `open`
-computes all of it from one reading of the images, or finds it on the disk.
+computes all of it from one reading of the images, or finds it on the disk. Probes train on its `batches`.
 """
 
 import os
@@ -9,13 +9,14 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, Shaped, UInt8
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola import distributed
@@ -27,7 +28,10 @@ from foveola.evaluation.features.table import FeatureTable
 from foveola.evaluation.images import choose_images, identity_for
 from foveola.models.encoder import Encoder
 
-__all__ = ["Feed", "FeedConfig", "Need", "Store"]
+__all__ = ["Columns", "Feed", "FeedConfig", "Need", "Order", "Store", "batches"]
+
+FeatureBatch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
+PRELOAD = 2**31  # bytes of features up to which they are kept on the device; beyond, read batch by batch
 
 Where = tuple[str, FeedConfig, int, int | None, str | None, int | None, int | None]
 
@@ -208,3 +212,75 @@ def feeding(config: Any) -> FeedConfig:
     """Return the part of a protocol's settings that says how features are made; not how fast."""
     names = [field.name for field in fields(FeedConfig) if hasattr(config, field.name)]
     return FeedConfig(**{name: getattr(config, name) for name in names})
+
+
+# -- stored features by batch --------------------------------------------------------------------------------
+
+
+class Order:
+    """Which of `rows` rows are in the batch of a step: a function of (seed, step) alone.
+
+    Each epoch has a permutation of its own. Rows that fill no batch sit the epoch out.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
+        self.steps = per_epoch(rows, self.batch)
+        self.epoch, self.permutation = -1, np.zeros(0, np.int64)
+
+    def __call__(self, step: int) -> tuple[int, Int64[np.ndarray, "b"]]:
+        """Return the epoch of a step, and its rows in ascending order, in which they are read faster."""
+        epoch, place = divmod(step, self.steps)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.permutation = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return epoch, np.sort(self.permutation[place * self.batch : (place + 1) * self.batch])
+
+
+def per_epoch(rows: int, batch: int) -> int:
+    """Return whole batches of an epoch, at least one."""
+    return max(1, rows // batch)
+
+
+class Columns:
+    """Kinds of features of some rows of a store, on the device if they are few enough, else read as asked."""
+
+    def __init__(
+        self, store: Store, rows: Int64[Tensor, "r"], wanted: Need, device: torch.device, views: int = 0
+    ) -> None:
+        self.store, self.rows, self.wanted, self.device = store, rows, wanted, device
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        every = range(1, 1 + views) if views else (0,)
+        size = sum(
+            4 * len(rows) * store.take(kind, slice(1), layers=wanted.layers)[0].numel()
+            for kind in wanted.kinds
+        )
+        if size * len(every) <= PRELOAD:
+            for kind in wanted.kinds:
+                for view in every:
+                    self.kept[kind, view] = store.take(kind, rows, view, wanted.layers).to(device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
+        """Return features of the rows at the places `at`."""
+        if self.kept:
+            there = at.to(self.device)
+            return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
+        rows = self.rows[at]
+        return {
+            kind: self.store.take(kind, rows, view, self.wanted.layers).to(self.device)
+            for kind in self.wanted.kinds
+        }
+
+
+def batches(
+    columns: Columns, labels: Int64[Tensor, "r"], batch: int, steps: int, seed: int, views: int
+) -> Iterator[FeatureBatch]:
+    """Yield batches of stored features, in an `Order`; with crops, those of the epoch in turn."""
+    labels, order = labels.to(columns.device), Order(len(columns), batch, seed)
+    for step in range(steps):
+        epoch, rows = order(step)
+        at = torch.from_numpy(rows)
+        yield columns.take(at, 1 + epoch % views if views else 0), labels[at.to(labels.device)]

@@ -18,39 +18,11 @@ from foveola import distributed
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import Source
-from foveola.evaluation.features.crops import CropsCut
-from foveola.evaluation.features.encoding import FeedConfig, checked
+from foveola.evaluation.features.cache import FeatureBatch, Order
+from foveola.evaluation.features.encoding import CropsCut, FeedConfig, checked
 from foveola.evaluation.features.names import FeatureReader, Need, shape_of
-from foveola.evaluation.features.reading import ImageRows
-from foveola.evaluation.images import PARCEL, Batches, Images, facts_of_bad, join, share_of_rank
+from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, facts_of_bad, join, share_of_rank
 from foveola.models.encoder import Encoder
-
-FeatureBatch = tuple[Mapping[str, Tensor], Int64[Tensor, "b"]]
-
-
-class Order:
-    """Which of `rows` rows are in the batch of a step: a function of (seed, step) alone.
-
-    Each epoch has a permutation of its own. Rows that fill no batch sit the epoch out.
-    """
-
-    def __init__(self, rows: int, batch: int, seed: int) -> None:
-        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
-        self.steps = per_epoch(rows, self.batch)
-        self.epoch, self.permutation = -1, np.zeros(0, np.int64)
-
-    def __call__(self, step: int) -> tuple[int, Int64[np.ndarray, "b"]]:
-        """Return the epoch of a step, and its rows in ascending order, in which they are read faster."""
-        epoch, place = divmod(step, self.steps)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.permutation = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        return epoch, np.sort(self.permutation[place * self.batch : (place + 1) * self.batch])
-
-
-def per_epoch(rows: int, batch: int) -> int:
-    """Return whole batches of an epoch, at least one."""
-    return max(1, rows // batch)
 
 
 class CropSchedule:

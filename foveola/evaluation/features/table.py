@@ -1,20 +1,109 @@
-"""Encoder x source -> rows of features: images or objects, with and without masks, in a fixed order."""
+"""Encoder x source -> rows of features: images or objects, with and without masks, in a fixed order.
+
+An image is decoded and resized once, however many rows it gives.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from foveola import distributed
-from foveola.config import UserError
+from foveola.config import UserError, key
 from foveola.data.identity import identity_of
-from foveola.data.sources import Source
-from foveola.evaluation.features.reading import ExtractConfig, ImageRows, RowsCut
-from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share_of_rank
+from foveola.data.sample import Sample
+from foveola.data.sources import Source, decode
+from foveola.evaluation.images import (
+    Batches,
+    ImageRows,
+    Images,
+    MaskedConfig,
+    PatchMasks,
+    choose_images,
+    facts_of_bad,
+    rows_of,
+    share_of_rank,
+)
 from foveola.models.encoder import Encoder
+from foveola.models.transform import TransformConfig, crop_view, evaluation_view
+
+# -- which rows ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtractConfig(MaskedConfig):
+    """Which rows a source gives and how they are computed. Defaults: one row an image, as published."""
+
+    rows: Literal["images", "objects"] = key("images", "one feature for each image, or for each object")
+    view: Literal["image", "object"] = key(
+        "image", "what the encoder sees of an object: its whole image, or a crop of it"
+    )
+    context: float = key(
+        0.5, "view=object: the crop's side is 1 + this times the longer side of the object's box", at_least=0
+    )
+    pool: Literal["token", "average", "predictor"] | None = key(
+        None, "what stands for an image or object: its token, or the mean of its patches or predictions"
+    )
+
+    def __post_init__(self) -> None:
+        if self.view == "object" and self.rows != "objects":
+            raise ValueError("view=object needs rows=objects")
+
+
+def object_crop(
+    box: Float32[np.ndarray, "4"], height: int, width: int, context: float
+) -> tuple[int, int, int, int]:
+    """Return whole pixels (x0, y0, x1, y1) of a square around an object's box, moved into the image.
+
+    Its side is (1 + context) times the longer side of the box in true pixels. A square that is larger than
+    the image in one direction is cut there, and the crop is then no longer square.
+    """
+    x0, y0, x1, y1 = box.astype(np.float64) * (width, height, width, height)
+    side = max(1, round((1 + context) * max(x1 - x0, y1 - y0)))
+    (left, right), (upper, lower) = _within(x0 + x1, side, width), _within(y0 + y1, side, height)
+    return left, upper, right, lower
+
+
+def _within(twice: float, side: int, extent: int) -> tuple[int, int]:
+    """Both ends of a side around twice / 2, moved or else cut to lie in 0 to extent."""
+    length = min(side, extent)
+    start = min(max(round((twice - length) / 2), 0), extent - length)
+    return start, start + length
+
+
+class RowsCut:
+    """Makes the rows of an image that an `ExtractConfig` asks for."""
+
+    def __init__(self, transform: TransformConfig, patch_size: int, config: ExtractConfig) -> None:
+        self.transform, self.config = transform, config
+        self.masks = PatchMasks(transform, patch_size, config)
+
+    def __call__(self, sample: Sample, index: int) -> ImageRows:
+        """All rows of one image; one without annotation is one row. Raises BadImage."""
+        image, objects = decode(sample.image), sample.objects
+        single = self.config.rows == "objects" and objects is not None
+        every = range(0 if objects is None else len(objects))
+        targets = [(j,) for j in every] if single else [tuple(every)]
+        if self.config.view == "object" and objects is not None:
+            height, width = image.shape[:2]
+            crops = [object_crop(objects.boxes[j], height, width, self.config.context) for (j,) in targets]
+            views = [crop_view(image, crop, self.transform) for crop in crops]
+        else:
+            views = [evaluation_view(image, self.transform)]
+        seen = views if len(views) == len(targets) else views * len(targets)
+        masks = [self.masks(objects, target, view.box) for target, view in zip(targets, seen, strict=True)]
+        rows = rows_of(sample, index, views, masks, self.masks.grid)
+        if not single or objects is None:
+            return rows
+        rows = rows._replace(objects=torch.arange(len(objects)))
+        return rows if objects.labels is None else rows._replace(labels=torch.from_numpy(objects.labels))
+
+
+# -- their features ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +120,6 @@ class FeatureTable:
     def select(self, rows: Tensor) -> "FeatureTable":
         """Return the rows given by a boolean mask or by indices."""
         return FeatureTable(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-
-# -- all images --------------------------------------------------------------------------------------------
 
 
 def extract(

@@ -11,10 +11,10 @@ from foveola.data.sources import Source
 from foveola.evaluation.classification.abmilp import AbmilpBank, AbmilpConfig
 from foveola.evaluation.classification.grids import Judged, ProbePlan, judge, train_plans
 from foveola.evaluation.classification.solvers import warm_cosine
-from foveola.evaluation.classification.task import HOLDOUT, Columns, batches, held_out, length_of
-from foveola.evaluation.classification.truth import Answers
-from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.classification.task import HOLDOUT, held_out, length_of
+from foveola.evaluation.features.cache import Columns, Feed, FeedConfig, batches
 from foveola.evaluation.features.names import lowest_entropy, need
+from foveola.evaluation.metrics import Answers
 from foveola.models.encoder import Encoder
 
 OF_TOKEN = ("attention", "lowest_entropy", "heads")  # what the class token reads

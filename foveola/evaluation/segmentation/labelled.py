@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 from foveola.data.sample import DataError, Sample
 from foveola.data.segmentation import PixelSource
 from foveola.data.sources import decode
-from foveola.evaluation.features.reading import ImageRows, rows_of
+from foveola.evaluation.images import ImageRows, rows_of
 from foveola.models.transform import TransformConfig, evaluation_view
 
 

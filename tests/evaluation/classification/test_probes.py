@@ -12,18 +12,11 @@ import torch
 from foveola.config import ConfigError, UserError
 from foveola.evaluation.classification import task
 from foveola.evaluation.classification.grids import judged
-from foveola.evaluation.classification.task import (
-    Columns,
-    ProbeConfig,
-    batches,
-    held_out,
-    length_of,
-    open_task,
-)
-from foveola.evaluation.classification.truth import Answers
+from foveola.evaluation.classification.task import ProbeConfig, held_out, length_of, open_task
 from foveola.evaluation.evaluate import evaluate, evaluate_all
-from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.cache import Columns, Feed, batches
 from foveola.evaluation.features.names import need
+from foveola.evaluation.metrics import Answers
 from foveola.evaluation.protocol import At
 from foveola.evaluation.result import Result
 

@@ -8,9 +8,9 @@ import pytest
 from foveola.config import UserError
 from foveola.data.sample import Sample
 from foveola.evaluation.evaluate import evaluate
-from foveola.evaluation.features.cache import Feed, FeedConfig
+from foveola.evaluation.features.cache import Feed, FeedConfig, Order
 from foveola.evaluation.features.names import need
-from foveola.evaluation.features.stream import CropSchedule, Order, Stream
+from foveola.evaluation.features.stream import CropSchedule, Stream
 
 QUIET = {"progress": False, "workers": 0}
 SHORT = {

@@ -18,10 +18,9 @@ from foveola.data.sample import Objects, Sample
 from foveola.data.sources import decode, open_source
 from foveola.evaluation.features import passes
 from foveola.evaluation.features.cache import Feed, FeedConfig
-from foveola.evaluation.features.crops import CropsCut, random_crop
+from foveola.evaluation.features.encoding import CropsCut, random_crop
 from foveola.evaluation.features.names import FeatureReader, lowest_entropy, need, weigh
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract_tables
+from foveola.evaluation.features.table import ExtractConfig, extract_tables
 from foveola.evaluation.images import Images, choose_images
 from foveola.models.predictor import PredictorConfig
 

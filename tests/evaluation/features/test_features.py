@@ -7,9 +7,15 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
-from foveola.evaluation.features.reading import ExtractConfig, ImageRows, RowsCut, object_crop
-from foveola.evaluation.features.table import extract, extract_tables, mask_kinds
-from foveola.evaluation.images import Images, choose_images, read_parcels
+from foveola.evaluation.features.table import (
+    ExtractConfig,
+    RowsCut,
+    extract,
+    extract_tables,
+    mask_kinds,
+    object_crop,
+)
+from foveola.evaluation.images import ImageRows, Images, choose_images, read_parcels
 from foveola.models.encoder import TransformConfig
 from foveola.progress import show
 
@@ -401,7 +407,7 @@ def test_ranks_share_the_images_and_keep_their_order(run_ranks) -> None:
 import torch
 from foveola import distributed
 from foveola.evaluation.features.table import extract
-from foveola.evaluation.features.reading import ExtractConfig
+from foveola.evaluation.features.table import ExtractConfig
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.data.sources import open_source

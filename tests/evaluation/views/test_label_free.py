@@ -13,8 +13,7 @@ from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import open_source
 from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate
-from foveola.evaluation.features.reading import ExtractConfig
-from foveola.evaluation.features.table import extract
+from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.evaluation.images import Images
 from foveola.evaluation.protocol import At
 from foveola.evaluation.views.feature_space import (
