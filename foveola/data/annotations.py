@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Float32, Int64, Integer
 
 from foveola.data.coco import check_annotation
 from foveola.data.fit import turn_of, views_of
-from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, read_header, turn, turn_boxes
+from foveola.data.formats import DAMAGED, Header, open_image, orientation_of, turn, turn_boxes
+from foveola.data.readers import contents, read_header
 from foveola.data.sample import BadImage, DataError, Objects, full_mask
 
 
@@ -284,7 +285,7 @@ class CocoObjects:
 def _opened(path: Path) -> tuple[Path | bytes, Header | None]:
     """The bytes of an image and its header; None where it cannot be read: whoever decodes it will say why."""
     try:
-        data = path.read_bytes()
+        data = contents(path)
         return data, read_header(data)
     except (OSError, BadImage):
         return path, None

@@ -12,14 +12,26 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
 from foveola.config import kind_of
-from foveola.data.depth import CONTAINER, is_dark, is_deep, states_range, to_bytes, values_of
-from foveola.data.formats import DAMAGED, check_pages, jpeg_header, open_image, orientation_of, reason, turn
-from foveola.data.sample import BadImage, DataError, Decoding, ImageFile
+from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.formats import (
+    DAMAGED,
+    bits_of,
+    is_single,
+    jpeg_header,
+    open_image,
+    orientation_of,
+    pages_meant,
+    reason,
+    turn,
+)
+from foveola.data.readers import contents, reader_of, values_in
+from foveola.data.sample import BadImage, DataError
+from foveola.data.values import Values, is_dark, to_pixels
 
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels, icons and broken exports
 MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
@@ -42,37 +54,47 @@ class Scratch:
 
 
 def decode(
-    image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"], scratch: Scratch | None = None
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Return RGB pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
+    image: Path | bytes | ImageFile | Shaped[np.ndarray, "H W C"], scratch: Scratch | None = None
+) -> Shaped[np.ndarray, "H W C"]:
+    """Return pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
 
-    EXIF orientation is applied; grey, palette and CMYK become RGB; 16 bits are scaled to 8, from the range
-    of an `ImageFile` or from all of them; transparent parts are laid on white; of an animation the first
-    frame is taken. Raises BadImage, with the reason, for files that are missing, empty, damaged, of an
-    unknown kind, of several pages, of floating-point values without a range, or less than 8 pixels a side.
+    They are RGB of uint8 unless the `Decoding` of an `ImageFile` says otherwise: `channels`, and uint16 where
+    it knows the range of values, whose low end is 0 and whose high end is all of the dtype.
+    EXIF orientation is applied; grey, palette and CMYK become RGB; transparent parts are laid on white; of an
+    animation the first frame is taken. Raises BadImage, with the reason, for files that are missing, empty,
+    damaged, of an unknown kind, of several pages or other channels than are meant, of floating-point values
+    without a range, or less than 8 pixels a side.
     """
     reading = PLAIN
     if isinstance(image, ImageFile):
         image, reading = image.data, image.reading
-    if isinstance(image, Path):
+    if isinstance(image, Path | bytes):
         try:
-            image = image.read_bytes()
+            pixels = _decode_file(contents(image), reading, scratch)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
-    if isinstance(image, bytes):
-        jpeg = jpeg_header(image)
-        if jpeg is None:
-            pixels = _decode_other(image, reading)
-        else:
-            if jpeg.width * jpeg.height > MAX_PIXELS:
-                raise BadImage(f"{jpeg.width}x{jpeg.height} pixels are more than memory should be given for")
-            room = None if scratch is None else scratch.room(jpeg.width * jpeg.height * 3)
-            pixels = _decode_jpeg(image, jpeg.orientation, room)
     else:
         pixels = image
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise BadImage(f"{pixels.shape[1]}x{pixels.shape[0]} pixels is less than {MIN_SIDE} on a side")
     return pixels
+
+
+def _decode_file(data: Path | bytes, reading: Decoding, scratch: Scratch | None) -> np.ndarray:
+    if reader_of(data) is not None:
+        return to_pixels(values_in(data, reading), reading)
+    assert isinstance(data, bytes)
+    jpeg = jpeg_header(data)
+    if jpeg is None or reading.channels is not None or reading.window is not None:
+        return _decode_other(data, reading)
+    if jpeg.width * jpeg.height > MAX_PIXELS:
+        raise BadImage(f"{jpeg.width}x{jpeg.height} pixels are more than memory should be given for")
+    room = None if scratch is None else scratch.room(jpeg.width * jpeg.height * 3)
+    return _deepened(_decode_jpeg(data, jpeg.orientation, room), reading)
+
+
+def _deepened(pixels: UInt8[np.ndarray, "H W C"], reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
+    return pixels * np.uint16(257) if reading.depth == 16 else pixels
 
 
 def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 h w"]:
@@ -117,22 +139,25 @@ def _is_padded(data: bytes, complaint: str) -> bool:
     return count <= STRAY_BYTES or len(set(data[max(end - count, 0) : end])) == 1
 
 
-def _decode_other(data: bytes, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
+def _decode_other(data: bytes, reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
     image = open_image(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
-            check_pages(image, reading.first_page)
-            if is_deep(image) and (reading.low is not None or image.mode == "F"):
-                values = values_of(data)
-                image.load()
-                return turn(_scaled(values, reading), orientation_of(image))
-            return _upright(image, reading)
+            pages = pages_meant(image, reading.page)
+            if reading.channels is not None or len(pages) > 1 or reading.window is not None:
+                return to_pixels(values_in(data, reading), reading)
+            if pages[0]:
+                image.seek(pages[0])
+            if is_single(image) or (bits_of(image) > 8 and reading.ranged):
+                return to_pixels(values_in(data, reading), reading)
+            image.load()
+            return _deepened(turn(_to_rgb(image), orientation_of(image)), reading)
     except DAMAGED as error:
         raise BadImage(reason(data, error)) from error
 
 
-def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def pixels_of(image: Any, values: str | None = None) -> Shaped[np.ndarray, "H W C"]:
     """Return RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has
     them.
 
@@ -151,9 +176,9 @@ def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3
         if isinstance(image, ImageFile):
             return decode(image)
         if isinstance(image, str | Path):
-            image = Path(image).expanduser().read_bytes()
-        if isinstance(image, bytes):
-            if reading == PLAIN and jpeg_header(image) is None and _is_dark_file(image):
+            image = contents(Path(image).expanduser())
+        if isinstance(image, bytes | Path):
+            if reading == PLAIN and _is_dark_file(image):
                 _warn_of_dark()
             return decode(ImageFile(image, reading))
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
@@ -167,23 +192,28 @@ def pixels_of(image: Any, values: str | None = None) -> UInt8[np.ndarray, "H W 3
         raise DataError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _of_pil(image: Any, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
+def _of_pil(image: Any, reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
-    grey = image.mode.startswith("I") or image.mode == "F"
-    if reading.low is not None and not grey and is_deep(image):
-        raise BadImage("of 16-bit colour PIL keeps the upper bytes alone: give the file's path")
-    if reading == PLAIN and grey and not states_range(image) and is_dark(np.asarray(image)):
+    if not is_single(image):
+        if reading.ranged and bits_of(image) > 8:
+            raise BadImage("of 16-bit colour PIL keeps the upper bytes alone: give the file's path")
+        image.load()
+        return _deepened(turn(_to_rgb(image), orientation_of(image)), reading)
+    values = np.asarray(image)[:, :, None]
+    if reading == PLAIN and image.format != "PPM" and is_dark(values):
         _warn_of_dark()
-    return _upright(image, reading)
+    return turn(to_pixels(Values(values), reading), orientation_of(image))
 
 
-def _is_dark_file(data: bytes) -> bool:
+def _is_dark_file(data: bytes | Path) -> bool:
+    if isinstance(data, bytes) and jpeg_header(data) is not None:
+        return False
     try:
-        values = None if states_range(open_image(data)) else values_of(data)
+        values = values_in(data, PLAIN)
     except (BadImage, *DAMAGED):  # `decode` says what it is
         return False
-    return values is not None and is_dark(values)
+    return values.high is None and values.deep and is_dark(values.array)
 
 
 def _warn_of_dark() -> None:
@@ -195,26 +225,7 @@ def _warn_of_dark() -> None:
     )
 
 
-def _upright(image: Image.Image, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of an image that PIL has opened. Raises as PIL does."""
-    image.load()
-    return turn(_to_rgb(image, reading), orientation_of(image))
-
-
-def _scaled(values: np.ndarray | None, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
-    assert values is not None
-    pixels = to_bytes(values[:, :, :3] if values.ndim == 3 else values, reading)
-    if values.ndim == 2:
-        return np.repeat(pixels[:, :, None], 3, axis=2)
-    if values.shape[2] == 4:  # alpha has the whole of its 16 bits
-        share = values[:, :, 3:] / np.float32(CONTAINER)
-        return np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8)
-    return pixels
-
-
-def _to_rgb(image: Image.Image, reading: Decoding) -> UInt8[np.ndarray, "H W 3"]:
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip to 255 rather than scale
-        return np.repeat(to_bytes(np.asarray(image), reading)[:, :, None], 3, axis=2)
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

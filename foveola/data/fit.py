@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from foveola.data.formats import Header, read_header, turn
+from foveola.data.formats import Header, turn
+from foveola.data.readers import read_header
 from foveola.data.sample import BadImage
 
 Size = tuple[int, int]  # width, height
@@ -53,7 +54,7 @@ def upright_map(
     compares.
     """
     try:
-        header = read_header(image.read_bytes() if isinstance(image, Path) else image)
+        header = read_header(image)
     except (OSError, BadImage):
         return labels  # whoever decodes it will say why
     size = labels.shape[1], labels.shape[0]

@@ -6,9 +6,11 @@ that begins like PostScript to Ghostscript, whatever its name.
 
 import io
 import struct
+import sys
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
@@ -19,6 +21,10 @@ from foveola.data.sample import BadImage
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ORIENTATION = 0x0112  # the EXIF tag
 SUBFILE, BITS, CHANNELS = 254, 258, 277  # TIFF tags
+ALPHA = "alpha"  # the name of a channel that says how opaque the others are
+GREY, COLOURS = "L", ("R", "G", "B")
+# In the names that PIL has for the order of the bytes of 16 bits: and the opposite one.
+BYTE_ORDERS = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 # What PIL raises on damaged files: OSError (truncated, of an unknown kind) and, from its plugins, the others.
 DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -28,11 +34,16 @@ DAMAGED = (
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image file says: pixels as stored, and the EXIF orientation (1 to 8)."""
+    """What the header of an image file says: pixels as stored, and the EXIF orientation (1 to 8).
+
+    `bits` are those of a channel: 8, 16, or 32 for whole numbers and floating-point ones of that size.
+    """
 
     width: int
     height: int
     orientation: int = 1
+    channels: int = 3
+    bits: int = 8
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -64,13 +75,18 @@ def reason(data: bytes, error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_header(data: bytes) -> Header:
-    """Return the size and orientation of an image file, from its header alone. Raises BadImage."""
+def image_header(data: bytes) -> Header:
+    """Return the size and orientation of a file that PIL reads, from its header alone. Raises BadImage."""
     jpeg = jpeg_header(data)
     if jpeg is not None:
         return jpeg
     with open_image(data) as image:
-        return Header(*image.size, orientation_of(image, late=_has_late_metadata(data)))
+        return Header(
+            *image.size,
+            orientation_of(image, late=_has_late_metadata(data)),
+            len(channel_names(image)),
+            bits_of(image),
+        )
 
 
 def orientation_of(image: Image.Image, late: bool = True) -> int:
@@ -85,9 +101,35 @@ def orientation_of(image: Image.Image, late: bool = True) -> int:
     return found if found in range(1, 9) else 1
 
 
+def is_single(image: Image.Image) -> bool:
+    """Return whether an image is grey of more than 8 bits, which PIL has as it is stored."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def bits_of(image: Image.Image) -> int:
+    """Return the bits of a channel of an image, its pixels not yet loaded: 8, 16 or 32."""
+    if is_single(image):
+        return 16 if image.mode.startswith("I;16") else 32
+    return 16 if any(raw_mode(tile)[-4:] in BYTE_ORDERS for tile in getattr(image, "tile", ())) else 8
+
+
+def raw_mode(tile: Any) -> str:
+    """Return how PIL is told to unpack a part of a file, such as RGB;16B."""
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+
+
+def channel_names(image: Image.Image) -> tuple[str, ...]:
+    """Return the names of the channels that an image has for us; palettes, CMYK and others are RGB."""
+    if is_single(image):
+        return (GREY,)
+    clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    colours = (GREY,) if image.mode in ("1", "L", "LA", "La") else COLOURS
+    return (*colours, ALPHA) if clear else colours
+
+
 def jpeg_header(data: bytes) -> Header | None:
     """Read the header of a JPEG of 8 bits a channel in grey or colour, without PIL; else None."""
-    at, size, orientation = 2, None, None
+    at, size, orientation, channels = 2, None, None, 3
     if data[:2] != b"\xff\xd8":
         return None
     while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # start of scan
@@ -104,7 +146,7 @@ def jpeg_header(data: bytes) -> Header | None:
         if marker == 0xE1 and orientation is None and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 4 : end])
         at = end
-    return None if size is None else Header(*size, orientation or 1)
+    return None if size is None else Header(*size, orientation or 1, channels)
 
 
 def _exif_orientation(block: bytes) -> int:
@@ -161,19 +203,35 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
     return np.stack([x0, y0, x1, y1], axis=1)
 
 
-def check_pages(image: Image.Image, first: bool) -> None:
-    """Raise BadImage for a TIFF of several pages unless the `first` will do. Reduced copies are no pages."""
-    if first or image.format != "TIFF":
-        return
+def pages_meant(image: Image.Image, page: int | str | None) -> list[int]:
+    """Return the pages of a file, from 0, that are meant by `Decoding.page`.
+
+    Raises BadImage for a TIFF of several where none is chosen (reduced copies are no pages), and for one that
+    is not there. Of an animation the first frame is meant.
+    """
     count = getattr(image, "n_frames", 1)
-    whole = 0
-    for page in range(count):
-        image.seek(page)
-        whole += not image.tag_v2.get(SUBFILE, 0) & 1  # type: ignore[attr-defined]
-        if whole > 1:
-            raise BadImage(f"a TIFF of {count} pages; pages=first in the data string takes the first of each")
+    if isinstance(page, int):
+        if page >= count:
+            raise BadImage(f"has {count} page(s), and page {page + 1} is asked for")
+        return [page]
+    if page is None and image.format != "TIFF":
+        return [0]
+    whole = [number for number in range(count) if not _is_reduced(image, number)]
     if count > 1:
         image.seek(0)
+    if page is None and len(whole) > 1:
+        raise BadImage(
+            f"a TIFF of {count} pages; pages=first in the data string takes the first of each, "
+            "pages=channels all of them as channels"
+        )
+    return whole if page == "channels" else [0]
+
+
+def _is_reduced(image: Image.Image, page: int) -> bool:
+    if image.format != "TIFF":
+        return False
+    image.seek(page)
+    return bool(image.tag_v2.get(SUBFILE, 0) & 1)  # type: ignore[attr-defined]
 
 
 def _unknown_tiff(data: bytes) -> str | None:

@@ -9,12 +9,14 @@ from urllib.parse import quote
 import numpy as np
 from jaxtyping import Int64
 
+from foveola.data.decoding import ImageFile
 from foveola.data.fit import turn_of
-from foveola.data.formats import Header, read_header
+from foveola.data.formats import Header
 from foveola.data.identity import Identity, identity_of
 from foveola.data.instances import AGNOSTIC, InstancesFile, few_objects, read_instances
 from foveola.data.listing import match_names, printable
-from foveola.data.sample import BadImage, DataError, ImageFile, Objects, Sample
+from foveola.data.readers import contents, read_header
+from foveola.data.sample import BadImage, DataError, Objects, Sample
 
 
 class GivenObjects:
@@ -175,7 +177,7 @@ def _opened(image: Any) -> tuple[Any, Header | None]:
     if isinstance(image, np.ndarray):
         return image, Header(image.shape[1], image.shape[0])
     try:
-        data = image.read_bytes() if isinstance(image, Path) else image
+        data = contents(image)
         return data, read_header(data)
     except (OSError, BadImage):
         return image, None

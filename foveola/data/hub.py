@@ -9,10 +9,11 @@ from jaxtyping import Int64, UInt8
 
 from foveola.config import nearest
 from foveola.data.annotations import read_values
+from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.fit import upright_map
-from foveola.data.formats import read_header
 from foveola.data.identity import HASH, Identity, hash_of
-from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
+from foveola.data.readers import contents, read_header
+from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared_classes, to_classes
 
 
@@ -33,6 +34,16 @@ class HubImages:
         if label is not None:
             self.classes, self.labels = _labels(dataset, label)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.reading.count
+
+    @property
+    def depth(self) -> int:
+        """Bits of a channel of the images, 8 or 16."""
+        return self.reading.depth
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -48,10 +59,10 @@ class HubImages:
         """Return what the images are called, in order."""
         return [f"row {row}" for row in self.rows.tolist()]
 
-    def data(self, index: int) -> bytes:
+    def data(self, index: int) -> bytes | Path:
         """Return the bytes of the file of an image. Raises OSError and BadImage."""
         file = self._file(int(self.rows[index]), self.image)
-        return file.read_bytes() if isinstance(file, Path) else file
+        return contents(file)
 
     def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""
@@ -121,7 +132,7 @@ class HubPixels(HubImages):
         """Return the width and height of the label map of an image; None where it cannot be read."""
         try:
             file = self._file(int(self.rows[index]), self.pixels)
-            return read_header(file.read_bytes() if isinstance(file, Path) else file).upright
+            return read_header(file).upright
         except (OSError, BadImage):
             return None
 

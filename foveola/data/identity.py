@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from foveola.data.sample import DataError, ImageFile, Objects
+from foveola.data.decoding import ImageFile
+from foveola.data.sample import DataError, Objects
 
 BYTES = 16  # of a hash: two of 10^9 images share one with a probability of 10^-21
 HASH = np.dtype(f"S{BYTES}")  # numpy compares these as numbers of 16 bytes; empty: cannot be read

@@ -19,11 +19,13 @@ from foveola.data.annotations import (
     XmlBoxes,
     map_size,
 )
+from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
 from foveola.data.instances import few_objects, read_instances
 from foveola.data.listing import check_listed, find_images, match_names, misfit, printable, read_lines
-from foveola.data.sample import BadImage, DataError, Decoding, ImageFile, Sample
+from foveola.data.readers import contents
+from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.tables import read_boxes
 
 PROBES = 500  # images looked at to see whether a folder of annotations belongs to them
@@ -55,6 +57,16 @@ class ImageFiles:
         self.image_ids: np.ndarray | None = None
         self.category_ids: np.ndarray | None = None
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.reading.count
+
+    @property
+    def depth(self) -> int:
+        """Bits of a channel of the images, 8 or 16."""
+        return self.reading.depth
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -81,17 +93,22 @@ class ImageFiles:
         """Return the folder, and the paths of the images below it, in order."""
         return self.root, [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
 
-    def data(self, index: int) -> bytes:
-        """Return the bytes of the file of an image. Raises OSError, and BadImage for what is no file."""
+    def data(self, index: int) -> bytes | Path:
+        """Return the bytes of the file of an image, or its path where its reader takes that.
+
+        Raises OSError, and BadImage for what is no file.
+        """
         path = self.path(index)
         if not path.is_file():  # a pipe would be waited for
             raise BadImage("no file")
-        return path.read_bytes()
+        return contents(path)
 
     def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""
         self.reading = reading
-        self.annotations += f" {reading}"
+
+    def _about(self) -> str:
+        return self.annotations + ("" if self.reading == Decoding() else f" {self.reading}")
 
     def drawn(self, raw: bool) -> None:
         """Say whether annotations were drawn on pixels as stored, before EXIF, where sizes do not tell."""
@@ -123,7 +140,7 @@ class ImageFiles:
         """Return contents of the image files, labels and annotations, in order; not names nor places."""
         rows = self.rows if chosen is None else self.rows[chosen]
         files = [os.fsdecode(self.files[row]) for row in rows.tolist()]
-        about = [self.classes, self.labels[rows], self.annotations, self.raw]
+        about = [self.classes, self.labels[rows], self._about(), self.raw]
         if self.reader is not None:
             about.append(self.reader.digest())
         beside = [self.beside(row) for row in rows.tolist()]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from foveola.config import nearest
 from foveola.data.sample import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 # How the data sets of each kind lie in their folder, and what reads images that do not.
 OWN, OWN_MAPS = "folder: reads images in any folders", "masks: reads images and label maps in any two folders"
 LAYOUTS = {

@@ -5,19 +5,22 @@ black images, or on boxes beside their objects, costs more than a look at a few 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from foveola.data.annotations import PixelBoxes
-from foveola.data.depth import CONTAINER, is_deep, states_range, values_of
+from foveola.data.decode import decode
+from foveola.data.decoding import RGB, Decoding
 from foveola.data.fit import views_of
-from foveola.data.formats import DAMAGED, Header, check_pages, open_image, read_header
+from foveola.data.formats import DAMAGED, Header, open_image, pages_meant
 from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
+from foveola.data.readers import read_header, reader_of, values_in
 from foveola.data.sample import BadImage, DataError
+from foveola.data.values import CONTAINER
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
@@ -46,31 +49,51 @@ class Looks:
 def look(source: Looked) -> None:
     """Look at `LOOKS` images of a source and add notes to it. Raises DataError for what cannot be meant."""
     seen = Looks()
+    if source.reading.channels == "all":
+        _count_channels(source)
     for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
         _look_at(source, index, seen)
     source.drawn(seen.stored > seen.upright)
     _judge_annotations(source, seen)
-    if source.reading.first_page:
-        _check_use(source, "pages=first", "no image is a TIFF of several pages", _has_pages)
-    if source.reading.low is not None or source.reading.container:
+    if source.reading.page is not None:
+        _check_use(
+            source,
+            "pages=first" if source.reading.page == 0 else "pages=",
+            "no image is a TIFF of several pages",
+            _has_pages,
+        )
+    if source.reading.ranged:
         if not seen.deep:
-            _check_use(source, "range=", "no image has more than 8 bits", is_deep)
+            _check_use(source, "range=", "no image has more than 8 bits", _is_deep)
     elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
         top = 2 ** max(int(seen.high).bit_length(), 8) - 1
         proposal = f"{seen.low:g}-{seen.high:g}" if seen.floating or seen.low < 0 else f"0-{top}"
-        source.notes += (
+        _note(
+            source,
             f"{source.name}: {seen.deep} of {seen.images} images looked at have more than 8 bits, with "
             f"values from {seen.low:g} to {seen.high:g}: add range={proposal}"
             + ("" if seen.floating else ", or range=container if they are meant to be dark"),
         )
 
 
+def _count_channels(source: Looked) -> None:
+    """Take as many channels as the first image has that can be read."""
+    for index in range(min(LOOKS, len(source))):
+        try:
+            count = decode(source[index].image).shape[2]
+        except (OSError, DataError):
+            continue
+        source.read_as(replace(source.reading, channels=None if count == RGB else count))
+        return
+    raise DataError(f"{source.name}: channels=all, and none of the first images can be read")
+
+
 def _look_at(source: Looked, index: int, seen: Looks) -> None:
     try:
         data = source.data(index)
         header = read_header(data)
-        if data[:2] != b"\xff\xd8":
-            _look_at_depth(data, seen)
+        if header.bits > 8:
+            _look_at_depth(data, source.reading, seen)
     except (OSError, BadImage):
         return  # whoever decodes it will say why
     seen.images += 1
@@ -90,20 +113,20 @@ def _look_at(source: Looked, index: int, seen: Looks) -> None:
             seen.misfits.append(str(error))
 
 
-def _look_at_depth(data: bytes, seen: Looks) -> None:
-    if not is_deep(open_image(data)):
-        return
+def _look_at_depth(data: bytes | Path, reading: Decoding, seen: Looks) -> None:
     seen.deep += 1
-    if seen.deep > DEEP_LOOKS or states_range(open_image(data)):
+    if seen.deep > DEEP_LOOKS:
         return
     try:
-        values = values_of(data)
+        values = values_in(data, reading)
     except DAMAGED as error:
         raise BadImage(str(error)) from error
-    if values is not None and values.size and np.isfinite(values).any():
-        known = values[np.isfinite(values)]
+    if values.high is not None:  # the file says it
+        return
+    known = values.array[np.isfinite(values.array)]
+    if known.size:
         seen.low, seen.high = min(seen.low, float(known.min())), max(seen.high, float(known.max()))
-        seen.floating = seen.floating or values.dtype.kind == "f"
+        seen.floating = seen.floating or known.dtype.kind == "f"
 
 
 def _vote(size: tuple[int, int], header: Header, seen: Looks) -> None:
@@ -121,39 +144,52 @@ def _judge_annotations(source: Looked, seen: Looks) -> None:
         what = f"{source.name}: {count}, such as {seen.misfits[0]}"
         if 2 * len(seen.misfits) > seen.annotated:
             raise DataError(what)
-        source.notes += (f"{what}; such images count as unreadable",)
+        _note(source, f"{what}; such images count as unreadable")
     if seen.beyond:
-        source.notes += (
+        _note(
+            source,
             f"{source.name}: {seen.beyond} of {seen.boxes} boxes looked at end beyond their image and are "
             "cut off there",
         )
     if seen.unclear:
         how = "pixels as they are stored" if source.raw else "images the right way up"
         others = ", as those of others are" if seen.stored or seen.upright else ""
-        source.notes += (
+        _note(
+            source,
             f"{source.name}: EXIF turns {seen.unclear} of {seen.images} images looked at whose annotations "
             f"may have been drawn before or after that; they are taken as drawn on {how}{others}",
         )
 
 
-def _check_use(source: Looked, key: str, why: str, has: Callable[[Image.Image], bool]) -> None:
+def _note(source: Looked, text: str) -> None:
+    images = source.source if isinstance(source, GivenObjects) else source
+    images.notes += (text,)
+
+
+def _check_use(source: Looked, key: str, why: str, has: Callable[[bytes | Path], bool]) -> None:
     """A key has an effect on one image at least."""
     if not any(_is(source, index, has) for index in range(len(source))):
         raise DataError(f"{source.name}: {key} changes nothing, as {why}")
 
 
-def _is(source: Looked, index: int, has: Callable[[Image.Image], bool]) -> bool:
+def _is(source: Looked, index: int, has: Callable[[bytes | Path], bool]) -> bool:
     try:
-        return has(open_image(source.data(index)))
-    except (OSError, BadImage):
+        return has(source.data(index))
+    except (*DAMAGED, BadImage):
         return False
 
 
-def _has_pages(image: Image.Image) -> bool:
+def _is_deep(data: bytes | Path) -> bool:
+    return read_header(data).bits > 8
+
+
+def _has_pages(data: bytes | Path) -> bool:
+    if reader_of(data) is not None:
+        return True  # its reader knows what a page is
+    assert isinstance(data, bytes)
+    image = open_image(data)
     try:
-        check_pages(image, first=False)
+        pages_meant(image, None)
     except BadImage:
         return True
-    except DAMAGED:
-        return False
     return False

@@ -61,13 +61,6 @@ def true_or_false(text: str) -> bool:
     return text == "true"
 
 
-def first_word(text: str) -> bool:
-    """Return true for the only word that there is: first."""
-    if text != "first":
-        raise ValueError("first")
-    return True
-
-
 def existing_path(text: str) -> Path:
     """Return a path that exists."""
     path = Path(text).expanduser()

@@ -1,6 +1,5 @@
 """Sample and Objects: an image as read; Canvases and Instances: a batch as the loader gives it."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
+from foveola.data.decoding import ImageFile
 
 ObjectChoice = Literal["area", "uniform", "largest"]
 
@@ -134,40 +134,6 @@ class Objects:
         return np.concatenate(rounds).astype(np.int64) if rounds else np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How files become pixels where a data string says it.
-
-    `low` and `high` are the values of images of more than 8 bits that become black and white (None: those of
-    16 bits are taken to fill them); `container` says that they do. `first_page`: of a TIFF of several pages
-    the first is meant.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    container: bool = False
-    first_page: bool = False
-
-    @staticmethod
-    def values(text: str) -> dict[str, Any]:
-        """Return the fields that a range of values sets: `LOW-HIGH` or `container`. Raises ValueError."""
-        if text == "container":
-            return {"container": True}
-        found = re.fullmatch(r"(-?[\d.]+(?:e[+-]?\d+)?)-(-?[\d.]+(?:e[+-]?\d+)?)", text)
-        low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
-        if not low < high:
-            raise ValueError("a range such as 0-4095 or -1000-3000, or container")
-        return {"low": low, "high": high}
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A file, or the bytes of one, and how to read it."""
-
-    data: Path | bytes
-    reading: Decoding
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
     """An image as a source knows it: where its pixels are, its objects (None: not annotated), class.
@@ -177,7 +143,7 @@ class Sample:
     that may have several, `labels` are all of them, perhaps none.
     """
 
-    image: Path | bytes | ImageFile | UInt8[np.ndarray, "H W 3"]
+    image: Path | bytes | ImageFile | Shaped[np.ndarray, "H W C"]
     name: str
     objects: Objects | None = None
     label: int | None = None

@@ -1,6 +1,7 @@
 """Where samples come from, and the data strings that name it: `kind:/path?key=value&...`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 
 from foveola.config import UserError, kind_of, meant, nearest
 from foveola.data.decode import decode
+from foveola.data.decoding import Decoding
 from foveola.data.given import GivenObjects
 from foveola.data.hub import open_hub
 from foveola.data.imagenet import (
@@ -27,7 +29,6 @@ from foveola.data.options import (
     at_least_one,
     existing_folder,
     existing_path,
-    first_word,
     one_of,
     share,
     split_name,
@@ -36,7 +37,7 @@ from foveola.data.options import (
     whole_numbers,
     whole_range,
 )
-from foveola.data.sample import IGNORE, BadImage, DataError, Decoding, Sample
+from foveola.data.sample import IGNORE, BadImage, DataError, Sample
 from foveola.data.scenes import open_scenes
 from foveola.data.segmentation import (
     PixelSource,
@@ -111,7 +112,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     opener, own = KINDS[kind]
     allowed = dict(own)
     allowed |= {} if kind == "scenes" else {"limit": at_least_one, "seed": whole_number}
-    allowed |= {} if kind == "scenes" else {"range": Decoding.values, "pages": first_word}
+    allowed |= {} if kind == "scenes" else READINGS
     allowed |= {"holdout": share, "split": split_name} if kind in WITHOUT_HALVES else {}
     allowed.setdefault("annotations", existing_path)
     options = _parse_options(kind, query, allowed)
@@ -128,7 +129,9 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if kind != "hf" and not root.is_dir():
         raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
-    reading = Decoding(**options.pop("range", {}), first_page=options.pop("pages", False))
+    reading = Decoding()
+    for name in READINGS:
+        reading = replace(reading, **options.pop(name, {}))
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
@@ -301,6 +304,13 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
         open_hub,
         dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,
     ),
+}
+
+
+READINGS: Mapping[str, Callable[[str], Any]] = {
+    "range": Decoding.values,
+    "pages": Decoding.paged,
+    "channels": Decoding.chosen,
 }
 
 

@@ -13,10 +13,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageStat
 
 from foveola.data.decode import decode
-from foveola.data.depth import is_deep, values_of
-from foveola.data.formats import DAMAGED, open_image, orientation_of
+from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.formats import ALPHA, DAMAGED, channel_names, open_image
 from foveola.data.identity import hash_of
-from foveola.data.sample import BadImage, DataError, ImageFile
+from foveola.data.readers import contents, read_header, reader_of, values_in
+from foveola.data.sample import BadImage, DataError
 from foveola.data.sources import Source, notes_of
 
 GREY_SIDE = 16  # pixels a side of the grey ones by which images are compared
@@ -162,34 +163,39 @@ def _in_memory(image: Any) -> Any:
     """The image of a sample, with the bytes of its file in place of the path."""
     if isinstance(image, ImageFile):
         return replace(image, data=_in_memory(image.data))
-    return image.read_bytes() if isinstance(image, Path) else image
+    return contents(image) if isinstance(image, Path | bytes) else image
 
 
 def _stored(image: Any) -> dict[str, Any]:
     """What the file of an image says of itself; of pixels there is nothing to say."""
+    reading = image.reading if isinstance(image, ImageFile) else Decoding()
     image = image.data if isinstance(image, ImageFile) else image
-    if not isinstance(image, bytes):
-        return {"channels": 3}
+    if not isinstance(image, bytes | Path):
+        return {"channels": image.shape[2]}
+    header = read_header(image)
+    found: dict[str, Any] = {
+        "channels": header.channels,
+        "bits": header.bits,
+        "turned": header.orientation != 1,
+    }
+    if header.bits > 8:
+        with suppress(BadImage):  # it is decoded to 8 bits, but of its values nothing is known
+            values = values_in(image, reading).array
+            if (finite := values[np.isfinite(values)]).size:
+                found |= {"low": float(finite.min()), "high": float(finite.max())}
+    if reader_of(image) is not None:
+        return found
+    assert isinstance(image, bytes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opened = open_image(image)
-        deep = is_deep(opened)
-        bands = opened.getbands()
-        found: dict[str, Any] = {
+        return found | {
             "format": opened.format or "",
-            "channels": {"P": 3, "PA": 4}.get(opened.mode, len(bands)),
-            "bits": 1 if opened.mode == "1" else 8,
-            "turned": orientation_of(opened) != 1,
+            "channels": {"P": 3, "PA": 4}.get(opened.mode, len(opened.getbands())),
+            "bits": 1 if opened.mode == "1" else found["bits"],
             "profile": _profile(opened),
-            "transparent": "A" in bands or "transparency" in opened.info,
+            "transparent": ALPHA in channel_names(opened),
         }
-        if deep:
-            found |= {"bits": 32 if opened.mode == "F" else 16}
-            with suppress(BadImage):  # it is decoded to 8 bits, but of its values nothing is known
-                values = values_of(image)
-                if values is not None and (finite := values[np.isfinite(values)]).size:
-                    found |= {"low": float(finite.min()), "high": float(finite.max())}
-    return found
 
 
 def _profile(image: Image.Image) -> str:

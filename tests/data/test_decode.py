@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from foveola.data.decode import Scratch, decode, pixels_of, to_canvas
-from foveola.data.formats import read_header
-from foveola.data.sample import BadImage, DataError, Decoding, ImageFile
+from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.readers import read_header
+from foveola.data.sample import BadImage, DataError
 
 
 def photo(height=40, width=60, seed=0):
@@ -150,7 +151,7 @@ def tiff(values, order="<", kind=1):
 
 
 TWELVE = np.random.default_rng(0).integers(0, 4096, (20, 30, 3)).astype(np.uint16)
-FULL = Decoding(0, 4095)
+FULL = Decoding(ranges=((0, 4095),))
 
 
 @pytest.mark.parametrize("write", [png16, tiff, lambda v: tiff(v, ">")])
@@ -172,7 +173,7 @@ def test_a_range_changes_with_neither_container_nor_eight_bits():
 
 def test_what_lies_beyond_a_range_is_cut_off():
     values = np.array([[-2000, -1000, 1000, 3000, 9000] * 4] * 10, np.int16)
-    got = decode(ImageFile(tiff(values, kind=2), Decoding(-1000, 3000)))
+    got = decode(ImageFile(tiff(values, kind=2), Decoding(ranges=((-1000, 3000),))))
     assert got[0, :5, 0].tolist() == [0, 0, 128, 255, 255]
     with pytest.raises(BadImage, match="values beyond 16 bits; give their range"):
         decode(tiff(values, kind=2))
@@ -193,10 +194,10 @@ def test_floating_point_needs_a_range():
         decode(data)
     with pytest.raises(BadImage, match="no known range; give one"):
         decode(ImageFile(data, Decoding(container=True)))
-    assert np.array_equal(decode(ImageFile(data, Decoding(0, 1)))[:, :, 0], np.rint(values * 255))
+    assert np.array_equal(decode(ImageFile(data, Decoding(ranges=((0, 1),))))[:, :, 0], np.rint(values * 255))
     values[0, 0] = np.nan
     with pytest.raises(BadImage, match="not finite"):
-        decode(ImageFile(tiff(values, kind=3), Decoding(0, 1)))
+        decode(ImageFile(tiff(values, kind=3), Decoding(ranges=((0, 1),))))
 
 
 def test_a_pgm_that_states_its_range_needs_none():
@@ -215,7 +216,7 @@ def test_colour_of_sixteen_bits_that_pil_has_opened(tmp_path):
         pytest.raises(DataError, match="keeps the upper bytes alone"),
     ):
         pixels_of(opened, "0-4095")
-    assert np.array_equal(pixels_of(data, "0-4095"), decode(ImageFile(data, Decoding(0, 4095))))
+    assert np.array_equal(pixels_of(data, "0-4095"), decode(ImageFile(data, Decoding(ranges=((0, 4095),)))))
 
 
 def test_pages():
@@ -223,7 +224,7 @@ def test_pages():
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     with pytest.raises(BadImage, match="a TIFF of 3 pages; pages=first"):
         decode(data)
-    assert np.array_equal(decode(ImageFile(data, Decoding(first_page=True))), photo())
+    assert np.array_equal(decode(ImageFile(data, Decoding(page=0))), photo())
     animation = encoded(pages[0], "GIF", save_all=True, append_images=pages[1:])
     assert decode(animation).shape == (40, 60, 3)  # of an animation the first frame
 

@@ -1,0 +1,153 @@
+"""Decoding: which values, channels and pages of a file are meant, as its data string says it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Range = tuple[float, float]  # the values that become 0 and all of the container
+Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+
+RGB = 3  # channels where nothing else is asked for
+NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
+LOW_HIGH = re.compile(f"{NUMBER}-{NUMBER}")
+
+
+@dataclass(frozen=True, repr=False)
+class Decoding:
+    """How files become pixels where a data string says it.
+
+    `ranges` are the values that become black and white: one for all channels, or one of each; none: those of
+    16 bits are taken to fill them, unless the file itself states its range. `container` says that they do.
+    `percentiles` are to be measured: a source puts ranges in their place. `page` of files of several (None:
+    they are refused), from 0, or "channels": each page is one. `channels` are all, so many, or chosen ones,
+    counted from 1 or by name; None: RGB, or grey as RGB. `window` is the part of the file that is read.
+    `deep`: pixels have 16 bits also where only the files know their range.
+    """
+
+    ranges: tuple[Range, ...] = ()
+    container: bool = False
+    percentiles: Range | None = None
+    page: int | Literal["channels"] | None = None
+    channels: int | Literal["all"] | tuple[int | str, ...] | None = None
+    window: Window | None = None
+    deep: bool = False
+
+    @property
+    def ranged(self) -> bool:
+        """Whether something else than the file says which values are black and white."""
+        return bool(self.ranges) or self.container or self.percentiles is not None
+
+    @property
+    def depth(self) -> Literal[8, 16]:
+        """Bits of pixels."""
+        return 16 if self.deep else 8
+
+    @property
+    def count(self) -> int:
+        """Channels of pixels. Raises ValueError for `all`, before a source has looked how many there are."""
+        if self.channels == "all":
+            raise ValueError("nobody has looked how many channels there are")
+        if isinstance(self.channels, tuple):
+            return len(self.channels)
+        return RGB if self.channels is None else int(self.channels)
+
+    def at(self, window: Window) -> "Decoding":
+        """Return the same for a part of the file."""
+        return replace(self, window=window)
+
+    def __repr__(self) -> str:
+        """What tells these pixels from others: part of the identity of data, whose first names are kept."""
+        low, high = self.ranges[0] if len(self.ranges) == 1 else (None, None)
+        first = {"low": low, "high": high, "container": self.container, "first_page": self.page == 0}
+        usual = {"percentiles": None, "page": None, "channels": None, "window": None, "deep": False}
+        usual |= {} if len(self.ranges) == 1 else {"ranges": ()}
+        later = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+        if self.page == 0:
+            del later["page"]
+        return f"Decoding({', '.join(f'{name}={value}' for name, value in (first | later).items())})"
+
+    @staticmethod
+    def values(text: str) -> dict[str, Any]:
+        """Return the fields that `range=` sets: `LOW-HIGH`, one for each channel with commas, or `container`.
+
+        Raises ValueError.
+        """
+        if text == "container":
+            return {"container": True}
+        ranges = []
+        for part in text.split(","):
+            found = LOW_HIGH.fullmatch(part)
+            low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
+            if not low < high:
+                raise ValueError("a range such as 0-4095 or -1000-3000, or container")
+            ranges.append((low, high))
+        return {"ranges": tuple(ranges)}
+
+    @staticmethod
+    def chosen(text: str) -> dict[str, Any]:
+        """Return the fields that `channels=` sets: `all`, a number of them, or `4,3,2` and names with commas.
+
+        Raises ValueError.
+        """
+        if text == "all":
+            return {"channels": "all"}
+        if "," not in text:
+            if not text.isdecimal() or not 0 < len(text) < 4 or not int(text):
+                raise ValueError("all, how many there are, or chosen ones such as 4,3,2 (of one: 2,)")
+            return {"channels": None if int(text) == RGB else int(text)}
+        parts = [part.strip() for part in text.split(",")]
+        parts = parts[:-1] if parts[-1] == "" else parts
+        if not all(parts) or "0" in parts:
+            raise ValueError("channels counted from 1, or their names, such as 4,3,2")
+        return {"channels": tuple(int(part) if part.isdecimal() else part for part in parts)}
+
+    @staticmethod
+    def paged(text: str) -> dict[str, Any]:
+        """Return the fields that `pages=` sets: `first`, `channels`, or one counted from 1. Raises
+        ValueError.
+        """
+        if text == "channels":
+            return {"page": "channels"}
+        if text != "first" and (not text.isdecimal() or len(text) > 9 or not int(text)):
+            raise ValueError("first, channels, or a page counted from 1")
+        return {"page": 0 if text == "first" else int(text) - 1}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file, or the bytes of one, and how to read it."""
+
+    data: Path | bytes
+    reading: Decoding
+
+
+def channels_of(source: Any) -> int:
+    """Return how many channels images of a source have: `source.channels`, 3 where it does not say."""
+    return int(getattr(source, "channels", RGB))
+
+
+def source_depth(source: Any) -> int:
+    """Return the bits of a channel of images of a source, 8 or 16: `source.depth`, 8 where it does not
+    say.
+    """
+    return int(getattr(source, "depth", 8))
+
+
+def picked(channels: Sequence[int | str], names: Sequence[str], count: int) -> list[int]:
+    """Return the positions, from 0, of channels by number (from 1) or name among `count`. Raises
+    ValueError.
+    """
+    found = []
+    for channel in channels:
+        if isinstance(channel, int):
+            if channel > count:
+                raise ValueError(f"channel {channel} is asked for, of {count}")
+            found.append(channel - 1)
+        elif channel in names:
+            found.append(list(names).index(channel))
+        else:
+            known = f"they are {', '.join(names)}" if names else "channels of this file have no names"
+            raise ValueError(f"channel {channel!r} is asked for: {known}")
+    return found
