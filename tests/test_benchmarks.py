@@ -1,0 +1,95 @@
+"""The command that measures a GPU, on a CPU and at small sizes: nobody can try it out where it is to run."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import gpu, gpu_steps
+from benchmarks.gpu_checks import checks
+from benchmarks.gpu_steps import Cost, Step
+
+CPU = torch.device("cpu")
+SHALLOW = (("model.depth", 1), ("views.local_count", 2))
+
+
+def test_losses_and_views_are_checked():
+    said = {
+        name: check(CPU) for name, check in checks(Path("/nowhere")).items() if name in ("losses", "views")
+    }
+    assert float(said["losses"].rpartition(" ")[2]) < 1e-5
+    assert said["views"] == "boxes equal, pixels differ by 0.0e+00"
+
+
+def test_the_table_goes_on_after_what_fails(tmp_path, monkeypatch, capsys):
+    def fails(device):
+        raise AssertionError("0.5 is not\n0.25")
+
+    chosen = [
+        Step("good", "ibot-tiny-tinyimagenet", 2, changes=SHALLOW),
+        Step("bad", "ibot-tiny-tinyimagenet", 2, changes=(("model.depth", -1),)),
+    ]
+    monkeypatch.setattr(gpu, "checks", lambda root: {"one": lambda device: "fine", "two": fails})
+    monkeypatch.setattr(gpu, "steps", lambda tiny: chosen)
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(gpu, "photos", lambda count: ([_jpeg()] * count, ""))
+    assert not gpu.run(CPU, tmp_path / "table.md", minutes=10, quick=False)
+    written = (tmp_path / "table.md").read_text()
+    assert written == capsys.readouterr().out
+    assert "- one: fine" in written
+    assert "- two: **failed**: AssertionError: 0.5 is not (" in written
+    rows = {cells[0]: cells[1:] for cells in map(_cells, written.splitlines()) if len(cells) == 8}
+    assert (rows["good"][0], rows["good"][5]) == ("2", "0")
+    assert float(rows["good"][1]) > 0
+    assert int(rows["good"][4].replace(",", "")) > 100
+    assert rows["bad"][6].startswith("ConfigError: ")
+    assert re.fullmatch(r"data wait \d+%, 1 workers", rows["ibot fed by the loader"][6])
+    assert not [name for name, cells in rows.items() if "Error" in cells[6] and name != "bad"]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+
+
+def _jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_what_the_time_does_not_suffice_for_is_named(capsys):
+    table = gpu.Table(None, 0.0)
+    gpu.step_rows(table, [Step("one", "", 2), Step("two", "", 2, "graphs")], CPU, 1.0, 1.0)
+    assert table.lines == ["| left out for time |  |  |  |  |  |  | one, two, CUDA graphs |"]
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    tried = []
+
+    def measured(step, batch, *_):
+        tried.append(batch)
+        if batch > 3:
+            raise torch.OutOfMemoryError("of 80 GiB")
+        return Cost(batch, 0.5)
+
+    monkeypatch.setattr(gpu_steps, "_measure", measured)
+    monkeypatch.setattr(gpu_steps, "forget", lambda device: None)
+    assert gpu_steps.measure(Step("", "", 12), CPU, 1.0).speed == 6.0
+    assert tried == [12, 6, 3]
+
+
+def test_a_compiled_step_knows_the_operations_that_were_counted_before():
+    row = gpu.cells(
+        Cost(8, 0.5, flops=2e12, memory=1.5, kernels=1234, waits=1, places=("/x/foveola/a.py:3",)), 8e12
+    )
+    assert row == ["8", "16.0", "50%", "1.5", "1,234", "1", "a.py:3"]
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_nowhere():
+    step = Step("", "odis-dinov2-tiny-tinyimagenet", 8)
+    cost = gpu_steps.measure(step, torch.device("cuda"), 0.1)
+    assert cost.places == ()
