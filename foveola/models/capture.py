@@ -3,9 +3,10 @@
 The only reader of attention: protocols, analyses and figures ask here for the rows that they need.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -23,60 +24,44 @@ ATTENTION_AT_ONCE = 2**25  # entries of attention matrices in memory at a time: 
 CACHED = 2**19  # on a CPU: 2 MiB stay in its cache while statistics go over them again and again
 
 
-class BlockAttention:
-    """Who reads what in a block: rows of its attention matrix, softmax(q k^T / sqrt(d) + bias).
+class AttentionRows(ABC):
+    """Who reads what in a block: rows of its attention matrix.
 
-    Tokens T stand in the order [object tokens, registers, patches]. Queries and keys are those of the block,
-    rotary positions included; products and softmax are float32 also under autocast.
+    Tokens T stand in the order [object tokens, registers, patches].
     """
 
-    def __init__(self, block: Block, x: Float[Tensor, "B T D"], tokens: TokenLayout) -> None:
-        attn, width = block.attn, x.shape[-1]
-        bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
-        both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
-        parts = split_heads(both, 2, attn.heads)
-        self.placeless = parts[1]  # keys that say nothing of where a token stands
-        query, key = (rotate(part, tokens.rotation) for part in parts)
-        self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
-        self.tokens = tokens
-        # [heads or 1, T, T]: the bias of relative positions, or -inf for what lies in another window
-        added = attn.bias(tokens.grid, x.shape[1])
-        if attn.window is not None and has_windows(attn.window, tokens.grid):
-            seen = window_mask(tokens.grid, attn.window, self.special, x.device)
-            added = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, -torch.inf)[None]
-        self.added: Tensor | None = None if added is None else added.detach().float()
+    special: int  # object tokens and registers, which stand before the patches
+    grid: tuple[int, int]  # rows and columns of patches
+    shape: tuple[int, int, int]  # images, heads, tokens
 
-    @property
-    def special(self) -> int:
-        """The number of object tokens and registers, which stand before the patches."""
-        return self.tokens.objects + self.tokens.registers
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return self.tokens.grid
-
+    @abstractmethod
     def keys(self) -> Float32[Tensor, "B N D"]:
         """Return the keys of the patches, the heads one after the other, before rotary positions turn them.
 
         They are the features of LOST, TokenCut and MaskCut.
         """
-        return self.placeless[:, :, self.special :].transpose(1, 2).flatten(2).float()
 
+    @abstractmethod
     def objects(self) -> Float32[Tensor, "B heads M T"]:
         """Return what each object token reads; nothing outside its object."""
-        few = slice(0, self.tokens.objects)
-        logits = self._logits(self.query[:, :, few], self.key, self._added(few))
-        if self.tokens.readable is not None:
-            logits.masked_fill_(~self.tokens.readable, -torch.inf)
-        return logits.softmax(dim=-1)
 
+    @abstractmethod
     def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
         """Return what some patches (indices, row-major) of each image read."""
-        at = (index + self.special)[:, None, :, None]
-        rows = self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
-        added = None if self.added is None else self.added[:, index + self.special].movedim(1, 0)
-        return self._logits(rows, self.key, added).softmax(dim=-1)
+
+    @abstractmethod
+    def matrices(
+        self, entries: int | None = None
+    ) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
+        """Yield all logits, whose softmax is the attention, a few matrices at a time.
+
+        Yields (images, heads, logits): some images with all heads, or, where one image has more than
+        `entries` numbers, one with some of its heads. What an object token may not read, and what lies in
+        another window, is -inf. The receiver may overwrite them.
+        """
+
+    @abstractmethod
+    def _rows(self, rows: slice) -> Float32[Tensor, "B heads Q T"]: ...
 
     def centre(self) -> Float32[Tensor, "B heads T"]:
         """Return what the central patch reads: of an even grid the upper left one of the four."""
@@ -89,23 +74,92 @@ class BlockAttention:
 
         Each row is divided by its sum over the patches first. Some rows are computed at a time.
         """
-        batch, heads, count, _ = self.query.shape
+        batch, heads, count = self.shape
         few = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
-        total = self.query.new_zeros(batch, heads, count - self.special)
+        total: Tensor | float = 0.0
         for start in range(self.special, count, few):
             weights = self._rows(slice(start, start + few))[..., self.special :]
-            total += (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
+            total = total + (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
+        assert isinstance(total, Tensor)  # there is a patch
         return total / total.shape[-1]
+
+
+class GivenAttention(AttentionRows):
+    """AttentionRows of which the weights are known and nothing else: that of a wrapped network."""
+
+    def __init__(
+        self, weights: Float[Tensor, "B heads T T"], objects: int, grid: tuple[int, int], name: str
+    ) -> None:
+        self.weights, self.count, self.grid, self.name = weights.float(), objects, grid, name
+        batch, heads, tokens, _ = weights.shape
+        self.shape, self.special = (batch, heads, tokens), tokens - grid[0] * grid[1]
+
+    def keys(self) -> NoReturn:
+        raise UserError(f"keys: {self.name} is wrapped, and gives the weights of its attention alone")
+
+    def objects(self) -> Float32[Tensor, "B heads M T"]:
+        return self.weights[:, :, : self.count]
+
+    def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
+        at = (index + self.special)[:, None, :, None]
+        return self.weights.gather(2, at.expand(-1, self.shape[1], -1, self.shape[2]))
 
     def matrices(
         self, entries: int | None = None
     ) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
-        """Yield all logits, whose softmax is the attention, a few matrices at a time.
+        every = slice(0, self.shape[1])
+        for start in range(self.shape[0]):
+            images = slice(start, start + 1)
+            yield images, every, self.weights[images].log()
 
-        Yields (images, heads, logits): some images with all heads, or, where one image has more than
-        `entries` numbers, one with some of its heads. What an object token may not read, and what lies in
-        another window, is -inf. The receiver may overwrite them.
-        """
+    def _rows(self, rows: slice) -> Float32[Tensor, "B heads Q T"]:
+        return self.weights[:, :, rows]
+
+
+class BlockAttention(AttentionRows):
+    """The attention of a block of ours, softmax(q k^T / sqrt(d) + bias).
+
+    Queries and keys are those of the block, rotary positions included; products and softmax are float32 also
+    under autocast.
+    """
+
+    def __init__(self, block: Block, x: Float[Tensor, "B T D"], tokens: TokenLayout) -> None:
+        attn, width = block.attn, x.shape[-1]
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[: 2 * width]
+        both = linear(block.norm1(x), attn.qkv.weight[: 2 * width], bias)
+        parts = split_heads(both, 2, attn.heads)
+        self.placeless = parts[1]  # keys that say nothing of where a token stands
+        query, key = (rotate(part, tokens.rotation) for part in parts)
+        self.query, self.key = query.float() * query.shape[-1] ** -0.5, key.float()
+        self.tokens, self.grid = tokens, tokens.grid
+        self.special = tokens.objects + tokens.registers
+        self.shape = (x.shape[0], attn.heads, x.shape[1])
+        # [heads or 1, T, T]: the bias of relative positions, or -inf for what lies in another window
+        added = attn.bias(tokens.grid, x.shape[1])
+        if attn.window is not None and has_windows(attn.window, tokens.grid):
+            seen = window_mask(tokens.grid, attn.window, self.special, x.device)
+            added = torch.zeros(seen.shape, device=x.device).masked_fill_(~seen, -torch.inf)[None]
+        self.added: Tensor | None = None if added is None else added.detach().float()
+
+    def keys(self) -> Float32[Tensor, "B N D"]:
+        return self.placeless[:, :, self.special :].transpose(1, 2).flatten(2).float()
+
+    def objects(self) -> Float32[Tensor, "B heads M T"]:
+        few = slice(0, self.tokens.objects)
+        logits = self._logits(self.query[:, :, few], self.key, self._added(few))
+        if self.tokens.readable is not None:
+            logits.masked_fill_(~self.tokens.readable, -torch.inf)
+        return logits.softmax(dim=-1)
+
+    def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
+        at = (index + self.special)[:, None, :, None]
+        rows = self.query.gather(2, at.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        added = None if self.added is None else self.added[:, index + self.special].movedim(1, 0)
+        return self._logits(rows, self.key, added).softmax(dim=-1)
+
+    def matrices(
+        self, entries: int | None = None
+    ) -> Iterator[tuple[slice, slice, Float32[Tensor, "b g T T"]]]:
         batch, heads, count, _ = self.query.shape
         if entries is None:
             entries = CACHED if self.query.device.type == "cpu" else ATTENTION_AT_ONCE
@@ -139,7 +193,7 @@ class Capture:
     """Outputs of the last blocks, and on request the attention of a block."""
 
     layers: tuple[Features, ...]  # each through the final norm; the last block's is the last
-    attention: BlockAttention | None
+    attention: AttentionRows | None
 
     @property
     def objects(self) -> Float32[Tensor, "B heads M T"] | None:
@@ -179,9 +233,13 @@ def capture(
     UserError for a `block` that there is not.
     """
     if isinstance(network, Wrapped):
-        if n != 1 or attention:
-            network.config.refuse("attention" if attention else "the output of an earlier block")
-        return Capture((network(images, objects),), None)
+        if n != 1:
+            network.config.refuse("the output of an earlier block")
+        if not attention:
+            return Capture((network(images, objects),), None)
+        block_index(network, block)
+        found, _, seen = _given(network, images, objects)
+        return Capture((found,), seen)
     if not 1 <= n <= len(network.blocks):
         raise ValueError(f"the last {n} blocks of a network of {len(network.blocks)}")
     asked = block_index(network, block) if attention else None
@@ -201,11 +259,13 @@ def attention_of(
     images: Float[Tensor, "B 3 H W"],
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
-) -> BlockAttention:
+) -> AttentionRows:
     """Return the attention of a block; what comes after it is not computed. Raises UserError as
     `block_index`.
     """
     index = block_index(network, block)
+    if isinstance(network, Wrapped):
+        return _given(network, images, objects)[2]
     x, tokens = network.prepare(images, objects)
     for layer in _blocks(network)[:index]:
         x = layer(x, *tokens.reading)
@@ -225,6 +285,13 @@ def visit(
     normalised. Returns what `network(images)` returns, bit for bit: the pass itself keeps the fused kernels,
     and the logits are computed beside it.
     """
+    if isinstance(network, Wrapped):
+        found, x, seen = _given(network, images, None)
+        for part, heads, logits in seen.matrices():
+            attention(0, part, heads, logits)
+        if output is not None:
+            output(0, x)
+        return found
     x, tokens = network.prepare(images)
     for index, layer in enumerate(_blocks(network)):
         for part, heads, logits in BlockAttention(layer, x, tokens).matrices():
@@ -233,6 +300,21 @@ def visit(
         if output is not None:
             output(index, x)
     return network.finish(x, tokens)
+
+
+def _given(
+    network: Wrapped, images: Tensor, objects: Tensor | None
+) -> tuple[Features, Float[Tensor, "B T D"], GivenAttention]:
+    """What a wrapped network gives of images, all of its tokens, and the attention that comes with them."""
+    found, given = network.with_tokens(images, objects)
+    if given.attention is None:
+        network.config.refuse("attention")
+    config = network.config
+    return (
+        found,
+        given.tokens,
+        GivenAttention(given.attention, int(config.class_token), given.grid, config.name),
+    )
 
 
 def _blocks(network: VisionTransformer) -> list[Any]:

@@ -18,7 +18,7 @@ from foveola import files
 from foveola.config import ConfigError, UserError, key, to_dict
 from foveola.data.decode import pixels_of
 from foveola.geometry import patch_mask
-from foveola.models.capture import BlockAttention, Capture, attention_of, block_index, capture, visit
+from foveola.models.capture import AttentionRows, Capture, attention_of, block_index, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.models.vectors import vectors_of
@@ -26,7 +26,7 @@ from foveola.models.vit import Features, VisionTransformer, ViTConfig
 from foveola.models.wrapped import Wrapped
 
 __all__ = [
-    "BlockAttention",
+    "AttentionRows",
     "Capture",
     "Encoder",
     "EncoderConfig",
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         images: Float[Tensor, "B 3 H W"],
         objects: Bool[Tensor, "B M N"] | None = None,
         block: int = -1,
-    ) -> BlockAttention:
+    ) -> AttentionRows:
         """Return who reads what in a block; the pass ends there. Raises UserError for a block that there is
         not.
         """

@@ -27,29 +27,38 @@ class ImageTokens:
         tokens: the last h x w of T are patches, row-major; those before them are special ones.
         grid: (h, w), rows and columns of patches.
         pooled: what stands for an image, as wide as tokens; None: the mean of its patches does.
+        attention: how much each token (row) reads of each, of each head of the last block: rows of sum 1.
+            Where there is a pooled vector, the first special token is taken as the one that looks for it.
+            None: nobody can ask for attention.
     """
 
     tokens: Float[Tensor, "B T D"]
     grid: tuple[int, int]
     pooled: Float[Tensor, "B P"] | None = None  # P = D
+    attention: Float[Tensor, "B heads T T"] | None = None
 
 
 @dataclass(frozen=True)
 class WrappedConfig(ViTConfig):
-    """What is known of a wrapped network: `width`, `patch_size` and `class_token` (it gives a pooled vector).
+    """What is known of a wrapped network: `width`, `patch_size` and `class_token` (it gives a pooled vector);
+    where it gives attention, `heads` and `registers`, too.
 
     The other keys of a ViT say nothing of it.
     """
 
     name: str = key("", "what it is")
     why: str = key("", "why it is no ViT of ours")
+    attention: bool = key(False, "whether it gives the attention of its last block")
+
+    def __post_init__(self) -> None:
+        """Accept everything: these keys are what was seen, and not what to build."""
 
     def refuse(self, what: str) -> NoReturn:
         """Raise UserError: this needs what a wrapped network does not show."""
         why = f" ({self.why})" if self.why else ""
         raise UserError(
             f"{what} needs the inside of a ViT, and {self.name} is wrapped{why}: it gives features of images "
-            "and patches alone"
+            f"and patches{', and attention of its last block,' if self.attention else ''} alone"
         )
 
 
@@ -76,6 +85,12 @@ class Wrapped(VisionTransformer):
 
     def forward(self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Tensor | None = None) -> Features:
         """Encode images. Raises UserError for objects, and for a grid that is not of whole patches."""
+        return self.with_tokens(images, inputs)[0]
+
+    def with_tokens(
+        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Tensor | None = None
+    ) -> tuple[Features, ImageTokens]:
+        """Return `forward`, and what the module itself gave."""
         if inputs is not None:
             self.config.refuse("a token that reads an object alone (pool=average takes means)")
         height, width = images.shape[-2:]
@@ -90,7 +105,8 @@ class Wrapped(VisionTransformer):
         special, patches = found.tokens.split((found.tokens.shape[1] - rows * columns, rows * columns), dim=1)
         pooled = found.pooled if self.config.class_token else None
         objects = special[:, :0] if pooled is None else pooled[:, None]
-        return Features(objects, special[:, :0], patches, found.grid)
+        registers = special[:, special.shape[1] - self.config.registers :]
+        return Features(objects, registers, patches, found.grid), found
 
     def prepare(self, images: Tensor, inputs: Inputs | Tensor | None = None) -> NoReturn:
         """Refuse: nobody knows the blocks."""
@@ -99,6 +115,11 @@ class Wrapped(VisionTransformer):
     def layers(self) -> NoReturn:
         """Refuse: nobody knows the blocks."""
         self.config.refuse("training")
+
+
+def gives_attention(network: VisionTransformer) -> bool:
+    """Return whether a network can say who reads what in its last block."""
+    return not isinstance(network, Wrapped) or network.config.attention
 
 
 def image_tokens(found: Any, name: str) -> ImageTokens:
@@ -119,6 +140,14 @@ def image_tokens(found: Any, name: str) -> ImageTokens:
             f"{name} gives pooled vectors {tuple(pooled.shape)} beside tokens {tuple(x.shape)}: expected the "
             "same width; vectors of another width can be the tokens of a grid of (1, 1)"
         )
+    shape = (*x.shape[:2], x.shape[1])
+    if found.attention is not None and (
+        found.attention.ndim != 4 or (found.attention.shape[0], *found.attention.shape[2:]) != shape
+    ):
+        raise UserError(
+            f"{name} gives attention {tuple(found.attention.shape)} beside tokens {tuple(x.shape)}: expected "
+            "[B, heads, T, T]"
+        )
     return found
 
 
@@ -138,13 +167,28 @@ def looked_at(module: nn.Module, side: int, name: str, why: str = "") -> Wrapped
             f"{name} gives {rows} x {columns} patches of an image of {side} x {side} pixels, which do not "
             "fill it with squares: say image_size= in multiples of its patches"
         )
-    parts = (found.tokens, found.pooled)
+    parts = (found.tokens, found.pooled, found.attention)
     if not all(part is None or bool(part.isfinite().all()) for part in parts):
         raise UserError(f"{name} gives numbers that are not finite")
+    special, weights = found.tokens.shape[1] - rows * columns, found.attention
+    registers = 0
+    if weights is not None:
+        if bool((weights < 0).any()) or not torch.allclose(weights.sum(dim=-1), torch.ones(()), atol=1e-3):
+            raise UserError(
+                f"{name} gives attention whose rows are not shares of 1: it is that after softmax"
+            )
+        registers = special - int(found.pooled is not None)
+        if registers < 0:
+            raise UserError(
+                f"{name} gives a pooled vector and attention, but no special token before the patches that "
+                "looks for it: leave one of them out"
+            )
     return WrappedConfig(
         width=found.tokens.shape[2],
         depth=1,
-        heads=1,
+        heads=1 if weights is None else weights.shape[1],
+        registers=registers,
+        attention=weights is not None,
         patch_size=side // rows,
         image_size=side,
         class_token=found.pooled is not None,

@@ -15,6 +15,7 @@ from torch import Tensor
 from foveola.config import UserError, key, to_dict
 from foveola.models.encoder import Encoder
 from foveola.models.transform import fit_to_patches
+from foveola.models.wrapped import gives_attention
 from foveola.proposals.cuts import CutObjects, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.refine import Refine, enlarged, grabcut, opencv
@@ -109,7 +110,8 @@ class Discoverer:
             encoder.check_inside("features=keys")
         self.weights = probe_maps(self._probe(), encoder) if config.method == "abmilp" else None
         if config.method == "attention":
-            encoder.check_inside("method=attention")
+            if not gives_attention(encoder.backbone):
+                encoder.check_inside("method=attention")
             if not encoder.config.model.class_token:
                 raise UserError("method=attention: this encoder has no class token that looks at patches")
         side = round(self.size / encoder.patch_size)

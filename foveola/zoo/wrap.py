@@ -27,8 +27,9 @@ def wrap(module: nn.Module, name: str, transform: TransformConfig | None = None,
         why: why it is no ViT of ours, in refusals.
 
     Objects are means of their patches (`pool=average`). What needs the inside of a ViT (tokens that read an
-    object alone, attention, earlier blocks, positions, training from it, export) ends in a UserError. Raises
-    UserError for a module that does not keep the contract on an image of noise.
+    object alone, attention that the module does not give, earlier blocks, positions, training from it,
+    export) ends in a UserError. Raises UserError for a module that does not keep the contract on an image of
+    noise.
     """
     transform = transform or TransformConfig()
     module = module.eval().requires_grad_(False)

@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import foveola
 from foveola.config import UserError
-from foveola.models.encoder import TransformConfig
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.models.wrapped import ImageTokens
 from foveola.training.start import read_start
@@ -252,6 +254,75 @@ def test_networks_of_transformers(name: str, tmp_path: Path):
     x = x.flatten(2).mT if x.ndim == 4 else x
     torch.testing.assert_close(encoder(images()).patches, x[:, special:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoder(images()).objects[:, 0], found.pooler_output.flatten(1))
+
+
+class Reading(nn.Module):
+    """A block of a ViT of ours as somebody else's module: its tokens, and its attention by hand."""
+
+    def __init__(self, encoder, registers: int) -> None:
+        super().__init__()
+        self.network, self.registers = encoder.backbone, registers
+
+    def forward(self, x: Tensor) -> foveola.ImageTokens:
+        found = self.network(x)
+        tokens = torch.cat((found.objects, found.registers, found.patches), dim=1)
+        hidden, layout = self.network.prepare(x)
+        for block in self.network.blocks[:-1]:
+            hidden = block(hidden, *layout.reading)
+        block = self.network.blocks[-1]
+        query, key, _ = block.attn.qkv(block.norm1(hidden)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return foveola.ImageTokens(tokens, found.grid, found.objects[:, 0], weights)
+
+
+def test_attention_that_a_module_gives_is_read_as_that_of_our_own(tmp_path: Path):
+    """Rows, analysis and protocols of attention are those of the same network, converted."""
+    torch.manual_seed(1)
+    shape = ViTConfig(width=12, depth=2, heads=2, patch_size=8, image_size=32, registers=3, drop_path=0.0)
+    ours = Encoder(EncoderConfig(shape, TRANSFORM)).eval()
+    for parameter in ours.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    wrapped = foveola.wrap(Reading(ours, 3), "mine", TRANSFORM)
+    mine, theirs = (each.attention(images(2, 32, 48)) for each in (ours, wrapped))
+    assert (theirs.special, theirs.grid, theirs.shape) == (mine.special, mine.grid, mine.shape)
+    torch.testing.assert_close(theirs.objects(), mine.objects())
+    torch.testing.assert_close(theirs.centre(), mine.centre())
+    torch.testing.assert_close(theirs.received(), mine.received())
+    some = torch.tensor([[0, 5], [7, 1]])
+    torch.testing.assert_close(theirs.patches(some), mine.patches(some))
+    settings = {"progress": False, "workers": 0}
+    both = [foveola.evaluate(e, "localisation", test=SCENES, **settings).metrics for e in (ours, wrapped)]
+    assert both[1] == pytest.approx(both[0], rel=1e-4)
+    found = [foveola.analyze_attention(e, SCENES).encoders[0].heads["class_entropy"] for e in (ours, wrapped)]
+    np.testing.assert_allclose(found[1].mean[0], found[0].mean[-1], rtol=1e-4)
+    with pytest.raises(UserError, match="gives the weights of its attention alone"):
+        theirs.keys()
+    with pytest.raises(UserError, match="block=1 needs the inside"):
+        wrapped.attention(images(), block=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t._replace(attention=t.attention.log()), "not shares of 1"),
+        (lambda t: t._replace(attention=t.attention * 2), "not shares of 1"),
+        (
+            lambda t: t._replace(tokens=t.tokens[:, 1:], attention=torch.full((1, 2, 16, 16), 1 / 16)),
+            "no special token",
+        ),
+    ],
+)
+def test_attention_that_is_none_is_refused(change, message: str):
+    class Wrong(Pooling):
+        def forward(self, x: Tensor) -> foveola.ImageTokens:
+            given = super().forward(x)
+            weights = torch.full((len(x), 2, *2 * given.tokens.shape[1:2]), 1 / given.tokens.shape[1])
+            fields = {"tokens": given.tokens, "pooled": given.pooled, "attention": weights}
+            fields = change(SimpleNamespace(**fields, _replace=lambda **new: fields | new))
+            return foveola.ImageTokens(grid=given.grid, **fields)
+
+    with pytest.raises(UserError, match=message):
+        foveola.wrap(Wrong(), "mine", TRANSFORM)
 
 
 def test_training_does_not_begin_with_a_wrapped_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -36,6 +36,7 @@ from foveola.evaluation.features.cache import Columns, Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
 from foveola.evaluation.protocol import Metric, Outcome
 from foveola.models.encoder import Encoder
+from foveola.models.wrapped import gives_attention
 
 Activation = Literal["relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}
@@ -236,7 +237,7 @@ class AbmilpConfig(TrainedConfig):
     def vectors(self, encoder: Encoder) -> tuple[str, ...]:
         """Return the fixed aggregations that this encoder has, and that of `attention_of`."""
         without = () if encoder.config.model.class_token else ("token", *ATTENTION[:2])
-        if encoder.wrapped:
+        if not gives_attention(encoder.backbone):
             without = (*without, *ATTENTION)
         mine = [name for name in self.fixed if name not in without]
         return (*mine, *([EXTERNAL + self.attention_of] if self.attention_of else []))

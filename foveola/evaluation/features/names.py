@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from foveola.config import UserError
 from foveola.models.encoder import Encoder
+from foveola.models.wrapped import gives_attention
 from foveola.zoo.load import load
 
 ATTENTION = ("attention", "lowest_entropy", "centre")
@@ -87,8 +88,10 @@ def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
         raise UserError(f"features of the last {layers} blocks: this encoder has {depth}")
     for kind in kinds:
         if kind in ("masked", *ATTENTION):
-            what = "a token that reads an object alone" if kind == "masked" else f"features={kind}"
-            encoder.check_inside(what)
+            if kind == "masked":
+                encoder.check_inside("a token that reads an object alone")
+            if not gives_attention(encoder.backbone):
+                encoder.check_inside(f"features={kind}")
         if (
             kind in ("token", "masked", "attention", "lowest_entropy")
             and not encoder.config.model.class_token
