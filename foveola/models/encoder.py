@@ -23,7 +23,7 @@ from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.models.vectors import vectors_of
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
-from foveola.models.wrapped import Wrapped
+from foveola.models.wrapped import Wrapped, gives_attention
 
 __all__ = [
     "AttentionRows",
@@ -32,6 +32,7 @@ __all__ = [
     "EncoderConfig",
     "Features",
     "TransformConfig",
+    "gives_attention",
     "patch_mask",
 ]
 

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from foveola.config import UserError, key, to_dict
-from foveola.models.encoder import Encoder
+from foveola.models.encoder import Encoder, gives_attention
 from foveola.models.transform import fit_to_patches
-from foveola.models.wrapped import gives_attention
 from foveola.proposals.cuts import CutObjects, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
 from foveola.proposals.refine import Refine, enlarged, grabcut, opencv

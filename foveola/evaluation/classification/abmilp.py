@@ -35,8 +35,7 @@ from foveola.evaluation.classification.trained import TrainedConfig, TrainedProb
 from foveola.evaluation.features.cache import Columns, Need
 from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
 from foveola.evaluation.protocol import Metric, Outcome
-from foveola.models.encoder import Encoder
-from foveola.models.wrapped import gives_attention
+from foveola.models.encoder import Encoder, gives_attention
 
 Activation = Literal["relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh}

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from foveola.config import UserError
-from foveola.models.encoder import Encoder
-from foveola.models.wrapped import gives_attention
+from foveola.models.encoder import Encoder, gives_attention
 from foveola.zoo.load import load
 
 ATTENTION = ("attention", "lowest_entropy", "centre")
