@@ -89,10 +89,10 @@ class Trainer:
         # Gradients are the same on all ranks, so all ranks decide alike.
         finite = torch.isfinite(norm)
         after: dict[str, float] = {}
-        # A fused optimizer leaves a bad step out by itself, and the loop hears of it a step later: to ask
-        # would mean to wait until the device has done all that it was told. The teacher of such a step
+        # On a GPU the optimizer leaves a bad step out by itself, and the loop hears of it a step later: to
+        # ask would mean to wait until the device has done all that it was told. The teacher of such a step
         # moves towards a student that stayed.
-        if self.optimizer.fused or bool(finite):
+        if self.optimizer.skips_alone or bool(finite):
             self.optimizer.drop_frozen(progress)
             self.optimizer.step(self.scaler, finite)
             after = self.method.after_step(progress, schedules["lr"])
@@ -100,7 +100,7 @@ class Trainer:
         self.optimizer.inner.zero_grad(set_to_none=True)
         before, self.asked = self.asked, _asked(finite, progress)
         self._count(before)
-        if not self.optimizer.fused:
+        if not self.optimizer.skips_alone:
             self.settle()
         named = {f"loss/{name}": value for name, value in losses.items()}
         return {"loss": total, **named, **schedules, **after, "grad_norm": norm, **logs}

@@ -302,19 +302,11 @@ def test_steps_that_are_not_finite_change_nothing_and_the_third_is_an_error(tiny
     assert loop.PATIENCE == 3
 
 
-def fused(trainer: Trainer) -> Trainer:
-    """The same with the optimizer that it has on a GPU, whose kernels leave bad steps out."""
-    old = trainer.optimizer.inner
-    assert isinstance(old, torch.optim.AdamW)
-    groups = [{**group, "fused": True, "foreach": False} for group in old.param_groups]
-    trainer.optimizer.inner = torch.optim.AdamW(groups)
-    trainer.optimizer.fused = True
-    return trainer
-
-
-def test_a_fused_optimizer_leaves_bad_steps_out_and_the_loop_hears_of_them_a_step_later(tiny, monkeypatch):
+def test_on_a_gpu_the_optimizer_leaves_bad_steps_out_and_the_loop_hears_of_them_a_step_later(
+    tiny, monkeypatch
+):
     trainer, progress, batches = begin(tiny())
-    fused(trainer)
+    trainer.optimizer.skips_alone = True
 
     def steps(trainer: Trainer, *numbers: int) -> None:
         for number in numbers:
@@ -339,11 +331,16 @@ def test_a_fused_optimizer_leaves_bad_steps_out_and_the_loop_hears_of_them_a_ste
             trainer.settle()
 
 
-def test_a_fused_optimizer_trains_as_the_others_do(tiny):
-    plain, progress, batches = begin(tiny())
-    other = fused(begin(tiny())[0])
+def test_the_fused_optimizer_trains_as_the_plain_one_does(tiny):
+    fused, progress, batches = begin(tiny())
+    plain, _, _ = begin(tiny())
+    old = plain.optimizer.inner
+    assert isinstance(old, torch.optim.AdamW)
+    assert old.defaults["fused"]
+    groups = [{**group, "fused": False, "foreach": False} for group in old.param_groups]
+    plain.optimizer.inner = torch.optim.AdamW(groups)
     for step in range(3):
         canvases = next(batches)
-        for each in (plain, other):
+        for each in (plain, fused):
             each.step(dataclasses.replace(progress, step=step), lambda: canvases)  # noqa: B023
-    assert farthest(plain, other) < 0.02 * farthest(begin(tiny())[0], other)
+    assert farthest(plain, fused) < 0.02 * farthest(begin(tiny())[0], fused)

@@ -76,7 +76,7 @@ def begin(recipe: str, **changes: Any) -> tuple[Trainer, Progress]:
     progress = Progress(0, 1000, 100, 4)
     optimizer = Optimizer(method, config.optimizer, progress)
     # As on a GPU, where one kernel of torch's moves everything; there is none for this device.
-    optimizer.fused, optimizer.inner.step = True, mock.Mock()
+    optimizer.skips_alone, optimizer.inner.step = True, mock.Mock()
     freezing = Freezing(method, config.freeze, progress)
     return Trainer(method, freezing, optimizer, config.views, "fp32", 1, 0, META), progress
 
