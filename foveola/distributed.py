@@ -91,7 +91,8 @@ def start(device: str) -> torch.device:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} not set; start with torchrun")
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        # What is on a CPU stays there: to agree on going on, once a step, no process waits for its GPU.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=MEETING_PATIENCE)
     return chosen
 
@@ -115,7 +116,9 @@ def joined(device: str) -> Iterator[torch.device]:
 
 
 def _travelling(tensor: Tensor) -> Tensor:
-    """A contiguous copy without gradient, on the device that the backend can reach."""
+    """A contiguous copy without gradient, on the device that the backend can reach: its own, unless whoever
+    made the group of processes made one of NCCL alone.
+    """
     device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
     return tensor.detach().to(device, copy=True).contiguous()
 

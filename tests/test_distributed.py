@@ -92,3 +92,30 @@ def test_a_full_disk_of_the_first_process_is_an_error_of_all(run_ranks):
 def test_devices_that_foveola_does_not_compute_on_are_one_line(device):
     with pytest.raises(UserError, match=f"device='{device}' is not supported: .* write device=cpu"):
         distributed.find_device(device)
+
+
+def test_on_gpus_what_is_on_a_cpu_is_summed_there(monkeypatch):
+    """Else a process would wait for its GPU at each step, to agree with the others on going on."""
+    asked: list[str] = []
+    where = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend))
+    assert distributed.start("cuda") == torch.device("cuda:0")
+    devices = dict(part.split(":") for part in asked[0].split(","))
+    assert devices == {"cpu": "gloo", "cuda": "nccl"}
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: asked[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    summed: list[torch.device] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, _: summed.append(tensor.device))
+    assert distributed.all_reduce_sum(torch.ones(2)).device.type == "cpu"
+    assert [device.type for device in summed] == ["cpu"]
