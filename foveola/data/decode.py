@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveola.config import kind_of
-from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.decoding import Decoding, ImageFile, StoredFile
 from foveola.data.formats import (
     DAMAGED,
     bits_of,
@@ -54,9 +54,10 @@ class Scratch:
 
 
 def decode(
-    image: Path | bytes | ImageFile | Shaped[np.ndarray, "H W C"], scratch: Scratch | None = None
+    image: StoredFile | bytes | ImageFile | Shaped[np.ndarray, "H W C"], scratch: Scratch | None = None
 ) -> Shaped[np.ndarray, "H W C"]:
-    """Return pixels of an image: a path, the bytes of a file, or pixels (returned as they are).
+    """Return pixels of an image: a path or where else its bytes lie, the bytes of a file, or pixels (returned
+    as they are).
 
     They are RGB of uint8 unless the `Decoding` of an `ImageFile` says otherwise: `channels`, and uint16 where
     it knows the range of values, whose low end is 0 and whose high end is all of the dtype.
@@ -68,7 +69,7 @@ def decode(
     reading = PLAIN
     if isinstance(image, ImageFile):
         image, reading = image.data, image.reading
-    if isinstance(image, Path | bytes):
+    if isinstance(image, StoredFile | bytes):
         try:
             pixels = _decode_file(contents(image), reading, scratch)
         except OSError as error:

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Range = tuple[float, float]  # the values that become 0 and all of the container
 Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
@@ -115,11 +114,20 @@ class Decoding:
         return {"page": 0 if text == "first" else int(text) - 1}
 
 
+@runtime_checkable
+class StoredFile(Protocol):
+    """Where the bytes of a file lie: a path, or a part of a larger file."""
+
+    def read_bytes(self) -> bytes:
+        """Return them. Raises OSError, and BadImage where there are none."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """A file, or the bytes of one, and how to read it."""
 
-    data: Path | bytes
+    data: StoredFile | bytes
     reading: Decoding
 
 

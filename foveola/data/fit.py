@@ -5,11 +5,10 @@ stored, or on the image the right way up; the size that an annotation states tel
 turned by 180 degrees, mirrored or square. There the rest of the data set decides (`raw`).
 """
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import UInt8
 
+from foveola.data.decoding import StoredFile
 from foveola.data.formats import Header, turn
 from foveola.data.readers import read_header
 from foveola.data.sample import BadImage
@@ -48,7 +47,7 @@ def turn_of(size: Size, header: Header, raw: bool, file: str) -> int:
 
 
 def upright_map(
-    labels: UInt8[np.ndarray, "H W"], image: Path | bytes, raw: bool, file: str
+    labels: UInt8[np.ndarray, "H W"], image: StoredFile | bytes, raw: bool, file: str
 ) -> UInt8[np.ndarray, "h w"]:
     """Return a label map turned as its image is. One of another size stays as it is: whoever needs both
     compares.

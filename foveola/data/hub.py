@@ -155,12 +155,20 @@ def open_hub(
     ignore: int | None = None,
     values: tuple[int, ...] | None = None,
     absent: bool = False,
+    streaming: bool = False,
 ) -> HubImages:
     """Return a split of a data set. Columns are found by their kind where only one fits; `label=` none:
     `label=-`.
 
     `pixels` is a column of label maps with `classes`, `ignore`, `values` and `absent` as of `masks:`.
     """
+    if streaming:
+        raise DataError(
+            "hf: streaming=true gives rows in the order in which they arrive, so no run could be resumed "
+            "or repeated; "
+            f"parquet:hf://datasets/{place}/**/*.parquet reads the files of the hub row group by row "
+            "group, at random"
+        )
     dataset = _load(place, split, config)
     kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}
     image = _column(place, kinds, image, "Image", "image", without=pixels)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from foveola.data.decoding import ImageFile
+from foveola.data.decoding import ImageFile, StoredFile
 from foveola.data.sample import DataError, Objects
 
 BYTES = 16  # of a hash: two of 10^9 images share one with a probability of 10^-21
@@ -117,6 +117,8 @@ def hash_of(data: Any) -> bytes:
         return hash_of(data.data)
     if isinstance(data, Path):
         return _hash_file(str(data))
+    if isinstance(data, StoredFile):
+        return hash_of(data.read_bytes())
     if isinstance(data, bytes):
         return hashlib.sha256(data).digest()[:BYTES]
     array = np.ascontiguousarray(data)
@@ -167,9 +169,9 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> np.ndarray:
         found = np.zeros(len(paths), HASH)
         missing = table.fill(found, keys)
         size = sum(state[0] for i in missing.tolist() if (state := states[i]))
-        saying = _said(missing, size, name, table.path.parent)
         began = time.monotonic()
-        for start in saying(range(0, len(missing), FILES_AT_ONCE)):
+        blocks = range(0, len(missing), FILES_AT_ONCE)
+        for start in shown_reading(blocks, (len(missing), size), name, table.path.parent):
             block = missing[start : start + FILES_AT_ONCE]
             found[block] = list(pool.map(_hash_file, (paths[i] for i in block.tolist())))
             now = time.time_ns() - int(SETTLED * 1e9)
@@ -303,18 +305,18 @@ def _hash_file(path: str) -> bytes:
         return b""
 
 
-def _said(missing: np.ndarray, size: int, name: str, kept: Path) -> Any:
-    """An iterator around the blocks, which shows how far they are where that takes long."""
+def shown_reading(
+    blocks: Sequence[int], count_and_bytes: tuple[int, int], name: str, kept: Path
+) -> Iterable[int]:
+    """Yield blocks of files whose contents are read, and show how far they are where that takes long."""
+    count, size = count_and_bytes
     if size < LARGE or not _SAYING.get():
-        return iter
-    what = f"{name}: the contents of {len(missing):,} files ({size / 2**30:.1f} GiB) are read, once"
+        return blocks
+    what = f"{name}: the contents of {count:,} files ({size / 2**30:.1f} GiB) are read, once"
     print(f"{what}; their hashes are kept in {kept}", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
-        return iter
+        return blocks
     from rich.console import Console
     from rich.progress import track
 
-    def shown(blocks: Iterable[int]) -> Iterable[int]:
-        return track(list(blocks), "contents", console=Console(stderr=True), transient=True)
-
-    return shown
+    return track(blocks, "contents", console=Console(stderr=True), transient=True)

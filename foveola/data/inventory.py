@@ -62,6 +62,8 @@ def inventory_of(source: Any, read: Int64[np.ndarray, "r"], contents: np.ndarray
         root, paths = below()
         names = [os.fsencode(path) for path in paths]
         sizes, times, hashes = stated(root, paths)
+    elif own := getattr(source, "stated", None):
+        names, sizes, times, hashes = own()
     hashes[read] = contents
     sizes[read[contents == b""]] = -1
     return Inventory(names, sizes, times, hashes.astype(KEPT), root)

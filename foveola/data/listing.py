@@ -130,7 +130,7 @@ def check_listed(root: Path, files: Sequence[str], what: str = "annotated images
         raise DataError(f"{root}: {len(missing)} of {len(files)} {what} are missing, such as {missing[0]}")
 
 
-def check_inside(where: Path, files: Sequence[str]) -> None:
+def check_inside(where: Path | str, files: Sequence[str]) -> None:
     """Check that no name that a file gives leaves the folder of images: lists of others may name anything."""
     for file in files:
         path = posixpath.normpath(file.replace("\\", "/"))

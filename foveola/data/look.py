@@ -20,12 +20,13 @@ from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
 from foveola.data.readers import read_header, reader_of, values_in
 from foveola.data.sample import BadImage, DataError
+from foveola.data.shards.source import ShardImages
 from foveola.data.values import CONTAINER
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
 
-Looked = ImageFiles | HubImages | GivenObjects
+Looked = ImageFiles | HubImages | GivenObjects | ShardImages
 
 
 @dataclass
@@ -105,7 +106,7 @@ def _look_at(source: Looked, index: int, seen: Looks) -> None:
         seen.boxes += len(boxes)
         seen.beyond += int((boxes > np.array(header.upright * 2) + 1).any(1).sum())
         seen.unclear += bool(len(boxes)) and header.orientation != 1
-    if source.reader is not None:
+    if source.has_objects:
         try:
             seen.annotated += source[index].objects is not None
         except DataError as error:

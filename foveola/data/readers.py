@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from foveola.data.decoding import Decoding
+from foveola.data.decoding import Decoding, StoredFile
 from foveola.data.formats import Header, image_header
 from foveola.data.pil_values import pil_values
 from foveola.data.sample import BadImage
@@ -47,31 +47,33 @@ def reader_of(data: Path | bytes) -> Reader | None:
     return next((each for each in READERS if each.magic and data.startswith(each.magic)), None)
 
 
-def contents(data: Path | bytes) -> Path | bytes:
+def contents(data: StoredFile | bytes) -> Path | bytes:
     """Return the bytes of a file, or its path where its reader takes that. Raises OSError."""
-    return data.read_bytes() if isinstance(data, Path) and reader_of(data) is None else data
+    if isinstance(data, bytes) or (isinstance(data, Path) and reader_of(data) is not None):
+        return data
+    return data.read_bytes()
 
 
-def read_header(data: Path | bytes) -> Header:
+def read_header(data: StoredFile | bytes) -> Header:
     """Return the size and orientation of an image file, from its header alone. Raises BadImage and
     OSError.
     """
-    data = contents(data)
-    reader = reader_of(data)
+    found = contents(data)
+    reader = reader_of(found)
     if reader is not None:
-        return reader.header(data)
-    assert isinstance(data, bytes)
-    return image_header(data)
+        return reader.header(found)
+    assert isinstance(found, bytes)
+    return image_header(found)
 
 
-def values_in(data: Path | bytes, reading: Decoding) -> Values:
+def values_in(data: StoredFile | bytes, reading: Decoding) -> Values:
     """Return what an image file holds. Raises BadImage, OSError, and what PIL raises."""
-    data = contents(data)
-    reader = reader_of(data)
+    found = contents(data)
+    reader = reader_of(found)
     if reader is not None:
-        return reader.values(data, reading)
-    assert isinstance(data, bytes)
-    return pil_values(data, reading)
+        return reader.values(found, reading)
+    assert isinstance(found, bytes)
+    return pil_values(found, reading)
 
 
 # -- arrays of NumPy ---------------------------------------------------------------------------------------

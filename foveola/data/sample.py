@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
-from foveola.data.decoding import ImageFile
+from foveola.data.decoding import ImageFile, StoredFile
 
 ObjectChoice = Literal["area", "uniform", "largest"]
 
@@ -143,7 +142,7 @@ class Sample:
     that may have several, `labels` are all of them, perhaps none.
     """
 
-    image: Path | bytes | ImageFile | Shaped[np.ndarray, "H W C"]
+    image: StoredFile | bytes | ImageFile | Shaped[np.ndarray, "H W C"]
     name: str
     objects: Objects | None = None
     label: int | None = None

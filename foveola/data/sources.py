@@ -48,6 +48,7 @@ from foveola.data.segmentation import (
     open_masks,
     open_voc,
 )
+from foveola.data.shards.opening import open_parquet, open_shards
 from foveola.data.voc import ignored_flags, open_voc_objects
 from foveola.outside import announced, imported, is_importable
 
@@ -126,7 +127,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if not place:
         raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
     root = Path(unquote(place)).expanduser()
-    if kind != "hf" and not root.is_dir():
+    if kind not in NO_FOLDER and not root.is_dir():
         raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
     reading = Decoding()
@@ -141,7 +142,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         spec += "" if "split=" in query else f"&split={half}"
     elif kind in WITHOUT_HALVES and "split=" in query:
         raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
-    source = opener(spec, unquote(place) if kind == "hf" else root, **options)
+    source = opener(spec, unquote(place) if kind in NO_FOLDER else root, **options)
     if reading != Decoding():
         source.read_as(reading)
     source = with_objects(source, given)
@@ -263,7 +264,11 @@ WITHOUT_HALVES = (
     "coco",
     "masks",
     "listed",
+    "shards",
+    "parquet",
 )  # kinds without halves of their own, which holdout= makes
+_MEMBERS = ("image", "label", "pixels", "masks", "objects")  # of a sample in shards
+NO_FOLDER = ("hf", "shards", "parquet")  # what follows the colon may be no folder of this machine
 LABEL_MAP_KEYS: Mapping[str, Callable[[str], Any]] = {
     "ignore": whole_number,
     "values": whole_numbers,
@@ -302,8 +307,12 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "listed": (open_listed, {"files": existing_path, "classes": str, "several": true_or_false}),
     "hf": (
         open_hub,
-        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str) | LABEL_MAP_KEYS,
+        dict.fromkeys(("split", "config", "image", "label", "pixels", "classes"), str)
+        | {"streaming": true_or_false}
+        | LABEL_MAP_KEYS,
     ),
+    "shards": (open_shards, dict.fromkeys((*_MEMBERS, "classes", "cache"), str) | LABEL_MAP_KEYS),
+    "parquet": (open_parquet, dict.fromkeys((*_MEMBERS, "name", "classes", "cache"), str) | LABEL_MAP_KEYS),
 }
 
 

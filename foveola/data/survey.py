@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageStat
 
 from foveola.data.decode import decode
-from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.decoding import Decoding, ImageFile, StoredFile
 from foveola.data.formats import ALPHA, DAMAGED, channel_names, open_image
 from foveola.data.identity import hash_of
 from foveola.data.readers import contents, read_header, reader_of, values_in
@@ -163,7 +163,7 @@ def _in_memory(image: Any) -> Any:
     """The image of a sample, with the bytes of its file in place of the path."""
     if isinstance(image, ImageFile):
         return replace(image, data=_in_memory(image.data))
-    return contents(image) if isinstance(image, Path | bytes) else image
+    return contents(image) if isinstance(image, StoredFile | bytes) else image
 
 
 def _stored(image: Any) -> dict[str, Any]:
