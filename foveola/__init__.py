@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveola.evaluation.evaluate import evaluate, evaluate_all
     from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
     from foveola.evaluation.result import Result
+    from foveola.exporting.export import export
     from foveola.figures.visualize import Figure, visualize
     from foveola.methods.method import Method, MethodConfig, Output
     from foveola.methods.terms.term import Term
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from foveola.training.finetune import finetune
     from foveola.training.recipe import recipes
     from foveola.training.run import Run, pretrain
-    from foveola.zoo.export import export
     from foveola.zoo.load import load
     from foveola.zoo.wrap import wrap
 
@@ -111,7 +111,7 @@ _HOMES = {
     "evaluate_all": "foveola.evaluation.evaluate",
     "compare": "foveola.evaluation.compare",
     "Comparison": "foveola.evaluation.compare",
-    "export": "foveola.zoo.export",
+    "export": "foveola.exporting.export",
     "embed": "foveola.embedding.embed",
     "Index": "foveola.embedding.index",
     "search": "foveola.embedding.search",

@@ -59,19 +59,27 @@ TRAIN = KeyInfo(
     "images among which neighbours are searched, as a data string; null = the train split of data",
 )
 EXPORT = [
-    KeyInfo("out", "text", "(needed)", "new folder (timm, hf) or file (torch) to write"),
+    KeyInfo(
+        "out",
+        "text",
+        "(needed)",
+        "new folder, or file that ends in .onnx, .pt2, .safetensors or .pth; a folder gets a model card",
+    ),
     KeyInfo(
         "format",
-        "timm|hf|torch|program",
-        "timm",
-        "library that is to load it; torch: one file for foveola.load; program: one of torch.export, .pt2",
+        "timm|hf|onnx|program|safetensors|torch or null",
+        None,
+        "library that is to load it; program: of torch.export; safetensors, torch: for foveola.load; null = "
+        "what the end of out says, timm of a folder",
     ),
     KeyInfo(
         "head",
         "true|false",
         True,
-        "format=program: with the head of a fine-tuned encoder; others leave it, and say so unless false",
+        "with the head of a fine-tuned encoder; timm and hf leave it, and say so unless false",
     ),
+    KeyInfo("objects", "true|false", False, "onnx, program: masks of objects as a second input"),
+    KeyInfo("licence", "text or null", None, "of the weights, for the model card, such as apache-2.0"),
 ]
 CHECK_KEYS = [
     KeyInfo("out", "text or null", None, "folder for check.json and check.html; null = nothing is written"),

@@ -38,7 +38,7 @@ def first_calls(plain: Callable[..., Any], check: Callable[[Any], Any]) -> Calla
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if count[0] >= CALLS_CHECKED:
+        if count[0] >= CALLS_CHECKED or torch.compiler.is_exporting():  # where sizes are symbols, no ints
             return plain(*args, **kwargs)
         count[0] += 1
         return checked()(*args, **kwargs)
@@ -51,7 +51,17 @@ def jaxtyped(*, typechecker: Any, check_all: Callable[..., Any] = jaxtyping.jaxt
 
     def decorate(what: Any) -> Any:
         check = check_all(typechecker=typechecker)
-        return first_calls(what, check) if isinstance(what, FunctionType) else check(what)
+        if isinstance(what, FunctionType):
+            return first_calls(what, check)
+        plain, made = what.__init__, check(what)
+        if (checked := made.__init__) is not plain:  # of a dataclass
+
+            @functools.wraps(checked)
+            def init(self: Any, *args: Any, **kwargs: Any) -> None:
+                (plain if torch.compiler.is_exporting() else checked)(self, *args, **kwargs)
+
+            made.__init__ = init
+        return made
 
     return decorate
 

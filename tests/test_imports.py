@@ -42,6 +42,7 @@ ALLOWED = {
     },
     "commands": {
         "embedding",
+        "exporting",
         "slurm",
         "console",
         "command_keys",
@@ -127,8 +128,10 @@ ALLOWED = {
         "data",
         "distributed",
     },
+    "exporting": {"tasks", "zoo", "evaluation.result", "reports.record", "models.encoder"},
     "drawing": set(),
     "zoo": {"tasks", "models.encoder", "models.lora", "models.shape", "models.vit", "models.wrapped"},
+    "zoo.exported": {"models.transform"},
     "zoo.transfer": {"models"},  # it makes tensors of other shapes
     "zoo.training_heads": {"models.starting"},
     "proposals": {

@@ -1,35 +1,45 @@
-"""`foveola export`: an encoder for another library."""
+"""`foveola export`: an encoder for another library, or as a program that needs none of ours."""
+
+from typing import Any
 
 from foveola.command_keys import EXPORT
-from foveola.config import UserError, parse_overrides
+from foveola.config import UserError, nearest, parse_overrides
 from foveola.console import only, print_keys, split
 from foveola.failures import told
 
 USAGE = """\
-  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf), as a file (torch), or
-                                      with its head as a program of torch.export (program)
+  export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf), as a program (onnx,
+                                      program of torch.export), or as a file (safetensors, torch)
 """
 
 
 def main(arguments: list[str]) -> None:
-    usage = "foveola export MODEL out=... [format=timm|hf|torch|program]"
+    usage = "foveola export MODEL out=... [format=timm|hf|onnx|program|safetensors|torch]"
     names, overrides, flags = split(arguments, ())
     if "--help" in flags:
         print(
-            f"usage: {usage}\n\nWrites an encoder, any that evaluate takes as model=, for another library.\n"
+            f"usage: {usage}\n\nWrites an encoder, any that evaluate takes as model=, for others "
+            "(docs/export.md).\n"
         )
         print_keys(EXPORT)
         return
     model = only(names, "model", usage)
-    settings = parse_overrides(overrides)
-    for name in settings.keys() - {info.path for info in EXPORT}:
-        raise UserError(f"unknown key {name!r}; usage: {usage}")
+    settings, known = parse_overrides(overrides), [info.path for info in EXPORT]
+    for name in settings.keys() - set(known):
+        near = nearest(name, known)
+        raise UserError(
+            f"unknown key {name!r}; " + (f"did you mean {near!r}?" if near else f"usage: {usage}")
+        )
     if "out" not in settings:
         raise UserError(f"export needs out=, where to write; usage: {usage}")
-    from foveola.zoo.export import export
+    for name in ("head", "objects"):
+        if not isinstance(settings.get(name, True), bool):
+            raise UserError(f"{name}={settings[name]}: expected true or false")
+    from foveola.exporting.export import export_and_tell
 
-    with told(f"{settings['out']} cannot be written"):
-        head = settings.get("head", True)
-        if not isinstance(head, bool):
-            raise UserError(f"head={head}: expected true or false")
-        print(export(model, str(settings["out"]), str(settings.get("format", "timm")), head))
+    out = str(settings.pop("out"))
+    words = {name: settings.pop(name) for name in ("format", "licence") if settings.get(name) is not None}
+    with told(f"{out} cannot be written"):
+        options: dict[str, Any] = {name: str(value) for name, value in words.items()}
+        written, usage = export_and_tell(model, out, **options, **settings)
+    print(f"{written}\n\n{usage}")

@@ -152,7 +152,7 @@ class Encoder(nn.Module):
         """
         if self.config.pool != "token":
             features = self.backbone(images)
-            return dataclasses.replace(features, objects=self._means(features, objects))
+            return dataclasses.replace(features, objects=self.means(features, objects))
         if objects is None or not independent:
             return self.backbone(images, objects)
         return dataclasses.replace(self.backbone(images), objects=self._alone(images, objects))
@@ -181,8 +181,8 @@ class Encoder(nn.Module):
         parts = [self.backbone(images[image_of[rows]], alone[rows]).objects for rows in few]
         return torch.cat(parts).view(*objects.shape[:2], self.width)
 
-    def _means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:
-        """Means of patches or predictions over each object's patches; over all where it has none."""
+    def means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:
+        """Return means of patches or predictions over each object's patches; over all where it has none."""
         average = self.config.pool == "average"
         pooled = features.patches if average else self.predictions(features)
         if objects is None:

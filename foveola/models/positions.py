@@ -1,6 +1,6 @@
 """Positions of patches: tables (learned, or fixed ones of sines), learned fields, and rotary positions."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,10 +31,13 @@ def resize_positions(
     Weights that were trained so want `offset` 0.1. It cannot be had together with antialiasing.
     """
     side = round(int(table.shape[1]) ** 0.5)  # a traced size is a tensor
-    if (side, side) == grid:
+    unknown = is_symbolic(grid)
+    if not unknown and (side, side) == grid:
         return table
     if fixed:
         return fixed_positions(grid, table.shape[2], (side, side)).to(table)
+    if unknown:
+        return _resampled(table, side, grid, antialias, offset)
     field = table.view(1, side, side, -1).permute(0, 3, 1, 2)
     # Interpolated in float32 also under autocast: the table is small and errors here reach every patch.
     with torch.autocast(table.device.type, enabled=False):
@@ -46,6 +49,35 @@ def resize_positions(
                 field.float(), size=grid, mode="bicubic", antialias=antialias, align_corners=False
             )
     return field.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def is_symbolic(grid: tuple[int, int]) -> bool:
+    """Return whether torch.export traces a network for grids of any size: no branch may depend on them."""
+    return any(isinstance(n, torch.SymInt) for n in grid)
+
+
+def _resampled(
+    table: Float[Tensor, "1 N D"], side: int, grid: tuple[int, int], antialias: bool, offset: float
+) -> Float[Tensor, "1 N2 D"]:
+    """`resize_positions` as two products with matrices, which hold for every grid, also that of the table."""
+    apart = (grid[0] - side) ** 2 + (grid[1] - side) ** 2
+    add: Any = offset * torch.sym_min(apart, 1) if offset else 0.0  # none for the grid of the table
+    down, across = (_taps(n, side, antialias, add).to(table.device) for n in grid)
+    field = table.float().view(side, side, -1)
+    return (down @ (across @ field).flatten(1)).view(1, -1, table.shape[2]).to(table.dtype)
+
+
+def _taps(n: int, side: int, antialias: bool, add: float) -> Float[Tensor, "n side"]:
+    """Weights with which n positions read an axis of `side` ones, as `interpolate` has them."""
+    nodes, i = torch.arange(side), torch.arange(n)[:, None]
+    if antialias:  # a wider kernel where there are fewer positions, of the nodes that there are
+        wide: Any = torch.sym_max(side / n, 1.0)
+        weights = bicubic(((i + 0.5) * (side / n) - 0.5 - nodes).abs() / wide)
+        return weights / weights.sum(dim=1, keepdim=True)
+    centre = (i + 0.5) * (side / (n + add)) - 0.5
+    near = centre.floor() + torch.arange(-1, 3)
+    weights = bicubic((centre - near).abs(), a=-0.75)  # nodes beyond the border are that at the border
+    return (weights[..., None] * (near.clamp(0, side - 1)[..., None] == nodes)).sum(dim=1)
 
 
 def sincos_positions(grid: tuple[int, int], width: int, amplitude: float = 1.0) -> Float[Tensor, "1 N D"]:
@@ -152,6 +184,10 @@ class PositionField(nn.Module):
         # [B, rows of patches, columns of patches, nodes above and below, nodes left and right]
         nodes = y[:, :, None, :, None] * self.values.shape[1] + x[:, None, :, None, :]
         weights = rows[:, :, None, :, None] * columns[:, None, :, None, :]
+        if torch.compiler.is_exporting():  # the sum of a few rows, which other runtimes know
+            near = self.values.flatten(0, 1)[nodes.flatten(0, 2).flatten(1)]
+            read = (near * weights.flatten(0, 2).flatten(1)[..., None]).sum(dim=1)
+            return read.view(boxes.shape[0], grid[0] * grid[1], -1)
         # A patch has 4 nodes of thousands: a gather is some twenty times as fast as products of matrices, and
         # holds nothing larger than its result.
         read = embedding_bag(
@@ -212,7 +248,11 @@ def grid_coordinates(grid: tuple[int, int], device: torch.device | None = None) 
 
     The range is the same for any grid, so positions stretch with the resolution (CAPI).
     """
-    axes = (torch.linspace(0, 1, n, device=device) for n in grid)
+    if is_symbolic(grid):  # torch.linspace has a fixed number of steps
+        steps: list[Any] = [torch.sym_max(n - 1, 1) for n in grid]
+        axes = (torch.arange(n, device=device) / last for n, last in zip(grid, steps, strict=True))
+    else:
+        axes = (torch.linspace(0, 1, n, device=device) for n in grid)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(1, -1, 2)
 
 

@@ -1,19 +1,46 @@
 """What goes into a ViT besides pixels, what comes out of it, and how its tokens stand."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a ViT says about B images, after the final norm unless `Inputs` said otherwise."""
+    """What a ViT says about B images, after the final norm unless `Inputs` said otherwise.
+
+    It is a pytree of its three tensors, so that `torch.vmap`, `torch.export` and `tree_map` go through it.
+    """
 
     objects: Float[Tensor, "B M D"]  # M = 0 without class token
     registers: Float[Tensor, "B R D"]
     patches: Float[Tensor, "B N D"]  # of the kept patches only, in their order, where some were dropped
     grid: tuple[int, int]
+
+
+def _tensors_of(features: Features) -> tuple[list[Tensor], tuple[int, int]]:
+    return [features.objects, features.registers, features.patches], features.grid
+
+
+def _features_of(tensors: Any, grid: tuple[int, int]) -> Features:
+    """Features again; what stands for a tensor while a pytree is mapped need not be one."""
+    made = object.__new__(Features)
+    for name, value in zip(("objects", "registers", "patches", "grid"), (*tensors, grid), strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+pytree.register_pytree_node(
+    Features,
+    _tensors_of,
+    _features_of,
+    serialized_type_name="foveola.Features",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

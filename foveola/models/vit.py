@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
         """Return tokens of the kept patches, with added positions, and the (rows, columns) of all."""
         patch = self.config.patch_size
-        height, width = map(int, images.shape[-2:])  # traced sizes are tensors
+        height, width = map(torch.sym_int, images.shape[-2:])  # of torch.jit.trace tensors, else as they are
         if height % patch or width % patch or not height or not width:
             raise ValueError(
                 f"images of {height} x {width} pixels are not made of whole {patch} x {patch} patches"

@@ -8,9 +8,10 @@ from urllib.parse import parse_qsl
 
 from foveola.config import ConfigError, UserError, build, parse_overrides
 from foveola.models.encoder import Encoder, EncoderConfig, filled
+from foveola.tasks.task import filled_head, make_head
 from foveola.zoo.contents import beside_encoder
 from foveola.zoo.convert import FileConfig, convert
-from foveola.zoo.weights import SETTINGS, read_weights
+from foveola.zoo.weights import HEAD_SETTINGS, SETTINGS, read_weights
 
 LARGEST = 8192  # pixels a side that `image_size=` may ask for
 
@@ -42,15 +43,18 @@ def load_file(name: str) -> Encoder:
 
 
 def _exported(state: dict[str, Any], path: Path) -> Encoder:
-    """An encoder that `export` wrote with `format=torch`."""
+    """An encoder, with its head, that `export` wrote with `format=torch` or `safetensors`."""
     try:
-        settings = json.loads(state[SETTINGS])
+        settings, head = (json.loads(state.get(name, "null")) for name in (SETTINGS, HEAD_SETTINGS))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its settings are no JSON") from error
     weights = state.get("state_dict")
     if not isinstance(settings, dict) or not isinstance(weights, dict):
         raise UserError(f"{path} is damaged: it lacks settings or tensors")
-    return filled(build(EncoderConfig, settings, where=str(path)), weights, path)
+    encoder = filled(build(EncoderConfig, settings, where=str(path)), weights, path)
+    if isinstance(head, dict) and isinstance(own := state.get("head_state_dict"), dict):
+        encoder.head = filled_head(make_head(head, encoder.config.model, path), own, path)
+    return encoder
 
 
 def options_of(name: str, query: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ from foveola.config import UserError, build, meant, read_yaml
 from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.tasks.task import filled_head
-from foveola.zoo.files import load_file
+from foveola.zoo.exported import load_onnx, load_program
+from foveola.zoo.files import load_file, split_options
 from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
 from foveola.zoo.runs import empty_head, kept_folder, student_of
@@ -23,12 +24,15 @@ UNTRAINED = "untrained:"
 LIBRARIES = ("timm:", "hf:")
 PIXELS_PREFIX = "pixels:"
 PYTHON = "python:"
+FILE_READERS = {".onnx": load_onnx, ".pt2": load_program}  # of files of weights there is `load_file`
+EXPORTED = ("model.pt2", "model.onnx", "model.pth")  # what `foveola export` writes into a folder
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool = False) -> Encoder:
     """Load an encoder: an encoder folder, a run folder, or a checkpoint file of a public ViT.
 
-    Known files are those of `zoo.convert.KNOWN` (`.pth`, `.pt`, `.safetensors`),
+    Files and folders of `foveola export` are encoders again, with their heads; of an ONNX file features alone
+    are known. Other files are those of `zoo.convert.KNOWN` (`.pth`, `.pt`, `.safetensors`),
     as published (the teacher is taken where there are two networks); `FILE?heads=12` says what such a file
     does not tell (`zoo.files`). `RUN?step=400` is the encoder that a run kept at that step, `RUN?step=best`
     that of `encoders/best`, `RUN?which=student` the student of the newest checkpoint, or with `&step=400` of
@@ -57,17 +61,28 @@ def _load(name: str) -> Encoder:
         return student_of(named) if named.student else _load_folder(kept_folder(named))
     path = Path(name)
     if path.is_file() or Path(name.partition("?")[0]).is_file():
-        return load_file(name)
+        return _load_any_file(name)
     if not path.exists():
         wanted = "expected a run folder, an encoder folder, a checkpoint file, timm:, hf: or python:"
         raise UserError(f"no model at {path}: {wanted}{meant(path)}")
     own = RunFolder(path).encoder
     folder = own if own.config.is_file() else EncoderFolder(path)
     if not folder.is_whole():
+        if (found := [path / each for each in EXPORTED if (path / each).is_file()]) and len(found) == 1:
+            return _load_any_file(str(found[0]))
         raise UserError(
             f"{path} is no run and no encoder folder: it lacks encoder/config.json and model.safetensors"
         )
     return _load_folder(folder)
+
+
+def _load_any_file(name: str) -> Encoder:
+    path, query = split_options(name)
+    if path.suffix not in FILE_READERS:
+        return load_file(name)
+    if query:
+        raise UserError(f"{name}: {path} says all of itself: load it without ?{query}")
+    return FILE_READERS[path.suffix](path)
 
 
 def _untrained(path: str) -> Encoder:

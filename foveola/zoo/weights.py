@@ -13,6 +13,7 @@ from foveola.config import UserError, kind_of
 
 CONFIG_BYTES = 2**20
 SETTINGS = "foveola"  # beside the tensors of an exported encoder: its configuration as JSON
+HEAD_SETTINGS = "foveola_head"  # and that of the head on it
 NESTED = 8  # dicts in dicts; official files have 3
 
 
@@ -22,7 +23,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     Never runs code from it. Raises UserError, in one line, for files that are damaged, are no dicts or hold
     themselves.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     # Official checkpoints also hold a command line, and learning rates as numpy numbers. Both are plain data.
@@ -31,7 +32,9 @@ def read_weights(path: Path) -> dict[str, Any]:
     plain = [Namespace, np.dtype, type(np.dtype(np.float64)), *((number, name) for name in names)]
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+            return _with_settings(dict(load_file(path)), said)
         with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
@@ -47,6 +50,18 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds {kind_of(state)}, not a state dict")
     return _tensors(state, path, {})
+
+
+def _with_settings(tensors: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
+    """Tensors, or of a file that `export` wrote what a file of torch would hold: `said` are its metadata."""
+    if SETTINGS not in said:
+        return tensors
+    head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+    own = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    tree = {"state_dict": own, SETTINGS: said[SETTINGS]}
+    if HEAD_SETTINGS in said:
+        tree |= {"head_state_dict": head, HEAD_SETTINGS: said[HEAD_SETTINGS]}
+    return tree
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -75,7 +90,7 @@ def _tensors(
     kept: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(name, str) and (
-            isinstance(value, torch.Tensor) or (name == SETTINGS and isinstance(value, str))
+            isinstance(value, torch.Tensor) or (name in (SETTINGS, HEAD_SETTINGS) and isinstance(value, str))
         ):
             kept[name] = value
         elif isinstance(name, str) and isinstance(value, dict):

@@ -13,6 +13,7 @@ from torch import Tensor
 from foveola.config import ConfigError, UserError
 from foveola.data.loader import Loader
 from foveola.data.sources import open_source
+from foveola.exporting.export import export
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import VisionTransformer, ViTConfig
@@ -23,7 +24,6 @@ from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig, resolve
 from foveola.training.run import pretrain
 from foveola.training.start import read_start
-from foveola.zoo.export import export
 from foveola.zoo.load import load
 
 CPU = torch.device("cpu")

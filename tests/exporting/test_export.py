@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from foveola import cli
 from foveola.config import UserError
+from foveola.exporting.export import export
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.predictor import PredictorConfig
 from foveola.models.vit import ViTConfig
-from foveola.zoo.export import export
 from foveola.zoo.load import load
 
 PLAIN = ViTConfig(width=48, depth=2, heads=3, patch_size=8, image_size=64, drop_path=0.0)
@@ -27,6 +27,9 @@ MODELS = {
     "sines": replace(PLAIN, positions="sincos"),
     "field": replace(PLAIN, positions="field", field_size=(5, 7)),
     "no class token": replace(PLAIN, class_token=False),
+    "no biases": replace(PLAIN, bias=False, final_norm_affine=False),
+    "DINOv3": replace(PLAIN, positions="rope", rope="dinov3", norm_eps=1e-5, registers=2, layer_scale=0.1),
+    "DINOv3, gated, other eps": replace(PLAIN, positions="rope", rope="dinov3", mlp="swiglu"),
 }
 
 
@@ -48,7 +51,7 @@ def test_there_and_back(library: str, name: str, tmp_path: Path):
     back = load(f"{library}:{export(made, tmp_path / 'out', library)}")
     images = torch.randn(2, 3, 64, 64)
     for part in ("objects", "registers", "patches"):
-        assert torch.allclose(getattr(back(images), part), getattr(made(images), part), atol=1e-4)
+        assert torch.allclose(getattr(back(images), part), getattr(made(images), part), atol=1e-5)
     assert back.config.transform == made.config.transform
     assert back.config.pool == made.config.pool
 
@@ -74,7 +77,6 @@ CAPI = replace(
 )
 ROTARY = {
     "rotary": replace(PLAIN, positions="rope"),
-    "rotary of DINOv3": replace(PLAIN, positions="rope", rope="dinov3", norm_eps=1e-5),
     "CAPI": CAPI,
 }
 
@@ -83,12 +85,13 @@ ROTARY = {
 def test_a_file_of_tensors_is_ours_again(name: str, tmp_path: Path):
     options = {"predictor": PredictorConfig(depth=1), "pool": "predictor"} if name == "CAPI" else {}
     made = encoder((MODELS | ROTARY)[name], **options)
-    back = load(export(made, tmp_path / "weights.pth", "torch"))
-    assert back.config == made.config
-    assert back.fingerprint() == made.fingerprint()
     images = torch.randn(2, 3, 64, 48)
-    for part in ("objects", "registers", "patches"):
-        assert torch.equal(getattr(back(images), part), getattr(made(images), part))
+    for out in ("weights.pth", "weights.safetensors"):
+        back = load(export(made, tmp_path / out))
+        assert back.config == made.config
+        assert back.fingerprint() == made.fingerprint()
+        for part in ("objects", "registers", "patches"):
+            assert torch.equal(getattr(back(images), part), getattr(made(images), part))
     with pytest.raises(UserError, match=r"says all of itself: load it without \?heads=3"):
         load(f"{tmp_path}/weights.pth?heads=3")
 
@@ -118,7 +121,7 @@ def test_files_can_be_read_by_others_and_failures_leave_nothing(
     out = export(encoder(PLAIN), tmp_path / "out", library)
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "other").stat().st_mode}
     other = encoder(replace(PLAIN, norm_eps=0.5))
-    monkeypatch.setattr("foveola.zoo.export.load_library", lambda name: other)
+    monkeypatch.setattr("foveola.exporting.export.load_library", lambda name: other)
     with pytest.raises(UserError, match="gives other objects"):
         export(encoder(PLAIN), tmp_path / "again", library)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
@@ -138,10 +141,20 @@ def test_squashed_images(tmp_path: Path):
         (
             replace(PLAIN, positions="rope"),
             "timm",
-            "rotary positions, with which timm has no ViT; format=torch",
+            r"rotary positions that turn by \(row, column\) in 0 to 1, .*: timm has DINOv3's alone; format=",
         ),
-        (CAPI, "hf", "rotary positions, with which transformers has no ViT; format=torch"),
-        (ROTARY["rotary of DINOv3"], "timm", "timm has DINOv3, which this command does not write"),
+        (
+            CAPI,
+            "hf",
+            r"rotary positions that turn no pair .*\(CAPI's code\).*transformers has DINOv3's",
+        ),
+        (
+            replace(MODELS["DINOv3"], class_token=False),
+            "hf",
+            "no class token, which transformers's",
+        ),
+        (replace(MODELS["DINOv3"], norm_eps=1e-4), "timm", "1e-6 or 1e-5 of DINOv3's network"),
+        (replace(PLAIN, window=2, global_blocks=1), "hf", "windows of patches, which transformers's plain"),
         (replace(PLAIN, norm="rms"), "timm", "norm=rms, which timm's ViTs lack"),
         (replace(PLAIN, norm_eps=1e-3), "timm", "norm_eps=0.001"),
         (replace(PLAIN, class_token=False, registers=2), "hf", "no network without class token"),
@@ -163,14 +176,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ([str(folder), f"out={out}", "format=torch"], "exists"),
         ([str(folder), f"out={tmp_path}/w.safetensors", "format=torch"], f"out={tmp_path}/w.pth"),
         ([str(folder)], "needs out="),
-        ([str(folder), "out=x", "fromat=hf"], "unknown key 'fromat'"),
-        ([str(folder), f"out={tmp_path}/new", "format=onnx"], "expected timm, hf, torch"),
+        ([str(folder), "out=x", "fromat=hf"], "unknown key 'fromat'; did you mean 'format'?"),
+        ([str(folder), f"out={tmp_path}/new", "format=onxx"], "safetensors; did you mean onnx?"),
+        ([str(folder), f"out={tmp_path}/n.onnx", "format=hf"], "and format=hf writes a folder as out="),
+        (
+            [str(folder), f"out={tmp_path}/n.pth", "objects=true"],
+            "objects=true has no effect on",
+        ),
+        ([str(folder), f"out={tmp_path}/n.pth", "licence=mit"], "licence= is for the model card"),
         (["out=x"], "which model"),
     ):
         assert cli.main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["export", "--help"]) == 0
-    assert "one file for foveola.load" in capsys.readouterr().out
+    assert "safetensors, torch: for foveola.load" in capsys.readouterr().out
     state = torch.load(out, weights_only=True)["state_dict"]
     assert load_file(folder / "model.safetensors").keys() == state.keys()
 

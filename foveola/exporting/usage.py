@@ -1,0 +1,61 @@
+"""How an exported encoder is used, in a few lines of Python."""
+
+from typing import Any
+
+from foveola.models.encoder import Encoder
+
+MORE_FACTS = 'opened.get_modelmeta().custom_metadata_map  # "resized", "sizes", "classes", ...'
+
+
+def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any]) -> str:
+    """Return lines of Python that load what is at `path`; `about` is what its file says of itself."""
+    side, channels = encoder.config.transform.crop, len(encoder.config.transform.mean)
+    name = repr(path)
+    if format == "timm":
+        return (
+            "import timm\n\n"
+            f'model = timm.create_model("local-dir:" + {name}, pretrained=True).eval()\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+            f"features = model(transform(image)[None])          # [1, {encoder.config.model.shape[0]}]"
+        )
+    if format == "hf":
+        token = "[:, 0]" if encoder.config.model.class_token else ".mean(dim=1)"
+        return (
+            "from transformers import AutoImageProcessor, AutoModel\n\n"
+            f"model = AutoModel.from_pretrained({name})\n"
+            f"processor = AutoImageProcessor.from_pretrained({name})\n"
+            'tokens = model(**processor(image, return_tensors="pt")).last_hidden_state\n'
+            f"features = tokens{token}          # not pooler_output, which is untrained"
+        )
+    if format in ("onnx", "program"):
+        return _program(format, name, about, f"[B, {channels}, {side}, {side}]")
+    return f"import foveola\n\nencoder = foveola.load({name})\n" + (
+        "answers = encoder.predict(image)" if encoder.head is not None else "features = encoder.embed(image)"
+    )
+
+
+def _program(format: str, name: str, about: dict[str, Any], shape: str) -> str:
+    gives = ", ".join(about["gives"])
+    others = [each for each in ("masks", "extent") if each in about]
+    comments = [
+        f"# {each}: {about[each]}" for each in ("images", "resized", "sizes", *others) if each in about
+    ]
+    comments += [f"# {each}: {shape_}" for each, shape_ in about["gives"].items()]
+    if format == "onnx":
+        asked = ", ".join(f'"{each}": {each}' for each in ("images", *others))
+        lines = [
+            "import onnxruntime",
+            "",
+            f"opened = onnxruntime.InferenceSession({name})",
+            f"{gives}{',' if len(about['gives']) == 1 else ''} = opened.run(None, {{{asked}}})",
+            MORE_FACTS,
+        ]
+    else:
+        lines = [
+            *(["import torchvision"] if "needs" in about else []),
+            "import torch",
+            "",
+            f"run = torch.export.load({name}).module()",
+            f"found = run({', '.join(('images', *others))})          # a dict of {gives}",
+        ]
+    return "\n".join([*lines, *comments])
