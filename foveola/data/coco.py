@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from foveola.data.decode import MAX_PIXELS
+from foveola.data.guard import MAX_PIXELS
 from foveola.data.listing import read_lines
 from foveola.data.sample import DataError
 

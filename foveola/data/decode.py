@@ -29,12 +29,12 @@ from foveola.data.formats import (
     reason,
     turn,
 )
-from foveola.data.readers import contents, reader_of, values_in
+from foveola.data.guard import MAX_PIXELS
+from foveola.data.readers import open_file, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import Values, is_dark, to_pixels
 
 MIN_SIDE = 8  # pixels; smaller images are tracking pixels, icons and broken exports
-MAX_PIXELS = 178_956_970  # PIL's limit, for all kinds: damaged headers ask for anything
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES = 16  # stray bytes before the end of a JPEG that are no sign of damage
 PLAIN = Decoding()
@@ -71,7 +71,7 @@ def decode(
         image, reading = image.data, image.reading
     if isinstance(image, StoredFile | bytes):
         try:
-            pixels = _decode_file(contents(image), reading, scratch)
+            pixels = _decode_file(image, reading, scratch)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
     else:
@@ -81,9 +81,10 @@ def decode(
     return pixels
 
 
-def _decode_file(data: Path | bytes, reading: Decoding, scratch: Scratch | None) -> np.ndarray:
-    if reader_of(data) is not None:
-        return to_pixels(values_in(data, reading), reading)
+def _decode_file(file: StoredFile | bytes, reading: Decoding, scratch: Scratch | None) -> np.ndarray:
+    data, reader = open_file(file, reading)
+    if reader is not None:
+        return to_pixels(reader.values(data, reading), reading)
     assert isinstance(data, bytes)
     jpeg = jpeg_header(data)
     if jpeg is None or reading.channels is not None or reading.window is not None:
@@ -177,7 +178,7 @@ def pixels_of(image: Any, values: str | None = None) -> Shaped[np.ndarray, "H W 
         if isinstance(image, ImageFile):
             return decode(image)
         if isinstance(image, str | Path):
-            image = contents(Path(image).expanduser())
+            image = Path(image).expanduser()
         if isinstance(image, bytes | Path):
             if reading == PLAIN and _is_dark_file(image):
                 _warn_of_dark()

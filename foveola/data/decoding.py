@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Range = tuple[float, float]  # the values that become 0 and all of the container
@@ -20,18 +21,30 @@ class Decoding:
     `ranges` are the values that become black and white: one for all channels, or one of each; none: those of
     16 bits are taken to fill them, unless the file itself states its range. `container` says that they do.
     `percentiles` are to be measured: a source puts ranges in their place. `page` of files of several (None:
-    they are refused), from 0, or "channels": each page is one. `channels` are all, so many, or chosen ones,
+    they are refused), from 0; "channels": each page is one; "each": each is an image of its own.
+    `channels` are all, so many, or chosen ones,
     counted from 1 or by name; None: RGB, or grey as RGB. `window` is the part of the file that is read.
-    `deep`: pixels have 16 bits also where only the files know their range.
+    `deep`: pixels have 16 bits also where only the files know their range. Of whole slides `level` (0: the
+    finest) or `mpp` (microns a pixel) is read. Of videos one frame is taken in `every` so many, or in so many
+    `seconds`; `page` says which of these.
     """
 
     ranges: tuple[Range, ...] = ()
     container: bool = False
     percentiles: Range | None = None
-    page: int | Literal["channels"] | None = None
+    page: int | Literal["channels", "each"] | None = None
     channels: int | Literal["all"] | tuple[int | str, ...] | None = None
     window: Window | None = None
     deep: bool = False
+    level: int | None = None
+    mpp: float | None = None
+    every: int | None = None
+    seconds: Fraction | None = None
+
+    @property
+    def moving(self) -> bool:
+        """Whether frames of videos are images."""
+        return self.every is not None or self.seconds is not None
 
     @property
     def ranged(self) -> bool:
@@ -61,6 +74,7 @@ class Decoding:
         low, high = self.ranges[0] if len(self.ranges) == 1 else (None, None)
         first = {"low": low, "high": high, "container": self.container, "first_page": self.page == 0}
         usual = {"percentiles": None, "page": None, "channels": None, "window": None, "deep": False}
+        usual |= dict.fromkeys(("level", "mpp", "every", "seconds"))
         usual |= {} if len(self.ranges) == 1 else {"ranges": ()}
         later = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
         if self.page == 0:
@@ -104,13 +118,13 @@ class Decoding:
 
     @staticmethod
     def paged(text: str) -> dict[str, Any]:
-        """Return the fields that `pages=` sets: `first`, `channels`, or one counted from 1. Raises
+        """Return the fields that `pages=` sets: `first`, `channels`, `each`, or one counted from 1. Raises
         ValueError.
         """
-        if text == "channels":
-            return {"page": "channels"}
+        if text in ("channels", "each"):
+            return {"page": text}
         if text != "first" and (not text.isdecimal() or len(text) > 9 or not int(text)):
-            raise ValueError("first, channels, or a page counted from 1")
+            raise ValueError("first, channels, each, or a page counted from 1")
         return {"page": 0 if text == "first" else int(text) - 1}
 
 

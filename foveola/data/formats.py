@@ -10,7 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
@@ -19,8 +19,9 @@ from foveola.data.sample import BadImage
 
 # JPEG includes MPO: the first of several images, which cameras write.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FILE_KINDS = ("image", "slide", "video")
 ORIENTATION = 0x0112  # the EXIF tag
-SUBFILE, BITS, CHANNELS = 254, 258, 277  # TIFF tags
+SUBFILE, BITS, CHANNELS, PLANAR = 254, 258, 277, 284  # TIFF tags
 ALPHA = "alpha"  # the name of a channel that says how opaque the others are
 GREY, COLOURS = "L", ("R", "G", "B")
 # In the names that PIL has for the order of the bytes of 16 bits: and the opposite one.
@@ -44,6 +45,8 @@ class Header:
     orientation: int = 1
     channels: int = 3
     bits: int = 8
+    pages: int = 1
+    kind: Literal["image", "slide", "video"] = "image"
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -56,14 +59,17 @@ class Header:
         return (self.height, self.width) if self.orientation >= 5 else self.stored
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Return an image file of which only the header is read. Raises BadImage, with the reason on one line."""
+def open_image(data: Any, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Return an image file (bytes, or an open file) of which only the header is read.
+
+    Raises BadImage, with the reason on one line.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
     except DAMAGED as error:
-        raise BadImage(reason(data, error)) from error
+        raise BadImage(reason(data if isinstance(data, bytes) else b"file", error)) from error
 
 
 def reason(data: bytes, error: Exception) -> str:
@@ -75,17 +81,25 @@ def reason(data: bytes, error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def image_header(data: bytes) -> Header:
-    """Return the size and orientation of a file that PIL reads, from its header alone. Raises BadImage."""
-    jpeg = jpeg_header(data)
+def image_header(data: Any) -> Header:
+    """Return the size and orientation of a file that PIL reads (bytes, or an open file), from its header
+    alone. Raises BadImage.
+    """
+    known = data if isinstance(data, bytes) else b""
+    jpeg = jpeg_header(known)
     if jpeg is not None:
         return jpeg
     with open_image(data) as image:
+        orientation = orientation_of(image, late=not known or _has_late_metadata(known))
+        turned = image.format == "TIFF" and orientation >= 5  # PIL says the size the right way up already
+        width, height = image.size[::-1] if turned else image.size
         return Header(
-            *image.size,
-            orientation_of(image, late=_has_late_metadata(data)),
+            width,
+            height,
+            orientation,
             len(channel_names(image)),
             bits_of(image),
+            len(whole_pages(image)) if image.format == "TIFF" else 1,
         )
 
 
@@ -111,6 +125,17 @@ def bits_of(image: Image.Image) -> int:
     if is_single(image):
         return 16 if image.mode.startswith("I;16") else 32
     return 16 if any(raw_mode(tile)[-4:] in BYTE_ORDERS for tile in getattr(image, "tile", ())) else 8
+
+
+def gives_all_bits(image: Image.Image) -> bool:
+    """Return whether PIL gives all bits of an image, its pixels not yet loaded: of colours of 16 bits it does
+    in one way of storing them.
+    """
+    if is_single(image) or bits_of(image) == 8:
+        return True
+    raw = [raw_mode(tile) for tile in getattr(image, "tile", ())]
+    planes = image.format == "TIFF" and image.tag_v2.get(PLANAR) == 2  # type: ignore[attr-defined]
+    return not planes and all(name[:-4] == image.mode and name[-4:] in BYTE_ORDERS for name in raw)
 
 
 def raw_mode(tile: Any) -> str:
@@ -216,15 +241,22 @@ def pages_meant(image: Image.Image, page: int | str | None) -> list[int]:
         return [page]
     if page is None and image.format != "TIFF":
         return [0]
-    whole = [number for number in range(count) if not _is_reduced(image, number)]
-    if count > 1:
-        image.seek(0)
+    whole = whole_pages(image)
     if page is None and len(whole) > 1:
         raise BadImage(
             f"a TIFF of {count} pages; pages=first in the data string takes the first of each, "
-            "pages=channels all of them as channels"
+            "pages=channels all of them as channels, pages=each makes an image of each"
         )
     return whole if page == "channels" else [0]
+
+
+def whole_pages(image: Image.Image) -> list[int]:
+    """Return the pages of a file, from 0, that are no reduced copies."""
+    count = getattr(image, "n_frames", 1)
+    whole = [number for number in range(count) if not _is_reduced(image, number)]
+    if count > 1:
+        image.seek(0)
+    return whole
 
 
 def _is_reduced(image: Image.Image, page: int) -> bool:

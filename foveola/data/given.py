@@ -172,6 +172,9 @@ def _named(objects: Objects | None, label: int | None) -> Objects | None:
 def _opened(image: Any) -> tuple[Any, Header | None]:
     """An image, read at most once, and its header; None where it cannot be read."""
     if isinstance(image, ImageFile):
+        if image.reading.window is not None:
+            x0, y0, x1, y1 = image.reading.window
+            return image, Header(x1 - x0, y1 - y0)
         data, header = _opened(image.data)
         return ImageFile(data, image.reading), header
     if isinstance(image, np.ndarray):

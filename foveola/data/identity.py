@@ -211,13 +211,13 @@ def _look_up(root: Path, files: Sequence[str], pool: ThreadPoolExecutor) -> Any:
     return Table(root), paths, states, keys
 
 
-def tables() -> Path:
-    """Return where the tables of hashes are: below FOVEOLA_CACHE, or in the user's own cache folder."""
+def tables(kind: str = "contents") -> Path:
+    """Return where tables of files are: below FOVEOLA_CACHE, or in the user's own cache folder."""
     own = os.environ.get("FOVEOLA_CACHE")
     if own:
-        return Path(own).expanduser() / "contents"
+        return Path(own).expanduser() / kind
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user).expanduser() / "foveola" / "contents"
+    return Path(user).expanduser() / "foveola" / kind
 
 
 class Table:
@@ -227,9 +227,9 @@ class Table:
     replaced whole. Of several processes that write at once one wins; what the others found is read again.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: str = "contents") -> None:
         where = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
-        self.path = tables() / where
+        self.path = tables(kind) / where
         self.rows = self._read()
         self.new: list[np.ndarray] = []
 

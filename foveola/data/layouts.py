@@ -183,10 +183,15 @@ class ImageFiles:
 
 
 def open_folder(
-    name: str, root: Path, boxes: Path | None = None, masks: Path | None = None, ignore: int | None = None
+    name: str,
+    root: Path,
+    boxes: Path | None = None,
+    masks: Path | None = None,
+    ignore: int | None = None,
+    videos: bool = False,
 ) -> ImageFiles:
     """Return images below a folder: class subfolders make labels; own boxes or label maps make objects."""
-    files, notes = find_images(root, without=masks)
+    files, notes = find_images(root, masks, videos)
     tops = [file.split("/", 1)[0] if "/" in file else None for file in files]
     folders = {top for top in tops if top is not None}
     if boxes is not None and masks is not None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foveola.config import nearest
+from foveola.data.dicom import is_dicom
+from foveola.data.readers import HEAD_BYTES, SUFFIXES, VIDEO_SUFFIXES
 from foveola.data.sample import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 # How the data sets of each kind lie in their folder, and what reads images that do not.
 OWN, OWN_MAPS = "folder: reads images in any folders", "masks: reads images and label maps in any two folders"
 LAYOUTS = {
@@ -38,8 +39,11 @@ class Listing(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_images(root: Path, without: Path | None = None) -> Listing:
+def find_images(root: Path, without: Path | None = None, videos: bool = False) -> Listing:
     """Return all image files below a folder, by extension; hidden ones and the folder `without` are left out.
+
+    Videos are left out unless frames of them are images (`videos`). A file without an extension, or with
+    digits for one, is an image where it is a DICOM file, which often has none.
 
     Links are followed. Each folder is read once, by its own path rather than by that of a link, so that a
     link upwards ends and one beside its folder doubles nothing. Raises DataError for a folder that cannot be
@@ -49,6 +53,7 @@ def find_images(root: Path, without: Path | None = None) -> Listing:
     others: Counter[str] = Counter()
     read: set[str] = set()
     folders, links, repeated = [(str(root), "")], [], 0
+    suffixes = SUFFIXES if videos else SUFFIXES - VIDEO_SUFFIXES
     left_out = None if without is None else os.path.realpath(without)
     while folders or links:
         folder, prefix = (folders or links).pop()
@@ -66,16 +71,30 @@ def find_images(root: Path, without: Path | None = None) -> Listing:
                 (links if entry.is_symlink() else folders).append((entry.path, f"{prefix}{entry.name}/"))
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (speed)
-            if suffix in SUFFIXES:
+            if suffix in suffixes or (_may_be_dicom(suffix) and _is_dicom(entry)):
                 found.append(prefix + entry.name)
             else:
                 others[suffix] += 1
     if not found:
         if not others:
             raise DataError(f"folder {root} {'holds no images' if any(root.iterdir()) else 'is empty'}")
-        known = " ".join(sorted(SUFFIXES))
+        known = " ".join(sorted(suffixes))
         raise DataError(f"folder {root} holds no images ({known}), but {_named(others)}")
     return Listing(sorted(found), _left_out(root, others, repeated))
+
+
+def _may_be_dicom(suffix: str) -> bool:
+    return not suffix[1:] or suffix[1:].isdecimal()
+
+
+def _is_dicom(entry: os.DirEntry) -> bool:
+    if not entry.is_file() or entry.name == "DICOMDIR":  # which lists others
+        return False
+    try:
+        with open(entry.path, "rb") as file:  # noqa: PTH123 (speed)
+            return is_dicom(file.read(HEAD_BYTES))
+    except OSError:
+        return False
 
 
 def misfit(kind: str, what: str) -> DataError:

@@ -14,11 +14,11 @@ from foveola.data.annotations import PixelBoxes
 from foveola.data.decode import decode
 from foveola.data.decoding import RGB, Decoding
 from foveola.data.fit import views_of
-from foveola.data.formats import DAMAGED, Header, open_image, pages_meant
+from foveola.data.formats import DAMAGED, Header
 from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
-from foveola.data.readers import read_header, reader_of, values_in
+from foveola.data.readers import read_header, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shards.source import ShardImages
 from foveola.data.values import CONTAINER
@@ -185,12 +185,4 @@ def _is_deep(data: bytes | Path) -> bool:
 
 
 def _has_pages(data: bytes | Path) -> bool:
-    if reader_of(data) is not None:
-        return True  # its reader knows what a page is
-    assert isinstance(data, bytes)
-    image = open_image(data)
-    try:
-        pages_meant(image, None)
-    except BadImage:
-        return True
-    return False
+    return read_header(data).pages > 1

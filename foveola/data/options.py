@@ -1,6 +1,7 @@
 """Options of data strings: from text to values. Each raises ValueError with what it needs."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 from foveola.config import meant
@@ -13,12 +14,35 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> Fraction:
+    """Return a number above 0, exactly: 0.5, 1/3."""
+    try:
+        number = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number <= 0 or len(text) > 30:
+        raise ValueError("a number above 0")
+    return number
+
+
+def share_or_none(text: str) -> float:
+    """Return a share from 0 on, below 1."""
+    return 0.0 if text in ("0", "0.0") else share(text)
+
+
 def share(text: str) -> float:
     """Return a share between 0 and 1."""
     share = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
     if not 0 < share < 1:
         raise ValueError("a share such as 0.2")
     return share
+
+
+def tile_size(text: str) -> int:
+    """Return the pixels a side of a tile: 8 at least, as of any image."""
+    if whole_number(text) < 8 or len(text) > 5:
+        raise ValueError("at least 8 pixels a side, such as 512")
+    return int(text)
 
 
 def at_least_one(text: str) -> int:

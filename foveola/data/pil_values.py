@@ -12,6 +12,7 @@ from foveola.data.formats import (
     BYTE_ORDERS,
     bits_of,
     channel_names,
+    gives_all_bits,
     is_single,
     open_image,
     orientation_of,
@@ -33,7 +34,7 @@ def pil_values(data: bytes, reading: Decoding) -> Values:
         image = open_image(data)
         numbers = pages_meant(image, reading.page)
         pages = [_page(data, number) for number in numbers]
-        orientation = orientation_of(image)
+        orientation = 1 if image.format == "TIFF" else orientation_of(image)  # which PIL turns
     first = pages[0]
     if any(each.array.shape[:2] != first.array.shape[:2] for each in pages):
         raise BadImage("pages of several sizes, which cannot be channels of one image")
@@ -68,9 +69,9 @@ def _colours(image: Image.Image, data: bytes, number: int) -> np.ndarray:
     """Colours of 16 bits. PIL keeps the upper bytes; the lower ones are those that it keeps when told that
     the bytes of a value come in the other order.
     """
-    raw = [raw_mode(tile) for tile in getattr(image, "tile", ())]
-    if any(name[:-4] != image.mode or name[-4:] not in BYTE_ORDERS for name in raw):
+    if not gives_all_bits(image):
         raise BadImage("16-bit colour that is stored in a way of which no range can be taken")
+    raw = [raw_mode(tile) for tile in getattr(image, "tile", ())]
     upper = np.asarray(image).astype(np.uint16)
     twin = open_image(data)
     if number:

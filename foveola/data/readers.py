@@ -1,125 +1,149 @@
-"""Readers of image files: from a file to its `Values`, by what it begins with or by the end of its name.
+"""Readers of image files: which library reads a file, as its first bytes say, and what it may be called.
 
 PIL reads what no other reader here does. Libraries that not everybody has are imported by the function that
-needs them, which says how they are installed.
+needs them, which says how they are installed. Of a TIFF, its tags say whose it is.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from foveola.data.arrays import NPY_MAGIC, ZIP_MAGIC, npy_header, npy_values, npz_header, npz_values
 from foveola.data.decoding import Decoding, StoredFile
+from foveola.data.dicom import dicom_header, dicom_values, is_dicom
 from foveola.data.formats import Header, image_header
+from foveola.data.geotiff import JP2_MAGIC, geo_header, geo_values
+from foveola.data.newer import (
+    avif_header,
+    avif_values,
+    heif_header,
+    heif_values,
+    is_avif,
+    is_heif,
+    is_jxl,
+    jxl_header,
+    jxl_values,
+)
 from foveola.data.pil_values import pil_values
-from foveola.data.sample import BadImage
+from foveola.data.slides import slide_header, slide_values
+from foveola.data.tags import TIFF_MAGIC, library_of
+from foveola.data.tiff import tiff_header, tiff_values
 from foveola.data.values import Values
+from foveola.data.video import is_video, video_header, video_values
+
+HEAD_BYTES = 256  # bytes by which a file is known
 
 
 @dataclass(frozen=True)
 class Reader:
     """How one kind of file is read.
 
-    `magic` are bytes that it may begin with, `suffixes` (small letters, with the dot) what its name may end
-    with. `values` returns what is in a file, of the part and pages that the decoding says; `header` the size
-    of the image without its pixels. Both get the bytes of the file, or with `by_path` its path, and raise
-    BadImage.
+    `begins` says whether a file is one, by its first `HEAD_BYTES`; `suffixes` (small letters, with the dot)
+    are the names under which a folder is searched for it. `values` returns what is in a file, of the part and
+    page that the decoding says; `header` its size without its pixels. Both get the bytes of the file, or with
+    `by_path` its path where it has one, and raise BadImage.
     """
 
     values: Callable[[Any, Decoding], Values]
-    header: Callable[[Any], Header]
-    suffixes: tuple[str, ...] = ()
-    magic: tuple[bytes, ...] = ()
+    header: Callable[[Any, Decoding], Header]
+    suffixes: tuple[str, ...]
+    begins: Callable[[bytes], bool]
     by_path: bool = False
 
 
-def reader_of(data: Path | bytes) -> Reader | None:
-    """Return the reader of a file: by the beginning of bytes, or the end of a path; None where PIL reads it.
+def _starts(*magic: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magic)
 
-    Of paths only readers are found that need one: others get the bytes.
+
+def _no(head: bytes) -> bool:
+    return False
+
+
+# Of TIFFs: `library_of` says which of these three, or PIL, reads it.
+TIFF = Reader(tiff_values, tiff_header, (".tif", ".tiff", ".ome.tif", ".btf"), _no, True)
+SCENE = Reader(geo_values, geo_header, (".jp2", ".j2k"), _starts(*JP2_MAGIC), True)
+SLIDE = Reader(slide_values, slide_header, (".svs", ".ndpi", ".scn", ".bif"), _no, True)
+VIDEO = Reader(video_values, video_header, (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"), is_video, True)
+READERS = (
+    Reader(npy_values, npy_header, (".npy",), _starts(NPY_MAGIC), True),
+    Reader(npz_values, npz_header, (".npz",), _starts(ZIP_MAGIC)),
+    Reader(dicom_values, dicom_header, (".dcm", ".dicom"), is_dicom, True),
+    Reader(avif_values, avif_header, (".avif",), is_avif),
+    Reader(heif_values, heif_header, (".heic", ".heif", ".hif"), is_heif),
+    Reader(jxl_values, jxl_header, (".jxl",), is_jxl),
+    *(TIFF, SCENE, SLIDE, VIDEO),
+)
+PIL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+SUFFIXES = frozenset((*PIL_SUFFIXES, *(suffix for each in READERS for suffix in each.suffixes)))
+VIDEO_SUFFIXES = frozenset(VIDEO.suffixes)  # of which frames are taken where a data string says which
+
+
+def open_file(data: StoredFile | bytes, decoding: Decoding) -> tuple[Path | bytes, Reader | None]:
+    """Return the bytes of a file, or its path where its reader takes that; and the reader, None where PIL
+    reads it. Raises OSError, and BadImage.
     """
-    if isinstance(data, Path):
-        suffix = data.suffix.lower()
-        return next((each for each in READERS if each.by_path and suffix in each.suffixes), None)
-    return next((each for each in READERS if each.magic and data.startswith(each.magic)), None)
+    if not isinstance(data, Path):
+        data = data if isinstance(data, bytes) else data.read_bytes()
+        return data, reader_of(data, decoding)
+    with data.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        reader = _reader(head, data, decoding)
+        if reader is not None and reader.by_path:
+            return data, reader
+        return head + file.read(), reader
+
+
+def reader_of(data: StoredFile | bytes, decoding: Decoding) -> Reader | None:
+    """Return the reader of a file, None where PIL reads it. Raises OSError and BadImage."""
+    if not isinstance(data, Path):
+        data = data if isinstance(data, bytes) else data.read_bytes()
+        return _reader(data[:HEAD_BYTES], data, decoding)
+    with data.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return _reader(head, data, decoding)
+
+
+def _reader(head: bytes, data: Path | bytes, decoding: Decoding) -> Reader | None:
+    if head.startswith(TIFF_MAGIC):
+        library = library_of(data, decoding)
+        return {"pil": None, "tifffile": TIFF, "rasterio": SCENE, "slide": SLIDE}[library]
+    return next((each for each in READERS if each.begins(head)), None)
 
 
 def contents(data: StoredFile | bytes) -> Path | bytes:
-    """Return the bytes of a file, or its path where its reader takes that. Raises OSError."""
-    if isinstance(data, bytes) or (isinstance(data, Path) and reader_of(data) is not None):
-        return data
-    return data.read_bytes()
+    """Return the bytes of a file, or its path where parts of it may be read. Raises OSError and BadImage."""
+    if not isinstance(data, Path):
+        return data if isinstance(data, bytes) else data.read_bytes()
+    with data.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        if head.startswith(TIFF_MAGIC) or any(each.by_path and each.begins(head) for each in READERS):
+            return data
+        return head + file.read()
 
 
-def read_header(data: StoredFile | bytes) -> Header:
+def read_header(data: StoredFile | bytes, decoding: Decoding = Decoding()) -> Header:  # noqa: B008 (frozen)
     """Return the size and orientation of an image file, from its header alone. Raises BadImage and
     OSError.
     """
-    found = contents(data)
-    reader = reader_of(found)
+    data = data if isinstance(data, bytes | Path) else data.read_bytes()
+    reader = reader_of(data, decoding)
     if reader is not None:
-        return reader.header(found)
-    assert isinstance(found, bytes)
-    return image_header(found)
-
-
-def values_in(data: StoredFile | bytes, reading: Decoding) -> Values:
-    """Return what an image file holds. Raises BadImage, OSError, and what PIL raises."""
-    found = contents(data)
-    reader = reader_of(found)
-    if reader is not None:
-        return reader.values(found, reading)
-    assert isinstance(found, bytes)
-    return pil_values(found, reading)
-
-
-# -- arrays of NumPy ---------------------------------------------------------------------------------------
-
-
-def _npy(data: bytes, reading: Decoding) -> Values:
-    array = _npy_array(data)
-    if reading.window is not None:
-        x0, y0, x1, y1 = reading.window
-        array = array[y0:y1, x0:x1]
-    kind = array.dtype.kind
-    if kind == "b":
-        array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.int8:
-        array = array.astype(np.int16)
-    return Values(array)
-
-
-def _npy_header(data: bytes) -> Header:
-    array = _npy_array(data)
-    height, width, channels = array.shape
-    return Header(width, height, channels=channels, bits=8 * array.dtype.itemsize)
-
-
-def _npy_array(data: bytes) -> np.ndarray:
-    """[H, W, C]; the shortest of three axes is that of the channels, if it is the first or the last."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return reader.header(
+            data if reader.by_path or isinstance(data, bytes) else data.read_bytes(), decoding
         )
-        shape, fortran, dtype = read(file)
-    except (ValueError, EOFError) as error:
-        raise BadImage(f"a damaged .npy file: {error}") from error
-    if dtype.kind not in "buif":
-        raise BadImage(f"an array of {dtype}, where numbers are expected")
-    count = int(np.prod([int(side) for side in shape], dtype=object)) if shape else 1
-    if count * dtype.itemsize > len(data) - file.tell():
-        raise BadImage(f"a .npy file of {shape} that ends before its values do")
-    array = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C")
-    if array.ndim == 2:
-        return array[:, :, None]
-    if array.ndim != 3:
-        raise BadImage(f"an array of shape {shape}; expected [rows, columns] or [rows, columns, channels]")
-    return np.moveaxis(array, 0, 2) if shape[0] < min(shape[1:]) else array
+    if isinstance(data, bytes):
+        return image_header(data)
+    with data.open("rb") as file:
+        tiff = file.read(4) in TIFF_MAGIC
+        file.seek(0)
+        return image_header(file if tiff else file.read())
 
 
-READERS: list[Reader] = [Reader(_npy, _npy_header, (".npy",), (b"\x93NUMPY",))]
+def values_in(data: StoredFile | bytes, decoding: Decoding) -> Values:
+    """Return what an image file holds. Raises BadImage, OSError, and what PIL raises."""
+    found, reader = open_file(data, decoding)
+    if reader is not None:
+        return reader.values(found, decoding)
+    assert isinstance(found, bytes)
+    return pil_values(found, decoding)

@@ -30,13 +30,17 @@ from foveola.data.options import (
     existing_folder,
     existing_path,
     one_of,
+    positive,
     share,
+    share_or_none,
     split_name,
+    tile_size,
     true_or_false,
     whole_number,
     whole_numbers,
     whole_range,
 )
+from foveola.data.parts import Cutting, cut_into_parts, names_parts
 from foveola.data.sample import IGNORE, BadImage, DataError, Sample
 from foveola.data.scenes import open_scenes
 from foveola.data.segmentation import (
@@ -114,14 +118,17 @@ def open_source(spec: str, split: Split = "train") -> Source:
     allowed = dict(own)
     allowed |= {} if kind == "scenes" else {"limit": at_least_one, "seed": whole_number}
     allowed |= {} if kind == "scenes" else READINGS
+    allowed |= CUTTINGS
+    allowed |= MOVING if kind == "folder" else {}
     allowed |= {"holdout": share, "split": split_name} if kind in WITHOUT_HALVES else {}
     allowed.setdefault("annotations", existing_path)
     options = _parse_options(kind, query, allowed)
     given = None if "annotations" in own else options.pop("annotations", None)
+    cutting = Cutting(**{name: options.pop(name) for name in CUTTINGS if name in options})
     if kind == "scenes":
         if place:
             raise DataError(f"scenes: is built in and has no path, but was given {place!r}")
-        return with_objects(opener(options.pop("split", split), **options), given)
+        return _in_parts(opener(options.pop("split", split), **options), cutting, given)
     if given is not None and (others := {"boxes", "masks"} & options.keys()):
         raise DataError(f"{kind}: takes {min(others)}= or annotations=, not both")
     if not place:
@@ -131,8 +138,12 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
     reading = Decoding()
-    for name in READINGS:
+    for name in (*READINGS, *MOVING):
         reading = replace(reading, **options.pop(name, {}))
+    if reading.every is not None and reading.seconds is not None:
+        raise DataError(f"{kind}: every= and seconds= both say which frames of videos are taken: give one")
+    if reading.moving:
+        options["videos"] = True
     if "split" in own:
         options.setdefault("split", split)
         spec += "" if "split=" in query else f"{'&' if query else '?'}split={options['split']}"
@@ -145,13 +156,28 @@ def open_source(spec: str, split: Split = "train") -> Source:
     source = opener(spec, unquote(place) if kind in NO_FOLDER else root, **options)
     if reading != Decoding():
         source.read_as(reading)
-    source = with_objects(source, given)
+    of_parts = given is not None and names_parts(given)
+    source = with_objects(source, None if of_parts else given)
     look(source)  # at all of it: each part of one folder is read alike
     if holdout is not None:
         source.hold_out(holdout, seed, half)
+    source = _in_parts(source, cutting, given if of_parts else None)
     if limit is not None:
         source.limit(limit, seed)
     return source
+
+
+def _in_parts(source: Any, cutting: Cutting, given: Path | None) -> Any:
+    """A source cut into parts, where something says so; with objects that a file gives to the parts."""
+    reading = getattr(source, "reading", Decoding())
+    if reading.page == "each":
+        source.read_as(replace(reading, page=None))
+        cutting = replace(cutting, pages=True)
+    cutting.check()
+    of_file = reading.moving or reading.level is not None or reading.mpp is not None
+    if cutting != Cutting() or of_file:
+        source = cut_into_parts(source, cutting)
+    return with_objects(source, given)
 
 
 def with_objects(source: Any, annotations: str | Path | None) -> Any:
@@ -316,10 +342,21 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
 }
 
 
+MOVING: Mapping[str, Callable[[str], Any]] = {
+    "every": lambda text: {"every": at_least_one(text)},
+    "seconds": lambda text: {"seconds": positive(text)},
+}
+CUTTINGS: Mapping[str, Callable[[str], Any]] = {
+    "tiles": tile_size,
+    "overlap": whole_number,
+    "tissue": share_or_none,
+}
 READINGS: Mapping[str, Callable[[str], Any]] = {
     "range": Decoding.values,
     "pages": Decoding.paged,
     "channels": Decoding.chosen,
+    "level": lambda text: {"level": whole_number(text)},
+    "mpp": lambda text: {"mpp": float(positive(text))},
 }
 
 

@@ -152,7 +152,7 @@ def _facts(source: Source, index: int) -> ImageFacts:
         label=sample.label,
         objects=None if not source.has_objects else 0 if objects is None else len(objects),
         smallest=None if objects is None else float(objects.areas.min()),
-        content=hash_of(image),
+        content=hash_of(image) + _part(image),
         look=small_grey(pixels),
         grey=bool(stored.get("channels", 3) >= 3 and (pixels == pixels[..., :1]).all()),
         **stored,
@@ -166,13 +166,19 @@ def _in_memory(image: Any) -> Any:
     return contents(image) if isinstance(image, StoredFile | bytes) else image
 
 
+def _part(image: Any) -> bytes:
+    """What tells one part of a file from others."""
+    reading = image.reading if isinstance(image, ImageFile) else Decoding()
+    return b"" if reading.window is None and reading.page is None else f"{reading}".encode()
+
+
 def _stored(image: Any) -> dict[str, Any]:
     """What the file of an image says of itself; of pixels there is nothing to say."""
     reading = image.reading if isinstance(image, ImageFile) else Decoding()
     image = image.data if isinstance(image, ImageFile) else image
     if not isinstance(image, bytes | Path):
         return {"channels": image.shape[2]}
-    header = read_header(image)
+    header = read_header(image, reading)
     found: dict[str, Any] = {
         "channels": header.channels,
         "bits": header.bits,
@@ -183,12 +189,11 @@ def _stored(image: Any) -> dict[str, Any]:
             values = values_in(image, reading).array
             if (finite := values[np.isfinite(values)]).size:
                 found |= {"low": float(finite.min()), "high": float(finite.max())}
-    if reader_of(image) is not None:
+    if reader_of(image, reading) is not None:
         return found
-    assert isinstance(image, bytes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        opened = open_image(image)
+        opened = open_image(image.read_bytes() if isinstance(image, Path) else image)
         return found | {
             "format": opened.format or "",
             "channels": {"P": 3, "PA": 4}.get(opened.mode, len(opened.getbands())),
