@@ -210,10 +210,12 @@ def features(device: torch.device, size: str, batch: int, seconds: float, peak: 
 def neighbours(device: torch.device, tiny: bool, peak: float) -> list[str]:
     """k-NN of 50,000 queries in 1,281,167 rows of 384, for k = 10, 20, 100, 200 at once."""
     queries, rows = (200, 2000) if tiny else (50_000, 1_281_167)
-    bank, asked = (torch.randn(count, 384) for count in (rows, queries))
+    references, asked = (torch.randn(count, 384) for count in (rows, queries))
     labels = torch.randint(1000, (rows,))
     began = time.perf_counter()
-    predict(asked, bank, labels, k=(10, 20, 100, 200), classes=1000, temperature=0.07, device=str(device))
+    predict(
+        asked, references, labels, k=(10, 20, 100, 200), classes=1000, temperature=0.07, device=str(device)
+    )
     spent = time.perf_counter() - began
     return [*cells(Cost(queries, spent), peak)[:-1], f"{spent:.1f} s for {rows:,} rows, copies included"]
 

@@ -21,12 +21,12 @@ TEMPERATURE = 0.07
 CLASSES = 100
 
 
-def make(queries: int, bank: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Overlapping clouds: float32 bank [bank, width], its labels, queries [queries, width]."""
+def make(queries: int, references: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Overlapping clouds: float32 references [references, width], its labels, queries [queries, width]."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CLASSES, width)).astype(np.float32)
-    labels = rng.integers(CLASSES, size=bank)
-    noise = 3 * rng.normal(size=(bank, width)).astype(np.float32)
+    labels = rng.integers(CLASSES, size=references)
+    noise = 3 * rng.normal(size=(references, width)).astype(np.float32)
     others = rng.integers(CLASSES, size=queries)
     return (
         centres[labels] + noise,
@@ -35,41 +35,41 @@ def make(queries: int, bank: int, width: int) -> tuple[np.ndarray, np.ndarray, n
     )
 
 
-def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
+def ours(references: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
     from foveola.evaluation.classification.knn import predict
 
-    b, y, q = (torch.from_numpy(x) for x in (bank, labels, queries))
+    b, y, q = (torch.from_numpy(x) for x in (references, labels, queries))
     return predict(q, b, y, k=KS, classes=CLASSES, temperature=TEMPERATURE, device=device)[KS[-1]][
         :, 0
     ].numpy()
 
 
-def classifier(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
+def classifier(references: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
     from sklearn.neighbors import KNeighborsClassifier
 
     model = KNeighborsClassifier(
         KS[-1], weights=lambda d: np.exp((1 - d) / TEMPERATURE), metric="cosine", algorithm="brute", n_jobs=-1
     )
-    return model.fit(bank, labels).predict(queries)
+    return model.fit(references, labels).predict(queries)
 
 
-def search(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> None:
+def search(references: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: str) -> None:
     from sklearn.neighbors import NearestNeighbors
 
-    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    references = references / np.linalg.norm(references, axis=1, keepdims=True)
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     model = NearestNeighbors(n_neighbors=KS[-1], algorithm="brute", metric="sqeuclidean", n_jobs=-1)
-    model.fit(bank).kneighbors(queries)
+    model.fit(references).kneighbors(queries)
 
 
 def measure(name: str, sizes: tuple[int, int, int], device: str) -> tuple[float, float, np.ndarray]:
     """Seconds, MiB above those of the data, predictions."""
-    bank, labels, queries = make(*sizes)
+    references, labels, queries = make(*sizes)
     candidate = {"ours": ours, "classifier": classifier, "search": search}[name]
-    candidate(bank[:1000], labels[:1000], queries[:100], device)  # imports, thread pools
+    candidate(references[:1000], labels[:1000], queries[:100], device)  # imports, thread pools
     before = peak_mib()
     start = time.perf_counter()
-    predictions = candidate(bank, labels, queries, device)
+    predictions = candidate(references, labels, queries, device)
     seconds = time.perf_counter() - start
     return seconds, peak_mib() - before, predictions
 
@@ -87,7 +87,8 @@ def main() -> None:
     names = ("ours", "classifier", "search")
     results = {name: in_a_process(measure, name, sizes, arguments.device) for name in names}
     print(
-        f"{sizes[0]:,} queries, bank {sizes[1]:,} x {sizes[2]}, k = {KS}, {torch.get_num_threads()} threads"
+        f"{sizes[0]:,} queries, {sizes[1]:,} x {sizes[2]} references, k = {KS}, "
+        f"{torch.get_num_threads()} threads"
     )
     print(f"{'':44}{'seconds':>9}{'ratio':>8}{'extra MiB':>11}")
     shown = {

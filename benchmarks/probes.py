@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from foveola.data.sample import Sample
-from foveola.evaluation.classification.attentive import AttentiveBank
-from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.classification.attentive import AttentiveGrid
+from foveola.evaluation.classification.cae import CaeGrid
 from foveola.evaluation.classification.grids import ProbePlan, train_plans
-from foveola.evaluation.classification.linear import LINEAR_RATES, LinearBank, joined_width, need_of
+from foveola.evaluation.classification.linear import LINEAR_RATES, LinearGrid, joined_width, need_of
 from foveola.evaluation.classification.solvers import cosine
 from foveola.evaluation.features.cache import Feed, FeedConfig
 from foveola.evaluation.features.names import need
@@ -79,12 +79,12 @@ def grid(device: str, small: bool, repeats: int = 5) -> None:
 
     def folded(count: int) -> Callable[[], None]:
         rates = torch.full((count,), 1e-3)
-        bank = AttentiveBank(rates, rates, width, classes, heads=heads, device=device)
-        return lambda: bank.step({"patches": x}, y, 1.0)
+        grid = AttentiveGrid(rates, rates, width, classes, heads=heads, device=device)
+        return lambda: grid.step({"patches": x}, y, 1.0)
 
     def cae(count: int) -> Callable[[], None]:
-        bank = CaeBank(torch.full((count,), 1e-3), width, classes, heads=heads, device=device)
-        return lambda: bank.step({"patches": x}, y, 1.0)
+        grid = CaeGrid(torch.full((count,), 1e-3), width, classes, heads=heads, device=device)
+        return lambda: grid.step({"patches": x}, y, 1.0)
 
     print(f"a step of {batch} x {patches} patches of {width}, {heads} heads, {classes} classes, {device}")
     rows = [
@@ -167,7 +167,7 @@ def streaming(device: str, small: bool, width: int, depth: int, classes: int) ->
         config = FeedConfig(batch_size=256, workers=14, precision="bf16")
     names = ("token", "token4", "token+average", "token4+average")
     rates = torch.tensor(LINEAR_RATES)
-    banks = [LinearBank(n, rates, joined_width(encoder, n), classes, device=device) for n in names]
+    grids = [LinearGrid(n, rates, joined_width(encoder, n), classes, device=device) for n in names]
     images = torch.randint(256, (config.batch_size, 3, 224, 224), dtype=torch.uint8)
     forward_seconds(encoder, images, config.batch_size, config)
     before = forward_seconds(encoder, images, count, config)
@@ -175,7 +175,7 @@ def streaming(device: str, small: bool, width: int, depth: int, classes: int) ->
     stream = Stream(encoder, Jpegs(count), np.arange(count), config)
     began = time.perf_counter()
     drawn = stream.drawn(need_of(names, masks=False), batch, steps, 0)
-    train_plans([ProbePlan(banks, cosine(steps), batch, steps)], drawn, progress=False)
+    train_plans([ProbePlan(grids, cosine(steps), batch, steps)], drawn, progress=False)
     if device != "cpu":
         torch.cuda.synchronize()
     whole = time.perf_counter() - began

@@ -21,7 +21,7 @@ from foveola.data.sample import IGNORE, DataError, Sample
 
 UNKNOWN = 254  # in a table of values: one that the data set does not have
 MAPS_LOOKED_AT = 500  # looked at for a class without a pixel
-MAX_CLASSES = UNKNOWN  # a byte a pixel: a bank of patches holds some hundred labels for each
+MAX_CLASSES = UNKNOWN  # a byte a pixel: a reference set of patches holds some hundred labels for each
 
 
 @runtime_checkable

@@ -104,7 +104,7 @@ def evaluate_all(
     """
     found = {protocol.name: protocol for protocol in map(find_protocol, protocols)}
     configs, (by, _) = protocol_configs(protocols, settings), asked_masks(settings)
-    bank, tests = _open(found, configs, train, test, progress)
+    learned_from, tests = _open(found, configs, train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
@@ -114,7 +114,7 @@ def evaluate_all(
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     jobs = []
     for name, protocol in found.items():
-        used = None if protocol.train_for(configs[name]) == "unused" else bank
+        used = None if protocol.train_for(configs[name]) == "unused" else learned_from
         needs = protocol.needs(configs[name], encoder)
         jobs += [Job(protocol, configs[name], used, queries, needs) for queries in tests]
     jobs = _separate(jobs, overlap)

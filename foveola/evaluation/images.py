@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.ahead import begin_worker
+from foveola.data.decoding import channels_of, source_depth
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, DataError, Objects, Sample
 from foveola.data.sources import Source, image_name, why_bad
@@ -112,6 +113,30 @@ def share_of_rank(count: int) -> slice:
     """
     rank, world = distributed.rank(), distributed.world_size()
     return slice(rank * count // world, (rank + 1) * count // world)
+
+
+class Part:
+    """The images `chosen` of a source, as a source of their own.
+
+    Args:
+        classes: whether their classes have names, those of the source.
+    """
+
+    def __init__(self, source: Source, chosen: Int64[np.ndarray, "n"], classes: bool = True) -> None:
+        self.source, self.chosen = source, chosen
+        self.name, self.has_objects = source.name, source.has_objects
+        self.classes = source.classes if classes else None
+        self.channels, self.depth = channels_of(source), source_depth(source)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.chosen[index])]
+
+    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
+        """Return the identity of these images, or of some of them, in the source."""
+        return identity_of(self.source, self.chosen if chosen is None else self.chosen[chosen])
 
 
 # -- reading -------------------------------------------------------------------------------------------------

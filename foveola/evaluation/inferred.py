@@ -19,10 +19,9 @@ from jaxtyping import Int64
 
 from foveola import distributed
 from foveola.config import UserError
-from foveola.data.identity import Identity, identity_of
-from foveola.data.sample import Sample
+from foveola.data.identity import identity_of
 from foveola.data.sources import with_objects
-from foveola.evaluation.images import choose_images
+from foveola.evaluation.images import Part, choose_images
 from foveola.evaluation.job import Job
 from foveola.evaluation.protocol import Needs
 from foveola.models.encoder import Encoder
@@ -163,7 +162,7 @@ def _with_found_objects(
     Also the number of images looked at, and of those without an object, which have none. All processes call
     it. Objects that `folder` has of the same work are read from there.
     """
-    part = _Part(source, chosen)
+    part = Part(source, chosen, classes=False)  # an object has the class of its image
     kept = {name: value for name, value in by.kept.items() if name not in NO_OTHER_WORK}
     work = [proposer.describe(), kept, identity_of(part).digest]
     name = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:20]
@@ -190,21 +189,3 @@ def _kept_in(cache: str | Path | None) -> Iterator[Path]:
     finally:
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Part:
-    """Some images of a source."""
-
-    def __init__(self, source: Any, chosen: Int64[np.ndarray, "n"]) -> None:
-        self.source, self.chosen = source, chosen
-        self.name, self.has_objects = source.name, source.has_objects
-        self.classes = None  # an object has the class of its image
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[int(self.chosen[index])]
-
-    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        return identity_of(self.source, self.chosen if chosen is None else self.chosen[chosen])

@@ -29,7 +29,7 @@ from foveola.figures.tiles import FULL, TILE_SIDE, Encoders, encoders_by_name, h
 from foveola.models.encoder import Encoder
 from foveola.models.transform import resize
 
-REFERENCE_LIMIT = 2000  # images of the bank, where nobody says how many
+REFERENCE_LIMIT = 2000  # images of the reference set, where nobody says how many
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +41,12 @@ class _Query:
     has_mask: bool
     label: int
     right: frozenset[int]  # labels that count as right: several where a set says so (ReaL)
-    content: bytes  # of its file, by which it is known in the bank
+    content: bytes  # of its file, by which it is known in the reference set
 
 
 def neighbour_sheet(
     encoders: Encoders,
-    bank: Source,
+    references: Source,
     queries: Source,
     chosen: Sequence[int],
     found: int = 5,
@@ -54,27 +54,27 @@ def neighbour_sheet(
     config: ExtractConfig | None = None,
     progress: bool = False,
 ) -> Sheet:
-    """Return images of `queries` and the `found` rows of `bank` whose features have the highest cosine with
-    them.
+    """Return images of `queries` and the `found` rows of `references` whose features have the highest cosine
+    with them.
 
     Args:
         chosen: indices of query images; of rows="objects" the largest object of each is the query.
         masks: class tokens of whole images (False), object tokens that read the objects (True), or both,
             one row each; without annotated objects only the former.
-        config: which rows and how they are encoded; by default 2,000 images of the bank, one row each.
+        config: which rows and how they are encoded; by default 2,000 reference images, one row each.
 
     Green frames have the query's label (or another right answer of it), red ones another. The query's own
     image is never found. Tiles are what the network saw. Raises UserError as
     `evaluation.features.table.extract`.
     """
     config = config or ExtractConfig(limit=REFERENCE_LIMIT)
-    contents = identity_for(bank, config).contents
-    chosen_of = choose_images(len(bank), config.limit, config.seed)
+    contents = identity_for(references, config).contents
+    chosen_of = choose_images(len(references), config.limit, config.seed)
     rows = []
     names = encoders_by_name(encoders)
     least = next((e for e in names.values() if e.wrapped), next(iter(names.values())))
-    kinds, notes = mask_kinds(masks, bank, queries, least, config.pool)
-    tables = {n: extract_tables(e, bank, kinds, config, progress=progress)[0] for n, e in names.items()}
+    kinds, notes = mask_kinds(masks, references, queries, least, config.pool)
+    tables = {n: extract_tables(e, references, kinds, config, progress=progress)[0] for n, e in names.items()}
     for image in chosen:
         for name, encoder in names.items():
             encoder = encoder.pooled(config.pool)
@@ -84,17 +84,19 @@ def neighbour_sheet(
                 near = _nearest(encoder, query, kind, table, found, torch.from_numpy(own), config)
                 what = ("with mask" if kind else "without mask") if len(kinds) > 1 else ""
                 rows.append(
-                    _row(encoder, (bank, queries), query, table, near, kind, head_of(name, what), config)
+                    _row(
+                        encoder, (references, queries), query, table, near, kind, head_of(name, what), config
+                    )
                 )
     columns = ["query", *(f"nearest {i + 1}" for i in range(found))]
     return Sheet("Nearest neighbours by cosine of features", columns, rows, "\n".join(notes))
 
 
 def neighbour_panel(
-    encoders: Encoders, bank: Source, queries: Source, chosen: Sequence[int], **settings: Any
+    encoders: Encoders, references: Source, queries: Source, chosen: Sequence[int], **settings: Any
 ) -> Pixels:
     """Return `neighbour_sheet`, drawn."""
-    return neighbour_sheet(encoders, bank, queries, chosen, **settings).draw(TILE_SIDE)
+    return neighbour_sheet(encoders, references, queries, chosen, **settings).draw(TILE_SIDE)
 
 
 def _query(encoder: Encoder, source: Source, image: int, config: ExtractConfig) -> _Query:
@@ -146,20 +148,20 @@ def _row(
     title: str,
     config: ExtractConfig,
 ) -> Row:
-    bank, queries = sources
+    references, queries = sources
     cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
     tiles = [_tile(query.pixels, query.mask, masked and query.has_mask, encoder.grid)]
     captions = [_name(queries, query.label)]
     right: list[bool | None] = [None]
     for row in near:
         image, number = int(table.image_indices[row]), int(table.objects[row])
-        rows = cut(bank[image], image)
+        rows = cut(references[image], image)
         own = int((rows.objects == number).nonzero()[0])
         with_mask = masked and bool(rows.has_mask[own])
         tiles.append(_tile(rows.images[rows.image_of[own]], rows.masks[own], with_mask, encoder.grid))
         label = int(table.labels[row])
-        captions.append(_name(bank, label))
-        known = label >= 0 and query.label >= 0 and bank.classes == queries.classes
+        captions.append(_name(references, label))
+        known = label >= 0 and query.label >= 0 and references.classes == queries.classes
         right.append(label in query.right if known else None)
     return Row(title, tiles, captions, right)
 

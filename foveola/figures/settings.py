@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from foveola.config import key
+from foveola.config import again, key
 from foveola.evaluation.features.table import ExtractConfig
 from foveola.figures.maps import MASS
 from foveola.figures.nearest import REFERENCE_LIMIT
@@ -98,21 +98,16 @@ class AttentionConfig(ImagesConfig):
 
 @dataclass(frozen=True)
 class ObjectsFigureConfig(ImagesConfig):
-    block: int = key(-1, "whose attention; negative numbers count from the last block")
+    block: int = again(AttentionConfig, "block", -1)
     objects: int = key(3, "at most so many objects of each image, the largest", at_least=1)
-    min_coverage: float = key(
-        MIN_COVERAGE,
-        "share of a patch that makes it the object's: its token may read it",
-        above=0,
-        at_most=1,
-    )
+    min_coverage: float = again(AttentionConfig, "min_coverage", MIN_COVERAGE)
 
 
 @dataclass(frozen=True)
 class QueryConfig(ImagesConfig):
     points: Any = key("0.5,0.5", "x,y in the unit square; several: '0.2,0.3;0.5,0.5'")
-    block: int = key(-1, "whose attention; negative numbers count from the last block")
-    heads: bool = key(False, "also a column for each head")
+    block: int = again(AttentionConfig, "block", -1)
+    heads: bool = again(AttentionConfig, "heads", False)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Figure:
         draw: makes the sheet, from encoders by name, the source of images, and the configuration.
         help: one line on what it shows.
         data: whether it needs images; without, the source is None.
-        train: whether it also looks into training images, which `draw` gets as a fourth argument, `bank`.
+        train: whether it also looks into training images, which `draw` gets as its fourth argument.
     """
 
     name: str
@@ -117,13 +117,13 @@ def draw(
     if data is None and figure.data:
         raise UserError(f"visualize {figure.name} needs data=, such as data=folder:/images or data=scenes:")
     source = open_source(data, "test") if isinstance(data, str) else data
-    bank = train
+    references = train
     if figure.train and (train is not None or isinstance(data, str)):
-        bank = open_source(str(train or data), "train") if not isinstance(train, Source) else train
+        references = open_source(str(train or data), "train") if not isinstance(train, Source) else train
     encoders = open_models(model, device)
-    more = {"bank": bank or source} if figure.train else {}
+    more = (references or source,) if figure.train else ()
     (name, encoder), *others = encoders.items()
-    sheet = figure.draw(encoders if others else {"": encoder}, source, config, **more)
+    sheet = figure.draw(encoders if others else {"": encoder}, source, config, *more)
     if not isinstance(sheet, Sheet):
         raise UserError(
             f"{figure.name}: draw returns {kind_of(sheet)}, expected a foveola.drawing.sheet.Sheet"
@@ -231,10 +231,12 @@ def _correspondences(encoders: dict[str, Encoder], source: Source, config: Corre
 
 
 def _neighbours(
-    encoders: dict[str, Encoder], source: Source, config: NeighboursConfig, bank: Source
+    encoders: dict[str, Encoder], source: Source, config: NeighboursConfig, references: Source
 ) -> Sheet:
     chosen = image_numbers(source, config.count, config.images)
-    return gallery.neighbour_sheet(encoders, bank, source, chosen, config.found, config.masks, config, True)
+    return gallery.neighbour_sheet(
+        encoders, references, source, chosen, config.found, config.masks, config, True
+    )
 
 
 def _objects(encoders: dict[str, Encoder], source: Source, config: ObjectsFigureConfig) -> Sheet:

@@ -1,5 +1,6 @@
 """Objects that are wrong on purpose: how wrong, and always in the same way."""
 
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -40,8 +41,13 @@ class Marked:
 SOURCE = Marked(2000)
 
 
+@cache
+def noise_of(**changes: Any) -> NoiseConfig:
+    return build(NoiseConfig, changes)
+
+
 def noisy(index: int, source: Any = SOURCE, seed: int = 0, **changes: Any) -> Objects | None:
-    return make_noisy(source[index].objects, source, index, seed, build(NoiseConfig, changes))
+    return make_noisy(source[index].objects, source, index, seed, noise_of(**changes))
 
 
 def test_edges_move_by_a_share_of_the_side_uniformly_and_proportionally() -> None:

@@ -33,9 +33,9 @@ def path_of(photos: str, name: str) -> Path:
     return Path(photos.partition(":")[2].partition("?")[0]) / name
 
 
-def naive(queries: np.ndarray, bank: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+def naive(queries: np.ndarray, references: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines in float64, all of them, sorted."""
-    a, b = (x.astype(np.float64) for x in (queries, bank))
+    a, b = (x.astype(np.float64) for x in (queries, references))
     cosines = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (
         b / np.linalg.norm(b, axis=1, keepdims=True)
     ).T
@@ -49,12 +49,15 @@ def naive(queries: np.ndarray, bank: np.ndarray, top: int) -> tuple[np.ndarray, 
 @pytest.mark.parametrize("store", [np.float32, np.float16])
 def test_exact_search_is_that_of_all_cosines_in_float64(store) -> None:
     rng = np.random.default_rng(0)
-    bank, queries = rng.normal(size=(500, 16)).astype(store), rng.normal(size=(7, 16)).astype(np.float32)
-    found = Index.build(bank, device="cpu").search(queries, 12)
-    cosines, order = naive(queries, bank, 12)
+    references, queries = (
+        rng.normal(size=(500, 16)).astype(store),
+        rng.normal(size=(7, 16)).astype(np.float32),
+    )
+    found = Index.build(references, device="cpu").search(queries, 12)
+    cosines, order = naive(queries, references, 12)
     assert np.array_equal(found.indices, order)
     np.testing.assert_allclose(found.similarities, cosines, atol=1e-6)
-    one = Index.build(torch.from_numpy(bank), device="cpu").search(queries[0].tolist(), 600)
+    one = Index.build(torch.from_numpy(references), device="cpu").search(queries[0].tolist(), 600)
     assert one.indices.shape == (1, 500)
 
 
@@ -90,13 +93,13 @@ def test_a_graph_says_its_recall_and_is_kept_for_the_same_rows(tmp_path, written
 
 def test_where_a_graph_has_no_way_to_as_many_rows_all_are_compared() -> None:
     pytest.importorskip("faiss")
-    bank = np.repeat(np.random.default_rng(0).normal(size=(30, 16)), 100, axis=0).astype(np.float32)
-    index, lost = Index.build(bank, device="cpu"), []
+    references = np.repeat(np.random.default_rng(0).normal(size=(30, 16)), 100, axis=0).astype(np.float32)
+    index, lost = Index.build(references, device="cpu"), []
     for number in (0, 1500):  # which of them the graph serves is its own affair
-        own = bank[number : number + 1]
+        own = references[number : number + 1]
         there = index.search(own, 200, method="hnsw")
         if (index.graph.search(own / np.linalg.norm(own), 200)[1] < 0).any():
-            exact = naive(own, bank, 200)[0]
+            exact = naive(own, references, 200)[0]
             np.testing.assert_allclose(there.similarities, exact, atol=1e-5)
             lost.append(number)
         assert len(set(there.indices[0].tolist())) == 200

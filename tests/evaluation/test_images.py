@@ -11,7 +11,7 @@ from foveola.data.sample import BadImage, DataError
 from foveola.evaluation.attention.analysis import SquaresCut
 from foveola.evaluation.features.encoding import CropsCut
 from foveola.evaluation.features.table import ExtractConfig, RowsCut
-from foveola.evaluation.images import Batches, Images, ReadingConfig
+from foveola.evaluation.images import Batches, Images, Part, ReadingConfig
 from foveola.evaluation.localisation.boxed import BoxedCut
 from foveola.evaluation.views.retrieval import CanvasCut
 from foveola.models.transform import TransformConfig
@@ -87,3 +87,12 @@ def test_cuts_go_to_workers(list_source, make_sample) -> None:
     ):
         there, here = (each(source[0], 0, *numbers)[0] for each in (pickle.loads(pickle.dumps(cut)), cut))
         assert torch.equal(there, here)
+
+
+def test_a_part_of_a_source_has_its_images_and_reads_them_alike(list_source, make_sample) -> None:
+    source = list_source([make_sample(i) for i in range(6)], classes=("a", "b"))
+    source.channels, source.depth = 4, 16
+    part = Part(source, np.array([4, 1]))
+    assert [part[i].name for i in range(len(part))] == [source[4].name, source[1].name]
+    assert (part.name, part.classes, part.channels, part.depth) == (source.name, ("a", "b"), 4, 16)
+    assert Part(source, np.array([4]), classes=False).classes is None

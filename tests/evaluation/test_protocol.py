@@ -87,7 +87,7 @@ def test_objects_of_the_built_in_scenes(encoder) -> None:
     assert {"top1_plain", "top1_masks"} <= set(result.metrics)
 
 
-def test_k_above_the_bank_is_clipped_and_said(encoder, shades) -> None:
+def test_k_above_the_reference_set_is_clipped_and_said(encoder, shades) -> None:
     result = evaluate(encoder, "knn", train=shades(0, 15), test=shades(99, 6), masks=False, **QUIET)
     assert {"top1_plain_k10", "top1_plain_k15"} <= set(result.metrics)
     assert "top1_plain_k20" not in result.metrics

@@ -1,4 +1,4 @@
-"""The search for neighbours: exact, whatever the order of the bank, in memory of a tile."""
+"""The search for neighbours: exact, whatever the order of the reference set, in memory of a tile."""
 
 import numpy as np
 import pytest
@@ -17,26 +17,28 @@ def rows(count: int, seed: int, width: int = 6, offset: float = 0.0) -> torch.Te
     [("l2", "euclidean", 0.0), ("l2", "euclidean", 50.0), ("cosine", "cosine", 0.0)],
 )
 def test_neighbours_equal_scikit_learn(distance, metric, offset) -> None:
-    queries, bank = rows(40, 0, offset=offset), rows(90, 1, offset=offset)
+    queries, references = rows(40, 0, offset=offset), rows(90, 1, offset=offset)
     judge = NearestNeighbors(n_neighbors=7, metric=metric, algorithm="brute")
-    expected = judge.fit(bank.double().numpy()).kneighbors(queries.double().numpy(), return_distance=False)
+    expected = judge.fit(references.double().numpy()).kneighbors(
+        queries.double().numpy(), return_distance=False
+    )
     for sizes in ({}, {"reference_chunk": 1}, {"reference_chunk": 13, "tile": 91}, {"tile": 1}):
-        found = nearest_rows(queries, bank, 7, distance=distance, **sizes)[1]
+        found = nearest_rows(queries, references, 7, distance=distance, **sizes)[1]
         np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("order", ["random", "ascending", "descending"])
 @pytest.mark.parametrize("k", [1, 20, 200, 3000])
-def test_equals_the_naive_search_in_any_order_of_the_bank(order: str, k: int) -> None:
-    """A bank sorted so that neighbours come last gives each tile more candidates than it keeps."""
-    queries, bank = rows(30, 2, 16), rows(3000, 3, 16)
+def test_equals_the_naive_search_in_any_order_of_the_reference_set(order: str, k: int) -> None:
+    """A reference set sorted so that neighbours come last gives each tile more candidates than it keeps."""
+    queries, references = rows(30, 2, 16), rows(3000, 3, 16)
     if order != "random":
-        nearness = torch.nn.functional.normalize(bank) @ queries[0]
-        bank = bank[nearness.argsort(descending=order == "descending")]
+        nearness = torch.nn.functional.normalize(references) @ queries[0]
+        references = references[nearness.argsort(descending=order == "descending")]
     unit = torch.nn.functional.normalize
-    expected = (unit(queries.double()) @ unit(bank.double()).T).topk(k)
+    expected = (unit(queries.double()) @ unit(references.double()).T).topk(k)
     for chunk, tile in ((100, 1000), (500, 1), (500, 5000), (10**6, None)):
-        similarities, indices = nearest_rows(queries, bank, k, reference_chunk=chunk, tile=tile)
+        similarities, indices = nearest_rows(queries, references, k, reference_chunk=chunk, tile=tile)
         torch.testing.assert_close(similarities.double(), expected.values, atol=1e-6, rtol=0)
         assert (indices == expected.indices).double().mean() > 0.99  # nearly alike in float32
         assert all(len(row.unique()) == k for row in indices)
@@ -77,7 +79,7 @@ def test_fast_selection_keeps_neighbours_that_stand_close_together() -> None:
     assert set(top(x, 30)[1][0].tolist()) == set(range(1000, 1030))
 
 
-def test_memory_does_not_grow_with_queries_times_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_queries_times_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is larger than a tile, and no more than a few k of each query wait, in the worst order."""
     sizes, waiting, plain = [], [], Best.offer
 
@@ -89,11 +91,11 @@ def test_memory_does_not_grow_with_queries_times_bank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Best, "offer", offer)
     queries = torch.ones(500, 2) + 0.01 * rows(500, 0, 2)
     angle = torch.linspace(3, 0.8, 20_000)  # nearer and nearer
-    bank = torch.stack([angle.cos(), angle.sin()], dim=1)
-    similarities, indices = nearest_rows(queries, bank, 5, tile=2**16, reference_chunk=4096)
+    references = torch.stack([angle.cos(), angle.sin()], dim=1)
+    similarities, indices = nearest_rows(queries, references, 5, tile=2**16, reference_chunk=4096)
     assert max(sizes) <= 2**16
     assert sum(sizes) == 500 * 20_000
     assert max(waiting) <= 2 * 5
     assert similarities.shape == indices.shape == (500, 5)
     unit = torch.nn.functional.normalize
-    torch.testing.assert_close(similarities, (unit(queries) @ unit(bank).T).topk(5).values)
+    torch.testing.assert_close(similarities, (unit(queries) @ unit(references).T).topk(5).values)

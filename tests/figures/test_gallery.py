@@ -112,28 +112,32 @@ def test_sheets_about_points(wide):
 
 
 def test_neighbours_are_those_of_the_feature_table(scenes):
-    bank = open_source("scenes:?size=32&count=30&objects=1-3", "train")
+    references = open_source("scenes:?size=32&count=30&objects=1-3", "train")
     config = ExtractConfig(workers=0)
-    sheet = gallery.neighbour_sheet(ENCODER, bank, scenes, [3, 7], found=4, config=config)
+    sheet = gallery.neighbour_sheet(ENCODER, references, scenes, [3, 7], found=4, config=config)
     assert [row.title for row in sheet.rows] == ["without mask", "with mask"] * 2
     for number, image in enumerate((3, 7)):
         for masks, row in zip((False, True), sheet.rows[2 * number : 2 * number + 2], strict=True):
-            tables = [extract(ENCODER, s, masks=masks, config=config, progress=False) for s in (bank, scenes)]
+            tables = [
+                extract(ENCODER, s, masks=masks, config=config, progress=False) for s in (references, scenes)
+            ]
             unit = [torch.nn.functional.normalize(table.features, dim=1) for table in tables]
             near = (unit[0] @ unit[1][image]).argsort(descending=True)[:4]
             labels = [int(tables[0].labels[i]) for i in near]
             own = int(tables[1].labels[image])
-            assert list(row.captions) == [bank.classes[i] for i in (own, *labels)]
+            assert list(row.captions) == [references.classes[i] for i in (own, *labels)]
             assert list(row.right) == [None, *(label == own for label in labels)]
 
 
 def test_each_right_answer_of_a_query_has_a_green_frame():
-    bank = open_source("scenes:?size=32&count=30&objects=1-3", "train")
+    references = open_source("scenes:?size=32&count=30&objects=1-3", "train")
     queries = open_source("scenes:?size=32&count=8&objects=1-3", "test")
     label = queries[3].label
     queries.answers = lambda index: [label, (label + 1) % 10, (label + 2) % 10] if index == 3 else None
     config = ExtractConfig(workers=0)
-    (row,) = gallery.neighbour_sheet(ENCODER, bank, queries, [3], found=30, masks=False, config=config).rows
+    (row,) = gallery.neighbour_sheet(
+        ENCODER, references, queries, [3], found=30, masks=False, config=config
+    ).rows
     names = {queries.classes[(label + i) % 10] for i in range(3)}
     assert row.right[1:] == [caption in names for caption in row.captions[1:]]
     assert row.right.count(True) > row.captions[1:].count(queries.classes[label]) > 0

@@ -87,11 +87,11 @@ def test_attention_leaves_out_registers_and_sums_to_less_than_one() -> None:
 
 def test_neighbours_are_sorted_by_cosine() -> None:
     rng = np.random.default_rng(0)
-    queries, bank = rng.normal(size=(5, 7)), rng.normal(size=(20, 7))
+    queries, references = rng.normal(size=(5, 7)), rng.normal(size=(20, 7))
     cosine = (queries / np.linalg.norm(queries, axis=1)[:, None]) @ (
-        bank / np.linalg.norm(bank, axis=1)[:, None]
+        references / np.linalg.norm(references, axis=1)[:, None]
     ).T
-    found = neighbours(torch.from_numpy(queries), torch.from_numpy(bank), 4)
+    found = neighbours(torch.from_numpy(queries), torch.from_numpy(references), 4)
     np.testing.assert_array_equal(found.numpy(), np.argsort(-cosine, axis=1)[:, :4])
 
 

@@ -95,11 +95,11 @@ def test_a_contract_that_is_not_kept_is_refused(module, encoder):
 def test_one_without_images_and_one_with_training_images(module, encoder):
     told = []
 
-    def look(encoders, source, config, bank=None):
-        told.append((source, None if bank is None else bank.name))
+    def look(encoders, source, config, references=None):
+        told.append((source, None if references is None else references.name))
         return module.draw_norms(encoders, open_source(DATA, "test"), module.NormsConfig())
 
     draw(foveola.Figure("bare", ImagesConfig, look, "no images", data=False), encoder)
-    draw(foveola.Figure("bank", ImagesConfig, look, "two sources", train=True), encoder, DATA)
+    draw(foveola.Figure("two", ImagesConfig, look, "two sources", train=True), encoder, DATA)
     assert told[0] == (None, None)
     assert told[1][1] == open_source(DATA, "train").name != told[1][0].name

@@ -168,7 +168,7 @@ def test_the_variants_of_the_ablations_learn(settings):
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     first = None
-    for _ in range(60):
+    for _ in range(30):
         losses = method(drawn, PROGRESS).losses
         optimizer.zero_grad()
         sum(losses.values()).backward()

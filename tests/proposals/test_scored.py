@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from foveola.config import UserError
-from foveola.evaluation.classification.abmilp import AbmilpBank
+from foveola.evaluation.classification.abmilp import AbmilpGrid
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.proposals.cuts import brightest, centred
@@ -22,36 +22,36 @@ def vit() -> Encoder:
     return Encoder(EncoderConfig(shape, TransformConfig(resize=32, crop=32)))
 
 
-def kept(path: Path, encoder: Encoder, **shape: object) -> AbmilpBank:
+def kept(path: Path, encoder: Encoder, **shape: object) -> AbmilpGrid:
     """A probe in a file, as `SavedProbe.save` writes it."""
-    bank = AbmilpBank(torch.ones(1), 24, 5, group="own", **shape)  # type: ignore[arg-type]
-    for tensor in bank.trained:
+    grid = AbmilpGrid(torch.ones(1), 24, 5, group="own", **shape)  # type: ignore[arg-type]
+    for tensor in grid.trained:
         tensor.mul_(5)
     about = {
         "format": 1,
         "protocol": "abmilp",
         "encoder": encoder.fingerprint(),
-        "groups": {"own": {"kind": bank.kind, "shape": bank.shape, "settings": {}}},
+        "groups": {"own": {"kind": grid.kind, "shape": grid.shape, "settings": {}}},
     }
-    tensors = {f"own.{name}": tensor[0].contiguous() for name, tensor in bank.tensors().items()}
+    tensors = {f"own.{name}": tensor[0].contiguous() for name, tensor in grid.tensors().items()}
     save_file(tensors, path, {"foveola_probe": json.dumps(about)})
-    return bank
+    return grid
 
 
 @pytest.mark.parametrize("shape", [{}, {"heads": 3}, {"depth": 3, "activation": "gelu"}], ids=str)
 def test_weights_are_the_probes(shape, tmp_path):
     encoder, path = vit(), tmp_path / "probe.safetensors"
-    bank = kept(path, encoder, **shape)
+    grid = kept(path, encoder, **shape)
     patches = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(probe_maps(str(path), encoder)(patches), bank.weights(patches)[0])
+    torch.testing.assert_close(probe_maps(str(path), encoder)(patches), grid.weights(patches)[0])
 
 
 def test_objects_are_where_the_weights_are(tmp_path):
     encoder, path = vit(), tmp_path / "probe.safetensors"
-    bank = kept(path, encoder)
+    grid = kept(path, encoder)
     image = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     patches = encoder(encoder.normalise(image.permute(2, 0, 1)[None])).patches
-    expected = brightest(bank.weights(patches)[0], centred(patches), (8, 8)).masks[0, 0].view(8, 8)
+    expected = brightest(grid.weights(patches)[0], centred(patches), (8, 8)).masks[0, 0].view(8, 8)
     settings = {"method": "abmilp", "probe": str(path), "image_size": 64}
     proposer = discoverer(encoder, DiscoverConfig(**settings))
     (found,) = proposer.propose([image.numpy()])

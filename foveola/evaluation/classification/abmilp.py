@@ -23,7 +23,7 @@ from foveola.evaluation.classification.grids import (
 )
 from foveola.evaluation.classification.linear import (
     BatchNorm,
-    LinearBank,
+    LinearGrid,
     joined_width,
     need_of,
     norm_tensors,
@@ -45,7 +45,7 @@ HIDDEN_AT_ONCE = 2**27  # numbers of all probes' hidden layers in memory at a ti
 # -- core ----------------------------------------------------------------------------------------------------
 
 
-class AbmilpBank:
+class AbmilpGrid:
     """G AbMILP probes that differ in their learning rate (Selective Aggregation, Section 4 and appendix).
 
     A probe: a score of each patch by an MLP of `depth` linear maps (the last one to one number), softmax over
@@ -254,7 +254,7 @@ class Abmilp(TrainedProbe):
     name = "abmilp"
     help = "linear classification of patches averaged by learned or fixed scores (Selective Aggregation)"
     Config = AbmilpConfig
-    banks = (AbmilpBank, LinearBank)
+    grids = (AbmilpGrid, LinearGrid)
     metrics = with_spread((*probe_metrics("abmilp"), Metric("entropy_*", "abmilp: entropy {}", unit="nats")))
 
     def wanted(self, config: AbmilpConfig, encoder: Encoder) -> Need:
@@ -267,7 +267,7 @@ class Abmilp(TrainedProbe):
         return len(config.lr)
 
     def plan(self, config: AbmilpConfig, encoder: Encoder, task: Task) -> ProbePlan:
-        """Return AbMILP's banks, and one of the same classifier on each fixed average of the patches."""
+        """Return AbMILP's grids, and one of the same classifier on each fixed average of the patches."""
         config = config.sized(len(task.fit))
         batch, each, steps = plan_training(task, config)
         if config.attention:
@@ -276,30 +276,30 @@ class Abmilp(TrainedProbe):
                 "the code of Selective Aggregation has it the other way round"
             )
         task.notes.append(f"{config.optimizer} with batches of {batch} images")
-        banks = _banks(encoder, config, batch, task)
-        return ProbePlan(banks, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
+        grids = _grids(encoder, config, batch, task)
+        return ProbePlan(grids, warm_cosine(steps, min(config.warmup * each, steps // 2)), batch, steps)
 
     def score(
-        self, banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
+        self, grids: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
     ) -> Outcome:
         """Return the numbers of the grid, and the entropies of the chosen probes' weights."""
-        outcome, entropies = super().score(banks, choice, exam, wanted, seed), {}
+        outcome, entropies = super().score(grids, choice, exam, wanted, seed), {}
         columns = exam.columns(need("patches"))
-        for group, (i, g) in choice.places.items():
-            if isinstance(bank := banks[i], AbmilpBank):
-                entropies[f"entropy_{group}"] = _entropy(bank, g, columns)
+        for group, (i, g) in choice.probes.items():
+            if isinstance(grid := grids[i], AbmilpGrid):
+                entropies[f"entropy_{group}"] = _entropy(grid, g, columns)
         return replace(outcome, metrics=outcome.metrics | entropies)
 
 
-def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> list[ProbeGrid]:
+def _grids(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> list[ProbeGrid]:
     rates = torch.tensor(config.lr) * (batch / 256)
     mlps: list[tuple[int, Activation]] = [
         (d, a) for d in config.depth for a in (config.activation if d > 1 else config.activation[:1])
     ]
-    banks: list[ProbeGrid] = []
+    grids: list[ProbeGrid] = []
     for (depth, activation), heads in product(mlps, config.heads):
         group = "abmilp" if len(mlps) == 1 else f"abmilp_{depth}" + (f"_{activation}" if depth > 1 else "")
-        bank = AbmilpBank(
+        grid = AbmilpGrid(
             rates,
             shape_of(encoder, "patches", need("patches"))[-1],
             task.classes,
@@ -313,10 +313,10 @@ def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> li
             seed=config.seed,
             device=task.device,
         )
-        bank.settings = [{**about, "lr": lr} for about, lr in zip(bank.settings, config.lr, strict=True)]
-        banks.append(bank)
+        grid.settings = [{**about, "lr": lr} for about, lr in zip(grid.settings, config.lr, strict=True)]
+        grids.append(grid)
     for vector in config.vectors(encoder):
-        bank = LinearBank(
+        grid = LinearGrid(
             vector,
             rates,
             joined_width(encoder, vector),
@@ -329,9 +329,9 @@ def _banks(encoder: Encoder, config: AbmilpConfig, batch: int, task: Task) -> li
             seed=config.seed,
             device=task.device,
         )
-        bank.settings = [{"features": vector, "lr": lr} for lr in config.lr]
-        banks.append(bank)
-    return banks
+        grid.settings = [{"features": vector, "lr": lr} for lr in config.lr]
+        grids.append(grid)
+    return grids
 
 
 def load_weights(path: str, encoder: Encoder) -> Callable[[Tensor], Tensor]:
@@ -344,16 +344,16 @@ def load_weights(path: str, encoder: Encoder) -> Callable[[Tensor], Tensor]:
     saved.fits(encoder, Abmilp.name, path)
     if encoder.block_index(saved.about["settings"].get("block", -1)) != len(encoder.backbone.blocks) - 1:
         raise UserError(f"probe={path} reads an earlier block; train one on the last")
-    banks, _ = saved.banks(Abmilp.banks, encoder.device)
-    bank = next(bank for bank in banks if isinstance(bank, AbmilpBank))
-    return lambda patches: bank.weights(patches.to(encoder.device))[0]
+    grids, _ = saved.grids(Abmilp.grids, encoder.device)
+    grid = next(grid for grid in grids if isinstance(grid, AbmilpGrid))
+    return lambda patches: grid.weights(patches.to(encoder.device))[0]
 
 
 @torch.no_grad()
-def _entropy(bank: AbmilpBank, probe: int, columns: Columns) -> float:
+def _entropy(grid: AbmilpGrid, probe: int, columns: Columns) -> float:
     """Mean over images and heads of the entropy of the weights, in nats."""
     total = 0.0
     for at in torch.arange(len(columns)).split(256):
-        shares = bank.maps(columns.take(at)["patches"])[probe]
-        total += torch.special.entr(shares.double()).sum().item() / bank.heads
+        shares = grid.maps(columns.take(at)["patches"])[probe]
+        total += torch.special.entr(shares.double()).sum().item() / grid.heads
     return total / len(columns)

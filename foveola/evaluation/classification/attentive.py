@@ -11,7 +11,7 @@ from torch.nn.init import trunc_normal_
 
 from foveola.config import key
 from foveola.evaluation.classification.abmilp import SMALL
-from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.classification.cae import CaeGrid
 from foveola.evaluation.classification.grids import (
     ProbeGrid,
     ProbePlan,
@@ -33,7 +33,7 @@ SCORES_AT_ONCE = (
 # -- core ----------------------------------------------------------------------------------------------------
 
 
-class AttentiveBank:
+class AttentiveGrid:
     """G attentive probes that differ in learning rate and weight decay (CAPI, Section 4; its Table 2).
 
     A probe: keys and values of the patches x by one linear map each, a learned query q cut into `heads`,
@@ -200,7 +200,7 @@ class Attentive(TrainedProbe):
     title = "attentive probe"
     help = "classification of what one learned query reads from the patches (CAPI, CAE)"
     Config = AttentiveConfig
-    banks = (AttentiveBank, CaeBank)
+    grids = (AttentiveGrid, CaeGrid)
     metrics = with_spread(probe_metrics(title))
 
     def wanted(self, config: AttentiveConfig, encoder: Encoder) -> Need:
@@ -214,15 +214,15 @@ class Attentive(TrainedProbe):
         return len(config.lr or ()) * len(config.weight_decay or ())
 
     def plan(self, config: AttentiveConfig, encoder: Encoder, task: Task) -> ProbePlan:
-        """Return a bank of each number of heads."""
+        """Return a grid of each number of heads."""
         config = config.resolved(len(task.fit))
         batch, _, steps = plan_training(task, config, PUBLISHED_STEPS if config.style == "capi" else None)
         if config.style == "cae" and batch < STYLES["cae"]["batch"]:
             task.notes.append(f"cae: batches of {batch} images")
         width = shape_of(encoder, "patches", need("patches"))[-1]
-        banks = [_bank(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
+        grids = [_grid(config, heads, width, batch, task) for heads in _distinct(config.heads, width, task)]
         schedule = warm_cosine if config.style == "cae" else closed_warm_cosine
-        return ProbePlan(banks, schedule(steps, round((config.warmup or 0) * steps)), batch, steps)
+        return ProbePlan(grids, schedule(steps, round((config.warmup or 0) * steps)), batch, steps)
 
 
 def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int | None]:
@@ -237,7 +237,7 @@ def _distinct(heads: tuple[int | None, ...], width: int, task: Task) -> list[int
     return list(found.values())
 
 
-def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> ProbeGrid:
+def _grid(config: AttentiveConfig, heads: int | None, width: int, batch: int, task: Task) -> ProbeGrid:
     """The probes of one number of heads, with learning rates for a batch of this size."""
     rates, decays = config.lr or (), config.weight_decay or ()
     count = max(1, width // 64) if heads is None else heads
@@ -245,17 +245,17 @@ def _bank(config: AttentiveConfig, heads: int | None, width: int, batch: int, ta
     name = "attentive" if config.style == "capi" else "cae"
     group = name if heads is None else f"{name}_{heads}"
     if config.style == "cae":
-        bank = CaeBank(
+        grid = CaeGrid(
             torch.tensor(rates) * (batch / 256), width, task.classes, heads=count,
             norm_batch=config.norm_batch, group=group, seed=config.seed, device=task.device,
         )  # fmt: skip
-        bank.settings = [{"lr": lr, "heads": count} for lr in rates]
-        return bank
+        grid.settings = [{"lr": lr, "heads": count} for lr in rates]
+        return grid
     pairs = [(lr, decay) for decay in decays for lr in rates]
-    bank = AttentiveBank(
+    grid = AttentiveGrid(
         torch.tensor([lr for lr, _ in pairs]) * (batch / 256),  # undocumented in the paper, in its code
         torch.tensor([decay for _, decay in pairs]),
         width, task.classes, heads=count, group=group, seed=config.seed, device=task.device,
     )  # fmt: skip
-    bank.settings = [{"lr": lr, "weight_decay": decay, "heads": count} for lr, decay in pairs]
-    return bank
+    grid.settings = [{"lr": lr, "weight_decay": decay, "heads": count} for lr, decay in pairs]
+    return grid

@@ -16,7 +16,7 @@ CAE_SCORES_AT_ONCE = 2**26  # attention scores, or what was read, of all probes 
 NORM_EPS = 1e-6  # of the LayerNorms
 
 
-class CaeBank:
+class CaeGrid:
     """G probes that differ in their learning rate (CAE; "AP" of Selective Aggregation).
 
     A probe: LayerNorms of their own on the query and on the tokens as keys and as values; maps d -> d of all

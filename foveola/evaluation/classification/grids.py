@@ -1,4 +1,4 @@
-"""Banks of probes: trained on the same batches, one chosen on the hold-out, scored on test."""
+"""Grids of probes: trained on the same batches, one chosen on the hold-out, scored on test."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class ProbeGrid(Protocol):
     group: str  # what the choice is made within; metrics are given for each group
     settings: list[dict[str, Any]]  # of each probe
     parameters_each: int  # trained numbers of one probe
-    kind: str  # of bank, and what it is made anew with besides rates, width and classes
+    kind: str  # of grid, and what it is made anew with besides rates, width and classes
     shape: dict[str, Any]
 
     def step(self, x: Mapping[str, Tensor], y: Int64[Tensor, "b"], factor: float) -> None:
@@ -75,9 +75,9 @@ def check_heads(heads: int, width: int) -> None:
 
 @dataclass
 class ProbePlan:
-    """How banks are trained: all on the same batches, each exactly as if it were alone."""
+    """How grids are trained: all on the same batches, each exactly as if it were alone."""
 
-    banks: Sequence[ProbeGrid]
+    grids: Sequence[ProbeGrid]
     factor: Factor  # what learning rates are multiplied with at each step
     batch: int
     steps: int
@@ -85,12 +85,12 @@ class ProbePlan:
 
 
 def train_plans(plans: Sequence[ProbePlan], drawn: Iterator[FeatureBatch], progress: bool) -> None:
-    """Train the banks of all plans, which have the same number of steps, on the same batches."""
+    """Train the grids of all plans, which have the same number of steps, on the same batches."""
     for step, (x, y) in enumerate(show(drawn, plans[0].steps, "training probes", progress)):
         for plan in plans:
             began = perf_counter()
-            for bank in plan.banks:
-                bank.step(x, y, plan.factor(step))
+            for grid in plan.grids:
+                grid.step(x, y, plan.factor(step))
             plan.seconds += perf_counter() - began
 
 
@@ -108,10 +108,10 @@ class Judged(NamedTuple):
 
 
 @torch.no_grad()
-def judge(bank: ProbeGrid, columns: Columns, answers: Answers) -> Judged:
-    """Return the probes of a bank on some rows."""
+def judge(grid: ProbeGrid, columns: Columns, answers: Answers) -> Judged:
+    """Return the probes of a grid on some rows."""
     every = torch.arange(len(columns))
-    return judged(lambda rows: bank.logits(columns.take(every[rows])), len(columns), answers)
+    return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), answers)
 
 
 def judged(
@@ -137,24 +137,24 @@ def cross_entropies(logits: Float[Tensor, "G m C"], labels: Int64[Tensor, "m"]) 
 
 
 @torch.no_grad()
-def probe_scores(bank: ProbeGrid, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
-    """Return the scores of one probe of a bank, on the CPU."""
-    places = torch.arange(len(columns)).split(SCORING)
-    return torch.cat([bank.logits(columns.take(at))[probe].float().cpu() for at in places])
+def probe_scores(grid: ProbeGrid, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
+    """Return the scores of one probe of a grid, on the CPU."""
+    every = torch.arange(len(columns)).split(SCORING)
+    return torch.cat([grid.logits(columns.take(at))[probe].float().cpu() for at in every])
 
 
-Place = tuple[int, int]  # a bank, and a probe of it
+ProbeIndex = tuple[int, int]  # a grid, and a probe of it
 
 
 @dataclass(frozen=True)
 class ChosenProbes:
     """The probe of each group that was chosen, and what the hold-out says of all of them."""
 
-    places: dict[str, Place]
-    held: list[Judged] | None = None  # of each bank
+    probes: dict[str, ProbeIndex]
+    held: list[Judged] | None = None  # of each grid
 
 
-def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes:
+def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes:
     """Choose in each group the probe that is best on the hold-out.
 
     Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
@@ -164,29 +164,29 @@ def choose(banks: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes
     held = None
     if len(task.hold):
         columns = Columns(task.holding, task.hold, wanted, task.device)
-        held = [judge(bank, columns, task.held) for bank in banks]
+        held = [judge(grid, columns, task.held) for grid in grids]
         order = [found.order() for found in held]
     else:
         test = task.exam.columns(wanted)
         order = [
-            [(percent(row),) for row in judge(bank, test, task.exam.answers).right]
-            if len(places_of(banks, bank.group)) > 1
+            [(percent(row),) for row in judge(grid, test, task.exam.answers).right]
+            if len(probes_of(grids, grid.group)) > 1
             else [(0.0,)]
-            for bank in banks
+            for grid in grids
         ]
-    groups = dict.fromkeys(bank.group for bank in banks)
+    groups = dict.fromkeys(grid.group for grid in grids)
     return ChosenProbes(
-        {g: max(places_of(banks, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held
+        {g: max(probes_of(grids, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held
     )
 
 
-def places_of(banks: Sequence[ProbeGrid], group: str) -> list[Place]:
-    """Return the places of all probes of a group, in order."""
-    return [(i, g) for i, bank in enumerate(banks) if bank.group == group for g in range(len(bank.settings))]
+def probes_of(grids: Sequence[ProbeGrid], group: str) -> list[ProbeIndex]:
+    """Return the indices of all probes of a group, in order."""
+    return [(i, g) for i, grid in enumerate(grids) if grid.group == group for g in range(len(grid.settings))]
 
 
 def score_chosen(
-    banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
+    grids: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
 ) -> Outcome:
     """Return what the chosen probes score on a test set, and the grid of all; without facts of the data."""
     test = exam.columns(wanted)
@@ -194,20 +194,20 @@ def score_chosen(
     chosen: dict[str, Any] = {}
     grid: dict[str, Any] = {}
     scores: dict[str, Any] = {}
-    for group, best in choice.places.items():
-        places = places_of(banks, group)
-        right = {i: judge(banks[i], test, exam.answers).right for i in dict.fromkeys(i for i, _ in places)}
+    for group, best in choice.probes.items():
+        members = probes_of(grids, group)
+        right = {i: judge(grids[i], test, exam.answers).right for i in dict.fromkeys(i for i, _ in members)}
         rows = [
             {
-                **banks[i].settings[g],
+                **grids[i].settings[g],
                 **({} if choice.held is None else {"holdout": choice.held[i].order()[g][0]}),
                 "test": percent(right[i][g]),
             }
-            for i, g in places
+            for i, g in members
         ]
         i, g = best
-        row = rows[places.index(best)]
-        top5 = exam.answers.top5(probe_scores(banks[i], g, test))
+        row = rows[members.index(best)]
+        top5 = exam.answers.top5(probe_scores(grids[i], g, test))
         found = scored(group, right[i][g], exam.answers, seed, top5)
         metrics |= found.metrics
         scores |= found.scores
@@ -216,7 +216,7 @@ def score_chosen(
         if choice.held is not None:
             metrics[f"holdout_{group}"] = row["holdout"]
         chosen[group] = {k: v for k, v in row.items() if k not in ("holdout", "test")}
-        chosen[group]["parameters"] = banks[i].parameters_each
+        chosen[group]["parameters"] = grids[i].parameters_each
         grid[group] = rows
     return Outcome(metrics, {}, (), chosen, grid, scores)
 

@@ -1,4 +1,4 @@
-"""Linear probes on frozen features, a grid of them trained at once (`LinearBank`): protocol `linear`."""
+"""Linear probes on frozen features, a grid of them trained at once (`LinearGrid`): protocol `linear`."""
 
 import re
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def norm_tensors(norm: BatchNorm | None) -> dict[str, Tensor]:
     return {} if norm is None else {"norm_mean": norm.mean, "norm_variance": norm.variance}
 
 
-class LinearBank:
+class LinearGrid:
     """G linear classifiers of one feature, which differ in their learning rate, trained at once.
 
     Each goes the way it would go alone: losses are not averaged over the grid, and all start from the same
@@ -243,7 +243,7 @@ class Linear(TrainedProbe):
     title = "linear probe"
     help = "linear classification: a grid of learning rates and features at once (DINO, DINOv2, MAE)"
     Config = LinearConfig
-    banks = (LinearBank,)
+    grids = (LinearGrid,)
     metrics = with_spread(probe_metrics(title))
 
     def wanted(self, config: LinearConfig, encoder: Encoder) -> Need:
@@ -259,7 +259,7 @@ class Linear(TrainedProbe):
         return len(config.lr or ()) * (1 if config.style == "mae" else len(config.features or ()))
 
     def plan(self, config: LinearConfig, encoder: Encoder, task: Task) -> ProbePlan:
-        """Return a bank of each feature."""
+        """Return a grid for each feature."""
         config = config.resolved(encoder)
         features, rates = config.features or (), config.lr or ()
         mae = config.style == "mae"  # which reports each feature by itself
@@ -275,8 +275,8 @@ class Linear(TrainedProbe):
             task.notes.append(
                 f"train: {batch} images are one batch, less than the {config.batch} of the setting"
             )
-        banks = [
-            LinearBank(
+        grids = [
+            LinearGrid(
                 each_feature,
                 torch.tensor(rates) * (batch / 256),
                 joined_width(encoder, each_feature),
@@ -292,11 +292,11 @@ class Linear(TrainedProbe):
             )
             for each_feature in features
         ]
-        for bank in banks:
-            bank.settings = [{"features": bank.features, "lr": rate} for rate in rates]
+        for grid in grids:
+            grid.settings = [{"features": grid.features, "lr": rate} for rate in rates]
         factors: dict[str, Factor] = {
             "dino": cosine_by_epoch(steps, each),
             "dinov2": cosine(steps),
             "mae": warm_cosine(steps, min(10 * each, steps // 2)),
         }
-        return ProbePlan(banks, factors[config.style], batch, steps)
+        return ProbePlan(grids, factors[config.style], batch, steps)

@@ -26,7 +26,7 @@ class SavedProbe:
 
     Attributes:
         about: what it is: `protocol`, `settings` (of the training), `encoder` (fingerprint), `known`
-            (classes), `data` (facts of the training images), `notes`, and `groups`: of each the kind of bank,
+            (classes), `data` (facts of the training images), `notes`, and `groups`: of each the kind of grid,
             its shape and settings, and what the hold-out said.
         tensors: the numbers of each group by name, `<group>.<name>`, without the dimension of the grid.
     """
@@ -35,19 +35,19 @@ class SavedProbe:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, banks: Any, choice: ChosenProbes, outcome: Outcome, about: Mapping[str, Any]) -> "SavedProbe":
-        """Return the chosen probes of trained banks, as measured in `outcome`."""
+    def of(cls, grids: Any, choice: ChosenProbes, outcome: Outcome, about: Mapping[str, Any]) -> "SavedProbe":
+        """Return the chosen probes of trained grids, as measured in `outcome`."""
         groups, tensors = {}, {}
-        for group, (i, g) in choice.places.items():
-            bank = banks[i]
+        for group, (i, g) in choice.probes.items():
+            grid = grids[i]
             own = {
-                n: t[g if len(t) > 1 else 0].detach().cpu().contiguous() for n, t in bank.tensors().items()
+                n: t[g if len(t) > 1 else 0].detach().cpu().contiguous() for n, t in grid.tensors().items()
             }
             tensors |= {f"{group}.{name}": tensor for name, tensor in own.items()}
             groups[group] = {
-                "kind": bank.kind,
-                "shape": bank.shape,
-                "settings": bank.settings[g],
+                "kind": grid.kind,
+                "shape": grid.shape,
+                "settings": grid.settings[g],
                 "holdout": outcome.metrics.get(f"holdout_{group}"),
             }
         return cls({**about, "groups": groups}, tensors)
@@ -103,17 +103,17 @@ class SavedProbe:
                 "give model= the encoder that it was trained on, or train it on this one with train="
             )
 
-    def banks(self, kinds: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], ChosenProbes]:
-        """Return its probes as banks of these kinds, of one probe each, which are chosen."""
-        banks: list[ProbeGrid] = []
-        places = {}
+    def grids(self, kinds: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], ChosenProbes]:
+        """Return its probes as grids of these kinds, of one probe each, which are chosen."""
+        grids: list[ProbeGrid] = []
+        probes = {}
         for group, own in self.about["groups"].items():
             start = f"{group}."
             tensors = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
             kind = next((kind for kind in kinds if kind.kind == own["kind"]), None)
-            banks.append(_bank(kind, own, group, tensors, self.known.count, device))
-            places[group] = (len(banks) - 1, 0)
-        return banks, ChosenProbes(places)
+            grids.append(_grid(kind, own, group, tensors, self.known.count, device))
+            probes[group] = (len(grids) - 1, 0)
+        return grids, ChosenProbes(probes)
 
     def completed(self, outcome: Outcome) -> Outcome:
         """Return an outcome with what the hold-out said when the probes were chosen."""
@@ -122,7 +122,7 @@ class SavedProbe:
         return replace(outcome, metrics=outcome.metrics | held)
 
 
-def _bank(
+def _grid(
     kind: Any,
     own: Mapping[str, Any],
     group: str,
@@ -130,17 +130,17 @@ def _bank(
     classes: int,
     device: torch.device,
 ) -> ProbeGrid:
-    """A bank of one probe with these numbers. Raises UserError where they are not those of its kind."""
+    """A grid of one probe with these numbers. Raises UserError where they are not those of its kind."""
     zero, matrix = torch.zeros(1), tensors.get("query", tensors.get("weight", tensors.get("trained_0")))
     if kind is None or matrix is None:
         raise UserError(f"the probe {group} is of an unknown kind: {own['kind']}")
     rates = {"rates": zero} | ({"weight_decay": zero} if kind.kind == "attentive" else {})
-    bank = kind(**rates, width=matrix.shape[-1], classes=classes, group=group, device=device, **own["shape"])
-    mine = bank.tensors()
+    grid = kind(**rates, width=matrix.shape[-1], classes=classes, group=group, device=device, **own["shape"])
+    mine = grid.tensors()
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in mine.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
         raise UserError(f"the probe {group} is damaged: its numbers are not those of its kind")
     for name, tensor in tensors.items():
         mine[name][0].copy_(tensor)
-    bank.settings = [dict(own["settings"])]
-    return bank
+    grid.settings = [dict(own["settings"])]
+    return grid

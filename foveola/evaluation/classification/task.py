@@ -23,8 +23,8 @@ from foveola.evaluation.features.cache import (
     batches,
     per_epoch,
 )
-from foveola.evaluation.features.stream import Part, Stream, labels_of
-from foveola.evaluation.images import choose_images, identity_for
+from foveola.evaluation.features.stream import Stream, labels_of
+from foveola.evaluation.images import Part, choose_images, identity_for
 from foveola.evaluation.metrics import Answers, answers_of, shared_labels
 from foveola.evaluation.protocol import At
 

@@ -15,7 +15,7 @@ from foveola.evaluation.classification.grids import (
     choose,
     means_over_seeds,
     notes_of_choice,
-    places_of,
+    probes_of,
     score_chosen,
     train_plans,
 )
@@ -60,14 +60,14 @@ class Prepared:
 
     def outcome(self, at: At) -> Outcome:
         """Return what the chosen probes score on the test set of `at`."""
-        task, config, banks = self.task, self.config, self.plan.banks
+        task, config, grids = self.task, self.config, self.plan.grids
         if self.choice is None:
-            self.choice = choose(banks, task, self.wanted)
-            most = max(len(places_of(banks, group)) for group in self.choice.places)
+            self.choice = choose(grids, task, self.wanted)
+            most = max(len(probes_of(grids, group)) for group in self.choice.probes)
             task.notes.extend(notes_of_choice(task, most))
             self.first = at.test
         exam = task.exam if at.test is self.first else open_exam(at, config, self.wanted, task.known)
-        outcome = self.protocol.score(banks, self.choice, exam, self.wanted, self.seed)
+        outcome = self.protocol.score(grids, self.choice, exam, self.wanted, self.seed)
         return replace(outcome, data=task.facts(exam), notes=(*task.notes, *exam.notes))
 
 
@@ -79,7 +79,7 @@ class TrainedProbe(Protocol):
     """
 
     train = "needed"
-    banks: ClassVar[tuple[Any, ...]]  # the kinds of its probes
+    grids: ClassVar[tuple[Any, ...]]  # the kinds of its probes
 
     @abstractmethod
     def wanted(self, config: Any, encoder: Encoder) -> Need:
@@ -146,7 +146,7 @@ class TrainedProbe(Protocol):
             "data": {name: facts for name, facts in outcome.data.items() if name != "test"},
             "notes": task.notes,
         }
-        return SavedProbe.of(prepared.plan.banks, choice, outcome, about)
+        return SavedProbe.of(prepared.plan.grids, choice, outcome, about)
 
     def _loaded(self, config: Any, encoder: Encoder) -> tuple[Any, SavedProbe]:
         """The settings with which the probes of a file were trained, and the file's contents."""
@@ -166,18 +166,18 @@ class TrainedProbe(Protocol):
         own, saved = self._loaded(config, at.encoder)
         wanted = self.read(own, at.encoder)
         exam = open_exam(at, own, wanted, saved.known)
-        banks, choice = saved.banks(self.banks, at.encoder.device)
-        outcome = saved.completed(self.score(banks, choice, exam, wanted, own.seed))
+        grids, choice = saved.grids(self.grids, at.encoder.device)
+        outcome = saved.completed(self.score(grids, choice, exam, wanted, own.seed))
         data = {**saved.about["data"], "test": exam.test.facts}
         data["split"] = {**data["split"], "scored": len(exam.score)}
         notes = (*saved.about["notes"], *exam.notes)
         return replace(outcome, data=data, notes=notes, settings=to_dict(own), grid={})
 
     def score(
-        self, banks: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
+        self, grids: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
     ) -> Outcome:
         """Return the numbers of chosen probes on a test set."""
-        return score_chosen(banks, choice, exam, wanted, seed)
+        return score_chosen(grids, choice, exam, wanted, seed)
 
 
 def probe_needs(wanted: Need, config: ProbeConfig) -> Needs:

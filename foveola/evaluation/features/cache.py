@@ -264,7 +264,7 @@ class Columns:
         return len(self.rows)
 
     def take(self, at: Int64[Tensor, "b"], view: int = 0) -> dict[str, Float[Tensor, "b ..."]]:
-        """Return features of the rows at the places `at`."""
+        """Return features of the rows with the indices `at`."""
         if self.kept:
             there = at.to(self.device)
             return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}

@@ -15,8 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from foveola import distributed
-from foveola.data.identity import Identity, identity_of
-from foveola.data.sample import BadImage, Sample
+from foveola.data.sample import BadImage
 from foveola.data.sources import Source
 from foveola.evaluation.features.cache import FeatureBatch, Order
 from foveola.evaluation.features.encoding import CropsCut, FeedConfig, checked
@@ -151,24 +150,6 @@ class Stream:
             "computed": self.encoded,
             "pass_seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
-
-
-class Part:
-    """Some images of a source, as a source of their own."""
-
-    def __init__(self, source: Source, indices: Int64[np.ndarray, "n"]) -> None:
-        self.source, self.indices = source, indices
-        self.name, self.classes, self.has_objects = source.name, source.classes, source.has_objects
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[int(self.indices[index])]
-
-    def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Return the identity of these images of the source."""
-        return identity_of(self.source, self.indices if chosen is None else self.indices[chosen])
 
 
 def labels_of(source: Source, chosen: Int64[np.ndarray, "n"]) -> Int64[Tensor, "n"]:

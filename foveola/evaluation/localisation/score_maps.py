@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.sources import Source
-from foveola.evaluation.classification.abmilp import AbmilpBank, AbmilpConfig
+from foveola.evaluation.classification.abmilp import AbmilpConfig, AbmilpGrid
 from foveola.evaluation.classification.grids import Judged, ProbePlan, judge, train_plans
 from foveola.evaluation.classification.solvers import warm_cosine
 from foveola.evaluation.classification.task import HOLDOUT, held_out, length_of
@@ -151,7 +151,7 @@ def learn_weights(
     fit, hold = held_out(rows, HOLDOUT * (len(lr) > 1), config.seed, labels[rows])
     settings = AbmilpConfig(epochs=epochs, lr=lr).sized(len(fit))
     batch, each, steps = length_of(len(fit), settings.batch or 1, epochs, None)
-    bank = AbmilpBank(
+    grid = AbmilpGrid(
         torch.tensor(lr) * (batch / 256),
         store.take("patches", slice(1)).shape[2],
         max(int(labels.max()) + 1, len(train.classes or ())),
@@ -163,24 +163,24 @@ def learn_weights(
     columns = Columns(store, fit, wanted, device)
     drawn = batches(columns, labels[fit], batch, steps, config.seed, 0)
     factor = warm_cosine(steps, min(settings.warmup * each, steps // 2))
-    train_plans([ProbePlan([bank], factor, batch, steps)], drawn, progress)
+    train_plans([ProbePlan([grid], factor, batch, steps)], drawn, progress)
     best, found = 0, {}
     if len(hold):
-        order = _held(bank, store, hold, labels, device).order()
+        order = _held(grid, store, hold, labels, device).order()
         best = max(range(len(lr)), key=order.__getitem__)
         found = {"holdout_abmilp": order[best][0]}
 
     def weights(patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b N"]:
-        return bank.weights(patches.to(device))[best]
+        return grid.weights(patches.to(device))[best]
 
     facts = {**store.facts, "fit": len(fit), "holdout": len(hold)}
     return Scores(weights, facts, {"lr": lr[best]}, found)
 
 
 def _held(
-    bank: AbmilpBank, store: Any, hold: Int64[Tensor, "h"], labels: Int64[Tensor, "n"], device: torch.device
+    grid: AbmilpGrid, store: Any, hold: Int64[Tensor, "h"], labels: Int64[Tensor, "n"], device: torch.device
 ) -> Judged:
     """What the hold-out says of each probe."""
     return judge(
-        bank, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.image_indices[hold])
+        grid, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.image_indices[hold])
     )

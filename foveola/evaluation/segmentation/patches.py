@@ -156,8 +156,8 @@ class PatchSegmentation(DenseProtocol):
         """Return the settings to try."""
 
     @abstractmethod
-    def learn(self, at: At, config: Any, bank: Labelled, settings: Sequence[dict[str, Any]]) -> Learned:
-        """Return what labels patches with each of these settings, learned from the patches of the bank."""
+    def learn(self, at: At, config: Any, references: Labelled, settings: Sequence[dict[str, Any]]) -> Learned:
+        """Return what labels patches with each of these settings, learned from reference patches."""
 
     def segment(self, at: At, classes: tuple[str, ...], config: PatchSegmentationConfig) -> Outcome:
         """Choose a setting on held-out images, learn from all, measure on test."""
@@ -174,7 +174,7 @@ class PatchSegmentation(DenseProtocol):
             raise UserError(f"{at.train.name}: no patch whose most frequent label is a class")
         scaler = Scaler.fit(table.features[fitted]) if config.standardise else None
         if scaler is not None:
-            for into in table.features.split(65536):  # in place: there is no second copy of a large bank
+            for into in table.features.split(65536):  # in place: a large reference set is not copied
                 into.copy_(scaler(into))
         seconds = {"extract_seconds": round(perf_counter() - began, 2)}
         began = perf_counter()
@@ -196,7 +196,7 @@ class PatchSegmentation(DenseProtocol):
         test_facts = passing.facts()
         seconds["test_seconds"] = round(perf_counter() - began, 2)
         data = {
-            "train": facts | {"bank": int(usable.sum())},
+            "train": facts | {"reference_patches": int(usable.sum())},
             "test": test_facts,
             "class_iou": named_iou(areas, classes),
             **seconds,
@@ -219,12 +219,12 @@ class KnnSegmentation(PatchSegmentation):
         return [{"distance": distance, "k": k} for distance in config.distance for k in config.k]
 
     def learn(
-        self, at: At, config: KnnSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
+        self, at: At, config: KnnSegmentationConfig, references: Labelled, settings: Sequence[dict[str, Any]]
     ) -> Learned:
         """Do nothing but check: nothing is learned, patches are looked up. Raises UserError for more
         neighbours than patches.
         """
-        table, _, classes = bank
+        table, _, classes = references
         most = max(setting["k"] for setting in settings)
         if most > len(table.image_indices):
             raise UserError(
@@ -257,10 +257,14 @@ class LogisticSegmentation(PatchSegmentation):
         return [{"c": c} for c in sorted(config.c)]
 
     def learn(
-        self, at: At, config: LogisticSegmentationConfig, bank: Labelled, settings: Sequence[dict[str, Any]]
+        self,
+        at: At,
+        config: LogisticSegmentationConfig,
+        references: Labelled,
+        settings: Sequence[dict[str, Any]],
     ) -> Learned:
         """Fit a regression for each C, each started from the one before."""
-        table, modes, classes = bank
+        table, modes, classes = references
         models = path(
             table.features,
             modes,

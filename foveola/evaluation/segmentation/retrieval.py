@@ -29,7 +29,7 @@ from foveola.evaluation.segmentation.reading import (
     patch_pixels,
 )
 
-QUERIES = 8192  # patches looked up at once: one pass over the bank for each such block
+QUERIES = 8192  # patches looked up at once: one pass over the reference set for each such block
 GATHERED = 2**24  # numbers of neighbours' labels in memory at a time: 64 MiB
 
 
@@ -124,7 +124,7 @@ class DenseRetrieval(DenseProtocol):
     """Labels every pixel of `test` by its patch's neighbours in `train`.
 
     Numbers, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over images),
-    `best_k`, `miou_k30` and so on; with a bank of 1 in n images `miou_1of8` ... And `miou_ceiling`: what
+    `best_k`, `miou_k30` and so on; with references of 1 in n images `miou_1of8` ... And `miou_ceiling`: what
     perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
     """
 
@@ -143,14 +143,14 @@ class DenseRetrieval(DenseProtocol):
     def segment(self, at: At, classes: tuple[str, ...], config: DenseRetrievalConfig) -> Outcome:
         """Fill the reference sets from `train`, look up the patches of `test`, and compare."""
         began = perf_counter()
-        banks, train_facts = _banks(at, config, len(classes))
-        bank_seconds = round(perf_counter() - began, 2)
-        smallest = min(len(bank.features) for bank in banks)
+        sets, train_facts = _reference_sets(at, config, len(classes))
+        reference_seconds = round(perf_counter() - began, 2)
+        smallest = min(len(one.features) for one in sets)
         if max(config.k) > smallest:
             raise UserError(f"k={max(config.k)} is more than the {smallest} patches in the reference set")
         began = perf_counter()
         passing = DensePass.compared(at, config)
-        settings = [(b, k) for b in range(len(banks)) for k in config.k]
+        settings = [(b, k) for b in range(len(sets)) for k in config.k]
         areas: dict[Any, list[Tensor]] = {setting: [] for setting in (*settings, "ceiling")}
         images = [torch.zeros(0, dtype=torch.int64)]
         pixels = at.encoder.patch_size**2
@@ -160,35 +160,35 @@ class DenseRetrieval(DenseProtocol):
                 :, :-1
             ]
             areas["ceiling"] += _compare(own_shares(own), passing.grid, batch.truth, len(classes))
-            for b, bank in enumerate(banks):
+            for b, one in enumerate(sets):
                 s, i = nearest_rows(
-                    batch.features.flatten(0, 1), bank.features, max(config.k), device=at.encoder.device
+                    batch.features.flatten(0, 1), one.features, max(config.k), device=at.encoder.device
                 )
                 for k in config.k:
-                    shares = attend(s, i, bank.counts, pixels, k, config.temperature)
+                    shares = attend(s, i, one.counts, pixels, k, config.temperature)
                     areas[b, k] += _compare(shares, passing.grid, batch.truth, len(classes))
         test_facts = passing.facts()
         stacked = {
             setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
         }
-        metrics, iou = _metrics(stacked, banks, config, classes)
-        scores = _scores(stacked, banks, config, distributed.gather_rows(torch.cat(images)), metrics)
+        metrics, iou = _metrics(stacked, sets, config, classes)
+        scores = _scores(stacked, sets, config, distributed.gather_rows(torch.cat(images)), metrics)
         data = {
             "train": train_facts,
             "test": test_facts,
             "class_iou": iou,
-            "bank_seconds": bank_seconds,
+            "reference_seconds": reference_seconds,
             "search_seconds": round(perf_counter() - began, 2),
         }
         return Outcome(metrics, data, scores=scores)
 
 
-def _banks(
+def _reference_sets(
     at: At, config: DenseRetrievalConfig, classes: int
 ) -> tuple[list[ReferencePatches], dict[str, Any]]:
-    """A bank for each subsampling and repeat; without a feed each is encoded anew."""
+    """A reference set for each subsampling and repeat; without a feed each is encoded anew."""
     every = choose_images(len(at.train), config.limit, config.seed)
-    banks, facts = [], {}
+    sets, facts = [], {}
     for divisor in config.subsample:
         for repeat in range(config.repeats if divisor > 1 else 1):
             some = choose_images(len(every), max(1, len(every) // divisor), config.seed + repeat)
@@ -198,15 +198,15 @@ def _banks(
             )
             table = collect(passing, classes, config.memory, config.sampling, config.seed + repeat)
             counts = label_counts(table.pixels, classes)[:, :-1].contiguous()
-            banks.append(ReferencePatches(table.features, counts, divisor))
+            sets.append(ReferencePatches(table.features, counts, divisor))
             known = passing.facts()
             if not facts or known["images"] > facts["images"]:
-                facts = known | {"bank": len(table.image_indices)}
-    return banks, facts
+                facts = known | {"reference_patches": len(table.image_indices)}
+    return sets, facts
 
 
 def _blocks(batches: DensePass, rows: int) -> Iterator[DenseBatch]:
-    """Batches joined until they hold `rows` patches: a search costs a pass over the bank."""
+    """Batches joined until they hold `rows` patches: a search costs a pass over the one."""
     waiting: list[DenseBatch] = []
     for batch in batches:
         waiting.append(batch)
@@ -243,16 +243,16 @@ def _stack(parts: list[Tensor], classes: int) -> Int64[Tensor, "P 3 C1"]:
 
 def _scores(
     areas: dict[Any, Int64[Tensor, "P 3 C1"]],
-    banks: Sequence[ReferencePatches],
+    sets: Sequence[ReferencePatches],
     config: DenseRetrievalConfig,
     images: Int64[Tensor, "P"],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """Areas of each image for every mean IoU, of all draws of its bank."""
+    """Areas of each image for every mean IoU, of all draws of its one."""
     scores: dict[str, Any] = {}
     for divisor in config.subsample:
         end = _end(divisor)
-        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        own = [b for b, one in enumerate(sets) if one.subsample == divisor]
         for k in config.k:
             each = packed_areas([areas[b, k] for b in own], images, config.absent)
             scores[f"miou{end}_k{k}"] = each
@@ -262,17 +262,17 @@ def _scores(
 
 
 def _end(divisor: int) -> str:
-    """Of the names of a bank's metrics."""
+    """Of the names of a reference set's metrics."""
     return "" if divisor == 1 else f"_1of{divisor}"
 
 
 def _metrics(
     areas: dict[Any, Int64[Tensor, "P 3 C1"]],
-    banks: Sequence[ReferencePatches],
+    sets: Sequence[ReferencePatches],
     config: DenseRetrievalConfig,
     classes: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Named numbers, and the IoU of each class (first bank, its best k)."""
+    """Named numbers, and the IoU of each class (first reference set, its best k)."""
 
     def miou(setting: Any) -> float:
         return float(mean_iou(areas[setting].sum(dim=0).numpy(), config.absent))
@@ -284,7 +284,7 @@ def _metrics(
     best_of: list[int] = []
     for divisor in config.subsample:
         end = _end(divisor)
-        own = [b for b, bank in enumerate(banks) if bank.subsample == divisor]
+        own = [b for b, one in enumerate(sets) if one.subsample == divisor]
         means = {k: float(np.mean([miou((b, k)) for b in own])) for k in config.k}
         best = max(config.k, key=lambda k: means[k])
         best_of.append(best)
@@ -294,5 +294,5 @@ def _metrics(
         if len(own) > 1:
             metrics[f"miou{end}_sd"] = float(np.std([miou((b, best)) for b in own], ddof=1))
     # What was reached can be reached: enlarged, other shares may do better at borders than the true ones.
-    ceiling = max(known, *(miou((b, k)) for b in range(len(banks)) for k in config.k))
+    ceiling = max(known, *(miou((b, k)) for b in range(len(sets)) for k in config.k))
     return metrics | {"miou_ceiling": ceiling}, named_iou(areas[0, best_of[0]], classes)

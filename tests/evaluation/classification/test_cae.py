@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from foveola.config import UserError
-from foveola.evaluation.classification.cae import CaeBank
+from foveola.evaluation.classification.cae import CaeGrid
 from foveola.evaluation.evaluate import evaluate
 
 WIDTH, CLASSES, PATCHES, ROWS = 12, 5, 7, 20
@@ -35,9 +35,9 @@ class Plain(nn.Module):
         return self.head(self.norm(self.out_map(torch.cat(outs, dim=1))))
 
 
-def twin(bank: CaeBank, probe: int, heads: int) -> Plain:
-    """A plain probe that starts like one of the bank, in float64."""
-    module, p = Plain(heads), {name: value[probe] for name, value in bank.trained.items()}
+def twin(grid: CaeGrid, probe: int, heads: int) -> Plain:
+    """A plain probe that starts like one of the grid, in float64."""
+    module, p = Plain(heads), {name: value[probe] for name, value in grid.trained.items()}
     state = {"query": p["query"], "head.weight": p["head"], "head.bias": p["bias"]}
     for name in ("query", "value", "out"):
         state |= {f"{name}_map.weight": p[f"{name}_map"], f"{name}_map.bias": p[f"{name}_bias"]}
@@ -66,9 +66,9 @@ def test_folded_probes_train_like_plain_ones(heads, monkeypatch) -> None:
     """BatchNorm over 8, 8 and 4 images, gradients of all 20, torch's SGD; in parts that change nothing."""
     monkeypatch.setattr("foveola.evaluation.classification.cae.CAE_SCORES_AT_ONCE", 3 * heads * WIDTH * 2)
     rates = torch.tensor([0.3, 0.05])
-    bank = CaeBank(rates, WIDTH, CLASSES, heads=heads, norm_batch=8)
-    plain = [twin(bank, g, heads) for g in range(2)]
-    alone = CaeBank(rates[1:], WIDTH, CLASSES, heads=heads, norm_batch=8)
+    grid = CaeGrid(rates, WIDTH, CLASSES, heads=heads, norm_batch=8)
+    plain = [twin(grid, g, heads) for g in range(2)]
+    alone = CaeGrid(rates[1:], WIDTH, CLASSES, heads=heads, norm_batch=8)
     for g, module in enumerate(plain):
         optimizer = torch.optim.SGD(module.parameters(), lr=float(rates[g]), momentum=0.9)
         for step, (x, y) in enumerate(data(4)):
@@ -81,41 +81,41 @@ def test_folded_probes_train_like_plain_ones(heads, monkeypatch) -> None:
                 group["lr"] = float(rates[g]) * (1 - 0.2 * step)
             optimizer.step()
     for step, (x, y) in enumerate(data(4)):
-        bank.step(x, y, 1 - 0.2 * step)
+        grid.step(x, y, 1 - 0.2 * step)
         alone.step(x, y, 1 - 0.2 * step)
     x, _ = next(data(1, seed=9))
     for g, module in enumerate(plain):
         module.eval()
-        torch.testing.assert_close(bank.logits(x)[g].double(), module(joined(x)), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(bank.trained["query"][g].double(), module.query, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(bank.logits(x)[1], alone.logits(x)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grid.logits(x)[g].double(), module(joined(x)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(grid.trained["query"][g].double(), module.query, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(grid.logits(x)[1], alone.logits(x)[0], rtol=1e-4, atol=1e-5)
     assert plain[0].query.abs().max() > 0.005  # a query of zeros is left with the first step
 
 
 def test_first_step_reads_all_tokens_alike() -> None:
     """A query of zeros; then what is learned reads the class token as one more token, in any order."""
-    bank = CaeBank(torch.tensor([0.5]), WIDTH, CLASSES, heads=3)
+    grid = CaeGrid(torch.tensor([0.5]), WIDTH, CLASSES, heads=3)
     x, y = next(data(1))
-    assert torch.allclose(bank.weights(x), torch.full((1, 3, ROWS, 1 + PATCHES), 1 / (1 + PATCHES)))
+    assert torch.allclose(grid.weights(x), torch.full((1, 3, ROWS, 1 + PATCHES), 1 / (1 + PATCHES)))
     for x, y in data(5):
-        bank.step(x, y, 1.0)
-    bank.trained["query_map"] *= 100  # much further
-    weights = bank.weights(x)
+        grid.step(x, y, 1.0)
+    grid.trained["query_map"] *= 100  # much further
+    weights = grid.weights(x)
     torch.testing.assert_close(weights.sum(dim=3), torch.ones(1, 3, ROWS))
     assert weights.std() > 0.01
     other = {"token": x["token"], "patches": x["patches"].flip(1)}
-    torch.testing.assert_close(bank.logits(other), bank.logits(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grid.logits(other), grid.logits(x), rtol=1e-4, atol=1e-5)
     other["token"] = x["token"] * torch.tensor([1.0, -1.0])[:, None]
-    assert (bank.logits(other) - bank.logits(x)).abs().max() > 1e-3
-    assert bank.logits({"patches": x["patches"]}).shape == (1, ROWS, CLASSES)
+    assert (grid.logits(other) - grid.logits(x)).abs().max() > 1e-3
+    assert grid.logits({"patches": x["patches"]}).shape == (1, ROWS, CLASSES)
 
 
 @pytest.mark.parametrize(("width", "before"), [(384, 593_664), (768, 2_366_976), (1280, 6_566_400)])
 def test_number_of_parameters(width, before) -> None:
     """4 d^2 + 10 d before the classifier, with any number of heads."""
     for heads in (1, width // 64):
-        bank = CaeBank(torch.tensor([0.1]), width, CLASSES, heads=heads)
-        assert bank.parameters_each == before + CLASSES * (width + 1)
+        grid = CaeGrid(torch.tensor([0.1]), width, CLASSES, heads=heads)
+        assert grid.parameters_each == before + CLASSES * (width + 1)
     assert sum(p.numel() for p in Plain(1).parameters()) == 4 * WIDTH**2 + 10 * WIDTH + CLASSES * (WIDTH + 1)
 
 

@@ -14,7 +14,7 @@ from foveola.evaluation.search import nearest_rows
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bank, labels, queries, labels: four overlapping clouds."""
+    """References, labels, queries, labels: four overlapping clouds."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 16, generator=generator)
 
@@ -25,12 +25,16 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return *draw(300), *draw(60)
 
 
-def naive(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> list[int]:
+def naive(
+    queries: np.ndarray, references: np.ndarray, labels: np.ndarray, k: int, temperature: float
+) -> list[int]:
     """The rule of DINO's k-NN, one neighbour at a time, in float64."""
     predictions = []
     for q in queries.astype(np.float64):
-        similarities = [float(q @ b / np.linalg.norm(q) / np.linalg.norm(b)) for b in bank.astype(np.float64)]
-        neighbours = sorted(range(len(bank)), key=lambda i: -similarities[i])[:k]
+        similarities = [
+            float(q @ b / np.linalg.norm(q) / np.linalg.norm(b)) for b in references.astype(np.float64)
+        ]
+        neighbours = sorted(range(len(references)), key=lambda i: -similarities[i])[:k]
         scores: dict[int, float] = {}
         for i in neighbours:
             scores[int(labels[i])] = scores.get(int(labels[i]), 0.0) + math.exp(similarities[i] / temperature)
@@ -41,14 +45,14 @@ def naive(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, k: int, tem
 @pytest.mark.parametrize("k", [1, 10, 20, 100, 300])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_equals_a_naive_loop_and_scikit_learn(problem, k: int, temperature: float) -> None:
-    bank, labels, queries, truth = problem
-    ranked = predict(queries, bank, labels, k=(k,), classes=4, temperature=temperature)[k]
+    references, labels, queries, truth = problem
+    ranked = predict(queries, references, labels, k=(k,), classes=4, temperature=temperature)[k]
     ours = ranked[:, 0].numpy()
-    assert ours.tolist() == naive(queries.numpy(), bank.numpy(), labels.numpy(), k, temperature)
+    assert ours.tolist() == naive(queries.numpy(), references.numpy(), labels.numpy(), k, temperature)
 
     reference = KNeighborsClassifier(
         k, weights=lambda d: np.exp((1 - d) / temperature), metric="cosine", algorithm="brute"
-    ).fit(bank.double().numpy(), labels.numpy())
+    ).fit(references.double().numpy(), labels.numpy())
     shares = reference.predict_proba(queries.double().numpy())
     np.testing.assert_array_equal(ours, shares.argmax(axis=1))
     # the whole ranking, of the classes that got a vote
@@ -58,35 +62,35 @@ def test_equals_a_naive_loop_and_scikit_learn(problem, k: int, temperature: floa
 
 
 def test_all_k_in_one_pass_equal_each_k_alone(problem) -> None:
-    bank, labels, queries, _ = problem
-    together = predict(queries, bank, labels, k=(10, 20, 100), classes=4)
+    references, labels, queries, _ = problem
+    together = predict(queries, references, labels, k=(10, 20, 100), classes=4)
     for k, ranked in together.items():
-        assert torch.equal(ranked, predict(queries, bank, labels, k=(k,), classes=4)[k])
+        assert torch.equal(ranked, predict(queries, references, labels, k=(k,), classes=4)[k])
 
 
 def test_more_queries_than_a_block(problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, labels, queries, _ = problem
-    whole = predict(queries, bank, labels, k=(10, 20), classes=4)
+    references, labels, queries, _ = problem
+    whole = predict(queries, references, labels, k=(10, 20), classes=4)
     monkeypatch.setattr("foveola.evaluation.classification.knn.QUERY_BLOCK", 7)
-    blocks = predict(queries, bank, labels, k=(10, 20), classes=4)
+    blocks = predict(queries, references, labels, k=(10, 20), classes=4)
     assert all(torch.equal(whole[k], blocks[k]) for k in whole)
 
 
 def test_positive_factors_change_nothing(problem) -> None:
-    bank, labels, queries, _ = problem
-    plain = predict(queries, bank, labels, k=(20,), classes=4)[20]
-    factors = torch.logspace(-25, 25, len(bank))[:, None]
-    assert torch.equal(plain, predict(queries * 3e-12, bank * factors, labels, k=(20,), classes=4)[20])
+    references, labels, queries, _ = problem
+    plain = predict(queries, references, labels, k=(20,), classes=4)[20]
+    factors = torch.logspace(-25, 25, len(references))[:, None]
+    assert torch.equal(plain, predict(queries * 3e-12, references * factors, labels, k=(20,), classes=4)[20])
 
 
-def test_order_of_the_bank_changes_nothing(problem) -> None:
-    bank, labels, queries, _ = problem
-    order = torch.randperm(len(bank))
-    plain = predict(queries, bank, labels, k=(20,), classes=4)[20]
-    assert torch.equal(plain, predict(queries, bank[order], labels[order], k=(20,), classes=4)[20])
+def test_order_of_the_reference_set_changes_nothing(problem) -> None:
+    references, labels, queries, _ = problem
+    order = torch.randperm(len(references))
+    plain = predict(queries, references, labels, k=(20,), classes=4)[20]
+    assert torch.equal(plain, predict(queries, references[order], labels[order], k=(20,), classes=4)[20])
 
 
-def test_bank_of_class_means_is_perfect() -> None:
+def test_a_reference_set_of_class_means_is_perfect() -> None:
     labels = torch.randint(6, (40,))
     queries = torch.eye(6)[labels] + 0.05 * torch.rand(40, 6)
     ranked = predict(queries, torch.eye(6), torch.arange(6), k=(1, 6), classes=6)
@@ -94,14 +98,14 @@ def test_bank_of_class_means_is_perfect() -> None:
     assert torch.equal(ranked[6][:, 0], labels)
 
 
-def test_k_of_the_whole_bank_and_above_a_class_size() -> None:
-    bank, labels = torch.randn(5, 3), torch.tensor([0, 0, 0, 1, 2])
-    similarities, indices = nearest_rows(torch.randn(2, 3), bank, 50)
+def test_k_of_the_whole_reference_set_and_above_a_class_size() -> None:
+    references, labels = torch.randn(5, 3), torch.tensor([0, 0, 0, 1, 2])
+    similarities, indices = nearest_rows(torch.randn(2, 3), references, 50)
     assert indices.shape == (2, 5)
     assert similarities.isfinite().all()
-    assert predict(torch.randn(2, 3), bank, labels, k=(5,), classes=3)[5].shape == (2, 3)
+    assert predict(torch.randn(2, 3), references, labels, k=(5,), classes=3)[5].shape == (2, 3)
     with pytest.raises(ValueError, match="with 5 references"):
-        predict(torch.randn(2, 3), bank, labels, k=(6,), classes=3)
+        predict(torch.randn(2, 3), references, labels, k=(6,), classes=3)
 
 
 def test_a_row_of_ones_own_group_is_no_neighbour() -> None:
@@ -116,37 +120,37 @@ def test_a_row_of_ones_own_group_is_no_neighbour() -> None:
 
 
 def test_leaves_the_precision_of_products_alone(problem) -> None:
-    bank, _, queries, _ = problem
+    references, _, queries, _ = problem
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        _, indices = nearest_rows(queries, bank, 10)
+        _, indices = nearest_rows(queries, references, 10)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(indices, nearest_rows(queries, bank, 10)[1])
+    assert torch.equal(indices, nearest_rows(queries, references, 10)[1])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(indices, nearest_rows(queries, bank, 10)[1])
+        assert torch.equal(indices, nearest_rows(queries, references, 10)[1])
 
 
 @pytest.mark.gpu
 def test_gpu_equals_cpu(problem) -> None:
-    bank, labels, queries, _ = problem
-    cpu = predict(queries, bank, labels, k=(10, 20), classes=4)
-    gpu = predict(queries, bank, labels, k=(10, 20), classes=4, device="cuda")
+    references, labels, queries, _ = problem
+    cpu = predict(queries, references, labels, k=(10, 20), classes=4)
+    gpu = predict(queries, references, labels, k=(10, 20), classes=4, device="cuda")
     assert all(torch.equal(cpu[k], gpu[k]) for k in cpu)
 
 
 def test_labels_meet_by_class_name() -> None:
     notes: list[str] = []
-    bank_labels = torch.tensor([0, 1, 1, 2])
-    names, bank_names = ("cat", "dog", "emu"), ("ant", "cat", "dog")
-    labels = shared_labels(torch.tensor([0, 1, 2, 1]), names, bank_labels, bank_names, notes)
-    assert labels.tolist() == [1, 2, -1, 2]  # no ant in the test; emu unknown to the bank
+    reference_labels = torch.tensor([0, 1, 1, 2])
+    names, reference_names = ("cat", "dog", "emu"), ("ant", "cat", "dog")
+    labels = shared_labels(torch.tensor([0, 1, 2, 1]), names, reference_labels, reference_names, notes)
+    assert labels.tolist() == [1, 2, -1, 2]  # no ant in the test; emu unknown to the references
     assert notes == ["test: 1 of 4 rows are of classes that train lacks, and count as wrong"]
     with pytest.raises(UserError, match=r"share no class \(ant, cat, dog, \.\.\. against xylophone"):
-        shared_labels(torch.tensor([0]), ("xylophone",), bank_labels, bank_names, notes)
-    assert shared_labels(torch.tensor([1, 7]), None, bank_labels, None, notes).tolist() == [1, -1]
+        shared_labels(torch.tensor([0]), ("xylophone",), reference_labels, reference_names, notes)
+    assert shared_labels(torch.tensor([1, 7]), None, reference_labels, None, notes).tolist() == [1, -1]
 
 
 def test_settings_are_checked() -> None:

@@ -139,12 +139,12 @@ def test_exclude_self_leaves_out_the_image_not_the_row(encoder, train, mixed) ->
     assert result.notes[0].startswith("exclude_self: 8 of 14 test images are in train as well")
     config = KnnConfig(workers=0)
     tables = [extract_tables(encoder, s, (False,), config, progress=False)[0][0] for s in sources]
-    bank, query = (normalize(table.features.double(), dim=1) for table in tables)
+    references, query = (normalize(table.features.double(), dim=1) for table in tables)
     files = [[(s.root / s[i].name).read_bytes() for i in range(len(s))] for s in sources]
     right = 0
     for i, mine in enumerate(files[1]):
         others = [j for j, other in enumerate(files[0]) if other != mine]
-        nearest = max(others, key=lambda j: float(query[i] @ bank[j]))
+        nearest = max(others, key=lambda j: float(query[i] @ references[j]))
         right += int(tables[0].labels[nearest] == tables[1].labels[i])
     assert result.metrics["top1_plain_k1"] == pytest.approx(100 * right / 14)
     plain = evaluate(encoder, "knn", train=sources[0], test=sources[1], k=(1,), overlap="allow", **QUIET)

@@ -167,7 +167,7 @@ def test_knn_finds_colour(encoder, coloured):
     assert set(outcome.data["class_iou"]) == {"a", "b", "c"}
 
 
-def test_bank_of_the_queries_gives_the_truth_back(encoder, coloured):
+def test_reference_set_of_the_queries_gives_the_truth_back(encoder, coloured):
     train, test = coloured(1), coloured(1)
     test.name = "copy:"
     for labels in (*train.maps, *test.maps):
@@ -212,7 +212,7 @@ def test_the_choice_knows_nothing_of_test_and_the_scaler_nothing_of_the_hold_out
 
 
 def test_held_out_patches_do_not_vote_for_themselves(encoder, coloured):
-    """Labels are noise: held-out patches that leaked into the bank would be found right at k = 1."""
+    """Labels are noise: held-out patches that leaked into the reference set would be found right at k = 1."""
     train, rng = coloured(1, 8), np.random.default_rng(0)
     train.maps = [rng.integers(0, 3, (32, 32)).astype(np.uint8) for _ in train.maps]
     config = build(KnnSegmentationConfig, {"workers": 0, "k": [1, 3], "holdout": 0.5})

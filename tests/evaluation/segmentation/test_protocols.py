@@ -98,7 +98,9 @@ def test_one_pass_for_all_gives_what_each_gets_alone(encoder, camvid, encoded, t
     """The numbers bit for bit, from one encoding of each image; later calls read them from the folder."""
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0}
     alone = {name: evaluate(encoder, name, **options, **own) for name, own in SETTINGS.items()}
-    assert sum(encoded) == 4 * (6 + 5) + 3  # and once more every second image, for a bank of these alone
+    assert (
+        sum(encoded) == 4 * (6 + 5) + 3
+    )  # and once more every second image, for a reference set of these alone
     encoded.clear()
     together = evaluate_all(encoder, list(SETTINGS), cache=tmp_path, **options, **SETTINGS)
     assert sum(encoded) == 6 + 5

@@ -1,4 +1,4 @@
-"""The pass over labelled images: patches and labels cover the same place; the bank is chosen as said."""
+"""The pass over labelled images: patches and labels cover the same place; references are chosen as said."""
 
 from dataclasses import replace
 
@@ -123,7 +123,7 @@ def test_image_size_must_be_whole_patches(encoder, random_source):
         DensePass(encoder, random_source(), DenseConfig(image_size=30))
 
 
-def test_bank_keeps_as_many_of_each_image_and_labels_fit_features(encoder, random_source):
+def test_reference_set_keeps_as_many_of_each_image_and_labels_fit_features(encoder, random_source):
     source = random_source()
     whole = collect(DensePass(encoder, source, CONFIG, progress=False), 3, None, "rare", 0)
     assert len(whole.image_indices) == 5 * 16
@@ -133,7 +133,9 @@ def test_bank_keeps_as_many_of_each_image_and_labels_fit_features(encoder, rando
         DensePass(encoder, source, DenseConfig(workers=2, batch_size=2), progress=False), 3, 37, "rare", 0
     )
     assert torch.equal(some.pixels, again.pixels)
-    for row in range(len(some.image_indices)):  # every kept row is a row of the whole bank, with its labels
+    for row in range(
+        len(some.image_indices)
+    ):  # every kept row is a row of the whole reference_set, with its labels
         same = (whole.features - some.features[row]).abs().amax(dim=1) < 1e-5
         assert any(torch.equal(pixels, some.pixels[row]) for pixels in whole.pixels[same])
     other = collect(DensePass(encoder, source, CONFIG, progress=False), 3, 37, "rare", 1)

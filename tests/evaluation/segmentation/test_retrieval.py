@@ -22,15 +22,15 @@ from foveola.models.encoder import Encoder
 
 def random_rows(seed: int = 0):
     rng = torch.Generator().manual_seed(seed)
-    queries, bank = torch.randn(23, 8, generator=rng), torch.randn(41, 8, generator=rng)
+    queries, reference_set = torch.randn(23, 8, generator=rng), torch.randn(41, 8, generator=rng)
     pixels = torch.randint(0, 4, (41, 9), generator=rng).to(torch.uint8)
     pixels[pixels == 3] = IGNORE
-    return queries, bank, pixels
+    return queries, reference_set, pixels
 
 
-def naive(queries, bank, pixels, k, temperature, classes):
+def naive(queries, reference_set, pixels, k, temperature, classes):
     """Class shares in float64, one query after the other."""
-    q, f = queries.double().numpy(), bank.double().numpy()
+    q, f = queries.double().numpy(), reference_set.double().numpy()
     out = np.zeros((len(q), classes))
     for i, row in enumerate(q):
         cosine = (f @ row) / np.linalg.norm(f, axis=1) / np.linalg.norm(row)
@@ -47,22 +47,22 @@ def naive(queries, bank, pixels, k, temperature, classes):
 @pytest.mark.parametrize("k", [1, 5, 41])
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 def test_equals_naive_loop(k, temperature):
-    queries, bank, pixels = random_rows()
-    similarities, indices = nearest_rows(queries, bank, 41)
+    queries, reference_set, pixels = random_rows()
+    similarities, indices = nearest_rows(queries, reference_set, 41)
     counts = label_counts(pixels, 3)[:, :-1]
     shares = attend(similarities, indices, counts, 9, k, temperature)
-    np.testing.assert_allclose(shares, naive(queries, bank, pixels, k, temperature, 3), atol=2e-5)
+    np.testing.assert_allclose(shares, naive(queries, reference_set, pixels, k, temperature, 3), atol=2e-5)
 
 
 def test_limits_of_the_temperature_and_invariances():
-    queries, bank, pixels = random_rows()
+    queries, reference_set, pixels = random_rows()
     counts = label_counts(pixels, 3)[:, :-1]
-    s, i = nearest_rows(queries, bank, 5)
+    s, i = nearest_rows(queries, reference_set, 5)
     mean = counts[i].float().mean(dim=1) / 9
     torch.testing.assert_close(attend(s, i, counts, 9, 5, 1e6), mean)
     torch.testing.assert_close(attend(s, i, counts, 9, 5, 1e-6), counts[i[:, 0]].float() / 9)
     order = torch.randperm(41, generator=torch.Generator().manual_seed(1))
-    s2, i2 = nearest_rows(10 * queries, bank[order], 5)
+    s2, i2 = nearest_rows(10 * queries, reference_set[order], 5)
     moved = attend(s2, i2, counts[order], 9, 5, 0.02)
     torch.testing.assert_close(moved, attend(s, i, counts, 9, 5, 0.02), rtol=1e-4, atol=1e-5)
 
@@ -79,7 +79,7 @@ def run(encoder, train, test, config, progress=False):
 
 
 def test_memory_that_holds_the_queries_gives_the_ceiling(encoder: Encoder, coloured):
-    """k=1 and a bank of the same images without void: nothing is lost but what patches cannot say."""
+    """k=1 and references of the same images without void: nothing is lost but what patches cannot say."""
     train, test = coloured(1), coloured(1)
     for labels in (*train.maps, *test.maps):
         labels[labels == IGNORE] = 0
@@ -116,7 +116,7 @@ def test_colour_is_found(encoder: Encoder, coloured):
     assert {"miou_1of3", "miou_1of3_sd", "miou_1of3_k3"} <= metrics.keys()
     assert set(outcome.data["class_iou"]) == {"a", "b", "c"}
     # The strip of void takes half of the last column of patches, but no patch as a whole.
-    assert outcome.data["train"]["bank"] == 6 * 16
+    assert outcome.data["train"]["reference_patches"] == 6 * 16
     at_image = build(DenseRetrievalConfig, settings | {"evaluate_at": "image"})
     again = run(encoder, coloured(1), coloured(2), at_image, progress=False).metrics
     assert again["miou"] == metrics["miou"]  # the images have the size of the input
@@ -132,8 +132,8 @@ def test_void_as_the_first_class_is_worse_where_there_is_void(encoder: Encoder, 
         )
         for void in ("drop", "first")
     }
-    assert results["drop"].data["train"]["bank"] == 6 * 4
-    assert results["first"].data["train"]["bank"] == 6 * 16
+    assert results["drop"].data["train"]["reference_patches"] == 6 * 4
+    assert results["first"].data["train"]["reference_patches"] == 6 * 16
     assert results["drop"].metrics["miou"] > results["first"].metrics["miou"] + 5
 
 
