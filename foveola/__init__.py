@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveola.evaluation.evaluate import evaluate, evaluate_all
     from foveola.evaluation.protocol import Metric, Needs, Outcome, Protocol, Reading
     from foveola.evaluation.result import Result
+    from foveola.explorer.explore import Explorer, explore
     from foveola.exporting.export import export
     from foveola.figures.visualize import Figure, visualize
     from foveola.methods.method import Method, MethodConfig, Output
@@ -45,6 +46,7 @@ __all__ = [
     "Comparison",
     "Detections",
     "Encoder",
+    "Explorer",
     "Features",
     "Figure",
     "ImageTokens",
@@ -77,6 +79,7 @@ __all__ = [
     "embed",
     "evaluate",
     "evaluate_all",
+    "explore",
     "export",
     "finetune",
     "load",
@@ -115,6 +118,8 @@ _HOMES = {
     "embed": "foveola.embedding.embed",
     "Index": "foveola.embedding.index",
     "search": "foveola.embedding.search",
+    "explore": "foveola.explorer.explore",
+    "Explorer": "foveola.explorer.explore",
     "analyze_attention": "foveola.evaluation.attention.analysis",
     "AttentionAnalysis": "foveola.evaluation.attention.result",
     "Result": "foveola.evaluation.result",

@@ -134,6 +134,13 @@ SEARCH = [
     KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
     DEVICE,
 ]
+EXPLORE = [
+    KeyInfo("data", "text or null", None, "images, as a data string; null = those that features name"),
+    KeyInfo("host", "text", "127.0.0.1", "where to listen; 0.0.0.0 = for other machines too, unencrypted"),
+    KeyInfo("port", "int or null", None, "null = any free one"),
+    KeyInfo("cache", "text or null", None, "folder that keeps features; null = RUN/explore, or the cache"),
+    DEVICE,
+]
 MASKS = [
     KeyInfo("data", "text", "(needed)", "images, as a data string (docs/data.md)"),
     KeyInfo("model", "text", "(needed)", "what finds the objects; which models there are depends on KIND"),

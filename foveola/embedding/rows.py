@@ -126,13 +126,13 @@ class RowsWithNames:
         if self.rows == "objects" and objects is not None:
             boxes = torch.from_numpy(objects.boxes)
         elif self.rows == "patches":
-            boxes = torch.tensor([_seen(height, width, self.transform)])
+            boxes = torch.tensor([encoded_box(height, width, self.transform)])
         names, sizes = (sample.name,) * len(boxes), torch.tensor([[width, height]]).repeat(len(boxes), 1)
         return _Cut(rows.image_indices, rows._asdict(), names, boxes, sizes)
 
 
-def _seen(height: int, width: int, transform: TransformConfig) -> Box:
-    """The box of the image that the encoder sees."""
+def encoded_box(height: int, width: int, transform: TransformConfig) -> Box:
+    """Return the box of an image, of a size in pixels, that the encoder sees."""
     (high, wide), (top, left) = image_crop(height, width, transform)
     side = transform.crop
     return left / wide, top / high, (left + side) / wide, (top + side) / high

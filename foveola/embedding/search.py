@@ -1,7 +1,7 @@
 """`foveola.search`: what is most alike to images, or to an object in one, in a file of features."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,9 @@ def search(
         raise UserError(
             "this index does not say which encoder made it: encode the query yourself, and ask Index.search"
         )
-    source = _source_of(query, box, opened)
-    config = _asking(opened, source, box)
-    encoder = _encoder_of(opened, model, device)
-    rows = _encoded(encoder, source, config, progress)
-    if box is not None and config.masks is not False and not rows.masked.all():
-        raise UserError(f"box={_plain_box(box)} lies outside of the square of the image that is encoded")
+    source, rows = encode_query(
+        opened, query, box, lambda: _encoder_of(opened, model, device), progress=progress
+    )
     found = opened.search(rows.feature.reshape(len(rows.name), -1), top, method=method)
     hits = tuple(
         tuple({"similarity": float(s), **opened.describe(i)} for s, i in zip(*pair, strict=True))
@@ -181,6 +178,26 @@ def search(
     )
     asked = tuple(shrunk(decode(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
     return SearchResult(queries, hits, about, asked)
+
+
+def encode_query(
+    index: Index,
+    query: Any,
+    box: Sequence[float] | None,
+    encoder: Callable[[], Encoder],
+    progress: bool = False,
+) -> tuple[Source, FeatureRows]:
+    """Return queries as a source, and their rows as `search` encodes them for this index.
+
+    `encoder` gives the one of the index, and is asked once the query is known to be one. Arguments and errors
+    are those of `search`.
+    """
+    source = _source_of(query, box, index)
+    config = _asking(index, source, box)
+    rows = _encoded(encoder(), source, config, progress)
+    if box is not None and config.masks is not False and not rows.masked.all():
+        raise UserError(f"box={_plain_box(box)} lies outside of the square of the image that is encoded")
+    return source, rows
 
 
 def check_result_name(out: str | Path) -> Path:
