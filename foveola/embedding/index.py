@@ -18,6 +18,8 @@ from foveola.evaluation.metrics import unit_rows
 from foveola.evaluation.search import nearest_rows
 
 LARGE_INDEX = 1_000_000  # rows from which on a graph is worth its memory
+CHUNK = 65536  # rows that get their length at once
+KEPT_BYTES = 2**32  # of rows of length one in float32, which are kept on the device between searches
 
 
 class Neighbours(NamedTuple):
@@ -51,6 +53,7 @@ class Index:
         self.grid: tuple[int, int] | None = (shape[1], shape[2]) if len(shape) == 4 else None
         self.vectors: Tensor = torch.from_numpy(rows.feature.reshape(-1, shape[-1]))
         self.graph: Graph | None = None
+        self._unit: Tensor | None = None
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Index":
@@ -142,17 +145,24 @@ class Index:
         if top < 1:
             raise UserError(f"top={top}: expected at least 1")
         if method == "exact":
-            found = nearest_rows(asked, self.vectors, top, device=self.device)
-            return Neighbours(*(part.numpy() for part in found))
+            return Neighbours(*(part.numpy() for part in self._exact(asked, top)))
         if method != "hnsw":
             raise UserError(f"method={method}: expected exact or hnsw")
         if self.graph is None:
             self.graph = graph_of(self.vectors, self.path, self.device)
         near, rows = self.graph.search(unit_rows(asked).numpy(), min(top, len(self)))
         if (lost := (rows < 0).any(axis=1)).any():  # the graph has no way to as many rows
-            exact = nearest_rows(asked[torch.from_numpy(lost)], self.vectors, top, device=self.device)
+            exact = self._exact(asked[torch.from_numpy(lost)], top)
             near[lost], rows[lost] = (part.numpy() for part in exact)
         return Neighbours(near, rows)
+
+    def _exact(self, asked: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """The nearest of all rows. They get their length, and go to the device, once, where they fit."""
+        if self._unit is None and 4 * self.vectors.numel() <= KEPT_BYTES:
+            self._unit = torch.cat([unit_rows(part.to(self.device)) for part in self.vectors.split(CHUNK)])
+        if self._unit is None:
+            return nearest_rows(asked, self.vectors, top, device=self.device)
+        return nearest_rows(unit_rows(asked), self._unit, top, distance="product", device=self.device)
 
     def describe(self, index: int | np.integer) -> dict[str, Any]:
         """Return what a row is: `name`, `label`, `image_index`, `object`, `box` in the unit square.

@@ -27,7 +27,7 @@ def nearest_rows(
     references: Float[Tensor, "N D"],
     k: int,
     *,
-    distance: Distance = "cosine",
+    distance: Distance | Literal["product"] = "cosine",
     query_groups: Int64[Tensor, "m"] | None = None,
     reference_groups: Int64[Tensor, "N"] | None = None,
     device: torch.device | str = "cpu",
@@ -41,7 +41,8 @@ def nearest_rows(
     TF32, no autocast).
 
     "l2" ranks by q.f - |f|^2 / 2, which falls with the distance, of features moved to the references' mean: a
-    common offset would cost the digits that tell neighbours apart. These are its similarities.
+    common offset would cost the digits that tell neighbours apart. These are its similarities. "product"
+    takes rows as they are: of unit rows it is their cosine.
 
     Args:
         query_groups, reference_groups: a reference of a query's own group is no neighbour of it (an
@@ -83,11 +84,13 @@ def nearest_rows(
 
 
 def _preparation(
-    references: Tensor, distance: Distance, device: torch.device | str, chunk: int
+    references: Tensor, distance: str, device: torch.device | str, chunk: int
 ) -> Callable[[Tensor], Tensor]:
     """What is done to rows on their way to the device."""
     if distance == "cosine":
         return lambda rows: unit_rows(rows.to(device))
+    if distance == "product":
+        return lambda rows: rows.to(device).float()
     centre = sum(part.double().sum(dim=0) for part in references.split(chunk)) / max(1, len(references))
     moved = torch.as_tensor(centre).float().to(device)
     return lambda rows: rows.to(device).float() - moved

@@ -14,6 +14,7 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.embedding.index import Index
+from foveola.evaluation import search
 from foveola.zoo.load import load
 
 QUIET = {"workers": 0, "batch_size": 8, "progress": False}
@@ -59,6 +60,27 @@ def test_exact_search_is_that_of_all_cosines_in_float64(store) -> None:
     np.testing.assert_allclose(found.similarities, cosines, atol=1e-6)
     one = Index.build(torch.from_numpy(references), device="cpu").search(queries[0].tolist(), 600)
     assert one.indices.shape == (1, 500)
+
+
+@pytest.mark.parametrize("kept", [0, 2**32])
+def test_rows_get_their_length_once_where_they_fit(kept: int, monkeypatch) -> None:
+    """And both ways give the same bits."""
+    from foveola.embedding import index as own
+
+    monkeypatch.setattr(own, "KEPT_BYTES", kept)
+    monkeypatch.setattr(own, "CHUNK", 64)
+    counted, real = [], search.unit_rows
+    for module in (own, search):
+        monkeypatch.setattr(module, "unit_rows", lambda x: (counted.append(len(x)), real(x))[1])
+    rng = np.random.default_rng(0)
+    bank, queries = rng.normal(size=(500, 16)).astype(np.float16), rng.normal(size=(7, 16))
+    index = Index.build(bank, device="cpu")
+    found = [index.search(queries, 12) for _ in range(3)]
+    assert sum(counted) == (500 + 3 * 7 if kept else 3 * 507)
+    similarities, order = search.nearest_rows(torch.from_numpy(queries), torch.from_numpy(bank), 12)
+    for each in found:
+        assert np.array_equal(each.indices, order)
+        assert np.array_equal(each.similarities, similarities)
 
 
 def test_a_patch_of_a_grid_has_its_place_and_its_box() -> None:
