@@ -189,8 +189,9 @@ def _stored(image: Any) -> dict[str, Any]:
             values = values_in(image, reading).array
             if (finite := values[np.isfinite(values)]).size:
                 found |= {"low": float(finite.min()), "high": float(finite.max())}
-    if reader_of(image, reading) is not None:
-        return found
+    reader = reader_of(image, reading)
+    if reader is not None:
+        return found | {"format": reader.suffixes[0][1:].upper()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opened = open_image(image.read_bytes() if isinstance(image, Path) else image)
