@@ -1,6 +1,7 @@
 """The command that measures a GPU, on a CPU and at small sizes: nobody can try it out where it is to run."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.gpu_checks import checks
 from benchmarks.gpu_steps import Cost, Step
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 SHALLOW = (("model.depth", 1), ("views.local_count", 2))
 
 
@@ -93,3 +95,49 @@ def test_a_step_on_a_gpu_waits_nowhere():
     step = Step("", "odis-dinov2-tiny-tinyimagenet", 8)
     cost = gpu_steps.measure(step, torch.device("cuda"), 0.1)
     assert cost.places == ()
+
+
+EXCHANGED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from benchmarks.growth import exchanged
+from benchmarks.step import canvases
+from foveola import distributed
+from foveola.schedules import Progress
+from foveola.training.assemble import assemble
+from foveola.training.recipe import resolve
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+cpu = distributed.start("cpu")
+summed, plain = [], torch.distributed.all_reduce
+
+def counting(tensor, *words, **more):
+    summed.append(tensor.nbytes)
+    return plain(tensor, *words, **more)
+
+torch.distributed.all_reduce = counting
+found = []
+for recipe in ("ibot", "odis-dinov2", "capi"):
+    changes = {"batch_size": 4, "model.depth": 1}
+    if recipe != "capi":
+        changes |= {"views.local_count": 1}
+    config = resolve(f"{recipe}-tiny-tinyimagenet", changes)
+    progress = Progress(50, 1000, 100, 4)
+    trainer = assemble(config, progress, cpu)
+    trainer.wrapped.register_comm_hook(None, allreduce_hook)  # through the same function
+    images = canvases(2, cpu)
+    summed.clear()
+    trainer.step(progress, lambda: images)
+    expected = exchanged(config, trainer)
+    found.append([sum(summed), sum(expected.values()), expected["gradients"]])
+print(json.dumps(found))
+distributed.stop()
+"""
+
+
+def test_two_ranks_exchange_what_the_formula_says(run_ranks):
+    first, second = map(json.loads, run_ranks(EXCHANGED, words=[str(ROOT)], timeout=280))
+    assert first == second
+    for summed, expected, gradients in first:
+        assert summed == expected > gradients > 0
