@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from foveola.config import UserError
 from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import Source, decode
-from foveola.drawing.sheet import Pixels
 from foveola.embedding.index import Index
 from foveola.embedding.rows import encoded_box
 from foveola.embedding.search import encode_query
@@ -90,13 +90,20 @@ class SideAnswer:
     asked: Box | None
 
 
-def sample_at(source: Source, image: int) -> tuple[Sample, Pixels]:
+def sample_at(source: Source, image: int) -> tuple[Sample, Shaped[np.ndarray, "H W C"]]:
     """Return an image with its pixels. Raises UserError for one that cannot be read."""
     try:
         sample = source[image]
         return sample, decode(sample.image)
     except BadImage as error:
         raise UserError(f"image {image} cannot be read: {error}") from error
+
+
+def check_plain(pixels: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Return RGB of 8 bits as it is. Raises UserError for others, of which no parts are encoded here."""
+    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
+        raise UserError("parts and layers are of RGB images of 8 bits: this one has other channels or bits")
+    return pixels
 
 
 def answer(side: Side, source: Source, question: Question) -> SideAnswer:
@@ -158,7 +165,7 @@ def _known(side: Side, question: Question, index: Index, kind: str, number: int)
 def _encoded(side: Side, source: Source, question: Question, index: Index, box: Box | None) -> Tensor:
     """New features, as `foveola.search` has them of the same pixels and box."""
     encoder = side.need()
-    pixels = sample_at(source, question.image)[1]
+    pixels = check_plain(sample_at(source, question.image)[1])
     height, width = pixels.shape[:2]
     corners = None
     if box is not None:

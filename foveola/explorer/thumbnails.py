@@ -5,6 +5,8 @@ from collections.abc import Callable
 from io import BytesIO
 from threading import Lock
 
+import numpy as np
+from jaxtyping import Shaped
 from PIL import Image
 
 from foveola.data.sources import Source
@@ -42,7 +44,7 @@ class Thumbnails:
                 self.bytes -= len(self.held.popitem(last=False)[1])
         return made
 
-    def _pixels(self, image: int, number: int) -> Pixels:
+    def _pixels(self, image: int, number: int) -> Shaped[np.ndarray, "H W C"]:
         sample, pixels = sample_at(self.source, image)
         if number < 0:
             return pixels
@@ -55,17 +57,28 @@ class Thumbnails:
         return pixels[top : max(int(y1 + rim + 1), top + 1), left : max(int(x1 + rim + 1), left + 1)]
 
 
-def jpeg(pixels: Pixels, side: int) -> bytes:
+def jpeg(pixels: Shaped[np.ndarray, "H W C"], side: int) -> bytes:
     """Return an image as a JPEG whose longer side has `side` pixels at most."""
     return _written(pixels, side, lambda image, out: image.save(out, "JPEG", quality=88, subsampling=0))
 
 
-def png(pixels: Pixels) -> bytes:
+def png(pixels: Shaped[np.ndarray, "H W C"]) -> bytes:
     """Return an image as a PNG, every pixel as it is."""
     return _written(pixels, max(pixels.shape), lambda image, out: image.save(out, "PNG"))
 
 
-def _written(pixels: Pixels, side: int, save: Callable[[Image.Image, BytesIO], None]) -> bytes:
+def displayed(pixels: Shaped[np.ndarray, "H W C"]) -> Pixels:
+    """Return pixels of any channels and depth as RGB of 8 bits: the first three, or grey."""
+    if pixels.shape[2] != 3:
+        pixels = pixels[:, :, :3] if pixels.shape[2] > 3 else pixels[:, :, :1].repeat(3, axis=2)
+    if pixels.dtype != np.uint8:  # 0 to 65535 are the range, as 0 to 255 are
+        pixels = (pixels.astype(np.float32) * (255 / np.iinfo(pixels.dtype).max)).round().astype(np.uint8)
+    return np.ascontiguousarray(pixels)
+
+
+def _written(
+    pixels: Shaped[np.ndarray, "H W C"], side: int, save: Callable[[Image.Image, BytesIO], None]
+) -> bytes:
     out = BytesIO()
-    save(Image.fromarray(shrunk(pixels, side)), out)
+    save(Image.fromarray(shrunk(displayed(pixels), side)), out)
     return out.getvalue()

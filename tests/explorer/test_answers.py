@@ -11,9 +11,10 @@ import foveola
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.explorer.layers import layer
-from foveola.explorer.questions import sample_at
+from foveola.explorer.questions import check_plain, sample_at
 from foveola.explorer.session import Session
 from foveola.explorer.sides import ExploreConfig, sides_of
+from foveola.explorer.thumbnails import displayed
 from foveola.figures.pca import pca_images
 from foveola.zoo.load import load
 from tests.explorer.conftest import COUNT, QUICK, ask
@@ -174,6 +175,16 @@ def test_thumbnails_are_images_and_objects(client, session):
         "/map/images/5/pca",
     ):
         assert client.get(f"/{path}").status_code == 404, path
+
+
+def test_other_depths_and_channels_are_shown_as_rgb() -> None:
+    deep = np.array([0, 257, 32896, 65535], np.uint16).reshape(2, 2, 1)  # 0 to 65535 is black to white
+    assert displayed(deep)[..., 0].tolist() == [[0, 1], [128, 255]]
+    assert displayed(deep).shape == (2, 2, 3)
+    many = np.arange(2 * 2 * 8, dtype=np.uint8).reshape(2, 2, 8)
+    assert np.array_equal(displayed(many), many[:, :, :3])
+    with pytest.raises(UserError, match="other channels or bits"):
+        check_plain(many)
 
 
 def test_rows_and_facts(client, session):
