@@ -99,7 +99,7 @@ def sample_at(source: Source, image: int) -> tuple[Sample, Shaped[np.ndarray, "H
         raise UserError(f"image {image} cannot be read: {error}") from error
 
 
-def check_plain(pixels: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
+def refuse_other_depths(pixels: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
     """Return RGB of 8 bits as it is. Raises UserError for others, of which no parts are encoded here."""
     if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
         raise UserError("parts and layers are of RGB images of 8 bits: this one has other channels or bits")
@@ -165,7 +165,7 @@ def _known(side: Side, question: Question, index: Index, kind: str, number: int)
 def _encoded(side: Side, source: Source, question: Question, index: Index, box: Box | None) -> Tensor:
     """New features, as `foveola.search` has them of the same pixels and box."""
     encoder = side.need()
-    pixels = check_plain(sample_at(source, question.image)[1])
+    pixels = refuse_other_depths(sample_at(source, question.image)[1])
     height, width = pixels.shape[:2]
     corners = None
     if box is not None:

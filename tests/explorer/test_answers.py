@@ -11,7 +11,7 @@ import foveola
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.explorer.layers import layer
-from foveola.explorer.questions import check_plain, sample_at
+from foveola.explorer.questions import refuse_other_depths, sample_at
 from foveola.explorer.session import Session
 from foveola.explorer.sides import ExploreConfig, sides_of
 from foveola.explorer.thumbnails import displayed
@@ -184,7 +184,7 @@ def test_other_depths_and_channels_are_shown_as_rgb() -> None:
     many = np.arange(2 * 2 * 8, dtype=np.uint8).reshape(2, 2, 8)
     assert np.array_equal(displayed(many), many[:, :, :3])
     with pytest.raises(UserError, match="other channels or bits"):
-        check_plain(many)
+        refuse_other_depths(many)
 
 
 def test_rows_and_facts(client, session):
