@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
-from foveola.data.sample import IGNORE, DataError, Sample
+from foveola.data.decoding import channels_of, source_depth
+from foveola.data.sample import IGNORE, BadImage, DataError, Sample
 from foveola.data.sources import PixelSource, Source
 
 Annotations = Literal["labels", "classes", "label_maps", "instances"]
@@ -22,7 +23,7 @@ class Read:
 
     index: int
     sample: Sample
-    pixels: UInt8[np.ndarray, "H W 3"]
+    pixels: Shaped[np.ndarray, "H W C"]
     label_map: UInt8[np.ndarray, "H W"] | None
 
 
@@ -38,6 +39,14 @@ def check_annotated(source: Source, annotations: Annotations | None) -> None:
         raise DataError(f"{source.name}: has no label maps, classes of all pixels; {WITH}")
     if annotations == "instances" and not source.has_objects:
         raise DataError(f"{source.name}: has no annotated objects; {WITH}")
+
+
+def check_pixels(source: Source, pixels: Shaped[np.ndarray, "H W C"]) -> None:
+    """Raise BadImage for an image that has other channels or bits than the source says of all."""
+    count, bits = pixels.shape[2], 8 * pixels.dtype.itemsize
+    known = channels_of(source), source_depth(source)
+    if (count, bits) != known:
+        raise BadImage(f"{count} channel(s) of {bits} bits, where the data have {known[0]} of {known[1]}")
 
 
 def has_several(source: Any) -> bool:

@@ -6,6 +6,7 @@ rest through PIL; the file's header decides which, so that nothing is tried twic
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from foveola.config import kind_of
-from foveola.data.decoding import Decoding, ImageFile, StoredFile
+from foveola.data.decoding import RGB, Decoding, ImageFile, StoredFile
 from foveola.data.formats import (
     DAMAGED,
     bits_of,
@@ -30,6 +32,7 @@ from foveola.data.formats import (
     turn,
 )
 from foveola.data.guard import MAX_PIXELS
+from foveola.data.pil_values import opened_values
 from foveola.data.readers import open_file, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import Values, is_dark, to_pixels
@@ -38,6 +41,7 @@ MIN_SIDE = 8  # pixels; smaller images are tracking pixels, icons and broken exp
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES = 16  # stray bytes before the end of a JPEG that are no sign of damage
 PLAIN = Decoding()
+UNRANGED = {"ranges": (), "container": False, "percentiles": None, "deep": False}
 
 
 class Scratch:
@@ -99,7 +103,7 @@ def _deepened(pixels: UInt8[np.ndarray, "H W C"], reading: Decoding) -> Shaped[n
     return pixels * np.uint16(257) if reading.depth == 16 else pixels
 
 
-def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3 h w"]:
+def to_canvas(pixels: Shaped[np.ndarray, "H W C"], size: int) -> Shaped[Tensor, "C h w"]:
     """Return pixels that fit on a canvas of `size` a side: an axis that is longer is shrunk to it, another
     stays.
 
@@ -112,7 +116,20 @@ def to_canvas(pixels: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[Tensor, "3
     height, width = (min(side, size) for side in image.shape[1:])
     if image.shape[1:] == (height, width):
         return image
-    return torch.nn.functional.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    return resize_pixels(image, height, width, "bicubic")
+
+
+def resize_pixels(
+    image: Shaped[Tensor, "C H W"], height: int, width: int, mode: str
+) -> Shaped[Tensor, "C {height} {width}"]:
+    """Return pixels of uint8 or uint16 in another size, antialiased, rounded to their dtype."""
+    if image.dtype == torch.uint8:
+        return interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
+    top = torch.iinfo(image.dtype).max
+    # Each channel alone is what it is in an image of another number of channels, bit for bit.
+    planes = image.to(torch.float32, memory_format=torch.contiguous_format)[:, None]
+    resized = interpolate(planes, (height, width), mode=mode, antialias=True)[:, 0]
+    return resized.round_().clamp_(0, top).to(image.dtype)
 
 
 def _decode_jpeg(
@@ -159,19 +176,20 @@ def _decode_other(data: bytes, reading: Decoding) -> Shaped[np.ndarray, "H W C"]
         raise BadImage(reason(data, error)) from error
 
 
-def pixels_of(image: Any, values: str | None = None) -> Shaped[np.ndarray, "H W C"]:
+def pixels_of(image: Any, values: str | None = None, usual: Decoding = PLAIN) -> Shaped[np.ndarray, "H W C"]:
     """Return RGB pixels of a path (text, too), the bytes of a file, a PIL image or an array, as `decode` has
     them.
 
     It may also be the image of a source's sample, whose data string says how it is read. `values` is the
-    `range=` of a data string, for images of more than 8 bits. Without one, those that use half of 16 bits at
-    most are taken with a warning. Raises DataError, with the reason, for what is none.
+    `range=` of a data string, for images of more than 8 bits; all else, and the range where there is none, is
+    as `usual` says. Without a range, those that use half of 16 bits at most are taken with a warning.
+    Raises DataError, with the reason, for what is none.
     """
     name = str(image) if isinstance(image, str | Path) else kind_of(image)
     if isinstance(image, ImageFile) and values is not None:
         raise DataError(f"range={values}: the data string of this image says how it is read")
     try:
-        reading = PLAIN if values is None else Decoding(**Decoding.values(values))
+        reading = usual if values is None else replace(usual, **UNRANGED | Decoding.values(values))
     except ValueError as error:
         raise DataError(f"range={values}: expected {error}") from None
     try:
@@ -183,8 +201,8 @@ def pixels_of(image: Any, values: str | None = None) -> Shaped[np.ndarray, "H W 
             if reading == PLAIN and _is_dark_file(image):
                 _warn_of_dark()
             return decode(ImageFile(image, reading))
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
-            return decode(image)
+        if isinstance(image, np.ndarray) and image.ndim == 3:
+            return decode(_of_array(image, reading))
         return decode(_of_pil(image, reading))
     except (AttributeError, KeyError, TypeError) as error:  # of PIL, for what is no array or not of an image
         raise DataError(f"{name} is no image: expected a path, bytes, PIL or uint8 [H, W, 3]") from error
@@ -194,6 +212,15 @@ def pixels_of(image: Any, values: str | None = None) -> Shaped[np.ndarray, "H W 
         raise DataError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def _of_array(array: np.ndarray, reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
+    """Values [H, W, C] in the channels and the range that are meant; of uint8 as it is those are all."""
+    if array.dtype == np.uint8 and reading.channels is None and array.shape[2] == RGB:
+        return _deepened(array, reading)
+    if array.dtype.kind not in "uif" or (array.dtype.kind == "f" and not reading.ranged):
+        raise TypeError(array.dtype)
+    return to_pixels(Values(array), replace(reading, page=None))
+
+
 def _of_pil(image: Any, reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
@@ -201,11 +228,12 @@ def _of_pil(image: Any, reading: Decoding) -> Shaped[np.ndarray, "H W C"]:
         if reading.ranged and bits_of(image) > 8:
             raise BadImage("of 16-bit colour PIL keeps the upper bytes alone: give the file's path")
         image.load()
-        return _deepened(turn(_to_rgb(image), orientation_of(image)), reading)
-    values = np.asarray(image)[:, :, None]
-    if reading == PLAIN and image.format != "PPM" and is_dark(values):
+        if reading.channels is None:
+            return _deepened(turn(_to_rgb(image), orientation_of(image)), reading)
+    values = opened_values(image)
+    if reading == PLAIN and values.high is None and values.deep and is_dark(values.array):
         _warn_of_dark()
-    return turn(to_pixels(Values(values), reading), orientation_of(image))
+    return turn(to_pixels(values, reading), orientation_of(image))
 
 
 def _is_dark_file(data: bytes | Path) -> bool:

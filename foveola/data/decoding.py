@@ -24,9 +24,10 @@ class Decoding:
     they are refused), from 0; "channels": each page is one; "each": each is an image of its own.
     `channels` are all, so many, or chosen ones,
     counted from 1 or by name; None: RGB, or grey as RGB. `window` is the part of the file that is read.
-    `deep`: pixels have 16 bits also where only the files know their range. Of whole slides `level` (0: the
+    `deep`: the files state their range, and pixels have 16 bits. Of whole slides `level` (0: the
     finest) or `mpp` (microns a pixel) is read. Of videos one frame is taken in `every` so many, or in so many
-    `seconds`; `page` says which of these.
+    `seconds`; `page` says which of these. `shown` are
+    the three channels of pixels, from 0, that people see as red, green and blue; which makes no other data.
     """
 
     ranges: tuple[Range, ...] = ()
@@ -36,6 +37,7 @@ class Decoding:
     channels: int | Literal["all"] | tuple[int | str, ...] | None = None
     window: Window | None = None
     deep: bool = False
+    shown: tuple[int, ...] | None = None
     level: int | None = None
     mpp: float | None = None
     every: int | None = None
@@ -53,8 +55,8 @@ class Decoding:
 
     @property
     def depth(self) -> Literal[8, 16]:
-        """Bits of pixels."""
-        return 16 if self.deep else 8
+        """Bits of pixels: 16 where a range is known, which 8 bits would cut into few levels."""
+        return 16 if self.ranged or self.deep else 8
 
     @property
     def count(self) -> int:
@@ -83,12 +85,21 @@ class Decoding:
 
     @staticmethod
     def values(text: str) -> dict[str, Any]:
-        """Return the fields that `range=` sets: `LOW-HIGH`, one for each channel with commas, or `container`.
+        """Return the fields that `range=` sets: `LOW-HIGH`, one for each channel with commas, `container`,
+        `percentile:LOW-HIGH`, or `file`, where files state it.
 
         Raises ValueError.
         """
         if text == "container":
             return {"container": True}
+        if text == "file":
+            return {"deep": True}
+        if text.startswith("percentile:"):
+            found = LOW_HIGH.fullmatch(text.removeprefix("percentile:"))
+            low, high = (float(end) for end in found.groups()) if found else (0.0, 0.0)
+            if not 0 <= low < high <= 100:
+                raise ValueError("a range such as percentile:0.5-99.5")
+            return {"percentiles": (low, high)}
         ranges = []
         for part in text.split(","):
             found = LOW_HIGH.fullmatch(part)
@@ -97,6 +108,29 @@ class Decoding:
                 raise ValueError("a range such as 0-4095 or -1000-3000, or container")
             ranges.append((low, high))
         return {"ranges": tuple(ranges)}
+
+    @classmethod
+    def of(
+        cls, range: str | None, channels: str | None, pages: str | None, show: str | None = None
+    ) -> "Decoding":
+        """Return what these options of a data string say. Raises ValueError."""
+        fields = {} if range is None else cls.values(range)
+        fields |= {} if channels is None else cls.chosen(channels)
+        fields |= {} if show is None else cls.seen(show)
+        return cls(**fields, **({} if pages is None else cls.paged(pages)))
+
+    def options(self) -> dict[str, str | None]:
+        """Return the options of a data string that say it: `of(**options())` is the same."""
+        numbers = [f"{low:.15g}-{high:.15g}" for low, high in self.ranges]
+        said = ",".join(numbers) or ("container" if self.container else "file" if self.deep else None)
+        if self.percentiles is not None and not numbers:
+            said = "percentile:{:.15g}-{:.15g}".format(*self.percentiles)
+        chosen = None if self.channels is None else str(self.channels)
+        if isinstance(self.channels, tuple):
+            chosen = ",".join(map(str, self.channels)) + ("," if len(self.channels) == 1 else "")
+        page = str(self.page + 1) if isinstance(self.page, int) else self.page
+        seen = None if self.shown is None else ",".join(str(channel + 1) for channel in self.shown)
+        return {"range": said, "channels": chosen, "pages": page, "show": seen}
 
     @staticmethod
     def chosen(text: str) -> dict[str, Any]:
@@ -115,6 +149,14 @@ class Decoding:
         if not all(parts) or "0" in parts:
             raise ValueError("channels counted from 1, or their names, such as 4,3,2")
         return {"channels": tuple(int(part) if part.isdecimal() else part for part in parts)}
+
+    @staticmethod
+    def seen(text: str) -> dict[str, Any]:
+        """Return the fields that `show=` sets: three of the channels, counted from 1. Raises ValueError."""
+        parts = text.split(",")
+        if len(parts) != RGB or not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError("three of the channels, counted from 1, such as 4,3,2")
+        return {"shown": tuple(int(part) - 1 for part in parts)}
 
     @staticmethod
     def paged(text: str) -> dict[str, Any]:

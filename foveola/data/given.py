@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 from jaxtyping import Int64
 
-from foveola.data.decoding import ImageFile
+from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.fit import turn_of
 from foveola.data.formats import Header
 from foveola.data.identity import Identity, identity_of
@@ -106,6 +106,11 @@ class GivenObjects:
         has = np.diff(self.reader.table.ends, prepend=0) > 0
         given = self._given()
         return int(has[given[given >= 0]].sum())
+
+    def read_as(self, reading: Decoding) -> None:
+        """Read all files in this way."""
+        self.source = copy(self.source)
+        self.source.read_as(reading)
 
     def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
         """Leave only the images of these indices, in their order. Raises DataError where the source

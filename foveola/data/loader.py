@@ -28,9 +28,17 @@ from foveola.data.ahead import (
     read_ahead,
     room,
 )
-from foveola.data.annotated import Annotations, Read, check_annotated, class_table, stack_label_maps
+from foveola.data.annotated import (
+    Annotations,
+    Read,
+    check_annotated,
+    check_pixels,
+    class_table,
+    stack_label_maps,
+)
 from foveola.data.chosen import ObjectRows
 from foveola.data.decode import Scratch, decode, to_canvas
+from foveola.data.decoding import channels_of, source_depth
 from foveola.data.noise import NoiseConfig, check_noise, make_noisy
 from foveola.data.sample import BadImage, Canvases, DataError, Instances, ObjectChoice, Objects, have_masks
 from foveola.data.sources import Source, read_label_map
@@ -276,7 +284,10 @@ class _Batches(Dataset):
         Where that does not fit, the batch of `step` tells how large they are.
         """
         config = self.config
-        pixels = (3 + self.label_maps) * config.canvas**2 + config.objects_per_image * config.mask_canvas**2
+        channels = channels_of(self.source) * source_depth(self.source) // 8
+        pixels = (
+            channels + self.label_maps
+        ) * config.canvas**2 + config.objects_per_image * config.mask_canvas**2
         pixels += MANY_INSTANCES * (self.instance_mask or 0) ** 2
         size = self.batch_size * pixels
         if room(size, workers, prefetch) != (workers, prefetch):
@@ -292,7 +303,8 @@ class _Batches(Dataset):
 
         B, canvas = self.batch_size, self.config.canvas
         # Channels last, as decoders give them.
-        images = torch.zeros((B, canvas, canvas, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        dtype = torch.uint16 if source_depth(self.source) == 16 else torch.uint8
+        images = torch.zeros((B, canvas, canvas, channels_of(self.source)), dtype=dtype).permute(0, 3, 1, 2)
         extents = torch.empty((B, 2), dtype=torch.int64)
         aspects, labels = torch.empty(B), torch.full((B,), -1)
         objects = ObjectRows(B, self.config.objects_per_image, self.config.mask_canvas)
@@ -377,6 +389,7 @@ class _Batches(Dataset):
             sample = self.source[index]
             name = sample.name
             pixels = decode(sample.image, scratch)
+            check_pixels(self.source, pixels)
             labels = read_label_map(self.source, index, pixels.shape[:2]) if self.label_maps else None
             return Read(index, sample, pixels, labels)
         except (BadImage, OSError) as error:

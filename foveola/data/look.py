@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from foveola.data.annotations import PixelBoxes
-from foveola.data.decode import decode
-from foveola.data.decoding import RGB, Decoding
+from foveola.data.decoding import RGB, Decoding, ImageFile
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header
 from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
+from foveola.data.measure import percentile_ranges
 from foveola.data.readers import read_header, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shards.source import ShardImages
-from foveola.data.values import CONTAINER
+from foveola.data.values import CONTAINER, chosen_channels
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
@@ -38,6 +38,7 @@ class Looks:
     low: float = np.inf
     high: float = -np.inf
     floating: bool = False
+    stated: int = 0  # deep ones, whose files say their range
     stored: int = 0  # annotations that fit only the pixels as stored, of images that EXIF turns
     upright: int = 0  # only the image the right way up
     unclear: int = 0  # both
@@ -66,6 +67,11 @@ def look(source: Looked) -> None:
     if source.reading.ranged:
         if not seen.deep:
             _check_use(source, "range=", "no image has more than 8 bits", _is_deep)
+        if source.reading.percentiles is not None:
+            ranges = percentile_ranges(source, source.reading.percentiles)
+            source.read_as(replace(source.reading, ranges=ranges))
+    elif seen.stated and not np.isfinite(seen.high):
+        source.read_as(replace(source.reading, deep=True))
     elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
         top = 2 ** max(int(seen.high).bit_length(), 8) - 1
         proposal = f"{seen.low:g}-{seen.high:g}" if seen.floating or seen.low < 0 else f"0-{top}"
@@ -81,7 +87,9 @@ def _count_channels(source: Looked) -> None:
     """Take as many channels as the first image has that can be read."""
     for index in range(min(LOOKS, len(source))):
         try:
-            count = decode(source[index].image).shape[2]
+            image = source[index].image
+            assert isinstance(image, ImageFile)
+            count = chosen_channels(values_in(image.data, image.reading), image.reading).array.shape[2]
         except (OSError, DataError):
             continue
         source.read_as(replace(source.reading, channels=None if count == RGB else count))
@@ -123,6 +131,7 @@ def _look_at_depth(data: bytes | Path, reading: Decoding, seen: Looks) -> None:
     except DAMAGED as error:
         raise BadImage(str(error)) from error
     if values.high is not None:  # the file says it
+        seen.stated += 1
         return
     known = values.array[np.isfinite(values.array)]
     if known.size:

@@ -50,12 +50,17 @@ def _page(data: bytes, number: int) -> Values:
     image = open_image(data)
     if number:
         image.seek(number)
+    if bits_of(image) > 8 and not is_single(image):
+        return Values(_colours(image, data, number), names=channel_names(image))
+    return opened_values(image)
+
+
+def opened_values(image: Image.Image) -> Values:
+    """Return what an image holds that PIL has opened, but for colours of 16 bits. Raises as PIL does."""
     names = channel_names(image)
-    if bits_of(image) == 8:
+    if not is_single(image):
         array = np.array(image.convert("".join(names).replace(ALPHA, "A")))
         return Values(array.reshape(*array.shape[:2], len(names)), names=names)
-    if not is_single(image):
-        return Values(_colours(image, data, number), names=names)
     tiles = list(getattr(image, "tile", ()))
     values = np.asarray(image)[:, :, None]
     if tiles and tiles[0].codec_name == "ppm":  # PIL scales from the range that the file states

@@ -246,8 +246,9 @@ def _looked_at(source: Any) -> Iterator[Objects]:
 class Canvases:
     """A batch as the loader gives it. M objects per image; unknown labels are -1.
 
-    `images` are RGB, each in the upper left of a canvas of R x C pixels; `extents` are the rows and columns
-    that it fills, which stand for the unit square, and `aspects` is width / height of the true images.
+    `images` have K channels of uint8 or uint16, each in the upper left of a canvas of R x C pixels; `extents`
+    are the rows and columns that it fills, which stand for the unit square, and `aspects` is width / height
+    of the true images.
     `object_masks` are coverage times 255 on a square that the unit square fills. Where `whole` is true the
     object is the whole image (no annotation) and its mask is all 255. `indices` are positions in the
     source. `skipped` counts bad images that were replaced. `label_maps` (classes, IGNORE for none and beyond
@@ -255,7 +256,7 @@ class Canvases:
     them; `chosen` tells more of the objects.
     """
 
-    images: UInt8[Tensor, "B 3 R C"]
+    images: Shaped[Tensor, "B K R C"]
     extents: Int64[Tensor, "B 2"]
     aspects: Float32[Tensor, "B"]
     object_masks: UInt8[Tensor, "B M s s"]
@@ -267,7 +268,7 @@ class Canvases:
     chosen: Chosen | None = None
     label_maps: UInt8[Tensor, "B R C"] | None = None
     instances: Instances | None = None
-    classes: Bool[Tensor, "B K"] | None = None
+    classes: Bool[Tensor, "B classes"] | None = None
 
     def __len__(self) -> int:
         return len(self.images)

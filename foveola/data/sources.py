@@ -357,6 +357,7 @@ READINGS: Mapping[str, Callable[[str], Any]] = {
     "channels": Decoding.chosen,
     "level": lambda text: {"level": whole_number(text)},
     "mpp": lambda text: {"mpp": float(positive(text))},
+    "show": Decoding.seen,
 }
 
 

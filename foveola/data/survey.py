@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageStat
 
-from foveola.data.decode import decode
 from foveola.data.decoding import Decoding, ImageFile, StoredFile
 from foveola.data.formats import ALPHA, DAMAGED, channel_names, open_image
 from foveola.data.identity import hash_of
 from foveola.data.readers import contents, read_header, reader_of, values_in
 from foveola.data.sample import BadImage, DataError
+from foveola.data.shown import shown_image
 from foveola.data.sources import Source, notes_of
 
 GREY_SIDE = 16  # pixels a side of the grey ones by which images are compared
@@ -139,7 +139,7 @@ def _facts(source: Source, index: int) -> ImageFacts:
         return ImageFacts(f"image {index}", str(error))
     try:
         image = _in_memory(sample.image)
-        pixels = decode(image)
+        pixels = shown_image(image)
         stored = _stored(image)
     except (BadImage, *DAMAGED) as error:
         return ImageFacts(sample.name, getattr(error, "strerror", None) or str(error))

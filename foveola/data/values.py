@@ -9,6 +9,7 @@ from foveola.data.decoding import RGB, Decoding, Range, picked
 from foveola.data.formats import ALPHA
 from foveola.data.sample import BadImage
 
+ImagePixels = Shaped[np.ndarray, "_ _ ch"]  # of any size and number of channels, uint8 or uint16
 CONTAINER = 65535  # the largest value of 16 bits
 
 

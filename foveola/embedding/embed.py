@@ -22,6 +22,7 @@ from foveola.evaluation.images import PARCEL, choose_images, share_of_rank
 from foveola.evaluation.stored import SPEED
 from foveola.failures import told
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.zoo.load import load
 
 FILE_FORMAT = 1
@@ -98,6 +99,7 @@ def embed(
     say(progress and distributed.is_main())
     source = as_source(data, "test", "data")
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
+    source = seen_by([encoder], source)
     embedding = Embedding(encoder, source, config, progress=progress)
     chosen = choose_images(len(source), config.limit, config.seed)
     about = distributed.on_main(lambda: _about(model, encoder, embedding, chosen))

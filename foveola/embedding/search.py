@@ -12,9 +12,9 @@ from PIL import Image
 
 from foveola import distributed, files
 from foveola.config import UserError, build, kind_of
-from foveola.data.decode import pixels_of
 from foveola.data.sample import Objects, Sample
-from foveola.data.sources import Source, as_source, decode, why_bad
+from foveola.data.shown import shown_image
+from foveola.data.sources import Source, as_source, why_bad
 from foveola.drawing.overlays import box_outlines
 from foveola.drawing.sheet import Pixels, Row, Sheet, save_png, shrunk
 from foveola.embedding.index import Index
@@ -23,6 +23,7 @@ from foveola.evaluation.images import PARCEL
 from foveola.evaluation.result import aligned
 from foveola.failures import told
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.outside import library
 from foveola.zoo.load import load
 
@@ -35,6 +36,7 @@ class QueryImages:
     """Images of the caller's own as a source, each perhaps with the box that is asked about."""
 
     samples: list[Sample]
+    channels: int = 3
     name: str = "query"
     classes: tuple[str, ...] | None = None
 
@@ -176,7 +178,7 @@ def search(
         {"name": str(n), "box": b.astype(float).tolist(), "masked": bool(m)}
         for n, b, m in zip(rows.name, rows.box, rows.masked, strict=True)
     )
-    asked = tuple(shrunk(decode(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
+    asked = tuple(shrunk(shown_image(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
     return SearchResult(queries, hits, about, asked)
 
 
@@ -192,9 +194,10 @@ def encode_query(
     `encoder` gives the one of the index, and is asked once the query is known to be one. Arguments and errors
     are those of `search`.
     """
-    source = _source_of(query, box, index)
+    asked = encoder()
+    source = seen_by([asked], _source_of(query, box, index, asked))
     config = _asking(index, source, box)
-    rows = _encoded(encoder(), source, config, progress)
+    rows = _encoded(asked, source, config, progress)
     if box is not None and config.masks is not False and not rows.masked.all():
         raise UserError(f"box={_plain_box(box)} lies outside of the square of the image that is encoded")
     return source, rows
@@ -211,7 +214,7 @@ def check_result_name(out: str | Path) -> Path:
 # -- what is asked -------------------------------------------------------------------------------------------
 
 
-def _source_of(query: Any, box: Sequence[float] | None, index: Index) -> Source:
+def _source_of(query: Any, box: Sequence[float] | None, index: Index, encoder: Encoder) -> Source:
     """The queries as a source: of images of the caller's own, or a data set."""
     several = list(query) if isinstance(query, list | tuple) else [query]
     if len(several) == 1 and not _is_image(several[0]):
@@ -223,15 +226,17 @@ def _source_of(query: Any, box: Sequence[float] | None, index: Index) -> Source:
     if box is not None and len(several) > 1:
         raise UserError(f"box= is of one image, not of {len(several)}")
     values = dict(parse_qsl(index.about["data"]["name"].partition("?")[2])).get("range")
+    if values is not None and values.startswith("percentile:"):
+        values = None  # as the encoder knows them
     samples = []
     for number, each in enumerate(several, start=1):
-        pixels, objects = pixels_of(each, values), None
+        pixels, objects = encoder.read(each, values), None
         if box is not None:
             height, width = pixels.shape[:2]
             objects = _object_at(box, width, height)
         name = str(each) if isinstance(each, str | Path) else f"image {number}"
         samples.append(Sample(pixels, name, objects))
-    return QueryImages(samples)
+    return QueryImages(samples, encoder.config.model.channels)
 
 
 def _is_image(query: Any) -> bool:
@@ -323,7 +328,7 @@ def _pixels_of_hit(source: Source, hit: dict[str, Any]) -> Pixels:
     if found != name:
         raise UserError(f"{source.name}: image {index} is {found}, in the index {name}: these are other data")
     with told(f"{name} cannot be shown"):
-        return decode(source[index].image)
+        return shown_image(source[index].image)
 
 
 def _boxed(pixels: Pixels, box: Sequence[float]) -> Pixels:

@@ -28,6 +28,7 @@ from foveola.evaluation.stored import SPEED, store
 from foveola.failures import told
 from foveola.files import home_of
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.proposals.run import DOOR, NO_OTHER_WORK
 from foveola.zoo.load import load
 
@@ -106,6 +107,8 @@ def evaluate_all(
     configs, (by, _) = protocol_configs(protocols, settings), asked_masks(settings)
     learned_from, tests = _open(found, configs, train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
+    learned_from = None if learned_from is None else seen_by([encoder], learned_from)
+    tests = [seen_by([encoder], each) for each in tests]
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
     if out is not None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -309,7 +309,7 @@ class ImageRows(NamedTuple):
     labels: Int64[Tensor, "R"]
     masks: Bool[Tensor, "R N"]  # the patches that its object token may read
     has_mask: Bool[Tensor, "R"]
-    images: UInt8[Tensor, "V 3 S S2"]
+    images: Shaped[Tensor, "V ch S S2"]
     rows: Int64[Tensor, "V"]  # how many rows see each view, one after the other
     maps: UInt8[Tensor, "V2 H W"] = torch.zeros(0, 0, 0, dtype=torch.uint8)  # classes of pixels, if asked for
 

@@ -11,6 +11,7 @@ from foveola.config import UserError, kind_of
 from foveola.data.decode import decode
 from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
+from foveola.data.shown import rgb_of
 from foveola.data.sources import Source
 from foveola.drawing.boxes import paint_objects
 from foveola.drawing.classes import paint_classes, palette
@@ -103,7 +104,7 @@ ABOUT_SCORES: dict[type, str] = {
 
 def _judged(encoder: Encoder, source: Source, index: int, image: Pixels) -> Answer | None:
     """None for an image without annotation."""
-    said = encoder.predict(image)
+    (said,) = encoder.head.predict(encoder, [image])
     if isinstance(said, Classes):
         return _classes(source, index, image, said, encoder.head.config.several)
     if isinstance(said, LabelMap):
@@ -121,13 +122,13 @@ def _classes(source: Source, index: int, image: Pixels, answer: Classes, several
         said = {name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5}
         score = 1 - len(truth ^ said) / len(answer.names)
         caption = f"{', '.join(sorted(said)) or 'none'} (truth: {', '.join(sorted(truth)) or 'none'})"
-        return Answer(index, answer, score, (image,), (caption,), (truth == said,))
+        return Answer(index, answer, score, (rgb_of(image),), (caption,), (truth == said,))
     if sample.label is None:
         return None
     right = names[sample.label]
     score = float(answer.scores[place[right]]) if right in place else 0.0
     caption = _plain(answer.best) + ("" if answer.best == right else f", not {_plain(right)}")
-    return Answer(index, answer, score, (image,), (caption,), (answer.best == right,))
+    return Answer(index, answer, score, (rgb_of(image),), (caption,), (answer.best == right,))
 
 
 def _plain(name: str) -> str:
@@ -153,7 +154,8 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     colors = palette(len(answer.names))
     largest = np.bincount(said[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
     caption = ", ".join(answer.names[i] for i in largest if (said[labelled] == i).any())
-    tiles = image, paint_classes(image, truth, colors), paint_classes(image, said, colors)
+    shown = rgb_of(image)
+    tiles = shown, paint_classes(shown, truth, colors), paint_classes(shown, said, colors)
     return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
 
 
@@ -162,6 +164,6 @@ def _detections(source: Source, index: int, image: Pixels, answer: Detections) -
         return None
     sample = source[index]
     truth, found = annotated(sample, image, source), drawn_detections(answer)
-    tiles = image, paint_objects(image, truth), paint_objects(image, found)
+    tiles = rgb_of(image), paint_objects(rgb_of(image), truth), paint_objects(rgb_of(image), found)
     captions = "", f"{len(truth.boxes)} annotated", f"{len(found.boxes)} found"
     return Answer(index, answer, agreement(found, truth), tiles, captions, (None, None, None))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from foveola.config import UserError
@@ -18,7 +18,7 @@ OVERLAP = 0.5  # of a tile's side that it shares with the next
 
 def patch_map(
     encoder: Encoder,
-    image: UInt8[np.ndarray, "H W 3"],
+    image: Shaped[np.ndarray, "H W ch"],
     size: int | None = None,
     tile: int | None = None,
     overlap: float = OVERLAP,
@@ -65,7 +65,7 @@ def starts(length: int, side: int, overlap: float) -> list[int]:
 
 
 def _tiled(
-    encoder: Encoder, pixels: UInt8[Tensor, "3 H W"], side: int, overlap: float
+    encoder: Encoder, pixels: Shaped[Tensor, "ch H W"], side: int, overlap: float
 ) -> Float32[np.ndarray, "h w D"]:
     patch = encoder.patch_size
     rows, columns = (length // patch for length in pixels.shape[1:])
@@ -95,7 +95,7 @@ def _ramp(length: int) -> Float32[np.ndarray, "{length}"]:
 
 @torch.inference_mode()
 def _encode(
-    encoder: Encoder, pixels: UInt8[Tensor, "B 3 H W"], positions: list[tuple[float, float, float, float]]
+    encoder: Encoder, pixels: Shaped[Tensor, "B ch H W"], positions: list[tuple[float, float, float, float]]
 ) -> Float32[np.ndarray, "B h w D"]:
     images = encoder.normalise(pixels.to(encoder.device))
     network = encoder.backbone

@@ -18,7 +18,7 @@ COSINES_AT_ONCE = 2**25  # cosines in memory at a time (128 MiB)
 @torch.no_grad()
 def token_attention(
     encoder: Encoder,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> Float[Tensor, "B M heads h w"]:
@@ -45,7 +45,7 @@ def token_attention(
 @torch.no_grad()
 def object_attention(
     encoder: Encoder,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> Float[Tensor, "B M h w"]:
@@ -56,7 +56,7 @@ def object_attention(
 @torch.no_grad()
 def query_attention(
     encoder: Encoder,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     points: Float[Tensor, "B 2"],
     block: int = -1,
 ) -> Float[Tensor, "B heads h w"]:
@@ -76,7 +76,7 @@ def query_attention(
 
 @torch.no_grad()
 def received_attention(
-    encoder: Encoder, images: Float[Tensor, "B 3 H W"], block: int = -1
+    encoder: Encoder, images: Float[Tensor, "B ch H W"], block: int = -1
 ) -> Float[Tensor, "B heads h w"]:
     """Return how much of the patches' attention to patches each patch receives, of each head; maps sum to
     one.

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
+from foveola.data.shown import rgb_of
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
 from foveola.drawing.sheet import Pixels, Row, Sheet
@@ -169,7 +170,7 @@ def _row(
 def _tile(pixels: Tensor, mask: Bool[Tensor, "N"], masked: bool, grid: tuple[int, int]) -> Pixels:
     image = pixels.permute(1, 2, 0).contiguous().numpy()
     times = max(-(-FULL // len(image)), 1)
-    image = resize(image, times * len(image), times * image.shape[1]).permute(1, 2, 0).numpy()
+    image = rgb_of(resize(image, times * len(image), times * image.shape[1]).permute(1, 2, 0).numpy())
     return outline(image, mask.view(grid).numpy()) if masked else image
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, UInt8
+from jaxtyping import Bool, Float, Float32, Float64
 
 from foveola import files
 from foveola.config import UserError
+from foveola.data.values import ImagePixels
 from foveola.drawing.sheet import Pixels
 from foveola.figures.dense import OVERLAP, patch_map
 from foveola.models.encoder import Encoder
@@ -192,7 +193,7 @@ def fit_basis(
 
 def pca_images(
     encoder: Encoder,
-    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    images: Sequence[ImagePixels],
     joint: bool = False,
     size: int | None = None,
     foreground: bool = False,
@@ -227,7 +228,7 @@ class Maps:
     def __init__(
         self,
         encoder: Encoder,
-        images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        images: Sequence[ImagePixels],
         size: int | None = None,
         tile: int | None = None,
         overlap: float = OVERLAP,

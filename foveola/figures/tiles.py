@@ -10,6 +10,8 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
+from foveola.data.shown import rgb_of
+from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import heat
 from foveola.drawing.sheet import Pixels, Row
 from foveola.models.encoder import Encoder, patch_mask
@@ -37,8 +39,11 @@ def head_of(name: str, what: str) -> str:
     return f"{name}: {what}" if name and what else name or what
 
 
-def images_of(samples: Sequence[Sample]) -> list[Pixels]:
-    """Return the pixels of samples. Raises UserError where one cannot be read, and where there is none."""
+def images_of(samples: Sequence[Sample]) -> list[ImagePixels]:
+    """Return the pixels of samples, as encoders take them.
+
+    Raises UserError where one cannot be read, and where there is none.
+    """
     if not samples:
         raise UserError("no images to show")
     images = []
@@ -55,26 +60,27 @@ def shown_size(encoder: Encoder, size: int | None) -> int:
     return 2 * encoder.config.transform.crop if size is None else size
 
 
-def encoded(encoder: Encoder, image: Pixels, size: int | None) -> Float[Tensor, "1 3 H W"]:
+def encoded(encoder: Encoder, image: ImagePixels, size: int | None) -> Float[Tensor, "1 ch H W"]:
     """Return an image as the network gets it: whole patches, the aspect ratio kept, normalised."""
     shown = shown_size(encoder, size)
     pixels = fit_to_patches(image, encoder.config.transform, encoder.patch_size, shown)
     return encoder.normalise(pixels[None].to(encoder.device))
 
 
-def grid_of(encoder: Encoder, image: Pixels, size: int | None) -> tuple[int, int]:
+def grid_of(encoder: Encoder, image: ImagePixels, size: int | None) -> tuple[int, int]:
     """Return (rows, columns) of patches of `encoded`."""
     height, width = fitted_size(image, encoder.patch_size, shown_size(encoder, size))
     return height // encoder.patch_size, width // encoder.patch_size
 
 
-def as_encoded(encoder: Encoder, image: Pixels, size: int | None) -> Pixels:
+def as_encoded(encoder: Encoder, image: ImagePixels, size: int | None) -> Pixels:
     """Return an image as it is encoded, or a whole number of times as large, so that patches are whole
     squares.
     """
     rows, columns = grid_of(encoder, image, size)
     times = max(-(-FULL // (max(rows, columns) * encoder.patch_size)), 1) * encoder.patch_size
-    return resize(image, rows * times, columns * times).permute(1, 2, 0).numpy()
+    whole = resize(image, rows * times, columns * times).permute(1, 2, 0).numpy()
+    return rgb_of(whole, encoder.config.transform.decoding.shown)
 
 
 def light(base: Pixels, weights: Float[Tensor, "h w"]) -> Tile:

@@ -34,6 +34,7 @@ from foveola.figures.settings import (
 )
 from foveola.figures.tiles import encoders_by_name, images_of, shown_size
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.outside import Door
 from foveola.zoo.load import load
 
@@ -121,6 +122,9 @@ def draw(
     if figure.train and (train is not None or isinstance(data, str)):
         references = open_source(str(train or data), "train") if not isinstance(train, Source) else train
     encoders = open_models(model, device)
+    source = None if source is None else seen_by(list(encoders.values()), source)
+    if isinstance(references, Source):
+        references = seen_by(list(encoders.values()), references)
     more = (references or source,) if figure.train else ()
     (name, encoder), *others = encoders.items()
     sheet = figure.draw(encoders if others else {"": encoder}, source, config, *more)

@@ -89,7 +89,7 @@ class Student(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B ch H W"],
         keep: Int64[Tensor, "B K"],
         wanted: Int64[Tensor, "B Q"],
         groups: int,

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from torch.nn.init import xavier_uniform_
 
 from foveola.config import key
+from foveola.data.shown import drawn_rgb
 from foveola.losses import pixel_loss, pixel_targets
 from foveola.methods.method import Method, MethodConfig, Output, check_single_view, spread_and_rank
 from foveola.models.attention import PackedLinear
@@ -73,7 +74,7 @@ class Autoencoder(nn.Module):
             # Never used: data-parallel training would wait for its gradient.
             self.backbone.mask_token.requires_grad_(False)
         self.fused = config.decoder is None
-        self.head = nn.Linear(width, 3 * model.patch_size**2)
+        self.head = nn.Linear(width, model.channels * model.patch_size**2)
         initialise(self.head, model.init)
         if model.init == "xavier":  # the official code draws queries, keys and values as one matrix
             for module in self.modules():
@@ -81,7 +82,7 @@ class Autoencoder(nn.Module):
                     xavier_uniform_(module.weight)
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], keep: Int64[Tensor, "B K"], wanted: Int64[Tensor, "B Q"]
+        self, images: Float[Tensor, "B ch H W"], keep: Int64[Tensor, "B K"], wanted: Int64[Tensor, "B Q"]
     ) -> tuple[Float[Tensor, "B Q CPP"], Float[Tensor, "B K D"]]:
         """Return pixels of the wanted patches, in the order of `patchify`, and the encoder's kept patches."""
         if not self.fused:
@@ -153,7 +154,7 @@ class Mae(Method):
         grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         rows = torch.stack([unpatchify(x, self.patch_size, grid) for x in (patches, hidden, filled)])
         mean, std = (torch.tensor(c, device=rows.device)[:, None, None] for c in self.colors)
-        tiles = ((rows * std + mean) * 255).round().clamp(0, 255).byte()  # [3, images, 3, H, W]
+        tiles = drawn_rgb(rows * std + mean)  # [3, images, 3, H, W]
         sheet = pad(tiles, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return {"reconstruction": sheet.cpu().numpy()}
 

@@ -220,7 +220,7 @@ def block_index(network: VisionTransformer, block: int) -> int:
 
 def capture(
     network: VisionTransformer,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     n: int = 1,
     objects: Bool[Tensor, "B M N"] | None = None,
     attention: bool = False,
@@ -256,7 +256,7 @@ def capture(
 
 def attention_of(
     network: VisionTransformer,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     objects: Bool[Tensor, "B M N"] | None = None,
     block: int = -1,
 ) -> AttentionRows:
@@ -274,7 +274,7 @@ def attention_of(
 
 def visit(
     network: VisionTransformer,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B ch H W"],
     attention: Callable[[int, slice, slice, Tensor], None],
     output: Callable[[int, Tensor], None] | None = None,
 ) -> Features:

@@ -12,13 +12,13 @@ from foveola.models.positions import Rope, border_coordinates, take_rows
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one linear map, kept as a convolution for its parameter names."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], kept: Int64[Tensor, "B K"] | None = None
+        self, images: Float[Tensor, "B C H W"], kept: Int64[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B N2 D"]:
         """Embed all patches, or the kept ones without any work on the others."""
         if kept is None:

@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor, nn
 
 from foveola import files
-from foveola.config import ConfigError, UserError, key, to_dict
+from foveola.config import ConfigError, UserError, key, kind_of, to_dict
 from foveola.data.decode import pixels_of
 from foveola.geometry import patch_mask
 from foveola.models.capture import AttentionRows, Capture, attention_of, block_index, capture, visit
 from foveola.models.predictor import Predictor, PredictorConfig
+from foveola.models.settings import telling_settings
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.models.vectors import vectors_of
 from foveola.models.vit import Features, VisionTransformer, ViTConfig
@@ -36,8 +37,6 @@ __all__ = [
     "patch_mask",
 ]
 
-# Keys of networks without which earlier fingerprints were made.
-LATER = ("window", "global_blocks", "relative_bias", "final_norm", "patch_norm")
 TOGETHER = 8  # objects that are encoded at once, or more where there are more images
 
 
@@ -79,6 +78,10 @@ class Encoder(nn.Module):
             raise ConfigError(
                 f"transform.crop={config.transform.crop} is not a multiple of "
                 f"the patch size {config.model.patch_size}"
+            )
+        if len(config.transform.mean) != (count := config.model.channels):
+            raise ConfigError(
+                f"transform.mean has {len(config.transform.mean)} values, model.channels={count}"
             )
         self.config = config
         self.backbone = VisionTransformer(config.model) if backbone is None else backbone
@@ -127,7 +130,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B ch H W"],
         objects: Bool[Tensor, "B M N"] | None = None,
         independent: bool = True,
     ) -> Features:
@@ -158,7 +161,7 @@ class Encoder(nn.Module):
         return dataclasses.replace(self.backbone(images), objects=self._alone(images, objects))
 
     def tokens(
-        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"] | None = None
+        self, images: Float[Tensor, "B ch H W"], objects: Bool[Tensor, "B M N"] | None = None
     ) -> Float[Tensor, "B M C"]:
         """Return what stands for each object (without `objects`, each image) alone: `forward(...).objects`.
 
@@ -169,7 +172,7 @@ class Encoder(nn.Module):
         return self._alone(images, objects)
 
     def _alone(
-        self, images: Float[Tensor, "B 3 H W"], objects: Bool[Tensor, "B M N"]
+        self, images: Float[Tensor, "B ch H W"], objects: Bool[Tensor, "B M N"]
     ) -> Float[Tensor, "B M C"]:
         """Object tokens, each from a pass of its own, as the patches of a pass read its token.
 
@@ -194,7 +197,7 @@ class Encoder(nn.Module):
 
     def capture(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B ch H W"],
         n: int = 1,
         objects: Bool[Tensor, "B M N"] | None = None,
         attention: bool = False,
@@ -207,7 +210,7 @@ class Encoder(nn.Module):
 
     def attention(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B ch H W"],
         objects: Bool[Tensor, "B M N"] | None = None,
         block: int = -1,
     ) -> AttentionRows:
@@ -224,7 +227,7 @@ class Encoder(nn.Module):
 
     def visit(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B ch H W"],
         attention: Callable[[int, slice, slice, Tensor], None],
         output: Callable[[int, Tensor], None] | None = None,
     ) -> Features:
@@ -242,7 +245,7 @@ class Encoder(nn.Module):
         return self.predictor(features)
 
     def layers(
-        self, images: Float[Tensor, "B 3 H W"], n: int = 1, objects: Bool[Tensor, "B M N"] | None = None
+        self, images: Float[Tensor, "B ch H W"], n: int = 1, objects: Bool[Tensor, "B M N"] | None = None
     ) -> tuple[Features, ...]:
         """Return the outputs of the last n blocks, the last one last, each through the final norm (DINO,
         iBOT).
@@ -271,13 +274,14 @@ class Encoder(nn.Module):
         config = dataclasses.replace(self.config, transform=self.config.transform.sized(side))
         return Encoder(config, self.backbone, self.predictor)
 
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    def normalise(self, images: Shaped[Tensor, "B ch H W"]) -> Float[Tensor, "B C H W"]:
+        """Return pixels, uint8 or uint16, as shares of their range, less the mean, over the deviation."""
         transform = self.config.transform
         mean = torch.tensor(transform.mean, device=images.device)[:, None, None]
         std = torch.tensor(transform.std, device=images.device)[:, None, None]
-        return (images.float() / 255 - mean) / std
+        return (images.float() / torch.iinfo(images.dtype).max - mean) / std
 
-    def transform(self, image: Any, range: str | None = None) -> Float[Tensor, "3 crop crop"]:
+    def transform(self, image: Any, range: str | None = None) -> Float[Tensor, "ch crop crop"]:
         """Turn an image into the normalised square that is encoded: decode, resize, cut the centre,
         normalise.
 
@@ -292,8 +296,20 @@ class Encoder(nn.Module):
         half of them at most, if there is no `range`. Raises UserError, with the reason, for what cannot be
         read.
         """
-        pixels = evaluation_view(pixels_of(image, range), self.config.transform).pixels
+        pixels = evaluation_view(self.read(image, range), self.config.transform).pixels
         return self.normalise(pixels[None].to(self.device))[0]
+
+    def read(self, image: Any, range: str | None = None) -> Shaped[np.ndarray, "H W C"]:
+        """Return the pixels of an image (see `transform`) in the range and channels of this encoder.
+
+        Raises UserError for what cannot be read, and for other channels.
+        """
+        pixels, channels = pixels_of(image, range, self.config.transform.decoding), self.config.model.channels
+        if pixels.shape[2] != channels:
+            raise UserError(
+                f"{kind_of(image)}: {pixels.shape[2]} channel(s), but this encoder sees {channels}"
+            )
+        return pixels
 
     def embed(self, images: Any, batch_size: int = 64) -> Float32[np.ndarray, "n D"]:
         """Return what stands for each of n images, as evaluations and `foveola.embed` have it.
@@ -316,12 +332,12 @@ class Encoder(nn.Module):
         if self.head is None:
             raise UserError("this encoder has no head that answers for a task: `foveola finetune` trains one")
         several = isinstance(images, list | tuple)
-        found = self.head.predict(self, [pixels_of(image) for image in (images if several else [images])])
+        found = self.head.predict(self, [self.read(image) for image in (images if several else [images])])
         return found if several else found[0]
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any weight or setting, those of a head included."""
-        digest = hashlib.sha256(json.dumps(_settings(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(telling_settings(self.config), sort_keys=True).encode())
         head: dict[str, Tensor] = {}
         if self.head is not None:
             digest.update(json.dumps(to_dict(self.head.config), sort_keys=True).encode())
@@ -378,15 +394,6 @@ class Encoder(nn.Module):
             save_file(state, part)
         files.write_text(where.config, json.dumps(to_dict(self.config), indent=2) + "\n")
         return folder
-
-
-def _settings(config: EncoderConfig) -> dict[str, Any]:
-    about = ("origin", "step")  # where weights come from, which says nothing of what they do
-    settings = {name: value for name, value in to_dict(config).items() if name not in about}
-    usual = to_dict(ViTConfig())
-    later = {name for name in LATER if settings["model"][name] == usual[name]}
-    settings["model"] = {name: value for name, value in settings["model"].items() if name not in later}
-    return settings
 
 
 def filled(config: EncoderConfig, weights: dict[str, Tensor], where: Path) -> Encoder:

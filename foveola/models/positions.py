@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, interpolate, pad
 from torch.nn.init import trunc_normal_
@@ -223,7 +223,7 @@ class PositionField(nn.Module):
         return near.clamp(0, nodes - 1).long(), weights / weights.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
-    def image(self, height: int = 200) -> UInt8[np.ndarray, "H W 3"]:
+    def image(self, height: int = 200) -> Shaped[np.ndarray, "H W ch"]:
         """Return three principal components of the field as red, green and blue, about `height` pixels high.
 
         Each from its 1st to its 99th percentile. Neighbours of like colour: the field is smooth.

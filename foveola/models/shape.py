@@ -32,6 +32,9 @@ class ViTConfig:
     image_size: int = key(
         224, "image side that fits the position table without resizing", at_least=1, at_most=2**13
     )
+    channels: int = key(
+        3, "channels of images; where nothing is said, those of the data", at_least=1, at_most=2**10
+    )
     mlp: Literal["gelu", "swiglu"] = key("gelu", "plain MLP, or the gated one of large DINOv2 models")
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0, at_most=64)
     class_token: bool = key(True, "whether there are class (object) tokens; CAPI has none")
@@ -170,7 +173,10 @@ class ViTConfig:
         width, depth, _ = self.shape
         field = self.field_size[0] * self.field_size[1] if self.positions == "field" else 0
         entries = self.image_size**2 / self.patch_size**2 + self.registers + field
-        return depth * (4 + 2 * self.mlp_ratio) * width**2 + (3 * self.patch_size**2 + entries) * width
+        return (
+            depth * (4 + 2 * self.mlp_ratio) * width**2
+            + (self.channels * self.patch_size**2 + entries) * width
+        )
 
     def block(self, index: int) -> BlockShape:
         """Return what the block of this index is made of."""

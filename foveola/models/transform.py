@@ -10,11 +10,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from foveola.config import key
+from foveola.data.decode import resize_pixels
+from foveola.data.decoding import Decoding
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the unit square
 
@@ -25,14 +26,29 @@ class TransformConfig:
 
     resize: int = key(256, "pixels of the shorter side", at_least=1, at_most=2**14)
     crop: int = key(224, "pixels a side of the square cut from the centre", at_least=1, at_most=2**13)
-    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
-    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
+    mean: tuple[float, ...] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
+    std: tuple[float, ...] = key((0.229, 0.224, 0.225), "then divided by")
     interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "how images are resized, antialiased")
     squash: bool = key(False, "resize both sides to `resize`, whatever the image's shape")
+    range: str | None = key(None, "values that become 0 and 1, as in data strings; null = as files have it")
+    channels: str | None = key(None, "channels of files, as in data strings; null = RGB")
+    pages: str | None = key(None, "pages of files, as in data strings; null = there is one")
+    show: str | None = key(None, "channels that people see as red, green and blue; null = the first three")
 
     def __post_init__(self) -> None:
         if self.crop > self.resize:
             raise ValueError(f"crop={self.crop} is larger than resize={self.resize}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channel(s), std {len(self.std)}")
+        try:
+            _ = self.decoding
+        except ValueError as error:
+            raise ValueError(f"range, channels, pages or show need {error}") from None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How files are read, where nobody says it of them."""
+        return Decoding.of(self.range, self.channels, self.pages, self.show)
 
     def squashed(self, side: int) -> "TransformConfig":
         """Return the same for whole images, squashed to `side` x `side` pixels."""
@@ -45,14 +61,24 @@ class TransformConfig:
         return replace(self, crop=side, resize=side if self.squash else round(self.resize * side / self.crop))
 
 
+@dataclass(frozen=True)
+class PixelsConfig:
+    """How files of a run become pixels, as its data string says it or its data were found to be."""
+
+    range: str | None = key(None, "values that become 0 and 1; null = as files have them")
+    channels: str | None = key(None, "channels that are meant; null = RGB")
+    pages: str | None = key(None, "pages of files of several; null = there is one")
+    show: str | None = key(None, "channels that people see as red, green and blue; null = the first three")
+
+
 class View(NamedTuple):
     """Pixels of an image that are encoded, before they are normalised, and where they are in it."""
 
-    pixels: UInt8[Tensor, "3 S S2"]
+    pixels: Shaped[Tensor, "C S S2"]
     box: Box
 
 
-def evaluation_view(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig) -> View:
+def evaluation_view(image: Shaped[np.ndarray, "H W C"], transform: TransformConfig) -> View:
     """Return the image as evaluations see it: resized, and the centre of it cut out."""
     (height, width), (top, left) = image_crop(image.shape[0], image.shape[1], transform)
     whole, side = resize(image, height, width, transform.interpolation), transform.crop
@@ -61,7 +87,7 @@ def evaluation_view(image: UInt8[np.ndarray, "H W 3"], transform: TransformConfi
 
 
 def crop_view(
-    image: UInt8[np.ndarray, "H W 3"],
+    image: Shaped[np.ndarray, "H W C"],
     corners: tuple[int, int, int, int],
     transform: TransformConfig,
     interpolation: Literal["bicubic", "bilinear"] | None = None,
@@ -91,7 +117,7 @@ def image_crop(
     return size, (round((size[0] - transform.crop) / 2), round((size[1] - transform.crop) / 2))
 
 
-def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tuple[int, int]:
+def fitted_size(image: Shaped[np.ndarray, "H W C"], patch: int, size: int) -> tuple[int, int]:
     """Return (height, width) in whole patches: the longer side `size`, the aspect ratio kept within half a
     patch.
     """
@@ -102,8 +128,8 @@ def fitted_size(image: UInt8[np.ndarray, "H W 3"], patch: int, size: int) -> tup
 
 
 def fit_to_patches(
-    image: UInt8[np.ndarray, "H W 3"], transform: TransformConfig, patch: int, size: int | None = None
-) -> UInt8[Tensor, "3 h w"]:
+    image: Shaped[np.ndarray, "H W C"], transform: TransformConfig, patch: int, size: int | None = None
+) -> Shaped[Tensor, "C h w"]:
     """Return an image resized, antialiased, to whole patches of `patch` pixels: the longer side has `size`.
 
     `size` is in pixels, None = the transform's crop; it is rounded to whole patches.
@@ -114,14 +140,14 @@ def fit_to_patches(
 
 
 def resize(
-    image: UInt8[np.ndarray, "H W 3"],
+    image: Shaped[np.ndarray, "H W C"],
     height: int,
     width: int,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-) -> UInt8[Tensor, "3 {height} {width}"]:
+) -> Shaped[Tensor, "C {height} {width}"]:
     """Resize an image, antialiased, the rounding to uint8 included, as PIL does it within one level."""
     # torch warns about memory that it could write to by mistake, and reads none from right to left.
     if not image.flags.writeable or min(image.strides) < 0:
         image = image.copy()
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0].contiguous()
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    return resize_pixels(pixels, height, width, interpolation).contiguous()

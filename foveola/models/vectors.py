@@ -31,7 +31,7 @@ def vectors_of(encoder: Any, images: Any, batch_size: int) -> Float32[np.ndarray
     return torch.cat(parts).numpy()
 
 
-def _batches(encoder: Any, images: Any, batch_size: int) -> Iterator[Float[Tensor, "b 3 H W"]]:
+def _batches(encoder: Any, images: Any, batch_size: int) -> Iterator[Float[Tensor, "b ch H W"]]:
     """Normalised images, as many at once as are encoded together."""
     if isinstance(images, Tensor):
         whole = images[None] if images.ndim == 3 else images
@@ -57,13 +57,15 @@ def _several(images: Any, count: int) -> Iterator[Any]:
     return (images[start : start + count] for start in range(0, len(images), count))
 
 
-def _pixels(encoder: Any, batch: Any) -> Float[Tensor, "b 3 H W"]:
+def _pixels(encoder: Any, batch: Any) -> Float[Tensor, "b ch H W"]:
     """A batch of tensors, normalised unless it was. Raises UserError for another shape or type."""
     if not isinstance(batch, Tensor):
         raise UserError(f"images: expected batches of tensors, got {kind_of(batch)}")
-    patch, shape = encoder.patch_size, list(batch.shape)
-    if batch.ndim != 4 or shape[1] != 3 or shape[2] % patch or shape[3] % patch or 0 in shape[2:]:
-        raise UserError(f"images: expected [n, 3, H, W] in whole patches of {patch} pixels, got {shape}")
-    if batch.dtype != torch.uint8 and not batch.is_floating_point():
+    patch, shape, channels = encoder.patch_size, list(batch.shape), encoder.config.model.channels
+    if batch.ndim != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch or 0 in shape[2:]:
+        raise UserError(
+            f"images: expected [n, {channels}, H, W] in whole patches of {patch} pixels, got {shape}"
+        )
+    if batch.dtype not in (torch.uint8, torch.uint16) and not batch.is_floating_point():
         raise UserError(f"images: expected uint8 pixels or normalised floats, got {batch.dtype}")
-    return encoder.normalise(batch) if batch.dtype == torch.uint8 else batch.float()
+    return encoder.normalise(batch) if not batch.is_floating_point() else batch.float()

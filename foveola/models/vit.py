@@ -40,7 +40,7 @@ class VisionTransformer(nn.Module):
         width, depth, heads = config.shape
         self.config = config
         self.checkpoint_activations = False
-        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.patch_embed = PatchEmbed(config.patch_size, width, config.channels)
         self.patch_norm = make_norm(config.norm, width, eps=config.norm_eps) if config.patch_norm else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
@@ -113,7 +113,7 @@ class VisionTransformer(nn.Module):
         )
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
+        self, images: Float[Tensor, "B ch H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
     ) -> Features:
         """Encode images whose sides are multiples of the patch size.
 
@@ -130,7 +130,7 @@ class VisionTransformer(nn.Module):
         return self.finish(x, tokens, not isinstance(inputs, Inputs) or inputs.final_norm)
 
     def prepare(
-        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
+        self, images: Float[Tensor, "B ch H W"], inputs: Inputs | Bool[Tensor, "B M N"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], TokenLayout]:
         """Return what enters the first block, and what every block needs to know about it; as `forward`."""
         inputs = inputs if isinstance(inputs, Inputs) else Inputs(objects=inputs)
@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         return Features(objects, registers, patches, tokens.grid)
 
     def embed(
-        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs = NOTHING
+        self, images: Float[Tensor, "B ch H W"], inputs: Inputs = NOTHING
     ) -> tuple[Float[Tensor, "B N2 D"], tuple[int, int]]:
         """Return tokens of the kept patches, with added positions, and the (rows, columns) of all."""
         patch = self.config.patch_size

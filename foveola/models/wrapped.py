@@ -83,7 +83,7 @@ class Wrapped(VisionTransformer):
             self.__dict__["config"].refuse(f"network.{name}")
         return super().__getattr__(name)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Tensor | None = None) -> Features:
+    def forward(self, images: Float[Tensor, "B ch H W"], inputs: Inputs | Tensor | None = None) -> Features:
         """Encode images. Raises UserError for objects, and for a grid that is not of whole patches."""
         return self.with_tokens(images, inputs)[0]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
 from foveola.config import UserError, key, to_dict
@@ -152,7 +152,7 @@ class Discoverer:
         return TAU[self.config.method] if self.config.tau is None else self.config.tau
 
     @torch.inference_mode()
-    def propose(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], /) -> list[Proposals]:
+    def propose(self, images: Sequence[Shaped[np.ndarray, "_ _ ch"]], /) -> list[Proposals]:
         """Return the objects of each image, surest first; none of an image of one colour.
 
         Scores are in [0, 1]: how much more alike the patches of an object are to each other than to the rest,
@@ -174,8 +174,8 @@ class Discoverer:
 
     def _proposals(
         self,
-        image: UInt8[np.ndarray, "H W 3"],
-        small: UInt8[Tensor, "3 h w"],
+        image: Shaped[np.ndarray, "H W ch"],
+        small: Shaped[Tensor, "ch h w"],
         masks: Bool[np.ndarray, "K N"],
         scores: Float32[np.ndarray, "K"],
         grid: tuple[int, int],
@@ -197,11 +197,11 @@ class Discoverer:
         boxes = np.stack([_box(large[index]) for index in order])
         return Proposals(boxes, scores[order], np.zeros(len(order), np.int64), large[order])
 
-    def _small(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[Tensor, "3 h w"]:
+    def _small(self, image: Shaped[np.ndarray, "H W ch"]) -> Shaped[Tensor, "ch h w"]:
         return fit_to_patches(image, self.encoder.config.transform, self.encoder.patch_size, self.size)
 
     def _cut(
-        self, images: UInt8[Tensor, "B 3 h w"]
+        self, images: Shaped[Tensor, "B ch h w"]
     ) -> tuple[Bool[np.ndarray, "B K N"], Float32[np.ndarray, "B K"], tuple[int, int]]:
         """Masks over the patches of images of the same size, their scores, and the grid."""
         grid = (images.shape[2] // self.encoder.patch_size, images.shape[3] // self.encoder.patch_size)
@@ -224,7 +224,7 @@ class Discoverer:
         return brightest(maps, features, grid, self.config.share)
 
     def _seen(
-        self, images: UInt8[Tensor, "B 3 h w"]
+        self, images: Shaped[Tensor, "B ch h w"]
     ) -> tuple[Float32[Tensor, "B N D"], Float32[Tensor, "B N"] | None]:
         """Features of patches, and what the class token reads of each, where that is asked for."""
         encoder, looks = self.encoder, self.config.method == "attention"
@@ -243,7 +243,7 @@ class Discoverer:
             return features, seen.objects()[:, :, 0, seen.special :].mean(dim=1)
 
 
-def none_of(image: UInt8[np.ndarray, "H W 3"]) -> Proposals:
+def none_of(image: Shaped[np.ndarray, "H W ch"]) -> Proposals:
     """Return no objects of an image."""
     masks = np.zeros((0, *image.shape[:2]), bool)
     return Proposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), masks)
@@ -254,6 +254,6 @@ def _box(mask: Bool[np.ndarray, "H W"]) -> Float32[np.ndarray, "4"]:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def _plain(image: UInt8[np.ndarray, "H W 3"]) -> bool:
+def _plain(image: Shaped[np.ndarray, "H W ch"]) -> bool:
     """Whether all pixels are the same."""
     return bool((image == image[:1, :1]).all())

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from foveola.config import ConfigError, UserError, nearest
+from foveola.data.values import ImagePixels
 from foveola.proposals.proposal import Proposals
 
-ImagePixels = UInt8[np.ndarray, "_ _ 3"]
 NAMELESS = ("__background__", "N/A")  # of outputs that are no class, in lists of names
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped
 
 from foveola.config import UserError, kind_of
 
@@ -58,7 +58,7 @@ class Proposer(Protocol):
         """Return plain values that tell its work from other work: kind, settings, identity of the weights."""
         ...
 
-    def propose(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], /) -> list[Proposals]:
+    def propose(self, images: Sequence[Shaped[np.ndarray, "_ _ ch"]], /) -> list[Proposals]:
         """Return what is in each of these upright RGB images, whose sizes may differ."""
         ...
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 import foveola
 from foveola import files
-from foveola.data.decode import decode
 from foveola.data.instances import AGNOSTIC
 from foveola.data.sample import BadImage, Objects, full_mask
+from foveola.data.shown import shown_image
 from foveola.data.sources import with_objects
 from foveola.drawing import html
 from foveola.drawing.boxes import DRAWN_SIDE, DrawnObjects, paint_objects
@@ -39,7 +39,7 @@ def save_sheets(
     for index in np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)).tolist():
         try:
             sample = found[index]
-            tiles.append(_tile(decode(sample.image), sample.objects, classes))
+            tiles.append(_tile(shown_image(sample.image), sample.objects, classes))
         except (BadImage, OSError):
             continue
         captions.append(f"{_count(sample.objects)}: {sample.name}")

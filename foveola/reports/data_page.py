@@ -10,9 +10,9 @@ import numpy as np
 
 import foveola
 from foveola import progress as bars
-from foveola.data.decode import decode
 from foveola.data.formats import DAMAGED
 from foveola.data.sample import DataError
+from foveola.data.shown import shown_image
 from foveola.data.sources import Source, as_source
 from foveola.data.survey import Survey, survey
 from foveola.drawing import html
@@ -88,7 +88,7 @@ def _sheet(source: Source) -> Sheet:
     for index in np.unique(np.linspace(0, len(source) - 1, SHOWN).astype(np.int64)).tolist():
         try:
             sample = source[index]
-            pixels = decode(sample.image)
+            pixels = shown_image(sample.image)
         except (DataError, *DAMAGED):
             continue
         tiles.append(shrunk(pixels, html.LARGEST_TILE))  # photos as a whole would fill the memory

@@ -22,6 +22,7 @@ from foveola.evaluation.protocol import PROTOCOLS, find_protocol
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder
+from foveola.models.transform import evaluation_view
 from foveola.reports.kept import home, identity, key_of, read_tree
 from foveola.reports.record import Record
 from foveola.reports.request import (
@@ -299,6 +300,12 @@ def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
     return (max(between, 0.0) / total if total > 0 else 0.0), count
 
 
+def _square(encoder: Encoder, pixels: Any) -> Tensor:
+    """What is encoded of an image that is read already."""
+    cut = evaluation_view(pixels, encoder.config.transform).pixels
+    return encoder.normalise(cut[None].to(encoder.device))[0]
+
+
 def _place_share(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
@@ -311,7 +318,7 @@ def _place_share(
     if encoder.grid == (1, 1):
         return None, None
     patches = (
-        encoder(encoder.transform(sample.image)[None]).patches.cpu()
+        encoder(_square(encoder, sample.image)[None]).patches.cpu()
         for _, sample in each_sample(source, PLACES_OF)
     )
     with torch.inference_mode():  # as the generator goes

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from foveola.config import UserError, key
+from foveola.data.decoding import RGB, Decoding
 from foveola.data.sample import BadImage, Sample
 from foveola.data.sources import Source, decode, open_source
+from foveola.data.suited import suited
 from foveola.evaluation.features.overlap import overlap_of
 from foveola.reports.record import Record
 
@@ -81,7 +83,8 @@ def open_data(record: Record, config: ReportConfig) -> Data:
 
 def open_control(record: Record, config: ReportConfig) -> Data | None:
     """Return the control set of a run; None where there is none. Raises UserError for one without labels."""
-    if config.control is None and record.start is None:
+    other = record.get("model.channels", RGB) != RGB  # than the built-in images have
+    if config.control is None and (record.start is None or other):
         return None
     name = config.control or CONTROL
     data = _opened(name, name, record)
@@ -91,7 +94,10 @@ def open_control(record: Record, config: ReportConfig) -> Data | None:
 
 
 def _opened(train: str, test: str, record: Record) -> Data:
-    sources = open_source(train, "train"), open_source(test, "test")
+    usual = Decoding.of(*(record.get(f"pixels.{name}") for name in ("range", "channels", "pages", "show")))
+    channels = record.get("model.channels", RGB)
+    opened = open_source(train, "train"), open_source(test, "test")
+    sources = [suited(each, usual, channels) for each in opened]
     labelled = _labelled(sources[0]) & _labelled(sources[1])
     rows = record.get("evaluate.rows", "images")
     return Data(*sources, labels=rows if rows in labelled else min(labelled, default=None))

@@ -60,8 +60,8 @@ class Augment:
         self.library: Any = _library() if config.randaugment or config.erasing else None
 
     def __call__(
-        self, images: Float[Tensor, "B 3 H W"], shares: Float[Tensor, "B C"]
-    ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C"]]:
+        self, images: Float[Tensor, "B ch H W"], shares: Float[Tensor, "B C"]
+    ) -> tuple[Float[Tensor, "B ch H W"], Float[Tensor, "B C"]]:
         """Return views after RandAugment, erasing and mixing, and the shares of classes that belong to them.
 
         The shares of an image sum to one, or to zero where its class is not known, and still do.

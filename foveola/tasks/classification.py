@@ -134,7 +134,7 @@ class ClassificationHead(TaskHead):
         scores = torch.einsum("hd,bnhd->bhn", query, keys) / query.shape[1] ** 0.5
         return torch.einsum("bhn,bnhd->bhd", scores.softmax(dim=-1), values).flatten(1)
 
-    def logits(self, backbone: VisionTransformer, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+    def logits(self, backbone: VisionTransformer, images: Float[Tensor, "B ch H W"]) -> Float[Tensor, "B C"]:
         """Return logits of normalised images."""
         return self(backbone(images, Inputs(final_norm=self.config.reads != "average")))
 

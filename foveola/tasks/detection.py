@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola.config import ConfigError, UserError, key
@@ -140,7 +140,7 @@ class DetectionHead(TaskHead):
         return losses | {names[name]: value for name, value in found.items()}
 
     @torch.no_grad()
-    def predict(self, encoder: Encoder, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[Detections]:
+    def predict(self, encoder: Encoder, images: Sequence[Shaped[np.ndarray, "_ _ ch"]]) -> list[Detections]:
         """Return the objects of each image, which goes through the networks alone.
 
         Its longer side is resized to `image_size` (by default to the encoder's crop), and the rest of the
@@ -152,11 +152,11 @@ class DetectionHead(TaskHead):
         """Return the pixels of a side of the square in which it looks at an image."""
         return self.config.image_size or encoder.config.transform.crop
 
-    def _look(self, encoder: Encoder, image: UInt8[np.ndarray, "H W 3"]) -> Detections:
+    def _look(self, encoder: Encoder, image: Shaped[np.ndarray, "H W ch"]) -> Detections:
         side, (height, width) = self.side(encoder), image.shape[:2]
         rows, columns = (max(round(n * side / max(height, width)), 1) for n in (height, width))
         pixels = resize(image, rows, columns, encoder.config.transform.interpolation)
-        view = torch.zeros(1, 3, side, side, device=encoder.device)
+        view = torch.zeros(1, image.shape[2], side, side, device=encoder.device)
         view[:, :, :rows, :columns] = encoder.normalise(pixels[None].to(encoder.device))
         features = encoder_map(encoder.backbone, view)
         return self.answer(features, (side, side), (rows, columns), (height, width))
@@ -193,7 +193,7 @@ class DetectionHead(TaskHead):
         return self.regions(_named(maps), boxes, [image])[0][0]
 
     def traced(
-        self, network: Any, pixels: Float[Tensor, "1 3 S S"], extent: Int64[Tensor, "2"]
+        self, network: Any, pixels: Float[Tensor, "1 ch S S"], extent: Int64[Tensor, "2"]
     ) -> dict[str, Tensor]:
         """Return what `detect` finds in a normalised view, in a way that torch.export can express.
 
@@ -214,7 +214,7 @@ def _named(maps: list[Tensor]) -> dict[str, Tensor]:
     return {str(level): each for level, each in enumerate(maps[:LEVELS])}
 
 
-def encoder_map(network: Any, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+def encoder_map(network: Any, pixels: Float[Tensor, "B ch H W"]) -> Float[Tensor, "B D h w"]:
     """Return patches after the last block as a map, without the final norm, as ViTDet reads them."""
     features = network(pixels, Inputs(final_norm=False))
     return as_map(features.patches, features.grid)

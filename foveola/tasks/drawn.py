@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveola.data.shown import drawn_rgb
 from foveola.drawing.boxes import DrawnObjects, paint_objects
 from foveola.drawing.classes import paint_classes, palette
 from foveola.drawing.sheet import Pixels
@@ -19,11 +20,11 @@ GAP = 2  # white pixels around a tile
 
 
 def view_images(
-    views: Float[Tensor, "V 3 H W"], mean: Sequence[float], std: Sequence[float]
+    views: Float[Tensor, "V C H W"], mean: Sequence[float], std: Sequence[float]
 ) -> list[UInt8[np.ndarray, "H W 3"]]:
     """Return normalised views as images."""
     middle, spread = (torch.tensor(each, device=views.device)[:, None, None] for each in (mean, std))
-    whole = ((views.float() * spread + middle) * 255).round().clamp(0, 255).byte()
+    whole = drawn_rgb(views.float() * spread + middle)
     return list(whole.permute(0, 2, 3, 1).cpu().numpy())
 
 

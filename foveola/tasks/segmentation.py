@@ -80,7 +80,7 @@ class SegmentationHead(TaskHead):
         return self.decoder(features.patches, counted)
 
     def logits(
-        self, backbone: VisionTransformer, images: Float[Tensor, "B 3 H W"]
+        self, backbone: VisionTransformer, images: Float[Tensor, "B ch H W"]
     ) -> Float32[Tensor, "B C H W"]:
         """Return logits at the pixels of normalised images of whole patches."""
         features = backbone(images)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -18,7 +18,7 @@ AT_ONCE = 8  # windows that are looked at together
 ROOM = 2**26  # logits that are enlarged together: 256 MiB
 
 Logits = Callable[
-    [Float[Tensor, "b 3 h w"]], Float[Tensor, "b C h w"]
+    [Float[Tensor, "b ch h w"]], Float[Tensor, "b C h w"]
 ]  # of normalised images, at their pixels
 
 
@@ -68,7 +68,7 @@ def offsets(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, max(length - window, 0), stride), max(length - window, 0)]
 
 
-def slide(image: Float[Tensor, "3 h w"], logits: Logits, window: int, stride: int) -> Float[Tensor, "C h w"]:
+def slide(image: Float[Tensor, "ch h w"], logits: Logits, window: int, stride: int) -> Float[Tensor, "C h w"]:
     """Return the mean of the logits of all windows that hold each pixel of a normalised image.
 
     A side that is shorter than a window is filled up with zeros, the mean colour, to the right and below.
@@ -89,7 +89,7 @@ def slide(image: Float[Tensor, "3 h w"], logits: Logits, window: int, stride: in
     return total.div_(count)[:, :height, :width]
 
 
-def look_whole(image: Float[Tensor, "3 h w"], logits: Logits, patch_size: int) -> Float[Tensor, "C h w"]:
+def look_whole(image: Float[Tensor, "ch h w"], logits: Logits, patch_size: int) -> Float[Tensor, "C h w"]:
     """Return the logits of a normalised image, filled up with zeros to whole patches, at its own pixels."""
     height, width = image.shape[1:]
     image = pad(image, (0, -width % patch_size, 0, -height % patch_size))
@@ -97,10 +97,10 @@ def look_whole(image: Float[Tensor, "3 h w"], logits: Logits, patch_size: int) -
 
 
 def looks(
-    image: UInt8[np.ndarray, "H W 3"],
+    image: Shaped[np.ndarray, "H W ch"],
     config: LookConfig,
     logits: Logits,
-    normalise: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b 3 h w"]],
+    normalise: Callable[[Shaped[Tensor, "b ch h w"]], Float[Tensor, "b ch h w"]],
     view: int,
     patch_size: int,
     interpolation: Literal["bicubic", "bilinear"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, UserError, build, key
@@ -19,7 +19,7 @@ from foveola.models.starting import StartingWeights
 from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.views.batch import ViewsConfig
 
-Image = UInt8[np.ndarray, "_ _ 3"]
+Image = Shaped[np.ndarray, "_ _ ch"]
 STUDENT_HEAD = "student.task_head."  # how the names of a head's tensors begin in a `TaskMethod`
 
 

@@ -84,7 +84,7 @@ def _describe(config: RunConfig, device: torch.device, objects: str | None = Non
     progress = plan(config, images, distributed.world_size())
     part = batch_share(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
-    start = Start(config.init, config.model)
+    start = Start(config.init, config.model, channels=config.init_channels)
     start.insist()
     trainer = assemble(config, progress, device, start.weights)
     trainer.accumulate = 1

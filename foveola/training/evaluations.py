@@ -8,6 +8,7 @@ from typing import Any
 from foveola import distributed
 from foveola.config import ConfigError, UserError, to_dict
 from foveola.data.sources import Source, Split, as_source
+from foveola.data.suited import suited
 from foveola.evaluation.evaluate import evaluate_all
 from foveola.evaluation.features.overlap import overlap_of, separate
 from foveola.evaluation.result import Result
@@ -165,10 +166,12 @@ def _open(
 ) -> tuple[Source | None, Source]:
     """The data of an evaluation; `given` has those that others opened already."""
 
+    usual = config.encoder().transform.decoding
+
     def source(value: Source | str | None, split: Split, key: str) -> Source:
         where = (value if isinstance(value, str) else id(value), split)
         if where not in given:
-            given[where] = as_source(value, split, key)
+            given[where] = suited(as_source(value, split, key), usual, config.model.channels)
         return given[where]
 
     keys = plan.data

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "about",
     "out",
     "data_changed",
+    "pixels",  # facts of the images, which are compared themselves
     "device",
     "checkpoint_activations",
     "loader.workers",

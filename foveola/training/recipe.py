@@ -36,6 +36,7 @@ from foveola.methods.terms import DOOR as TERM_DOOR
 from foveola.models.encoder import EncoderConfig, TransformConfig
 from foveola.models.lora import LoraConfig
 from foveola.models.shape import SIZES, ViTConfig
+from foveola.models.transform import PixelsConfig
 from foveola.outside import name_of
 from foveola.proposals.discover import DiscoverConfig
 from foveola.proposals.filter import FilterConfig
@@ -102,6 +103,7 @@ class RunConfig:
         None,
         "weights to start from: anything that foveola.load reads, whose shape `model` then has; null = fresh",
     )
+    init_channels: str = key("mean", "weights for other channels: mean, repeat, or which are theirs: 3,2,1")
     seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
     batch_size: int = key(1024, "images of a step, over all processes", at_least=1, at_most=2**24)
@@ -130,6 +132,7 @@ class RunConfig:
     lora: LoraConfig | None = key(
         None, "the encoder learns by updates of low rank, which are merged when it is written"
     )
+    pixels: PixelsConfig = key(factory=PixelsConfig, help="what was found in the data; data= says it")
     transform: TransformConfig | None = key(
         None, "images at evaluation; null = shorter side to 8/7 of views.global_size, centre crop"
     )
@@ -221,6 +224,7 @@ class RunConfig:
         """Return the encoder that this run makes."""
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
+        transform = dataclasses.replace(transform, **vars(self.pixels))
         model = dataclasses.replace(self.model, drop_path=0.0)
         pool, predictor = self.method.pool, self.method.kept_predictor
         return EncoderConfig(model, transform, self.recipe, pool, predictor)

@@ -133,7 +133,7 @@ class _Session:
             period(config, name, self.progress) for name in ("checkpoint_every", "keep_every")
         )
         self.evaluations = Evaluations(config, self.progress, sources)
-        self.start = Start(config.init, config.model, config.out)
+        self.start = Start(config.init, config.model, config.out, config.init_channels)
         self.trainer = assemble(config, self.progress, device, self.start.weights)
         self.folder, self.stop, self.shorter = Path(), Stop(), ""  # shorter: its duration so far, if another
         self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved

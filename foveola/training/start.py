@@ -168,14 +168,16 @@ class Start:
     `insist` raises it where they are needed.
     """
 
-    def __init__(self, init: str | None, model: ViTConfig, out: str | None = None) -> None:
+    def __init__(
+        self, init: str | None, model: ViTConfig, out: str | None = None, channels: str = "mean"
+    ) -> None:
         self.init = init
         self.weights: StartingWeights | None = None
         self.failure: UserError | None = None
         if init is None or (out is not None and checkpoint.newest(Path(out).expanduser())):
             return
         try:
-            self.weights = read_start(init, model)
+            self.weights = read_start(init, model, channels)
         except UserError as error:
             self.failure = error
 
@@ -200,13 +202,13 @@ class Start:
         self.weights = None  # a copy of a network, which nothing reads again
 
 
-def read_start(name: str, model: ViTConfig) -> StartingWeights:
+def read_start(name: str, model: ViTConfig, channels: str = "mean") -> StartingWeights:
     """Return the weights that a run starts from, for its network, with what else of training is there.
 
     Raises UserError, in one line, for what cannot be read, and ConfigError for what does not fit.
     """
     encoder = _loaded(name)
-    state, account = transfer(encoder, model, name)
+    state, account = transfer(encoder, model, name, channels)
     account.unused = list(encoder.beside)
     parts: dict[str, Tensor] = {}
     names: dict[str, tuple[str, ...]] = {}

@@ -13,6 +13,7 @@ from foveola.data.loader import Loader
 from foveola.data.sample import Canvases, DataError, have_scores
 from foveola.data.sources import Source
 from foveola.failures import explain
+from foveola.training.pixels import with_pixels
 from foveola.training.recipe import RunConfig
 from foveola.training.signals import Stop
 
@@ -27,7 +28,7 @@ def with_data(config: RunConfig, source: Source) -> RunConfig:
             f"method.token.weight_by=score: objects of {source.name} have no scores, as those of "
             "`foveola masks` have; use area"
         )
-    return dataclasses.replace(config, method=method)
+    return with_pixels(dataclasses.replace(config, method=method), source)
 
 
 def loader_of(

@@ -62,7 +62,7 @@ class Selection:
 class Views:
     """V views of each of B images, all of one size, on the training device; N patches and M object tokens."""
 
-    pixels: Float[Tensor, "B V 3 H W"]
+    pixels: Float[Tensor, "B V C H W"]
     boxes: Float[Tensor, "B V 4"]  # where they were cut from their images
     flips: Bool[Tensor, "B V"]
     positions: Float[Tensor, "B V 4"]  # where they stand in the position field: their boxes unless moved
@@ -179,7 +179,7 @@ class _Cutter:
         self.device = canvases.images.device
         # Rows before channels, as `sample` multiplies them: this copy is the only one.
         pixels = canvases.images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        self.pixels = pixels.div_(255).transpose(1, 2)
+        self.pixels = pixels.div_(torch.iinfo(canvases.images.dtype).max).transpose(1, 2)
         self.masks = canvases.object_masks.to(torch.float32).div_(255) if config.objects else None
         self.facts: dict[str, Tensor] = {}
         self.outside: float | None = None  # the longest side of boxes, where they reach out of their image
@@ -299,10 +299,12 @@ class _Cutter:
 
     def cut(
         self, kind: _Kind, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"]
-    ) -> Float[Tensor, "B V 3 H W"]:
+    ) -> Float[Tensor, "B V C H W"]:
         """The pixels of the views, in their colours; padding is 0."""
         looks = kind.looks.expand(boxes.shape[:2])
-        drawn = color.draw_colors(self.config.color, looks.flatten(), self.streams(kind.stream("color")))
+        drawn = color.draw_colors(
+            self.config.color, looks.flatten(), self.streams(kind.stream("color")), self.pixels.shape[1]
+        )
         blur = drawn.blur.view(boxes.shape[:2]) if drawn.blur.any() else None
         blur = None if blur is None else blur.to(self.device, non_blocking=True)
         extents = self.canvases.extents

@@ -1,5 +1,9 @@
 """Colour augmentation of batches of views: jitter, grayscale, solarise, normalise; blur is part of sampling.
 
+Brightness, contrast, lightness, blur, noise and channel drop act on any number of channels. Saturation, hue,
+grayscale and solarising are of RGB: they leave images of other than three channels as they are, so that one
+recipe serves all.
+
 Parameters are drawn for all views at once on the CPU, so that a step is the same on every device, and each
 view gets its own. Images are float in [0, 1]. The operations are torchvision's: brightness, contrast,
 saturation and hue in a random order, each clipped to [0, 1].
@@ -7,6 +11,7 @@ saturation and hue in a random order, each clipped to [0, 1].
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -46,8 +51,20 @@ class ColorConfig:
         (0.1, 2.0), "range of the Gaussian's standard deviation, in view pixels"
     )
     solarize: tuple[float, float, float] = key((0.0, 0.2, 0.0), "probability of solarising, as for blur")
-    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
-    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "then divided by")
+    noise: float = key(
+        0.0, "standard deviation of Gaussian noise, drawn for each view in [0, this]", at_least=0, at_most=1
+    )
+    channel_drop: float = key(
+        0.0,
+        "probability of each channel to become its mean, as if it were not there; one stays",
+        at_least=0,
+        below=1,
+    )
+    normalise: Literal["auto", "data", "given"] = key(
+        "auto", "mean and std: measured in the data, or given; auto: measured unless there are 3 channels"
+    )
+    mean: tuple[float, ...] = key((0.485, 0.456, 0.406), "subtracted from each channel in [0, 1]")
+    std: tuple[float, ...] = key((0.229, 0.224, 0.225), "then divided by")
 
     def __post_init__(self) -> None:
         for name in ("blur", "solarize"):
@@ -57,6 +74,8 @@ class ColorConfig:
             raise ValueError("blur_sigma: needs 0 < low <= high")
         if not all(s > 0 for s in self.std):
             raise ValueError("std: must be positive")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channel(s), std {len(self.std)}")
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
@@ -81,9 +100,14 @@ class ColorDraw:
     solarize: Bool[Tensor, "n"]
     blur: Float[Tensor, "n"]  # sigma in view pixels, 0 = no blur
     lightness: Float[Tensor, "n"] | None = None  # added first of all; None = nothing
+    noise: Float[Tensor, "n"] | None = None  # its deviation; None = there is none
+    noise_seed: int = 0  # of its pixels
+    dropped: Bool[Tensor, "n C"] | None = None  # channels that become their mean; None = none
 
 
-def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator) -> ColorDraw:
+def draw_colors(
+    config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch.Generator, channels: int = 3
+) -> ColorDraw:
     """Draw colour parameters; `kinds` is 0 for the first global view, 1 for other globals, 2 for locals."""
     n = kinds.shape[0]
     uniform = torch.rand(n, 12, generator=generator)
@@ -103,7 +127,18 @@ def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch
         if config.jitter_each:
             order = uniform[:, 4:8].argsort(dim=1)
             order = torch.where((more[:, 2:] < config.jitter).gather(1, order), order, 4)
+    noise, seed, dropped = None, 0, None
+    if config.noise:
+        noise = config.noise * torch.rand(n, generator=generator)
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+    if config.channel_drop:
+        chances = torch.rand(n, channels, generator=generator)
+        # The one that is least likely to go stays.
+        dropped = (chances < config.channel_drop) & (chances < chances.amax(dim=1, keepdim=True))
     return ColorDraw(
+        noise=noise,
+        noise_seed=seed,
+        dropped=dropped,
         order=order,
         factors=factors,
         gray=uniform[:, 9] < config.grayscale,
@@ -114,11 +149,11 @@ def draw_colors(config: ColorConfig, kinds: Int64[Tensor, "n"], generator: torch
 
 
 def apply(
-    images: Float[Tensor, "n 3 H W"],
+    images: Float[Tensor, "n C H W"],
     drawn: ColorDraw,
     config: ColorConfig,
     inside: Bool[Tensor, "n 1 H W"] | None = None,
-) -> Float[Tensor, "n 3 H W"]:
+) -> Float[Tensor, "n C H W"]:
     """Colour and normalise views in [0, 1], in place; also clips the overshoot of bicubic sampling
     first.
 
@@ -128,7 +163,8 @@ def apply(
     images.clamp_(0, 1)
     if drawn.lightness is not None:
         images.add_(drawn.lightness.to(images.device, non_blocking=True)[:, None, None, None]).clamp_(0, 1)
-    operations = (_brightness, _contrast, _saturation, _hue)
+    colours = images.shape[1] == 3  # others have no hue, no saturation, and no grey that is theirs
+    operations = (_brightness, _contrast, _saturation, _hue)[: 4 if colours else 2]
     for place in range(4):
         for kind, operation in enumerate(operations):
             chosen = (drawn.order[:, place] == kind).nonzero()[:, 0]
@@ -138,13 +174,19 @@ def apply(
                     part = inside[chosen.to(images.device, non_blocking=True)]
                     operation = partial(_contrast, inside=part)
                 _update(images, chosen, lambda x, f=factor, op=operation: op(x, f))
-    _update(images, drawn.gray.nonzero()[:, 0], lambda x: _luma(x).expand_as(x))
-    _update(images, drawn.solarize.nonzero()[:, 0], lambda x: torch.where(x >= 128 / 255, 1 - x, x))
+    if colours:
+        _update(images, drawn.gray.nonzero()[:, 0], lambda x: _luma(x).expand_as(x))
+        _update(images, drawn.solarize.nonzero()[:, 0], lambda x: torch.where(x >= 128 / 255, 1 - x, x))
+    if drawn.noise is not None:
+        pixels = torch.randn(images.shape, generator=torch.Generator().manual_seed(drawn.noise_seed))
+        images.add_((pixels * drawn.noise[:, None, None, None]).to(images.device)).clamp_(0, 1)
     mean, std = (
         torch.tensor(each).to(images.device, non_blocking=True)[:, None, None]
         for each in (config.mean, config.std)
     )
     images.sub_(mean).div_(std)
+    if drawn.dropped is not None:
+        images.masked_fill_(drawn.dropped.to(images.device)[:, :, None, None], 0)
     return images if inside is None else images.masked_fill_(~inside, 0)
 
 
@@ -154,7 +196,9 @@ def _update(images: Tensor, chosen: Tensor, operation) -> None:
         images.index_copy_(0, chosen, operation(images.index_select(0, chosen)))
 
 
-def _luma(x: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 1 H W"]:
+def _luma(x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n 1 H W"]:
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     return torch.mul(x[:, 0:1], LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:3], alpha=LUMA[2])
 
 

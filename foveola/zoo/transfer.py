@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from foveola.config import ConfigError
@@ -23,7 +24,7 @@ from foveola.models.vit import VisionTransformer, ViTConfig
 # How a network trains and what it draws, which no weights tell.
 FREE = (
     *("drop_path", "drop_path_rule", "drop_path_subset", "init", "position_init"),
-    *("window", "global_blocks"),
+    *("window", "global_blocks", "channels"),
 )
 SHAPE_KEYS = tuple(f.name for f in dataclasses.fields(ViTConfig) if f.name not in FREE)
 ALIKE = (  # keys that must agree, whatever the positions are
@@ -100,8 +101,12 @@ def _value(config: ViTConfig, key: str) -> Any:
 
 
 @torch.no_grad()
-def transfer(encoder: Encoder, want: ViTConfig, name: str) -> tuple[dict[str, Tensor], Account]:
+def transfer(
+    encoder: Encoder, want: ViTConfig, name: str, channels: str = "mean"
+) -> tuple[dict[str, Tensor], Account]:
     """Return tensors for a `VisionTransformer(want)`, by its names, and the account of them.
+
+    `channels` says what becomes of a patch embedding of other channels (`kernel_of_channels`).
 
     A tensor that is not among them stays as it was drawn, and so do registers beyond those that there are.
     Raises ConfigError where `check` does, and for a
@@ -114,12 +119,17 @@ def transfer(encoder: Encoder, want: ViTConfig, name: str) -> tuple[dict[str, Te
     if not state["mask_token"].any():
         del state["mask_token"]
         account.fresh["mask_token"] = "there is none, or it is zero"
+    kernel = "patch_embed.proj.weight"
+    if want.channels != have.channels:
+        state[kernel] = kernel_of_channels(state[kernel], want.channels, channels, name)
+        how = f"of {have.channels} channels became {want.channels} (init_channels={channels})"
+        account.changed[kernel] = how
     if want.patch_size != have.patch_size:
-        kernel = "patch_embed.proj.weight"
         state[kernel] = resized_kernel(state[kernel], want.patch_size)
         sizes = f"{have.patch_size} to {want.patch_size} pixels"
         kept = "" if want.patch_size > have.patch_size else ", as near as so few pixels allow"
-        account.changed[kernel] = f"resampled from patches of {sizes} (pseudo-inverse{kept})"
+        before = f"{account.changed[kernel]}, " if kernel in account.changed else ""
+        account.changed[kernel] = f"{before}resampled from patches of {sizes} (pseudo-inverse{kept})"
     if have.positions not in ("rope", "none"):
         _add_positions(state, encoder.backbone, want, name, account)
     if have.relative_bias and want.grid != have.grid:
@@ -137,6 +147,34 @@ def transfer(encoder: Encoder, want: ViTConfig, name: str) -> tuple[dict[str, Te
     there = encoder.backbone.state_dict().keys() & state.keys() - changed
     account.taken = [key for key in state if key in there]
     return state, account
+
+
+def kernel_of_channels(
+    kernel: Float[Tensor, "D C P P"], count: int, how: str, name: str
+) -> Float[Tensor, "D {count} P P"]:
+    """Return the kernel of a patch embedding for `count` channels, whose response to a grey image stays.
+
+    `mean`: each channel gets the mean of those that there are; `repeat`: they are taken in turn; both times
+    C / `count`. `4,3,2`: so many channels, counted from 1, get those that there are, the others 0. Raises
+    ConfigError.
+    """
+    have = kernel.shape[1]
+    if how == "mean":
+        return kernel.mean(dim=1, keepdim=True).expand(-1, count, -1, -1) * (have / count)
+    if how == "repeat":
+        turns = torch.arange(count) % have
+        weight = kernel.new_tensor([1 / (turns == turn).sum().item() for turn in turns])
+        lacking = have / len(turns.unique())  # of fewer channels than there are
+        return kernel[:, turns] * (weight * lacking)[:, None, None]
+    rows = [int(part) for part in how.split(",") if part.isdecimal()]
+    if len(rows) != have or not all(1 <= row <= count for row in rows) or len(set(rows)) != have:
+        raise ConfigError(
+            f"init_channels={how}: the weights of init={name} have {have} channels, which want as many of "
+            f"the {count} of the data, counted from 1; or mean, or repeat"
+        )
+    made = kernel.new_zeros(len(kernel), count, *kernel.shape[2:])
+    made[:, [row - 1 for row in rows]] = kernel
+    return made
 
 
 def _add_tokens(have: ViTConfig, want: ViTConfig, account: Account) -> None:

@@ -206,7 +206,7 @@ def test_a_range_of_deep_cells(tmp_path: Path):
         in str(dark.notes)
     )
     assert bright.notes == ()
-    assert np.array_equal(decode(bright[1].image)[:, :, 0], np.rint(values * (255 / 4095)))
+    assert np.array_equal(decode(bright[1].image)[:, :, 0], np.rint(values * (65535 / 4095)))
     assert decode(dark[1].image).max() <= 16
     assert identity_of(dark).digest != identity_of(bright).digest
     with pytest.raises(DataError, match="needs a range such as 0-4095"):

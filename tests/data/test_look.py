@@ -30,10 +30,10 @@ def test_dark_sixteen_bits_are_said_with_the_key(tmp_path: Path):
     )
     bright = open_source(f"folder:{folder}?range=0-4000")
     assert notes_of(bright) == ()
-    assert decode(bright[0].image).max() == 255
+    assert decode(bright[0].image).max() == 65535
     dark = open_source(f"folder:{folder}?range=container")
     assert notes_of(dark) == ()
-    assert np.array_equal(decode(dark[0].image), decode(source[0].image))
+    assert np.abs(decode(dark[0].image) / 257 - decode(source[0].image)).max() <= 0.5
     prints = {identity_of(s).digest for s in (source, bright, open_source(f"folder:{folder}?range=0-4095"))}
     assert len(prints) == 3  # other pixels, other data
 
@@ -53,7 +53,7 @@ def test_floating_point_values_are_said(tmp_path: Path):
     Image.fromarray(np.linspace(-1, 1.5, 200, dtype=np.float32).reshape(10, 20)).save(tmp_path / "a.tif")
     source = open_source(f"folder:{tmp_path}")
     assert notes_of(source)[0].endswith("values from -1 to 1.5: add range=-1-1.5")
-    assert decode(open_source(f"folder:{tmp_path}?range=-1-1.5")[0].image).max() == 255
+    assert decode(open_source(f"folder:{tmp_path}?range=-1-1.5")[0].image).max() == 65535
 
 
 def test_deep_images_without_a_value_that_can_be_read_are_nothing_to_say(tmp_path: Path):
@@ -70,10 +70,10 @@ def test_a_range_without_effect_is_an_error(tmp_path: Path):
         open_source(f"folder:{tmp_path}?range=0-4095")
 
 
-@pytest.mark.parametrize("text", ["4095", "9-3", "0-0", "a-b", "percentile:1-99", "0--5"])
+@pytest.mark.parametrize("text", ["4095", "9-3", "0-0", "a-b", "percentile:1-199", "0--5"])
 def test_mistaken_ranges(tmp_path: Path, text: str):
     Image.new("L", (20, 10)).save(tmp_path / "plain.png")
-    with pytest.raises(DataError, match="needs a range such as 0-4095 or -1000-3000, or container"):
+    with pytest.raises(DataError, match="needs a range such as"):
         open_source(f"folder:{tmp_path}?range={text}")
 
 

@@ -104,9 +104,11 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
         assert torch.equal(encoder.transform(source[0].image), evaluated)
     for image in (path, path.read_bytes(), twelve):
         with pytest.warns(UserWarning, match="becomes dark: give the range of its values"):
-            assert torch.equal(encoder.transform(image), evaluated)  # of the container
+            apart = (encoder.transform(image) - evaluated).abs().max()  # of the container, in 8 bits
+        assert 0 < apart < 0.05
     plain = (twelve[:, :, None].repeat(3, 2) // 16).astype(np.uint8)
-    assert torch.equal(encoder.transform(plain, range="0-4095"), encoder.transform(plain))
+    apart = encoder.transform(plain, range="0-4095") - encoder.transform(plain)
+    assert apart.abs().max() < 0.02  # resized in 16 bits
     floating = (twelve / 4095).astype(np.float32)
     assert torch.equal(encoder.transform(floating, range="0-1"), encoder.transform(twelve, range="0-4095"))
     with pytest.raises(UserError, match="range=0-4095: the data string of this image says how it is read"):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from foveola import distributed
@@ -31,6 +31,7 @@ from foveola.evaluation.images import Batches, Images, choose_images, facts_of_b
 from foveola.evaluation.result import versions
 from foveola.failures import told
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.models.transform import TransformConfig, evaluation_view
 from foveola.zoo.load import UNTRAINED, load
 
@@ -64,6 +65,7 @@ def analyze_attention(
     source = open_source(data, "test") if isinstance(data, str) else data
     at = distributed.find_device(device)
     readers = [AttentionReader(name, _open(model, at), config) for name, model in _named(models).items()]
+    source = seen_by([reader.encoder for reader in readers], source)
     if unused := set(config.probe) - {reader.probe for reader in readers}:
         raise UserError(f"probe={min(unused)} was trained on none of these encoders")
     groups = group_readers(readers)
@@ -171,7 +173,7 @@ class Squares(NamedTuple):
     """Some images, each cut for every geometry."""
 
     image_indices: Int64[Tensor, "k"]
-    images: dict[Geometry, UInt8[Tensor, "k 3 S S"]]
+    images: dict[Geometry, Shaped[Tensor, "k ch S S"]]
 
 
 class SquaresCut:
@@ -186,7 +188,7 @@ class SquaresCut:
         return Squares(torch.tensor([index]), {each: cut(image, each)[None] for each in self.geometries})
 
 
-def cut(image: UInt8[np.ndarray, "H W 3"], geometry: Geometry) -> UInt8[Tensor, "3 S S"]:
+def cut(image: Shaped[np.ndarray, "H W ch"], geometry: Geometry) -> Shaped[Tensor, "ch S S"]:
     """Return the centre of an image, as an encoder sees it before normalisation."""
     size, crop, interpolation, squash = geometry
     kind = "bicubic" if interpolation == "bicubic" else "bilinear"

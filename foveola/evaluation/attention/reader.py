@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from foveola.config import UserError, again, key
@@ -106,7 +106,7 @@ class AttentionReader:
         return self.heads, self.blocks, self.whole, self.between
 
     @torch.inference_mode()
-    def read(self, images: UInt8[Tensor, "B 3 S S"], number: int, where: str) -> None:
+    def read(self, images: Shaped[Tensor, "B ch S S"], number: int, where: str) -> None:
         """Read the images of a batch, counted from 0; raises UserError where attention is not finite."""
         encoder = self.encoder
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from foveola import distributed
@@ -36,7 +36,7 @@ class LabelledView(NamedTuple):
     """Some images as a classifier sees them, with their labels (-1: not known), or all their classes."""
 
     indices: Int64[Tensor, "b"]
-    pixels: UInt8[Tensor, "b 3 S S"]
+    pixels: Shaped[Tensor, "b ch S S"]
     labels: Int64[Tensor, "b"]
     classes: Bool[Tensor, "b K"]  # none, where an image has one
 

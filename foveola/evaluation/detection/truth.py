@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from foveola.config import UserError
@@ -22,7 +22,7 @@ class Annotated(NamedTuple):
     """Some images with their objects as annotations, whose `image_id` is the index in the source."""
 
     indices: Int64[Tensor, "b"]
-    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
+    images: tuple[Shaped[np.ndarray, "H W ch"], ...]
     annotations: tuple[list[dict[str, Any]], ...]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -133,7 +133,7 @@ class FeatureReader:
 
     @torch.inference_mode()
     def __call__(
-        self, images: UInt8[Tensor, "b 3 S S"], masks: Bool[Tensor, "b N"], wanted: Need
+        self, images: Shaped[Tensor, "b ch S S"], masks: Bool[Tensor, "b N"], wanted: Need
     ) -> dict[str, Float32[Tensor, "b ..."]]:
         """Features of each wanted kind, float32; all but `masked` without regard to masks."""
         encoder, kinds = self.encoder.eval(), wanted.kinds

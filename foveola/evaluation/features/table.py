@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from foveola import distributed
@@ -222,7 +222,7 @@ def _encode(
 
 def _tokens_of(
     encoder: Encoder,
-    images: UInt8[Tensor, "V 3 S S2"],
+    images: Shaped[Tensor, "V ch S S2"],
     masks: Bool[Tensor, "R N"] | None,
     config: ExtractConfig,
     image_of: Int64[Tensor, "R"] | None = None,
@@ -238,7 +238,7 @@ def _tokens_of(
 
 @torch.inference_mode()
 def object_tokens(
-    encoder: Encoder, pixels: Float[Tensor, "B 3 H W"], masks: Bool[Tensor, "B N"] | None, precision: str
+    encoder: Encoder, pixels: Float[Tensor, "B ch H W"], masks: Bool[Tensor, "B N"] | None, precision: str
 ) -> Float32[Tensor, "B D"]:
     """Return one object token for each normalised image, float32 on the CPU; without masks the class
     token.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
 from foveola.data.sample import Sample
@@ -16,7 +16,7 @@ class Boxed(NamedTuple):
     """Some images with their boxes."""
 
     image_indices: Int64[Tensor, "b"]
-    images: UInt8[Tensor, "b 3 S S"]
+    images: Shaped[Tensor, "b ch S S"]
     boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
 
 

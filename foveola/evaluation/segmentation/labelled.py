@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from foveola.data.sample import DataError, Sample
 from foveola.data.segmentation import PixelSource
@@ -13,7 +13,7 @@ from foveola.models.transform import TransformConfig, evaluation_view
 
 def labelled_image(
     source: PixelSource, sample: Sample, index: int
-) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
+) -> tuple[Shaped[np.ndarray, "H W ch"], UInt8[np.ndarray, "H W"]]:
     """Return an image and its label map. Raises BadImage, and DataError for a label map that cannot be
     used.
     """

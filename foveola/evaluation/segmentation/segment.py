@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
 from foveola import distributed
@@ -56,7 +56,7 @@ class LabelledImage(NamedTuple):
     """Some images in their own sizes, with the classes of their pixels."""
 
     indices: Int64[Tensor, "b"]
-    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
+    images: tuple[Shaped[np.ndarray, "H W ch"], ...]
     maps: tuple[UInt8[np.ndarray, "H W"], ...]
 
 

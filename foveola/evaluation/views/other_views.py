@@ -6,7 +6,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from foveola import distributed
@@ -43,7 +43,7 @@ class LabelFreeConfig(OtherViewsConfig):
 
 def image_views(
     canvases: Canvases, encoder: Encoder, config: LabelFreeConfig, number: int
-) -> Float[Tensor, "B 2 3 H W"]:
+) -> Float[Tensor, "B 2 ch H W"]:
     """Return two crops in two colours of each image, as in pretraining without objects, normalised for
     `encoder`.
 
@@ -92,7 +92,7 @@ class Watcher:
             objects=torch.zeros(0, 2, 2, width),
         )
 
-    def __call__(self, canvases: Canvases, plain: UInt8[Tensor, "b 3 S S"], number: int) -> ViewFeatures:
+    def __call__(self, canvases: Canvases, plain: Shaped[Tensor, "b ch S S"], number: int) -> ViewFeatures:
         """Everything about one parcel, the `number`-th of all."""
         views = image_views(canvases, self.encoder, self.config, number).flatten(0, 1)
         seen = self._plain(plain, canvases.indices)
@@ -106,7 +106,7 @@ class Watcher:
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
 
     @torch.inference_mode()
-    def _plain(self, images: UInt8[Tensor, "b 3 S S"], image_indices: Int64[Tensor, "b"]) -> ViewFeatures:
+    def _plain(self, images: Shaped[Tensor, "b ch S S"], image_indices: Int64[Tensor, "b"]) -> ViewFeatures:
         encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
         for few, shown in zip(images.split(size), image_indices.split(size), strict=True):
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):

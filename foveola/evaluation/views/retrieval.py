@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -126,11 +126,11 @@ class Drawn(NamedTuple):
     """Targets, each drawn on a canvas of a size of its own, with the mask of its object."""
 
     indices: Int64[Tensor, "n"]
-    images: tuple[UInt8[Tensor, "3 _ _"], ...]
+    images: tuple[Shaped[Tensor, "ch _ _"], ...]
     aspects: Float32[Tensor, "n"]  # width / height of the true images
     masks: UInt8[Tensor, "n s s"]
     whole: Bool[Tensor, "n"]  # whether the object is the whole image
-    plain: tuple[UInt8[Tensor, "3 S S"], ...]  # their images as they are evaluated, where asked for
+    plain: tuple[Shaped[Tensor, "ch S S"], ...]  # their images as they are evaluated, where asked for
 
     def canvases(self) -> Canvases:
         """Return all of them as `Canvases` of one object each."""
@@ -209,7 +209,7 @@ def views_config(encoder: Encoder, config: OtherViewsConfig) -> ViewsConfig:
 
 def two_views(
     canvases: Canvases, encoder: Encoder, config: OtherViewsConfig, number: int
-) -> tuple[Float[Tensor, "B 2 3 H W"], Bool[Tensor, "B 2 N"]]:
+) -> tuple[Float[Tensor, "B 2 ch H W"], Bool[Tensor, "B 2 N"]]:
     """Return two object-aware crops in two colours of each target, normalised for `encoder`, with their patch
     masks.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from foveola.config import key
+from foveola.data.shown import drawn_rgb
 from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig
 from foveola.methods.terms.assignment import AssignmentTerm, check_masked_share
@@ -35,7 +36,7 @@ class Shown(NamedTuple):
 
     student: Float[Tensor, "S N D"]
     teacher: Float[Tensor, "S N D"]
-    pixels: Float[Tensor, "S 3 H W"]
+    pixels: Float[Tensor, "S ch H W"]
     unplaced: Bool[Tensor, "S N"]
     heads: Heads
 
@@ -98,9 +99,13 @@ class PositionTerm(AssignmentTerm):
         guesses, unplaced, pixels = guessed
         color = self.setting.views.color
         mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (color.mean, color.std))
-        return {"positions": sheet_of_places(pixels * std + mean, guesses, unplaced, self.setting.grid)}
+        return {
+            "positions": sheet_of_places(
+                drawn_rgb(pixels * std + mean) / 255, guesses, unplaced, self.setting.grid
+            )
+        }
 
-    def _guessed(self) -> tuple[Int64[Tensor, "s N"], Bool[Tensor, "s N"], Float[Tensor, "s 3 H W"]] | None:
+    def _guessed(self) -> tuple[Int64[Tensor, "s N"], Bool[Tensor, "s N"], Float[Tensor, "s C H W"]] | None:
         """Guessed positions, unplaced patches and pixels of those of the kept views with such patches."""
         if self.shown is None or not (some := self.shown.unplaced.any(dim=1)).any():
             return None
@@ -137,7 +142,7 @@ def errors_of_places(
 
 
 def sheet_of_places(
-    images: Float[Tensor, "S 3 H W"],
+    images: Float[Tensor, "S ch H W"],
     guesses: Int64[Tensor, "S N"],
     unplaced: Bool[Tensor, "S N"],
     grid: tuple[int, int],

@@ -1,0 +1,61 @@
+"""What the data say of pixels: range, channels, pages, mean and deviation, found once and kept with a run."""
+
+import dataclasses
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from foveola.config import ConfigError, UserError, build, read_yaml, renewed
+from foveola.data.decoding import Decoding, channels_of
+from foveola.data.measure import channel_statistics
+from foveola.data.sources import Source
+from foveola.files import RunFolder
+from foveola.models.transform import PixelsConfig
+from foveola.training.recipe import RunConfig
+from foveola.views.color import ColorConfig
+
+
+def with_pixels(config: RunConfig, source: Source) -> RunConfig:
+    """Return the same with the channels and the range of its data, and mean and deviation of channels.
+
+    A run that is there goes on with those that it began with. Raises ConfigError where keys contradict the
+    data.
+    """
+    count, kept = channels_of(source), _kept(config)
+    if config.model.channels not in (count, 3):
+        raise ConfigError(f"model.channels={config.model.channels}: images of {source.name} have {count}")
+    reading = getattr(source, "reading", Decoding())
+    if kept is not None and reading.percentiles is not None and kept[0].range is not None:
+        reading = dataclasses.replace(reading, ranges=Decoding.values(kept[0].range)["ranges"])
+        source.read_as(reading)  # type: ignore[attr-defined]
+    color = config.views.color
+    if color.normalise == "data" or (color.normalise == "auto" and len(color.mean) != count):
+        mean, std = (kept[1].mean, kept[1].std) if kept is not None else channel_statistics(source)
+        color = dataclasses.replace(color, normalise="given", mean=mean, std=std)
+    elif color.normalise == "given" and len(color.mean) != count:
+        raise ConfigError(
+            f"views.color.mean has {len(color.mean)} value(s), and images of {source.name} {count} "
+            "channel(s): views.color.normalise=data measures them"
+        )
+    transform = config.transform
+    if transform is not None and color != config.views.color:
+        transform = dataclasses.replace(transform, mean=color.mean, std=color.std)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, channels=count),
+        views=dataclasses.replace(config.views, color=color),
+        transform=transform,
+        pixels=PixelsConfig(**reading.options()),
+    )
+
+
+def _kept(config: RunConfig) -> tuple[PixelsConfig, ColorConfig] | None:
+    """What the run in `out` began with, if it is there and has the same data."""
+    kept = None if config.out is None else RunFolder(Path(config.out).expanduser()).config
+    if kept is None or not kept.is_file():
+        return None
+    with suppress(UserError, KeyError, TypeError):
+        tree: dict[str, Any] = renewed(read_yaml(kept))
+        if tree["data"] == config.data and tree["views"]["color"].get("normalise") == "given":
+            return build(PixelsConfig, tree["pixels"]), build(ColorConfig, tree["views"]["color"])
+    return None
