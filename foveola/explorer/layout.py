@@ -26,7 +26,7 @@ from foveola.figures.pca import Basis
 
 NEAR = 15  # neighbours of a point that UMAP keeps near it
 FEWEST_ROWS = 8  # rows below which there is nothing for UMAP to lay out
-CHUNK = 65536  # rows in float64 at a time
+CHUNK_ROWS = 65536  # rows in float64 at a time
 MAP_METHODS = ("umap", "pca")
 
 
@@ -38,7 +38,7 @@ def has_umap() -> bool:
 def pca_map(vectors: Float32[np.ndarray, "n D"]) -> Float32[np.ndarray, "n 2"]:
     """Return the first two principal components of rows, on one scale; 0 for one that is not there."""
     count = min(2, vectors.shape[1])
-    parts = [vectors[start : start + CHUNK] for start in range(0, len(vectors), CHUNK)]
+    parts = [vectors[start : start + CHUNK_ROWS] for start in range(0, len(vectors), CHUNK_ROWS)]
     basis = Basis.fit_chunks(lambda: parts, count)
     points = np.zeros((len(vectors), 2), np.float32)
     points[:, :count] = np.concatenate([basis.project(part) * basis.scale for part in parts])

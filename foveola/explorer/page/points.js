@@ -19,9 +19,9 @@ export class Pixels {
   constructor(context, width, height, background) {
     Object.assign(this, { context, width, height });
     this.image = context.createImageData(width, height);
-    this.words = new Uint32Array(this.image.data.buffer);
+    this.words = new Int32Array(this.image.data.buffer);
     const [r, g, b] = background;
-    this.words.fill((255 << 24 | b << 16 | g << 8 | r) >>> 0);
+    this.words.fill(255 << 24 | b << 16 | g << 8 | r);
   }
 
   // Draw points x, y (pixels) whose entry in `layer` is `which`; `colors` are [r, g, b] of `kinds[i]`.
@@ -39,7 +39,7 @@ export class Pixels {
       for (let j = 0; j < offsets.length; j++) {
         const where = at + offsets[j], share = shares[j], old = words[where];
         const or = old & 255, og = old >> 8 & 255, ob = old >> 16 & 255;
-        words[where] = 0xff000000 | ob + ((b - ob) * share >> 8) << 16 | og + ((g - og) * share >> 8) << 8
+        words[where] = -0x1000000 | ob + ((b - ob) * share >> 8) << 16 | og + ((g - og) * share >> 8) << 8
           | or + ((r - or) * share >> 8);
       }
     }
