@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveola.data.sample import Objects, Sample
+    from foveola.data.shards.pack import pack
     from foveola.data.sources import Source, open_source
     from foveola.embedding.embed import embed
     from foveola.embedding.index import Index
@@ -85,6 +86,7 @@ __all__ = [
     "load",
     "make_plan",
     "open_source",
+    "pack",
     "pretrain",
     "propose",
     "recipes",
@@ -107,6 +109,7 @@ _HOMES = {
     "Plan": "foveola.training.auto.plan",
     "recipes": "foveola.training.recipe",
     "open_source": "foveola.data.sources",
+    "pack": "foveola.data.shards.pack",
     "Source": "foveola.data.sources",
     "Sample": "foveola.data.sample",
     "Objects": "foveola.data.sample",

@@ -38,6 +38,10 @@ EVALUATE_KEYS = [
     DEVICE,
     KeyInfo("overlap", "refuse|drop|allow", "refuse", "test images that train holds as well, byte for byte"),
 ]
+PACK = [
+    KeyInfo("data", "text", "(needed)", "images, as a data string"),
+    KeyInfo("out", "text", "(needed)", "a new folder for shards; whole or not there"),
+]
 ANALYZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
     KeyInfo("data", "text", "(needed)", "images, as a data string; labels and objects are not used"),

@@ -186,13 +186,13 @@ def _make_parts(cache: Path, shards: list[Shard], columns: ShardColumns, indexer
     work = [partial(_index_one, indexer, shards[at], columns, paths[at]) for at in missing]
     pool = _pool(shards, len(work), size)
     if pool is None:
-        for each in _shown(work, len(work)):
+        for each in shown_bar(work, len(work), "index"):
             each()
         return paths
     with pool:
         running = [pool.submit(each) for each in work]
         try:
-            for done in _shown(as_completed(running), len(running)):
+            for done in shown_bar(as_completed(running), len(running), "index"):
                 done.result()
         except BrokenProcessPool:
             raise DataError(
@@ -221,13 +221,14 @@ def _pool(shards: list[Shard], count: int, size: int) -> Executor | None:
     return ProcessPoolExecutor(processes, get_context("fork"))
 
 
-def _shown(items: Any, count: int) -> Any:
+def shown_bar(items: Any, count: int, label: str) -> Any:
+    """Iterate with a bar on a terminal."""
     if count < 2 or not sys.stderr.isatty():
         return items
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, "index", total=count, console=Console(stderr=True), transient=True)
+    return track(items, label, total=count, console=Console(stderr=True), transient=True)
 
 
 # -- of all of them -----------------------------------------------------------------------------------------

@@ -21,7 +21,11 @@ _TAIL = 2**20  # bytes that may follow the end: tar fills its last record
 _AHEAD, _AHEAD_REMOTE = 2**16, 2**20
 _BLOCK = tarfile.BLOCKSIZE
 IMAGE_SUFFIXES = frozenset(suffix[1:] for suffix in SUFFIXES)
-_LABEL, _ABOUT, MAP_EXTENSION = "cls", "json", "seg.png"  # extensions, where no option names others
+LABEL_EXTENSION, ABOUT_EXTENSION, MAP_EXTENSION = (
+    "cls",
+    "json",
+    "seg.png",
+)  # extensions, where no option names others
 
 
 class Member(NamedTuple):
@@ -60,7 +64,7 @@ def _add(
     if image is None:
         builder.without(next(iter(sample.values())).name)
         return
-    about, tree = sample.get(_ABOUT), {}
+    about, tree = sample.get(ABOUT_EXTENSION), {}
     if about is not None:
         tree = parse_sample(_content(shard, about), f"{shard.path}: {about.name}")
     listed = [] if columns.objects == "-" else objects_in(tree, where)
@@ -103,7 +107,7 @@ def _label(
     if columns.label == "folder":
         top, slash, _ = next(iter(sample.values())).name.partition("/")
         return top if slash else None
-    member = sample.get(columns.label or _LABEL)
+    member = sample.get(columns.label or LABEL_EXTENSION)
     if member is not None:
         return written_label(_content(shard, member), f"{shard.path}: {member.name}")
     return None if columns.label else label_of(tree.get("label"), where)
