@@ -17,6 +17,7 @@ from glob import glob, has_magic
 from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 from foveola import files
 from foveola.config import meant
@@ -181,10 +182,7 @@ class _Opened:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        finalize(self, os.close, self.number)
 
     def is_as(self, shard: Shard) -> bool:
         found = os.fstat(self.number)
