@@ -285,14 +285,8 @@ def _parse_options(kind: str, query: str, allowed: Mapping[str, Callable[[str], 
     return options
 
 
-WITHOUT_HALVES = (
-    "folder",
-    "coco",
-    "masks",
-    "listed",
-    "shards",
-    "parquet",
-)  # kinds without halves of their own, which holdout= makes
+# Kinds without halves of their own, which holdout= makes.
+WITHOUT_HALVES = ("folder", "coco", "masks", "listed", "shards", "parquet")
 _MEMBERS = ("image", "label", "pixels", "masks", "objects")  # of a sample in shards
 NO_FOLDER = ("hf", "shards", "parquet")  # what follows the colon may be no folder of this machine
 LABEL_MAP_KEYS: Mapping[str, Callable[[str], Any]] = {
