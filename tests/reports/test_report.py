@@ -228,9 +228,7 @@ def test_a_second_report_measures_and_draws_nothing(page: Path, runs: Path, monk
     assert re.sub(r"Made [^<]*", "", page.read_text(encoding="utf-8")) == before
 
 
-def test_runs_of_different_methods_side_by_side(
-    page: Path, runs: Path, no_charts: None, tmp_path: Path
-) -> None:
+def test_runs_of_different_methods_side_by_side(page: Path, runs: Path, tmp_path: Path) -> None:
     """Another run of the same folder layout: unfinished, of MAE, with another batch, without an encoder."""
     other = tmp_path / "mae"
     other.mkdir()
