@@ -173,7 +173,7 @@ def start_on(root: Path, count: int) -> dict[str, float]:
     """Seconds of what a start does with the images below a folder, and MiB that the process then holds."""
     import numpy as np
 
-    from foveola.data.loader import epoch_order
+    from foveola.data.order import epoch_order
     from foveola.data.sources import open_source
     from foveola.training.same_data import images_of_run
 

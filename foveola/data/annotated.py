@@ -41,7 +41,7 @@ def check_annotated(source: Source, annotations: Annotations | None) -> None:
         raise DataError(f"{source.name}: has no annotated objects; {WITH}")
 
 
-def check_pixels(source: Source, pixels: Shaped[np.ndarray, "H W C"]) -> None:
+def check_alike(source: Source, pixels: Shaped[np.ndarray, "H W C"]) -> None:
     """Raise BadImage for an image that has other channels or bits than the source says of all."""
     count, bits = pixels.shape[2], 8 * pixels.dtype.itemsize
     known = channels_of(source), source_depth(source)

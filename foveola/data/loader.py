@@ -10,12 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from foveola.config import key
@@ -31,8 +29,8 @@ from foveola.data.ahead import (
 from foveola.data.annotated import (
     Annotations,
     Read,
+    check_alike,
     check_annotated,
-    check_pixels,
     class_table,
     stack_label_maps,
 )
@@ -40,11 +38,12 @@ from foveola.data.chosen import ObjectRows
 from foveola.data.decode import Scratch, decode, to_canvas
 from foveola.data.decoding import channels_of, source_depth
 from foveola.data.noise import NoiseConfig, check_noise, make_noisy
+from foveola.data.order import order_of_rank
 from foveola.data.sample import BadImage, Canvases, DataError, Instances, ObjectChoice, Objects, have_masks
 from foveola.data.sources import Source, read_label_map
 from foveola.failures import explain
 
-ORDER, OBJECTS, STAND_IN = 0, 1, 2  # tell the random streams of one seed apart
+OBJECTS, STAND_IN = 1, 2  # tell the random streams of one seed apart, and from that of the order
 STAND_INS = 20  # images tried in place of a bad one
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before reading again, where nothing at all could be read
 BEYOND_DOUBT = 4.0  # standard deviations: a run asks thousands of times whether too many are bad
@@ -88,11 +87,6 @@ class LoaderConfig:
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
         return {} if self.workers else dict.fromkeys(("prefetch", "start"), "workers=0")
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
-    """Return the order in which an epoch visits `count` samples."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
 class Loader:
@@ -299,7 +293,7 @@ class _Batches(Dataset):
         """The canvases of one step."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         shape = self.steps_per_epoch, self.world_size, self.batch_size
-        order = _cached_order(self.seed, epoch, len(self.source), shape, self.rank)[step_of_epoch]
+        order = order_of_rank(self.seed, epoch, len(self.source), shape, self.rank)[step_of_epoch]
 
         B, canvas = self.batch_size, self.config.canvas
         # Channels last, as decoders give them.
@@ -389,22 +383,13 @@ class _Batches(Dataset):
             sample = self.source[index]
             name = sample.name
             pixels = decode(sample.image, scratch)
-            check_pixels(self.source, pixels)
+            check_alike(self.source, pixels)
             labels = read_label_map(self.source, index, pixels.shape[:2]) if self.label_maps else None
             return Read(index, sample, pixels, labels)
         except (BadImage, OSError) as error:
             cause = error.__cause__ if isinstance(error, BadImage) else error
             failed[f"{name} ({error})"] = isinstance(cause, OSError) and cause.errno is not None
             return None
-
-
-@lru_cache(maxsize=2)  # of each worker: two epochs meet in what is read ahead
-def _cached_order(
-    seed: int, epoch: int, count: int, shape: tuple[int, int, int], rank: int
-) -> Int64[np.ndarray, "steps B"]:
-    """What a rank reads at each step, of (steps, ranks, B): all of 10^7 images would be 80 MB in a worker."""
-    order = epoch_order(seed, epoch, count)[: math.prod(shape)]
-    return order.reshape(shape)[:, rank].copy()
 
 
 def _as_it_is(batch: Any) -> Any:

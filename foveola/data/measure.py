@@ -12,7 +12,7 @@ from foveola.data.readers import values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import chosen_channels
 
-LOOKED_AT = 200  # images, spread evenly
+MEASURED_IMAGES = 200  # images, spread evenly
 VALUES = 4096  # of each channel of an image that tell percentiles
 SMALLEST_STD = 1 / 255  # deviation that a channel is divided by
 
@@ -74,4 +74,4 @@ def _pixels(source: Any) -> Iterator[np.ndarray]:
 
 
 def _spread(source: Any) -> list[int]:
-    return np.unique(np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)).tolist()
+    return np.unique(np.linspace(0, len(source) - 1, min(MEASURED_IMAGES, len(source))).astype(int)).tolist()

@@ -8,7 +8,7 @@ from torch import Tensor
 from foveola.data.decode import decode
 from foveola.data.decoding import RGB, ImageFile
 
-Choice = tuple[int, ...]  # three channels, from 0, that are red, green and blue
+ShownAs = tuple[int, ...]  # three channels, from 0, that are red, green and blue
 
 
 def shown_image(image: object) -> UInt8[np.ndarray, "H W 3"]:
@@ -17,7 +17,7 @@ def shown_image(image: object) -> UInt8[np.ndarray, "H W 3"]:
     return rgb_of(decode(image), None if reading is None else reading.shown)  # type: ignore[arg-type]
 
 
-def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: Choice | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: ShownAs | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """Return pixels of uint8 or uint16 as RGB: three channels of them, by default the first ones, or grey.
 
     Of two channels blue stays black.
@@ -30,7 +30,7 @@ def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: Choice | None = None) ->
     return chosen if chosen.dtype == np.uint8 else ((chosen.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
-def drawn_rgb(images: Float[Tensor, "*B C H W"], choice: Choice | None = None) -> UInt8[Tensor, "*B 3 H W"]:
+def drawn_rgb(images: Float[Tensor, "*B C H W"], choice: ShownAs | None = None) -> UInt8[Tensor, "*B 3 H W"]:
     """Return images in [0, 1] as `rgb_of` shows them."""
     chosen = images[..., list(_rows(images.shape[-3], choice)), :, :]
     if chosen.shape[-3] < RGB:
@@ -38,7 +38,7 @@ def drawn_rgb(images: Float[Tensor, "*B C H W"], choice: Choice | None = None) -
     return (chosen * 255).round().clamp(0, 255).byte()
 
 
-def _rows(channels: int, choice: Choice | None) -> Choice:
+def _rows(channels: int, choice: ShownAs | None) -> ShownAs:
     if choice is not None:
         return choice
     return (0, 0, 0) if channels == 1 else tuple(range(min(channels, RGB)))

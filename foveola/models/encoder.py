@@ -214,15 +214,11 @@ class Encoder(nn.Module):
         objects: Bool[Tensor, "B M N"] | None = None,
         block: int = -1,
     ) -> AttentionRows:
-        """Return who reads what in a block; the pass ends there. Raises UserError for a block that there is
-        not.
-        """
+        """Return who reads what in a block; the pass ends there. UserError for a block that is not there."""
         return attention_of(self.backbone, images, objects, block)
 
     def block_index(self, block: int) -> int:
-        """Return the index of a block, where negative numbers count from the last. UserError where there is
-        none.
-        """
+        """Return the index of a block; negative numbers count from the last. UserError where none is."""
         return block_index(self.backbone, block)
 
     def visit(
@@ -231,15 +227,11 @@ class Encoder(nn.Module):
         attention: Callable[[int, slice, slice, Tensor], None],
         output: Callable[[int, Tensor], None] | None = None,
     ) -> Features:
-        """Return a pass that hands out the attention of every block, a few matrices at a time:
-        `capture.visit`.
-        """
+        """Return a pass that hands out the attention of every block bit by bit: `capture.visit`."""
         return visit(self.backbone, images, attention, output)
 
     def predictions(self, features: Features) -> Float[Tensor, "B N C"]:
-        """Return what the predictor's first block expects at every place. Raises UserError where there is
-        none.
-        """
+        """Return what the predictor's first block expects at every place. UserError where there is none."""
         if self.predictor is None:
             raise UserError(f"pool=predictor: this encoder has {', '.join(self.config.pools)}")
         return self.predictor(features)

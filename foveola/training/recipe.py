@@ -216,7 +216,7 @@ class RunConfig:
             idle |= dict.fromkeys(drawn, "objects are not used (views.objects=null)")
         if self.loader.objects_per_image == 1:
             idle["method.token.weight_by"] = "one object of an image is drawn (loader.objects_per_image=1)"
-        if ALL in (self.freeze.get("encoder"), self.freeze.get("backbone")):
+        if ALL in map(self.freeze.get, ("encoder", "backbone")):
             idle |= dict.fromkeys(("lora", "train_blocks"), "freeze.encoder=all: nothing of it learns")
         return idle
 
@@ -225,9 +225,8 @@ class RunConfig:
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         transform = dataclasses.replace(transform, **vars(self.pixels))
-        model = dataclasses.replace(self.model, drop_path=0.0)
-        pool, predictor = self.method.pool, self.method.kept_predictor
-        return EncoderConfig(model, transform, self.recipe, pool, predictor)
+        model, method = dataclasses.replace(self.model, drop_path=0.0), self.method
+        return EncoderConfig(model, transform, self.recipe, method.pool, method.kept_predictor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -279,9 +278,7 @@ def installed() -> list[str]:
 
 
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
-    """Return a recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict laid over
-    it.
-    """
+    """Return a recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict over it."""
     changes = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
     return _asked_for(_layers(str(recipe)), changes)
 
@@ -347,9 +344,7 @@ def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """Turn `{"model.size": "base"}` into `{"model": {"size": "base"}}`; dicts stay, a class becomes its
-    name.
-    """
+    """Turn `{"model.size": "base"}` into `{"model": {"size": "base"}}`; a class becomes its name."""
     tree: dict[str, Any] = {}
     for name, value in changes.items():
         branch: Any = name_of(value) if isinstance(value, type) else value

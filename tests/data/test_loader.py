@@ -24,7 +24,8 @@ from foveola.data import ahead
 from foveola.data import loader as loader_file
 from foveola.data.ahead import Asker, OutOfSharedMemory, room
 from foveola.data.decode import to_canvas
-from foveola.data.loader import Loader, LoaderConfig, epoch_order, too_many
+from foveola.data.loader import Loader, LoaderConfig, too_many
+from foveola.data.order import epoch_order
 from foveola.data.sample import BadImage, Canvases, DataError, Objects, Sample
 from foveola.data.scenes import Scenes
 from foveola.data.sources import open_source
