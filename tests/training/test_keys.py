@@ -28,6 +28,10 @@ UNSEEN = {  # keys that weights do not show, by the reason why
     "null is what the data have, tested with the detector": ("method.masks",),
     "names": ("recipe", "about", "data", "out", "method.classes"),
     "weights, tested with the runs that start from them": ("init",),
+    "what was found in the data, tested with images of other channels": (
+        *("model.channels", "init_channels", "pixels.range", "pixels.channels", "pixels.pages"),
+        *("pixels.show", "views.color.normalise"),
+    ),
     "how a run is kept and measured": (
         "log_every",
         "checkpoint_every",
