@@ -287,7 +287,8 @@ def test_what_a_batch_weighs_and_where_it_goes(monkeypatch: pytest.MonkeyPatch):
     assert some.nbytes == plain.nbytes + count * (8 + 16 + 8 + 1 + 16 * 16)
     moved = some.to("meta")
     assert moved.instances is not None
-    assert all(x.device.type == "meta" for x in moved.tensors())
+    assert all(x.device.type == "meta" or x is moved.aspects for x in moved.tensors())
+    assert moved.aspects.device.type == "cpu"  # where boxes are drawn
     assert len([*moved.tensors()]) == len([*plain.tensors()]) + 5
     asked: list[int] = []
 

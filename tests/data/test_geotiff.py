@@ -73,7 +73,7 @@ def test_nodata_is_missing_where_all_bands_have_it(tmp_path):
     path = scene(tmp_path / "b.tif", floats, nodata=-9999)
     pixels = decode(ImageFile(path, Decoding(ranges=((0, 1),), channels=2)))
     assert (pixels[3, 4] == 0).all()
-    want = np.rint(np.moveaxis(floats.astype(np.float64), 0, 2) * 255)
+    want = np.rint(np.moveaxis(floats.astype(np.float64), 0, 2) * 65535)
     want[3, 4] = 0
     assert np.array_equal(pixels, want)
 

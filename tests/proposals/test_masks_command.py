@@ -26,7 +26,7 @@ def test_help_lists_every_kind_and_every_key(capsys):
         assert cli.main(["masks", name, "--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
         keys = [info.path for info in [*MASKS, *describe(config), *describe(ProposeConfig())]]
-        assert [line.split()[0] for line in lines[3:]] == keys
+        assert [line.split()[0] for line in lines[4:]] == keys
         assert len(set(keys)) == len(keys)  # none is of the kind and of the run
     assert cli.main(["--help"]) == 0
     assert "masks KIND data=... model=... out=..." in capsys.readouterr().out

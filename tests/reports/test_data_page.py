@@ -241,8 +241,8 @@ def test_odd_modes_are_what_they_are(tmp_path: Path) -> None:
 
 def test_each_file_is_read_once(folder: Path, monkeypatch) -> None:
     source, read = foveola.open_source(f"folder:{folder}"), []
-    whole, hashed = Path.read_bytes, identity._hash_file
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), whole(path))[1])
+    opened, hashed = Path.open, identity._hash_file
+    monkeypatch.setattr(Path, "open", lambda path, *how: (read.append(path), opened(path, *how))[1])
     monkeypatch.setattr(identity, "_hash_file", lambda path: (read.append(path), hashed(path))[1])
     survey(source)
     assert len(read) == len(set(read)) == 6

@@ -494,13 +494,13 @@ def test_a_truncated_image_is_replaced_counted_and_named(tiny, tmp_path, images,
 
 
 def test_a_name_that_is_not_utf8_and_files_of_other_kinds_are_said_and_end_nothing(tiny, tmp_path, images):
-    (images / "scan.dcm").touch()
+    (images / "scan.xyz").touch()
     Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")).write_bytes(b"no image")
     run = pretrain(tiny(data=f"folder:{images}", out=str(tmp_path / "run"), **{"loader.max_bad": 0.5}))
     text = (run.folder / "log.txt").read_text(encoding="utf-8")
     assert run.finished
     assert "caf\\udce9.png (not an image of a known kind)" in text
-    assert "files of other kinds are left out: 1 .dcm" in text
+    assert "files of other kinds are left out: 1 .xyz" in text
 
 
 def test_too_many_bad_images_are_an_error(tiny, tmp_path, images):

@@ -108,7 +108,8 @@ def test_a_range_as_in_data_strings(tmp_path: Path):
         assert 0 < apart < 0.05
     plain = (twelve[:, :, None].repeat(3, 2) // 16).astype(np.uint8)
     apart = encoder.transform(plain, range="0-4095") - encoder.transform(plain)
-    assert apart.abs().max() < 0.02  # resized in 16 bits
+    assert apart.abs().max() < 0.06  # noise, resized in 16 bits: 8 round and cut off between rows and columns
+    assert apart.abs().mean() < 0.01
     floating = (twelve / 4095).astype(np.float32)
     assert torch.equal(encoder.transform(floating, range="0-1"), encoder.transform(twelve, range="0-4095"))
     with pytest.raises(UserError, match="range=0-4095: the data string of this image says how it is read"):

@@ -264,7 +264,7 @@ def test_epochs_see_every_row_once_and_crops_in_turn(encoder, shades, monkeypatc
         store = feed.open(train, config, need("average"), 2)
         columns = Columns(store, torch.arange(24), need("average"), torch.device("cpu"), 2)
         views = [store.take("average", slice(None), view) for view in range(3)]
-        monkeypatch.setattr(task, "PRELOAD", 0)
+        monkeypatch.setattr("foveola.evaluation.features.cache.PRELOAD", 0)
         on_disk = Columns(store, torch.arange(24), need("average"), torch.device("cpu"), 2)
         assert columns.kept
         assert not on_disk.kept
