@@ -18,9 +18,10 @@ from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
 from foveola.data.measure import percentile_ranges
-from foveola.data.readers import read_header, values_in
+from foveola.data.readers import SLIDE, read_header, reader_of, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shards.source import ShardImages
+from foveola.data.slides import WITHIN
 from foveola.data.values import CONTAINER, chosen_channels
 
 LOOKS = 64  # images
@@ -100,6 +101,8 @@ def _count_channels(source: Looked) -> None:
 def _look_at(source: Looked, index: int, seen: Looks) -> None:
     try:
         data = source.data(index)
+        if isinstance(data, bytes) and reader_of(data, Decoding()) is SLIDE:
+            raise DataError(f"{source.name}: {WITHIN}")
         header = read_header(data)
         if header.bits > 8:
             _look_at_depth(data, source.reading, seen)

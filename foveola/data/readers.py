@@ -105,7 +105,7 @@ def reader_of(data: StoredFile | bytes, decoding: Decoding) -> Reader | None:
 
 
 def _reader(head: bytes, data: Path | bytes, decoding: Decoding) -> Reader | None:
-    if head.startswith(TIFF_MAGIC):
+    if head.startswith(TIFF_MAGIC) and not is_dicom(head):  # whose first 128 bytes may be those of a TIFF
         library = library_of(data, decoding)
         return {"pil": None, "tifffile": TIFF, "rasterio": SCENE, "slide": SLIDE}[library]
     return next((each for each in READERS if each.begins(head)), None)

@@ -21,6 +21,10 @@ CELLS = 16  # pixels of the overview that a side of a tile has at least
 OVERVIEW = 2**25  # pixels of it, where the slide has a coarser level
 MPP = ("openslide.mpp-x", "tiffslide.mpp-x")
 REACH = 3  # pixels around a part that its shrunk pixels depend on, in units of these
+WITHIN = (
+    "a whole slide is read from a file of its own, in parts; `foveola pack 'folder:/slides?tiles=512' "
+    "out=FOLDER format=jpeg` makes shards of its tiles"
+)
 SAME = 1e-3  # by this share two resolutions are one
 
 
@@ -127,7 +131,7 @@ def _region(slide: Any, level: Level, window: Window) -> UInt8[np.ndarray, "h w 
 @contextmanager
 def _opened(path: Path | bytes) -> Iterator[Any]:
     if isinstance(path, bytes):
-        raise BadImage("a whole slide, which is read from a file of its own alone")
+        raise BadImage(WITHIN)
     opener = _opener()
     with reading("whole slide"), opener(str(path)) as slide:
         yield slide

@@ -119,7 +119,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     allowed |= {} if kind == "scenes" else {"limit": at_least_one, "seed": whole_number}
     allowed |= {} if kind == "scenes" else READINGS
     allowed |= CUTTINGS
-    allowed |= MOVING if kind == "folder" else {}
+    allowed |= MOVING if kind in ("folder", "shards", "parquet") else {}
     allowed |= {"holdout": share, "split": split_name} if kind in WITHOUT_HALVES else {}
     allowed.setdefault("annotations", existing_path)
     options = _parse_options(kind, query, allowed)
@@ -142,7 +142,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         reading = replace(reading, **options.pop(name, {}))
     if reading.every is not None and reading.seconds is not None:
         raise DataError(f"{kind}: every= and seconds= both say which frames of videos are taken: give one")
-    if reading.moving:
+    if reading.moving and kind == "folder":
         options["videos"] = True
     if "split" in own:
         options.setdefault("split", split)

@@ -13,7 +13,8 @@ from PIL import Image
 from foveola import pack
 from foveola.config import UserError
 from foveola.data.identity import identity_of
-from foveola.data.sample import Objects, full_mask
+from foveola.data.sample import DataError, Objects, full_mask
+from foveola.data.shards.pack import PackedShards
 from foveola.data.sources import decode, open_source
 
 
@@ -110,6 +111,61 @@ def test_scenes_come_back_with_pixels_masks_and_label_maps(tmp_path):
         assert same(packed[index].objects, plain[index].objects)
         assert packed[index].label == plain[index].label
         assert (packed.label_map(index) == plain.label_map(index)).all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "options"), [(5, np.uint16, "?range=container&channels=all"), (3, np.uint8, "")]
+)
+def test_arrays_hold_any_channels_and_depth(tmp_path, channels, dtype, options):
+    (tmp_path / "in").mkdir()
+    top = np.iinfo(dtype).max
+    for k in range(2):
+        pixels = np.random.default_rng(k).integers(0, top, (48, 64, channels), dtype, endpoint=True)
+        np.save(tmp_path / "in" / f"{k}.npy", pixels)
+    spec = f"folder:{tmp_path}/in{options}{'&' if options else '?'}tiles=32&overlap=8"
+    with pytest.raises(DataError, match="write pixels as they are read: format=jpeg"):
+        pack(spec, tmp_path / "out", progress=False)
+    if channels > 3:
+        with pytest.raises(DataError, match="need format=npz"):
+            pack(spec, tmp_path / "out", format="webp", progress=False)
+    made = pack(spec, tmp_path / "out", format="npz", progress=False)
+    assert str(made).endswith(f"data string: shards:{tmp_path}/out{options}")
+    parts: Any = open_source(spec)
+    packed: Any = open_source(f"shards:{tmp_path}/out{options}")
+    assert packed.image_names() == parts.image_names()
+    for k in range(len(parts)):
+        pixels, whole = decode(packed[k].image), np.load(tmp_path / "in" / f"{k // 6}.npy")
+        y, x = (0, 16)[k % 6 // 3], (0, 24, 32)[k % 3]
+        assert pixels.dtype == dtype
+        assert (pixels == whole[y : y + 32, x : x + 32]).all()
+    small = pack(spec, tmp_path / "small", format="npz", canvas=16, progress=False)
+    packed = open_source(f"shards:{small.path}{small.options}")
+    assert decode(packed[0].image).shape == (16, 16, channels)
+    shrunk = Image.fromarray(decode(parts[1].image)[:, :, 1].astype(np.float32))
+    shrunk = np.asarray(shrunk.resize((16, 16), Image.Resampling.BICUBIC)).clip(0, top)
+    assert np.abs(decode(packed[1].image)[:, :, 1] - shrunk).max() <= 1 + 2e-4 * top
+
+
+def test_files_that_state_their_range_come_back_whatever_they_are_called(tmp_path):
+    examples = pytest.importorskip("pydicom.examples")
+    (tmp_path / "in").mkdir()
+    for name in ("IM0001", "0002", "c.dcm"):
+        shutil.copy(examples.get_path("ct"), tmp_path / "in" / name)
+    plain: Any = open_source(f"folder:{tmp_path}/in")
+    made = pack(f"folder:{tmp_path}/in", tmp_path / "out", progress=False)
+    packed: Any = open_source(f"shards:{made.path}")
+    assert packed.image_names() == plain.image_names() == ["0002", "IM0001", "c.dcm"]
+    assert packed.depth == plain.depth == 16
+    for k in range(3):
+        assert (decode(packed[k].image) == decode(plain[k].image)).all()
+    assert identity_of(packed).digest == identity_of(plain).digest
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(999, "1.00 KB"), (2_500_000, "2.50 MB"), (3_210_000_000, "3.21 GB")]
+)
+def test_sizes_are_said_in_a_unit_that_shows_them(tmp_path, size, text):
+    assert f"7 samples in 1 shard, {text}" in str(PackedShards(tmp_path, 7, 1, size, ()))
 
 
 @pytest.mark.parametrize(("form", "off"), [("png", 0), ("jpeg", 60), ("webp", 60)])

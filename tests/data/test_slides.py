@@ -1,12 +1,14 @@
 """Whole slides: a pyramid as Aperio's scanners write it, made with tifffile and read by OpenSlide."""
 
 import sys
+import tarfile
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from foveola import pack
 from foveola.data.decode import decode
 from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.readers import read_header
@@ -90,3 +92,21 @@ def test_without_the_library_the_extra_is_named(slide, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=r"a whole slide needs openslide .*'foveola\[slides\]'"):
         decode(slide[0])
+
+
+def test_slides_in_shards_are_refused_at_once_and_tiles_are_packed(slide, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEOLA_CACHE", str(tmp_path / "cache"))
+    path, base = slide
+    with pytest.raises(DataError, match="read from a file of its own, in parts; `foveola pack") as caught:
+        pack(f"folder:{path.parent}", tmp_path / "whole", progress=False)
+    assert not isinstance(caught.value, BadImage)  # which would be counted, one by one
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(path, "a.svs")
+    for query in ("", "?level=1", "?tiles=256"):
+        with pytest.raises(DataError, match="read from a file of its own, in parts; `foveola pack") as caught:
+            open_source(f"shards:{tmp_path}/0.tar{query}")
+        assert not isinstance(caught.value, BadImage)
+    made = pack(f"folder:{path.parent}?tiles=256", tmp_path / "tiles", format="png", progress=False)
+    packed: Any = open_source(f"shards:{made.path}")
+    assert packed.image_names()[0] == "a.svs#256,256"
+    assert np.array_equal(decode(packed[0].image), base[256:512, 256:512])

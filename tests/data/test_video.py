@@ -1,10 +1,13 @@
 """Frames of videos that PyAV writes: which are taken, exact values, what is refused."""
 
 import sys
+import tarfile
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from foveola.data.decode import decode
 from foveola.data.decoding import Decoding, ImageFile
@@ -41,6 +44,22 @@ def test_every_third_frame_and_every_half_second(tmp_path):
     assert len(source) == 5 * 6
     assert source[3 * 6 + 4].name == "a.mkv#4,16,16"
     assert np.array_equal(decode(source[3 * 6 + 4].image), FRAMES[15, 16:, 16:32])
+
+
+def test_frames_of_videos_in_shards_and_parquet(tmp_path):
+    path = video(tmp_path / "a.mkv", FRAMES)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(path, "clips/a.mkv")
+    rows = pyarrow.table({"video": [{"bytes": path.read_bytes(), "path": "clips/a.mkv"}]})
+    parquet.write_table(rows, str(tmp_path / "0.parquet"))
+    for kind in ("shards", "parquet"):
+        source: Any = open_source(f"{kind}:{tmp_path}?every=3&tiles=32")
+        assert source.image_names()[:3] == ["clips/a.mkv#1,0,0", "clips/a.mkv#1,16,0", "clips/a.mkv#2,0,0"]
+        assert len(source) == 18
+        for k in (0, 8, 5):
+            assert np.array_equal(decode(source[2 * k + 1].image), FRAMES[3 * k, :, 16:])
+        with pytest.raises(DataError, match="seconds=1 or every=30 in the data string makes images of its"):
+            decode(open_source(f"{kind}:{tmp_path}")[0].image)
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 
 from foveola import files
 from foveola.config import UserError, build, key, to_dict
-from foveola.data.decoding import ImageFile
+from foveola.data.decoding import RGB, Decoding, ImageFile, channels_of, source_depth
 from foveola.data.identity import hash_of
 from foveola.data.inventory import inventory_of
 from foveola.data.listing import printable
@@ -40,8 +41,10 @@ class PackConfig:
     """How data become shards."""
 
     size: str = key("1GB", "about how large a shard becomes: KB, MB or GB")
-    format: Literal["original", "jpeg", "webp", "png"] = key(
-        "original", "of the images; original: the bytes of the files. One that has it already and fits stays"
+    format: Literal["original", "jpeg", "webp", "png", "npz"] = key(
+        "original",
+        "of the images; original: the bytes of the files. One that has it already and fits stays. npz: any "
+        "channels and depth, without loss",
     )
     quality: int = key(90, "of jpeg and webp", at_least=1, at_most=100)
     canvas: int | None = key(
@@ -58,7 +61,7 @@ class PackConfig:
         if not self.size[:-2].isdecimal() or self.size[-2:] not in _UNITS or not int(self.size[:-2]):
             raise ValueError(f"size={self.size}: expected a number with KB, MB or GB, such as 500MB")
         if self.canvas is not None and self.format == "original":
-            raise ValueError("canvas= needs format=jpeg, webp or png, in which shrunk images are written")
+            raise ValueError("canvas= needs format=jpeg, webp, png or npz, which write images anew")
 
     @property
     def bytes(self) -> int:
@@ -75,16 +78,18 @@ class PackedShards:
     shards: int
     bytes: int
     left_out: tuple[str, ...]  # names and reasons
+    options: str = ""  # of the data string, without which pixels are not what they were
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.samples:,} samples in {self.shards:,} shards, {self.bytes / 1e9:.2f} GB"
-        ]
+        unit = next((name for name in ("GB", "MB") if self.bytes >= _UNITS[name]), "KB")
+        size = f"{self.bytes / _UNITS[unit]:.2f} {unit}"
+        shards = f"{self.shards:,} shard{'s' * (self.shards != 1)}"
+        lines = [f"{self.path}: {self.samples:,} sample{'s' * (self.samples != 1)} in {shards}, {size}"]
         if self.left_out:
             lines.append(
                 f"{len(self.left_out)} images cannot be read and are left out, such as {self.left_out[0]}"
             )
-        return "\n".join([*lines, f"data string: shards:{self.path}"])
+        return "\n".join([*lines, f"data string: shards:{quote(str(self.path))}{self.options}"])
 
 
 def pack(data: Source | str, out: str | Path, *, progress: bool = True, **settings: Any) -> PackedShards:
@@ -130,18 +135,32 @@ def pack(data: Source | str, out: str | Path, *, progress: bool = True, **settin
     (building / ".lock").unlink()
     building.replace(out)
     size = sum((out / path.name).stat().st_size for path in paths)
-    return PackedShards(out, samples, len(paths), size, tuple(left_out))
+    return PackedShards(out, samples, len(paths), size, tuple(left_out), _options(source, config))
 
 
 def _check(source: Any, config: PackConfig) -> None:
     if hasattr(source, "answers"):
         raise DataError(f"{source.name}: has several right answers for an image, which shards cannot hold")
-    if config.format == "original" and isinstance(_first(source).image, ImageFile):
+    image = _first(source).image
+    if (
+        config.format == "original"
+        and isinstance(image, ImageFile)
+        and replace(image.reading, deep=False) != Decoding()  # `deep`: the files say their range
+    ):
         raise DataError(
-            f"{source.name}: range=, channels= and pages= say how files are read, and format=original "
-            "keeps files: "
-            "leave them out here, and write them into the data string of the shards"
+            f"{source.name}: range=, channels=, pages=, tiles= and the like say how files are read, and "
+            "format=original keeps files: write them into the data string of the shards, or write pixels as "
+            "they are read: format=jpeg, webp or png of 8-bit RGB, format=npz of all"
         )
+
+
+def _options(source: Any, config: PackConfig) -> str:
+    """What the data string of arrays says, where their channels or depth are not the usual ones."""
+    if config.format != "npz":
+        return ""
+    deep, several = source_depth(source) > 8, channels_of(source) != RGB
+    found = ["range=container"] * deep + ["channels=all"] * several
+    return "?" + "&".join(found) if found else ""
 
 
 def _first(source: Any) -> Sample:

@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
 
-from foveola.data.decode import decode
-from foveola.data.decoding import StoredFile
+from foveola.data.arrays import IMAGE, ZIP_MAGIC
+from foveola.data.decode import decode, resize_pixels
+from foveola.data.decoding import Decoding, ImageFile, StoredFile
+from foveola.data.dicom import is_dicom
 from foveola.data.listing import SUFFIXES, printable
-from foveola.data.readers import read_header
+from foveola.data.readers import HEAD_BYTES, SLIDE, read_header, reader_of
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.shards.schema import described
 from foveola.data.shards.tar import ABOUT_EXTENSION, LABEL_EXTENSION, MAP_EXTENSION
+from foveola.data.slides import WITHIN
 
 BEGINNINGS = {
     b"\xff\xd8": "jpg",
@@ -25,10 +29,13 @@ BEGINNINGS = {
     b"BM": "bmp",
     b"II*\0": "tif",
     b"MM\0*": "tif",
+    b"II+\0": "tif",
+    b"MM\0+": "tif",
     b"P5": "pgm",
     b"P6": "ppm",
+    ZIP_MAGIC: "npz",
 }
-FORMATS_WRITTEN = {"jpeg": "jpg", "webp": "webp", "png": "png"}
+FORMATS_WRITTEN = {"jpeg": "jpg", "webp": "webp", "png": "png", "npz": "npz"}
 
 
 def sample_key(name: str) -> str:
@@ -55,13 +62,11 @@ def members_of(
     name = printable(sample.name)
     key = sample_key(name) if key is None else key
     data, size, fitted = _image(sample, form, quality, canvas)
-    extension = next((end for magic, end in BEGINNINGS.items() if data.startswith(magic)), None)
     suffix = posixpath.splitext(name)[1]
-    if extension is None and suffix.lower() not in SUFFIXES:
-        raise BadImage("of a format that shards cannot hold; format=png writes its pixels")
+    extension = _extension(data, suffix)
     if f"{key}{suffix}" == name and form == "original" and suffix.lower() in SUFFIXES:
         extension = suffix[1:]
-    image = f"{key}.{extension or suffix[1:]}"
+    image = f"{key}.{extension}"
     found = {image: data}
     if sample.label is not None:
         found[f"{key}.{LABEL_EXTENSION}"] = str(sample.label).encode()
@@ -74,14 +79,30 @@ def members_of(
     return found
 
 
+def _extension(data: bytes, suffix: str) -> str:
+    """By what the file is; by its name, where only that says it. DICOM files often have none."""
+    found = next((end for magic, end in BEGINNINGS.items() if data.startswith(magic)), None)
+    found = None if is_dicom(data[:HEAD_BYTES]) else found
+    if found is None and suffix.lower() in SUFFIXES:
+        return suffix[1:]
+    reader = None if found else reader_of(data, Decoding())
+    if found is None and reader is None:
+        raise BadImage("of a format that shards cannot hold; format=png writes its pixels")
+    return found or (reader.suffixes[0][1:] if reader else "")
+
+
 def _image(
     sample: Sample, form: str, quality: int, canvas: int | None
 ) -> tuple[bytes, tuple[int, int], tuple[int, int] | None]:
     """The file, the width and height of the image the right way up, and to which it was shrunk."""
     image, data = sample.image, None
+    if form == "original" and isinstance(image, ImageFile):  # as its file says, which stays as it is
+        image = image.data
     if isinstance(image, StoredFile | bytes):
         data = image.read_bytes() if isinstance(image, StoredFile) else image
     if data is not None and form == "original":
+        if reader_of(data, Decoding()) is SLIDE:
+            raise DataError(f"{sample.name}: {WITHIN}")
         try:
             return data, read_header(data).upright, None
         except BadImage:  # damaged: it stays what it is, and a run counts it as it would in its folder
@@ -91,14 +112,17 @@ def _image(
         if canvas is None or min(width, height) <= canvas:
             return data, (width, height), None
     pixels = decode(data if data is not None else image)
-    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-        raise DataError("pack: images of more than 8 bits or other channels than RGB need format=original")
+    if form != "npz" and (pixels.dtype != np.uint8 or pixels.shape[2] != 3):
+        raise DataError(
+            "pack: images of more than 8 bits or other channels than RGB need format=npz (as their data "
+            "string reads them) or original (their files)"
+        )
     height, width = pixels.shape[:2]
     fitted = None
     if canvas is not None and min(width, height) > canvas:
         scale = canvas / min(width, height)
         fitted = max(round(width * scale), canvas), max(round(height * scale), canvas)
-        pixels = np.asarray(Image.fromarray(pixels).resize(fitted, Image.Resampling.BICUBIC))
+        pixels = _resized(pixels, fitted)
     return _encoded(pixels, form, quality), (width, height), fitted
 
 
@@ -107,7 +131,16 @@ def _beginning(form: str) -> bytes:
     return next(magic for magic, extension in BEGINNINGS.items() if extension == end)
 
 
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    channels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return resize_pixels(channels, size[1], size[0], "bicubic").permute(1, 2, 0).numpy()
+
+
 def _encoded(pixels: np.ndarray, form: str, quality: int) -> bytes:
+    if form == "npz":
+        return _npz(pixels)
     if form == "jpeg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
     if form == "webp":
@@ -115,6 +148,14 @@ def _encoded(pixels: np.ndarray, form: str, quality: int) -> bytes:
         Image.fromarray(pixels).save(file, "WEBP", quality=quality)
         return file.getvalue()
     return _png(pixels)
+
+
+def _npz(pixels: np.ndarray) -> bytes:
+    if pixels.shape[0] < min(pixels.shape[1:]):
+        raise BadImage("of fewer rows than channels, which an array does not tell apart")
+    file = io.BytesIO()
+    np.savez_compressed(file, **{IMAGE: pixels})
+    return file.getvalue()
 
 
 def _png(pixels: np.ndarray) -> bytes:
