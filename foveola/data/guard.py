@@ -61,4 +61,6 @@ def check_pixels(width: int, height: int, channels: int = 1, bytes_each: int = 1
 
 def _line(what: str, error: Exception) -> str:
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return f"a damaged {what}: {lines[0] if lines else type(error).__name__}"
+    first = lines[0] if lines else type(error).__name__
+    first = " ".join(line.strip() for line in lines) if first.endswith(":") else first
+    return f"a damaged {what}: {first}"

@@ -26,6 +26,7 @@ from foveola.data.values import CONTAINER, chosen_channels
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
+NARROW = 1 / 4  # share of a range below which its use is worth a word
 
 Looked = ImageFiles | HubImages | GivenObjects | ShardImages
 
@@ -40,6 +41,8 @@ class Looks:
     high: float = -np.inf
     floating: bool = False
     stated: int = 0  # deep ones, whose files say their range
+    said: tuple[float, float] = (np.inf, -np.inf)  # from black to white, by all of these
+    used: tuple[float, float] = (np.inf, -np.inf)  # by their values
     stored: int = 0  # annotations that fit only the pixels as stored, of images that EXIF turns
     upright: int = 0  # only the image the right way up
     unclear: int = 0  # both
@@ -72,6 +75,8 @@ def look(source: Looked) -> None:
             ranges = percentile_ranges(source, source.reading.percentiles)
             source.read_as(replace(source.reading, ranges=ranges))
     elif seen.stated and not np.isfinite(seen.high):
+        if not source.reading.deep:  # else range=file says that it is meant
+            _note_narrow(source, seen)
         source.read_as(replace(source.reading, deep=True))
     elif np.isfinite(seen.high) and (seen.floating or seen.high <= CONTAINER // 2):
         top = 2 ** max(int(seen.high).bit_length(), 8) - 1
@@ -81,6 +86,18 @@ def look(source: Looked) -> None:
             f"{source.name}: {seen.deep} of {seen.images} images looked at have more than 8 bits, with "
             f"values from {seen.low:g} to {seen.high:g}: add range={proposal}"
             + ("" if seen.floating else ", or range=container if they are meant to be dark"),
+        )
+
+
+def _note_narrow(source: Looked, seen: Looks) -> None:
+    """Files of 16 stored bits and no window often hold 12, which would be nearly one grey."""
+    (low, high), (least, most) = seen.used, seen.said
+    if 0 < high - low <= NARROW * (most - least):
+        _note(
+            source,
+            f"{source.name}: {seen.stated} of {seen.images} images looked at state a range from {least:g} to "
+            f"{most:g}, and their values from {low:g} to {high:g} use {(high - low) / (most - least):.0%} of "
+            f"it: add range={low:g}-{high:g} or range=percentile:0.5-99.5, or range=file if that is meant",
         )
 
 
@@ -135,6 +152,10 @@ def _look_at_depth(data: bytes | Path, reading: Decoding, seen: Looks) -> None:
         raise BadImage(str(error)) from error
     if values.high is not None:  # the file says it
         seen.stated += 1
+        seen.said = min(seen.said[0], values.low or 0), max(seen.said[1], values.high)
+        there = values.array if values.missing is None else values.array[~values.missing]
+        if there.size:
+            seen.used = min(seen.used[0], float(there.min())), max(seen.used[1], float(there.max()))
         return
     known = values.array[np.isfinite(values.array)]
     if known.size:

@@ -100,8 +100,8 @@ def _ranges(values: Values, reading: Decoding) -> list[Range]:
     """The range of all channels, or that of each."""
     array, count = values.array, values.array.shape[2]
     alpha = values.names[-1:] == (ALPHA,) and reading.channels is None
-    if not values.deep:
-        return [(0, 255)]
+    if not values.deep:  # a range that a data string says is one of more bits
+        return [(0, 255) if values.low is None or values.high is None else (values.low, values.high)]
     if reading.ranges:
         if len(reading.ranges) not in (1, count - alpha):
             raise BadImage(f"{len(reading.ranges)} ranges of values, where it has {count - alpha} channel(s)")

@@ -1,6 +1,7 @@
 """DICOM files that pydicom writes: rescale, window, photometric interpretation, frames, compression."""
 
 import io
+import re
 import sys
 
 import numpy as np
@@ -90,6 +91,37 @@ def test_rescale_and_window_are_those_of_the_standard():
     assert (half.low, half.high) == (-1, 4095 / 2 - 1)
     with pytest.raises(BadImage, match="SIGMOID, which is no range"):
         decode(dicom(TWELVE[0], WindowCenter=1, WindowWidth=2, VOILUTFunction="SIGMOID"))
+
+
+def test_windows_and_bits_of_eight_bit_files():
+    eight = (TWELVE[0] // 16).astype(np.uint8)
+    want = (np.clip(eight.astype(int), 50, 135) - 50) * 3
+    window = {"WindowCenter": 92.5, "WindowWidth": 85, "VOILUTFunction": "LINEAR_EXACT"}
+    assert np.array_equal(decode(dicom(eight, stored=8, **window))[:, :, 0], want)
+    assert np.array_equal(decode(dicom(eight, stored=8))[:, :, 0], eight)
+    assert np.array_equal(decode(dicom(eight & 1, stored=1))[:, :, 0], (eight & 1) * 255)
+
+
+def test_stored_bits_that_values_hardly_use_are_said(tmp_path):
+    for k in range(2):
+        (tmp_path / f"{k}.dcm").write_bytes(dicom(TWELVE[k], stored=16))
+    (note,) = open_source(f"folder:{tmp_path}").notes
+    assert re.search(
+        r"2 of 2 .* from 0 to 65535, .* from \d+ to \d+ use 6% of it: add range=\d+-\d+ or", note
+    )
+    for query in ("range=file", "range=0-4095"):
+        assert not open_source(f"folder:{tmp_path}?{query}").notes
+    (tmp_path / "0.dcm").write_bytes(dicom(TWELVE[0], stored=16, WindowCenter=1000, WindowWidth=401))
+    (tmp_path / "1.dcm").write_bytes(dicom(TWELVE[1], stored=12))
+    assert not open_source(f"folder:{tmp_path}").notes
+
+
+def test_what_begins_like_a_tiff_may_be_dicom(tmp_path):
+    path = tmp_path / "a.dcm"
+    path.write_bytes(b"II*\0" + dicom(TWELVE[0])[4:])  # the first 128 bytes are anybody's (PS3.10, 7.1)
+    want = decode(dicom(TWELVE[0]))
+    assert np.array_equal(decode(path), want)
+    assert np.array_equal(decode(path.read_bytes()), want)
 
 
 def test_monochrome1_is_turned_over_and_padding_is_missing():
