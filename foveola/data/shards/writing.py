@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from foveola.data.arrays import IMAGE, ZIP_MAGIC
+from foveola.data.arrays import ZIP_MAGIC
 from foveola.data.decode import decode, resize_pixels
 from foveola.data.decoding import Decoding, ImageFile, StoredFile
 from foveola.data.dicom import is_dicom
@@ -154,7 +154,7 @@ def _npz(pixels: np.ndarray) -> bytes:
     if pixels.shape[0] < min(pixels.shape[1:]):
         raise BadImage("of fewer rows than channels, which an array does not tell apart")
     file = io.BytesIO()
-    np.savez_compressed(file, **{IMAGE: pixels})
+    np.savez_compressed(file, image=pixels)
     return file.getvalue()
 
 
