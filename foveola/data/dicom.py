@@ -15,6 +15,7 @@ from foveola.data.values import Values
 
 AT, MAGIC = 128, b"DICM"
 DEFLATED = "1.2.840.10008.1.2.1.99"  # all of the file is compressed, to any size
+GDCM = "gdcm"  # what the extra has
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 NEEDED = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored"),
@@ -121,15 +122,19 @@ def _pixels(pydicom: Any, data: Path | bytes, decoding: Decoding, found: Any) ->
     index = None if page == "channels" else page if isinstance(page, int) else 0
     try:
         return pydicom.pixels.pixel_array(_file(data), ds_out=found, index=index)
-    except (RuntimeError, NotImplementedError, ImportError) as error:
-        syntax = found.file_meta.TransferSyntaxUID if hasattr(found, "file_meta") else None
-        if syntax is None:
-            syntax = _syntax(pydicom, data)
-        decoder = pydicom.pixels.get_decoder(syntax)
+    except (RuntimeError, ImportError) as error:
+        syntax = found.file_meta.TransferSyntaxUID if hasattr(found, "file_meta") else _syntax(pydicom, data)
+        try:
+            decoder = pydicom.pixels.get_decoder(syntax)
+        except NotImplementedError:
+            raise BadImage(f"a DICOM file of {syntax.name}, which is not read") from error
         if decoder.is_available:
             raise
+        needed = [name for name in decoder.missing_dependencies if not name.startswith(GDCM)]
+        if len(needed) < len(decoder.missing_dependencies):
+            needed.insert(0, "pip install 'foveola[dicom]'")
         raise DataError(
-            f"DICOM files of {syntax.name} need a library that decodes it: pip install 'foveola[dicom]'"
+            f"DICOM files of {syntax.name} need a library that decodes them: {' or '.join(needed)}"
         ) from error
 
 

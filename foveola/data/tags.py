@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ PHOTOMETRIC, DESCRIPTION, EXTRA, COMPRESSION, SOFTWARE, XMP = 262, 270, 338, 259
 GEO = (33550, 33922, 34264, 34735, 42112, 42113)  # where it lies, and what GDAL says
 NODATA, NDPI = 42113, 65420
 IMAGEJ_STACK = re.compile(r"^ImageJ=.*^images=(?!1$)\d+$", re.MULTILINE | re.DOTALL)
+MOST_PAGES = 2**20  # that are looked for; a file without end has more
 GREY_OR_RGB, YCBCR, JPEG = (0, 1, 2, 3), 6, 7
 
 
@@ -30,6 +32,7 @@ def library_of(data: Path | bytes, decoding: Decoding) -> Literal["pil", "tifffi
         tags = _tags(file)
         if decoding.level is not None or decoding.mpp is not None or _is_slide(tags):
             return "slide"
+        _check_whole(file)
         plain = _pil_reads(file) if decoding.page in (None, 0) else False
     if any(tag in tags for tag in GEO) and (NODATA in tags or not plain or decoding.window is not None):
         return "rasterio"
@@ -52,6 +55,38 @@ def _tags(file: Any) -> Mapping[int, Any]:
                                                 SOFTWARE, XMP) if tag in directory}  # fmt: skip
     except Exception:  # whatever PIL's reader of tags stumbles over
         return {}
+
+
+def _check_whole(file: Any) -> None:
+    """Raise BadImage where a page is said to lie beyond the end: libraries read those before it, as if there
+    were no others.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(16).ljust(16, b"\0")
+    order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
+    counted, pointer = (
+        struct.Struct(order + ("Q" if big else "H")),
+        struct.Struct(order + ("Q" if big else "I")),
+    )
+    (at,) = pointer.unpack_from(head, 8 if big else 4)
+    seen: set[int] = set()
+    while at and at not in seen and len(seen) < MOST_PAGES:
+        end = at + counted.size
+        if end <= size:
+            file.seek(at)
+            end += (20 if big else 12) * counted.unpack(file.read(counted.size))[0]
+        if end > size and not seen:  # whoever reads it will say what it is
+            return
+        if end > size:
+            raise BadImage(
+                f"a TIFF that is cut off: page {len(seen) + 1} begins at {at}, and the file ends at {size}"
+            )
+        seen.add(at)
+        if end + pointer.size > size:
+            return
+        file.seek(end)
+        (at,) = pointer.unpack(file.read(pointer.size))
 
 
 def _is_slide(tags: Mapping[int, Any]) -> bool:

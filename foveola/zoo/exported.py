@@ -55,7 +55,7 @@ def load_program(path: Path) -> Encoder:
             config, head = about["encoder"], about.get("head")
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
         raise UserError(f"{path} is no whole program of foveola ({type(error).__name__}: {error})") from error
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except zipfile.BadZipFile as error:
         raise UserError(f"{path} is no program of torch.export: {error}") from error
     weights: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}

@@ -163,14 +163,36 @@ def test_colours():
         assert np.abs(got - PHOTO[2, 7:40, 5:41]).max() <= tolerance
 
 
-def test_a_compression_that_nothing_here_reads_names_the_extra():
+@pytest.mark.parametrize(
+    ("syntax", "missing", "kind", "why"),
+    [
+        ("MPEG2MPML", None, BadImage, "^a DICOM file of MPEG2 Main Profile / Main Level, which is not read$"),
+        (
+            "HTJ2KLossless",
+            ["pylibjpeg - requires more"],
+            DataError,
+            "decodes them: pylibjpeg - requires more$",
+        ),
+        (
+            "JPEGLSLossless",
+            ["gdcm - requires gdcm"],
+            DataError,
+            r"decodes them: pip install 'foveola\[dicom\]'$",
+        ),
+    ],
+)
+def test_a_compression_that_cannot_be_decoded_is_not_called_damage(syntax, missing, kind, why, monkeypatch):
     found = pydicom.dcmread(io.BytesIO(dicom(TWELVE[0], compress=pydicom.uid.RLELossless)))
-    found.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    found.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
     file = io.BytesIO()
     found.save_as(file)
-    if not pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
-        with pytest.raises(DataError, match=r"JPEG-LS .* pip install 'foveola\[dicom\]'"):
-            decode(file.getvalue())
+    if missing:
+        decoder = type(pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless))
+        monkeypatch.setattr(decoder, "is_available", property(lambda self: False))
+        monkeypatch.setattr(decoder, "missing_dependencies", property(lambda self: missing))
+    with pytest.raises(kind, match=why) as caught:
+        decode(file.getvalue())
+    assert type(caught.value) is kind
 
 
 def test_files_that_are_damaged_or_ask_for_too_much():

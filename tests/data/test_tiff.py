@@ -157,6 +157,29 @@ def test_metadata_that_refer_to_other_files_or_hide_anything():
             values_in(written(WORDS[0], description=text, metadata=None), Decoding())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bigtiff": True}, {"byteorder": ">"}, {"bigtiff": True, "byteorder": ">"}]
+)
+@pytest.mark.parametrize("kind", ["PIL", "tifffile"])
+def test_a_stack_that_is_cut_off_behind_a_page_is_no_stack_of_fewer(kind, options, tmp_path):
+    file = io.BytesIO()
+    grey = (WORDS[:3] >> 8).astype(np.uint8) if kind == "PIL" else WORDS[:3] / np.float64(7)
+    with tifffile.TiffWriter(file, **options) as stack:
+        for page in grey:
+            stack.write(page, metadata=None, contiguous=False)
+    data = file.getvalue()
+    with tifffile.TiffFile(io.BytesIO(data)) as whole:
+        starts = [page.offset for page in whole.pages]
+    assert read_header(data).pages == 3
+    for end, page in ((starts[1], 2), (starts[1] + 20, 2), (starts[2], 3)):
+        (tmp_path / "a.tif").write_bytes(data[:end])
+        for each in (data[:end], tmp_path / "a.tif"):
+            for read in (read_header, values_in):
+                for chosen in (None, 0, "channels", "each"):
+                    with pytest.raises(BadImage, match=f"cut off: page {page} begins at .* ends at {end}$"):
+                        read(each, Decoding(page=chosen))
+
+
 def test_files_that_are_damaged_or_ask_for_too_much(tmp_path):
     data = written(channels_last(WORDS[:5]), photometric="minisblack", compression="zlib", tile=(32, 32))
     for end in (20, 300, len(data) // 2):

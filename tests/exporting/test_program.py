@@ -143,6 +143,12 @@ def test_hostile_and_foreign_programs_are_one_line(programs, tmp_path: Path):
         entry |= change | {"tensor_meta": meta}
         with pytest.raises(UserError, match=message):
             load(rewritten(listed, json.dumps(entries).encode()))
+    packed = rewritten("archive/extra/foveola.json", b"{}").read_bytes()
+    at = packed.rindex(b"archive/extra/foveola.json") - 46  # of its entry in the list at the end
+    # A version of zip that nobody knows.
+    (tmp_path / "other.pt2").write_bytes(packed[: at + 6] + b"\xff\0" + packed[at + 8 :])
+    with pytest.raises(UserError, match=r"no whole program of foveola \(NotImplementedError: zip file"):
+        load(tmp_path / "other.pt2")
     (tmp_path / "none.pt2").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"no program of torch\.export"):
         load(tmp_path / "none.pt2")
