@@ -15,9 +15,10 @@ from foveola.data.identity import HASH, Identity, hash_of
 from foveola.data.readers import contents, read_header
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import MAX_CLASSES, check_present, declared_classes, to_classes
+from foveola.data.selected import FilesReadAlike
 
 
-class HubImages:
+class HubImages(FilesReadAlike):
     """Rows of a split: a column of images, perhaps one of classes. Rows are read when asked for."""
 
     def __init__(self, name: str, dataset: Any, image: str, label: str | None) -> None:
@@ -33,19 +34,6 @@ class HubImages:
         self.labels = np.full(len(dataset), -1)
         if label is not None:
             self.classes, self.labels = _labels(dataset, label)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return self.reading.count
-
-    @property
-    def depth(self) -> int:
-        """Bits of a channel of the images, 8 or 16."""
-        return self.reading.depth
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
@@ -64,10 +52,6 @@ class HubImages:
         file = self._file(int(self.rows[index]), self.image)
         return contents(file)
 
-    def read_as(self, reading: Decoding) -> None:
-        """Read all files in this way, which makes them other data."""
-        self.reading = reading
-
     def drawn(self, raw: bool) -> None:
         """Say whether label maps were drawn on pixels as stored, before EXIF, where sizes do not tell."""
         self.raw = raw
@@ -81,14 +65,6 @@ class HubImages:
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise BadImage(f"row {row}: no image in column {column}")
         return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-
-    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
-        """Leave only the rows of these indices, in their order."""
-        self.rows = self.rows[np.sort(indices)]
-
-    def limit(self, count: int, seed: int) -> None:
-        """Keep `count` rows, drawn evenly from all, in their order."""
-        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Return contents of the cells, and labels. What the library knows of a version says nothing of

@@ -20,18 +20,18 @@ from foveola.data.annotations import (
     map_size,
 )
 from foveola.data.decoding import Decoding, ImageFile
-from foveola.data.halves import halves_for_test
 from foveola.data.identity import Identity, hash_files
 from foveola.data.instances import few_objects, read_instances
 from foveola.data.listing import check_listed, find_images, match_names, misfit, printable, read_lines
 from foveola.data.readers import contents
 from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.selected import FilesReadAlike
 from foveola.data.tables import read_boxes
 
 PROBES = 500  # images looked at to see whether a folder of annotations belongs to them
 
 
-class ImageFiles:
+class ImageFiles(FilesReadAlike):
     """Image files below a folder. `labels` are -1 where unknown; `reader` finds an image's objects."""
 
     def __init__(
@@ -56,19 +56,6 @@ class ImageFiles:
         # By which an annotation file of COCO calls its images (by row) and its classes; None elsewhere.
         self.image_ids: np.ndarray | None = None
         self.category_ids: np.ndarray | None = None
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return self.reading.count
-
-    @property
-    def depth(self) -> int:
-        """Bits of a channel of the images, 8 or 16."""
-        return self.reading.depth
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
@@ -102,10 +89,6 @@ class ImageFiles:
         if not path.is_file():  # a pipe would be waited for
             raise BadImage("no file")
         return contents(path)
-
-    def read_as(self, reading: Decoding) -> None:
-        """Read all files in this way, which makes them other data."""
-        self.reading = reading
 
     def _about(self) -> str:
         return self.annotations + ("" if self.reading == Decoding() else f" {self.reading}")
@@ -157,10 +140,6 @@ class ImageFiles:
         path = None if self.reader is None else self.reader.path(os.fsdecode(self.files[row]))
         return None if path is None else str(path.absolute())
 
-    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
-        """Leave only the images of these indices, in their order."""
-        self.rows = self.rows[np.sort(indices)]
-
     def hold_out(self, share: float, seed: int, half: str) -> None:
         """Keep one half: "test", `share` of the images, drawn from each class, or "train", the others.
 
@@ -170,16 +149,7 @@ class ImageFiles:
         files = [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
         hashes = hash_files(self.root, files, self.name).tolist()
         contents = [found or b"name " + os.fsencode(file) for found, file in zip(hashes, files, strict=True)]
-        held = halves_for_test(contents, self.labels[self.rows], self.classes or (), share, seed)
-        if not held.any():
-            raise DataError(
-                f"{self.name}: no class has two different images, so holdout={share:g} holds out none"
-            )
-        self.keep(np.flatnonzero(held if half == "test" else ~held))
-
-    def limit(self, count: int, seed: int) -> None:
-        """Keep `count` images, drawn evenly from all, in their order."""
-        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
+        self.keep_half(contents, share, seed, half)
 
 
 def open_folder(

@@ -19,6 +19,7 @@ from foveola.data.decoding import Decoding, ImageFile, Window, channels_of, sour
 from foveola.data.formats import FILE_KINDS
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, DataError, Sample
+from foveola.data.selected import SelectedImages
 from foveola.data.sizes import path_of, read_sizes
 from foveola.data.slides import tissue_of
 
@@ -61,7 +62,7 @@ class Cutting:
         return max(min(number * (tile - self.overlap), side - tile), 0)
 
 
-class ImageParts:
+class ImageParts(SelectedImages):
     """A source of the parts of the images of another, in their order; pages, and tiles row by row."""
 
     def __init__(self, source: Any, cutting: Cutting) -> None:
@@ -89,9 +90,6 @@ class ImageParts:
     def depth(self) -> int:
         """Bits of a channel of the images, 8 or 16."""
         return source_depth(self.source)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         image, page, window = self.part(index)
@@ -130,14 +128,6 @@ class ImageParts:
         names = own()
         found = (self.part(index) for index in range(len(self)))
         return [names[image] + _suffix(page, window) for image, page, window in found]
-
-    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
-        """Leave only the parts of these indices, in their order."""
-        self.rows = self.rows[np.sort(indices)]
-
-    def limit(self, count: int, seed: int) -> None:
-        """Keep `count` parts, drawn evenly from all, in their order."""
-        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Return the contents of the image of each part, and what tells the parts.

@@ -184,24 +184,31 @@ def _make_parts(cache: Path, shards: list[Shard], columns: ShardColumns, indexer
         print(f"{count} files ({size / 2**30:.1f} GiB) are indexed, once; their index is kept in {cache}",
               file=sys.stderr, flush=True)  # fmt: skip
     work = [partial(_index_one, indexer, shards[at], columns, paths[at]) for at in missing]
-    pool = _pool(shards, len(work), size)
+    done_by = _pool(shards, len(work), size)
+    run_all(done_by, work, "index", "indexed shards was ended; what is indexed is kept")
+    return paths
+
+
+def run_all(pool: Executor | None, work: Sequence[Callable[[], Any]], label: str | None, ended: str) -> None:
+    """Call functions, in a pool where there is one, with a bar (`label`) on a terminal.
+
+    When one raises, those that have not begun do not. Raises DataError where a process of the pool is gone:
+    "a process that" `ended`.
+    """
     if pool is None:
-        for each in shown_bar(work, len(work), "index"):
+        for each in shown_bar(work, len(work), label):
             each()
-        return paths
+        return
     with pool:
         running = [pool.submit(each) for each in work]
         try:
-            for done in shown_bar(as_completed(running), len(running), "index"):
+            for done in shown_bar(as_completed(running), len(running), label):
                 done.result()
         except BrokenProcessPool:
-            raise DataError(
-                "a process that indexed shards was ended; what is indexed is kept: start again"
-            ) from None
+            raise DataError(f"a process that {ended}: start again") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return paths
 
 
 def _index_one(indexer: Indexer, shard: Shard, columns: ShardColumns, path: Path) -> None:
@@ -221,9 +228,9 @@ def _pool(shards: list[Shard], count: int, size: int) -> Executor | None:
     return ProcessPoolExecutor(processes, get_context("fork"))
 
 
-def shown_bar(items: Any, count: int, label: str) -> Any:
-    """Iterate with a bar on a terminal."""
-    if count < 2 or not sys.stderr.isatty():
+def shown_bar(items: Any, count: int, label: str | None) -> Any:
+    """Iterate with a bar on a terminal; without one where there is no `label`."""
+    if label is None or count < 2 or not sys.stderr.isatty():
         return items
     from rich.console import Console
     from rich.progress import track

@@ -6,8 +6,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from foveola.data.identity import hash_of
 from foveola.data.inventory import inventory_of
 from foveola.data.listing import printable
 from foveola.data.sample import BadImage, DataError, Sample
-from foveola.data.shards.index import shown_bar
+from foveola.data.shards.index import run_all
 from foveola.data.shards.opening import BESIDE
 from foveola.data.shards.writing import members_of, sample_key
 from foveola.data.sources import Source, as_source
@@ -247,23 +246,10 @@ def _write_all(source: Any, config: PackConfig, work: list[tuple[Path, int, int]
     _begin(source)
     count = min(config.processes or os.cpu_count() or 1, len(work))
     tasks = [partial(_write_shard, config, *each) for each in work]
-    if count < 2 or os.uname().sysname != "Linux":
-        for task in shown_bar(tasks, len(tasks), "pack") if progress else tasks:
-            task()
-        return
-    with ProcessPoolExecutor(count, get_context("fork"), _begin, (source,)) as pool:
-        running = [pool.submit(task) for task in tasks]
-        try:
-            done = as_completed(running)
-            for each in shown_bar(done, len(running), "pack") if progress else done:
-                each.result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a process that packed was ended; its finished shards are kept: start again"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = None
+    if count > 1 and os.uname().sysname == "Linux":
+        pool = ProcessPoolExecutor(count, get_context("fork"), _begin, (source,))
+    run_all(pool, tasks, "pack" if progress else None, "packed was ended; its finished shards are kept")
 
 
 def _write_shard(config: PackConfig, path: Path, start: int, end: int) -> None:

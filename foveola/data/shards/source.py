@@ -13,11 +13,11 @@ from foveola.data.annotations import Marked, read_values
 from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.fit import turn_of, upright_map
 from foveola.data.formats import Header, turn
-from foveola.data.halves import halves_for_test
 from foveola.data.identity import HASH, Identity, hash_of, shown_reading
 from foveola.data.readers import read_header
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.segmentation import MAX_CLASSES, to_classes
+from foveola.data.selected import FilesReadAlike
 from foveola.data.shards.index import ShardIndex
 from foveola.data.shards.parts import NO_LABEL
 from foveola.data.shards.schema import Label, mapped_objects, objects_in, read_objects, stated_size
@@ -64,7 +64,7 @@ class Annotating:
     ignore: int | None = None
 
 
-class ShardImages:
+class ShardImages(FilesReadAlike):
     """Images of a set. `labels` are -1 where unknown."""
 
     def __init__(
@@ -81,19 +81,6 @@ class ShardImages:
         self.has_objects = annotating.objects or annotating.masks
         self.notes: tuple[str, ...] = ()
         self.reading, self.raw, self.reader = Decoding(), False, None
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return self.reading.count
-
-    @property
-    def depth(self) -> int:
-        """Bits of a channel of the images, 8 or 16."""
-        return self.reading.depth
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
@@ -137,10 +124,6 @@ class ShardImages:
     def data(self, index: int) -> bytes:
         """Return the bytes of the file of an image. Raises OSError and BadImage."""
         return self.held.image(int(self.rows[index])).read_bytes()
-
-    def read_as(self, reading: Decoding) -> None:
-        """Read all files in this way, which makes them other data."""
-        self.reading = reading
 
     def drawn(self, raw: bool) -> None:
         """Say whether annotations were drawn on pixels as stored, before EXIF, where sizes do not tell."""
@@ -228,16 +211,6 @@ class ShardImages:
         except (OSError, BadImage):
             return b""
 
-    def keep(self, indices: Int64[np.ndarray, "n"]) -> None:
-        """Leave only the images of these indices, in their order."""
-        self.rows = self.rows[np.sort(indices)]
-
-    def limit(self, count: int, seed: int) -> None:
-        """Keep `count` images, drawn evenly from all, in their order: those that a folder of them would
-        keep.
-        """
-        self.keep(np.random.default_rng([seed, len(self.rows)]).permutation(len(self.rows))[:count])
-
     def hold_out(self, share: float, seed: int, half: str) -> None:
         """Keep one half, drawn by contents, as a folder of the images does. Raises DataError where no image
         can be spared.
@@ -245,14 +218,7 @@ class ShardImages:
         hashes = self.contents(self.rows).tolist()
         contents = [found or b"name " + name.encode() for found, name in
                     zip(hashes, self.image_names(), strict=True)]  # fmt: skip
-        held = halves_for_test(
-            contents, self.labels[self.rows].astype(np.int64), self.classes or (), share, seed
-        )
-        if not held.any():
-            raise DataError(
-                f"{self.name}: no class has two different images, so holdout={share:g} holds out none"
-            )
-        self.keep(np.flatnonzero(held if half == "test" else ~held))
+        self.keep_half(contents, share, seed, half)
 
 
 class ShardPixels(ShardImages):
