@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import socket
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -62,6 +63,41 @@ PLAIN = {
     "method": {"patch": None, "spread": None},
     "model": {"drop_path": 0.0},
 }
+
+
+RANKS = """
+import hashlib, json, os, signal, sys, torch
+torch.set_num_threads(1)
+from foveola import distributed
+from foveola.config import build, read_yaml
+from foveola.training import loop, run
+from foveola.training.recipe import RunConfig
+
+made, assemble = [], run.assemble
+run.assemble = lambda *a: made.append(assemble(*a)) or made[-1]
+step, left = loop.Trainer.step, [0]
+
+def counted(self, *arguments):
+    values = step(self, *arguments)
+    left[0] -= 1
+    if left[0] == 0:
+        signal.raise_signal(signal.SIGTERM)
+    return values
+
+loop.Trainer.step = counted
+rank = int(os.environ["RANK"])
+for (tree, out, stop), port in zip(json.loads(WORK), PORTS):
+    os.environ["MASTER_PORT"] = str(port)
+    left[0] = stop if rank == 1 else 0           # the signal reaches one process only
+    done = run.pretrain(build(RunConfig, tree), out=out)
+    digest = hashlib.sha256()
+    for name, value in sorted(made[-1].method.state_dict().items()):
+        if not name.endswith("used"):            # each rank counts for itself
+            digest.update(value.numpy().tobytes())
+    print(json.dumps([done.step, str(done.folder), digest.hexdigest()]))
+sys.stdout.flush()
+os._exit(0)  # threads that gloo leaves behind now and then abort the interpreter's exit
+"""
 
 
 @pytest.fixture
@@ -168,3 +204,23 @@ def snapshot() -> Callable[[Path], dict[str, str]]:
         }
 
     return take
+
+
+@pytest.fixture
+def stopped_ranks(run_ranks: Callable[..., list[str]]) -> Callable[..., list[list[Any]]]:
+    """stopped_ranks([(settings, folder, stop), ...]): each is a run of two processes, of which one gets a
+    signal as its step `stop` ends (0: none). Of each process, of each run: the step that it ended at, its
+    folder and a hash of what it learned.
+    """
+
+    def run(work: list[tuple[dict[str, Any], str, int]]) -> list[list[Any]]:
+        probes = [socket.socket() for _ in work]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+        for probe in probes:
+            probe.close()
+        code = f"WORK = {json.dumps(work)!r}\nPORTS = {ports}\n{RANKS}"
+        return [[json.loads(line) for line in out.splitlines()] for out in run_ranks(code)]
+
+    return run

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -383,53 +382,9 @@ def test_a_run_in_a_thread_works_without_signals(tiny, tmp_path):
 
 # -- several processes ---------------------------------------------------------------------------------------
 
-RANKS = """
-import hashlib, json, os, signal, sys, torch
-torch.set_num_threads(1)
-from foveola import distributed
-from foveola.config import build, read_yaml
-from foveola.training import loop, run
-from foveola.training.recipe import RunConfig
-
-made, assemble = [], run.assemble
-run.assemble = lambda *a: made.append(assemble(*a)) or made[-1]
-step, left = loop.Trainer.step, [0]
-
-def counted(self, *arguments):
-    values = step(self, *arguments)
-    left[0] -= 1
-    if left[0] == 0:
-        signal.raise_signal(signal.SIGTERM)
-    return values
-
-loop.Trainer.step = counted
-rank = int(os.environ["RANK"])
-for (tree, out, stop), port in zip(json.loads(WORK), PORTS):
-    os.environ["MASTER_PORT"] = str(port)
-    left[0] = stop if rank == 1 else 0           # the signal reaches one process only
-    done = run.pretrain(build(RunConfig, tree), out=out)
-    digest = hashlib.sha256()
-    for name, value in sorted(made[-1].method.state_dict().items()):
-        if not name.endswith("used"):            # each rank counts for itself
-            digest.update(value.numpy().tobytes())
-    print(json.dumps([done.step, str(done.folder), digest.hexdigest()]))
-sys.stdout.flush()
-os._exit(0)  # threads that gloo leaves behind now and then abort the interpreter's exit
-"""
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
 
 def test_two_processes_resume_bit_for_bit_and_equal_one_process(
-    tiny, tiny_tree, plain_tree, tmp_path, run_ranks, same, newest, lines
+    tiny, tiny_tree, plain_tree, tmp_path, stopped_ranks, same, newest, lines
 ):
     """One of two processes is told to stop in the second epoch; both stop, resume, and end alike.
 
@@ -444,8 +399,7 @@ def test_two_processes_resume_bit_for_bit_and_equal_one_process(
         (tiny_tree, parts, 0),
         (merge(tiny_tree, plain_tree), plain, 0),
     ]
-    code = f"WORK = {json.dumps(work)!r}\nPORTS = {free_ports(4)}\n{RANKS}"
-    first, second = ([json.loads(line) for line in out.splitlines()] for out in run_ranks(code))
+    first, second = stopped_ranks(work)
     assert first == second  # the same steps, folders, and weights of students, teachers and centres
     assert [step for step, *_ in first] == [8, 5, 8, 8]
     assert first[0][2] == first[2][2]
