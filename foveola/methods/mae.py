@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
             # Never used: data-parallel training would wait for its gradient.
             self.backbone.mask_token.requires_grad_(False)
         self.fused = config.decoder is None
-        self.head = nn.Linear(width, model.channels * model.patch_size**2)
+        self.head = nn.Linear(width, model.seen_channels * model.patch_size**2)
         initialise(self.head, model.init)
         if model.init == "xavier":  # the official code draws queries, keys and values as one matrix
             for module in self.modules():

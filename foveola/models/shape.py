@@ -32,9 +32,7 @@ class ViTConfig:
     image_size: int = key(
         224, "image side that fits the position table without resizing", at_least=1, at_most=2**13
     )
-    channels: int = key(
-        3, "channels of images; where nothing is said, those of the data", at_least=1, at_most=2**10
-    )
+    channels: int = key(3, "channels of images; 0, of a run = those of its data", at_least=0, at_most=2**10)
     mlp: Literal["gelu", "swiglu"] = key("gelu", "plain MLP, or the gated one of large DINOv2 models")
     mlp_ratio: float = key(4.0, "hidden width of the MLP over the token width", above=0, at_most=64)
     class_token: bool = key(True, "whether there are class (object) tokens; CAPI has none")
@@ -168,6 +166,11 @@ class ViTConfig:
         return self.width or width, self.depth or depth, self.heads or heads
 
     @property
+    def seen_channels(self) -> int:
+        """Channels of images: 3 while nobody has looked at the data."""
+        return self.channels or 3
+
+    @property
     def parameters(self) -> float:
         """About how many numbers train: blocks, patch embedding, positions, tokens."""
         width, depth, _ = self.shape
@@ -175,7 +178,7 @@ class ViTConfig:
         entries = self.image_size**2 / self.patch_size**2 + self.registers + field
         return (
             depth * (4 + 2 * self.mlp_ratio) * width**2
-            + (self.channels * self.patch_size**2 + entries) * width
+            + (self.seen_channels * self.patch_size**2 + entries) * width
         )
 
     def block(self, index: int) -> BlockShape:

@@ -40,7 +40,7 @@ class VisionTransformer(nn.Module):
         width, depth, heads = config.shape
         self.config = config
         self.checkpoint_activations = False
-        self.patch_embed = PatchEmbed(config.patch_size, width, config.channels)
+        self.patch_embed = PatchEmbed(config.patch_size, width, config.seen_channels)
         self.patch_norm = make_norm(config.norm, width, eps=config.norm_eps) if config.patch_norm else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None

@@ -28,6 +28,7 @@ from foveola.proposals.discover import discoverer
 from foveola.proposals.run import Proposed, propose
 from foveola.training import folder, same_data
 from foveola.training.recipe import BootstrapConfig, RunConfig
+from foveola.zoo.transfer import USUAL_CHANNELS
 
 KeyTree = dict[str, Any]
 FINISHED = "finished"  # how the last line of the log of a loop begins
@@ -110,6 +111,8 @@ def round_config(
     own = {f.name for f in fields(BootstrapConfig)} - {f.name for f in fields(RunConfig)}
     tree: KeyTree = {name: value for name, value in to_dict(config).items() if name not in own}
     tree["init"] = config.init if config.restart else features
+    if tree["init"] != config.init:  # a round before, of the same channels
+        tree["init_channels"] = USUAL_CHANNELS
     if not config.restart:  # else rounds differ by their objects alone
         tree["seed"] = (config.seed + number) % 2**64
     if loop is not None:

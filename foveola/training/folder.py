@@ -107,6 +107,7 @@ def setting_difference(folder: Path, config: RunConfig, images: same_data.RunIma
     for name in sorted(old.keys() | new.keys()):
         free = any(name == part or name.startswith(f"{part}.") for part in FREE_KEYS)
         free = free or (name == "data" and same_data.are_of(folder, images))
+        free = free or (name == "model.channels" and 0 in (old.get(name), new.get(name)))  # those of the data
         if not free and old.get(name) != new.get(name):
             return f"its {name} is {old.get(name)!r}, not {new.get(name)!r}"
     return None

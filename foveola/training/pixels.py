@@ -22,8 +22,11 @@ def with_pixels(config: RunConfig, source: Source) -> RunConfig:
     data.
     """
     count, kept = channels_of(source), _kept(config)
-    if config.model.channels not in (count, 3):
-        raise ConfigError(f"model.channels={config.model.channels}: images of {source.name} have {count}")
+    if config.model.channels not in (count, 0):
+        raise ConfigError(
+            f"model.channels={config.model.channels}: images of {source.name} have {count}, as channels= in "
+            "the data string says; without the key a network has those of its data"
+        )
     reading = getattr(source, "reading", Decoding())
     if kept is not None and reading.percentiles is not None and kept[0].range is not None:
         reading = dataclasses.replace(reading, ranges=Decoding.values(kept[0].range)["ranges"])

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +114,7 @@ class RunConfig:
     compile: bool = key(False, "torch.compile the networks")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
     device: str = key("auto", "cpu, cuda, cuda:N; auto = a GPU if there is one")
-    model: ViTConfig = key(factory=ViTConfig, help="the network")
+    model: ViTConfig = key(factory=partial(ViTConfig, channels=0), help="the network")
     # One of foveola's own, or of a method from outside.
     method: DistillationConfig | CapiConfig | MaeConfig | IJepaConfig | MethodConfig = key(
         factory=DistillationConfig, help="what is learned", among=config_class
@@ -205,9 +205,9 @@ class RunConfig:
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
-        idle: dict[str, str] = {}
+        idle = {"init_channels": "there are no starting weights (init=null)"}
         if self.init is not None:
-            idle["model.position_init"] = "positions come from the starting weights (init)"
+            idle = {"model.position_init": "positions come from the starting weights (init)"}
         if self.evaluate_every is None and not self.evaluations:
             idle["stop_when_worse"] = "nothing is measured (evaluate_every=null, no evaluations)"
         if self.views.objects is None:
@@ -225,8 +225,8 @@ class RunConfig:
         size, color = self.views.global_size, self.views.color
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         transform = dataclasses.replace(transform, **vars(self.pixels))
-        model, method = dataclasses.replace(self.model, drop_path=0.0), self.method
-        return EncoderConfig(model, transform, self.recipe, method.pool, method.kept_predictor)
+        model = dataclasses.replace(self.model, drop_path=0.0, channels=self.model.seen_channels)
+        return EncoderConfig(model, transform, self.recipe, self.method.pool, self.method.kept_predictor)
 
 
 @dataclass(frozen=True, repr=False)

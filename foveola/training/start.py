@@ -20,7 +20,7 @@ from foveola.training import checkpoint
 from foveola.views.batch import ViewsConfig
 from foveola.zoo.load import load
 from foveola.zoo.training_heads import parts_in
-from foveola.zoo.transfer import FREE, SHAPE_KEYS, has_fixed_table, transfer
+from foveola.zoo.transfer import FREE, SHAPE_KEYS, USUAL_CHANNELS, has_fixed_table, transfer
 from foveola.zoo.weights import read_config
 
 Tree = dict[str, Any]
@@ -169,7 +169,7 @@ class Start:
     """
 
     def __init__(
-        self, init: str | None, model: ViTConfig, out: str | None = None, channels: str = "mean"
+        self, init: str | None, model: ViTConfig, out: str | None = None, channels: str = USUAL_CHANNELS
     ) -> None:
         self.init = init
         self.weights: StartingWeights | None = None
@@ -202,7 +202,7 @@ class Start:
         self.weights = None  # a copy of a network, which nothing reads again
 
 
-def read_start(name: str, model: ViTConfig, channels: str = "mean") -> StartingWeights:
+def read_start(name: str, model: ViTConfig, channels: str = USUAL_CHANNELS) -> StartingWeights:
     """Return the weights that a run starts from, for its network, with what else of training is there.
 
     Raises UserError, in one line, for what cannot be read, and ConfigError for what does not fit.

@@ -45,6 +45,7 @@ BECOMES = {  # kinds of positions that others can be made of
     "rope": ("rope",),
     "none": ("none",),
 }
+USUAL_CHANNELS = "mean"  # what becomes of a patch embedding of other channels
 SAME_TABLE = 2e-3  # half precision is good to 1e-3
 
 
@@ -102,15 +103,15 @@ def _value(config: ViTConfig, key: str) -> Any:
 
 @torch.no_grad()
 def transfer(
-    encoder: Encoder, want: ViTConfig, name: str, channels: str = "mean"
+    encoder: Encoder, want: ViTConfig, name: str, channels: str = USUAL_CHANNELS
 ) -> tuple[dict[str, Tensor], Account]:
     """Return tensors for a `VisionTransformer(want)`, by its names, and the account of them.
 
     `channels` says what becomes of a patch embedding of other channels (`kernel_of_channels`).
 
     A tensor that is not among them stays as it was drawn, and so do registers beyond those that there are.
-    Raises ConfigError where `check` does, and for a
-    table of positions that is not the fixed one that is asked for.
+    Raises ConfigError where `check` does, for `channels` where there is nothing to change, and for a table
+    of positions that is not the fixed one that is asked for.
     """
     have = encoder.config.model
     check(have, want, name)
@@ -120,10 +121,15 @@ def transfer(
         del state["mask_token"]
         account.fresh["mask_token"] = "there is none, or it is zero"
     kernel = "patch_embed.proj.weight"
-    if want.channels != have.channels:
-        state[kernel] = kernel_of_channels(state[kernel], want.channels, channels, name)
-        how = f"of {have.channels} channels became {want.channels} (init_channels={channels})"
+    if want.seen_channels != have.channels:
+        state[kernel] = kernel_of_channels(state[kernel], want.seen_channels, channels, name)
+        how = f"of {have.channels} channels became {want.seen_channels} (init_channels={channels})"
         account.changed[kernel] = how
+    elif channels != USUAL_CHANNELS:
+        raise ConfigError(
+            f"init_channels={channels} has no effect: the weights of init={name} have {have.channels} "
+            "channel(s), as the data"
+        )
     if want.patch_size != have.patch_size:
         state[kernel] = resized_kernel(state[kernel], want.patch_size)
         sizes = f"{have.patch_size} to {want.patch_size} pixels"
@@ -152,10 +158,16 @@ def transfer(
 def kernel_of_channels(
     kernel: Float[Tensor, "D C P P"], count: int, how: str, name: str
 ) -> Float[Tensor, "D {count} P P"]:
-    """Return the kernel of a patch embedding for `count` channels, whose response to a grey image stays.
+    """Return the kernel of a patch embedding for `count` channels, made of one for C channels.
 
-    `mean`: each channel gets the mean of those that there are; `repeat`: they are taken in turn; both times
-    C / `count`. `4,3,2`: so many channels, counted from 1, get those that there are, the others 0. Raises
+    `mean`: each channel gets the mean of the C kernels, times C / `count`.
+    `repeat`: channel i gets the kernel i modulo C, over how often that one is taken (3 to 5 channels: the
+    first and second kernel are halved, twice each); of fewer than C channels, the first kernels, times
+    C / `count`.
+    `4,3,2`: the first kernel goes to the fourth channel, the second to the third, ...; other channels get 0.
+
+    Where all channels hold the same values (after mean and deviation), patches are embedded as by the old
+    kernel from C such channels; but not by `repeat` of fewer than C, which leaves kernels out. Raises
     ConfigError.
     """
     have = kernel.shape[1]
@@ -166,7 +178,8 @@ def kernel_of_channels(
         weight = kernel.new_tensor([1 / (turns == turn).sum().item() for turn in turns])
         lacking = have / len(turns.unique())  # of fewer channels than there are
         return kernel[:, turns] * (weight * lacking)[:, None, None]
-    rows = [int(part) for part in how.split(",") if part.isdecimal()]
+    parts = [part.strip() for part in how.split(",")]
+    rows = [int(part) if part.isdecimal() else 0 for part in parts]
     if len(rows) != have or not all(1 <= row <= count for row in rows) or len(set(rows)) != have:
         raise ConfigError(
             f"init_channels={how}: the weights of init={name} have {have} channels, which want as many of "

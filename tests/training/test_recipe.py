@@ -814,7 +814,7 @@ def test_the_encoder_of_a_run():
     config = resolve("ibot-vits16-in1k")
     made = config.encoder()
     assert (made.transform.resize, made.transform.crop) == (256, 224)
-    assert made.model == dataclasses.replace(config.model, drop_path=0.0)
+    assert made.model == dataclasses.replace(config.model, drop_path=0.0, channels=3)
     own = resolve("demo", ["transform={resize: 40, crop: 36}", "views.color.mean=[0.5, 0.5, 0.5]"])
     assert (own.encoder().transform.resize, own.encoder().transform.crop) == (40, 36)
     small = resolve("demo", ["transform=null", "views.color.mean=[0.5, 0.5, 0.5]"])

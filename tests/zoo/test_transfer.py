@@ -18,7 +18,7 @@ from foveola.models.vit import VisionTransformer, ViTConfig
 from foveola.training.recipe import resolve
 from foveola.training.start import read_start
 from foveola.zoo.load import load
-from foveola.zoo.transfer import transfer
+from foveola.zoo.transfer import kernel_of_channels, transfer
 
 SHAPE = ViTConfig(width=24, depth=2, heads=2, patch_size=8, image_size=32, drop_path=0.0)
 
@@ -136,6 +136,39 @@ def test_a_field_of_more_nodes_says_how_well_it_gives_the_table_back(alignment: 
     error = (network.pos_field((4, 4)) - table).abs().max().item()
     assert error > 1e-3
     assert f"back up to {error:.2g} where its entries are about" in start.account.line()
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("mean", [12.0, 12.0, 12.0, 12.0, 12.0]),  # (10 + 20 + 30) / 3, times 3 / 5
+        ("repeat", [5.0, 10.0, 30.0, 5.0, 10.0]),  # the first and second twice, so half of each
+        ("4,3,2", [0.0, 30.0, 20.0, 10.0, 0.0]),
+        ("mean", [30.0, 30.0]),
+        ("repeat", [15.0, 30.0]),  # the first two, times 3 / 2
+        ("mean", [60.0]),
+        ("repeat", [30.0]),
+    ],
+)
+def test_kernels_of_other_channels(how: str, wanted: list[float]):
+    kernel = torch.tensor([10.0, 20.0, 30.0])[None, :, None, None].expand(4, 3, 2, 2)
+    made = kernel_of_channels(kernel, len(wanted), how, "x")
+    assert torch.allclose(made, torch.tensor(wanted)[None, :, None, None].expand(4, -1, 2, 2))
+    if how != "repeat" or len(wanted) >= 3:  # equal channels are embedded as before
+        assert made.sum(dim=1).allclose(kernel.sum(dim=1))
+
+
+@pytest.mark.parametrize("how", ["median", "1,2", "1,2,6", "0,1,2", "1,1,2", "3,2,x,1", "1,2,"])
+def test_channels_that_weights_cannot_go_to_are_refused(how: str):
+    with pytest.raises(ConfigError, match=rf"init_channels={how}: .* have 3 channels, .* the 5 of the data"):
+        kernel_of_channels(torch.ones(4, 3, 2, 2), 5, how, "x")
+
+
+def test_a_choice_of_channels_without_effect_is_refused():
+    with pytest.raises(ConfigError, match=r"init_channels=repeat has no effect: .* have 3 channel\(s\), as"):
+        transfer(encoder_of(), SHAPE, "x", "repeat")
+    with pytest.raises(ConfigError, match=r"init_channels has no effect: there are no starting weights"):
+        resolve("dino-tiny-tinyimagenet", ["init_channels=repeat"])
 
 
 def test_added_registers_and_class_tokens_are_fresh_and_the_others_stay():
