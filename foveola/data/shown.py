@@ -17,6 +17,13 @@ def shown_image(image: object) -> UInt8[np.ndarray, "H W 3"]:
     return rgb_of(decode(image), None if reading is None else reading.shown)  # type: ignore[arg-type]
 
 
+def shown_channels(source: object) -> ShownAs | None:
+    """Return the channels that a source says people see (`show=` of its data string); None where it says
+    nothing.
+    """
+    return getattr(getattr(source, "reading", None), "shown", None)
+
+
 def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: ShownAs | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """Return pixels of uint8 or uint16 as RGB: three channels of them, by default the first ones, or grey.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from foveola.config import UserError
+from foveola.data.shown import shown_channels
 from foveola.data.sources import Source
 from foveola.embedding.rows import encoded_box
 from foveola.explorer.layers import LAYERS, heads_of, layer
@@ -76,7 +77,7 @@ class Session:
     def image(self, image: int) -> bytes:
         """Return an image as a JPEG of 1024 pixels at most."""
         self._check(image)
-        return jpeg(sample_at(self.source, image)[1], LARGE)
+        return jpeg(sample_at(self.source, image)[1], LARGE, shown_channels(self.source))
 
     def thumbnail(self, image: int, number: int = -1) -> bytes:
         """Return an image or an object of it, small."""

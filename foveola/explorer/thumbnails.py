@@ -1,7 +1,6 @@
 """Small JPEGs of images and objects, made when they are first asked for, and held in memory."""
 
 from collections import OrderedDict
-from collections.abc import Callable
 from io import BytesIO
 from threading import Lock
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 from PIL import Image
 
+from foveola.data.shown import ShownAs, rgb_of, shown_channels
 from foveola.data.sources import Source
 from foveola.drawing.sheet import Pixels, shrunk
 from foveola.explorer.questions import sample_at
@@ -35,7 +35,7 @@ class Thumbnails:
             if (image, number) in self.held:
                 self.held.move_to_end((image, number))
                 return self.held[image, number]
-        made = jpeg(self._pixels(image, number), THUMBNAIL)
+        made = jpeg(self._pixels(image, number), THUMBNAIL, shown_channels(self.source))
         with self.lock:
             if (image, number) not in self.held:
                 self.bytes += len(made)
@@ -57,28 +57,16 @@ class Thumbnails:
         return pixels[top : max(int(y1 + rim + 1), top + 1), left : max(int(x1 + rim + 1), left + 1)]
 
 
-def jpeg(pixels: Shaped[np.ndarray, "H W C"], side: int) -> bytes:
-    """Return an image as a JPEG whose longer side has `side` pixels at most."""
-    return _written(pixels, side, lambda image, out: image.save(out, "JPEG", quality=88, subsampling=0))
-
-
-def png(pixels: Shaped[np.ndarray, "H W C"]) -> bytes:
-    """Return an image as a PNG, every pixel as it is."""
-    return _written(pixels, max(pixels.shape), lambda image, out: image.save(out, "PNG"))
-
-
-def displayed(pixels: Shaped[np.ndarray, "H W C"]) -> Pixels:
-    """Return pixels of any channels and depth as RGB of 8 bits: the first three, or grey."""
-    if pixels.shape[2] != 3:
-        pixels = pixels[:, :, :3] if pixels.shape[2] > 3 else pixels[:, :, :1].repeat(3, axis=2)
-    if pixels.dtype != np.uint8:  # 0 to 65535 are the range, as 0 to 255 are
-        pixels = (pixels.astype(np.float32) * (255 / np.iinfo(pixels.dtype).max)).round().astype(np.uint8)
-    return np.ascontiguousarray(pixels)
-
-
-def _written(
-    pixels: Shaped[np.ndarray, "H W C"], side: int, save: Callable[[Image.Image, BytesIO], None]
-) -> bytes:
+def jpeg(pixels: Shaped[np.ndarray, "H W C"], side: int, choice: ShownAs | None = None) -> bytes:
+    """Return an image of any channels and depth as a JPEG whose longer side has `side` pixels at most."""
     out = BytesIO()
-    save(Image.fromarray(shrunk(displayed(pixels), side)), out)
+    image = shrunk(np.ascontiguousarray(rgb_of(pixels, choice)), side)
+    Image.fromarray(image).save(out, "JPEG", quality=88, subsampling=0)
+    return out.getvalue()
+
+
+def png(pixels: Pixels) -> bytes:
+    """Return an image as a PNG, every pixel as it is."""
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()

@@ -11,7 +11,7 @@ from foveola.config import UserError, kind_of
 from foveola.data.decode import decode
 from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
-from foveola.data.shown import rgb_of
+from foveola.data.shown import rgb_of, shown_channels
 from foveola.data.sources import Source
 from foveola.drawing.boxes import paint_objects
 from foveola.drawing.classes import paint_classes, palette
@@ -116,19 +116,20 @@ def _judged(encoder: Encoder, source: Source, index: int, image: Pixels) -> Answ
 
 def _classes(source: Source, index: int, image: Pixels, answer: Classes, several: bool) -> Answer | None:
     sample, names = source[index], source.classes or ()
+    tiles = (rgb_of(image, shown_channels(source)),)
     place = {name: i for i, name in enumerate(answer.names)}
     if several:
         truth = {names[i] for i in sample.all_classes()}
         said = {name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5}
         score = 1 - len(truth ^ said) / len(answer.names)
         caption = f"{', '.join(sorted(said)) or 'none'} (truth: {', '.join(sorted(truth)) or 'none'})"
-        return Answer(index, answer, score, (rgb_of(image),), (caption,), (truth == said,))
+        return Answer(index, answer, score, tiles, (caption,), (truth == said,))
     if sample.label is None:
         return None
     right = names[sample.label]
     score = float(answer.scores[place[right]]) if right in place else 0.0
     caption = _plain(answer.best) + ("" if answer.best == right else f", not {_plain(right)}")
-    return Answer(index, answer, score, (rgb_of(image),), (caption,), (answer.best == right,))
+    return Answer(index, answer, score, tiles, (caption,), (answer.best == right,))
 
 
 def _plain(name: str) -> str:
@@ -154,7 +155,7 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     colors = palette(len(answer.names))
     largest = np.bincount(said[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
     caption = ", ".join(answer.names[i] for i in largest if (said[labelled] == i).any())
-    shown = rgb_of(image)
+    shown = rgb_of(image, shown_channels(source))
     tiles = shown, paint_classes(shown, truth, colors), paint_classes(shown, said, colors)
     return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
 
@@ -164,6 +165,7 @@ def _detections(source: Source, index: int, image: Pixels, answer: Detections) -
         return None
     sample = source[index]
     truth, found = annotated(sample, image, source), drawn_detections(answer)
-    tiles = rgb_of(image), paint_objects(rgb_of(image), truth), paint_objects(rgb_of(image), found)
+    shown = rgb_of(image, shown_channels(source))
+    tiles = shown, paint_objects(shown, truth), paint_objects(shown, found)
     captions = "", f"{len(truth.boxes)} annotated", f"{len(found.boxes)} found"
     return Answer(index, answer, agreement(found, truth), tiles, captions, (None, None, None))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from foveola.config import key
 from foveola.data.sample import Sample, full_mask
-from foveola.data.shown import rgb_of
+from foveola.data.shown import rgb_of, shown_channels
 from foveola.data.sources import Source
 from foveola.drawing.boxes import DrawnObjects, paint_objects
 from foveola.drawing.sheet import Pixels, Sheet
@@ -56,11 +56,11 @@ def detections_sheet(encoders: dict[str, Encoder], source: Source, config: Detec
     rows = []
     for number, sample in zip(chosen, samples_of(source, chosen), strict=True):
         (image,) = images_of([sample])
-        truth = annotated(sample, image, source)
-        tiles: list[Tile] = [(paint_objects(rgb_of(image), truth), f"{len(truth.boxes)} annotated")]
+        truth, shown = annotated(sample, image, source), rgb_of(image, shown_channels(source))
+        tiles: list[Tile] = [(paint_objects(shown, truth), f"{len(truth.boxes)} annotated")]
         for encoder in encoders.values():
             found = detected(encoder, image, config.score)
-            tiles.append((paint_objects(rgb_of(image), found), f"agreement {agreement(found, truth):.0%}"))
+            tiles.append((paint_objects(shown, found), f"agreement {agreement(found, truth):.0%}"))
         rows.append(row_of(tiles, f"{number}: {sample.name}"))
     note = (
         f"Detections of a score of {config.score:g} and more. Agreement: 2 R / (F + A), of R that are right "

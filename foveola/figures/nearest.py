@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
-from foveola.data.shown import rgb_of
+from foveola.data.shown import ShownAs, rgb_of, shown_channels
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
 from foveola.drawing.sheet import Pixels, Row, Sheet
@@ -151,7 +151,9 @@ def _row(
 ) -> Row:
     references, queries = sources
     cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
-    tiles = [_tile(query.pixels, query.mask, masked and query.has_mask, encoder.grid)]
+    grid, shown = encoder.grid, shown_channels(references)
+    with_mask = masked and query.has_mask
+    tiles = [_tile(query.pixels, query.mask if with_mask else None, grid, shown_channels(queries))]
     captions = [_name(queries, query.label)]
     right: list[bool | None] = [None]
     for row in near:
@@ -159,7 +161,8 @@ def _row(
         rows = cut(references[image], image)
         own = int((rows.objects == number).nonzero()[0])
         with_mask = masked and bool(rows.has_mask[own])
-        tiles.append(_tile(rows.images[rows.image_of[own]], rows.masks[own], with_mask, encoder.grid))
+        mask = rows.masks[own] if with_mask else None
+        tiles.append(_tile(rows.images[rows.image_of[own]], mask, grid, shown))
         label = int(table.labels[row])
         captions.append(_name(references, label))
         known = label >= 0 and query.label >= 0 and references.classes == queries.classes
@@ -167,11 +170,14 @@ def _row(
     return Row(title, tiles, captions, right)
 
 
-def _tile(pixels: Tensor, mask: Bool[Tensor, "N"], masked: bool, grid: tuple[int, int]) -> Pixels:
+def _tile(
+    pixels: Tensor, mask: Bool[Tensor, "N"] | None, grid: tuple[int, int], shown: ShownAs | None
+) -> Pixels:
     image = pixels.permute(1, 2, 0).contiguous().numpy()
     times = max(-(-FULL // len(image)), 1)
-    image = rgb_of(resize(image, times * len(image), times * image.shape[1]).permute(1, 2, 0).numpy())
-    return outline(image, mask.view(grid).numpy()) if masked else image
+    image = resize(image, times * len(image), times * image.shape[1]).permute(1, 2, 0).numpy()
+    image = rgb_of(image, shown)
+    return image if mask is None else outline(image, mask.view(grid).numpy())
 
 
 def _name(source: Source, label: int) -> str:

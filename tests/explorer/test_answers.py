@@ -14,7 +14,7 @@ from foveola.explorer.layers import layer
 from foveola.explorer.questions import refuse_other_depths, sample_at
 from foveola.explorer.session import Session
 from foveola.explorer.sides import ExploreConfig, sides_of
-from foveola.explorer.thumbnails import displayed
+from foveola.explorer.thumbnails import Thumbnails
 from foveola.figures.pca import pca_images
 from foveola.zoo.load import load
 from tests.explorer.conftest import COUNT, QUICK, ask
@@ -177,12 +177,14 @@ def test_thumbnails_are_images_and_objects(client, session):
         assert client.get(f"/{path}").status_code == 404, path
 
 
-def test_other_depths_and_channels_are_shown_as_rgb() -> None:
-    deep = np.array([0, 257, 32896, 65535], np.uint16).reshape(2, 2, 1)  # 0 to 65535 is black to white
-    assert displayed(deep)[..., 0].tolist() == [[0, 1], [128, 255]]
-    assert displayed(deep).shape == (2, 2, 3)
-    many = np.arange(2 * 2 * 8, dtype=np.uint8).reshape(2, 2, 8)
-    assert np.array_equal(displayed(many), many[:, :, :3])
+def test_other_depths_and_channels_are_shown_as_rgb(tmp_path) -> None:
+    many = np.zeros((32, 32, 8), np.uint16)
+    many[..., 0], many[..., 4] = 65535, 32896
+    np.save(tmp_path / "a.npy", many)
+    for query, want in (("", (255, 0, 0)), ("&show=5,1,2", (128, 255, 0))):
+        source = open_source(f"folder:{tmp_path}?range=container&channels=all{query}")
+        seen = np.asarray(Image.open(BytesIO(Thumbnails(source).get(0)))).astype(int)
+        assert np.abs(seen - want).max() <= 3  # JPEG
     with pytest.raises(UserError, match="other channels or bits"):
         refuse_other_depths(many)
 

@@ -1,5 +1,6 @@
 """Sheets hold what the functions beneath them say; `foveola visualize` writes them and explains mistakes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_neighbours_are_those_of_the_feature_table(scenes):
             own = int(tables[1].labels[image])
             assert list(row.captions) == [references.classes[i] for i in (own, *labels)]
             assert list(row.right) == [None, *(label == own for label in labels)]
+
+
+def test_neighbours_are_shown_in_the_channels_that_the_data_say(tmp_path):
+    many = np.zeros((32, 32, 5), np.uint8)
+    many[..., 4], many[..., 1] = 250, 100
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", many + np.uint8(number))
+    source = open_source(f"folder:{tmp_path}?channels=all&show=5,2,1")
+    transform = TransformConfig(resize=32, crop=32, mean=(0.5,) * 5, std=(0.25,) * 5)
+    config = replace(ENCODER.config.model, channels=5)
+    encoder = Encoder(EncoderConfig(model=config, transform=transform))
+    config = ExtractConfig(workers=0)
+    (row,) = gallery.neighbour_sheet(encoder, source, source, [0], found=2, masks=False, config=config).rows
+    assert [tuple(tile[0, 0] // 10) for tile in row.tiles] == [(25, 10, 0)] * 3
 
 
 def test_each_right_answer_of_a_query_has_a_green_frame():
