@@ -151,6 +151,7 @@ ALLOWED = {
         "evaluation",
         "zoo",
         "models.encoder",
+        "models.seen",
         "models.transform",
         "data",
         "distributed",

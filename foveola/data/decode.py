@@ -218,6 +218,8 @@ def _of_array(array: np.ndarray, reading: Decoding) -> Shaped[np.ndarray, "H W C
         return _deepened(array, reading)
     if array.dtype.kind not in "uif" or (array.dtype.kind == "f" and not reading.ranged):
         raise TypeError(array.dtype)
+    if array.dtype == np.uint16 and reading.ranges:
+        _warn_of_white(array, reading)
     return to_pixels(Values(array), replace(reading, page=None))
 
 
@@ -253,6 +255,16 @@ def _warn_of_dark() -> None:
         "meant to be dark",
         stacklevel=4,
     )
+
+
+def _warn_of_white(array: Shaped[np.ndarray, "H W C"], reading: Decoding) -> None:
+    beyond = (array > max(high for _, high in reading.ranges)).mean()
+    if beyond > 0.5:
+        warnings.warn(
+            f"{beyond:.0%} of an array are beyond range={reading.options()['range']}, and become white: "
+            "arrays hold values as files do; pixels that were read in a range already are given as tensors",
+            stacklevel=5,
+        )
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:

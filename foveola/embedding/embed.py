@@ -12,6 +12,7 @@ from jaxtyping import Int64
 import foveola
 from foveola import distributed, files
 from foveola.config import UserError, build, refuse_unread, to_dict
+from foveola.data.decoding import Decoding
 from foveola.data.identity import identity_of, looked_at_once, say
 from foveola.data.sources import Source, as_source, why_bad
 from foveola.embedding.formats import format_of, header_of, write_features
@@ -140,6 +141,7 @@ def _about(
     model: Any, encoder: Encoder, embedding: Embedding, chosen: Int64[np.ndarray, "n"]
 ) -> dict[str, Any]:
     source, config, own = embedding.source, embedding.config, encoder.config
+    reading = getattr(source, "reading", None)
     beside = [kind for kind, _ in embedding.parts if kind.startswith(EXTERNAL)]
     return {
         "format": FILE_FORMAT,
@@ -156,6 +158,7 @@ def _about(
             "name": source.name,
             "identity": identity_of(source, chosen).digest,
             "images": len(chosen),
+            "reading": reading.options() if isinstance(reading, Decoding) else None,
         },
         "settings": {name: value for name, value in to_dict(config).items() if name not in SPEED},
         "features": embedding.features,

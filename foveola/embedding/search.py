@@ -8,10 +8,13 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
+from jaxtyping import Shaped
 from PIL import Image
 
 from foveola import distributed, files
 from foveola.config import UserError, build, kind_of
+from foveola.data.decode import UNRANGED, decode, pixels_of
+from foveola.data.decoding import Decoding
 from foveola.data.sample import Objects, Sample
 from foveola.data.shown import shown_image
 from foveola.data.sources import Source, as_source, why_bad
@@ -225,18 +228,36 @@ def _source_of(query: Any, box: Sequence[float] | None, index: Index, encoder: E
         raise UserError("query: expected at least one image")
     if box is not None and len(several) > 1:
         raise UserError(f"box= is of one image, not of {len(several)}")
-    values = dict(parse_qsl(index.about["data"]["name"].partition("?")[2])).get("range")
-    if values is not None and values.startswith("percentile:"):
-        values = None  # as the encoder knows them
-    samples = []
+    samples, reading = [], _reading_of(index, encoder)
     for number, each in enumerate(several, start=1):
-        pixels, objects = encoder.read(each, values), None
+        pixels, objects = _pixels(each, reading, encoder.config.model.channels), None
         if box is not None:
             height, width = pixels.shape[:2]
             objects = _object_at(box, width, height)
-        name = str(each) if isinstance(each, str | Path) else f"image {number}"
+        name = str(each) if isinstance(each, str | Path) else getattr(each, "name", f"image {number}")
         samples.append(Sample(pixels, name, objects))
     return QueryImages(samples, encoder.config.model.channels)
+
+
+def _reading_of(index: Index, encoder: Encoder) -> Decoding:
+    """How images are read, as those of the index were."""
+    usual, data = encoder.config.transform.decoding, index.about["data"]
+    if data.get("reading") is not None:
+        return Decoding.of(**data["reading"])
+    values = dict(parse_qsl(data["name"].partition("?")[2])).get("range")  # of files of earlier versions
+    if values is None or values.startswith("percentile:"):  # measured: as the encoder knows it
+        return usual
+    return replace(usual, **UNRANGED | Decoding.values(values))
+
+
+def _pixels(image: Any, reading: Decoding, channels: int) -> Shaped[np.ndarray, "H W C"]:
+    """Pixels of an image; those of a sample are what its data make of it. Raises UserError."""
+    pixels = decode(image.image) if isinstance(image, Sample) else pixels_of(image, None, reading)
+    if pixels.shape[2] != channels:
+        raise UserError(
+            f"{kind_of(image)}: {pixels.shape[2]} channel(s), but the encoder of the index sees {channels}"
+        )
+    return pixels
 
 
 def _is_image(query: Any) -> bool:
@@ -244,7 +265,7 @@ def _is_image(query: Any) -> bool:
     if isinstance(query, str):
         there = Path(query).expanduser()
         return there.is_file() or not (":" in query or there.is_dir())
-    return isinstance(query, Path | bytes | np.ndarray | Image.Image)
+    return isinstance(query, Path | bytes | np.ndarray | Image.Image | Sample)
 
 
 def _object_at(box: Sequence[float], width: int, height: int) -> Objects:

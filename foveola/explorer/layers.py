@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from foveola.config import UserError
+from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import cool_to_warm
 from foveola.drawing.sheet import Pixels
 from foveola.figures.dense import patch_map
@@ -26,7 +27,7 @@ class Layer:
 
 
 def layer(
-    encoder: Encoder, image: Pixels, what: str, point: tuple[float, float] = (0.5, 0.5), head: int = 0
+    encoder: Encoder, image: ImagePixels, what: str, point: tuple[float, float] = (0.5, 0.5), head: int = 0
 ) -> Layer:
     """Return a layer of an image that is encoded as figures show it: whole, at twice the encoder's side.
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from foveola.config import UserError
@@ -99,13 +99,6 @@ def sample_at(source: Source, image: int) -> tuple[Sample, Shaped[np.ndarray, "H
         raise UserError(f"image {image} cannot be read: {error}") from error
 
 
-def refuse_other_depths(pixels: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Return RGB of 8 bits as it is. Raises UserError for others, of which no parts are encoded here."""
-    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-        raise UserError("parts and layers are of RGB images of 8 bits: this one has other channels or bits")
-    return pixels
-
-
 def answer(side: Side, source: Source, question: Question) -> SideAnswer:
     """Return the rows of a side that are most alike. Raises UserError, with the reason, where it has none."""
     kind = question.find
@@ -165,7 +158,7 @@ def _known(side: Side, question: Question, index: Index, kind: str, number: int)
 def _encoded(side: Side, source: Source, question: Question, index: Index, box: Box | None) -> Tensor:
     """New features, as `foveola.search` has them of the same pixels and box."""
     encoder = side.need()
-    pixels = refuse_other_depths(sample_at(source, question.image)[1])
+    sample, pixels = sample_at(source, question.image)
     height, width = pixels.shape[:2]
     corners = None
     if box is not None:
@@ -173,7 +166,7 @@ def _encoded(side: Side, source: Source, question: Question, index: Index, box: 
         if index.about["settings"]["rows"] == "images" and not question.masked:
             x0, y0, x1, y1 = (round(corner) for corner in corners)
             pixels, corners = pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], None
-    rows = encode_query(index, pixels, corners, lambda: encoder)[1]
+    rows = encode_query(index, Sample(pixels, sample.name), corners, lambda: encoder)[1]
     return torch.from_numpy(rows.feature.reshape(1, -1))
 
 

@@ -14,7 +14,7 @@ from foveola.embedding.rows import encoded_box
 from foveola.explorer.layers import LAYERS, heads_of, layer
 from foveola.explorer.layout import MAP_METHODS, Layouts, has_umap
 from foveola.explorer.listing import listing
-from foveola.explorer.questions import Question, answer, refuse_other_depths, sample_at
+from foveola.explorer.questions import Question, answer, sample_at
 from foveola.explorer.rows import ShownRows, shown_rows
 from foveola.explorer.sides import Side
 from foveola.explorer.thumbnails import LARGE, Thumbnails, jpeg, png
@@ -131,7 +131,7 @@ class Session:
         self._check(image)
         if what not in LAYERS:
             raise LookupError(what)
-        encoder, pixels = self.sides[side].need(), refuse_other_depths(sample_at(self.source, image)[1])
+        encoder, pixels = self.sides[side].need(), sample_at(self.source, image)[1]
         with self.lock:
             made = layer(encoder, pixels, what, point, head)
         return {"image": f"data:image/png;base64,{b64encode(png(made.pixels)).decode()}", "note": made.note}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +12,18 @@ import numpy as np
 
 from foveola import distributed
 from foveola.config import UserError, key, to_dict
+from foveola.data.decoding import Decoding
 from foveola.data.identity import identity_of, tables
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source, as_source
+from foveola.data.suited import suited
 from foveola.embedding.embed import embed
 from foveola.embedding.formats import format_of
 from foveola.embedding.index import Index
 from foveola.evaluation.images import ChosenConfig, choose_images
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
+from foveola.models.seen import seen_by
 from foveola.zoo.load import load
 
 FEATURE_FILES = (".parquet", ".npz", ".zarr")
@@ -118,21 +121,38 @@ def sides_of(
         _add(sides, Index.load(path, device))
     if data is None:
         data = next(iter(next(iter(sides.values())).indices.values())).about["data"]["name"]
-    source = as_source(data, "test", "data")
+    for side in sides.values():
+        _load_of_features(side, device)
+    found = {id(model): _encoder(model, device) for model in models}
+    source = _as_read(as_source(data, "test", "data"), sides.values(), found.values())
     for model in models:
-        made = _embedded(model, source, config, device, cache, progress)
+        made = _embedded(model, found[id(model)], source, config, cache, progress)
         other = sides.setdefault(made.fingerprint, made)
         if other is not made:
             raise UserError(f"{made.name} and {other.name} are the same encoder: name one of them")
     if len(sides) > 2:
         raise UserError(f"{len(sides)} encoders, but two at most stand side by side")
-    found = list(sides.values())
-    for side in found:
-        if side.encoder is None:
-            _load_of_features(side, device)
+    shown = list(sides.values())
+    for side in shown:
         _check_data(side, source)
-    _check_same(found)
-    return found, source
+    _check_same(shown)
+    return shown, source
+
+
+def _encoder(model: Any, device: str | None) -> Encoder:
+    return model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
+
+
+def _as_read(source: Source, sides: Iterable[Side], encoders: Iterable[Encoder]) -> Source:
+    """The source in the range and channels of the encoders, or of features whose encoder is not there."""
+    known = [*(side.encoder for side in sides if side.encoder is not None), *encoders]
+    if known:
+        return seen_by(known, source)
+    about = next(iter(next(iter(sides)).indices.values())).about
+    reading = about["data"].get("reading")
+    if reading is None:
+        return source
+    return suited(source, Decoding.of(**reading), len(about["transform"]["mean"]))
 
 
 def _is_features(name: Any) -> bool:
@@ -180,14 +200,13 @@ def _load_of_features(side: Side, device: str | None) -> None:
 
 def _embedded(
     model: Any,
+    encoder: Encoder,
     source: Source,
     config: ExploreConfig,
-    device: str | None,
     cache: str | Path | None,
     progress: bool,
 ) -> Side:
     """A side with features of all kinds that the data and the encoder have; what was made is kept."""
-    encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     name = encoder.config.origin or "encoder" if isinstance(model, Encoder) else str(model)
     side, folder = Side(name, encoder.fingerprint(), encoder), _kept_in(model, cache)
     common: dict[str, Any] = {
@@ -210,13 +229,13 @@ def _embedded(
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         path = folder / f"{kind}-{digest}.npz"
         try:
-            embed(encoder, source, out=path, device=device, progress=progress, **settings)
+            embed(encoder, source, out=path, progress=progress, **settings)
         except UserError as error:
             if kind == "images":
                 raise
             side.lacking[kind] = f"{name} gives no {kind}: {error}"
             continue
-        side.indices[kind] = Index.load(path, device)
+        side.indices[kind] = Index.load(path, str(encoder.device))
     return side
 
 

@@ -278,9 +278,10 @@ class Encoder(nn.Module):
         normalise.
 
         Args:
-            image: a path (text, too), the bytes of a file, a PIL image, or an array [H, W, 3] of uint8. Files
-                and PIL images are read as for training and evaluations: EXIF orientation is applied, all
-                kinds become RGB, 16 bits are scaled to 8, transparent parts are laid on white.
+            image: a path (text, too), the bytes of a file, a PIL image, or an array [H, W, C] of values as
+                files have them. They are read as for training and evaluations: EXIF orientation is applied,
+                all kinds become RGB, 16 bits are scaled to 8, transparent parts are laid on white; or they
+                get the range and channels of this encoder. What `read` returned has them already.
             range: the values that become black and white, as in a data string: "0-4095", or "container" for
                 all 16 bits. It applies to images of more than 8 bits, and must be that of the training.
 

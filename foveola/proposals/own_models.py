@@ -26,7 +26,7 @@ def open_own(model: str, score: float | None, device: str | torch.device) -> Ope
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         return [
             FoundInImage(each.boxes, each.scores, each.labels, each.masks)
-            for each in encoder.predict(list(images))
+            for each in encoder.head.predict(encoder, list(images))  # pixels already: `predict` reads values
         ]
 
     return OpenedDetector(encoder.head.classes, find, encoder.fingerprint(), max(0.5, least), one_size=True)
