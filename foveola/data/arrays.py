@@ -2,8 +2,9 @@
 
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,16 +36,18 @@ def npy_header(data: Path | bytes, decoding: Decoding) -> Header:
 def npz_values(data: Path | bytes, decoding: Decoding) -> Values:
     """Return the only array of an `.npz`, or the one that is called `image`. Raises BadImage."""
     with reading(".npz file"):
-        return _values(_unpacked(data), decoding)
+        unpacked = _unpacked(data)
+        _part(unpacked.like, decoding)  # before all of it is read
+        return _values(unpacked.read(), decoding)
 
 
 def npz_header(data: Path | bytes, decoding: Decoding) -> Header:
     """Return the size of the array in an `.npz`."""
     with reading(".npz file"):
-        return _header(_unpacked(data))
+        return _header(_unpacked(data).like)
 
 
-def _values(array: np.ndarray, decoding: Decoding) -> Values:
+def _part(array: np.ndarray, decoding: Decoding) -> np.ndarray:
     if decoding.page is not None:
         raise BadImage("pages= is asked for, of an array, which has none")
     array = _rows_columns_channels(array)
@@ -52,6 +55,11 @@ def _values(array: np.ndarray, decoding: Decoding) -> Values:
         x0, y0, x1, y1 = decoding.window
         array = array[y0:y1, x0:x1]
     check_pixels(array.shape[1], array.shape[0], array.shape[2], array.itemsize)
+    return array
+
+
+def _values(array: np.ndarray, decoding: Decoding) -> Values:
+    array = _part(array, decoding)
     array = array.astype(array.dtype.newbyteorder("="))  # out of the mapped file
     if array.dtype.kind == "b":
         array = array.astype(np.uint8) * np.uint8(255)
@@ -102,7 +110,14 @@ def _described(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def _unpacked(data: Path | bytes) -> np.ndarray:
+class _Unpacked(NamedTuple):
+    """An array in an `.npz`: `like` has its shape and dtype, and no values of its own."""
+
+    like: np.ndarray
+    read: Callable[[], np.ndarray]
+
+
+def _unpacked(data: Path | bytes) -> _Unpacked:
     with zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as packed:
         names = [each.filename for each in packed.infolist()]
         arrays = [name for name in names if name.endswith(".npy")]
@@ -116,4 +131,11 @@ def _unpacked(data: Path | bytes) -> np.ndarray:
         size = count * dtype.itemsize
         if size > MAX_BYTES or size + 2**16 < packed.getinfo(chosen).file_size:
             raise BadImage(f"an array of {dtype} {shape}, which is more than memory should be given for")
-        return _mapped(packed.read(chosen))
+        if dtype.kind not in "buif" or not count:
+            raise BadImage(f"an array of {dtype} {shape}, where numbers are expected")
+
+    def read() -> np.ndarray:
+        with zipfile.ZipFile(io.BytesIO(data) if isinstance(data, bytes) else data) as packed:
+            return _mapped(packed.read(chosen))
+
+    return _Unpacked(np.broadcast_to(np.zeros((), dtype), shape), read)

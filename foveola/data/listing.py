@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ LAYOUTS = {
     "cityscapes": ("leftImg8bit/<split>/<city> and gtFine/<split>/<city>", OWN_MAPS),
     "camvid": ("<split>/images and <split>/labels, or <split> and <split>annot", OWN_MAPS),
 }
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SUFFIXES_NAMED = 6  # suffixes of other files that a note names
 
 
@@ -166,9 +168,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return the text that any file and terminal takes: bytes of a name that are not UTF-8 become
-    backslashes.
+    """Return the text that any file and terminal takes, on one line: bytes of a name that are not UTF-8, and
+    control characters, become backslashes.
     """
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage, DataError, full_mask
+from foveola.data.shards import parquet as shards
 from foveola.data.sources import decode, open_source
 
 
@@ -102,13 +104,11 @@ def test_columns_of_maps_and_of_several_classes(tmp_path):
 
 
 def test_row_groups_are_read_one_at_a_time_and_kept(tmp_path, monkeypatch):
-    from foveola.data.shards import parquet
-
     read: list[int] = []
-    plain = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *args: (read.append(args[1]), plain(*args))[1])
+    plain = shards._read_group
+    monkeypatch.setattr(shards, "_read_group", lambda *args: (read.append(args[1]), plain(*args))[1])
     source = open_source(write(tmp_path / "a.parquet", {"image": [image_bytes(n) for n in range(9)]}))
-    monkeypatch.setattr(parquet, "_groups", parquet._Groups())  # what a first look has read
+    monkeypatch.setattr(shards, "_groups", shards._Groups())  # what a first look has read
     read.clear()
     for index in (7, 8, 0, 6):
         assert (decode(source[index].image) == decode(image_bytes(index))).all()
@@ -141,13 +141,33 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
         decode(source[0].image)
 
 
-def test_a_file_that_changes_is_noticed(tmp_path, monkeypatch):
-    from foveola.data.shards import parquet
+def test_odd_columns_are_none_of_images_or_labels_and_large_groups_are_not_read(tmp_path, monkeypatch):
+    for cells in ([{"bytes": 3}], [{"bytes": "text"}], [[image_bytes(0)]], [1.5]):
+        with pytest.raises(DataError, match=r"0 columns of bytes \(none\)"):
+            open_source(write(tmp_path / "a.parquet", {"image": cells}))
+    for label in (True, float("nan"), 2**40, {"a": 1}, date(2020, 1, 1)):
+        with pytest.raises(DataError, match="row 0: a label is a whole number from 0 on, or text"):
+            open_source(write(tmp_path / "a.parquet", {"image": [image_bytes(0)], "label": [label]}))
+    for objects in (5, "[" * 10**5, [1, 2], "{"):
+        with pytest.raises(DataError, match=r"row 0: objects (are not JSON|is a list of objects)"):
+            open_source(write(tmp_path / "a.parquet", {"image": [image_bytes(0)], "objects": [objects]}))
+    view = pyarrow.table({"image": pyarrow.array([image_bytes(0)], pyarrow.binary_view())})
+    features = {"info": {"features": {"label": {"names": ["a"]}, "image": None}}}  # no such column
+    view = view.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+    pyarrow.parquet.write_table(view, str(tmp_path / "view.parquet"))
+    source = open_source(f"parquet:{tmp_path}/view.parquet")
+    assert (decode(source[0].image) == decode(image_bytes(0))).all()
+    monkeypatch.setattr(shards, "LARGEST_GROUP", 100)
+    monkeypatch.setattr(shards, "_groups", shards._Groups())
+    with pytest.raises(DataError, match=r"image of row group 0 have .* more than memory should"):
+        decode(source[0].image)
 
+
+def test_a_file_that_changes_is_noticed(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     source = open_source(write(path, {"image": [image_bytes(n) for n in range(9)]}))
     write(path, {"image": [image_bytes(n) for n in range(5)]})
-    monkeypatch.setattr(parquet, "_groups", parquet._Groups())
+    monkeypatch.setattr(shards, "_groups", shards._Groups())
     with pytest.raises(DataError, match="was changed since it was indexed"):
         decode(source[8].image)
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,7 @@ from pycocotools import mask as coco
 from foveola.data.identity import identity_of
 from foveola.data.inventory import inventory_of
 from foveola.data.loader import Loader, LoaderConfig
+from foveola.data.readers import read_header
 from foveola.data.sample import BadImage, DataError, full_mask
 from foveola.data.shards.index import ShardIndex
 from foveola.data.shards.stores import braced
@@ -399,6 +401,31 @@ def test_a_huge_size_that_a_header_declares_is_refused(tmp_path):
         open_source(f"shards:{path}")
 
 
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"size": "99999999999"}, "is cut off: a.png has 99999999999 bytes"),
+        ({"size": "-5"}, "is cut off: a.png has -5 bytes"),
+        ({"path": "../../b.png"}, "not below the folder"),
+        ({"comment": "x" * 2**25}, "a header of 33554"),
+    ],
+)
+def test_what_extended_headers_declare_is_held_against_the_file(tmp_path, headers, reason):
+    info = tarfile.TarInfo("a.png")
+    info.size, info.pax_headers = 512, headers
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + b"x" * 512 + b"\0" * 1024)
+    with pytest.raises(DataError, match=reason):
+        open_source(f"shards:{tmp_path}/x.tar")
+
+
+def test_control_characters_of_names_and_classes_reach_no_terminal(tmp_path):
+    source = opened(
+        tmp_path, {"a\x1b[31m/b\nc.png": image_bytes(0), "a\x1b[31m/b\nc.cls": "an\now\x9bl".encode()}
+    )
+    assert source.image_names() == [r"a\x1b[31m/b\x0ac.png"]
+    assert source.classes == (r"an\x0aow\x9bl",)
+
+
 def test_sparse_members_are_refused(tmp_path):
     info = tarfile.TarInfo("a.png")
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.png",
@@ -448,7 +475,7 @@ def test_a_key_or_a_member_that_is_there_twice_is_refused(tmp_path):
     a, b = image_bytes(0), image_bytes(1)
     with pytest.raises(DataError, match=r"a.png is there twice"):
         opened(tmp_path, [("a.png", a), ("a.png", b)])
-    with pytest.raises(DataError, match=r"/a is there twice, apart"):
+    with pytest.raises(DataError, match=r": a is there twice, apart"):
         opened(tmp_path, [("a.png", a), ("b.png", b), ("a.cls", b"1")])
 
 
@@ -462,6 +489,25 @@ def test_long_names_and_pax_headers_are_read(tmp_path):
         source: Any = open_source(f"shards:{tmp_path}/x.tar")
         assert source.image_names() == [name]
         assert decode(source[0].image).shape == (16, 24, 3)
+
+
+def test_json_without_end_is_refused_and_an_array_is_not_unpacked_to_learn_its_size(tmp_path, monkeypatch):
+    for depth in (b"[" * 10**5, b'{"objects": ' + b"[" * 10**5):
+        with pytest.raises(DataError, match=r"a.json is not JSON: maximum recursion"):
+            opened(tmp_path, {"a.png": image_bytes(0), "a.json": depth})
+    bomb, header = io.BytesIO(), io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (30_000, 30_000)}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("image.npy", header.getvalue())
+    whole = bomb.getvalue()  # which says how large it is in two positions
+    at = whole.rindex(b"PK\x01\x02")
+    size = (len(header.getvalue()) + 900_000_000).to_bytes(4, "little")
+    source = opened(tmp_path, {"a.npz": whole[: at + 24] + size + whole[at + 28 :]})
+    monkeypatch.setattr(zipfile.ZipFile, "read", None)
+    assert read_header(source.data(0)).upright == (30_000, 30_000)
+    with pytest.raises(BadImage, match=r"30000x30000 pixels .* tiles=512"):
+        decode(source[0].image)
 
 
 def test_json_that_is_none_is_refused_and_other_json_left_alone(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from foveola.config import nearest
+from foveola.data.listing import printable
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shards.index import ShardIndex
 from foveola.data.shards.parts import PartBuilder, ShardColumns, ShardPart
@@ -19,6 +20,7 @@ from foveola.data.shards.stores import Shard
 
 _HELD = 2**28  # bytes of row groups that a process holds
 LARGE_GROUP = 2**23  # bytes of a row group from which on reading one for an image is worth a word
+LARGEST_GROUP = 2**33  # bytes of columns of a row group that are read at once
 _LABEL, _OBJECTS = "label", "objects"  # columns, where no option names others
 
 
@@ -65,8 +67,17 @@ def _file(shard: Shard) -> Any:
 def _read_group(shard: Shard, group: int, columns: list[str]) -> Any:
     import pyarrow
 
+    file = _file(shard)
+    about = file.metadata.row_group(group)
+    size = sum(about.column(k).total_uncompressed_size for k in range(about.num_columns)
+               if about.column(k).path_in_schema.split(".")[0] in columns)  # fmt: skip
+    if size > LARGEST_GROUP:
+        raise DataError(
+            f"{shard.path}: {', '.join(columns)} of row group {group} have {size / 2**30:.1f} GiB, more than "
+            "memory should be given for: write the file with smaller row groups"
+        )
     try:
-        return _file(shard).read_row_group(group, columns=columns, use_threads=False)
+        return file.read_row_group(group, columns=columns, use_threads=False)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error.__cause__ or error.__context__, DataError):
             raise (error.__cause__ or error.__context__) from None  # type: ignore[misc]
@@ -115,7 +126,7 @@ def find_columns(shard: Shard, asked: ShardColumns) -> ShardColumns:
         raise DataError(f"parquet: column {image!r} of {shard.path} holds no bytes, but {kinds[image]}")
     label = asked.label
     if label is None:
-        named = [name for name, each in features.items() if isinstance(each, dict) and "names" in each]
+        named = [name for name in kinds if "names" in (features.get(name) or ())]
         label = named[0] if len(named) == 1 else _LABEL if _LABEL in kinds else "-"
     objects = asked.objects or (_OBJECTS if _OBJECTS in kinds else "-")
     return ShardColumns(image, label, asked.pixels, asked.masks, objects, asked.name)
@@ -132,8 +143,9 @@ def _holds_files(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return types.is_binary(kind) or types.is_large_binary(kind)
+        return kind.get_field_index("bytes") >= 0 and _holds_files(kind.field("bytes").type)
+    is_view = getattr(types, "is_binary_view", lambda kind: False)  # from pyarrow 16 on
+    return types.is_binary(kind) or types.is_large_binary(kind) or is_view(kind)
 
 
 # -- index --------------------------------------------------------------------------------------------------
@@ -169,7 +181,7 @@ def index_parquet(shard: Shard, columns: ShardColumns) -> ShardPart:
                 builder.number(label_of(each.get("label", each.get("category")), where))
             several = isinstance(label, list)
             builder.add(
-                str(name) if name is not None else f"row {number}",
+                printable(str(name)) if name is not None else f"row {number}",
                 (group, row),
                 (group, 1) if listed else (0, 0),
                 (group, 1) if columns.masks or columns.pixels else (0, 0),
@@ -196,7 +208,7 @@ def cell_objects(cell: Any, where: str) -> Any:
             return None
         try:
             cell = json.loads(cell)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: objects are not JSON: {str(error).splitlines()[0]}") from None
         return cell.get("objects") if isinstance(cell, dict) and "objects" in cell else cell
     if isinstance(cell, list):

@@ -10,6 +10,7 @@ from foveola.data.annotations import CocoObjects, Marked, mask_objects
 from foveola.data.coco import rle_of
 from foveola.data.fit import turn_of
 from foveola.data.formats import Header
+from foveola.data.listing import printable
 from foveola.data.sample import BadImage, DataError, Objects, Sample
 
 Label = int | str
@@ -21,7 +22,7 @@ def parse_sample(data: bytes, where: str) -> dict[str, Any]:
     """Return the JSON of a sample; of another kind of JSON nothing. Raises DataError for what is none."""
     try:
         tree = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {str(error).splitlines()[0]}") from None
     return tree if isinstance(tree, dict) else {}
 
@@ -31,7 +32,7 @@ def label_of(value: Any, where: str) -> Label | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST):
         return value
     if isinstance(value, str) and value.strip():
-        return value.strip()
+        return printable(value.strip())
     raise DataError(f"{where}: a label is a whole number from 0 on, or text, not {str(value)[:40]!r}")
 
 

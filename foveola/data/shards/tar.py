@@ -76,7 +76,7 @@ def _add(
     if name is not None and not isinstance(name, str):
         raise DataError(f"{where}: name is text, not {str(name)[:40]!r}")
     builder.add(
-        printable(image.name if name is None else name),
+        image.name if name is None else printable(name),
         (image.place, image.size),
         (0, 0) if about is None else (about.place, about.size),
         (0, 0) if label_map is None else (label_map.place, label_map.size),
@@ -140,7 +140,7 @@ def _members(shard: Shard) -> Iterator[Member]:
 
 
 def _checked(shard: Shard, found: tarfile.TarInfo) -> Member | None:
-    name = posixpath.normpath(found.name) if found.name else ""
+    name = printable(posixpath.normpath(found.name)) if found.name else ""
     if found.isdir():
         return None
     if not found.isreg() or found.issparse():
@@ -156,7 +156,7 @@ def _checked(shard: Shard, found: tarfile.TarInfo) -> Member | None:
     check_inside(shard.path, [found.name])
     if found.size < 0 or found.offset_data + found.size > shard.size:
         raise DataError(
-            f"{shard.path} is cut off: {printable(name)} has {found.size} bytes from {found.offset_data} "
+            f"{shard.path} is cut off: {name} has {found.size} bytes from {found.offset_data} "
             "on, the "
             f"file ends at {shard.size}"
         )
@@ -164,7 +164,7 @@ def _checked(shard: Shard, found: tarfile.TarInfo) -> Member | None:
     if base.startswith(".") or name.startswith("__"):  # the latter tells something about the file itself
         return None
     stem, _, extension = base.partition(".")
-    return Member(name, f"{folder}/{stem}", extension.lower(), found.offset_data, found.size)
+    return Member(name, posixpath.join(folder, stem), extension.lower(), found.offset_data, found.size)
 
 
 def _check_end(shard: Shard, end: int) -> None:
