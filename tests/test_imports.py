@@ -165,6 +165,7 @@ ALLOWED = {
         "zoo",
         "models.encoder",
         "models.capture",
+        "models.seen",
         "models.transform",
         "models.wrapped",
         "data",

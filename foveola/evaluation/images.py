@@ -127,6 +127,8 @@ class Part:
         self.name, self.has_objects = source.name, source.has_objects
         self.classes = source.classes if classes else None
         self.channels, self.depth = channels_of(source), source_depth(source)
+        if hasattr(source, "reading"):
+            self.reading = source.reading  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.chosen)

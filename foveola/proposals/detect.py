@@ -57,7 +57,7 @@ class Detector:
     """A `Proposer` that asks a detector."""
 
     def __init__(self, opened: OpenedDetector, config: DetectorConfig, model: str) -> None:
-        self.opened, self.config, self.model = opened, config, model
+        self.opened, self.config, self.model, self.sees = opened, config, model, opened.sees
         self.chosen = chosen(opened.names, config.classes, config.agnostic, model)
         self.score = opened.score if config.score is None else config.score
 

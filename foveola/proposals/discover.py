@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float, Float32, Shaped
 from torch import Tensor
 
 from foveola.config import UserError, key, to_dict
+from foveola.data.shown import rgb_of
 from foveola.models.encoder import Encoder, gives_attention
+from foveola.models.seen import seen_by
 from foveola.models.transform import fit_to_patches
 from foveola.proposals.cuts import CutObjects, brightest, centred, lost, maskcut, tokencut
 from foveola.proposals.proposal import Proposals
@@ -125,6 +127,12 @@ class Discoverer:
                 f"write image_size={most} or less"
             )
 
+    def sees(self, source: Any) -> Any:
+        """Return a source in the range, channels and pages of the encoder. Raises UserError for images of
+        other channels.
+        """
+        return seen_by([self.encoder], source)
+
     def _probe(self) -> str:
         """The file of the probe, which was trained on the last patches."""
         if self.config.probe is None:
@@ -187,7 +195,8 @@ class Discoverer:
         there = masks.any(axis=1)
         fields, scores = masks[there].reshape(-1, *grid), scores[there]
         if self.config.refine == "grabcut":
-            large = grabcut(fields, small.permute(1, 2, 0).contiguous().numpy(), image.shape[:2])
+            colours = rgb_of(small.permute(1, 2, 0).numpy(), self.encoder.config.transform.decoding.shown)
+            large = grabcut(fields, np.ascontiguousarray(colours), image.shape[:2])
         else:
             large = enlarged(fields, image.shape[:2])
         there = np.flatnonzero(large.any(axis=(1, 2)))

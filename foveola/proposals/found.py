@@ -37,8 +37,8 @@ class OpenedDetector:
     """A model of some library that finds objects.
 
     `find(images, score)` returns what scores more in each image. With `one_size` the model sees all images at
-    one size, so that any may stand in a batch. `score` is the usual threshold, `reads` names the keys that
-    are read besides those that all read.
+    one size, so that any may stand in a batch. `score` is the usual threshold, `sees` that of a
+    `Proposer`, `reads` names the keys that are read besides those that all read.
     """
 
     names: tuple[str, ...]
@@ -46,6 +46,7 @@ class OpenedDetector:
     identity: str
     score: float = 0.5
     one_size: bool = False
+    sees: Callable[[Any], Any] | None = None
     reads: frozenset[str] = field(default=frozenset())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from foveola.config import ConfigError, UserError
+from foveola.models.seen import seen_by
 from foveola.proposals.found import FoundInImage, ImagePixels, OpenedDetector
 from foveola.zoo.load import load
 
@@ -29,4 +30,5 @@ def open_own(model: str, score: float | None, device: str | torch.device) -> Ope
             for each in encoder.head.predict(encoder, list(images))  # pixels already: `predict` reads values
         ]
 
-    return OpenedDetector(encoder.head.classes, find, encoder.fingerprint(), max(0.5, least), one_size=True)
+    facts = encoder.head.classes, find, encoder.fingerprint(), max(0.5, least)
+    return OpenedDetector(*facts, one_size=True, sees=lambda source: seen_by([encoder], source))

@@ -8,6 +8,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped
 
 from foveola.config import UserError, kind_of
+from foveola.data.decode import decode
+from foveola.data.decoding import RGB, channels_of
+from foveola.data.shown import shown_channels, shown_image
+from foveola.data.values import ImagePixels
 
 NUMPY_KINDS = {"f": "floating point", "iu": "whole numbers", "b": "bool"}  # NumPy's letters for dtypes
 
@@ -42,6 +46,9 @@ class Proposer(Protocol):
     One that is prompted by the objects that the data have says so with `prompts = True`, and its `propose`
     takes them as well: `propose(images, objects)`, for each image `Objects` or None. If it has `of_classes`,
     the proposer that is asked is what `of_classes(classes)` of the data's classes returns.
+
+    Images are uint8 RGB: others are shown as people see them. One that has `sees` gets pixels as they are
+    in `sees(source)`, the data in the range and channels that it wants; it may be None.
     """
 
     @property
@@ -59,8 +66,27 @@ class Proposer(Protocol):
         ...
 
     def propose(self, images: Sequence[Shaped[np.ndarray, "_ _ ch"]], /) -> list[Proposals]:
-        """Return what is in each of these upright RGB images, whose sizes may differ."""
+        """Return what is in each of these upright images, whose sizes may differ."""
         ...
+
+
+def as_seen(source: Any, proposer: Proposer) -> Any:
+    """Return data as a proposer sees them. Raises UserError for channels of which nobody says which three are
+    to be shown to one that sees RGB.
+    """
+    if (sees := getattr(proposer, "sees", None)) is not None:
+        return sees(source)
+    if (count := channels_of(source)) not in (1, RGB) and shown_channels(source) is None:
+        raise UserError(
+            f"{source.name}: images of {count} channels, and {kind_of(proposer)} sees RGB: "
+            "show= in the data string says which three it is shown, such as show=3,2,1"
+        )
+    return source
+
+
+def seen_pixels(image: Any, proposer: Proposer) -> ImagePixels:
+    """Return the pixels of an image of such data. Raises BadImage and OSError."""
+    return shown_image(image) if getattr(proposer, "sees", None) is None else decode(image)
 
 
 def check_arrays(found: Any, classes: int) -> None:

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 
 from foveola import distributed, files, locks
 from foveola.config import UserError, build, key, kind_of, nearest, refuse_unread, to_dict
-from foveola.data.decode import decode
 from foveola.data.identity import identity_of, looked_at_once, saying
 from foveola.data.listing import check_inside, printable
 from foveola.data.sample import BadImage, DataError, Sample
 from foveola.data.sources import Source, as_source
+from foveola.data.values import ImagePixels
 from foveola.outside import Door, imported
 from foveola.progress import show
 from foveola.proposals.filter import FilterConfig, filtered
 from foveola.proposals.journal import ImageRecord, Journal, refuse_other_work
-from foveola.proposals.proposal import Proposer, check_arrays
+from foveola.proposals.proposal import Proposer, as_seen, check_arrays, seen_pixels
 from foveola.proposals.sheet import numbers_of, save_sheets
 from foveola.proposals.written import (
     OBJECTS,
@@ -177,6 +177,7 @@ def propose(
     files.check_place(out, "give another out=")
     source = as_source(data, "train", "data")
     proposer = open_proposer(distributed.find_device(device))
+    source = as_seen(source, proposer)
     if getattr(proposer, "prompts", False):
         if not source.has_objects:
             raise UserError(f"{source.name} has no objects, and this model is prompted by their boxes")
@@ -286,16 +287,27 @@ class _Run:
         """Images read, a batch ahead of the one that is looked at."""
         if not self.config.workers:
             for group in groups:
-                yield [_read(self.source, index) for index in group]
+                yield [self._read(index) for index in group]
             return
         with ThreadPoolExecutor(self.config.workers) as pool:
             ahead: deque[list[Future[_Read]]] = deque()
             for group in groups:
-                ahead.append([pool.submit(_read, self.source, index) for index in group])
+                ahead.append([pool.submit(self._read, index) for index in group])
                 if len(ahead) > 1:
                     yield [each.result() for each in ahead.popleft()]
             while ahead:
                 yield [each.result() for each in ahead.popleft()]
+
+    def _read(self, index: int) -> "_Read":
+        name, sample = f"image {index}", None
+        try:
+            sample = self.source[index]
+            name = printable(sample.name)
+            pixels = np.ascontiguousarray(seen_pixels(sample.image, self.proposer))
+        except (BadImage, OSError) as error:
+            return _Read(index, name, sample, reason=str(error))
+        check_inside(Path(self.source.name), [name])
+        return _Read(index, name, sample, pixels)
 
     def _records(self, batch: list["_Read"]) -> list[ImageRecord]:
         images = [each for each in batch if each.pixels is not None]
@@ -351,17 +363,5 @@ class _Read:
     index: int
     name: str
     sample: Sample | None = None
-    pixels: UInt8[np.ndarray, "H W 3"] | None = None
+    pixels: ImagePixels | None = None
     reason: str = ""
-
-
-def _read(source: Source, index: int) -> _Read:
-    name, sample = f"image {index}", None
-    try:
-        sample = source[index]
-        name = printable(sample.name)
-        pixels = np.ascontiguousarray(decode(sample.image))
-    except (BadImage, OSError) as error:
-        return _Read(index, name, sample, reason=str(error))
-    check_inside(Path(source.name), [name])
-    return _Read(index, name, sample, pixels)

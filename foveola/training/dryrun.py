@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from foveola import distributed
 from foveola.data.decode import decode
@@ -15,6 +14,7 @@ from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import BadImage
 from foveola.data.sources import PixelSource, Source, notes_of, open_source, read_label_map, why_bad
+from foveola.data.values import ImagePixels
 from foveola.proposals.discover import discoverer
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
@@ -22,6 +22,7 @@ from foveola.training.assemble import assemble, batch_share, blueprint, untraine
 from foveola.training.bootstrap import data_of, round_config
 from foveola.training.durations import plan
 from foveola.training.loop import Trainer
+from foveola.training.pixels import with_pixels
 from foveola.training.recipe import BootstrapConfig, RunConfig
 from foveola.training.start import Start
 from foveola.training.supply import with_data
@@ -53,8 +54,9 @@ def _describe_rounds(config: BootstrapConfig, device: torch.device) -> str:
     if config.init is None:
         parts.append("round 0, without objects\n" + _describe(round_config(config, 0, None, None), device))
     training = round_config(config, 1, None, config.init)
-    encoder = untrained(training) if config.init is None else load(config.init)
+    encoder = untrained(with_pixels(training, source)) if config.init is None else load(config.init)
     finder = discoverer(encoder, config.discover, device)
+    source = finder.sees(source)
     chosen = np.linspace(0, len(source) - 1, min(finder.batch_size, len(source))).round().astype(int)
     images = [pixels for index in chosen.tolist() if (pixels := _pixels(source, index)) is not None]
     seconds = 0.0
@@ -69,7 +71,7 @@ def _describe_rounds(config: BootstrapConfig, device: torch.device) -> str:
     return "\n\n".join([*parts, f"{which}\n{_describe(training, device, objects)}"])
 
 
-def _pixels(source: Source, index: int) -> UInt8[np.ndarray, "H W 3"] | None:
+def _pixels(source: Source, index: int) -> ImagePixels | None:
     try:
         return decode(source[index].image)
     except (BadImage, OSError):
