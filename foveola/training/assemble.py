@@ -1,6 +1,5 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
-import copy
 import dataclasses
 import os
 from typing import Any
@@ -19,6 +18,7 @@ from foveola.training.freezing import Freezing, keep_last_blocks
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig
+from foveola.training.sharding import is_sharded, part_count, shard, whole_copy, whole_tensors
 from foveola.views.batch import Streams
 
 
@@ -43,6 +43,15 @@ def assemble(
     if start is not None:
         method.start_from(start)
     _restrict(method, config)
+    sharded = is_sharded(config.parallel)
+    for network in method.trained():
+        network.checkpoint_activations = config.checkpoint_activations
+        if config.compile and not sharded:
+            network.compile()
+        for block in network.blocks if config.compile and sharded else ():
+            block.compile()  # a graph cannot reach over the gathering of weights
+    if sharded:
+        shard(method, config.parallel, config.sharding, device)
     method.to(device).train()
     try:
         method.check_batch(batch_share(config), config.loader.objects_per_image)
@@ -50,15 +59,19 @@ def assemble(
         raise ConfigError(str(error)) from error
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for network in method.trained():
-        network.checkpoint_activations = config.checkpoint_activations
-        if config.compile:
-            network.compile()
     optimizer = Optimizer(method, config.optimizer, progress)
     freezing = Freezing(method, config.freeze, progress)
     freezing.apply(progress)
     return Trainer(
-        method, freezing, optimizer, config.views, config.precision, config.accumulate, config.seed, device
+        method,
+        freezing,
+        optimizer,
+        config.views,
+        config.precision,
+        config.accumulate,
+        config.seed,
+        device,
+        sharded,
     )
 
 
@@ -69,13 +82,16 @@ def untrained(config: RunConfig) -> Encoder:
 
 
 def encoder_of(config: RunConfig, method: Method, step: int) -> Encoder:
-    """Return a copy of what a method has learned in so many steps, as it is kept."""
+    """Return a copy of what a method has learned in so many steps, as it is kept.
+
+    Where weights are cut over processes, all of them call it, and each has the whole.
+    """
     encoder = Encoder(dataclasses.replace(config.encoder(), step=step))
-    encoder.backbone.load_state_dict(merged(method.backbone.state_dict()))
+    encoder.backbone.load_state_dict(merged(whole_tensors(method.backbone.state_dict())))
     if encoder.predictor is not None and method.predictor is not None:
-        encoder.predictor.load_state_dict(method.predictor.state_dict())
+        encoder.predictor.load_state_dict(whole_tensors(method.predictor.state_dict()))
     if method.task_head is not None:
-        encoder.head = copy.deepcopy(method.task_head).requires_grad_(False).eval()
+        encoder.head = whole_copy(method.task_head).requires_grad_(False).eval()
     return encoder
 
 
@@ -104,7 +120,8 @@ def _check_memory(config: RunConfig, device: torch.device) -> None:
     # A weight that trains has a gradient and two averages of AdamW beside it, or one of SGD.
     copies = 4 if config.optimizer.kind == "adamw" else 3
     numbers = sum(p.numel() * (copies if p.requires_grad else 1) for p in method.parameters())
-    needed = 4 * (numbers + sum(b.numel() for b in method.buffers()))
+    parts = part_count(config.parallel, config.sharding)
+    needed = 4 * (numbers / parts + sum(b.numel() for b in method.buffers()))
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
     else:

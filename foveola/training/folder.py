@@ -25,6 +25,9 @@ FREE_KEYS = (
     "pixels",  # facts of the images, which are compared themselves
     "device",
     "checkpoint_activations",
+    "parallel",
+    "sharding.reshard",
+    "sharding.replicas",
     "loader.workers",
     "loader.prefetch",
     "loader.start",

@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +19,7 @@ from foveola.methods.method import Method
 from foveola.schedules import Progress
 from foveola.training.freezing import Freezing
 from foveola.training.optimizer import Optimizer
+from foveola.training.sharding import cut_like, gathered, gradients_kept, seen_whole
 from foveola.views.batch import Streams, ViewsConfig, make_views
 
 PATIENCE = 3  # steps in a row with gradients that are not finite before giving up
@@ -29,7 +32,10 @@ class Diverged(UserError):  # noqa: N818 (what happened to a run, not an error i
 
 @dataclass(eq=False)
 class Trainer:
-    """Everything that changes while training. `wrapped` is the method, perhaps in data-parallel clothes."""
+    """Everything that changes while training. `wrapped` is the method, perhaps in data-parallel clothes.
+
+    Where the weights of a method are `sharded`, all processes ask for its state, and load it.
+    """
 
     method: Method
     freezing: Freezing
@@ -39,6 +45,7 @@ class Trainer:
     accumulate: int
     seed: int
     device: torch.device
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -48,7 +55,7 @@ class Trainer:
 
     def _wrap(self, again: bool = False) -> nn.Module:
         """The method; on several processes one that averages the gradients of what learns now."""
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 or self.sharded:
             return self.method
         # Buffers are statistics, which methods reduce themselves. The option was renamed in torch 2.15.
         options = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -113,7 +120,22 @@ class Trainer:
     def _no_sync(self) -> AbstractContextManager:
         if isinstance(self.wrapped, DistributedDataParallel):
             return self.wrapped.no_sync()
+        if self.sharded:
+            return gradients_kept(self.method)
         return nullcontext()
+
+    def diagnose(self) -> dict[str, float]:
+        """Return the method's signals of collapse since the last call; all processes call it."""
+        with seen_whole(self.method) if self.sharded else nullcontext():
+            return self.method.diagnose()
+
+    def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Return the method's figures of the last step, on the main process."""
+        if not (self.sharded or distributed.is_main()):
+            return {}
+        with seen_whole(self.method) if self.sharded else nullcontext():
+            found = self.method.figures()
+        return found if distributed.is_main() else {}
 
     def settle(self) -> None:
         """Count the last step among those whose gradients were finite or not; waits for it."""
@@ -141,15 +163,21 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return everything that a resumed run needs besides its configuration and step."""
         self.settle()
+        networks = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **(gathered(networks) if self.sharded else networks),
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.method.load_state_dict(state["method"])
+        own = self.method.state_dict()
+        self.method.load_state_dict(
+            {
+                name: cut_like(value, own[name]) if name in own else value
+                for name, value in state["method"].items()
+            }
+        )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps, self.asked = state["bad_steps"], None

@@ -11,6 +11,7 @@ from foveola.config import ConfigError, key
 from foveola.methods.method import Method
 from foveola.schedules import Progress, Schedule
 from foveola.training.freezing import networks_named
+from foveola.training.sharding import cut_like, group_of, local_part, whole_norms
 
 RULES = {"linear": (256, 1.0), "sqrt": (1024, 0.5), "none": (1, 0.0)}  # lr * (batch / reference) ** power
 
@@ -105,9 +106,11 @@ class Optimizer:
             groups[settings]["params"].append(p)
         ordered = [groups[settings] for settings in sorted(groups)]
         devices = {p.device.type for p in self.named.values()}
-        self.skips_alone = devices == {"cuda"}
-        # One kernel for all of it; on a CPU it takes a fifth of the time.
-        self.inner = _inner(config, ordered, fused=devices <= {"cuda", "cpu"})
+        self.group = group_of(next(iter(self.named.values())))
+        # One kernel for all of it; on a CPU it takes a fifth of the time. Of SGD torch has none for parts.
+        fused = devices <= {"cuda", "cpu"} and not (config.kind == "sgd" and self.group is not None)
+        self.skips_alone = devices == {"cuda"} and fused
+        self.inner = _inner(config, ordered, fused=fused)
         self.networks: dict[int, str] = {}
         for name, part in model.networks().items():  # what two parts share is of the first
             for p in part.parameters():
@@ -130,7 +133,12 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """Take over the state of another optimizer of the same parameters, perhaps of another device."""
-        self.inner.load_state_dict({"state": state, "param_groups": self.inner.state_dict()["param_groups"]})
+        parameters = [p for group in self.inner.param_groups for p in group["params"]]
+        cut = {
+            i: {name: cut_like(v, parameters[i]) if isinstance(v, Tensor) else v for name, v in known.items()}
+            for i, known in state.items()
+        }
+        self.inner.load_state_dict({"state": cut, "param_groups": self.inner.state_dict()["param_groups"]})
 
     def schedule(self, progress: Progress) -> dict[str, float]:
         """Set this step's learning rate and weight decay; what was set."""
@@ -148,8 +156,8 @@ class Optimizer:
         """Clip gradients in place and return the global norm before clipping. Not finite if any gradient
         is not.
         """
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
+        gradients = [local_part(p.grad) for p in self.named.values() if p.grad is not None]
+        norms = whole_norms(torch.stack(torch._foreach_norm(gradients)), self.group)
         total = torch.linalg.vector_norm(norms)
         if self.config.clip is not None:
             if self.config.clip_each == "module":
@@ -172,7 +180,18 @@ class Optimizer:
         if self.skips_alone and not scaler.is_enabled():  # a loss scaler tells it by itself
             self.inner.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
             self.inner.found_inf = 1 - finite.float()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.config.kind == "sgd" and self.config.momentum:
+            self._begin_momentum()
         scaler.step(self.inner)
+
+    def _begin_momentum(self) -> None:
+        """Give zero momentum to what gets its first gradient, which is what it begins with in any case.
+
+        The one kernel takes tensors that all have momentum, or none: what rested before has none yet.
+        """
+        for p in self.named.values():
+            if p.grad is not None and self.inner.state[p].get("momentum_buffer") is None:
+                self.inner.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def drop_frozen(self, progress: Progress) -> None:
         """Forget the gradients of prototypes while they are frozen: they then stay, undecayed."""

@@ -2,10 +2,8 @@
 
 import dataclasses
 import re
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial, reduce
-from importlib import resources
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +12,12 @@ from foveola.config import (
     build,
     dump_yaml,
     key,
-    meant,
     merge,
-    nearest,
     parse_overrides,
-    read_yaml,
     refuse_unread,
-    renewed,
 )
 from foveola.data.loader import LoaderConfig
 from foveola.evaluation.classification.knn import KnnConfig
-from foveola.files import RunFolder
 from foveola.methods import DOOR as METHOD_DOOR
 from foveola.methods import config_class
 from foveola.methods.capi import CapiConfig
@@ -45,6 +38,8 @@ from foveola.training.freezing import ALL
 from foveola.training.loop import Precision
 from foveola.training.optimizer import OptimizerConfig
 from foveola.training.planned import EvaluationConfig, check_choices
+from foveola.training.sharding import Parallel, ShardingConfig, check_sharding
+from foveola.training.shipped import layers_of, shipped
 from foveola.views.batch import ViewsConfig
 from foveola.zoo import transfer
 
@@ -110,6 +105,10 @@ class RunConfig:
     accumulate: int = key(
         1, "number of parts in which each process computes its images of a step", at_least=1, at_most=2**24
     )
+    parallel: Parallel = key(
+        "ddp", "several processes: each has all weights (ddp), a part of them (fsdp), or of a copy (hsdp)"
+    )
+    sharding: ShardingConfig = key(factory=ShardingConfig, help="how parallel=fsdp and hsdp cut weights")
     precision: Precision = key("fp32", "arithmetic of the networks; losses and averages are always fp32")
     compile: bool = key(False, "torch.compile the networks")
     checkpoint_activations: bool = key(False, "recompute activations in backward: less memory, more time")
@@ -163,6 +162,7 @@ class RunConfig:
         self.views.check(self.model.patch_size, self.method.annotations)
         self.method.check(self.views, self.model)
         check_choices(self)
+        check_sharding(self)
         if self.lora is not None and self.train_blocks is not None:
             raise ValueError(
                 "lora and train_blocks both say what learns: write lora.blocks, train_blocks=null"
@@ -208,6 +208,10 @@ class RunConfig:
         idle = {"init_channels": "there are no starting weights (init=null)"}
         if self.init is not None:
             idle = {"model.position_init": "positions come from the starting weights (init)"}
+        if self.parallel == "ddp":
+            idle["sharding"] = "parallel=ddp: each process has all weights"
+        elif self.parallel == "fsdp":
+            idle["sharding.replicas"] = "parallel=fsdp keeps one copy of the weights"
         if self.evaluate_every is None and not self.evaluations:
             idle["stop_when_worse"] = "nothing is measured (evaluate_every=null, no evaluations)"
         if self.views.objects is None:
@@ -267,7 +271,7 @@ def run_config(tree: dict[str, Any]) -> RunConfig:
 def recipes() -> dict[str, About]:
     """Return the recipes that come with the package."""
     return {
-        name: build(About, reduce(lay, _layers(name), {}).get("about", {}), "about") for name in _shipped()
+        name: build(About, reduce(lay, layers_of(name), {}).get("about", {}), "about") for name in shipped()
     }
 
 
@@ -280,7 +284,7 @@ def installed() -> list[str]:
 def resolve(recipe: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
     """Return a recipe by name or YAML path, with `key=value` strings or a (nested or dotted) dict over it."""
     changes = nested(overrides) if isinstance(overrides, dict) else parse_overrides(overrides or [])
-    return _asked_for(_layers(str(recipe)), changes)
+    return _asked_for(layers_of(str(recipe)), changes)
 
 
 def with_changes(tree: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
@@ -353,47 +357,3 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
             branch = {part: branch}
         tree = merge(tree, branch)
     return tree
-
-
-@cache
-def _shipped() -> list[str]:
-    files = (resources.files("foveola") / "recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-@cache
-def _shipped_tree(name: str) -> dict[str, Any]:
-    """The file of a shipped recipe, read once: each is the base of others."""
-    with resources.as_file(resources.files("foveola") / "recipes" / f"{name}.yaml") as path:
-        return renewed(read_yaml(path))
-
-
-def _layers(recipe: str, above: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """The tree of a recipe, after that of its `base:` if it names one, over which it is laid."""
-    if recipe in above:
-        raise ConfigError(f"{above[0]}: its base leads back to {recipe}")
-    if recipe.endswith((".yaml", ".yml")):
-        tree, name = renewed(read_yaml(recipe)), Path(recipe).stem
-    elif recipe in _shipped():
-        tree, name = deepcopy(_shipped_tree(recipe)), recipe
-    else:
-        raise ConfigError(_unknown_recipe(recipe))
-    base = tree.pop("base", None)
-    tree = {"recipe": name} | tree
-    if base is None:
-        return [tree]
-    if str(base).endswith((".yaml", ".yml")):  # beside the file that names it
-        base = Path(recipe).parent / str(base)
-    return [*_layers(str(base), (*above, recipe)), tree]
-
-
-def _unknown_recipe(recipe: str) -> str:
-    if RunFolder(Path(recipe)).is_run():
-        return (
-            f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
-        )
-    near = nearest(recipe, _shipped())
-    if near is None and (path := meant(recipe)):
-        return f"unknown recipe {recipe!r}{path}"
-    hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
-    return f"unknown recipe {recipe!r}; {hint}"

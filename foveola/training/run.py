@@ -19,19 +19,20 @@ from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source, notes_of
-from foveola.failures import explain, told
+from foveola.failures import explain
 from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
 from foveola.outside import library
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, encoder_of, student_names, untrained
+from foveola.training.assemble import assemble, batch_share, untrained
 from foveola.training.auto.plan import AUTO
 from foveola.training.auto.request import request
 from foveola.training.bootstrap import run_rounds
 from foveola.training.callbacks import Callbacks
 from foveola.training.durations import period, plan
 from foveola.training.evaluations import Evaluations
+from foveola.training.keeper import Keeper
 from foveola.training.lengthen import lengthen, what_changes
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
@@ -135,6 +136,7 @@ class _Session:
         self.evaluations = Evaluations(config, self.progress, sources)
         self.start = Start(config.init, config.model, config.out, config.init_channels)
         self.trainer = assemble(config, self.progress, device, self.start.weights)
+        self.keeper = Keeper(config, self.trainer, device, self.keep_every)
         self.folder, self.stop, self.shorter = Path(), Stop(), ""  # shorter: its duration so far, if another
         self.step, self.whole, self.tried = 0, True, -1  # tried: the last step that was to be saved
         self.bad_names: set[str] = set()
@@ -144,7 +146,7 @@ class _Session:
 
     def run(self) -> Run:
         with ExitStack() as stack:
-            self.folder = self._claimed(stack)
+            self.folder = self.keeper.folder = self._claimed(stack)
             start = self.step = self.tried = self._resume()
             missed = self.evaluations.missed(self.folder, start)
             if not missed and (done := self.evaluations.ended(self.folder, start)):
@@ -210,9 +212,7 @@ class _Session:
             self.changes.append(
                 f"{distributed.world_size()} processes instead of {processes}: other views from here on"
             )
-        own = RunFolder(self.folder).encoder
-        if distributed.is_main() and not own.config.exists():
-            self._encoder(start).save(own.path)  # killed after the first checkpoint
+        self.keeper.begin(start)
         return start
 
     def _greet(self, log: Log, start: int) -> None:
@@ -231,7 +231,7 @@ class _Session:
         for text in self.changes:
             log.note(text)
         if not start and self.start.weights is not None:
-            self.start.keep(self.folder, self._encoder(0), log.note)
+            self.start.keep(self.folder, self.keeper.encoder(0), log.note)
         wise = advice(self.config, self.trainer.method, self.progress, len(self.source))
         resting = [f"resting: {part}" for part in self.trainer.freezing.describe()]
         for text in (*resting, *wise, *notes_of(self.source)):
@@ -314,7 +314,7 @@ class _Session:
         reason = str(error) if isinstance(error, UserError) else explain(error)
         if self.whole and self.tried != self.step > 0 and distributed.is_main():
             try:
-                self._write(self.step)
+                self.keeper.rescue(self.step)
             except Exception as second:
                 log.failure(f"step {self.step} could not be saved: {explain(second) or second}")
         newest = checkpoint.newest(self.folder)
@@ -348,7 +348,7 @@ class _Session:
             "epoch": step / self.progress.steps_per_epoch,
             **{name: float(value) for name, value in values.items()},
             **dict(zip(names, means, strict=True)),
-            **self.trainer.method.diagnose(),
+            **self.trainer.diagnose(),
             "bad_images": float(len(bad)),
         }
 
@@ -358,43 +358,16 @@ class _Session:
             self.bad_names |= bad
 
     def _draw(self, step: int, log: Log) -> None:
-        if distributed.is_main():
-            for name, figure in self.trainer.method.figures().items():
-                log.figure(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
+        for name, figure in self.trainer.figures().items():
+            log.figure(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int) -> None:
         self.tried = step
-        if distributed.is_main():
-            with told(f"step {step} cannot be saved in {self.folder}"):
-                self._write(step)
+        self.keeper.save(step)
         self.callbacks.on_checkpoint(step, RunFolder(self.folder).checkpoint(step))
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:
         kept = RunFolder(self.folder).kept_encoder(step).path  # of the start, of a run that has gone on
-        encoder = self._encoder(step) if step == self.step else load(kept, self.device)
+        encoder = self.keeper.encoder(step) if step == self.step else load(kept, self.device)
         self.evaluations.run(encoder, step, self.folder, log, self.callbacks.on_evaluation)
-
-    def _write(self, step: int) -> None:
-        """First the encoder: killed in between, a run repeats some steps, and both are of one step again.
-
-        But the first one only after its checkpoint: an encoder tells that there was one.
-        """
-        encoder, run = self._encoder(step), RunFolder(self.folder)
-        first = not run.encoder.config.exists()
-        if not first:
-            encoder.save(run.encoder.path)
-        if self.keep_every is not None and step % self.keep_every == 0:
-            encoder.save(run.kept_encoder(step).path)
-        state = {
-            "step": step,
-            "trainer": self.trainer.state_dict(),
-            "world_size": distributed.world_size(),
-            "student": student_names(self.trainer.method),
-        }
-        checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
-        if first:
-            encoder.save(run.encoder.path)
-
-    def _encoder(self, step: int) -> Encoder:
-        return encoder_of(self.config, self.trainer.method, step).to(self.device)

@@ -419,3 +419,25 @@ def test_state_moves_to_another_optimizer(changes):
         optimizer.schedule(Progress(4, 20, 5, 64))
         optimizer.inner.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_takes_in_what_rested_before(momentum):
+    """The first update of a part is that of a first step, as torch's plain loop over parameters has it."""
+    ours, theirs = toy(), toy()
+    optimizer = optimizer_of(ours, kind="sgd", momentum=momentum)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    reference = torch.optim.SGD(trained, lr=0.1, momentum=momentum, foreach=False)
+    late = next(reversed(optimizer.named))
+    for step in range(3):
+        optimizer.schedule(Progress(step, 20, 5, 64))
+        for group in (*optimizer.inner.param_groups, *reference.param_groups):
+            group["lr"], group["weight_decay"] = 0.1, 0.0
+        for model in (ours, theirs):
+            fill(model, step)
+            if not step:
+                dict(model.named_parameters())[late].grad = None
+        optimizer.step(torch.amp.GradScaler("cpu", enabled=False), torch.tensor(True))
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)

@@ -1,0 +1,211 @@
+"""Weights, gradients and averages in parts, one on each process: FSDP2 of torch.distributed.
+
+The blocks of every network are groups of their own, whose weights are whole only while they compute; what is
+left of a method (embeddings, heads, predictor, clusters) is one more group, whole during a step. A parameter
+is then a DTensor: what it is on this process is its local part.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from foveola import distributed
+from foveola.config import ConfigError, key
+from foveola.methods.method import Method, Output
+
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+T = TypeVar("T", bound=nn.Module)
+SHARDED = "sharded"  # the dimension of the mesh along which a tensor is cut
+COPIES = "copies"
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How weights are cut over processes, where they are (`parallel`)."""
+
+    reshard: bool = key(
+        True,
+        "free the weights of a block after its forward pass, gather them again for backward: less memory",
+    )
+    gather: Literal["fp32", "bf16"] = key(
+        "fp32", "precision in which weights of blocks travel; bf16, with precision=bf16, halves the traffic"
+    )
+    replicas: int | None = key(
+        None, "copies of all weights, with parallel=hsdp; null = one on each machine", at_least=1
+    )
+
+
+def check_sharding(config: Any) -> None:
+    """Raise ValueError where the settings of a run contradict how its weights are to be cut."""
+    if config.sharding.gather == "bf16" and config.precision != "bf16":
+        raise ValueError(f"sharding.gather=bf16 goes with precision=bf16, not {config.precision}")
+    if config.parallel != "ddp" and config.lora is not None:
+        raise ValueError(
+            f"lora trains little of a network that is whole: parallel=ddp, not {config.parallel}"
+        )
+
+
+def is_sharded(parallel: Parallel) -> bool:
+    """Return whether weights are cut: asked for, and by several processes."""
+    return parallel != "ddp" and distributed.world_size() > 1
+
+
+def part_count(parallel: Parallel, config: ShardingConfig) -> int:
+    """Return the number of parts into which each tensor is cut, 1 where it is whole.
+
+    Raises ConfigError where the processes cannot be shared out among copies.
+    """
+    if not is_sharded(parallel):
+        return 1
+    world, copies = distributed.world_size(), 1
+    if parallel == "hsdp":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        copies = max(world // here, 1) if config.replicas is None else config.replicas
+        if world % copies:
+            raise ConfigError(
+                f"sharding.replicas={copies}: {world} processes cannot be shared by so many copies"
+            )
+    return world // copies
+
+
+def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: torch.device) -> None:
+    """Cut the parameters of a method over the processes, in place, and move it to their devices.
+
+    Every process has built the same method. Afterwards each holds its part of each parameter along the first
+    dimension; `requires_grad` stays. Optimizers are made afterwards. Raises ConfigError for parameters that
+    are single numbers, which cannot be cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if scalars := [name for name, p in method.named_parameters() if not p.ndim]:
+        raise ConfigError(f"parallel={parallel}: {scalars[0]} is a single number; give it a dimension of 1")
+    world, parts = distributed.world_size(), part_count(parallel, config)
+    if parallel == "hsdp":
+        mesh = init_device_mesh(device.type, (world // parts, parts), mesh_dim_names=(COPIES, SHARDED))
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=(SHARDED,))
+    half = torch.bfloat16 if config.gather == "bf16" else None
+    blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for network in method.trained():
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
+    fully_shard(method, mesh=mesh, mp_policy=whole)
+
+
+@contextmanager
+def gradients_kept(method: nn.Module) -> Iterator[None]:
+    """Let gradients of a method that is cut stay whole on each process while this lasts, and add up there."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(method, FSDPModule)
+    method.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        method.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def seen_whole(method: nn.Module) -> Iterator[None]:
+    """Gather what a method that is cut has beside its blocks, on each process, while this lasts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(method, FSDPModule)
+    method.unshard()
+    try:
+        yield
+    finally:
+        method.reshard()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor: a view of its part, all of one that is not cut."""
+    return tensor.to_local() if _is_cut(tensor) else tensor  # type: ignore[operator]
+
+
+def group_of(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Return the processes that have the parts of a tensor; None of one that is not cut."""
+    return tensor.device_mesh[SHARDED].get_group() if _is_cut(tensor) else None  # type: ignore[attr-defined]
+
+
+def whole_norms(norms: Float[Tensor, "n"], group: dist.ProcessGroup | None) -> Float[Tensor, "n"]:
+    """Return the norms of n tensors from those of their parts on this process; of whole tensors they are."""
+    if group is None:
+        return norms
+    squares = norms.square()
+    dist.all_reduce(squares, group=group)
+    return squares.sqrt()
+
+
+def whole_tensors(tree: Any) -> Any:
+    """Return dicts, lists and tuples of tensors with whole tensors in place of cut ones, one after another.
+
+    All processes call it with the same tree and have all of the result; a tensor that was whole is the same.
+    """
+    return _mapped(tree, lambda tensor: tensor.full_tensor() if _is_cut(tensor) else tensor)
+
+
+def gathered(tree: Any) -> Any:
+    """Return `whole_tensors` on the CPU of the main process; elsewhere None for each tensor.
+
+    No device holds more than one whole tensor at once that was cut.
+    """
+
+    def move(tensor: Tensor) -> Tensor | None:
+        full = tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[operator]
+        return full.cpu() if distributed.is_main() else None
+
+    return _mapped(tree, move)
+
+
+def cut_like(full: Tensor, tensor: Tensor) -> Tensor:
+    """Return a whole tensor, which all processes have, cut as `tensor` is; as it is where that is whole."""
+    if not _is_cut(tensor) or full.shape != tensor.shape:
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    full = full.to(tensor.device)
+    return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def whole_copy(module: T) -> T:
+    """Return a copy of a module with whole parameters; all processes call it."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        if _is_cut(p):
+            memo[id(p)] = nn.Parameter(p.full_tensor(), requires_grad=p.requires_grad)  # type: ignore[operator]
+    return copy.deepcopy(module, memo)
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
+
+
+def _mapped(tree: Any, function: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: _mapped(value, function) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(value, function) for value in tree)
+    return tree
+
+
+# FSDP finds the tensors that a method returns, through which backward begins, as leaves of a tree.
+pytree.register_pytree_node(
+    Output,
+    lambda output: ([output.losses, output.logs], None),
+    lambda parts, _: Output(*parts),
+    serialized_type_name="foveola.Output",
+)

@@ -1,0 +1,222 @@
+"""Weights cut over processes: the same numbers as whole ones, less memory, and checkpoints of either kind."""
+
+import json
+
+import pytest
+import torch
+
+from foveola.config import ConfigError
+from foveola.files import RunFolder
+from foveola.training.checkpoint import read_checkpoint
+from foveola.training.recipe import resolve
+from foveola.zoo.load import load
+
+TRAIN = """
+import dataclasses, json, sys
+import torch
+from foveola import distributed
+from foveola.data.loader import Loader
+from foveola.data.sources import open_source
+from foveola.training.assemble import assemble, batch_share, encoder_of
+from foveola.training.durations import plan
+from foveola.training.recipe import resolve
+from foveola.training.sharding import local_part
+from foveola.training.supply import with_data
+
+torch.set_num_threads(1)
+
+
+def train(recipe, changes, steps=3):
+    config = resolve(recipe, changes)
+    source = open_source(config.data)
+    config = with_data(config, source)
+    progress = plan(config, len(source), distributed.world_size())
+    trainer = assemble(config, progress, torch.device("cpu"))
+    rank, world = distributed.rank(), distributed.world_size()
+    what = {"with_objects": config.views.objects is not None, "annotations": config.method.annotations}
+    loader = Loader(
+        source, batch_share(config), config.seed, config.loader, **what, rank=rank, world_size=world,
+        accumulate=config.accumulate,
+    )
+    batches, values = iter(loader), []
+    for step in range(steps):
+        found = trainer.step(dataclasses.replace(progress, step=step), lambda: next(batches))
+        loss = distributed.all_reduce_mean(torch.as_tensor(found["loss"]))
+        values += [loss.item(), float(found["grad_norm"])]
+    trainer.diagnose()
+    trainer.figures()
+    encoder = encoder_of(config, trainer.method, steps).backbone.state_dict()
+    own = sum(local_part(p).numel() for p in trainer.method.parameters())
+    return values, trainer.state_dict(), encoder, own
+
+
+def farthest(a, b):
+    worst = 0.0
+    for name, one in a.items():
+        if isinstance(one, torch.Tensor) and one.is_floating_point() and one.numel():
+            worst = max(worst, float((one - b[name]).abs().max() / one.abs().max().clamp(min=1e-3)))
+    return worst
+
+
+if __name__ == "__main__":
+    distributed.start("cpu")
+    for recipe, changes, kinds in json.loads(sys.argv[1]):
+        one = train(recipe, changes | {"parallel": "ddp"})
+        for kind in kinds:
+            two = train(recipe, changes | kind)
+            if distributed.is_main():
+                losses = max(abs(x - y) / max(abs(x), 1e-3) for x, y in zip(one[0], two[0]))
+                moments = max(
+                    farthest(state, two[1]["optimizer"][i]) for i, state in one[1]["optimizer"].items()
+                )
+                differ = {
+                    "losses": losses, "moments": moments, "encoder": farthest(one[2], two[2]),
+                    "weights": farthest(one[1]["method"], two[1]["method"]),
+                }
+                adaptive = resolve(recipe, changes).optimizer.kind == "adamw"
+                about = {"what": [recipe, kind], "share": two[3] / one[3], "adaptive": adaptive}
+                print(json.dumps(about | differ))
+    distributed.stop()
+"""
+SMALL = {
+    "data": "scenes:?size=32&count=64",
+    "batch_size": 8,
+    "duration": "6 steps",
+    "device": "cpu",
+    "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.0},
+    "views.global_size": 32,
+    "loader": {"canvas": 32, "workers": 0},
+    "transform": {"resize": 32, "crop": 32},
+    # The first steps of AdamW have the size of the rate however small a gradient is, so that rounding shows.
+    "optimizer": {"kind": "sgd", "lr": {"value": 0.1, "warmup": "0 steps"}, "lr_rule": "none"},
+    "optimizer.weight_decay": {"value": 0.1},
+}
+HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
+LOCAL = {"views.local_size": 16, "views.local_count": 2}
+DISTILLED = SMALL | {"method.heads": {"main": HEADS}, "optimizer.freeze_last_layer": "1 steps"}
+BOTH = DISTILLED | {"method.heads": {"main": HEADS, "patches": HEADS}}
+CAPI = {
+    "method.clustering.prototypes": 24,
+    "model": {k: v for k, v in SMALL["model"].items() if k != "image_size"},
+}
+METHODS = {
+    "dino-tiny-tinyimagenet": DISTILLED | LOCAL,
+    "ibot-tiny-tinyimagenet": DISTILLED | LOCAL,
+    "odis-tiny-tinyimagenet": DISTILLED | LOCAL,
+    "dinov2-tiny-tinyimagenet": BOTH | LOCAL,
+    "posfield-tiny-tinyimagenet": DISTILLED | LOCAL,
+    "odis-posfield-tiny-tinyimagenet": DISTILLED | LOCAL,
+    "capi-tiny-tinyimagenet": SMALL | CAPI,
+    "mae-tiny-tinyimagenet": SMALL,
+    "ijepa-tiny-tinyimagenet": SMALL,
+    "classify-small": SMALL,
+}
+FULLY = {"parallel": "fsdp"}
+
+
+def compare(run_ranks, cases, ranks=2):
+    printed, *others = run_ranks(TRAIN, ranks=ranks, words=[json.dumps(cases)], timeout=280)
+    assert not any(others)
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_every_method_learns_the_same_with_its_weights_in_parts(run_ranks):
+    for found in compare(run_ranks, [(name, changes, [FULLY]) for name, changes in METHODS.items()]):
+        assert found["losses"] < 1e-6, found
+        assert max(found["weights"], found["encoder"], found["moments"]) < 1e-5, found
+        assert 0.49 < found["share"] < 0.55, found  # the first process has what cannot be halved
+
+
+def test_every_way_of_cutting_learns_the_same(run_ranks):
+    """Accumulation, activations computed again, clipping by part, AdamW, and weights that stay gathered."""
+    capi, dinov2 = "capi-tiny-tinyimagenet", "dinov2-tiny-tinyimagenet"
+    hybrid = {"parallel": "hsdp", "sharding.replicas": 2}
+    ways = {
+        "accumulate": 2,
+        "checkpoint_activations": True,
+        "optimizer.clip": 0.1,
+        "optimizer.clip_each": "module",
+    }
+    adam = {"optimizer": {"kind": "adamw", "lr": {"value": 1e-3, "warmup": "0 steps"}, "lr_rule": "none"}}
+    kept = FULLY | {"sharding.reshard": False}
+    cases = [
+        (dinov2, METHODS[dinov2] | ways | {"batch_size": 16}, [FULLY, kept, hybrid]),
+        (dinov2, METHODS[dinov2] | adam, [FULLY]),
+        (capi, METHODS[capi], [FULLY, hybrid]),
+    ]
+    for found in compare(run_ranks, cases, ranks=4):
+        assert found["losses"] < 3e-6, found
+        assert found["moments"] < 1e-5, found
+        assert max(found["weights"], found["encoder"]) < (2e-3 if found["adaptive"] else 1e-5), found
+        half = 0.5 if "replicas" in str(found["what"]) else 0.25
+        assert half - 0.01 < found["share"] < half + 0.06, found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharding.reshard": False}, "sharding.reshard has no effect: parallel=ddp"),
+        ({"parallel": "fsdp", "sharding.replicas": 2}, "sharding.replicas has no effect: parallel=fsdp"),
+        ({"parallel": "fsdp", "sharding.gather": "bf16"}, "goes with precision=bf16, not fp32"),
+        ({"parallel": "hsdp", "lora": {}}, "parallel=ddp, not hsdp"),
+        ({"parallel": "zero"}, "parallel"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("demo", changes)
+
+
+GO_ON = """
+import json, shutil, sys
+from pathlib import Path
+import torch
+from foveola import distributed
+from foveola.training.recipe import resolve
+from foveola.training.run import pretrain
+
+torch.set_num_threads(1)
+distributed.start("cpu")
+recipe, changes, folder, (first, then) = json.loads(sys.argv[1])
+every = {"checkpoint_every": "2 steps", "keep": 5, "evaluate_every": "2 steps", "keep_every": "2 steps"}
+once = pretrain(resolve(recipe, changes | every | {"out": f"{folder}/once", "parallel": first}))
+assert once.finished
+if distributed.is_main():
+    shutil.copytree(f"{folder}/once", f"{folder}/again")
+    for path in Path(folder, "again", "checkpoints").glob("step-*[3-9]"):
+        shutil.rmtree(path)
+distributed.barrier()
+again = pretrain(resolve(recipe, changes | every | {"out": f"{folder}/again", "parallel": then}))
+assert again.finished and again.step == once.step
+distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("ways", [("fsdp", "ddp"), ("ddp", "fsdp")], ids=lambda ways: "-".join(ways))
+def test_a_run_goes_on_with_its_weights_cut_or_whole(run_ranks, tmp_path, ways):
+    """What it keeps is the same file, of whole tensors, with the same numbers; so are its measurements."""
+    changes = METHODS["odis-tiny-tinyimagenet"] | {"freeze": {"encoder": "3 steps"}}
+    recipe = ["odis-tiny-tinyimagenet", changes | {"evaluate.workers": 0}, str(tmp_path), ways]
+    run_ranks(GO_ON, words=[json.dumps(recipe)], timeout=280)
+    once, again = (RunFolder(tmp_path / name) for name in ("once", "again"))
+    assert [path.name for path in again.found_checkpoints()] == [f"step-0000000{n}" for n in (6, 4, 2)]
+    states = [read_checkpoint(run.checkpoint(6))["trainer"] for run in (once, again)]
+    for one, other in zip(*map(flat_tensors, states), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoders = [load(run.path) for run in (once, again)]
+    torch.testing.assert_close(*(each(images).patches for each in encoders), rtol=1e-5, atol=1e-5)
+    measured = [
+        [line["knn/top1_masks"] for line in run.read_metrics() if "knn/top1_masks" in line]
+        for run in (once, again)
+    ]
+    assert len(measured[0]) == 3
+    assert measured[0] == measured[1]
+
+
+def flat_tensors(tree):
+    """All tensors of a state, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for value in inner for tensor in flat_tensors(value)]
