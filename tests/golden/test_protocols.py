@@ -88,7 +88,9 @@ def test_metrics(name: str, encoder: Encoder, camvid: str, golden: Callable):
     found = evaluate(encoder, name, train=train, test=data, progress=False, workers=0, **settings)
     for metric in found.names():
         assert found.metric(metric) in find_protocol(name).metrics, f"{metric} is not declared"
-    golden(f"protocol-{name}", {"metrics": found.metrics, "chosen": found.chosen})
+    # Of pixels between two classes a few change sides with the rounding of another torch: 8e-4 of a mean IoU.
+    relative = 2e-3 if name == "dense_retrieval" else 1e-5
+    golden(f"protocol-{name}", {"metrics": found.metrics, "chosen": found.chosen}, relative=relative)
 
 
 def test_attention_statistics(encoder: Encoder, golden: Callable, tmp_path: Path):

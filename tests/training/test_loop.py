@@ -204,7 +204,7 @@ def test_half_precision_trains_float32_weights(tiny, precision):
     assert farthest(full, half) > 0
     if precision == "bf16":  # fp16 leaves out steps until it has found its scale
         for a, b in zip(expected, values, strict=True):
-            assert a["loss"].item() == pytest.approx(b["loss"].item(), rel=5e-3)
+            assert a["loss"].item() == pytest.approx(b["loss"].item(), rel=1e-2)
         assert farthest(full, half) < 0.01
 
 
