@@ -32,7 +32,7 @@ from foveola.data.formats import (
     turn,
 )
 from foveola.data.guard import MAX_PIXELS
-from foveola.data.pil_values import opened_values
+from foveola.data.pil_values import opened_values, pil_values
 from foveola.data.readers import open_file, values_in
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import Values, is_dark, to_pixels
@@ -165,11 +165,11 @@ def _decode_other(data: bytes, reading: Decoding) -> Shaped[np.ndarray, "H W C"]
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
             pages = pages_meant(image, reading.page)
             if reading.channels is not None or len(pages) > 1 or reading.window is not None:
-                return to_pixels(values_in(data, reading), reading)
+                return to_pixels(pil_values(data, reading), reading)
             if pages[0]:
                 image.seek(pages[0])
             if is_single(image) or (bits_of(image) > 8 and reading.ranged):
-                return to_pixels(values_in(data, reading), reading)
+                return to_pixels(pil_values(data, reading), reading)
             image.load()
             return _deepened(turn(_to_rgb(image), orientation_of(image)), reading)
     except DAMAGED as error:

@@ -14,6 +14,7 @@ from foveola.data.decode import Scratch, decode, pixels_of, to_canvas
 from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.readers import read_header
 from foveola.data.sample import BadImage, DataError
+from foveola.data.values import Values, to_pixels
 
 
 def photo(height=40, width=60, seed=0):
@@ -177,6 +178,12 @@ def test_what_lies_beyond_a_range_is_cut_off():
     assert got[0, :5, 0].tolist() == [0, 0, 32768, 65535, 65535]
     with pytest.raises(BadImage, match="values beyond 16 bits; give their range"):
         decode(tiff(values, kind=2))
+    whole = Decoding(ranges=((0, 65535),))  # all of the container, and values of 32 bits
+    wide = np.array([[-5, 0, 7, 65535, 70000] * 4] * 10, np.int32)
+    assert to_pixels(Values(wide[:, :, None]), whole)[0, :5, 0].tolist() == [0, 0, 7, 65535, 65535]
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
+    assert np.array_equal(to_pixels(Values(every), Decoding())[..., 0], np.rint(every[..., 0] / 257))
+    assert np.array_equal(to_pixels(Values(every), whole)[..., 0], every[..., 0])
 
 
 def test_alpha_of_sixteen_bits_with_a_range():
