@@ -15,6 +15,7 @@ from foveola.data.readers import read_header
 from foveola.data.sample import BadImage
 
 TABLES = "sizes"  # the folder of the tables
+SIZES_AT_ONCE = 256  # of images of shards, until they are kept
 
 
 class ImageSize(NamedTuple):
@@ -29,7 +30,9 @@ class ImageSize(NamedTuple):
 
 
 def read_sizes(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
-    """Return the `ImageSize` of each image, without decoding it."""
+    """Return the `ImageSize` of each image, without decoding it; read once, and kept on the disk."""
+    if hasattr(source, "kept_sizes"):
+        return _beside_index(source, reading)
     found = np.zeros((len(source), len(ImageSize._fields)), np.int64)
     root = getattr(source, "root", None)
     table = None if root is None or not hasattr(source, "path") else Table(root, TABLES)
@@ -44,9 +47,25 @@ def read_sizes(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
         found[index] = _size(source, index, reading)
     if table is not None:
         new = missing[(found[missing, 0] > 0) & (keys[missing] != b"")]
-        table.add(keys[new], np.ascontiguousarray(found[new].astype("<u4")).view(HASH)[:, 0])
+        table.add(keys[new], _packed(found[new]))
         table.save()
     return found
+
+
+def _beside_index(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
+    """Sizes of images of shards, kept beside the index of these: none that changed has the same index."""
+    table, rows = source.kept_sizes(reading)
+    found = np.ascontiguousarray(table[rows]).view("<u4").reshape(-1, 4).astype(np.int64)
+    missing = np.flatnonzero(found[:, 0] == 0)
+    for start in range(0, len(missing), SIZES_AT_ONCE):
+        block = missing[start : start + SIZES_AT_ONCE]
+        found[block] = [_size(source, index, reading) for index in block.tolist()]
+        table[rows[block]] = _packed(found[block])
+    return found
+
+
+def _packed(sizes: Int64[np.ndarray, "n 4"]) -> np.ndarray:
+    return np.ascontiguousarray(sizes.astype("<u4")).view(HASH)[:, 0]
 
 
 def path_of(source: Any, index: int) -> Any:

@@ -18,6 +18,7 @@ import webdataset
 from PIL import Image
 from pycocotools import mask as coco
 
+from foveola.data import sizes
 from foveola.data.identity import identity_of
 from foveola.data.inventory import inventory_of
 from foveola.data.loader import Loader, LoaderConfig
@@ -133,6 +134,23 @@ def test_the_index_is_made_once_and_mapped(shards, cache, monkeypatch):
     copied = pickle.loads(pickle.dumps(again))
     assert copied.image_names() == again.image_names()
     assert (decode(copied[3].image) == decode(again[3].image)).all()
+
+
+def test_sizes_of_images_that_are_cut_are_read_once(folder, shards, monkeypatch):
+    (folder / "b" / "03.png").write_bytes(b"no image")
+    plain: Any = open_source(f"folder:{folder}?tiles=8&overlap=3")
+    packed = sharded(folder, shards.parent / "damaged")
+    names = open_source(f"shards:{packed}?tiles=8&overlap=3").image_names()  # type: ignore[attr-defined]
+    assert names == plain.image_names()
+    looked: list[str] = []
+    read = sizes.read_header
+    monkeypatch.setattr(sizes, "read_header", lambda *args: looked.append("") or read(*args))
+    for query in ("tiles=8&overlap=3", "tiles=16", "holdout=0.3&split=train&tiles=8"):
+        again: Any = open_source(f"shards:{packed}?{query}")
+        there = "b/03.png" in again.image_names()
+        assert len(looked) == there  # the damaged one alone, which may have been mended
+        looked.clear()
+    assert (again.sizes[:, 0] > 0).sum() == len(again.sizes) - there
 
 
 def test_an_index_that_was_ended_goes_on(shards, cache, monkeypatch):

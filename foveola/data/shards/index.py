@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from foveola import files
+from foveola.data.decoding import Decoding
 from foveola.data.identity import HASH, tables
 from foveola.data.sample import DataError
 from foveola.data.shards.parts import ARRAYS, NO_LABEL, ShardColumns, ShardPart
@@ -95,7 +96,16 @@ class ShardIndex:
 
     def hashes(self) -> np.ndarray:
         """Return the table of hashes of contents (S16 [n]; empty: not yet known), which can be written to."""
-        path = self.folder / "hashes"
+        return self._table("hashes")
+
+    def sizes(self, reading: Decoding) -> np.ndarray:
+        """Return the table of sizes of images as they are read in a way (S16 [n], the bytes of four uint32;
+        empty: not yet known), which can be written to.
+        """
+        return self._table(f"sizes-{hashlib.sha256(repr(reading).encode()).hexdigest()[:20]}")
+
+    def _table(self, name: str) -> np.ndarray:
+        path = self.folder / name
         if not path.is_file() or path.stat().st_size != len(self) * HASH.itemsize:
             try:
                 with files.whole(path) as part, part.open("wb") as file:

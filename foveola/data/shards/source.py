@@ -117,6 +117,12 @@ class ShardImages(FilesReadAlike):
         found = read_objects(self.held.about(row), (header, self.raw), label, self.number, name)
         return found._replace(image=data)
 
+    def kept_sizes(self, reading: Decoding) -> tuple[np.ndarray, np.ndarray]:
+        """Return the table of sizes that the index keeps (`ShardIndex.sizes`), and which of its rows are the
+        images.
+        """
+        return self.held.index.sizes(reading), self.rows
+
     def image_names(self) -> list[str]:
         """Return what the images are called, in order."""
         return [self.held.index.name(row) for row in self.rows.tolist()]
