@@ -11,8 +11,8 @@ from foveola.training.run import pretrain
 RECIPES = [*sorted(name for name in recipes() if name.endswith("-tiny-tinyimagenet")), "demo"]
 STEPS = 5
 KEPT = ("loss", "grad_norm", "lr", "weight_decay", "objects/", "blocks/")
-# The steps after the first amplify what another processor, or another torch, rounds otherwise: losses by up to
-# 8e-4 (KoLeo of ibot-tiny, torch 2.14 against 2.15), norms of gradients by more.
+# The steps after the first amplify what another processor, or another torch, rounds otherwise: losses by up
+# to 8e-4 (KoLeo of ibot-tiny, torch 2.14 against 2.15), norms of gradients by more.
 LATER = 2e-3
 # The recipe's own networks, views, losses and schedules on few built-in images.
 SMALL = {
