@@ -1,24 +1,30 @@
 """What the images of a data set are: sizes, channels, depth, copies, damage; and what to do about it."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageStat
 
-from foveola.data.decoding import Decoding, ImageFile, StoredFile
-from foveola.data.formats import ALPHA, DAMAGED, channel_names, open_image
+from foveola.data.decoding import Decoding
+from foveola.data.formats import DAMAGED
 from foveola.data.identity import hash_of
-from foveola.data.readers import contents, read_header, reader_of, values_in
+from foveola.data.levels import (
+    ChannelLevels,
+    ImageLevels,
+    fitting,
+    levels_row,
+    levels_together,
+    with_options,
+)
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shown import shown_image
 from foveola.data.sources import Source, notes_of
+from foveola.data.stored import in_memory, part_of, stored_facts
 
 GREY_SIDE = 16  # pixels a side of the grey ones by which images are compared
 SAME_LOOK = 0.98  # correlation of these from which on two images look the same
@@ -30,7 +36,9 @@ NAMES_SHOWN = 5  # images that are named of each finding
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One image as it was found. `why` is the reason for which it cannot be read; the rest is empty then."""
+    """One image as it was found. `why` is the reason for which it cannot be read; of the rest there is what
+    its file says then.
+    """
 
     name: str
     why: str = ""
@@ -39,8 +47,8 @@ class ImageFacts:
     format: str = ""  # of its file; empty: pixels
     channels: int = 0
     bits: int = 8  # of a channel; 32: floating point
-    low: float | None = None  # values of images of more than 8 bits
-    high: float | None = None
+    pages: int = 1
+    levels: ImageLevels | None = field(default=None, compare=False)
     turned: bool = False  # by EXIF
     profile: str = ""  # colour profile other than sRGB
     transparent: bool = False
@@ -59,7 +67,8 @@ class Survey:
 
     `shares` are numbers of images by a property; `sides` are percentiles of the shorter and longer side in
     pixels; `copies` and `alike` are groups of names, byte for byte the same or looking the same; `unreadable`
-    are pairs of name and reason; `advice` are sentences, the most important first.
+    are pairs of name and reason; `levels` are percentiles of the values of each channel, as they are stored;
+    `advice` are sentences, the most important first.
     """
 
     name: str
@@ -67,7 +76,8 @@ class Survey:
     looked: int
     shares: dict[str, dict[str, int]]
     sides: dict[str, list[float]]
-    values: tuple[float, float] | None
+    values: tuple[float, float] | None  # of images of more than 8 bits
+    levels: list[ChannelLevels]
     classes: dict[str, int]
     objects: dict[str, float]
     unreadable: list[tuple[str, str]]
@@ -84,6 +94,8 @@ class Survey:
             found.append((what, ", ".join(f"{kind} {count:,}" for kind, count in counts.items())))
         if self.values is not None:
             found.append(("values above 8 bits", f"{self.values[0]:g} to {self.values[1]:g}"))
+        if self.levels:
+            found.append(("0.5, 50, 99.5 %", levels_row(self.levels)))
         if self.classes:
             least, most = min(self.classes.values()), max(self.classes.values())
             found.append(("classes", f"{len(self.classes):,}, with {least:,} to {most:,} images looked at"))
@@ -137,12 +149,16 @@ def _facts(source: Source, index: int) -> ImageFacts:
         sample = source[index]
     except DataError as error:
         return ImageFacts(f"image {index}", str(error))
+    image = pixels = None
     try:
-        image = _in_memory(sample.image)
+        image = in_memory(sample.image)
         pixels = shown_image(image)
-        stored = _stored(image)
+        stored = stored_facts(image, pixels)
     except (BadImage, *DAMAGED) as error:
-        return ImageFacts(sample.name, getattr(error, "strerror", None) or str(error))
+        why = getattr(error, "strerror", None) or str(error)
+        with suppress(BadImage, *DAMAGED):  # an image of other channels may lack a word of its data string
+            return ImageFacts(sample.name, why, **({} if image is None else stored_facts(image, pixels)))
+        return ImageFacts(sample.name, why)
     objects = sample.objects
     return ImageFacts(
         name=sample.name,
@@ -152,72 +168,11 @@ def _facts(source: Source, index: int) -> ImageFacts:
         label=sample.label,
         objects=None if not source.has_objects else 0 if objects is None else len(objects),
         smallest=None if objects is None else float(objects.areas.min()),
-        content=hash_of(image) + _part(image),
+        content=hash_of(image) + part_of(image),
         look=small_grey(pixels),
         grey=bool(stored.get("channels", 3) >= 3 and (pixels == pixels[..., :1]).all()),
         **stored,
     )
-
-
-def _in_memory(image: Any) -> Any:
-    """The image of a sample, with the bytes of its file in place of the path."""
-    if isinstance(image, ImageFile):
-        return replace(image, data=_in_memory(image.data))
-    return contents(image) if isinstance(image, StoredFile | bytes) else image
-
-
-def _part(image: Any) -> bytes:
-    """What tells one part of a file from others."""
-    reading = image.reading if isinstance(image, ImageFile) else Decoding()
-    return b"" if reading.window is None and reading.page is None else f"{reading}".encode()
-
-
-def _stored(image: Any) -> dict[str, Any]:
-    """What the file of an image says of itself; of pixels there is nothing to say."""
-    reading = image.reading if isinstance(image, ImageFile) else Decoding()
-    image = image.data if isinstance(image, ImageFile) else image
-    if not isinstance(image, bytes | Path):
-        return {"channels": image.shape[2]}
-    header = read_header(image, reading)
-    found: dict[str, Any] = {
-        "channels": header.channels,
-        "bits": header.bits,
-        "turned": header.orientation != 1,
-    }
-    if header.bits > 8:
-        with suppress(BadImage):  # it is decoded to 8 bits, but of its values nothing is known
-            values = values_in(image, reading).array
-            if (finite := values[np.isfinite(values)]).size:
-                found |= {"low": float(finite.min()), "high": float(finite.max())}
-    reader = reader_of(image, reading)
-    if reader is not None:
-        return found | {"format": reader.suffixes[0][1:].upper()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        opened = open_image(image.read_bytes() if isinstance(image, Path) else image)
-        return found | {
-            "format": opened.format or "",
-            "channels": {"P": 3, "PA": 4}.get(opened.mode, len(opened.getbands())),
-            "bits": 1 if opened.mode == "1" else found["bits"],
-            "profile": _profile(opened),
-            "transparent": ALPHA in channel_names(opened),
-        }
-
-
-def _profile(image: Image.Image) -> str:
-    """The name of the colour profile of a file where it is not sRGB; empty without one."""
-    raw = image.info.get("icc_profile")
-    if not raw:
-        return ""
-    from io import BytesIO
-
-    from PIL import ImageCms
-
-    try:
-        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(BytesIO(raw))).strip()
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return "damaged"
-    return "" if "srgb" in name.lower().replace(" ", "") or "gray" in name.lower() else name[:60] or "unnamed"
 
 
 def small_grey(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
@@ -233,7 +188,8 @@ def summarise(source: Source, found: Sequence[ImageFacts]) -> Survey:
     """Put the facts of images together, with what to do about them."""
     readable = [each for each in found if not each.why]
     sides = np.array([(each.width, each.height) for each in readable], np.float64).reshape(-1, 2)
-    deep = [each for each in readable if each.low is not None and each.high is not None]
+    known = [each.levels for each in found if each.levels is not None]
+    deep = [each.ends for each in known if each.bits > 8]
     copies = _groups(readable)
     spare = {id(each) for group in copies for each in group[1:]}
     alike = alike_groups([each for each in readable if id(each) not in spare and not each.flat])
@@ -245,14 +201,15 @@ def summarise(source: Source, found: Sequence[ImageFacts]) -> Survey:
         looked=len(found),
         shares=_shares(readable),
         sides=_sides(sides),
-        values=(min(e.low for e in deep), max(e.high for e in deep)) if deep else None,  # type: ignore[type-var]
+        values=(min(e.min() for e in deep).item(), max(e.max() for e in deep).item()) if deep else None,
+        levels=levels_together(known)[1],
         classes={names[k] if k < len(names) else str(k): n for k, n in sorted(labels.items())},
         objects=_objects(readable),
         unreadable=[(each.name, each.why) for each in found if each.why],
         copies=[[each.name for each in group] for group in copies],
         alike=[[each.name for each in group] for group in alike],
     )
-    survey_of.advice.extend(_advice(survey_of, readable, source))
+    survey_of.advice.extend(_advice(survey_of, found, source))
     return survey_of
 
 
@@ -326,10 +283,23 @@ def alike_groups(found: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
 
 
 def _advice(about: Survey, found: Sequence[ImageFacts], source: Source) -> Iterator[str]:
-    yield from notes_of(source)
-    if about.unreadable:
+    reading = getattr(source, "reading", Decoding())
+    options = fitting([each.levels for each in found if each.levels is not None], reading)
+    if options:
+        wanted = " and ".join(f"{name}={text}" for name, text in options.items())
+        yield f"these images want {wanted}: write data='{with_options(source.name, options)}'"
+    stacks = [each for each in found if each.why and each.pages > 1] if reading.page is None else []
+    if stacks:
         yield (
-            f"cannot be read: {_count(len(about.unreadable))} of {about.looked:,}. Training takes others "
+            f"files of several pages: {_count(len(stacks))}, such as {stacks[0].name} with "
+            f"{stacks[0].pages}. pages=channels makes them channels of one image, pages=each an image "
+            "of each, pages=first takes the first"
+        )
+    yield from notes_of(source)
+    spoilt = [each for each in found if each.why and each.levels is None and each not in stacks]
+    if spoilt:
+        yield (
+            f"cannot be read: {_count(len(spoilt))} of {about.looked:,}. Training takes others "
             "instead, and stops where there are many (loader.max_bad); remove or mend them"
         )
     if about.copies:

@@ -13,7 +13,8 @@ from foveola.data.decode import decode
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import BadImage
-from foveola.data.sources import PixelSource, Source, notes_of, open_source, read_label_map, why_bad
+from foveola.data.sources import PixelSource, Source, open_source, read_label_map, why_bad
+from foveola.data.stored import first_look
 from foveola.data.values import ImagePixels
 from foveola.proposals.discover import discoverer
 from foveola.schedules import Progress
@@ -113,7 +114,7 @@ def _describe(config: RunConfig, device: torch.device, objects: str | None = Non
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
     if start.weights is not None:
         lines += [f"{'start':<{width}}  {text}" for text in start.weights.close().lines()]
-    lines += [f"{'note':<{width}}  {text}" for text in notes_of(source)]
+    lines += [f"{'note':<{width}}  {text}" for text in first_look(source)]
     if config.data:  # without, neither images nor steps are known
         foreseen = advice(config, trainer.method, progress, images)
         lines += [f"{'advice':<{width}}  {text}" for text in foreseen]

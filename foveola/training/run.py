@@ -18,7 +18,8 @@ from foveola.data.ahead import Asker
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
-from foveola.data.sources import OBJECT, Source, as_source, notes_of
+from foveola.data.sources import OBJECT, Source, as_source
+from foveola.data.stored import first_look
 from foveola.failures import explain
 from foveola.files import FIXED_TARGETS, RunFolder
 from foveola.models.encoder import Encoder
@@ -234,7 +235,7 @@ class _Session:
             self.start.keep(self.folder, self.keeper.encoder(0), log.note)
         wise = advice(self.config, self.trainer.method, self.progress, len(self.source))
         resting = [f"resting: {part}" for part in self.trainer.freezing.describe()]
-        for text in (*resting, *wise, *notes_of(self.source)):
+        for text in (*resting, *wise, *first_look(self.source)):
             log.note(text)
         if self.config.views.objects is not None:
             log.note(f"objects: {objects_line(self.source)}")

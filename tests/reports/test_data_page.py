@@ -253,3 +253,69 @@ def test_a_place_that_cannot_be_written_is_said_before_any_image_is_read(tmp_pat
     monkeypatch.setattr("foveola.reports.data_page.survey", None)
     with pytest.raises(UserError, match="is a file where a folder belongs: give another out="):
         foveola.check_data("scenes:?count=2", tmp_path / "file", progress=False)
+
+
+def bands(folder: Path, values: np.ndarray, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{name}.npy", values)
+
+
+def test_levels_of_channels_and_the_options_that_images_want(tmp_path: Path) -> None:
+    """Five channels of 12 bits, not yet told to the data string: what to write, and with it nothing more."""
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 3000 + 200 * i, (40, 30, 5), np.uint16) for i in range(4)]
+    for i, values in enumerate(images):
+        bands(tmp_path / "bands", values, str(i))
+    found = foveola.check_data(f"folder:{tmp_path / 'bands'}", tmp_path / "out", progress=False)
+    assert len(found.unreadable) == 4
+    wanted = f"folder:{tmp_path / 'bands'}?channels=all&range=0-4095"
+    assert found.advice[0] == f"these images want channels=all and range=0-4095: write data='{wanted}'"
+    assert not any("cannot be read" in text for text in found.advice)
+    every = np.concatenate([each.reshape(-1, 5) for each in images])
+    for k, level in enumerate(found.levels):
+        assert (level.name, level.least, level.most) == (str(k + 1), every[:, k].min(), every[:, k].max())
+        numbers = level.low, level.middle, level.high
+        np.testing.assert_allclose(numbers, np.percentile(every[:, k], (0.5, 50, 99.5)), atol=0.02 * 3600)
+    written = json.loads((tmp_path / "out" / "check.json").read_text())["levels"]
+    assert [each["name"] for each in written] == list("12345")
+    for text in (found.table(), (tmp_path / "out" / "check.html").read_text()):
+        assert f"5: {found.levels[4].low:g}, {found.levels[4].middle:g}" in text
+    again = foveola.check_data(wanted, progress=False)
+    assert (again.unreadable, again.levels) == ([], found.levels)
+    assert not any("these images want" in text for text in again.advice)
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        (np.array([0.0, 1.5]), "range=0-1.5"),
+        (np.array([-1000, 3000], np.int16), "range=-1000-3000"),
+        (np.array([0, 65535], np.uint16), None),  # they fill their container
+        (np.r_[np.full(999, 100), 60000].astype(np.uint16), "range=percentile:0.5-99.5"),  # one outlier
+    ],
+)
+def test_ranges_that_fit(values: np.ndarray, option: str | None, tmp_path: Path) -> None:
+    pixels = np.resize(np.r_[values, np.arange(100) if len(values) > 2 else values], (40, 40, 1))
+    bands(tmp_path / "a", pixels.astype(values.dtype), "a")
+    found = foveola.check_data(f"folder:{tmp_path / 'a'}", progress=False)
+    said = [text for text in found.advice if text.startswith("these images want")]
+    assert len(said) == (option is not None)
+    if option is not None:
+        assert said == [f"these images want {option}: write data='{found.name}?{option}'"]
+        assert foveola.check_data(f"{found.name}?{option}", progress=False).unreadable == []
+
+
+def test_channels_of_other_ranges_want_percentiles(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    values = random.integers(0, [100, 2000, 2000, 2000, 2000], (40, 40, 5)).astype(np.uint16)
+    bands(tmp_path / "a", values, "a")
+    found = foveola.check_data(f"folder:{tmp_path / 'a'}", progress=False)
+    assert found.advice[0].startswith("these images want channels=all and range=percentile:0.5-99.5:")
+
+
+def test_stacks_of_pages_are_said(tmp_path: Path) -> None:
+    pages = [Image.fromarray(scene(seed)) for seed in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    found = foveola.check_data(f"folder:{tmp_path}", progress=False)
+    assert found.advice[0].startswith("files of several pages: 1 image, such as a.tif with 3.")
+    assert not any("cannot be read" in text for text in found.advice)

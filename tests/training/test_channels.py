@@ -44,6 +44,7 @@ def test_from_files_to_a_number(recipe: str, data: Path, tmp_path: Path) -> None
     run = foveola.pretrain(recipe, data=string(data / "train"), out=str(tmp_path / "run"), **TINY)
     encoder = foveola.load(run.folder)
     config = read_yaml(run.folder / "config.yaml")
+    assert "values of channels (0.5 %, 50 %, 99.5 %): 1: " in (run.folder / "log.txt").read_text()
     assert (encoder.config.model.channels, config["model"]["channels"]) == (8, 8)
     every = np.concatenate([np.load(p).reshape(-1, 8) for p in sorted((data / "train").rglob("*.npy"))])
     np.testing.assert_allclose(config["views"]["color"]["mean"], (every / 4095).mean(axis=0), rtol=1e-3)
