@@ -222,7 +222,7 @@ class Forked:
             self.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forked(host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Forked]:
     """`with forked(code, words) as process`: code in a process of its own, while a test does something else.
 
@@ -235,7 +235,7 @@ def forked(host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
     return start
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(forked: Callable[..., Forked]) -> Callable[..., list[str]]:
     """run_ranks(code, ranks=2, words=[]): run code in as many processes as torchrun would; what each printed.
 
