@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written under a temporary name, flushed to disk, then renamed.
 
     <run>/checkpoints/step-00001000/state.pt        everything needed to go on
-                                    manifest.json   its size and SHA-256, written last
+                                    parts/          but what processes have parts of, where they do
+                                    manifest.json   sizes and SHA-256 of these files, written last
 
 A process killed at any moment leaves the earlier checkpoints as they were; `newest` skips what is not whole.
 """
@@ -9,14 +10,17 @@ A process killed at any moment leaves the earlier checkpoints as they were; `new
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveola.config import UserError, kind_of
 from foveola.files import RunFolder, facts_of, is_whole
 from foveola.files import checkpoint_step as step_of
+from foveola.state_files import CUT_PARTS, STATE, StatePlace, read_state
 
 _TEMPORARY = ".writing-"
 
@@ -30,31 +34,52 @@ def save(
     `state` holds tensors, numbers, text, and lists, tuples and dicts of these: only that can be read back
     safely, anything else raises TypeError. Call it on one process. Returns the checkpoint's folder.
     """
+    begin_checkpoint(folder, step)
+    return finish(folder, step, state, keep=keep, keep_every=keep_every)
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, in which files may be written; call it on one process."""
     run = RunFolder(folder)
-    checkpoints = run.checkpoints
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for stale in checkpoints.glob(f"{_TEMPORARY}*"):
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    for stale in run.checkpoints.glob(f"{_TEMPORARY}*"):
         _remove(stale)
-    path = run.checkpoint(step)
-    temporary = checkpoints / f"{_TEMPORARY}{path.name}"
+    temporary = _temporary(run, step)
     temporary.mkdir()
+    return temporary
+
+
+def finish(folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_every: int | None) -> Path:
+    """Write `state` into a checkpoint that was begun, and put it in its place, as `save` does."""
+    run = RunFolder(folder)
+    path, temporary = run.checkpoint(step), _temporary(run, step)
     try:
         _write(state, step, temporary)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # it may fill the disk that was too small for it
+        drop(folder, step)  # it may fill the disk that was too small for it
         raise
     _put(temporary, path)
     _prune(run, step, keep, keep_every)
     return path
 
 
+def drop(folder: Path, step: int) -> None:
+    """Remove what was begun."""
+    shutil.rmtree(_temporary(RunFolder(folder), step), ignore_errors=True)
+
+
+def _temporary(run: RunFolder, step: int) -> Path:
+    return run.checkpoints / f"{_TEMPORARY}{run.checkpoint(step).name}"
+
+
 def _write(state: dict[str, Any], step: int, temporary: Path) -> None:
     """The files of a checkpoint, on the disk when this returns."""
-    torch.save(state, temporary / "state.pt")
-    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / "state.pt"):
+    torch.save(state, temporary / STATE)
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / STATE):
         raise TypeError(f"a checkpoint cannot hold objects of {', '.join(unsafe)}")
-    _sync(temporary / "state.pt")
-    manifest = {"step": step, "files": {"state.pt": facts_of(temporary / "state.pt")}}
+    _sync(temporary / STATE)
+    files = {STATE, *(f"{CUT_PARTS}/{path.name}" for path in (temporary / CUT_PARTS).glob("*"))}
+    manifest = {"step": step, "files": {name: facts_of(temporary / name) for name in sorted(files)}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     _sync(temporary / "manifest.json")
     _sync(temporary)
@@ -90,15 +115,20 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, []
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint folder back, tensors on the CPU. Raises UserError when it is missing or damaged."""
+def read_checkpoint(
+    path: Path, like: Callable[[StatePlace], Tensor | None] = lambda where: None, *, checked: bool = False
+) -> dict[str, Any]:
+    """Read a checkpoint folder back as `read_state` does, tensors on the CPU unless `like` says.
+
+    Raises UserError when it is missing or damaged; `checked` says that it is whole.
+    """
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}")
-    if not is_whole(path):
+    if not checked and not is_whole(path):
         raise UserError(
             f"{path} is damaged: its files do not match its manifest; remove it to use an older one"
         )
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = read_state(path, like)
     if not isinstance(state, dict):
         raise UserError(f"{path} is no checkpoint of a run: it holds {kind_of(state)}")
     return state

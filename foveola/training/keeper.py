@@ -1,15 +1,20 @@
 """What a run keeps of a step: its checkpoint, its encoder, and the encoders of earlier steps."""
 
+import copy
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from foveola import distributed
-from foveola.failures import told
+from foveola.config import UserError
+from foveola.failures import explain, told
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
+from foveola.state_files import CUT_PARTS, take_cut
 from foveola.training import checkpoint
 from foveola.training.assemble import encoder_of, student_names
 from foveola.training.loop import Trainer
@@ -28,10 +33,22 @@ class Keeper:
     device: torch.device
     keep_every: int | None
     folder: Path = Path()
+    pending: tuple[int, Future] | None = None  # the step that is being written, and when it is done
+    group: Any = None  # of processes
+
+    def __post_init__(self) -> None:
+        self.threads = ThreadPoolExecutor(1)
 
     def encoder(self, step: int) -> Encoder:
         """Return a copy of what was learned in so many steps."""
         return encoder_of(self.config, self.trainer.method, step).to(self.device)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint that is known to be whole; where weights are cut, each process reads its own."""
+        models = self.trainer.models()
+        return checkpoint.read_checkpoint(
+            path, lambda where: models(where[1:]) if where[0] == "trainer" else None, checked=True
+        )
 
     def begin(self, step: int) -> None:
         """Write the encoder of a run that was killed between its first checkpoint and its first encoder."""
@@ -43,24 +60,75 @@ class Keeper:
             if distributed.is_main():
                 encoder.save(own.path)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint and the encoder of a step. Raises UserError where there is no room for them."""
-        main = distributed.is_main()
-        if main or self.trainer.sharded:
-            encoder, state = self.encoder(step), self._state(step)
-            if main:
-                with told(f"step {step} cannot be saved in {self.folder}"):
-                    self._write(step, encoder, state)
+    def save(self, step: int, *, wait: bool = True) -> list[int]:
+        """Write a checkpoint and the encoder of a step; return the steps of checkpoints that are whole now.
 
-    def rescue(self, step: int) -> bool:
-        """Write them while other processes may be gone; return whether that can be.
-
-        It cannot where the other processes have a part of the weights.
+        What is cut is written while training goes on, unless it is to `wait`: its checkpoint is whole at the
+        next call. Raises UserError where a checkpoint cannot be written, on all processes.
         """
         if self.trainer.sharded:
+            done = [*self.settle(), *self._begin(step)]
+            return [*done, *self.settle()] if wait else done
+        if distributed.is_main():
+            with told(f"step {step} cannot be saved in {self.folder}"):
+                self._write(step, self.encoder(step), self._state(step))
+        return [step]
+
+    def settle(self) -> list[int]:
+        """Wait for the checkpoint that is being written, if there is one; return its step."""
+        if self.pending is None:
+            return []
+        (step, future), self.pending = self.pending, None
+        failed = future.exception()
+        reasons = distributed.gather_objects(None if failed is None else _reason(failed))
+        if reason := next(filter(None, reasons), None):
+            raise UserError(reason)
+        return [step]
+
+    def rescue(self, step: int) -> bool:
+        """Save a step while other processes may be gone; return whether that can be.
+
+        It cannot where the other processes have a part of the weights; what they wrote before is waited for.
+        """
+        if self.trainer.sharded:
+            if self.pending is not None:
+                self.pending[1].exception()
             return False
         self._write(step, self.encoder(step), self._state(step))
         return True
+
+    def _begin(self, step: int) -> list[int]:
+        """Let each process write its part of a checkpoint, in a thread of its own."""
+        import torch.distributed.checkpoint as dcp
+
+        if self.group is None:  # its own: what the threads say must not mix with what training says
+            self.group = dist.new_group(backend="gloo", timeout=distributed.MEETING_PATIENCE)
+        encoder = self.encoder(step)
+        state, cut = take_cut(self._state(step))
+        copies = {name: tensor.detach().clone() for name, tensor in cut.items()}
+        what = f"step {step} cannot be saved in {self.folder}"
+
+        def begin() -> Path:
+            with told(what):
+                return checkpoint.begin_checkpoint(self.folder, step)
+
+        writer = dcp.FileSystemWriter(distributed.on_main(begin) / CUT_PARTS)
+        written: Any = dcp.async_save(copies, storage_writer=writer, process_group=self.group)
+        if distributed.is_main():
+            state = _copied(state)
+            written = self.threads.submit(self._finish, written, what, step, encoder, state)
+        self.pending = step, written
+        return []
+
+    def _finish(self, written: Future, what: str, step: int, encoder: Encoder, state: dict[str, Any]) -> None:
+        """When all parts are written: what is whole, and the checkpoint takes its place."""
+        try:
+            with told(what):
+                written.result()
+                self._write(step, encoder, state, begun=True)
+        except BaseException:
+            checkpoint.drop(self.folder, step)
+            raise
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
@@ -70,7 +138,7 @@ class Keeper:
             "student": student_names(self.trainer.method),
         }
 
-    def _write(self, step: int, encoder: Encoder, state: dict[str, Any]) -> None:
+    def _write(self, step: int, encoder: Encoder, state: dict[str, Any], *, begun: bool = False) -> None:
         """First the encoder: killed in between, a run repeats some steps, and both are of one step again.
 
         But the first one only after its checkpoint: an encoder tells that there was one.
@@ -81,6 +149,18 @@ class Keeper:
             encoder.save(run.encoder.path)
         if self.keep_every is not None and step % self.keep_every == 0:
             encoder.save(run.kept_encoder(step).path)
-        checkpoint.save(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
+        write = checkpoint.finish if begun else checkpoint.save
+        write(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         if first:
             encoder.save(run.encoder.path)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else explain(error) or repr(error)  # pyright: ignore
+
+
+def _copied(tree: Any) -> Any:
+    """A tree of dicts and its tensors as they are now, on the CPU."""
+    if isinstance(tree, dict):
+        return {name: _copied(value) for name, value in tree.items()}
+    return tree.detach().cpu().clone() if isinstance(tree, torch.Tensor) else copy.deepcopy(tree)

@@ -17,9 +17,10 @@ from foveola.config import UserError
 from foveola.data.sample import Canvases
 from foveola.methods.method import Method
 from foveola.schedules import Progress
+from foveola.state_files import is_cut
 from foveola.training.freezing import Freezing
 from foveola.training.optimizer import Optimizer
-from foveola.training.sharding import cut_like, gathered, gradients_kept, seen_whole
+from foveola.training.sharding import cut_like, gradients_kept, seen_whole
 from foveola.views.batch import Streams, ViewsConfig, make_views
 
 PATIENCE = 3  # steps in a row with gradients that are not finite before giving up
@@ -163,12 +164,28 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return everything that a resumed run needs besides its configuration and step."""
         self.settle()
-        networks = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {
-            **(gathered(networks) if self.sharded else networks),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
         }
+
+    def models(self) -> Callable[[tuple[str | int, ...]], Tensor | None]:
+        """Return what tells, for a place in `state_dict`, a tensor that is cut as the one there is to be.
+
+        It tells None where nothing is cut.
+        """
+        own = {name: value for name, value in self.method.state_dict().items() if is_cut(value)}
+        parameters = self.optimizer.parameters() if self.sharded else []
+
+        def model(where: tuple[str | int, ...]) -> Tensor | None:
+            part, name = where[:2]
+            if part == "method":
+                return own.get(str(name))
+            return parameters[int(name)] if part == "optimizer" and int(name) < len(parameters) else None
+
+        return model
 
     def load_state_dict(self, state: dict) -> None:
         own = self.method.state_dict()

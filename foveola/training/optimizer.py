@@ -131,11 +131,15 @@ class Optimizer:
         """
         return self.inner.state_dict()["state"]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters in the order in which `state_dict` counts them."""
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """Take over the state of another optimizer of the same parameters, perhaps of another device."""
-        parameters = [p for group in self.inner.param_groups for p in group["params"]]
+        own = self.parameters()
         cut = {
-            i: {name: cut_like(v, parameters[i]) if isinstance(v, Tensor) else v for name, v in known.items()}
+            i: {name: cut_like(v, own[i]) if isinstance(v, Tensor) else v for name, v in known.items()}
             for i, known in state.items()
         }
         self.inner.load_state_dict({"state": cut, "param_groups": self.inner.state_dict()["param_groups"]})

@@ -196,7 +196,7 @@ class _Session:
         newest, damaged = distributed.on_main(lambda: checkpoint.newest_whole(self.folder))
         if newest is None:
             return 0
-        state = checkpoint.read_checkpoint(newest)
+        state = self.keeper.read(newest)
         try:
             self.trainer.load_state_dict(state["trainer"])
             start = int(state["step"])
@@ -290,7 +290,7 @@ class _Session:
                 due = evaluating or self._is_due(self.every, step) or self._is_due(self.keep_every, step)
                 if last or (due and healthy):
                     self._draw(step, log)
-                    self._save(step)
+                    self._save(step, wait=last)
                     log.flush()
                 if evaluating:
                     self._evaluate(step, log)
@@ -362,10 +362,10 @@ class _Session:
         for name, figure in self.trainer.figures().items():
             log.figure(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, wait: bool) -> None:
         self.tried = step
-        self.keeper.save(step)
-        self.callbacks.on_checkpoint(step, RunFolder(self.folder).checkpoint(step))
+        for whole in self.keeper.save(step, wait=wait):
+            self.callbacks.on_checkpoint(whole, RunFolder(self.folder).checkpoint(whole))
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:

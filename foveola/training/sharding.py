@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from foveola import distributed
 from foveola.config import ConfigError, key
 from foveola.methods.method import Method, Output
+from foveola.state_files import is_cut
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 T = TypeVar("T", bound=nn.Module)
@@ -131,12 +132,12 @@ def seen_whole(method: nn.Module) -> Iterator[None]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor: a view of its part, all of one that is not cut."""
-    return tensor.to_local() if _is_cut(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[operator]
 
 
 def group_of(tensor: Tensor) -> dist.ProcessGroup | None:
     """Return the processes that have the parts of a tensor; None of one that is not cut."""
-    return tensor.device_mesh[SHARDED].get_group() if _is_cut(tensor) else None  # type: ignore[attr-defined]
+    return tensor.device_mesh[SHARDED].get_group() if is_cut(tensor) else None  # type: ignore[attr-defined]
 
 
 def whole_norms(norms: Float[Tensor, "n"], group: dist.ProcessGroup | None) -> Float[Tensor, "n"]:
@@ -153,25 +154,12 @@ def whole_tensors(tree: Any) -> Any:
 
     All processes call it with the same tree and have all of the result; a tensor that was whole is the same.
     """
-    return _mapped(tree, lambda tensor: tensor.full_tensor() if _is_cut(tensor) else tensor)
-
-
-def gathered(tree: Any) -> Any:
-    """Return `whole_tensors` on the CPU of the main process; elsewhere None for each tensor.
-
-    No device holds more than one whole tensor at once that was cut.
-    """
-
-    def move(tensor: Tensor) -> Tensor | None:
-        full = tensor.full_tensor() if _is_cut(tensor) else tensor  # type: ignore[operator]
-        return full.cpu() if distributed.is_main() else None
-
-    return _mapped(tree, move)
+    return _mapped(tree, lambda tensor: tensor.full_tensor() if is_cut(tensor) else tensor)
 
 
 def cut_like(full: Tensor, tensor: Tensor) -> Tensor:
     """Return a whole tensor, which all processes have, cut as `tensor` is; as it is where that is whole."""
-    if not _is_cut(tensor) or full.shape != tensor.shape:
+    if not is_cut(tensor) or is_cut(full) or full.shape != tensor.shape:
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -183,13 +171,9 @@ def whole_copy(module: T) -> T:
     """Return a copy of a module with whole parameters; all processes call it."""
     memo: dict[int, Any] = {}
     for p in module.parameters():
-        if _is_cut(p):
+        if is_cut(p):
             memo[id(p)] = nn.Parameter(p.full_tensor(), requires_grad=p.requires_grad)  # type: ignore[operator]
     return copy.deepcopy(module, memo)
-
-
-def _is_cut(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
 
 
 def _mapped(tree: Any, function: Any) -> Any:

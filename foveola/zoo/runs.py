@@ -11,6 +11,7 @@ from foveola.config import UserError, build
 from foveola.files import EncoderFolder, RunModel, checkpoint_step, is_whole
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.models.lora import merged
+from foveola.state_files import read_state
 from foveola.tasks.task import STUDENT_HEAD, TaskHead, filled_head, make_head
 from foveola.zoo.weights import read_config
 
@@ -96,7 +97,7 @@ def _checkpoint(model: RunModel) -> Path:
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The tensors of the method in a checkpoint, and how the names of those of its student begin."""
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(path, mmap=True)
         return merged(state["trainer"]["method"]), dict(state.get("student", EARLIER))
     except (
         *(RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError),

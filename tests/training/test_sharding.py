@@ -7,7 +7,7 @@ import torch
 
 from foveola.config import ConfigError
 from foveola.files import RunFolder
-from foveola.training.checkpoint import read_checkpoint
+from foveola.training.checkpoint import newest, read_checkpoint
 from foveola.training.recipe import resolve
 from foveola.zoo.load import load
 
@@ -20,7 +20,7 @@ from foveola.data.sources import open_source
 from foveola.training.assemble import assemble, batch_share, encoder_of
 from foveola.training.durations import plan
 from foveola.training.recipe import resolve
-from foveola.training.sharding import local_part
+from foveola.training.sharding import local_part, whole_tensors
 from foveola.training.supply import with_data
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def train(recipe, changes, steps=3):
     trainer.figures()
     encoder = encoder_of(config, trainer.method, steps).backbone.state_dict()
     own = sum(local_part(p).numel() for p in trainer.method.parameters())
-    return values, trainer.state_dict(), encoder, own
+    return values, whole_tensors(trainer.state_dict()), encoder, own
 
 
 def farthest(a, b):
@@ -194,15 +194,20 @@ distributed.stop()
 
 @pytest.mark.parametrize("ways", [("fsdp", "ddp"), ("ddp", "fsdp")], ids=lambda ways: "-".join(ways))
 def test_a_run_goes_on_with_its_weights_cut_or_whole(run_ranks, tmp_path, ways):
-    """What it keeps is the same file, of whole tensors, with the same numbers; so are its measurements."""
+    """What it keeps has the same numbers, in parts or whole; so have its measurements, and its student."""
     changes = METHODS["odis-tiny-tinyimagenet"] | {"freeze": {"encoder": "3 steps"}}
     recipe = ["odis-tiny-tinyimagenet", changes | {"evaluate.workers": 0}, str(tmp_path), ways]
     run_ranks(GO_ON, words=[json.dumps(recipe)], timeout=280)
     once, again = (RunFolder(tmp_path / name) for name in ("once", "again"))
     assert [path.name for path in again.found_checkpoints()] == [f"step-0000000{n}" for n in (6, 4, 2)]
-    states = [read_checkpoint(run.checkpoint(6))["trainer"] for run in (once, again)]
-    for one, other in zip(*map(flat_tensors, states), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    states = [flat(read_checkpoint(run.checkpoint(6))["trainer"]) for run in (once, again)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-6, msg=str(name))
+    for run, way in zip((once, again), ways, strict=True):
+        assert (run.checkpoint(6) / "parts").is_dir() == (way == "fsdp")
+        assert load(f"{run.path}?which=student").config.step == 6
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     encoders = [load(run.path) for run in (once, again)]
     torch.testing.assert_close(*(each(images).patches for each in encoders), rtol=1e-5, atol=1e-5)
@@ -214,9 +219,60 @@ def test_a_run_goes_on_with_its_weights_cut_or_whole(run_ranks, tmp_path, ways):
     assert measured[0] == measured[1]
 
 
-def flat_tensors(tree):
-    """All tensors of a state, in order."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return [tensor for value in inner for tensor in flat_tensors(value)]
+def flat(tree, name=()):
+    """What a state holds, by place."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {place: value for key, inner in tree.items() for place, value in flat(inner, (*name, key)).items()}
+
+
+FAILING = """
+import errno, json, os, sys
+import torch
+import torch.distributed.checkpoint as dcp
+from foveola import distributed
+from foveola.config import UserError
+from foveola.training.recipe import resolve
+from foveola.training.run import pretrain
+
+torch.set_num_threads(1)
+distributed.start("cpu")
+recipe, changes, how = json.loads(sys.argv[1])
+write, calls = dcp.FileSystemWriter.write_data, []
+
+def fail(self, *words):
+    calls.append(self)
+    if len(calls) == 2 and distributed.rank() == 1:
+        if how == "killed":
+            os._exit(9)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(self, *words)
+
+if how:
+    dcp.FileSystemWriter.write_data = fail
+try:
+    pretrain(resolve(recipe, changes))
+except UserError as error:
+    print(error)
+    os._exit(2)
+distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "full disk"])
+def test_parts_that_cannot_be_written_leave_the_checkpoint_before(forked, run_ranks, tmp_path, how):
+    changes = METHODS["mae-tiny-tinyimagenet"] | FULLY
+    changes |= {"out": str(tmp_path / "run"), "checkpoint_every": "2 steps", "log_every": 1}
+    words = ["mae-tiny-tinyimagenet", changes, how]
+    with forked(FAILING, [json.dumps(words)], 2) as processes:
+        codes = processes.wait()
+        said = [path.read_text() for path in processes.printed]
+    assert all(codes)
+    if how == "full disk":
+        assert codes == [2, 2]
+        assert all("step 4 cannot be saved" in text or "No space left" in text for text in said), said
+    run = RunFolder(tmp_path / "run")
+    assert newest(run.path) == run.checkpoint(2)
+    words[2] = ""
+    run_ranks(FAILING, words=[json.dumps(words)])
+    assert newest(run.path) == run.checkpoint(6)
