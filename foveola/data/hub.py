@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt8
 
 from foveola.config import nearest
 from foveola.data.annotations import read_values
-from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.decoding import Decoding
 from foveola.data.fit import upright_map
 from foveola.data.identity import HASH, Identity, hash_of
 from foveola.data.readers import contents, read_header
@@ -38,9 +38,7 @@ class HubImages(FilesReadAlike):
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         label = int(self.labels[row])
-        image: Any = self._file(row, self.image)
-        if self.reading != Decoding():
-            image = ImageFile(image, self.reading)
+        image = self.as_read(self._file(row, self.image))
         return Sample(image, f"row {row}", None, None if label < 0 else label)
 
     def image_names(self) -> list[str]:

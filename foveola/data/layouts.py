@@ -19,7 +19,7 @@ from foveola.data.annotations import (
     XmlBoxes,
     map_size,
 )
-from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.decoding import Decoding
 from foveola.data.identity import Identity, hash_files
 from foveola.data.instances import few_objects, read_instances
 from foveola.data.listing import check_listed, find_images, match_names, misfit, printable, read_lines
@@ -63,7 +63,7 @@ class ImageFiles(FilesReadAlike):
         found = Marked(self.root / file)
         if self.reader is not None:
             found = self.reader(row, file, self.root / file, label)
-        image = found.image if self.reading == Decoding() else ImageFile(found.image, self.reading)
+        image = self.as_read(found.image)
         known = None if label < 0 else label
         several = None if self.label_sets is None else self.label_sets[row]
         return Sample(image, printable(file), found.objects, known, found.crowds, several)

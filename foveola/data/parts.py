@@ -6,6 +6,7 @@ once; parts are decoded alone where the library can.
 """
 
 import re
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ class ImageParts(SelectedImages):
     def depth(self) -> int:
         """Bits of a channel of the images, 8 or 16."""
         return source_depth(self.source)
+
+    def read_as(self, reading: Decoding) -> None:
+        """Read all files, if it has any, in this way; pages that are images of their own stay so."""
+        if not hasattr(self.source, "read_as"):
+            return
+        self.reading = replace(reading, page=None) if self.cutting.pages else reading
+        self.source = copy(self.source)
+        self.source.read_as(self.reading)
 
     def __getitem__(self, index: int) -> Sample:
         image, page, window = self.part(index)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from foveola.data.decoding import Decoding
+from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.halves import halves_for_test
 from foveola.data.sample import DataError
 
@@ -48,6 +48,10 @@ class FilesReadAlike(SelectedImages):
     def depth(self) -> int:
         """Bits of a channel of the images, 8 or 16."""
         return self.reading.depth
+
+    def as_read(self, image: Any) -> Any:
+        """Return an image with how it is read, where that is not as usual."""
+        return image if self.reading == Decoding() else ImageFile(image, self.reading)
 
     def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""

@@ -33,7 +33,8 @@ def with_pixels(config: RunConfig, source: Source) -> RunConfig:
         source.read_as(reading)  # type: ignore[attr-defined]
     color = config.views.color
     if color.normalise == "data" or (color.normalise == "auto" and len(color.mean) != count):
-        mean, std = (kept[1].mean, kept[1].std) if kept is not None else channel_statistics(source)
+        known = None if kept is None else kept[1]
+        mean, std = channel_statistics(source) if known is None else (known.mean, known.std)
         color = dataclasses.replace(color, normalise="given", mean=mean, std=std)
     elif color.normalise == "given" and len(color.mean) != count:
         raise ConfigError(
@@ -52,13 +53,14 @@ def with_pixels(config: RunConfig, source: Source) -> RunConfig:
     )
 
 
-def _kept(config: RunConfig) -> tuple[PixelsConfig, ColorConfig] | None:
-    """What the run in `out` began with, if it is there and has the same data."""
+def _kept(config: RunConfig) -> tuple[PixelsConfig, ColorConfig | None] | None:
+    """What the run in `out` began with, if it is there and has the same data; colours if they were known."""
     kept = None if config.out is None else RunFolder(Path(config.out).expanduser()).config
     if kept is None or not kept.is_file():
         return None
     with suppress(UserError, KeyError, TypeError):
         tree: dict[str, Any] = renewed(read_yaml(kept))
-        if tree["data"] == config.data and tree["views"]["color"].get("normalise") == "given":
-            return build(PixelsConfig, tree["pixels"]), build(ColorConfig, tree["views"]["color"])
+        if tree["data"] == config.data:
+            color = build(ColorConfig, tree["views"]["color"])
+            return build(PixelsConfig, tree["pixels"]), color if color.normalise == "given" else None
     return None

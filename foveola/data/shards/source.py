@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from foveola.data.annotations import Marked, read_values
-from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.decoding import Decoding
 from foveola.data.fit import turn_of, upright_map
 from foveola.data.formats import Header, turn
 from foveola.data.identity import HASH, Identity, hash_of, shown_reading
@@ -87,7 +87,7 @@ class ShardImages(FilesReadAlike):
         label = int(self.labels[row])
         name = self.held.index.name(row)
         found = self._marked(row, label, name)
-        image = found.image if self.reading == Decoding() else ImageFile(found.image, self.reading)
+        image = self.as_read(found.image)
         several = self.held.index.several(row)
         if several is not None:
             several = tuple(self._number(each) for each in several)
