@@ -154,7 +154,7 @@ def _grey(found: Any, array: np.ndarray, decoding: Decoding) -> Values:
         slope, intercept, ends = 1.0, 0.0, (0, 1)
     if (slope, intercept) != (1.0, 0.0):
         whole = float(slope).is_integer() and float(intercept).is_integer()
-        array = array.astype(np.int64) * int(slope) + int(intercept) if whole else array * slope + intercept
+        array = _rescaled(array, int(slope), int(intercept)) if whole else array * slope + intercept
     low, high = sorted(end * slope + intercept for end in ends)
     turned = str(found.PhotometricInterpretation) == "MONOCHROME1"
     if turned:
@@ -167,13 +167,17 @@ def _grey(found: Any, array: np.ndarray, decoding: Decoding) -> Values:
         return Values(array, missing=missing)
     else:
         start, end = low, high
-    return Values(_smallest(array), float(start), float(end), missing=missing)
+    return Values(array, float(start), float(end), missing=missing)
 
 
-def _smallest(array: np.ndarray) -> np.ndarray:
-    """Whole numbers of 64 bits as 32: no stored value is larger."""
-    fits = array.dtype == np.int64 and np.abs(array).max(initial=0) < 2**31
-    return array.astype(np.int32) if fits else array
+def _rescaled(array: np.ndarray, slope: int, intercept: int) -> np.ndarray:
+    """Whole numbers in 32 bits, or in 64 where some would not fit."""
+    about = np.iinfo(array.dtype)
+    fits = all(abs(int(end) * slope + intercept) < 2**31 for end in (about.min, about.max))
+    array = array.astype(np.int32 if fits else np.int64)
+    array *= slope
+    array += intercept
+    return array
 
 
 def _groups(found: Any, name: str, page: int | str | None) -> Any:

@@ -32,8 +32,8 @@ def geo_values(data: Path | bytes, decoding: Decoding) -> Values:
         if not (0 <= x0 < x1 <= scene.width and 0 <= y0 < y1 <= scene.height):
             raise BadImage(f"is {scene.width}x{scene.height} pixels, and the part {window} is asked for")
         check_pixels(x1 - x0, y1 - y0, scene.count, np.dtype(scene.dtypes[0]).itemsize)
-        array = np.moveaxis(scene.read(window=((y0, y1), (x0, x1))), 0, 2)
-        missing = _missing(array, scene.nodatavals)
+        bands = scene.read(window=((y0, y1), (x0, x1)))
+        missing, array = _missing(bands, scene.nodatavals), np.moveaxis(bands, 0, 2)
         if array.dtype.kind not in "uif":
             raise BadImage(f"values of {array.dtype}, where numbers are expected")
         scales, offsets = np.array(scene.scales), np.array(scene.offsets)
@@ -41,7 +41,7 @@ def geo_values(data: Path | bytes, decoding: Decoding) -> Values:
             array = array * scales + offsets
         if array.dtype == np.int8:
             array = array.astype(np.int16)
-        return Values(np.ascontiguousarray(array), names=_names(scene), missing=missing)
+        return Values(array, names=_names(scene), missing=missing)
 
 
 def geo_header(data: Path | bytes, decoding: Decoding) -> Header:
@@ -80,14 +80,20 @@ def _checked(scene: Any, page: int | str | None) -> Any:
     return scene
 
 
-def _missing(array: np.ndarray, nodata: tuple) -> np.ndarray | None:
-    """Where all bands say that there is nothing, or a value is not a number; None where all is there."""
-    found = np.zeros(array.shape[:2], bool)
-    if array.dtype.kind == "f":
-        found[:] = np.isnan(array).any(axis=2)
-    known = np.array([np.nan if value is None else value for value in nodata], np.float64)
-    if not np.isnan(known).any():
-        found[(array == known).all(axis=2)] = True
+def _missing(bands: np.ndarray, nodata: tuple) -> np.ndarray | None:
+    """Where all bands [C, H, W] say that there is nothing, or a value is not a number; None where all is
+    there.
+    """
+    found = np.zeros(bands.shape[1:], bool)
+    if bands.dtype.kind == "f":
+        found[:] = np.isnan(bands).any(axis=0)
+    if all(value is not None and value == value for value in nodata):
+        nothing = bands[0] == nodata[0]
+        for band, value in zip(bands[1:], nodata[1:], strict=True):
+            if not nothing.any():
+                break
+            nothing &= band == value
+        found |= nothing
     return found if found.any() else None
 
 

@@ -2,6 +2,7 @@
 too large.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,13 @@ def extra(module: str, name: str, what: str) -> Any:
         return library(module, name, what)
     except UserError as error:
         raise DataError(str(error)) from error
+
+
+def silence(logger: str) -> None:
+    """Keep a library from logging what is said here, or is none of a user's business."""
+    found = logging.getLogger(logger)
+    if found.level < logging.CRITICAL:  # to set a level again empties what all loggers have found out
+        found.setLevel(logging.CRITICAL)
 
 
 @contextmanager

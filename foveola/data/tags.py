@@ -1,7 +1,6 @@
 """Which library reads a TIFF: its tags say whether it is a slide, a scene of the earth, a stack, or plain."""
 
 import io
-import logging
 import re
 import struct
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from PIL import TiffImagePlugin
 
 from foveola.data.decoding import Decoding
 from foveola.data.formats import bits_of, gives_all_bits, open_image
+from foveola.data.guard import silence
 from foveola.data.sample import BadImage
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -124,7 +124,7 @@ def _is_simple(tags: Mapping[int, Any]) -> bool:
 
 def _pil_reads(file: Any) -> bool:
     file.seek(0)
-    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it does not read is no error
+    silence("PIL.TiffImagePlugin")  # what it does not read is no error
     try:
         image = open_image(file, ("TIFF",))
         inverse = bits_of(image) > 8 and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ others (Z, T, pages without a name) make a stack, of which a page is chosen.
 """
 
 import io
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from jaxtyping import Shaped
 
 from foveola.data.decoding import Decoding, Window
 from foveola.data.formats import ALPHA, COLOURS, GREY, ORIENTATION, Header, turn
-from foveola.data.guard import MAX_PIXELS, check_pixels, extra, reading
+from foveola.data.guard import MAX_PIXELS, check_pixels, extra, reading, silence
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import Values
 
@@ -74,7 +73,7 @@ def tiff_header(data: Path | bytes, decoding: Decoding) -> Header:
 @contextmanager
 def _opened(data: Path | bytes) -> Iterator[Any]:
     tifffile = extra("tifffile", "tiff", "this TIFF")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a file is said here
+    silence("tifffile")
     place = io.BytesIO(data) if isinstance(data, bytes) else str(data.absolute())
     try:
         with reading("TIFF"), tifffile.TiffFile(place, _multifile=False) as file:

@@ -96,9 +96,13 @@ def _scaled(values: Values, reading: Decoding, dtype: type[np.unsignedinteger]) 
             raise BadImage("floating-point values that are not finite")
         array = np.where(values.missing[:, :, None], 0, array)
     if ranges == [(0, 255)] and array.dtype == np.uint8:
-        return array.copy() if top == 255 else array * dtype(257)
+        return array.copy("C") if top == 255 else np.multiply(array, dtype(257), order="C")
     if ranges == [(0, CONTAINER)] and array.dtype == np.uint16:
-        return array.copy() if top == CONTAINER else ((array.astype(np.int32) + 128) // 257).astype(dtype)
+        return (
+            array.copy("C")
+            if top == CONTAINER
+            else ((array.astype(np.int32, "C") + 128) // 257).astype(dtype)
+        )
     low, high = (np.array(ends, np.float64) for ends in zip(*ranges, strict=True))
     pixels = np.empty(array.shape, dtype)
     rows = max(1, SCALED_AT_ONCE // max(array[0].size, 1))
