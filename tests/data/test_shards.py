@@ -628,13 +628,32 @@ def test_a_shard_that_changes_behind_a_url_is_noticed(server, shards):
 
 def test_a_url_that_is_not_there_is_said_in_one_line(server):
     url, _ = server
-    with pytest.raises(DataError, match=r"nothing.tar cannot be read") as caught:
+    with pytest.raises(DataError, match=r"nothing.tar cannot be read: 404, message=") as caught:
         open_source(f"shards:{url}/nothing.tar")
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"nothing.tar cannot be read: there is no such file"):
+        open_source("shards:memory://nothing.tar")
+    with pytest.raises(DataError, match=r"cannot be read: Cannot connect to host 127.0.0.1:9"):
+        open_source("shards:http://127.0.0.1:9/x.tar")
     with pytest.raises(DataError, match="shards: gopher://x: "):
         open_source("shards:gopher://x")
     with pytest.raises(DataError, match="cache= is for what lies behind a URL"):
         open_source("shards:/tmp?cache=/tmp")
+
+
+def test_a_pattern_asks_a_web_server_for_the_sizes_that_its_listing_lacks(server, folder):
+    url, _ = server
+    source = open_source(f"shards:{url}/*.tar")
+    assert identity_of(source).digest == identity_of(open_source(f"folder:{folder}")).digest
+
+
+def test_a_server_that_gives_no_parts_is_refused(shards):
+    quiet = type("Whole", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: quiet(*a, directory=str(shards))) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        with pytest.raises(DataError, match=r"whole files alone, and no parts of them \(range requests\)"):
+            open_source(f"shards:http://127.0.0.1:{found.server_port}/000.tar")
+        found.shutdown()
 
 
 def test_files_of_any_file_system_of_fsspec(shards, folder):

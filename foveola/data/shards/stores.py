@@ -60,6 +60,11 @@ class Shard:
     def read(self, start: int, size: int) -> bytes:
         """Return `size` bytes from `start` on. Raises OSError, and DataError where the file was changed."""
         data = _read_remote(self, start, size) if self.remote else _read_local(self, start, size)
+        if len(data) > size:
+            raise DataError(
+                f"{self.path}: the server gives whole files alone, and no parts of them (range requests): "
+                "copy it to a disk, or to a server that does"
+            )
         if len(data) != size:
             raise DataError(f"{self.path}: {why_changed(self)}")
         return data
@@ -211,7 +216,10 @@ def _file_system(kind: str, url: str) -> tuple[Any, str]:
         raise DataError(f"{kind}: a URL needs the extra `remote`: pip install 'foveola[remote]'") from error
     try:
         return url_to_fs(url)
-    except (ImportError, ValueError) as error:  # of a protocol that needs a package, or that nobody knows
+    except ImportError as error:  # of a protocol that needs a package
+        what = f"{_reason(error).rstrip('.')}: pip install 'foveola[remote]'"
+        raise DataError(f"{kind}: {url}: {what}, where it is one of that extra") from error
+    except ValueError as error:  # of a protocol that nobody knows
         raise DataError(f"{kind}: {url}: {_reason(error)}") from error
 
 
@@ -230,6 +238,7 @@ def _look_remote(kind: str, place: str, suffix: str) -> list[Shard]:
                     for name, each in system.find(path, detail=True).items()
                     if name.endswith(suffix)
                 }
+        found = _with_sizes(system, found)
     except Exception as error:  # whatever a server and its library answer
         raise DataError(f"{kind}: {place} cannot be read: {_reason(error)}") from error
     shards = []
@@ -247,6 +256,14 @@ def _look_remote(kind: str, place: str, suffix: str) -> list[Shard]:
     return shards
 
 
+def _with_sizes(system: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """What is known of files, with their sizes, which listings of web servers do not say."""
+    lacking = [name for name, about in found.items() if not isinstance(about.get("size"), int)
+               and about.get("type") != "directory"]  # fmt: skip
+    with ThreadPoolExecutor(REMOTE_AT_ONCE) as pool:
+        return found | dict(zip(lacking, pool.map(system.info, lacking), strict=True))
+
+
 def stamp_of(about: dict[str, Any]) -> str:
     """Return what a file system says of a version of a file; empty where it says nothing but its size."""
     found = next((about[name] for name in STAMPS if about.get(name) is not None), "")
@@ -254,6 +271,9 @@ def stamp_of(about: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):  # whose text is a path alone
+        cause = error.__cause__
+        return "there is no such file" if cause is None else _reason(cause)
     return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
