@@ -7,6 +7,7 @@ NOT: whether files are whole (foveola.files), or what a state means.
 """
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveola.config import UserError
+
 STATE = "state.pt"
 CUT_PARTS = "parts"
+METADATA = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+}
 StatePlace = tuple[str | int, ...]  # the keys that lead to a tensor in a tree of dicts
 
 
@@ -52,7 +65,8 @@ def read_state(
             process reads its own part.
         mmap: leave what is whole in the file until it is looked at.
 
-    Raises OSError, RuntimeError and ValueError for files that are not there or not such.
+    Raises OSError, RuntimeError and ValueError for files that are not there or not such, UserError for parts
+    whose list is damaged, or names what might run code.
     """
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=mmap)
     if (folder / CUT_PARTS).is_dir() and isinstance(state, dict):
@@ -64,6 +78,7 @@ def read_state(
 def _read_parts(folder: Path, like: Callable[[StatePlace], Tensor | None]) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
 
+    _refuse_code(folder / ".metadata")
     reader = dcp.FileSystemReader(folder)
     found: dict[str, Tensor] = {}
     for name, about in reader.read_metadata().state_dict_metadata.items():
@@ -76,6 +91,28 @@ def _read_parts(folder: Path, like: Callable[[StatePlace], Tensor | None]) -> di
         warnings.filterwarnings("ignore", message="torch.distributed is")  # it is not asked for
         dcp.load(found, storage_reader=reader, no_dist=True)
     return found
+
+
+class _Plain(pickle.Unpickler):
+    """Reads what torch pickles of cut tensors, and refuses every other name, so that no file runs code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        about, torch_type = f"{module}.{name}", getattr(torch, name, None)
+        known = module in METADATA and name in METADATA[module]
+        if known or (module == "torch" and isinstance(torch_type, torch.dtype)):
+            return super().find_class(module, name)
+        raise UserError(f"it names {about}, which is no part of cut tensors and might run code")
+
+
+def _refuse_code(path: Path) -> None:
+    """Raise UserError for a list of parts that is not one: torch itself would run what is in it."""
+    with path.open("rb") as file:
+        try:
+            _Plain(file).load()
+        except UserError as error:
+            raise UserError(f"{path} is not read: {error}") from error
+        except Exception as error:
+            raise UserError(f"{path} is no list of the parts of cut tensors") from error
 
 
 def _put(tree: dict, where: Sequence[str | int], value: Tensor) -> None:

@@ -1,12 +1,15 @@
 """Weights cut over processes: the same numbers as whole ones, less memory, and checkpoints of either kind."""
 
 import json
+import os
+import pickle
 
 import pytest
 import torch
 
-from foveola.config import ConfigError
+from foveola.config import ConfigError, UserError
 from foveola.files import RunFolder
+from foveola.state_files import read_state
 from foveola.training.checkpoint import newest, read_checkpoint
 from foveola.training.recipe import resolve
 from foveola.zoo.load import load
@@ -276,3 +279,14 @@ def test_parts_that_cannot_be_written_leave_the_checkpoint_before(forked, run_ra
     words[2] = ""
     run_ranks(FAILING, words=[json.dumps(words)])
     assert newest(run.path) == run.checkpoint(6)
+
+
+@pytest.mark.parametrize(
+    "code", [b"no pickle", pickle.dumps(print), pickle.dumps(os.system), b"cos\nsystem\n."]
+)
+def test_a_list_of_parts_runs_no_code(tmp_path, code):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / ".metadata").write_bytes(code)
+    torch.save({}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"\.metadata is (no list|not read)"):
+        read_state(tmp_path)
