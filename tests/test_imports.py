@@ -202,7 +202,8 @@ ALLOWED = {
     "command_keys": set(),
     "slurm": set(),
 }
-METHOD_BASES = {"method", "targets", "terms"}  # the files of methods/ that other methods may build on
+# The files of methods/ that other methods may build on.
+METHOD_BASES = {"clusters", "method", "targets", "terms"}
 
 
 def module_of(path: Path) -> str:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, smooth_l1_loss
 from torch.nn.init import trunc_normal_
 
-from foveola import distributed
-from foveola.clustering import Clusters, cluster, position_information
+from foveola.clustering import Clusters
 from foveola.config import key
-from foveola.losses import assignment_loss, entropy, sinkhorn
+from foveola.losses import assignment_loss, sinkhorn
+from foveola.methods.clusters import Clustering, ClusteringConfig
 from foveola.methods.method import (
     Method,
     MethodConfig,
@@ -37,25 +37,6 @@ from foveola.models.starting import StartingWeights
 from foveola.models.vit import Inputs, VisionTransformer, ViTConfig
 from foveola.schedules import Progress, Schedule
 from foveola.views.batch import Batch, ViewsConfig
-
-
-@dataclass(frozen=True)
-class ClusteringConfig:
-    """Assignments of patches to clusters. Defaults: CAPI."""
-
-    prototypes: int = key(16384, "clusters", at_least=2, at_most=2**24)
-    balance: Literal["position", "all"] = key(
-        "position", "use all clusters alike at each position (no positional collapse), or over all patches"
-    )
-    temperature: float = key(0.06, "temperature of the logits that are balanced", above=0)
-    student_temperature: float = key(0.12, "of predictions, and of the loss of the clusters", above=0)
-    iterations: int = key(3, "iterations of Sinkhorn-Knopp", at_least=1, at_most=1000)
-    queue: int = key(
-        0,
-        "past images whose patches are balanced along, over all processes: for small batches",
-        at_least=0,
-        at_most=2**24,
-    )
 
 
 @dataclass(frozen=True)
@@ -135,76 +116,6 @@ class UnitPrototypes(Prototypes):
 
     def forward(self, h: Float[Tensor, "*n D"]) -> Float[Tensor, "*n K"]:
         return super().forward(normalize(h.float(), dim=-1).to(h.dtype))
-
-
-class Clustering(nn.Module):
-    """Centroids, patches of the past, and what was seen of positions (CAPI, Section 3.1)."""
-
-    past: Tensor | None
-    seen: Tensor
-    used: Tensor
-
-    def __init__(self, config: ClusteringConfig, width: int, patches: int, trained: bool) -> None:
-        super().__init__()
-        self.config = config
-        if trained:
-            # Logits of unit vectors then have a deviation of 1, and those over 0.06 are sharp from the start.
-            self.weight = nn.Parameter(torch.randn(config.prototypes, width))
-            self.bias = nn.Parameter(torch.zeros(config.prototypes))
-        count = config.queue // distributed.world_size()
-        self.register_buffer("past", torch.zeros(patches, count, width) if trained and count else None)
-        self.register_buffer("seen", torch.full((patches, config.prototypes), 1 / config.prototypes))
-        self.register_buffer("used", torch.zeros(config.prototypes, dtype=torch.bool))
-        self.filled, self.epoch = 0, -1
-
-    def forward(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
-        """Cluster the teacher's patches and return the assignments of the wanted ones."""
-        config = self.config
-        unit = normalize(patches.float(), dim=-1, eps=1e-7).transpose(0, 1).contiguous()
-        clusters = cluster(
-            unit,
-            self.weight,
-            self.bias,
-            wanted.T,
-            temperature=config.temperature,
-            student_temperature=config.student_temperature,
-            iterations=config.iterations,
-            by_position=config.balance == "position",
-            past=None if self.past is None or not self.filled else self.past[:, : self.filled],
-        )
-        if self.past is not None:
-            self._remember(unit)
-        return clusters
-
-    @torch.no_grad()
-    def _remember(self, unit: Float[Tensor, "N B D"]) -> None:
-        """The newest patches first; the oldest fall out."""
-        assert self.past is not None
-        room = self.past.shape[1]
-        kept = torch.cat((unit, self.past[:, : self.filled]), dim=1)[:, :room]
-        self.filled = kept.shape[1]
-        self.past[:, : self.filled] = kept
-
-    @torch.no_grad()
-    def watch(self, clusters: Clusters, progress: Progress) -> dict[str, Tensor]:
-        """Note which prototypes are used and where; what to log of it."""
-        if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
-            self.epoch = int(progress.epoch)
-            self.used.zero_()
-        self.used |= clusters.first
-        information = position_information(self.seen, clusters.usage)
-        self.seen.lerp_(clusters.usage, 0.02)
-        return {
-            "target_entropy": entropy(clusters.targets).mean(),
-            "kl_to_uniform": math.log(len(self.used)) - entropy(clusters.usage.mean(dim=0)),
-            "position_information": information,
-        }
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"filled": self.filled, "epoch": self.epoch}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.filled, self.epoch = state["filled"], state["epoch"]
 
 
 class Capi(Method):
@@ -317,6 +228,10 @@ class Capi(Method):
         if self.seen is not None:
             logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
         return logs
+
+    def gather(self) -> None:
+        if self.clustering is not None:
+            self.clustering.gather()
 
     def targets(self) -> dict[str, int]:
         return {} if self.clustering is None else {"clustering": self.config.clustering.prototypes}

@@ -108,6 +108,11 @@ class Method(nn.Module, ABC):
         """Return images of the last step that are worth a look, by name; called with each checkpoint."""
         return {}
 
+    def gather(self) -> None:
+        """Bring to the main process what each has of its own and the next step reads; called by all of them
+        before the state is kept.
+        """
+
     @property
     @abstractmethod
     def backbone(self) -> VisionTransformer:

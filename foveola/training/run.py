@@ -289,6 +289,7 @@ class _Session:
                 healthy = not trainer.bad_steps or config.precision == "fp16"
                 due = evaluating or self._is_due(self.every, step) or self._is_due(self.keep_every, step)
                 if last or (due and healthy):
+                    trainer.method.gather()
                     self._draw(step, log)
                     self._save(step, wait=last)
                     log.flush()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
+from foveola import distributed
 from foveola.config import build
 from foveola.losses import sinkhorn
 from foveola.methods.capi import Capi, CapiConfig
@@ -255,6 +256,43 @@ def test_the_queue_holds_the_newest_images_and_survives_saving():
     other.load_state_dict(method.state_dict())
     a, b = (m(batch(seed=9), PROGRESS).losses["clustering"] for m in (method, other))
     assert torch.equal(a, b)
+
+
+def test_another_number_of_processes_goes_on_with_the_past_of_all(monkeypatch):
+    """The past of two processes is that of one with all their images, and the other way round."""
+
+    def remember(world: int, rank: int) -> Capi:
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        return capi(clustering={"prototypes": 7, "queue": 8})
+
+    def rows(*methods: Capi) -> Tensor:
+        """What stands in the pasts, in an order that does not depend on who has it."""
+        found = [m.clustering.past[:, : m.clustering.filled] for m in methods]
+        assert len({each.shape for each in found}) == 1  # as many images on each process
+        return torch.cat(found, dim=1).flatten(0, 1).sum(dim=-1).sort().values
+
+    unit = normalize(torch.randn(2, 16, 4, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    one, two = remember(1, 0), [remember(2, rank) for rank in (0, 1)]
+    for step in range(2):
+        one.clustering._remember(unit[step])
+        for rank, each in enumerate(two):
+            each.clustering._remember(unit[step, :, 2 * rank : 2 * rank + 2])
+    assert torch.allclose(rows(one), rows(*two))
+    pasts = [each.clustering.past.transpose(0, 1) for each in two]
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "gather_rows", lambda own: torch.cat(pasts))
+    two[0].gather()
+    kept = {"one": one.state_dict(), "two": two[0].state_dict()}
+    for name, state in kept.items():
+        for world in (1, 2, 4):
+            made = [remember(world, rank) for rank in range(world)]
+            for rank, each in enumerate(made):
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                each.load_state_dict(state)
+            assert torch.allclose(rows(*made), rows(one)), (name, world)
+    two[0].clustering._remember(unit[0, :, :2])  # what was joined was of the step before
+    assert two[0].state_dict()["clustering.past"].shape == (16, 4, 24)
 
 
 @pytest.mark.parametrize(

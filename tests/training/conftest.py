@@ -92,7 +92,7 @@ for (tree, out, stop), port in zip(json.loads(WORK), PORTS):
     done = run.pretrain(build(RunConfig, tree), out=out)
     digest = hashlib.sha256()
     for name, value in sorted(made[-1].method.state_dict().items()):
-        if not name.endswith("used"):            # each rank counts for itself
+        if torch.is_tensor(value) and not name.endswith("used"):     # each rank counts for itself
             digest.update(value.numpy().tobytes())
     print(json.dumps([done.step, str(done.folder), digest.hexdigest()]))
 sys.stdout.flush()

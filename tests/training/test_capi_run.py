@@ -87,6 +87,15 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(
     assert lines(whole.folder) == lines(last.folder)
 
 
+def test_processes_go_on_with_their_own_past(stopped_ranks, tmp_path):
+    """Of one process the checkpoint would have the images of half the queue."""
+    folders = str(tmp_path / "whole"), str(tmp_path / "parts")
+    runs = stopped_ranks([(CAPI, folders[0], 0), (CAPI, folders[1], 5), (CAPI, folders[1], 0)])
+    whole, interrupted, last = runs[0]
+    assert (whole[0], interrupted[0], last[0]) == (8, 5, 8)
+    assert last[2] == whole[2]
+
+
 def test_the_encoder_of_a_run(tmp_path, lines):
     """It pools by the predictor, as the teacher would; k-NN with and without masks for each pooling."""
     run = pretrain(capi(evaluate_every="8 steps"), out=str(tmp_path / "run"))
