@@ -33,6 +33,8 @@ from foveola.data.values import Values
 from foveola.data.video import is_video, video_header, video_values
 
 HEAD_BYTES = 256  # bytes by which a file is known
+FIRST_BYTES = 2**16  # of a file that are read at once: all of a small one
+USUAL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG")  # of what PIL reads, which most files are
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ def open_file(data: StoredFile | bytes, decoding: Decoding) -> tuple[Path | byte
     if not isinstance(data, Path):
         data = data if isinstance(data, bytes) else data.read_bytes()
         return data, reader_of(data, decoding)
-    with data.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-        reader = _reader(head, data, decoding)
+    with data.open("rb", buffering=0) as file:
+        head = file.read(FIRST_BYTES)
+        reader = _reader(head[:HEAD_BYTES], data, decoding)
         if reader is not None and reader.by_path:
             return data, reader
-        return head + file.read(), reader
+        return head + file.readall(), reader
 
 
 def reader_of(data: StoredFile | bytes, decoding: Decoding) -> Reader | None:
@@ -105,6 +107,8 @@ def reader_of(data: StoredFile | bytes, decoding: Decoding) -> Reader | None:
 
 
 def _reader(head: bytes, data: Path | bytes, decoding: Decoding) -> Reader | None:
+    if head.startswith(USUAL_MAGIC) and not is_dicom(head):
+        return None
     if head.startswith(TIFF_MAGIC) and not is_dicom(head):  # whose first 128 bytes may be those of a TIFF
         library = library_of(data, decoding)
         return {"pil": None, "tifffile": TIFF, "rasterio": SCENE, "slide": SLIDE}[library]

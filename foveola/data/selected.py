@@ -10,6 +10,8 @@ from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.halves import halves_for_test
 from foveola.data.sample import DataError
 
+_USUAL = Decoding()
+
 
 class SelectedImages:
     """Images of which some may be left. `rows` are their numbers, in order."""
@@ -51,7 +53,7 @@ class FilesReadAlike(SelectedImages):
 
     def as_read(self, image: Any) -> Any:
         """Return an image with how it is read, where that is not as usual."""
-        return image if self.reading == Decoding() else ImageFile(image, self.reading)
+        return image if self.reading == _USUAL else ImageFile(image, self.reading)
 
     def read_as(self, reading: Decoding) -> None:
         """Read all files in this way, which makes them other data."""
