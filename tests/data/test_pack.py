@@ -146,6 +146,12 @@ def test_arrays_hold_any_channels_and_depth(tmp_path, channels, dtype, options):
     assert np.abs(decode(packed[1].image)[:, :, 1] - shrunk).max() <= 1 + 2e-4 * top
 
 
+def test_a_folder_may_be_called_like_a_pattern(folder, tmp_path):
+    made = pack(f"folder:{folder}", tmp_path / "a b?[c]{d,e} 5%", size="0.5KB", progress=False)
+    packed: Any = open_source(str(made).rpartition("data string: ")[2])
+    assert (len(packed), packed.classes) == (7, ("a", "b"))
+
+
 def test_files_that_state_their_range_come_back_whatever_they_are_called(tmp_path):
     examples = pytest.importorskip("pydicom.examples")
     (tmp_path / "in").mkdir()

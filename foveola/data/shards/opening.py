@@ -150,7 +150,9 @@ def _classes(
 def _beside(kind: str, place: str) -> dict[str, Any]:
     """What `pack` wrote beside shards; empty where somebody else made them."""
     folder = place
-    while has_magic(folder) or "{" in folder or folder.endswith(".tar"):
+    while not Path(folder).expanduser().is_dir() and (
+        has_magic(folder) or "{" in folder or folder.endswith(".tar")
+    ):
         folder = folder.rpartition("/")[0]
     text = read_beside(kind, f"{folder.rstrip('/') or '.'}/{BESIDE}")
     if text is None:

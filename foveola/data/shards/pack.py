@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +14,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from foveola.data.sources import Source, as_source
 
 _PROBES = 32  # samples that tell how large one is
 NAMED_LEFT_OUT = 1000  # samples left out that the file beside shards names
+SIZE = re.compile(r"\d{1,9}(\.\d{1,9})?(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 TAR_BLOCK = tarfile.BLOCKSIZE
 
@@ -57,7 +58,7 @@ class PackConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.size[:-2].isdecimal() or self.size[-2:] not in _UNITS or not int(self.size[:-2]):
+        if not SIZE.fullmatch(self.size) or not self.bytes:
             raise ValueError(f"size={self.size}: expected a number with KB, MB or GB, such as 500MB")
         if self.canvas is not None and self.format == "original":
             raise ValueError("canvas= needs format=jpeg, webp, png or npz, which write images anew")
@@ -65,7 +66,7 @@ class PackConfig:
     @property
     def bytes(self) -> int:
         """The size of a shard."""
-        return int(self.size[:-2]) * _UNITS[self.size[-2:]]
+        return int(float(self.size[:-2]) * _UNITS[self.size[-2:]])
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class PackedShards:
             lines.append(
                 f"{len(self.left_out)} images cannot be read and are left out, such as {self.left_out[0]}"
             )
-        return "\n".join([*lines, f"data string: shards:{quote(str(self.path))}{self.options}"])
+        path = str(self.path).replace("%", "%25").replace("?", "%3F")
+        return "\n".join([*lines, f"data string: shards:{path}{self.options}"])
 
 
 def pack(data: Source | str, out: str | Path, *, progress: bool = True, **settings: Any) -> PackedShards:

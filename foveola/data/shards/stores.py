@@ -94,7 +94,8 @@ def find_shards(kind: str, place: str, suffix: str, cache: str | None = None) ->
     if cache is not None and not is_url(place):
         raise DataError(f"{kind}: cache= is for what lies behind a URL; {place} is on this machine")
     found: dict[str, Shard] = {}
-    places = list(braced(place))
+    there = not is_url(place) and Path(place).expanduser().exists()  # names may hold what patterns do
+    places = [place] if there else list(braced(place))
     look = _look_remote if is_url(place) else _look_local
     if len(places) > 1 and is_url(place) and not any(map(has_magic, places)):
         with ThreadPoolExecutor(REMOTE_AT_ONCE) as pool:
@@ -151,7 +152,7 @@ def read_beside(kind: str, place: str) -> bytes | None:
 
 def _look_local(kind: str, place: str, suffix: str) -> list[Shard]:
     path = Path(place).expanduser()
-    if has_magic(place):
+    if has_magic(place) and not path.exists():
         paths = [Path(each) for each in glob(str(path), recursive=True)]  # noqa: PTH207 (of any root)
         paths = [each for each in paths if each.is_file()]
     elif path.is_dir():
