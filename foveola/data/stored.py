@@ -40,8 +40,9 @@ def stored_facts(image: Any, pixels: UInt8[np.ndarray, "H W 3"] | None) -> dict[
     """
     reading = image.reading if isinstance(image, ImageFile) else Decoding()
     image = image.data if isinstance(image, ImageFile) else image
-    if not isinstance(image, bytes | Path):
+    if isinstance(image, np.ndarray):
         return {"channels": image.shape[2], "levels": levels_of_rows(image.reshape(-1, image.shape[2]))}
+    image = image if isinstance(image, Path) else in_memory(image)  # what lies in a shard
     header = read_header(image, reading)
     found: dict[str, Any] = {
         "channels": header.channels,
