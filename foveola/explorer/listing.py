@@ -2,8 +2,10 @@
 
 import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
@@ -34,9 +36,10 @@ def listing(source: Any, images: Sequence[int]) -> SelectionList:
             sample = source[image]
         except BadImage:
             continue
-        names.append(sample.name)
+        name = _name(source, image, sample.name)
+        names.append(name)
         labels.append(-1 if sample.label is None else sample.label)
-        why = why or _misfit(source, image, sample.name)
+        why = why or _misfit(source, image, name)
     if why:
         return SelectionList("".join(f"{name}\n" for name in names), None, why)
     options = dict(parse_qsl(source.name.partition("?")[2]))
@@ -48,6 +51,17 @@ def listing(source: Any, images: Sequence[int]) -> SelectionList:
         words = []
     rows = zip(names, words, strict=True) if words else ((name,) for name in names)
     return SelectionList("".join(map(_line, rows)), data, "")
+
+
+def _name(source: Any, image: int, shown: str) -> str:
+    """The name of an image's file below the folder of its source; control characters are not shown of it."""
+    path: Any = getattr(source, "path", None)
+    root = getattr(source, "root", None)
+    if not callable(path) or root is None:
+        return shown
+    with suppress(ValueError):  # a file elsewhere
+        return Path(str(path(image))).relative_to(root).as_posix()
+    return shown
 
 
 def _misfit(source: Any, image: int, name: str) -> str:

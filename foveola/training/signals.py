@@ -28,6 +28,7 @@ class Stop:
     def __init__(self) -> None:
         self.told, self._last = False, 0.0
         self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -50,6 +51,8 @@ class Stop:
         return bool(distributed.all_reduce_max(torch.tensor(float(self.told))))
 
     def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that has just been forked: it is told by this process
         now = time.monotonic()
         if self.told and number == signal.SIGINT and now - self._last > IMPATIENT:
             raise KeyboardInterrupt

@@ -370,6 +370,21 @@ def test_an_impatient_second_interruption_ends_at_once(tiny, tmp_path, monkeypat
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_process_that_was_just_forked_says_nothing_of_a_signal(capfd, monkeypatch):
+    """A worker that has not yet set its own handlers has those of the run."""
+    from foveola.training import signals
+
+    with signals.Stop() as stop:
+        own = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop.told
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.told
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
 def test_a_run_in_a_thread_works_without_signals(tiny, tmp_path):
     runs = []
     thread = threading.Thread(
