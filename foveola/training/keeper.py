@@ -60,14 +60,15 @@ class Keeper:
             if distributed.is_main():
                 encoder.save(own.path)
 
-    def save(self, step: int, *, wait: bool = True) -> list[int]:
+    def save(self, step: int, *, wait: bool) -> list[int]:
         """Write a checkpoint and the encoder of a step; return the steps of checkpoints that are whole now.
 
         What is cut is written while training goes on, unless it is to `wait`: its checkpoint is whole at the
         next call. Raises UserError where a checkpoint cannot be written, on all processes.
         """
         if self.trainer.sharded:
-            done = [*self.settle(), *self._begin(step)]
+            done = self.settle()
+            self._begin(step)
             return [*done, *self.settle()] if wait else done
         if distributed.is_main():
             with told(f"step {step} cannot be saved in {self.folder}"):
@@ -85,19 +86,17 @@ class Keeper:
             raise UserError(reason)
         return [step]
 
-    def rescue(self, step: int) -> bool:
-        """Save a step while other processes may be gone; return whether that can be.
+    def rescue(self, step: int) -> None:
+        """Save a step on the main process alone, as others may be gone; not where they have parts of it."""
+        if not self.trainer.sharded:
+            self._write(step, self.encoder(step), self._state(step))
 
-        It cannot where the other processes have a part of the weights; what they wrote before is waited for.
-        """
-        if self.trainer.sharded:
-            if self.pending is not None:
-                self.pending[1].exception()
-            return False
-        self._write(step, self.encoder(step), self._state(step))
-        return True
+    def end(self) -> None:
+        """Wait for what is being written, whatever becomes of it: an error is about to end the run."""
+        if self.pending is not None:
+            self.pending[1].exception()
 
-    def _begin(self, step: int) -> list[int]:
+    def _begin(self, step: int) -> None:
         """Let each process write its part of a checkpoint, in a thread of its own."""
         import torch.distributed.checkpoint as dcp
 
@@ -118,7 +117,6 @@ class Keeper:
             state = _copied(state)
             written = self.threads.submit(self._finish, written, what, step, encoder, state)
         self.pending = step, written
-        return []
 
     def _finish(self, written: Future, what: str, step: int, encoder: Encoder, state: dict[str, Any]) -> None:
         """When all parts are written: what is whole, and the checkpoint takes its place."""

@@ -235,6 +235,8 @@ class _Session:
             self.start.keep(self.folder, self.keeper.encoder(0), log.note)
         wise = advice(self.config, self.trainer.method, self.progress, len(self.source))
         resting = [f"resting: {part}" for part in self.trainer.freezing.describe()]
+        if self.config.parallel != "ddp" and not self.trainer.sharded:
+            log.note(f"parallel={self.config.parallel}: this is one process, which has all weights")
         for text in (*resting, *wise, *first_look(self.source)):
             log.note(text)
         if self.config.views.objects is not None:
@@ -314,6 +316,7 @@ class _Session:
         meets it; shown by whoever catches it.
         """
         reason = str(error) if isinstance(error, UserError) else explain(error)
+        self.keeper.end()
         if self.whole and self.tried != self.step > 0 and distributed.is_main():
             try:
                 self.keeper.rescue(self.step)

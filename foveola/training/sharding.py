@@ -50,9 +50,7 @@ def check_sharding(config: Any) -> None:
     if config.sharding.gather == "bf16" and config.precision != "bf16":
         raise ValueError(f"sharding.gather=bf16 goes with precision=bf16, not {config.precision}")
     if config.parallel != "ddp" and config.lora is not None:
-        raise ValueError(
-            f"lora trains little of a network that is whole: parallel=ddp, not {config.parallel}"
-        )
+        raise ValueError(f"lora goes with parallel=ddp, not {config.parallel}: its updates are small")
 
 
 def is_sharded(parallel: Parallel) -> bool:
@@ -191,5 +189,4 @@ pytree.register_pytree_node(
     Output,
     lambda output: ([output.losses, output.logs], None),
     lambda parts, _: Output(*parts),
-    serialized_type_name="foveola.Output",
 )

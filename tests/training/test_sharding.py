@@ -78,9 +78,13 @@ if __name__ == "__main__":
                 }
                 adaptive = resolve(recipe, changes).optimizer.kind == "adamw"
                 about = {"what": [recipe, kind], "share": two[3] / one[3], "adaptive": adaptive}
+                weights = [v for v in two[1]["method"].values() if isinstance(v, torch.Tensor)]
+                weights += [v for state in two[1]["optimizer"].values() for v in state.values()]
+                differ["dtypes"] = sorted({str(v.dtype) for v in weights if v.is_floating_point()})
                 print(json.dumps(about | differ))
     distributed.stop()
 """
+LOCAL = {"views.local_size": 16, "views.local_count": 2}
 SMALL = {
     "data": "scenes:?size=32&count=64",
     "batch_size": 8,
@@ -92,11 +96,10 @@ SMALL = {
     "transform": {"resize": 32, "crop": 32},
     # The first steps of AdamW have the size of the rate however small a gradient is, so that rounding shows.
     "optimizer": {"kind": "sgd", "lr": {"value": 0.1, "warmup": "0 steps"}, "lr_rule": "none"},
-    "optimizer.weight_decay": {"value": 0.1},
 }
 HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
-LOCAL = {"views.local_size": 16, "views.local_count": 2}
-DISTILLED = SMALL | {"method.heads": {"main": HEADS}, "optimizer.freeze_last_layer": "1 steps"}
+DECAYED = SMALL | {"optimizer.weight_decay": {"value": 0.1}}
+DISTILLED = DECAYED | {"method.heads": {"main": HEADS}, "optimizer.freeze_last_layer": "1 steps"}
 BOTH = DISTILLED | {"method.heads": {"main": HEADS, "patches": HEADS}}
 CAPI = {
     "method.clustering.prototypes": 24,
@@ -109,10 +112,19 @@ METHODS = {
     "dinov2-tiny-tinyimagenet": BOTH | LOCAL,
     "posfield-tiny-tinyimagenet": DISTILLED | LOCAL,
     "odis-posfield-tiny-tinyimagenet": DISTILLED | LOCAL,
-    "capi-tiny-tinyimagenet": SMALL | CAPI,
-    "mae-tiny-tinyimagenet": SMALL,
-    "ijepa-tiny-tinyimagenet": SMALL,
-    "classify-small": SMALL,
+    "capi-tiny-tinyimagenet": DECAYED | CAPI,
+    "mae-tiny-tinyimagenet": DECAYED,
+    "ijepa-tiny-tinyimagenet": DECAYED,
+    "classify-small": DECAYED,
+    "vitdet-small": {
+        "data": "scenes:?size=64&count=16&objects=2-4",
+        "batch_size": 4,
+        "duration": "6 steps",
+        "device": "cpu",
+        "loader.workers": 0,
+        "method": {"channels": 16, "hidden": 32, "proposals": 16},
+        "optimizer": SMALL["optimizer"] | {"lr": {"value": 0.01, "warmup": "0 steps"}, "layer_decay": 1.0},
+    },
 }
 FULLY = {"parallel": "fsdp"}
 
@@ -153,6 +165,16 @@ def test_every_way_of_cutting_learns_the_same(run_ranks):
         assert max(found["weights"], found["encoder"]) < (2e-3 if found["adaptive"] else 1e-5), found
         half = 0.5 if "replicas" in str(found["what"]) else 0.25
         assert half - 0.01 < found["share"] < half + 0.06, found
+
+
+def test_weights_of_blocks_travel_as_halves(run_ranks):
+    """Losses are those of halves that autocast makes, not to the bit; weights and averages stay float32."""
+    recipe = "dinov2-tiny-tinyimagenet"
+    halves = METHODS[recipe] | {"precision": "bf16"}
+    whole, half = compare(run_ranks, [(recipe, halves, [FULLY, FULLY | {"sharding.gather": "bf16"}])])
+    assert whole["losses"] < 1e-6, whole
+    assert 1e-6 < half["losses"] < 1e-2, half
+    assert half["dtypes"] == ["torch.float32"]
 
 
 @pytest.mark.parametrize(
