@@ -31,6 +31,18 @@ def test_version_and_usage(capsys):
         assert "pretrain RECIPE" in capsys.readouterr().out
 
 
+def test_the_package_can_be_run_as_a_module():
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "foveola", *words], capture_output=True, text=True, cwd=ROOT
+        )
+
+    assert run("--version").stdout == f"foveola {__version__}\n"
+    wrong = run("pretrian")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("foveola: error: unknown command 'pretrian'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -28,6 +28,7 @@ OPEN_LEAVES = {
 }  # any file may import these
 LEAVES = OPEN_LEAVES | {"distributed", "geometry"}
 ALLOWED = {
+    "__main__": {"cli"},
     "cli": {
         "commands",
         "console",
