@@ -24,12 +24,11 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from foveola.data.sample import Sample
 from foveola.evaluation.classification.attentive import AttentiveGrid
 from foveola.evaluation.classification.cae import CaeGrid
-from foveola.evaluation.classification.grids import ProbePlan, train_plans
 from foveola.evaluation.classification.linear import LINEAR_RATES, LinearGrid, joined_width, need_of
-from foveola.evaluation.classification.solvers import cosine
-from foveola.evaluation.features.cache import Feed, FeedConfig
-from foveola.evaluation.features.names import need
-from foveola.evaluation.features.stream import Stream
+from foveola.evaluation.classification.stream import Stream
+from foveola.evaluation.classification.training import ProbePlan, cosine, train_plans
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.need import FeedConfig, need
 from foveola.models.encoder import Encoder, EncoderConfig
 from foveola.models.vit import ViTConfig
 

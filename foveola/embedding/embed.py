@@ -18,7 +18,7 @@ from foveola.data.sources import Source, as_source, why_bad
 from foveola.embedding.formats import format_of, header_of, write_features
 from foveola.embedding.parts import FileParts, differing
 from foveola.embedding.rows import EmbedConfig, Embedding
-from foveola.evaluation.features.names import EXTERNAL
+from foveola.evaluation.features.need import EXTERNAL
 from foveola.evaluation.images import PARCEL, choose_images, share_of_rank
 from foveola.evaluation.stored import SPEED
 from foveola.failures import told

@@ -14,8 +14,8 @@ from foveola.config import UserError, key
 from foveola.data.sample import Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.classification.linear import joined_features, joined_width, split_features
-from foveola.evaluation.features.encoding import checked
-from foveola.evaluation.features.names import FeatureReader, check_kinds, need, shape_of
+from foveola.evaluation.features.encoding import FeatureReader, checked
+from foveola.evaluation.features.need import check_kinds, need, shape_of
 from foveola.evaluation.features.table import ExtractConfig, RowsCut, object_tokens
 from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, MaskedConfig, join
 from foveola.models.encoder import Encoder

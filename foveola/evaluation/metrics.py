@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foveola.config import UserError
 from foveola.data.sources import Source
 
-# -- what is right ------------------------------------------------------------------------------------------
+# -- what is right -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,3 +311,44 @@ def effective_rank(features: Float[Tensor, "n D"], chunk: int = 65536) -> float:
     if total == 0:
         return 0.0
     return torch.special.entr(singular / total).sum().exp().item()
+
+
+# -- many classifiers at once --------------------------------------------------------------------------------
+
+
+SCORING = 256  # rows scored at once
+
+
+class Judged(NamedTuple):
+    """What some rows say of each of G probes."""
+
+    right: Bool[Tensor, "G m"]  # whether each row's best class is a right one
+    loss: Float64[Tensor, "G"]  # mean cross-entropy of the rows' labels; infinite where that is not finite
+
+    def order(self) -> list[tuple[float, float]]:
+        """Return what the best probe has the greatest of: the share that is right, and of equals the lower
+        loss.
+        """
+        return [(percent(row), -loss) for row, loss in zip(self.right, self.loss.tolist(), strict=True)]
+
+
+def judged(
+    logits_of: Callable[[slice], Float[Tensor, "G b C"]], count: int, answers: Answers, at_once: int = SCORING
+) -> Judged:
+    """Return probes by their logits of `count` rows. One whose scores are not finite has no row right."""
+    right, loss = [], []
+    for start in range(0, count, at_once):
+        rows = slice(start, start + at_once)
+        logits = logits_of(rows)
+        finite = ~(logits.isnan().any(dim=2) | logits.isposinf().any(dim=2)).cpu()
+        right.append(answers.hits(logits, rows) & finite)
+        loss.append(cross_entropies(logits.cpu(), answers.labels[rows]).sum(dim=1))
+    total = torch.stack(loss).sum(dim=0) / count
+    return Judged(torch.cat(right, dim=1), total.nan_to_num(nan=torch.inf, posinf=torch.inf))
+
+
+def cross_entropies(logits: Float[Tensor, "G m C"], labels: Int64[Tensor, "m"]) -> Float64[Tensor, "G m"]:
+    """Return minus the logarithm of each label's probability; 0 where the label is unknown (-1)."""
+    log = torch.log_softmax(logits.double(), dim=2)
+    own = log.gather(2, labels.clamp(min=0).expand(len(log), -1)[..., None])[..., 0]
+    return torch.where(labels >= 0, -own, 0.0)

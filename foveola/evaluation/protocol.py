@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from foveola.config import UserError
 from foveola.data.sources import Source
-from foveola.evaluation.features.cache import Feed, Need, Store
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.need import Need
+from foveola.evaluation.features.store import Store
 from foveola.models.encoder import Encoder
 from foveola.outside import Door, is_importable
 

@@ -15,8 +15,8 @@ from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.embedding.formats import read_features
 from foveola.evaluation.classification.linear import joined_features
-from foveola.evaluation.features.cache import Feed, FeedConfig
-from foveola.evaluation.features.names import need
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.need import FeedConfig, need
 from foveola.evaluation.features.table import ExtractConfig, extract
 from foveola.evaluation.images import choose_images
 from foveola.zoo.load import load

@@ -46,7 +46,7 @@ def files_that_run(call: Callable[[], Any]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "most"), [("knn", {"k": (3,)}, 6), ("linear", {"iterations": 2, "lr": (0.1,)}, 12)]
+    ("name", "settings", "most"), [("knn", {"k": (3,)}, 6), ("linear", {"iterations": 2, "lr": (0.1,)}, 9)]
 )
 def test_the_way_to_a_number_is_the_one_on_the_page(name, settings, most, encoder, shades, tmp_path):
     ways, beside = section()

@@ -13,14 +13,6 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import (
-    ChosenProbes,
-    ProbeGrid,
-    ProbePlan,
-    check_heads,
-    probe_metrics,
-    with_spread,
-)
 from foveola.evaluation.classification.linear import (
     BatchNorm,
     LinearGrid,
@@ -29,11 +21,19 @@ from foveola.evaluation.classification.linear import (
     norm_tensors,
 )
 from foveola.evaluation.classification.saved import SavedProbe
-from foveola.evaluation.classification.solvers import OPTIMIZERS, OptimizerName, add_gradients, warm_cosine
 from foveola.evaluation.classification.task import Exam, Task, plan_training
-from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
-from foveola.evaluation.features.cache import Columns, Need
-from foveola.evaluation.features.names import ATTENTION, EXTERNAL, need, shape_of
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe, probe_metrics, with_spread
+from foveola.evaluation.classification.training import (
+    OPTIMIZERS,
+    ChosenProbes,
+    Columns,
+    OptimizerName,
+    ProbeGrid,
+    ProbePlan,
+    add_gradients,
+    warm_cosine,
+)
+from foveola.evaluation.features.need import ATTENTION, EXTERNAL, Need, need, shape_of
 from foveola.evaluation.protocol import Metric, Outcome
 from foveola.models.encoder import Encoder, gives_attention
 
@@ -43,6 +43,16 @@ SMALL = 50_000  # images: LARS, made for batches of 16384, hardly moves on fewer
 HIDDEN_AT_ONCE = 2**27  # numbers of all probes' hidden layers in memory at a time: 512 MiB
 
 # -- core ----------------------------------------------------------------------------------------------------
+
+
+def check_heads(heads: int, width: int) -> None:
+    """Raise UserError, with heads that would do, unless they divide the width."""
+    if width % heads:
+        right = [n for n in range(1, width + 1) if width % n == 0]
+        below, above = max(n for n in right if n < heads), min([n for n in right if n > heads], default=width)
+        raise UserError(
+            f"heads={heads} do not divide the width of the patches, {width}; {below} or {above} do"
+        )
 
 
 class AbmilpGrid:

@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import key
-from foveola.evaluation.classification.abmilp import SMALL
+from foveola.evaluation.classification.abmilp import SMALL, check_heads
 from foveola.evaluation.classification.cae import CaeGrid
-from foveola.evaluation.classification.grids import (
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe, probe_metrics, with_spread
+from foveola.evaluation.classification.training import (
+    AdamW,
     ProbeGrid,
     ProbePlan,
-    check_heads,
-    probe_metrics,
-    with_spread,
+    add_gradients,
+    closed_warm_cosine,
+    warm_cosine,
 )
-from foveola.evaluation.classification.solvers import AdamW, add_gradients, closed_warm_cosine, warm_cosine
-from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
-from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
-from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import need, shape_of
+from foveola.evaluation.features.need import Need, need, shape_of
 from foveola.models.encoder import Encoder
 
 SCORES_AT_ONCE = (

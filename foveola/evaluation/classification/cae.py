@@ -10,7 +10,7 @@ from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
 from foveola.evaluation.classification.linear import BatchNorm, norm_tensors
-from foveola.evaluation.classification.solvers import Sgd, add_gradients
+from foveola.evaluation.classification.training import Sgd, add_gradients
 
 CAE_SCORES_AT_ONCE = 2**26  # attention scores, or what was read, of all probes in memory at a time: 256 MiB
 NORM_EPS = 1e-6  # of the LayerNorms

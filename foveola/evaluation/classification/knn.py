@@ -12,8 +12,7 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, key
 from foveola.data.sources import Source
-from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import need
+from foveola.evaluation.features.need import Need, need
 from foveola.evaluation.features.overlap import content_groups
 from foveola.evaluation.features.table import (
     ExtractConfig,

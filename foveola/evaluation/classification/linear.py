@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 
 from foveola.config import UserError, key
-from foveola.evaluation.classification.grids import ProbePlan, probe_metrics, with_spread
-from foveola.evaluation.classification.solvers import (
+from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
+from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe, probe_metrics, with_spread
+from foveola.evaluation.classification.training import (
     OPTIMIZERS,
     Factor,
     OptimizerName,
+    ProbePlan,
     cosine,
     cosine_by_epoch,
     warm_cosine,
 )
-from foveola.evaluation.classification.task import PUBLISHED_STEPS, Task, plan_training
-from foveola.evaluation.classification.trained import TrainedConfig, TrainedProbe
-from foveola.evaluation.features.cache import Need
-from foveola.evaluation.features.names import EXTERNAL, need, shape_of
+from foveola.evaluation.features.need import EXTERNAL, Need, need, shape_of
 from foveola.models.encoder import Encoder
 
 # -- core ----------------------------------------------------------------------------------------------------

@@ -13,12 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from foveola.config import key
-from foveola.evaluation.classification.grids import Judged, judged, notes_of_choice, probe_metrics, scored
 from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
-from foveola.evaluation.classification.trained import probe_needs
-from foveola.evaluation.features.cache import Need
-from foveola.evaluation.metrics import Answers, percent
+from foveola.evaluation.classification.trained import notes_of_choice, probe_metrics, probe_needs, scored
+from foveola.evaluation.features.need import Need
+from foveola.evaluation.metrics import Answers, Judged, judged, percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.progress import show

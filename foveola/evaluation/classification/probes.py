@@ -9,12 +9,18 @@ from typing import Any, Literal, NamedTuple
 from foveola.config import ConfigError, key
 from foveola.evaluation.classification.abmilp import Abmilp, AbmilpConfig
 from foveola.evaluation.classification.attentive import Attentive, AttentiveConfig
-from foveola.evaluation.classification.grids import means_over_seeds, probe_metrics, with_spread
 from foveola.evaluation.classification.knn import Knn, KnnConfig
 from foveola.evaluation.classification.linear import Linear, LinearConfig
 from foveola.evaluation.classification.logistic import Logistic, LogisticConfig
 from foveola.evaluation.classification.task import ProbeConfig
-from foveola.evaluation.classification.trained import Prepared, TrainedProbe, train_together
+from foveola.evaluation.classification.trained import (
+    Prepared,
+    TrainedProbe,
+    means_over_seeds,
+    probe_metrics,
+    train_together,
+    with_spread,
+)
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 

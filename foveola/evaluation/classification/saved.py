@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError
-from foveola.evaluation.classification.grids import ChosenProbes, ProbeGrid
 from foveola.evaluation.classification.task import Known
+from foveola.evaluation.classification.training import ChosenProbes, ProbeGrid
 from foveola.evaluation.protocol import Outcome
 from foveola.models.encoder import Encoder
 

@@ -14,16 +14,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from foveola.config import UserError, key
-from foveola.evaluation.features.cache import (
-    Columns,
-    FeatureBatch,
-    FeedConfig,
-    Need,
-    Store,
-    batches,
-    per_epoch,
-)
-from foveola.evaluation.features.stream import Stream, labels_of
+from foveola.evaluation.classification.stream import Stream, labels_of
+from foveola.evaluation.classification.training import Columns, FeatureBatch, batches, per_epoch
+from foveola.evaluation.features.need import FeedConfig, Need
+from foveola.evaluation.features.store import Store
 from foveola.evaluation.images import Part, choose_images, identity_for
 from foveola.evaluation.metrics import Answers, answers_of, shared_labels
 from foveola.evaluation.protocol import At

@@ -1,28 +1,32 @@
-"""Protocols of trained probes: a grid is trained on the features of `train`, and the hold-out chooses."""
+"""Protocols of trained probes: a grid is trained, one is chosen on the hold-out and scored on test."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from operator import or_
-from typing import Any, ClassVar, Literal
+from statistics import fmean, stdev
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from foveola.config import ConfigError, build, key, to_dict
-from foveola.evaluation.classification.grids import (
-    ChosenProbes,
-    ProbeGrid,
-    ProbePlan,
-    choose,
-    means_over_seeds,
-    notes_of_choice,
-    probes_of,
-    score_chosen,
-    train_plans,
-)
 from foveola.evaluation.classification.saved import PROBE, SavedProbe
 from foveola.evaluation.classification.task import Exam, ProbeConfig, Task, open_exam, open_task
-from foveola.evaluation.features.names import Need
-from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
+from foveola.evaluation.classification.training import (
+    ChosenProbes,
+    Columns,
+    ProbeGrid,
+    ProbePlan,
+    probes_of,
+    train_plans,
+)
+from foveola.evaluation.features.need import Need
+from foveola.evaluation.metrics import SCORING, Answers, Judged, interval, judged, percent
+from foveola.evaluation.paired import packed
+from foveola.evaluation.protocol import INTERVAL_ENDS, At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
 # Settings that may be given with a probe that is trained already: how the test images are read.
@@ -203,3 +207,153 @@ def train_together(every: Sequence[Prepared], progress: bool) -> None:
             each.task.train = first.task.train  # all learn from what this one says that it read
         drawn = first.task.drawn(wanted, first.config.views, batch, steps, first.seed)
         train_plans([each.plan for each in some], drawn, progress)
+
+
+# -- the choice, and what is chosen --------------------------------------------------------------------------
+
+
+def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes:
+    """Choose in each group the probe that is best on the hold-out.
+
+    Of those with equally many right, the one of the lowest loss on the hold-out: on small sets ties are the
+    rule, and the first of a grid is often one that hardly learned. Without hold-out the test set chooses, as
+    in many papers, and the first of equals is taken.
+    """
+    held = None
+    if len(task.hold):
+        columns = Columns(task.holding, task.hold, wanted, task.device)
+        held = [judge(grid, columns, task.held) for grid in grids]
+        order = [found.order() for found in held]
+    else:
+        test = task.exam.columns(wanted)
+        order = [
+            [(percent(row),) for row in judge(grid, test, task.exam.answers).right]
+            if len(probes_of(grids, grid.group)) > 1
+            else [(0.0,)]
+            for grid in grids
+        ]
+    groups = dict.fromkeys(grid.group for grid in grids)
+    return ChosenProbes(
+        {g: max(probes_of(grids, g), key=lambda at: order[at[0]][at[1]]) for g in groups}, held
+    )
+
+
+@torch.no_grad()
+def judge(grid: ProbeGrid, columns: Columns, answers: Answers) -> Judged:
+    """Return the probes of a grid on some rows."""
+    every = torch.arange(len(columns))
+    return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), answers)
+
+
+@torch.no_grad()
+def probe_scores(grid: ProbeGrid, probe: int, columns: Columns) -> Float[Tensor, "m C"]:
+    """Return the scores of one probe of a grid, on the CPU."""
+    every = torch.arange(len(columns)).split(SCORING)
+    return torch.cat([grid.logits(columns.take(at))[probe].float().cpu() for at in every])
+
+
+def score_chosen(
+    grids: Sequence[ProbeGrid], choice: ChosenProbes, exam: Exam, wanted: Need, seed: int
+) -> Outcome:
+    """Return what the chosen probes score on a test set, and the grid of all; without facts of the data."""
+    test = exam.columns(wanted)
+    metrics: dict[str, float] = {}
+    chosen: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
+    for group, best in choice.probes.items():
+        members = probes_of(grids, group)
+        right = {i: judge(grids[i], test, exam.answers).right for i in dict.fromkeys(i for i, _ in members)}
+        rows = [
+            {
+                **grids[i].settings[g],
+                **({} if choice.held is None else {"holdout": choice.held[i].order()[g][0]}),
+                "test": percent(right[i][g]),
+            }
+            for i, g in members
+        ]
+        i, g = best
+        row = rows[members.index(best)]
+        top5 = exam.answers.top5(probe_scores(grids[i], g, test))
+        found = scored(group, right[i][g], exam.answers, seed, top5)
+        metrics |= found.metrics
+        scores |= found.scores
+        if len(rows) > 1:
+            metrics[f"top1_{group}_best_on_test"] = max(row["test"] for row in rows)
+        if choice.held is not None:
+            metrics[f"holdout_{group}"] = row["holdout"]
+        chosen[group] = {k: v for k, v in row.items() if k not in ("holdout", "test")}
+        chosen[group]["parameters"] = grids[i].parameters_each
+        grid[group] = rows
+    return Outcome(metrics, {}, (), chosen, grid, scores)
+
+
+class Scored(NamedTuple):
+    """Metrics of one probe, and the score of each row."""
+
+    metrics: dict[str, float]
+    scores: dict[str, Any]
+
+
+def scored(
+    group: str, right: Bool[Tensor, "m"], answers: Answers, seed: int, top5: Bool[Tensor, "m"]
+) -> Scored:
+    """Return `top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
+    low, high = interval(right, answers.image_indices, seed=seed)
+    metrics = {
+        f"top1_{group}": percent(right),
+        f"top1_{group}_low": 100 * low,
+        f"top1_{group}_high": 100 * high,
+        f"top5_{group}": percent(top5),
+    }
+    hits = {f"top1_{group}": right, f"top5_{group}": top5}
+    return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
+
+
+def means_over_seeds(runs: Sequence[Outcome], seed: int) -> Outcome:
+    """Return the outcome of the first of several trainings, of seeds `seed`, `seed` + 1, ..., with the mean
+    of each metric over all of them, and their sample standard deviation as `<metric>_std`.
+
+    Intervals over images, scores of rows, what was chosen and the grid stay those of the first. The outcome
+    of a single training is returned as it is.
+    """
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    ends = {name + end for name in first.metrics for end in INTERVAL_ENDS}
+    metrics = dict(first.metrics)
+    for name in [name for name in first.metrics if name not in ends]:
+        values = [run.metrics[name] for run in runs]
+        metrics |= {name: fmean(values), f"{name}_std": stdev(values)}
+    note = (
+        f"numbers are means over trainings with seeds {seed} to {seed + len(runs) - 1}, _std is their "
+        f"standard deviation; intervals, differences of pairs, the grid and the kept probe are of seed {seed}"
+    )
+    return replace(first, metrics=metrics, notes=(*first.notes, note))
+
+
+def notes_of_choice(task: Task, count: int) -> list[str]:
+    """Say so where the test set chooses among several probes."""
+    if len(task.hold) or count < 2:
+        return []
+    return [f"the best of {count} probes was chosen on the test set (holdout=0)"]
+
+
+# -- what is measured ----------------------------------------------------------------------------------------
+
+
+def probe_metrics(label: str) -> tuple[Metric, ...]:
+    """Return what `score_chosen` and `scored` measure of each probe, under a name for people."""
+    return (
+        Metric("top1_*", f"{label} top-1 ({{}})", "higher", chance=1, main=True, column="top1"),
+        Metric("top5_*", f"{label} top-5 ({{}})", "higher", chance=5, column="top5"),
+        Metric("holdout_*", f"{label} holdout ({{}})", "higher", column="hold-out"),
+        Metric("top1_*_best_on_test", f"{label} top-1 ({{}} best on test)", "higher", chance=1,
+               column="best on test"),
+    )  # fmt: skip
+
+
+def with_spread(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Return metrics and, of each, its standard deviation over seeds, as `means_over_seeds` names it."""
+    spread = (Metric(f"{m.name}_std", f"{m.label}, standard deviation", unit=m.unit) for m in metrics)
+    return (*metrics, *spread)

@@ -1,6 +1,7 @@
-"""Images in views to features, batch by batch: what a pass computes, before it is stored or used.
+"""Images to features: the views of an image, what an encoder makes of a batch, and a source batch by batch.
 
-The views are the evaluation view, and random crops for augmented probes.
+The views are the evaluation view, and random crops for augmented probes. What is computed here is stored by
+`store`, or used at once by `stream` and by those who read everything once.
 """
 
 import math
@@ -11,24 +12,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from foveola.config import UserError, key
+from foveola.config import UserError
 from foveola.data.sample import Sample
 from foveola.data.sources import Source, decode
-from foveola.evaluation.features.names import FeatureReader, Need
+from foveola.evaluation.features.need import ATTENTION, EXTERNAL, FeedConfig, Need, check_kinds
 from foveola.evaluation.images import Batches, ImageRows, Images, MaskedConfig, PatchMasks, rows_of
 from foveola.evaluation.segmentation.labelled import LabelledCut
 from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, crop_view, evaluation_view
+from foveola.zoo.load import load
 
-
-@dataclass(frozen=True)
-class FeedConfig(MaskedConfig):
-    """How images become stored features."""
-
-    store: Literal["float32", "float16"] = key("float32", "number format of stored features")
+# -- views ---------------------------------------------------------------------------------------------------
 
 
 class CropsCut:
@@ -98,6 +96,102 @@ def random_crop(
     w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
+
+
+# -- features of a batch -------------------------------------------------------------------------------------
+
+
+class FeatureReader:
+    """Computes kinds of features of images; keeps the other encoders of `external:` kinds.
+
+    Features are put on `device`; by default on the CPU.
+    """
+
+    def __init__(self, encoder: Encoder, precision: str, device: torch.device | str = "cpu") -> None:
+        self.encoder, self.precision, self.device = encoder, precision, device
+        self.others: dict[str, Encoder] = {}
+
+    def other(self, kind: str) -> Encoder:
+        """Return the encoder of an `external:` kind. Raises UserError where it has no class token or grid."""
+        if kind not in self.others:
+            encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
+            check_kinds(encoder, ("attention",), 1)
+            self.others[kind] = encoder
+        return self.others[kind]
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Shaped[Tensor, "b ch S S"], masks: Bool[Tensor, "b N"], wanted: Need
+    ) -> dict[str, Float32[Tensor, "b ..."]]:
+        """Features of each wanted kind, float32; all but `masked` without regard to masks."""
+        encoder, kinds = self.encoder.eval(), wanted.kinds
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            moved = images.to(encoder.device)
+            pixels = encoder.normalise(moved)
+            found: dict[str, Tensor] = {}
+            later = 0 if wanted.block is None else encoder.config.model.shape[1] - 1 - wanted.block
+            block = -1 if wanted.block is None else wanted.block
+            attention = bool(kinds & set(ATTENTION))
+            plain = encoder.capture(pixels, wanted.layers + later, attention=attention, block=block)
+            layers = plain.layers[: wanted.layers]
+            last = layers[-1]
+            tokens = [layer.objects[:, 0] for layer in layers if layer.objects.shape[1]]
+            if "masked" in kinds:
+                plain_tokens = torch.stack(tokens, dim=1).float()
+                found["masked"] = self._masked(pixels, masks, plain_tokens, wanted.layers, later)
+            if "token" in kinds:
+                found["token"] = torch.stack(tokens, dim=1)
+            patches = last.patches.float()
+            found |= {"average": encoder.backbone.fc_norm(patches.mean(dim=1)), "patches": patches}
+            if "predictor" in kinds:
+                found["predictor"] = encoder.predictions(last).float().mean(dim=1)
+            count = patches.shape[1]
+            if plain.attention is not None:
+                if kinds & set(ATTENTION[:2]):
+                    rows = plain.attention.objects()[:, :, 0, -count:]
+                    found["attention"] = weigh(rows.mean(dim=1), patches)
+                    found["lowest_entropy"] = weigh(lowest_entropy(rows), patches)
+                found["centre"] = weigh(plain.attention.centre()[:, :, -count:].mean(dim=1), patches)
+            for kind in (kind for kind in kinds if kind.startswith(EXTERNAL)):
+                found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
+        return {kind: found[kind].float().to(self.device) for kind in kinds}
+
+    def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int, later: int) -> Tensor:
+        """Object tokens; one that reads everything is the class token, and not computed again."""
+        new = ~masks.all(dim=1)
+        tokens = plain.clone()
+        if new.any():
+            objects = masks[new][:, None].to(pixels.device)
+            outputs = self.encoder.layers(pixels[new.to(pixels.device)], layers + later, objects)[:layers]
+            tokens[new.to(tokens.device)] = torch.stack([o.objects[:, 0] for o in outputs], dim=1).float()
+        return tokens
+
+    def _foreign(self, kind: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
+        other = self.other(kind).eval()
+        other.check_side(images.shape[-1], "images", kind)
+        seen = other.attention(other.normalise(images))
+        rows, columns = seen.grid
+        maps = seen.objects()[:, :, 0, seen.special :].mean(dim=1).view(-1, 1, rows, columns)
+        if (rows, columns) != grid:
+            maps = interpolate(maps, grid, mode="bilinear", antialias=True).clamp_(min=0)
+        return maps.flatten(1)
+
+
+def weigh(weights: Float[Tensor, "b N"], patches: Float[Tensor, "b N D"]) -> Float[Tensor, "b D"]:
+    """Return patches averaged with the weights, which need not sum to one."""
+    return torch.einsum("bn,bnd->bd", weights / weights.sum(dim=1, keepdim=True), patches)
+
+
+def lowest_entropy(rows: Float[Tensor, "b heads N"]) -> Float[Tensor, "b N"]:
+    """Return, of each image, the row of the head whose distribution over the patches has the lowest
+    entropy.
+    """
+    shares = rows / rows.sum(dim=2, keepdim=True)
+    best = torch.special.entr(shares).sum(dim=2).argmin(dim=1)
+    return shares[torch.arange(len(shares), device=shares.device), best]
+
+
+# -- a source, batch by batch --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from foveola.evaluation.classification.abmilp import load_weights
 from foveola.evaluation.classification.saved import SavedProbe
 from foveola.evaluation.classification.task import held_out
 from foveola.evaluation.features.cache import feeding
-from foveola.evaluation.features.names import need
+from foveola.evaluation.features.need import need
 from foveola.evaluation.features.table import check_finite
 from foveola.evaluation.images import (
     Batches,

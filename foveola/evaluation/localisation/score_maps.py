@@ -9,12 +9,13 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.sources import Source
 from foveola.evaluation.classification.abmilp import AbmilpConfig, AbmilpGrid
-from foveola.evaluation.classification.grids import Judged, ProbePlan, judge, train_plans
-from foveola.evaluation.classification.solvers import warm_cosine
 from foveola.evaluation.classification.task import HOLDOUT, held_out, length_of
-from foveola.evaluation.features.cache import Columns, Feed, FeedConfig, batches
-from foveola.evaluation.features.names import lowest_entropy, need
-from foveola.evaluation.metrics import Answers
+from foveola.evaluation.classification.trained import judge
+from foveola.evaluation.classification.training import Columns, ProbePlan, batches, train_plans, warm_cosine
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.encoding import lowest_entropy
+from foveola.evaluation.features.need import FeedConfig, need
+from foveola.evaluation.metrics import Answers, Judged
 from foveola.models.encoder import Encoder
 
 OF_TOKEN = ("attention", "lowest_entropy", "heads")  # what the class token reads

@@ -21,7 +21,7 @@ from foveola.data.identity import identity_of
 from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
-from foveola.evaluation.features.names import Need
+from foveola.evaluation.features.need import Need
 from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share_of_rank
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder

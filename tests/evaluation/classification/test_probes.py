@@ -11,12 +11,12 @@ import torch
 
 from foveola.config import ConfigError, UserError
 from foveola.evaluation.classification import task
-from foveola.evaluation.classification.grids import judged
 from foveola.evaluation.classification.task import ProbeConfig, held_out, length_of, open_task
+from foveola.evaluation.classification.training import Columns, batches
 from foveola.evaluation.evaluate import evaluate, evaluate_all
-from foveola.evaluation.features.cache import Columns, Feed, batches
-from foveola.evaluation.features.names import need
-from foveola.evaluation.metrics import Answers
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.need import need
+from foveola.evaluation.metrics import Answers, judged
 from foveola.evaluation.protocol import At
 from foveola.evaluation.result import Result
 
@@ -264,7 +264,7 @@ def test_epochs_see_every_row_once_and_crops_in_turn(encoder, shades, monkeypatc
         store = feed.open(train, config, need("average"), 2)
         columns = Columns(store, torch.arange(24), need("average"), torch.device("cpu"), 2)
         views = [store.take("average", slice(None), view) for view in range(3)]
-        monkeypatch.setattr("foveola.evaluation.features.cache.PRELOAD", 0)
+        monkeypatch.setattr("foveola.evaluation.classification.training.PRELOAD", 0)
         on_disk = Columns(store, torch.arange(24), need("average"), torch.device("cpu"), 2)
         assert columns.kept
         assert not on_disk.kept

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from foveola.config import ConfigError, UserError
-from foveola.evaluation.classification.grids import train_plans
+from foveola.evaluation.classification.training import train_plans
 from foveola.evaluation.compare import compare
 from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.result import Result

@@ -7,10 +7,11 @@ import pytest
 
 from foveola.config import UserError
 from foveola.data.sample import Sample
+from foveola.evaluation.classification.stream import CropSchedule, Stream
+from foveola.evaluation.classification.training import Order
 from foveola.evaluation.evaluate import evaluate
-from foveola.evaluation.features.cache import Feed, FeedConfig, Order
-from foveola.evaluation.features.names import need
-from foveola.evaluation.features.stream import CropSchedule, Stream
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.need import FeedConfig, need
 
 QUIET = {"progress": False, "workers": 0}
 SHORT = {
@@ -82,9 +83,9 @@ RANKS = """
 import json, numpy as np, torch
 from foveola import distributed
 from foveola.data.sources import open_source
-from foveola.evaluation.features.cache import FeedConfig
-from foveola.evaluation.features.names import need
-from foveola.evaluation.features.stream import Stream
+from foveola.evaluation.features.need import FeedConfig
+from foveola.evaluation.features.need import need
+from foveola.evaluation.classification.stream import Stream
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 

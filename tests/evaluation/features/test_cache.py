@@ -16,10 +16,10 @@ from PIL import Image
 from foveola.config import UserError
 from foveola.data.sample import Objects, Sample
 from foveola.data.sources import decode, open_source
-from foveola.evaluation.features import passes
-from foveola.evaluation.features.cache import Feed, FeedConfig
-from foveola.evaluation.features.encoding import CropsCut, random_crop
-from foveola.evaluation.features.names import FeatureReader, lowest_entropy, need, weigh
+from foveola.evaluation.features import store as stored
+from foveola.evaluation.features.cache import Feed
+from foveola.evaluation.features.encoding import CropsCut, FeatureReader, lowest_entropy, random_crop, weigh
+from foveola.evaluation.features.need import FeedConfig, need
 from foveola.evaluation.features.table import ExtractConfig, extract_tables
 from foveola.evaluation.images import Images, choose_images
 from foveola.models.predictor import PredictorConfig
@@ -181,7 +181,7 @@ def test_a_killed_pass_goes_on(encoder, images, tmp_path: Path, monkeypatch) -> 
     """Killed in the second batch: only that one is read again, and the result is the same."""
     with Feed(encoder, None, progress=False) as feed:
         whole = feed.open(images, CONFIG, need("token", "patches")).take("patches")
-    monkeypatch.setattr(passes, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", -1.0)
     plain, calls = FeatureReader.__call__, []
 
     def dies(self, images, masks, wanted):
@@ -276,7 +276,7 @@ def test_the_disk_has_given_its_room_before_anything_is_computed(
         seen.append(file.st_blocks * 512 - file.st_size)
         raise UserError("enough")
 
-    monkeypatch.setattr(passes.Pass, "_compute", stopped)
+    monkeypatch.setattr(stored.Pass, "_compute", stopped)
     with Feed(encoder, tmp_path, progress=False) as feed, pytest.raises(UserError, match="enough"):
         feed.open(images, CONFIG, need("patches"))
     assert seen[0] >= 0

@@ -9,8 +9,8 @@ from PIL import Image
 
 from foveola.config import UserError
 from foveola.evaluation.evaluate import evaluate, evaluate_all
-from foveola.evaluation.features import passes
-from foveola.evaluation.features.names import FeatureReader
+from foveola.evaluation.features import store as stored
+from foveola.evaluation.features.encoding import FeatureReader
 from foveola.evaluation.protocol import find_protocol
 from foveola.evaluation.result import Result
 
@@ -127,7 +127,7 @@ def test_one_pass_for_all_gives_what_each_gets_alone(encoder, camvid, encoded, t
 
 
 def test_nothing_is_stored_that_nobody_shares(encoder, camvid, encoded, monkeypatch):
-    monkeypatch.setattr(passes.Pass, "run", lambda self: pytest.fail("a pass that writes"))
+    monkeypatch.setattr(stored.Pass, "run", lambda self: pytest.fail("a pass that writes"))
     own = {"knn_segmentation": {"k": (1,)}, "linear_segmentation": {"image_size": 48, "steps": 2}}
     evaluate_all(encoder, list(own), train=camvid, test=camvid, progress=False, workers=0, **own)
     assert sum(encoded) == 2 * (6 + 5)
@@ -136,7 +136,7 @@ def test_nothing_is_stored_that_nobody_shares(encoder, camvid, encoded, monkeypa
 def test_a_killed_pass_of_patches_goes_on(encoder, camvid, tmp_path, monkeypatch):
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, "batch_size": 4, "k": (1, 3)}
     whole = evaluate(encoder, "knn_segmentation", **options)
-    monkeypatch.setattr(passes, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", -1.0)
     plain, calls = FeatureReader.__call__, []
 
     def dies(self, images, masks, wanted):
@@ -158,7 +158,7 @@ def test_a_killed_pass_of_patches_goes_on(encoder, camvid, tmp_path, monkeypatch
 def test_patches_that_do_not_fit_on_the_disk(encoder, camvid, tmp_path, monkeypatch):
     """16 patches of 32 numbers and 32 x 32 labels of 6 images."""
     usage = type("Usage", (), {"free": 6 * (16 * 32 * 4 + 32 * 32) - 1})
-    monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(stored.shutil, "disk_usage", lambda _: usage)
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, "cache": tmp_path}
     with pytest.raises(
         UserError, match=r"features of camvid:.* need 0.0 GiB in .* use limit=, store=float16"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foveola.evaluation.classification.solvers import (
+from foveola.evaluation.classification.training import (
     AdamW,
     Lars,
     Sgd,

@@ -17,9 +17,9 @@ from torch import Tensor
 from foveola import distributed
 from foveola.data.sample import BadImage
 from foveola.data.sources import Source
-from foveola.evaluation.features.cache import FeatureBatch, Order
-from foveola.evaluation.features.encoding import CropsCut, FeedConfig, checked
-from foveola.evaluation.features.names import FeatureReader, Need, shape_of
+from foveola.evaluation.classification.training import FeatureBatch, Order
+from foveola.evaluation.features.encoding import CropsCut, FeatureReader, checked
+from foveola.evaluation.features.need import FeedConfig, Need, shape_of
 from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, facts_of_bad, join, share_of_rank
 from foveola.models.encoder import Encoder
 

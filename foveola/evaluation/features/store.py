@@ -1,8 +1,9 @@
-"""The pass behind the cache: images to rows of memory-mapped arrays, which a killed pass goes on with.
+"""Stored features: a `Pass` writes the features of a source to memory-mapped arrays, a `Store` reads them.
 
-Every rank reads its contiguous share of the rows that are not finished. Row r of every array is the r-th
-chosen image; a marker beside each array says which rows are finished, and is written after they are on the
-disk. A checksum of each row tells when a file was damaged later: such rows are computed again.
+A pass that was killed goes on with what it has. Every rank reads its contiguous share of the rows that are
+not finished. Row r of every array is the r-th chosen image; a marker beside each array says which rows are
+finished, and is written after they are on the disk. A checksum of each row tells when a file was damaged
+later: such rows are computed again.
 """
 
 import errno
@@ -18,14 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
+from torch import Tensor
 
 from foveola import distributed, files
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sources import Source
-from foveola.evaluation.features.encoding import Encoding, FeedConfig, checked
-from foveola.evaluation.features.names import Need, shape_of
+from foveola.evaluation.features.encoding import Encoding, checked
+from foveola.evaluation.features.need import FeedConfig, Need, shape_of
+from foveola.evaluation.features.table import FeatureTable
 from foveola.evaluation.images import choose_images, facts_of_bad, share_of_rank
 from foveola.models.encoder import Encoder
 
@@ -38,6 +41,76 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "has_mask": ("|b1", False),
     "readable": ("<f4", 0.0),
 }
+
+
+class Store:
+    """The features of one source: `take` reads rows, whole arrays are never in memory."""
+
+    def __init__(
+        self, folder: Path, chosen: Int64[np.ndarray, "n"], names: dict[str, str], facts: dict[str, Any]
+    ) -> None:
+        self.folder, self.chosen, self.names, self.facts = folder, chosen, names, facts
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names.values()}
+        self.columns = {name: np.load(folder / f"{name}.npy") for name in COLUMNS}
+        marks = [np.load(folder / f"{name}.done.npy") for name in names.values()]
+        self.rows = torch.from_numpy(np.flatnonzero(np.all([mark == READ for mark in marks], axis=0)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(
+        self, kind: str, rows: Int64[Tensor, "b"] | slice = slice(None), view: int = 0, layers: int = 1
+    ) -> Float32[Tensor, "b ..."]:
+        """Return features of readable images: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
+
+        `view` 0 is the evaluation view, 1 and up are the random crops.
+        """
+        index = self.rows[rows].numpy()
+        array = self.arrays[self.names[kind]]
+        whole = len(index) == len(array) and len(index) > 0 and index[0] == 0
+        block = array[:, view] if whole and bool((np.diff(index) == 1).all()) else array[index, view]
+        if kind in ("token", "masked"):
+            block = block[:, -layers:]
+        return torch.from_numpy(np.ascontiguousarray(block).astype(np.float32))
+
+    def maps(self, rows: Int64[Tensor, "b"]) -> UInt8[Tensor, "b S S"]:
+        """Return label maps of readable images, of a store of squashed ones."""
+        return torch.from_numpy(self.arrays[self.names["maps"]][self.rows[rows].numpy(), 0])
+
+    def column(self, name: str) -> Shaped[Tensor, "n"]:
+        """Return `labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable
+        images.
+        """
+        return torch.from_numpy(self.columns[name])[self.rows]
+
+    @property
+    def image_indices(self) -> Int64[Tensor, "n"]:
+        """Index of each readable image in its source."""
+        return torch.from_numpy(self.chosen)[self.rows]
+
+    def table(self, kind: str) -> FeatureTable:
+        """Return one vector of an image, of tokens that of the last block, as the table that `extract`
+        gives.
+        """
+        features, masked = self.take(kind), "masked" in self.names
+        return FeatureTable(
+            features=features[:, -1] if features.ndim == 3 else features,
+            labels=self.column("labels"),
+            image_indices=self.image_indices,
+            objects=torch.full((len(self),), -1),
+            has_mask=self.column("has_mask") if masked else torch.zeros(len(self), dtype=torch.bool),
+            readable=self.column("readable") if masked else torch.ones(len(self)),
+        )
+
+    def sample_patches(self, count: int, seed: int) -> tuple[Float32[Tensor, "m D"], Int64[Tensor, "m"]]:
+        """Return `count` patches (all, if there are no more) drawn by seed, and the row of each,
+        ascending.
+        """
+        per = self.arrays[self.names["patches"]].shape[2]
+        drawn = choose_images(len(self) * per, count, seed)
+        rows, places = drawn // per, drawn % per
+        block = self.arrays[self.names["patches"]][self.rows.numpy()[rows], 0, places]
+        return torch.from_numpy(block.astype(np.float32)), torch.from_numpy(rows)
 
 
 class Pass:
