@@ -46,9 +46,9 @@ class Embedded:
     computed: int  # images that this call encoded; the others were there
 
     def __str__(self) -> str:
-        kind = self.about["settings"]["rows"]
+        rows = self.about["settings"]["rows"]
         shape = " x ".join(map(str, self.about["shape"]))
-        name = {"images": "images", "objects": "objects", "patches": "grids of patches"}[kind]
+        name = {"images": "images", "objects": "objects", "patches": "grids of patches"}[rows]
         lines = [
             f"{self.path}: {self.rows:,} {name}, features={self.about['features']} [{shape}], "
             f"{self.about['settings']['store']}, of {self.about['data']['name']}"
@@ -142,7 +142,7 @@ def _about(
 ) -> dict[str, Any]:
     source, config, own = embedding.source, embedding.config, encoder.config
     reading = getattr(source, "reading", None)
-    beside = [kind for kind, _ in embedding.parts if kind.startswith(EXTERNAL)]
+    beside = [name for name, _ in embedding.parts if name.startswith(EXTERNAL)]
     return {
         "format": FILE_FORMAT,
         "foveola": foveola.__version__,
@@ -164,7 +164,7 @@ def _about(
         "features": embedding.features,
         "masks": embedding.masked,
         "shape": list(embedding.shape),
-        "beside": {kind: embedding.reader.other(kind).fingerprint() for kind in beside},
+        "beside": {name: embedding.reader.other(name).fingerprint() for name in beside},
     }
 
 

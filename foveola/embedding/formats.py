@@ -18,15 +18,15 @@ from foveola.outside import library
 _ABOUT = "foveola"  # where a file keeps what it says about itself, as JSON
 _TEXT = ("name", "label")
 _BOX = ("x0", "y0", "x1", "y1")  # columns of the box in a file
-_KINDS = {"label_index": "<i8", "image_index": "<i8", "object": "<i8", "width": "<i4", "height": "<i4"}
-_KINDS |= {"masked": "|b1", "readable": "<f4"} | dict.fromkeys(_BOX, "<f4")
+_DTYPES = {"label_index": "<i8", "image_index": "<i8", "object": "<i8", "width": "<i4", "height": "<i4"}
+_DTYPES |= {"masked": "|b1", "readable": "<f4"} | dict.fromkeys(_BOX, "<f4")
 
 
 class FileColumns(NamedTuple):
     """Types and sizes of all columns of a file, known before it is written."""
 
     rows: int
-    kinds: dict[str, np.dtype]  # by name, in the order of the file
+    dtypes: dict[str, np.dtype]  # by name, in the order of the file
     shape: tuple[int, ...]  # of the feature of a row
 
 
@@ -38,9 +38,9 @@ def columns_of(parts: FileParts) -> FileColumns:
             widths[name] = max(widths[name], text.dtype.itemsize // 4)
             counts.append(len(text))
     feature = next(parts.column("feature"))
-    kinds = {name: np.dtype(f"<U{width}") for name, width in widths.items()}
-    kinds |= {name: np.dtype(kind) for name, kind in _KINDS.items()} | {"feature": feature.dtype}
-    return FileColumns(sum(counts) // len(_TEXT), kinds, feature.shape[1:])
+    dtypes = {name: np.dtype(f"<U{width}") for name, width in widths.items()}
+    dtypes |= {name: np.dtype(dtype) for name, dtype in _DTYPES.items()} | {"feature": feature.dtype}
+    return FileColumns(sum(counts) // len(_TEXT), dtypes, feature.shape[1:])
 
 
 def column_of(rows: FeatureRows, name: str) -> np.ndarray:
@@ -61,19 +61,19 @@ def _write_npz(path: Path, parts: FileParts, columns: FileColumns, about: str) -
     """An archive as `np.savez` writes it, of arrays that are never whole in memory."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
 
-        def add(name: str, kind: np.dtype, shape: tuple[int, ...], arrays: Iterable[np.ndarray]) -> None:
-            descr = np.lib.format.dtype_to_descr(kind)
+        def add(name: str, dtype: np.dtype, shape: tuple[int, ...], arrays: Iterable[np.ndarray]) -> None:
+            descr = np.lib.format.dtype_to_descr(dtype)
             header = {"descr": descr, "fortran_order": False, "shape": shape}
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for array in arrays:
-                    file.write(np.ascontiguousarray(array, dtype=kind).tobytes())
+                    file.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
 
-        for name, kind in columns.kinds.items():
+        for name, dtype in columns.dtypes.items():
             shape = (columns.rows, *(columns.shape if name == "feature" else ()))
             own = "box" if name in _BOX else name
             arrays = (a[:, _BOX.index(name)] if name in _BOX else a for a in parts.column(own))
-            add(name, kind, shape, arrays)
+            add(name, dtype, shape, arrays)
         text = np.array(about)
         add(_ABOUT, text.dtype, (), [text])
 
@@ -97,10 +97,10 @@ def _write_parquet(path: Path, parts: FileParts, columns: FileColumns, about: st
     types = {
         name: arrow.string()
         if name in _TEXT
-        else arrow.list_(arrow.from_numpy_dtype(kind), wide)
+        else arrow.list_(arrow.from_numpy_dtype(dtype), wide)
         if name == "feature"
-        else arrow.from_numpy_dtype(kind)
-        for name, kind in columns.kinds.items()
+        else arrow.from_numpy_dtype(dtype)
+        for name, dtype in columns.dtypes.items()
     }
     schema = arrow.schema(list(types.items()), metadata={_ABOUT: about})
     settings = {"use_dictionary": list(_TEXT), "compression": dict.fromkeys(types, "snappy")}
@@ -108,7 +108,7 @@ def _write_parquet(path: Path, parts: FileParts, columns: FileColumns, about: st
     with library("pyarrow.parquet", "embed", "Parquet").ParquetWriter(path, schema, **settings) as writer:
         for rows in parts:
             arrays = []
-            for name, kind in columns.kinds.items():
+            for name, dtype in columns.dtypes.items():
                 values = column_of(rows, name)
                 if name == "feature":
                     arrays.append(arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), wide))
@@ -116,7 +116,7 @@ def _write_parquet(path: Path, parts: FileParts, columns: FileColumns, about: st
                     texts = [text or None if name == "label" else text for text in values.tolist()]
                     arrays.append(arrow.array(texts, arrow.string()))
                 else:
-                    arrays.append(arrow.array(np.ascontiguousarray(values, dtype=kind)))
+                    arrays.append(arrow.array(np.ascontiguousarray(values, dtype=dtype)))
             if len(rows.name):
                 writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
 
@@ -162,14 +162,14 @@ def _write_zarr(path: Path, parts: FileParts, columns: FileColumns, about: str) 
     """A group of arrays of the second format, which all versions of the library read."""
     group = library("zarr", "embed", "Zarr").open_group(path, mode="w", zarr_format=2)
     largest = max(len(part) for part in parts.column("object"))
-    for name, kind in columns.kinds.items():
+    for name, dtype in columns.dtypes.items():
         inner, own = (columns.shape if name == "feature" else ()), "box" if name in _BOX else name
         shape, start = (columns.rows, *inner), 0
-        array = group.create_array(name, shape=shape, dtype=kind, chunks=(max(largest, 1), *inner))
+        array = group.create_array(name, shape=shape, dtype=dtype, chunks=(max(largest, 1), *inner))
         for part in parts.column(own):
             values = part[:, _BOX.index(name)] if name in _BOX else part
             if len(values):
-                array[start : start + len(values)] = values.astype(kind)
+                array[start : start + len(values)] = values.astype(dtype)
             start += len(values)
     group.attrs[_ABOUT] = json.loads(about)
 

@@ -15,7 +15,7 @@ from foveola.data.sample import Sample
 from foveola.data.sources import Source, decode
 from foveola.evaluation.classification.linear import joined_features, joined_width, split_features
 from foveola.evaluation.features.encoding import FeatureReader, checked
-from foveola.evaluation.features.need import check_kinds, need, shape_of
+from foveola.evaluation.features.need import check_features, need, shape_of
 from foveola.evaluation.features.table import ExtractConfig, RowsCut, object_tokens
 from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, MaskedConfig, join
 from foveola.models.encoder import Encoder
@@ -159,14 +159,14 @@ class Embedding:
         else:
             self.parts = split_features(self.features)
             self.shape = (joined_width(self.encoder, self.features),)
-        kinds = [kind for kind, _ in self.parts]
-        check_kinds(self.encoder, kinds, max(layers for _, layers in self.parts))
+        names = [name for name, _ in self.parts]
+        check_features(self.encoder, names, max(layers for _, layers in self.parts))
         if self.masked:
-            for kind in kinds:
-                if kind not in OBJECT_FEATURES:
+            for name in names:
+                if name not in OBJECT_FEATURES:
                     known = ", ".join(OBJECT_FEATURES)
-                    raise UserError(f"features={kind} of the patches of an object: valid are {known}")
-            check_kinds(self.encoder, ["masked"] if "token" in kinds else [], 1)
+                    raise UserError(f"features={name} of the patches of an object: valid are {known}")
+            check_features(self.encoder, ["masked"] if "token" in names else [], 1)
 
     def read(self, chosen: Int64[np.ndarray, "n"], together: int) -> Iterator[tuple[int, FeatureRows]]:
         """Yield (number, rows) of each `together` images (a multiple of 8) of `chosen`, in their order.
@@ -234,25 +234,25 @@ class Embedding:
         if self.masked:
             numbers = torch.arange(len(rows.labels)).split(size)
             return torch.cat([self._objects(rows.images[rows.image_of[i]], rows.masks[i]) for i in numbers])
-        kinds, layers = {kind for kind, _ in self.parts}, max(layers for _, layers in self.parts)
-        wanted = need(*kinds, layers=layers)
+        names, layers = {name for name, _ in self.parts}, max(layers for _, layers in self.parts)
+        wanted = need(*names, layers=layers)
         every = torch.ones(len(rows.images), rows.masks.shape[1], dtype=torch.bool)
         training, found = self.encoder.training, []
         for images, masks in zip(rows.images.split(size), every.split(size), strict=True):
             x = self.reader(images, masks, wanted)
-            found.append(x["patches"] if "patches" in kinds else joined_features(x, self.features))
+            found.append(x["patches"] if "patches" in names else joined_features(x, self.features))
         self.encoder.train(training)
         return torch.cat(found)[rows.image_of]
 
     def _objects(self, images: Tensor, masks: Tensor) -> Float32[Tensor, "b D"]:
         """What the patches of one object give of each image."""
         columns, training = [], self.encoder.training
-        for kind, layers in self.parts:
-            if kind == "token" and layers > 1:
+        for name, layers in self.parts:
+            if name == "token" and layers > 1:
                 found = self.reader(images, masks, need("masked", layers=layers))["masked"].flatten(1)
             else:
                 pixels = self.encoder.normalise(images.to(self.encoder.device))
-                found = object_tokens(self.encoder.pooled(kind), pixels, masks, self.config.precision)
+                found = object_tokens(self.encoder.pooled(name), pixels, masks, self.config.precision)
             columns.append(found)
         self.encoder.train(training)
         return torch.cat(columns, dim=1)

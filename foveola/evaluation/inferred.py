@@ -90,7 +90,7 @@ def asked_masks(settings: Mapping[str, Any]) -> tuple[MasksBy | None, dict[str, 
 def reads_objects(config: Any, needs: Needs) -> bool:
     """Return whether a protocol with these settings reads the patches of objects, or each object."""
     if needs.test:
-        return any("masked" in reading.need.kinds for reading in (*needs.train, *needs.test))
+        return any("masked" in reading.need.features for reading in (*needs.train, *needs.test))
     wanted = getattr(config, "masks", True) is not False or getattr(config, "rows", "") == "objects"
     return hasattr(config, "mask_canvas") and wanted and getattr(config, "objects", True) is not False
 

@@ -20,7 +20,7 @@ from foveola.data.sources import Source
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class GroundTruth:
     """What counts as right on the rows of a test set, in the numbering of the training classes."""
 
     labels: Int64[Tensor, "m"]  # -1: a class that train lacks, always wrong
@@ -59,13 +59,13 @@ class Answers:
         return logits.masked_fill(~self.candidates.to(logits.device), -torch.inf)
 
 
-def answers_of(
+def ground_truth(
     test: Source,
     names: tuple[str, ...] | None,
     labels: Int64[Tensor, "m"],
     image_indices: Int64[Tensor, "m"],
     classes: int,
-) -> Answers:
+) -> GroundTruth:
     """Return rows with these labels (`shared_labels`), and what some test sets of ImageNet's say besides a
     label.
 
@@ -78,15 +78,15 @@ def answers_of(
     named = [place.get(name, -1) for name in test.classes or ()] if matched else range(classes)
     number = dict(enumerate(named))  # of a class of test, in train; a class that train lacks has -1
     others = candidates = None
-    answers: Callable[[int], Any] | None = getattr(test, "answers", None)
-    if answers is not None:
-        lists = [[number.get(int(label), -1) for label in answers(i)] for i in image_indices.tolist()]
+    all_right: Callable[[int], Any] | None = getattr(test, "answers", None)
+    if all_right is not None:
+        lists = [[number.get(int(label), -1) for label in all_right(i)] for i in image_indices.tolist()]
         if any(len(some) != 1 for some in lists):
             others = tuple(torch.tensor([n for n in some if n >= 0], dtype=torch.int64) for some in lists)
     if allowed := getattr(test, "candidates", None):
         candidates = torch.zeros(classes, dtype=torch.bool)
         candidates[[number[label] for label in allowed if number.get(label, -1) >= 0]] = True
-    return Answers(labels, image_indices, others, candidates)
+    return GroundTruth(labels, image_indices, others, candidates)
 
 
 def shared_labels(
@@ -333,7 +333,10 @@ class Judged(NamedTuple):
 
 
 def judged(
-    logits_of: Callable[[slice], Float[Tensor, "G b C"]], count: int, answers: Answers, at_once: int = SCORING
+    logits_of: Callable[[slice], Float[Tensor, "G b C"]],
+    count: int,
+    truth: GroundTruth,
+    at_once: int = SCORING,
 ) -> Judged:
     """Return probes by their logits of `count` rows. One whose scores are not finite has no row right."""
     right, loss = [], []
@@ -341,8 +344,8 @@ def judged(
         rows = slice(start, start + at_once)
         logits = logits_of(rows)
         finite = ~(logits.isnan().any(dim=2) | logits.isposinf().any(dim=2)).cpu()
-        right.append(answers.hits(logits, rows) & finite)
-        loss.append(cross_entropies(logits.cpu(), answers.labels[rows]).sum(dim=1))
+        right.append(truth.hits(logits, rows) & finite)
+        loss.append(cross_entropies(logits.cpu(), truth.labels[rows]).sum(dim=1))
     total = torch.stack(loss).sum(dim=0) / count
     return Judged(torch.cat(right, dim=1), total.nan_to_num(nan=torch.inf, posinf=torch.inf))
 

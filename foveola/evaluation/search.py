@@ -49,13 +49,15 @@ def nearest_rows(
             image is not its own neighbour). Where fewer than k rows are left, similarities end with -inf.
         reference_chunk, tile: memory against speed; they change nothing in the result, but for ties.
     """
-    k, kind = min(k, len(references)), torch.device(device).type
+    k, device_type = min(k, len(references)), torch.device(device).type
     similarities = torch.empty(len(queries), k)
     indices = torch.zeros(len(queries), k, dtype=torch.int64)
-    wide = min(TILE_COLUMNS if kind == "cpu" else reference_chunk, reference_chunk, max(1, len(references)))
-    rows = max(1, (tile or (TILE if kind == "cpu" else TILE_GPU)) // wide)
+    wide = min(
+        TILE_COLUMNS if device_type == "cpu" else reference_chunk, reference_chunk, max(1, len(references))
+    )
+    rows = max(1, (tile or (TILE if device_type == "cpu" else TILE_GPU)) // wide)
     ready = _preparation(references, distance, device, reference_chunk)
-    with exact_products(kind):
+    with exact_products(device_type):
         for start in range(0, len(queries), QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
             pieces = ready(queries[block]).split(rows)

@@ -22,7 +22,7 @@ from foveola.evaluation.features.table import (
     FeatureTable,
     RowsCut,
     extract_tables,
-    mask_kinds,
+    mask_modes,
     object_tokens,
 )
 from foveola.evaluation.images import choose_images, identity_for
@@ -74,19 +74,26 @@ def neighbour_sheet(
     rows = []
     names = encoders_by_name(encoders)
     least = next((e for e in names.values() if e.wrapped), next(iter(names.values())))
-    kinds, notes = mask_kinds(masks, references, queries, least, config.pool)
-    tables = {n: extract_tables(e, references, kinds, config, progress=progress)[0] for n, e in names.items()}
+    modes, notes = mask_modes(masks, references, queries, least, config.pool)
+    tables = {n: extract_tables(e, references, modes, config, progress=progress)[0] for n, e in names.items()}
     for image in chosen:
         for name, encoder in names.items():
             encoder = encoder.pooled(config.pool)
             query = _query(encoder, queries, int(image), config)
-            for kind, table in zip(kinds, tables[name], strict=True):
+            for masked, table in zip(modes, tables[name], strict=True):
                 own = contents[np.searchsorted(chosen_of, table.image_indices.numpy())] == query.content
-                near = _nearest(encoder, query, kind, table, found, torch.from_numpy(own), config)
-                what = ("with mask" if kind else "without mask") if len(kinds) > 1 else ""
+                near = _nearest(encoder, query, masked, table, found, torch.from_numpy(own), config)
+                what = ("with mask" if masked else "without mask") if len(modes) > 1 else ""
                 rows.append(
                     _row(
-                        encoder, (references, queries), query, table, near, kind, head_of(name, what), config
+                        encoder,
+                        (references, queries),
+                        query,
+                        table,
+                        near,
+                        masked,
+                        head_of(name, what),
+                        config,
                     )
                 )
     columns = ["query", *(f"nearest {i + 1}" for i in range(found))]

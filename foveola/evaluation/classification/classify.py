@@ -18,7 +18,7 @@ from foveola.data.sources import decode
 from foveola.evaluation.classification.several import in_classes, mean_average_precision
 from foveola.evaluation.heads import AskedImages, asked_head
 from foveola.evaluation.images import ChosenConfig, join
-from foveola.evaluation.metrics import answers_of, interval, percent, shared_labels
+from foveola.evaluation.metrics import ground_truth, interval, percent, shared_labels
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.transform import TransformConfig, evaluation_view
@@ -130,8 +130,8 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
     indices, labels, logits = (each[known] for each in (answered.indices, answered.labels, answered.logits))
     everything, given = torch.arange(len(head.classes)), labels
     labels = shared_labels(labels, at.test.classes, everything, head.classes, notes, "the head")
-    answers = answers_of(at.test, head.classes, labels, indices, len(head.classes))
-    right, top5 = answers.hits(logits), answers.top5(logits)
+    truth = ground_truth(at.test, head.classes, labels, indices, len(head.classes))
+    right, top5 = truth.hits(logits), truth.top5(logits)
     low, high = interval(right, seed=config.seed)
     metrics = {
         "top1": percent(right),
@@ -141,7 +141,7 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
         "mean_class": fmean(percent(right[given == c]) for c in given.unique()),
     }
     scores = {"top1": packed(right, indices), "top5": packed(top5, indices)}
-    facts = {"rows": len(labels), "confusions": confusions(labels, answers.best(logits), right, head.classes)}
+    facts = {"rows": len(labels), "confusions": confusions(labels, truth.best(logits), right, head.classes)}
     return Outcome(metrics, facts, tuple(notes), scores=scores)
 
 

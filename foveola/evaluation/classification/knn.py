@@ -18,11 +18,18 @@ from foveola.evaluation.features.table import (
     ExtractConfig,
     FeatureTable,
     extract_tables,
-    mask_kinds,
+    mask_modes,
     without_objects,
 )
 from foveola.evaluation.images import identity_for, share_of_rank
-from foveola.evaluation.metrics import Answers, answers_of, effective_rank, interval, percent, shared_labels
+from foveola.evaluation.metrics import (
+    GroundTruth,
+    effective_rank,
+    ground_truth,
+    interval,
+    percent,
+    shared_labels,
+)
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.evaluation.search import QUERY_BLOCK, nearest_rows
@@ -158,7 +165,7 @@ class Knn(Protocol):
 
     def measure(self, at: At, config: KnnConfig) -> Outcome:
         """Extract the features of both sources, and let the neighbours vote."""
-        kinds, notes = mask_kinds(config.masks, at.train, at.test, at.encoder, config.pool)
+        modes, notes = mask_modes(config.masks, at.train, at.test, at.encoder, config.pool)
         began = perf_counter()
         wanted = wanted_of(config, at.encoder)
 
@@ -166,17 +173,17 @@ class Knn(Protocol):
             if at.feed is None or wanted is None:
                 side = config.image_size
                 encoder = at.encoder if side is None else at.encoder.sized(side, "image_size")
-                return extract_tables(encoder, source, kinds, config, progress=at.progress)
+                return extract_tables(encoder, source, modes, config, progress=at.progress)
             store = at.open(source, config, wanted)
             plain = config.pool or at.encoder.config.pool
-            return [store.table("masked" if masked else plain) for masked in kinds], store.facts
+            return [store.table("masked" if masked else plain) for masked in modes], store.facts
 
         references, train_facts = tables(at.train)
         same = identity_for(at.train, config).digest == identity_for(at.test, config).digest
         queries, test_facts = (references, train_facts) if same else tables(at.test)
         seconds = {"extract_seconds": round(perf_counter() - began, 2)}
         began, metrics, scores = perf_counter(), {}, {}
-        for masked, reference, query in zip(kinds, references, queries, strict=True):
+        for masked, reference, query in zip(modes, references, queries, strict=True):
             name = "masks" if masked else "plain"
             found = _measure(name, reference, query, (at.train, at.test), config, at.encoder.device, notes)
             metrics |= found[0]
@@ -207,9 +214,9 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics, and the score of each row for those that are shares of rows."""
     reference, query = _labelled(reference, "train", config, notes), _labelled(query, "test", config, notes)
-    answers = _answers(reference, query, sources, config, notes)
-    if answers.candidates is not None:  # rows of classes that cannot be right have no vote
-        reference = reference.select(answers.candidates[reference.labels])
+    truth = _truth(reference, query, sources, config, notes)
+    if truth.candidates is not None:  # rows of classes that cannot be right have no vote
+        reference = reference.select(truth.candidates[reference.labels])
     ks = tuple(dict.fromkeys(min(k, len(reference.labels)) for k in sorted(config.k)))
     if ks != tuple(sorted(config.k)):
         notes.append(
@@ -235,9 +242,9 @@ def _measure(
         device=device,
     )
     ranked = {k: distributed.gather_rows(rows) for k, rows in ranked.items()}
-    correct = {k: answers.among(rows[:, :1]) for k, rows in ranked.items()}
+    correct = {k: truth.among(rows[:, :1]) for k, rows in ranked.items()}
     best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
-    top5 = answers.among(ranked[best])
+    top5 = truth.among(ranked[best])
     low, high = interval(correct[best], query.image_indices, seed=config.seed)
     shares = {f"top1_{name}": correct[best], f"top5_{name}": top5}
     shares |= {f"top1_{name}_k{k}": correct[k] for k in ks}
@@ -252,20 +259,20 @@ def _measure(
     }, {metric: packed(hit, query.image_indices) for metric, hit in shares.items()}
 
 
-def _answers(
+def _truth(
     reference: FeatureTable,
     query: FeatureTable,
     sources: tuple[Source, Source],
     config: KnnConfig,
     notes: list[str],
-) -> Answers:
+) -> GroundTruth:
     """What is right: the labels, and what the test set says of whole images besides."""
     train, test = sources
     labels = shared_labels(query.labels, test.classes, reference.labels, train.classes, notes)
-    if config.rows == "objects" and test.has_objects:  # `answers` are of images
-        return Answers(labels, query.image_indices)
+    if config.rows == "objects" and test.has_objects:  # `answers` of a source are of images
+        return GroundTruth(labels, query.image_indices)
     classes = max(int(reference.labels.max()) + 1, len(train.classes or ()))
-    return answers_of(test, train.classes, labels, query.image_indices, classes)
+    return ground_truth(test, train.classes, labels, query.image_indices, classes)
 
 
 def _labelled(table: FeatureTable, which: str, config: KnnConfig, notes: list[str]) -> FeatureTable:

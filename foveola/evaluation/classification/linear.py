@@ -66,8 +66,8 @@ class LinearGrid:
     weights, drawn by `seed`.
 
     Args:
-        features: `token`, `token4` (class tokens of the last 4 blocks side by side), `average`, another kind
-            of feature, or several joined by `+`.
+        features: `token`, `token4` (class tokens of the last 4 blocks side by side), `average`, another
+            feature, or several joined by `+`.
         rates: learning rates as they are used (after any rule for the batch size).
         norm: put BatchNorm without parameters first, with statistics of `norm_batch` rows at a time.
     """
@@ -146,34 +146,36 @@ def split_features(features: str) -> list[tuple[str, int]]:
     parts = []
     for word in features.split("+"):
         match = re.fullmatch(r"token([1-9]\d*)", word)
-        kind, layers = ("token", int(match[1])) if match else (word, 1)
-        if kind in ("patches", "masked"):
+        feature, layers = ("token", int(match[1])) if match else (word, 1)
+        if feature in ("patches", "masked"):
             raise UserError(
                 f"features {word!r}: a linear probe reads one vector; masks=true gives object tokens"
             )
-        need(kind)
-        parts.append((kind, layers))
+        need(feature)
+        parts.append((feature, layers))
     return parts
 
 
 def need_of(features: tuple[str, ...], masks: bool) -> Need:
     """Return what of an image the features are made of."""
     parts = [part for each in features for part in split_features(each)]
-    kinds = {"masked" if masks and kind == "token" else kind for kind, _ in parts}
-    return need(*kinds, layers=max(layers for _, layers in parts))
+    names = {"masked" if masks and feature == "token" else feature for feature, _ in parts}
+    return need(*names, layers=max(layers for _, layers in parts))
 
 
 def joined_width(encoder: Encoder, features: str) -> int:
     """Return the width of the vector that `joined_features` makes for an encoder."""
-    return sum(layers * shape_of(encoder, kind, need(kind))[-1] for kind, layers in split_features(features))
+    return sum(
+        layers * shape_of(encoder, feature, need(feature))[-1] for feature, layers in split_features(features)
+    )
 
 
 def joined_features(x: Mapping[str, Tensor], features: str, masks: bool = False) -> Float[Tensor, "b D"]:
-    """Return one vector of each image from its kinds of features."""
+    """Return one vector of each image from its features."""
     columns = []
-    for kind, layers in split_features(features):
-        part = x["masked" if masks and kind == "token" else kind]
-        columns.append(part[:, -layers:].flatten(1) if kind == "token" else part)
+    for feature, layers in split_features(features):
+        part = x["masked" if masks and feature == "token" else feature]
+        columns.append(part[:, -layers:].flatten(1) if feature == "token" else part)
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 

@@ -17,7 +17,7 @@ from foveola.evaluation.classification.linear import joined_features, need_of
 from foveola.evaluation.classification.task import ProbeConfig, Task, open_task
 from foveola.evaluation.classification.trained import notes_of_choice, probe_metrics, probe_needs, scored
 from foveola.evaluation.features.need import Need
-from foveola.evaluation.metrics import Answers, Judged, judged, percent
+from foveola.evaluation.metrics import GroundTruth, Judged, judged, percent
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol
 from foveola.models.encoder import Encoder
 from foveola.progress import show
@@ -288,7 +288,7 @@ class Logistic(Protocol):
                 "score": (task.exam.test, task.exam.score),
                 "both": (task.holding, torch.cat((task.fit, task.hold)).sort().values),
             }[part]
-            x = {kind: store.take(kind, index, 0, wanted.layers) for kind in wanted.kinds}
+            x = {feature: store.take(feature, index, 0, wanted.layers) for feature in wanted.features}
             return joined_features(x, features_of(config, at.encoder), config.masks)
 
         x, test_x = rows("fit"), rows("score")
@@ -297,7 +297,7 @@ class Logistic(Protocol):
         models = path(
             (x - mean) / scale, task.labels[task.fit], task.classes, values, progress=at.progress, **settings
         )
-        on_test = [_judged(model, test_x, task.exam.answers).right[0] for model in models]
+        on_test = [_judged(model, test_x, task.exam.truth).right[0] for model in models]
         grid: list[dict[str, Any]] = [
             {"c": c, "test": percent(right), "iterations": model.iterations, "gradient": model.gradient}
             for c, right, model in zip(values, on_test, models, strict=True)
@@ -314,13 +314,13 @@ class Logistic(Protocol):
             both = torch.cat((task.fit, task.hold)).sort().values
             x = (rows("both") - mean) / scale
             model = fit(x, task.labels[both], task.classes, values[best], start=model, **settings)
-            right = _judged(model, test_x, task.exam.answers).right[0]
+            right = _judged(model, test_x, task.exam.truth).right[0]
         found = scored(
             "logistic",
             right,
-            task.exam.answers,
+            task.exam.truth,
             config.seed,
-            task.exam.answers.top5(model.logits(test_x).cpu()),
+            task.exam.truth.top5(model.logits(test_x).cpu()),
         )
         metrics = found.metrics
         if len(values) > 1:
@@ -340,8 +340,8 @@ class Logistic(Protocol):
         )
 
 
-def _judged(model: LogisticModel, x: Float[Tensor, "n D"], answers: Answers) -> Judged:
-    return judged(lambda rows: model.logits(x[rows])[None], len(x), answers, at_once=4096)
+def _judged(model: LogisticModel, x: Float[Tensor, "n D"], truth: GroundTruth) -> Judged:
+    return judged(lambda rows: model.logits(x[rows])[None], len(x), truth, at_once=4096)
 
 
 def _note_ends(grid: Sequence[dict[str, Any]], config: LogisticConfig, task: Task) -> None:

@@ -103,15 +103,15 @@ class SavedProbe:
                 "give model= the encoder that it was trained on, or train it on this one with train="
             )
 
-    def grids(self, kinds: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], ChosenProbes]:
-        """Return its probes as grids of these kinds, of one probe each, which are chosen."""
+    def grids(self, classes: Sequence[Any], device: torch.device) -> tuple[list[ProbeGrid], ChosenProbes]:
+        """Return its probes as grids of these classes, of one probe each, which are chosen."""
         grids: list[ProbeGrid] = []
         probes = {}
         for group, own in self.about["groups"].items():
             start = f"{group}."
             tensors = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
-            kind = next((kind for kind in kinds if kind.kind == own["kind"]), None)
-            grids.append(_grid(kind, own, group, tensors, self.known.count, device))
+            cls = next((each for each in classes if each.kind == own["kind"]), None)
+            grids.append(_grid(cls, own, group, tensors, self.known.count, device))
             probes[group] = (len(grids) - 1, 0)
         return grids, ChosenProbes(probes)
 
@@ -123,7 +123,7 @@ class SavedProbe:
 
 
 def _grid(
-    kind: Any,
+    cls: Any,
     own: Mapping[str, Any],
     group: str,
     tensors: Mapping[str, Tensor],
@@ -132,10 +132,10 @@ def _grid(
 ) -> ProbeGrid:
     """A grid of one probe with these numbers. Raises UserError where they are not those of its kind."""
     zero, matrix = torch.zeros(1), tensors.get("query", tensors.get("weight", tensors.get("trained_0")))
-    if kind is None or matrix is None:
+    if cls is None or matrix is None:
         raise UserError(f"the probe {group} is of an unknown kind: {own['kind']}")
-    rates = {"rates": zero} | ({"weight_decay": zero} if kind.kind == "attentive" else {})
-    grid = kind(**rates, width=matrix.shape[-1], classes=classes, group=group, device=device, **own["shape"])
+    rates = {"rates": zero} | ({"weight_decay": zero} if cls.kind == "attentive" else {})
+    grid = cls(**rates, width=matrix.shape[-1], classes=classes, group=group, device=device, **own["shape"])
     mine = grid.tensors()
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in mine.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:

@@ -76,7 +76,7 @@ class Stream:
         """
         schedule = CropSchedule(self.chosen, Order(len(self.chosen), batch, seed), steps)
         transform, patch = self.encoder.config.transform.sized(need.size), self.encoder.patch_size
-        cut = CropsCut(transform, patch, self.config, 0, "masked" in need.kinds, need.crops)
+        cut = CropsCut(transform, patch, self.config, 0, "masked" in need.features, need.crops)
         label = f"crops of {self.source.name}"
         reading: Batches[ImageRows] = Batches(Images(self.source, schedule, cut), self.config, label, False)
         groups = groupby(reading.parcels(), lambda parcel: parcel[0] // schedule.parcels)
@@ -123,10 +123,10 @@ class Stream:
             flush()
         self.encoder.train(training)
         joined = {}
-        for kind in sorted(need.kinds):
-            shape = shape_of(self.encoder, kind, need)
+        for feature in sorted(need.features):
+            shape = shape_of(self.encoder, feature, need)
             empty = torch.zeros(0, *shape, device=device)
-            joined[kind] = distributed.gather_rows(torch.cat([empty, *(part[kind] for part in parts)]))
+            joined[feature] = distributed.gather_rows(torch.cat([empty, *(part[feature] for part in parts)]))
         own = distributed.gather_rows(torch.cat(labels)).to(device)
         self.encoded += len(own)
         return joined, own

@@ -19,7 +19,7 @@ from foveola.evaluation.classification.training import Columns, FeatureBatch, ba
 from foveola.evaluation.features.need import FeedConfig, Need
 from foveola.evaluation.features.store import Store
 from foveola.evaluation.images import Part, choose_images, identity_for
-from foveola.evaluation.metrics import Answers, answers_of, shared_labels
+from foveola.evaluation.metrics import GroundTruth, ground_truth, shared_labels
 from foveola.evaluation.protocol import At
 
 PUBLISHED_STEPS = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
@@ -63,7 +63,7 @@ class Exam:
 
     test: Store
     score: Int64[Tensor, "m"]  # rows of `test`
-    answers: Answers
+    truth: GroundTruth
     device: torch.device
     notes: list[str]
 
@@ -89,8 +89,8 @@ def open_exam(at: At, config: ProbeConfig, need: Need, known: Known) -> Exam:
     score = _labelled(found, "test", notes)
     present = torch.tensor(known.present)
     right = shared_labels(found[score], at.test.classes, present, known.names, notes)
-    answers = answers_of(at.test, known.names, right, queries.image_indices[score], known.count)
-    return Exam(queries, score, answers, at.encoder.device, notes)
+    truth = ground_truth(at.test, known.names, right, queries.image_indices[score], known.count)
+    return Exam(queries, score, truth, at.encoder.device, notes)
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class Task:
     labels: Int64[Tensor, "n"]  # of all training images, stored or not; -1 unknown
     fit: Int64[Tensor, "f"]  # rows of the training images that train
     hold: Int64[Tensor, "h"]  # rows of `holding` that choose
-    held: Answers  # what is right on them
+    held: GroundTruth  # what is right on them
     known: Known
     exam: Exam
     device: torch.device
@@ -170,7 +170,7 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int, seed: in
         holding, hold = _open_held(at, config, need, chosen[hold.numpy()], exam.test)
     else:
         learning = holding = stored
-    held = Answers(holding.column("labels")[hold], holding.image_indices[hold])
+    held = GroundTruth(holding.column("labels")[hold], holding.image_indices[hold])
     return Task(
         train=learning, holding=holding, labels=labels, fit=fit, hold=hold, held=held, known=known, exam=exam,
         device=at.encoder.device, notes=notes, about=about,

@@ -24,7 +24,7 @@ from foveola.evaluation.classification.training import (
     train_plans,
 )
 from foveola.evaluation.features.need import Need
-from foveola.evaluation.metrics import SCORING, Answers, Judged, interval, judged, percent
+from foveola.evaluation.metrics import SCORING, GroundTruth, Judged, interval, judged, percent
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import INTERVAL_ENDS, At, Metric, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
@@ -227,7 +227,7 @@ def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes
     else:
         test = task.exam.columns(wanted)
         order = [
-            [(percent(row),) for row in judge(grid, test, task.exam.answers).right]
+            [(percent(row),) for row in judge(grid, test, task.exam.truth).right]
             if len(probes_of(grids, grid.group)) > 1
             else [(0.0,)]
             for grid in grids
@@ -239,10 +239,10 @@ def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes
 
 
 @torch.no_grad()
-def judge(grid: ProbeGrid, columns: Columns, answers: Answers) -> Judged:
+def judge(grid: ProbeGrid, columns: Columns, truth: GroundTruth) -> Judged:
     """Return the probes of a grid on some rows."""
     every = torch.arange(len(columns))
-    return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), answers)
+    return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), truth)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def score_chosen(
     scores: dict[str, Any] = {}
     for group, best in choice.probes.items():
         members = probes_of(grids, group)
-        right = {i: judge(grids[i], test, exam.answers).right for i in dict.fromkeys(i for i, _ in members)}
+        right = {i: judge(grids[i], test, exam.truth).right for i in dict.fromkeys(i for i, _ in members)}
         rows = [
             {
                 **grids[i].settings[g],
@@ -274,8 +274,8 @@ def score_chosen(
         ]
         i, g = best
         row = rows[members.index(best)]
-        top5 = exam.answers.top5(probe_scores(grids[i], g, test))
-        found = scored(group, right[i][g], exam.answers, seed, top5)
+        top5 = exam.truth.top5(probe_scores(grids[i], g, test))
+        found = scored(group, right[i][g], exam.truth, seed, top5)
         metrics |= found.metrics
         scores |= found.scores
         if len(rows) > 1:
@@ -296,10 +296,10 @@ class Scored(NamedTuple):
 
 
 def scored(
-    group: str, right: Bool[Tensor, "m"], answers: Answers, seed: int, top5: Bool[Tensor, "m"]
+    group: str, right: Bool[Tensor, "m"], truth: GroundTruth, seed: int, top5: Bool[Tensor, "m"]
 ) -> Scored:
     """Return `top1_<group>` in percent with its 95 % interval over images, and `top5_<group>`."""
-    low, high = interval(right, answers.image_indices, seed=seed)
+    low, high = interval(right, truth.image_indices, seed=seed)
     metrics = {
         f"top1_{group}": percent(right),
         f"top1_{group}_low": 100 * low,
@@ -307,7 +307,7 @@ def scored(
         f"top5_{group}": percent(top5),
     }
     hits = {f"top1_{group}": right, f"top5_{group}": top5}
-    return Scored(metrics, {name: packed(hit, answers.image_indices) for name, hit in hits.items()})
+    return Scored(metrics, {name: packed(hit, truth.image_indices) for name, hit in hits.items()})
 
 
 def means_over_seeds(runs: Sequence[Outcome], seed: int) -> Outcome:

@@ -55,7 +55,7 @@ def per_epoch(rows: int, batch: int) -> int:
 
 
 class Columns:
-    """Kinds of features of some rows of a store, on the device if they are few enough, else read as asked."""
+    """Features of rows of a store: held on the device if they fit (`PRELOAD`), else read batch by batch."""
 
     def __init__(
         self, store: Store, rows: Int64[Tensor, "r"], wanted: Need, device: torch.device, views: int = 0
@@ -64,13 +64,13 @@ class Columns:
         self.kept: dict[tuple[str, int], Tensor] = {}
         every = range(1, 1 + views) if views else (0,)
         size = sum(
-            4 * len(rows) * store.take(kind, slice(1), layers=wanted.layers)[0].numel()
-            for kind in wanted.kinds
+            4 * len(rows) * store.take(feature, slice(1), layers=wanted.layers)[0].numel()
+            for feature in wanted.features
         )
         if size * len(every) <= PRELOAD:
-            for kind in wanted.kinds:
+            for feature in wanted.features:
                 for view in every:
-                    self.kept[kind, view] = store.take(kind, rows, view, wanted.layers).to(device)
+                    self.kept[feature, view] = store.take(feature, rows, view, wanted.layers).to(device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,11 +79,11 @@ class Columns:
         """Return features of the rows with the indices `at`."""
         if self.kept:
             there = at.to(self.device)
-            return {kind: self.kept[kind, view][there] for kind in self.wanted.kinds}
+            return {feature: self.kept[feature, view][there] for feature in self.wanted.features}
         rows = self.rows[at]
         return {
-            kind: self.store.take(kind, rows, view, self.wanted.layers).to(self.device)
-            for kind in self.wanted.kinds
+            feature: self.store.take(feature, rows, view, self.wanted.layers).to(self.device)
+            for feature in self.wanted.features
         }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from foveola import distributed
 from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import FeatureReader
-from foveola.evaluation.features.need import EXTERNAL, FeedConfig, Need, check_kinds
+from foveola.evaluation.features.need import EXTERNAL, FeedConfig, Need, check_features
 from foveola.evaluation.features.store import Pass, Store
 from foveola.evaluation.images import identity_for
 from foveola.models.encoder import Encoder
@@ -57,7 +57,7 @@ class Feed:
 
     def want(self, source: Source, config: Any, need: Need, views: int = 0) -> None:
         """Say before the first `open` what will be read, so that one pass gives all of it."""
-        check_kinds(self.encoder, need.kinds, need.layers)
+        check_features(self.encoder, need.features, need.layers)
         where = where_of(source, config, need, views)
         self.wanted[where] = self.wanted[where] | need if where in self.wanted else need
 
@@ -82,11 +82,11 @@ class Feed:
 
     def _names(self, need: Need, precision: str) -> dict[str, str]:
         reader, names = FeatureReader(self.encoder, precision), {}
-        for kind in sorted(need.kinds):
-            if kind.startswith(EXTERNAL):
-                names[kind] = "external-" + reader.other(kind).fingerprint()
+        for feature in sorted(need.features):
+            if feature.startswith(EXTERNAL):
+                names[feature] = "external-" + reader.other(feature).fingerprint()
             else:
-                names[kind] = f"{kind}-{need.layers}" if kind in ("token", "masked") else kind
+                names[feature] = f"{feature}-{need.layers}" if feature in ("token", "masked") else feature
         return names
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from foveola.config import UserError
 from foveola.data.sample import Sample
 from foveola.data.sources import Source, decode
-from foveola.evaluation.features.need import ATTENTION, EXTERNAL, FeedConfig, Need, check_kinds
+from foveola.evaluation.features.need import ATTENTION, EXTERNAL, FeedConfig, Need, check_features
 from foveola.evaluation.images import Batches, ImageRows, Images, MaskedConfig, PatchMasks, rows_of
 from foveola.evaluation.segmentation.labelled import LabelledCut
 from foveola.models.encoder import Encoder
@@ -102,7 +102,7 @@ def random_crop(
 
 
 class FeatureReader:
-    """Computes kinds of features of images; keeps the other encoders of `external:` kinds.
+    """Computes the features of images; holds the other encoders that `external:` features need.
 
     Features are put on `device`; by default on the CPU.
     """
@@ -111,50 +111,52 @@ class FeatureReader:
         self.encoder, self.precision, self.device = encoder, precision, device
         self.others: dict[str, Encoder] = {}
 
-    def other(self, kind: str) -> Encoder:
-        """Return the encoder of an `external:` kind. Raises UserError where it has no class token or grid."""
-        if kind not in self.others:
-            encoder = load(kind.removeprefix(EXTERNAL), self.encoder.device)
-            check_kinds(encoder, ("attention",), 1)
-            self.others[kind] = encoder
-        return self.others[kind]
+    def other(self, feature: str) -> Encoder:
+        """Return the encoder of an `external:` feature. Raises UserError for one that has no class
+        token or no grid.
+        """
+        if feature not in self.others:
+            encoder = load(feature.removeprefix(EXTERNAL), self.encoder.device)
+            check_features(encoder, ("attention",), 1)
+            self.others[feature] = encoder
+        return self.others[feature]
 
     @torch.inference_mode()
     def __call__(
         self, images: Shaped[Tensor, "b ch S S"], masks: Bool[Tensor, "b N"], wanted: Need
     ) -> dict[str, Float32[Tensor, "b ..."]]:
-        """Features of each wanted kind, float32; all but `masked` without regard to masks."""
-        encoder, kinds = self.encoder.eval(), wanted.kinds
+        """Return the features that are wanted, float32; all but `masked` without regard to masks."""
+        encoder, features = self.encoder.eval(), wanted.features
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             moved = images.to(encoder.device)
             pixels = encoder.normalise(moved)
             found: dict[str, Tensor] = {}
             later = 0 if wanted.block is None else encoder.config.model.shape[1] - 1 - wanted.block
             block = -1 if wanted.block is None else wanted.block
-            attention = bool(kinds & set(ATTENTION))
+            attention = bool(features & set(ATTENTION))
             plain = encoder.capture(pixels, wanted.layers + later, attention=attention, block=block)
             layers = plain.layers[: wanted.layers]
             last = layers[-1]
             tokens = [layer.objects[:, 0] for layer in layers if layer.objects.shape[1]]
-            if "masked" in kinds:
+            if "masked" in features:
                 plain_tokens = torch.stack(tokens, dim=1).float()
                 found["masked"] = self._masked(pixels, masks, plain_tokens, wanted.layers, later)
-            if "token" in kinds:
+            if "token" in features:
                 found["token"] = torch.stack(tokens, dim=1)
             patches = last.patches.float()
             found |= {"average": encoder.backbone.fc_norm(patches.mean(dim=1)), "patches": patches}
-            if "predictor" in kinds:
+            if "predictor" in features:
                 found["predictor"] = encoder.predictions(last).float().mean(dim=1)
             count = patches.shape[1]
             if plain.attention is not None:
-                if kinds & set(ATTENTION[:2]):
+                if features & set(ATTENTION[:2]):
                     rows = plain.attention.objects()[:, :, 0, -count:]
                     found["attention"] = weigh(rows.mean(dim=1), patches)
                     found["lowest_entropy"] = weigh(lowest_entropy(rows), patches)
                 found["centre"] = weigh(plain.attention.centre()[:, :, -count:].mean(dim=1), patches)
-            for kind in (kind for kind in kinds if kind.startswith(EXTERNAL)):
-                found[kind] = weigh(self._foreign(kind, moved, last.grid), patches)
-        return {kind: found[kind].float().to(self.device) for kind in kinds}
+            for feature in (feature for feature in features if feature.startswith(EXTERNAL)):
+                found[feature] = weigh(self._foreign(feature, moved, last.grid), patches)
+        return {feature: found[feature].float().to(self.device) for feature in features}
 
     def _masked(self, pixels: Tensor, masks: Tensor, plain: Tensor, layers: int, later: int) -> Tensor:
         """Object tokens; one that reads everything is the class token, and not computed again."""
@@ -166,9 +168,9 @@ class FeatureReader:
             tokens[new.to(tokens.device)] = torch.stack([o.objects[:, 0] for o in outputs], dim=1).float()
         return tokens
 
-    def _foreign(self, kind: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
-        other = self.other(kind).eval()
-        other.check_side(images.shape[-1], "images", kind)
+    def _foreign(self, feature: str, images: Tensor, grid: tuple[int, int]) -> Float[Tensor, "b N"]:
+        other = self.other(feature).eval()
+        other.check_side(images.shape[-1], "images", feature)
         seen = other.attention(other.normalise(images))
         rows, columns = seen.grid
         maps = seen.objects()[:, :, 0, seen.special :].mean(dim=1).view(-1, 1, rows, columns)
@@ -199,8 +201,10 @@ class Encoded:
     """Features of p images, in `wide` views each, on the CPU."""
 
     image_indices: Int64[Tensor, "p"]  # index in the source
-    kinds: dict[str, Tensor]  # of each wanted kind [p, wide, ...]; `maps` are uint8, the others float32
-    columns: dict[str, Tensor]  # `labels`; with kind `masked` `has_mask` and `readable` of the first view
+    features: dict[str, Tensor]  # by name [p, wide, ...]; `maps` are uint8, the others float32
+    columns: dict[
+        str, Tensor
+    ]  # `labels`; with `masked` features also `has_mask` and `readable` of the first view
 
 
 class Encoding:
@@ -221,7 +225,7 @@ class Encoding:
     ) -> None:
         self.encoder, self.source, self.config, self.need = encoder, source, config, need
         self.views, self.progress = views, progress
-        self.masked = "masked" in need.kinds  # otherwise no object mask is drawn
+        self.masked = "masked" in need.features  # otherwise no object mask is drawn
         self.bad: list[int] = []
         self.seconds = {"data_wait": 0.0, "encoder": 0.0}
 
@@ -239,16 +243,16 @@ class Encoding:
             self.seconds["data_wait"] = batches.waited
             began = perf_counter()
             images, masks, first = by_image(rows, self.views)
-            kinds = self._encode(reader, images, masks)
+            features = self._encode(reader, images, masks)
             self.encoder.train(training)
-            if "maps" in self.need.kinds:
-                kinds["maps"] = rows.maps[:, None]
+            if "maps" in self.need.features:
+                features["maps"] = rows.maps[:, None]
             self.seconds["encoder"] += perf_counter() - began
             columns = {"labels": rows.labels[first]}
             if self.masked:
                 columns["has_mask"] = rows.has_mask[first]
                 columns["readable"] = masks[:, 0].float().mean(dim=1)
-            yield Encoded(rows.image_indices[first], kinds, columns)
+            yield Encoded(rows.image_indices[first], features, columns)
 
     def _cut(self) -> CropsCut | LabelledCut:
         transform, patch = self.encoder.config.transform, self.encoder.patch_size
@@ -259,12 +263,12 @@ class Encoding:
 
     def _encode(self, reader: FeatureReader, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """Features of p images in 1 + views views each, encoded `batch_size` at a time."""
-        wanted = replace(self.need, kinds=self.need.kinds - {"maps"})
+        wanted = replace(self.need, features=self.need.features - {"maps"})
         flat, read = images.flatten(0, 1), masks.flatten(0, 1)
         size = self.config.batch_size
         parts = [reader(i, m, wanted) for i, m in zip(flat.split(size), read.split(size), strict=True)]
-        joined = {kind: torch.cat([part[kind] for part in parts]) for kind in wanted.kinds}
-        return {kind: x.unflatten(0, (len(images), 1 + self.views)) for kind, x in joined.items()}
+        joined = {feature: torch.cat([part[feature] for part in parts]) for feature in wanted.features}
+        return {feature: x.unflatten(0, (len(images), 1 + self.views)) for feature, x in joined.items()}
 
 
 def by_image(rows: ImageRows, views: int) -> tuple[Tensor, Tensor, Tensor]:

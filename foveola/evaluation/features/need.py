@@ -24,11 +24,11 @@ class FeedConfig(MaskedConfig):
 class Need:
     """What a protocol reads of an image.
 
-    Kinds: `token` and `masked` (class token, and object token that reads its object, of the last `layers`
-    blocks), `average` (of the patches), `patches` (all), `predictor` (mean of CAPI's predictions),
-    and the patches averaged by attention of the last block: `attention` (of the class token, mean over the
-    heads), `lowest_entropy` (of its head of lowest entropy, for each image), `centre` (of the central
-    patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
+    `features` are names: `token` and `masked` (class token, and object token that reads its object, of the
+    last `layers` blocks), `average` (of the patches), `patches` (all), `predictor` (mean of CAPI's
+    predictions), and the patches averaged by attention of the last block: `attention` (of the class token,
+    mean over the heads), `lowest_entropy` (of its head of lowest entropy, for each image), `centre` (of the
+    central patch, mean over the heads), `external:MODEL` (of the class token of another encoder).
 
     `crops` is how random crops of training images are resized; None = as the encoder resizes images.
 
@@ -40,7 +40,7 @@ class Need:
     pixels a side; then there are `maps` too, their label maps squashed alike.
     """
 
-    kinds: frozenset[str]
+    features: frozenset[str]
     layers: int = 1
     side: int | None = None
     crops: Literal["bicubic", "bilinear"] | None = None
@@ -51,7 +51,7 @@ class Need:
         if (self.side, self.size, self.block) != (other.side, other.size, other.block):
             raise ValueError("one pass over images of two sizes, or to two blocks")
         layers, crops = max(self.layers, other.layers), self.crops or other.crops
-        return replace(self, kinds=self.kinds | other.kinds, layers=layers, crops=crops)
+        return replace(self, features=self.features | other.features, layers=layers, crops=crops)
 
     def at(self, encoder: Encoder, size: int | None = None, block: int = -1) -> "Need":
         """Return the same of images of another size, or of another block. Raises UserError for what there is
@@ -63,7 +63,7 @@ class Need:
         index: int | None = encoder.block_index(block)
         if index == encoder.config.model.shape[1] - 1:
             index = None
-        elif "predictor" in self.kinds:
+        elif "predictor" in self.features:
             raise UserError(f"block={block}: predictor reads the last block")
         elif index is not None and index + 1 < self.layers:
             raise UserError(
@@ -72,44 +72,48 @@ class Need:
         return replace(self, size=size, block=index)
 
 
-def need(*kinds: str, layers: int = 1) -> Need:
-    """Return the `Need` of the kinds given. Raises UserError for one that does not exist."""
-    for kind in kinds:
-        if kind not in FEATURE_NAMES and not (kind.startswith(EXTERNAL) and len(kind) > len(EXTERNAL)):
-            raise UserError(f"unknown features {kind!r}; known: {', '.join(FEATURE_NAMES)}, {EXTERNAL}MODEL")
-    return Need(frozenset(kinds), layers)
+def need(*features: str, layers: int = 1) -> Need:
+    """Return the `Need` of these features. Raises UserError for a name that no feature has."""
+    for feature in features:
+        if feature not in FEATURE_NAMES and not (
+            feature.startswith(EXTERNAL) and len(feature) > len(EXTERNAL)
+        ):
+            raise UserError(
+                f"unknown features {feature!r}; known: {', '.join(FEATURE_NAMES)}, {EXTERNAL}MODEL"
+            )
+    return Need(frozenset(features), layers)
 
 
-def check_kinds(encoder: Encoder, kinds: Iterable[str], layers: int) -> None:
-    """Raise UserError where the encoder cannot give one of the kinds."""
+def check_features(encoder: Encoder, features: Iterable[str], layers: int) -> None:
+    """Raise UserError where the encoder cannot give one of these features."""
     depth = encoder.config.model.shape[1]
     if layers > 1:
         encoder.check_inside(f"features of the last {layers} blocks")
     if not 1 <= layers <= depth:
         raise UserError(f"features of the last {layers} blocks: this encoder has {depth}")
-    for kind in kinds:
-        if kind in ("masked", *ATTENTION):
-            if kind == "masked":
+    for feature in features:
+        if feature in ("masked", *ATTENTION):
+            if feature == "masked":
                 encoder.check_inside("a token that reads an object alone")
             if not gives_attention(encoder.backbone):
-                encoder.check_inside(f"features={kind}")
+                encoder.check_inside(f"features={feature}")
         if (
-            kind in ("token", "masked", "attention", "lowest_entropy")
+            feature in ("token", "masked", "attention", "lowest_entropy")
             and not encoder.config.model.class_token
         ):
-            raise UserError(f"features={kind}: this encoder has no class token; use average or centre")
-        if kind == "predictor" and encoder.predictor is None:
+            raise UserError(f"features={feature}: this encoder has no class token; use average or centre")
+        if feature == "predictor" and encoder.predictor is None:
             raise UserError(f"features=predictor: this encoder has {', '.join(encoder.config.pools)}")
 
 
-def shape_of(encoder: Encoder, kind: str, wanted: Need) -> tuple[int, ...]:
-    """Return the shape of a kind of feature of one image."""
+def shape_of(encoder: Encoder, feature: str, wanted: Need) -> tuple[int, ...]:
+    """Return the shape of a feature of one image."""
     width, side = encoder.config.model.shape[0], wanted.side or wanted.size or encoder.config.transform.crop
     patches = (side // encoder.patch_size) ** 2
-    if kind in ("token", "masked"):
+    if feature in ("token", "masked"):
         return wanted.layers, width
-    if kind == "maps":
+    if feature == "maps":
         return side, side
-    if kind == "predictor" and encoder.predictor is not None:
+    if feature == "predictor" and encoder.predictor is not None:
         return (encoder.predictor.width,)
-    return (patches, width) if kind == "patches" else (width,)
+    return (patches, width) if feature == "patches" else (width,)

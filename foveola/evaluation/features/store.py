@@ -59,17 +59,17 @@ class Store:
         return len(self.rows)
 
     def take(
-        self, kind: str, rows: Int64[Tensor, "b"] | slice = slice(None), view: int = 0, layers: int = 1
+        self, feature: str, rows: Int64[Tensor, "b"] | slice = slice(None), view: int = 0, layers: int = 1
     ) -> Float32[Tensor, "b ..."]:
         """Return features of readable images: [b, layers, D] of tokens, [b, N, D] of patches, else [b, D].
 
         `view` 0 is the evaluation view, 1 and up are the random crops.
         """
         index = self.rows[rows].numpy()
-        array = self.arrays[self.names[kind]]
+        array = self.arrays[self.names[feature]]
         whole = len(index) == len(array) and len(index) > 0 and index[0] == 0
         block = array[:, view] if whole and bool((np.diff(index) == 1).all()) else array[index, view]
-        if kind in ("token", "masked"):
+        if feature in ("token", "masked"):
             block = block[:, -layers:]
         return torch.from_numpy(np.ascontiguousarray(block).astype(np.float32))
 
@@ -78,8 +78,8 @@ class Store:
         return torch.from_numpy(self.arrays[self.names["maps"]][self.rows[rows].numpy(), 0])
 
     def column(self, name: str) -> Shaped[Tensor, "n"]:
-        """Return `labels` (-1: unknown), or with kind `masked` `has_mask`, `readable`, of the readable
-        images.
+        """Return `labels` (-1: unknown), or with `masked` features also `has_mask` or `readable`, of the
+        readable images.
         """
         return torch.from_numpy(self.columns[name])[self.rows]
 
@@ -88,11 +88,11 @@ class Store:
         """Index of each readable image in its source."""
         return torch.from_numpy(self.chosen)[self.rows]
 
-    def table(self, kind: str) -> FeatureTable:
+    def table(self, feature: str) -> FeatureTable:
         """Return one vector of an image, of tokens that of the last block, as the table that `extract`
         gives.
         """
-        features, masked = self.take(kind), "masked" in self.names
+        features, masked = self.take(feature), "masked" in self.names
         return FeatureTable(
             features=features[:, -1] if features.ndim == 3 else features,
             labels=self.column("labels"),
@@ -178,13 +178,13 @@ class Pass:
         self.folder.mkdir(parents=True, exist_ok=True)
         n, wide = len(self.chosen), 1 + self.views
         shapes, dtypes = {}, {}
-        for kind, name in self.names.items():
-            shapes[name] = (n, wide, *shape_of(self.encoder, kind, self.need))
-            dtypes[name] = np.dtype("uint8" if kind == "maps" else self.config.store)
+        for feature, name in self.names.items():
+            shapes[name] = (n, wide, *shape_of(self.encoder, feature, self.need))
+            dtypes[name] = np.dtype("uint8" if feature == "maps" else self.config.store)
         for name in shapes:
             self._discard_damaged(name, shapes[name], dtypes[name])
-        for name, (kind, _) in COLUMNS.items():
-            self._discard_damaged(name, (n,), np.dtype(kind))
+        for name, (dtype, _) in COLUMNS.items():
+            self._discard_damaged(name, (n,), np.dtype(dtype))
         if not all((self.folder / f"{name}.npy").is_file() for name in COLUMNS):
             for done in self.folder.glob("*.done.npy"):  # rows without their labels are not finished
                 done.unlink()
@@ -196,10 +196,10 @@ class Pass:
                 f"features of {self.source.name} need {size / 2**30:.1f} GiB in {self.folder}, which has "
                 f"{free / 2**30:.1f}; use limit=, store=float16 or another cache="
             )
-        for name, (kind, empty) in COLUMNS.items():
+        for name, (dtype, empty) in COLUMNS.items():
             if not (self.folder / f"{name}.npy").is_file():
-                _save(self.folder / f"{name}.npy", np.full(n, empty, dtype=kind))
-                _save(self.folder / f"{name}.sums.npy", _sums(np.full(n, empty, dtype=kind)))
+                _save(self.folder / f"{name}.npy", np.full(n, empty, dtype=dtype))
+                _save(self.folder / f"{name}.sums.npy", _sums(np.full(n, empty, dtype=dtype)))
         for name in new:
             np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shapes[name])
             _take_room(self.folder / f"{name}.npy")
@@ -268,8 +268,10 @@ class Pass:
         for found in self.encoding.batches(self.chosen[mine]):
             began = perf_counter()
             where = np.searchsorted(self.chosen, found.image_indices.numpy())
-            for kind, name in self.names.items():
-                numbers = checked(found.kinds[kind], self.config.store, found.image_indices, self.source)
+            for feature, name in self.names.items():
+                numbers = checked(
+                    found.features[feature], self.config.store, found.image_indices, self.source
+                )
                 arrays[name][where] = numbers.numpy()
                 sums[name][where] = _sums(numbers.numpy())
             for name, values in found.columns.items():
@@ -332,9 +334,9 @@ def _is_sound(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> bool:
         return False
     if header is None:
         return False
-    found, fortran, kind = header
+    found, fortran, held = header
     count = int(np.prod(shape, dtype=np.int64))
-    return (found, fortran, kind) == (shape, False, dtype) and size == count * dtype.itemsize
+    return (found, fortran, held) == (shape, False, dtype) and size == count * dtype.itemsize
 
 
 def _take_room(path: Path) -> None:

@@ -217,7 +217,7 @@ def _encode(
         new = every if plain is None else ~rows.masks.all(dim=1)
         masked = torch.zeros(len(every), encoder.width) if plain is None else plain.clone()
         masked[new] = _tokens_of(encoder, rows.images, rows.masks[new], config, rows.image_of[new])
-    return [t for kind in masks if (t := masked if kind else plain) is not None]
+    return [t for with_masks in masks if (t := masked if with_masks else plain) is not None]
 
 
 def _tokens_of(
@@ -263,7 +263,7 @@ def without_objects(encoder: Encoder, pool: str | None, masks: str | bool) -> bo
     return encoder.wrapped and masks == "both" and (pool or encoder.config.pool) == "token"
 
 
-def mask_kinds(
+def mask_modes(
     masks: str | bool, train: Source | None, test: Source, encoder: Encoder, pool: str | None
 ) -> tuple[tuple[bool, ...], list[str]]:
     """Return which tables the setting `masks` asks for, plain first, given what the data and the encoder can

@@ -15,7 +15,7 @@ from foveola.evaluation.classification.training import Columns, ProbePlan, batch
 from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.encoding import lowest_entropy
 from foveola.evaluation.features.need import FeedConfig, need
-from foveola.evaluation.metrics import Answers, Judged
+from foveola.evaluation.metrics import GroundTruth, Judged
 from foveola.models.encoder import Encoder
 
 OF_TOKEN = ("attention", "lowest_entropy", "heads")  # what the class token reads
@@ -183,5 +183,7 @@ def _held(
 ) -> Judged:
     """What the hold-out says of each probe."""
     return judge(
-        grid, Columns(store, hold, need("patches"), device), Answers(labels[hold], store.image_indices[hold])
+        grid,
+        Columns(store, hold, need("patches"), device),
+        GroundTruth(labels[hold], store.image_indices[hold]),
     )

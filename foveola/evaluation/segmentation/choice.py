@@ -19,16 +19,17 @@ def hold_out(
     """Return which rows belong to the held-out images: a share of them, at least one, drawn by seed.
 
     Each image counts for the rarest class among its labels (that of the fewest images; the smallest of
-    equals; images without a class are of one kind). Each kind gives its share and keeps one image, as classes
-    do for classification probes. Where kinds have too few images for that, images are drawn without regard.
+    equals; images without a class are a group of their own). Each group gives its share and keeps one image,
+    as classes do for classification probes. Where groups have too few images for that, images are drawn
+    without regard to groups.
     """
     names, which = image_indices.unique(return_inverse=True)
     if len(names) < 2:
         raise UserError("train needs at least two images: some are held out to choose settings")
     every = torch.arange(len(names))
     shown = _shown(which, labels, len(names), classes)
-    for kinds in (_rarest(shown), torch.zeros_like(every)):
-        _, held = held_out(every, share, seed, kinds)
+    for groups in (_rarest(shown), torch.zeros_like(every)):
+        _, held = held_out(every, share, seed, groups)
         if len(held) >= max(1, int(share * len(names))):
             break
     return torch.isin(which, held)

@@ -194,8 +194,8 @@ class DensePass:
             self.encoder, self.source, feeding(self.config), self.need, progress=self.progress
         )
         for found in encoding.batches(self.mine):
-            patches = checked(found.kinds["patches"], self.config.store, found.image_indices, self.source)
-            yield patches[:, 0].float(), found.kinds["maps"][:, 0], found.image_indices
+            patches = checked(found.features["patches"], self.config.store, found.image_indices, self.source)
+            yield patches[:, 0].float(), found.features["maps"][:, 0], found.image_indices
         self.bad += encoding.bad
 
     def _stored(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from foveola.config import UserError, again, key
 from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode, why_bad
-from foveola.evaluation.features.table import check_finite, mask_kinds, object_tokens
+from foveola.evaluation.features.table import check_finite, mask_modes, object_tokens
 from foveola.evaluation.images import Batches, Images, ReadingConfig, share_of_rank
 from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
@@ -245,12 +245,12 @@ class Retrieval(Protocol):
     def measure(self, at: At, config: RetrievalConfig) -> Outcome:
         """Encode two views of each object, and rank one among those of all."""
         encoder, test = at.encoder.pooled(config.pool), at.test
-        kinds, notes = mask_kinds(config.masks, None, test, encoder, None)
+        modes, notes = mask_modes(config.masks, None, test, encoder, None)
         targets = choose_targets(test, config.objects, config.min_area, config.seed)
         if len(targets) < 2:
             raise UserError(f"{test.name}: {len(targets)} objects to find, at least 2 are needed")
         began = perf_counter()
-        features, image_indices, bad = _embed(encoder, test, targets, kinds, config, at.progress)
+        features, image_indices, bad = _embed(encoder, test, targets, modes, config, at.progress)
         if len(bad) > 0.01 * len(targets):
             raise UserError(
                 f"{test.name}: {len(bad)} of {len(targets)} images cannot be read, such as "
@@ -261,7 +261,7 @@ class Retrieval(Protocol):
             notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
         k = min(config.recall, count)
         metrics, scores = {}, {}
-        for place, masked in enumerate(kinds):
+        for place, masked in enumerate(modes):
             name = "masks" if masked else "plain"
             first, second = features[:, place, 0], features[:, place, 1]
             check_finite(features[:, place].flatten(0, 1), image_indices.repeat_interleave(2), test)
@@ -294,21 +294,21 @@ def _embed(
     encoder: Encoder,
     source: Source,
     targets: Sequence[Target],
-    kinds: Sequence[bool],
+    modes: Sequence[bool],
     config: RetrievalConfig,
     progress: bool,
-) -> tuple[Float[Tensor, "n kinds 2 D"], Int64[Tensor, "n"], list[int]]:
+) -> tuple[Float[Tensor, "n modes 2 D"], Int64[Tensor, "n"], list[int]]:
     """Features of both views of every target, their images, and the images that could not be read."""
     cut = CanvasCut(config.canvas, config.mask_canvas, encoder.config.transform)
     mine, batches = drawn_targets(source, targets, cut, config, progress)
-    features = [torch.zeros(0, len(kinds), 2, encoder.width)]
+    features = [torch.zeros(0, len(modes), 2, encoder.width)]
     image_indices = [torch.zeros(0, dtype=torch.int64)]
     for place, drawn in batches.parcels():
         canvases = drawn.canvases()
         views, masks = two_views(canvases, encoder, config, mine[place])
         views, masks = views.flatten(0, 1), masks.flatten(0, 1)
         tables = []
-        for masked in kinds:
+        for masked in modes:
             parts = [
                 object_tokens(encoder, views[rows], masks[rows] if masked else None, config.precision)
                 for rows in torch.arange(len(views)).split(config.batch_size)

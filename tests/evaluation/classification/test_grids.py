@@ -309,7 +309,7 @@ def test_features_of_linear_probes() -> None:
     assert split_features("token4+average") == [("token", 4), ("average", 1)]
     assert split_features("external:/a+b/c") == [("external:/a+b/c", 1)]
     wanted = need_of(("token", "token4+average"), masks=True)
-    assert wanted.kinds == {"masked", "average"}
+    assert wanted.features == {"masked", "average"}
     assert wanted.layers == 4
     x, _ = data(1)[0]
     both = joined_features(x, "token2+average")

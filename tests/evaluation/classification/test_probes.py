@@ -16,7 +16,7 @@ from foveola.evaluation.classification.training import Columns, batches
 from foveola.evaluation.evaluate import evaluate, evaluate_all
 from foveola.evaluation.features.cache import Feed
 from foveola.evaluation.features.need import need
-from foveola.evaluation.metrics import Answers, judged
+from foveola.evaluation.metrics import GroundTruth, judged
 from foveola.evaluation.protocol import At
 from foveola.evaluation.result import Result
 
@@ -106,7 +106,7 @@ def test_styles_of_the_linear_probe(encoder, shades) -> None:
 def test_masks_change_the_tokens_that_are_read(encoder, shades, monkeypatch) -> None:
     settings = {"train": shades(0, 60), "test": shades(900, 15), "values": 3, **QUIET}
     opened, plain = [], Feed.open
-    monkeypatch.setattr(Feed, "open", lambda self, *a: opened.append(a[2].kinds) or plain(self, *a))
+    monkeypatch.setattr(Feed, "open", lambda self, *a: opened.append(a[2].features) or plain(self, *a))
     for masks, kinds in ((False, {"token"}), (True, {"masked"})):
         result = evaluate(encoder, "logistic", masks=masks, **settings)
         assert opened[-1] == kinds
@@ -205,7 +205,7 @@ def test_equals_on_the_hold_out_are_told_apart_by_its_loss(encoder, shades) -> N
     assert len(equals) > 2
     assert result.chosen["linear"]["lr"] > min(equals)
     losses = torch.tensor([[[2.0, 0.0]], [[5.0, 0.0]], [[5.0, torch.nan]]])
-    found = judged(lambda rows: losses, 1, Answers(torch.tensor([0]), torch.tensor([0])))
+    found = judged(lambda rows: losses, 1, GroundTruth(torch.tensor([0]), torch.tensor([0])))
     assert found.order() == [
         (100.0, pytest.approx(-math.log1p(math.exp(-2)))),
         (100.0, pytest.approx(-math.log1p(math.exp(-5)))),
@@ -295,29 +295,29 @@ def test_top5_is_any_right_answer_among_candidates() -> None:
     logits = torch.arange(9.0).flip(0).expand(4, -1)
     others = tuple(torch.tensor(some) for some in ([8, 1], [8, 5], [8], [4, 8]))
     labels, images = torch.tensor([8, 8, 8, 4]), torch.arange(4)
-    assert Answers(labels, images).top5(logits).tolist() == [False, False, False, True]
-    assert Answers(labels, images, others).top5(logits).tolist() == [True, False, False, True]
+    assert GroundTruth(labels, images).top5(logits).tolist() == [False, False, False, True]
+    assert GroundTruth(labels, images, others).top5(logits).tolist() == [True, False, False, True]
     allowed = torch.tensor([c not in (0, 2, 3) for c in range(9)])
-    assert Answers(labels, images, others, allowed).top5(logits).tolist() == [True, True, False, True]
+    assert GroundTruth(labels, images, others, allowed).top5(logits).tolist() == [True, True, False, True]
     three = torch.tensor([c in (4, 5, 8) for c in range(9)])  # fewer candidates than five
-    assert Answers(torch.tensor([0, 1, 2, 3]), images, None, three).top5(logits).tolist() == [False] * 4
+    assert GroundTruth(torch.tensor([0, 1, 2, 3]), images, None, three).top5(logits).tolist() == [False] * 4
 
 
 def test_answers() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 1.0]])
     labels, images = torch.tensor([0, 1, -1]), torch.arange(3)
-    assert Answers(labels, images).hits(logits).tolist() == [True, False, False]
+    assert GroundTruth(labels, images).hits(logits).tolist() == [True, False, False]
     some = (torch.tensor([1, 0]), torch.tensor([2]), torch.tensor([2, 1]))
-    assert Answers(labels, images, some).hits(logits).tolist() == [True, False, True]
+    assert GroundTruth(labels, images, some).hits(logits).tolist() == [True, False, True]
     allowed = torch.tensor([False, True, True])
-    restricted = Answers(labels, images, None, allowed)
+    restricted = GroundTruth(labels, images, None, allowed)
     assert restricted.hits(logits).tolist() == [False, True, False]
     junk = logits.clone()
     junk[:, 0] = torch.tensor([-9.0, 50.0, 7.0])
     assert torch.equal(restricted.hits(junk), restricted.hits(logits))
     assert torch.equal(restricted.hits(torch.stack((logits, junk)))[1], restricted.hits(logits))
     assert restricted.hits(logits[1:], slice(1, 3)).tolist() == [True, False]
-    assert Answers(labels, images).top5(logits).tolist() == [True, True, False]
+    assert GroundTruth(labels, images).top5(logits).tolist() == [True, True, False]
 
 
 def test_classes_by_name_missing_and_empty(encoder, shades) -> None:
@@ -342,8 +342,8 @@ def test_imagenet_variants_restrict_and_accept_several(encoder, shades) -> None:
     with Feed(encoder, None, progress=False) as feed:
         config = ProbeConfig(workers=0)
         task = open_task(At(encoder, train, test, feed), config, need("average"), 2)
-    assert task.exam.answers.candidates.tolist() == [False, True, True]
-    assert [some.tolist() for some in task.exam.answers.others] == [[0, 2], [1, 2], [2, 2]] * 2
+    assert task.exam.truth.candidates.tolist() == [False, True, True]
+    assert [some.tolist() for some in task.exam.truth.others] == [[0, 2], [1, 2], [2, 2]] * 2
 
 
 def test_mistakes_are_one_clear_line(encoder, shades, list_source, make_sample) -> None:

@@ -115,7 +115,7 @@ def test_a_second_pass_computes_nothing_and_a_new_kind_only_itself(
     asked = []
     plain = FeatureReader.__call__
     monkeypatch.setattr(
-        FeatureReader, "__call__", lambda s, i, m, n: asked.append(n.kinds) or plain(s, i, m, n)
+        FeatureReader, "__call__", lambda s, i, m, n: asked.append(n.features) or plain(s, i, m, n)
     )
     with Feed(encoder, tmp_path, progress=False) as feed:
         again = feed.open(images, CONFIG, need("token"))

@@ -12,7 +12,7 @@ from foveola.evaluation.features.table import (
     RowsCut,
     extract,
     extract_tables,
-    mask_kinds,
+    mask_modes,
     object_crop,
 )
 from foveola.evaluation.images import ImageRows, Images, choose_images, read_parcels
@@ -393,13 +393,13 @@ def test_bf16_is_close(encoder, varied) -> None:
 
 def test_what_masks_can_be_had(list_source, make_sample, encoder) -> None:
     bare, boxed = list_source([make_sample(0)]), list_source([make_sample(0, [(0, 0, 9, 9)])])
-    assert mask_kinds("both", boxed, boxed, encoder, None) == ((False, True), [])
-    assert mask_kinds(True, boxed, boxed, encoder, None) == ((True,), [])
-    assert mask_kinds(False, boxed, boxed, encoder, None) == ((False,), [])
-    assert mask_kinds("both", bare, bare, encoder, None)[0] == (False,)
-    assert "whole images" in mask_kinds("both", bare, boxed, encoder, None)[1][0]
+    assert mask_modes("both", boxed, boxed, encoder, None) == ((False, True), [])
+    assert mask_modes(True, boxed, boxed, encoder, None) == ((True,), [])
+    assert mask_modes(False, boxed, boxed, encoder, None) == ((False,), [])
+    assert mask_modes("both", bare, bare, encoder, None)[0] == (False,)
+    assert "whole images" in mask_modes("both", bare, boxed, encoder, None)[1][0]
     with pytest.raises(UserError, match="neither boxes nor masks"):
-        mask_kinds(True, boxed, bare, encoder, None)
+        mask_modes(True, boxed, bare, encoder, None)
 
 
 def test_ranks_share_the_images_and_keep_their_order(run_ranks) -> None:
