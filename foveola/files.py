@@ -17,6 +17,7 @@ from foveola.config import UserError, nearest, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 FIXED_TARGETS = "the targets of this method do not move"  # a line of log.txt, which the report reads
+WHOLE_STEPS = "logged numbers are of all images of a step"  # the same; older logs: of a part, on one process
 CHECKPOINT = re.compile(r"step-(\d{8,})(\.replaced)?", re.ASCII)
 STALE_SECONDS = 3600.0  # no write takes so long: what is older was left by a process that was killed
 

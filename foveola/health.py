@@ -56,6 +56,7 @@ class Facts:
     place_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data
     processes: int | None = None  # over which `features` are those of one; None: not noted
+    whole_steps: bool = False  # whether what was logged, `features` too, is of all processes
 
 
 def health(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
@@ -233,7 +234,8 @@ def rank_health(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     most, highest = min(bounds), max(values(lines, "effective_rank"))
     text = f"Effective rank {value:.1f} of at most {most}"
     if most == facts.features:
-        text += " (rows of a batch of one process" + ("" if facts.processes else ", if there was one") + ")"
+        of_one = "of a batch of one process" + ("" if facts.processes else ", if there was one")
+        text += f" (rows {'of a step' if facts.whole_steps else of_one})"
     limits = f"LOOK below {as_percent(RANK[0])} of that or {as_percent(RANK_LOST)} of its own peak"
     limits += f", BAD below {as_percent(RANK[1])}"
     if value < max(RANK[1] * most, ONE):

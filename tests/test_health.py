@@ -177,6 +177,7 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
     check(h.rank_health(series("effective_rank", 9.9), Facts(width=1000, features=2000)), "BAD", "hardly any")
     check(h.rank_health(series("effective_rank", 1.4), Facts(width=96)), "BAD", "one direction")
     check(h.rank_health(lines, Facts(features=16, processes=2)), "OK", "of one process)")
+    check(h.rank_health(lines, Facts(features=16, processes=2, whole_steps=True)), "OK", "rows of a step)")
     check(h.rank_health(lines, Facts()), "NOT KNOWN", "15.0")
     check(h.rank_health([], Facts(width=3)), "NOT KNOWN")
 

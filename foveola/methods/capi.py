@@ -29,7 +29,6 @@ from foveola.methods.method import (
     check_single_view,
     ema_update,
     freeze,
-    spread_and_rank,
 )
 from foveola.models.heads import HeadConfig, ProjectionHead, Prototypes
 from foveola.models.predictor import Predictor, PredictorConfig
@@ -146,7 +145,6 @@ class Capi(Method):
             patches = (views.global_size // model.patch_size) ** 2
             trained = config.targets == "clusters"
             self.clustering = Clustering(config.clustering, width, patches, trained)
-        self.seen: Tensor | None = None
 
     @staticmethod
     def _head(config: CapiConfig, out: int, width: int) -> nn.Module:
@@ -169,13 +167,13 @@ class Capi(Method):
         images, keep, predict = (t.flatten(0, 1) for t in chosen)
         with torch.no_grad():
             teacher = self.teacher.backbone(images).patches
-        self.seen = teacher.mean(dim=1)
+        features = teacher.mean(dim=1)
         predictions = self.student.head(self._predict(images, keep, predict).transpose(0, 1).flatten(0, 1))
         if self.clustering is None:
             wanted = predict[..., None].expand(-1, -1, teacher.shape[2])
             goal = layer_norm(teacher.float(), teacher.shape[-1:]).gather(1, wanted)
             loss = smooth_l1_loss(predictions.float(), goal.transpose(0, 1).flatten(0, 1))
-            return Output({"prediction": loss}, dict(batch.facts))
+            return Output({"prediction": loss}, batch.facts, features)
         losses: dict[str, Tensor] = {}
         if self.config.targets == "clusters":
             clusters = self.clustering(teacher, predict)
@@ -185,7 +183,7 @@ class Capi(Method):
         temperature = self.config.clustering.student_temperature
         losses["prediction"] = assignment_loss(clusters.targets.flatten(0, 1), predictions, temperature)
         logs = self.clustering.watch(clusters, progress)
-        return Output(losses, {f"clustering/{k}": v for k, v in logs.items()} | batch.facts)
+        return Output(losses, {f"clustering/{k}": v for k, v in logs.items()} | batch.facts, features)
 
     def _predict(self, images: Tensor, keep: Tensor, predict: Tensor) -> Float[Tensor, "B Q D"]:
         """What the student thinks stands at the predicted patches."""
@@ -219,15 +217,14 @@ class Capi(Method):
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         momentum = 1 - lr if self.config.momentum is None else self.config.momentum.at(progress)
         ema_update(self.teacher, self.student, momentum)
+        if self.clustering is not None:
+            self.clustering.step()
         return {"momentum": momentum}
 
     def diagnose(self) -> dict[str, float]:
-        logs = {}
-        if self.clustering is not None:
-            logs["clustering/prototypes_used"] = self.clustering.used.float().mean().item()
-        if self.seen is not None:
-            logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
-        return logs
+        if self.clustering is None:
+            return {}
+        return {"clustering/prototypes_used": self.clustering.prototypes_used()}
 
     def gather(self) -> None:
         if self.clustering is not None:

@@ -1,7 +1,7 @@
 """The clusters of CAPI while it trains: centroids, patches of the past, and what was seen of positions."""
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn.functional import normalize
 from foveola import distributed
 from foveola.clustering import Clusters, cluster, position_information
 from foveola.config import key
+from foveola.logged import Averages
 from foveola.losses import entropy
+from foveola.methods.targets import kl_to_uniform
 from foveola.schedules import Progress
 
 
@@ -54,6 +56,8 @@ class Clustering(nn.Module):
         self.register_buffer("seen", torch.full((patches, config.prototypes), 1 / config.prototypes))
         self.register_buffer("used", torch.zeros(config.prototypes, dtype=torch.bool))
         self.filled, self.epoch = 0, -1
+        # Of the parts of a step: its number, their mean assignments at each position in sum, how many.
+        self.usage: tuple[int, Tensor, int] | None = None
         self.joined: Tensor | None = None  # the past of all processes, on the main one, until the next step
 
     def forward(self, patches: Float[Tensor, "B N D"], wanted: Int64[Tensor, "B Q"]) -> Clusters:
@@ -85,7 +89,10 @@ class Clustering(nn.Module):
         self.past[:, : self.filled] = kept
 
     def gather(self) -> None:
-        """Join the past of all processes for a checkpoint, the newest first; every process calls it."""
+        """Join the past of all processes for a checkpoint, the newest first, and the clusters that they used;
+        every process calls it.
+        """
+        self._join_used()
         if self.past is None or distributed.world_size() == 1:
             return
         rows = distributed.gather_rows(self.past[:, : self.filled].transpose(0, 1).cpu())
@@ -93,20 +100,41 @@ class Clustering(nn.Module):
             by_age = rows.unflatten(0, (distributed.world_size(), self.filled)).transpose(0, 1)
             self.joined = by_age.flatten(0, 1).transpose(0, 1).contiguous()
 
+    def _join_used(self) -> None:
+        self.used |= distributed.all_reduce_max(self.used.to(torch.uint8)).bool()
+
+    def prototypes_used(self) -> float:
+        """Return the share of prototypes that were the first choice of some patch since the epoch began; all
+        processes call it.
+        """
+        self._join_used()
+        return self.used.float().mean().item()
+
     @torch.no_grad()
-    def watch(self, clusters: Clusters, progress: Progress) -> dict[str, Tensor]:
+    def watch(self, clusters: Clusters, progress: Progress) -> dict[str, Tensor | Averages]:
         """Note which prototypes are used and where; what to log of it."""
         if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
             self.epoch = int(progress.epoch)
             self.used.zero_()
         self.used |= clusters.first
-        information = position_information(self.seen, clusters.usage)
-        self.seen.lerp_(clusters.usage, 0.02)
+        usage, parts = clusters.usage, 1
+        if self.usage is not None and self.usage[0] == progress.step:
+            usage, parts = self.usage[1] + usage, self.usage[2] + 1
+        self.usage = progress.step, usage, parts
         return {
             "target_entropy": entropy(clusters.targets).mean(),
-            "kl_to_uniform": math.log(len(self.used)) - entropy(clusters.usage.mean(dim=0)),
-            "position_information": information,
+            "kl_to_uniform": Averages((clusters.usage.mean(dim=0),), 1, kl_to_uniform),
+            # Of the images of all processes, by what the first saw before: to know what all saw would mean to
+            # exchange as much as all positions have clusters at each step.
+            "position_information": Averages((clusters.usage,), 1, partial(position_information, self.seen)),
         }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Note after a step which clusters were where."""
+        if self.usage is not None:  # in a new tensor, as what is to be logged of the step reads the old one
+            _, usage, parts = self.usage
+            self.seen, self.usage = torch.lerp(self.seen, usage / parts, 0.02), None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from foveola.config import ConfigError, build, key, to_dict
-from foveola.methods.method import Method, MethodConfig, Output, ema_update, freeze, spread_and_rank
+from foveola.logged import Averages
+from foveola.methods.method import Method, MethodConfig, Output, ema_update, freeze
 from foveola.methods.terms import TERMS, Named, named
 from foveola.methods.terms.term import Heads, Seen, Setting, Term, Tokens
 from foveola.models.heads import HeadConfig, ProjectionHead
@@ -34,7 +35,6 @@ ATTRIBUTES = (
     "terms",
     "config",
     "has_field",
-    "seen",
     "training",
 )  # of a Distillation
 
@@ -223,7 +223,6 @@ class Distillation(Method):
             self.register_module(name, self.terms[name])
         self.has_field = model.positions == "field"
         self.start: VisionTransformer | None = None
-        self.seen: Tensor | None = None
 
     def begin(self) -> None:
         """Keep a frozen copy of the student's backbone where a term asks for it: one for all of them."""
@@ -242,14 +241,13 @@ class Distillation(Method):
             start = None if self.start is None else Tokens(self._see(batch.large, self.start))
         seen = Seen(batch, self._study(batch), teacher, self._heads(), progress, self.backbone, start)
         losses: dict[str, Tensor] = {}
-        logs: dict[str, Tensor] = {}
+        logs: dict[str, Tensor | Averages] = {}
         for name, term in self.terms.items():
             output = term(seen)
             for what, loss in output.losses.items():
                 losses[name if what == "loss" else f"{name}_{what}"] = loss
             logs |= {f"{name}/{what}": value for what, value in output.logs.items()}
-        self.seen = teacher.large.objects.detach().flatten(0, 1)
-        return Output(losses, logs | batch.facts)
+        return Output(losses, {**logs, **batch.facts}, teacher.large.objects.flatten(0, 1))
 
     def _teach(self, batch: Batch) -> Tokens:
         """The teacher's tokens of the large views, of which nothing is hidden."""
@@ -290,14 +288,15 @@ class Distillation(Method):
         return {"momentum": momentum}
 
     def diagnose(self) -> dict[str, float]:
-        logs = {
+        return {
             f"{name}/{what}": value
             for name, term in self.terms.items()
             for what, value in term.diagnose().items()
         }
-        if self.seen is not None:
-            logs["feature_spread"], logs["effective_rank"] = spread_and_rank(self.seen)
-        return logs
+
+    def gather(self) -> None:
+        for term in self.terms.values():
+            term.gather()
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Return the teacher's position field, if there is one, and the figures of the terms."""

@@ -17,6 +17,7 @@ from torch.nn.functional import layer_norm, mse_loss
 from torch.nn.init import trunc_normal_, zeros_
 
 from foveola.config import key
+from foveola.logged import root_of_variance
 from foveola.losses import huber_loss
 from foveola.methods.method import (
     Method,
@@ -25,7 +26,6 @@ from foveola.methods.method import (
     check_single_view,
     ema_update,
     freeze,
-    spread_and_rank,
 )
 from foveola.models.blocks import initialise
 from foveola.models.positions import take_rows
@@ -109,7 +109,6 @@ class IJepa(Method):
         self.student = Student(config.predictor, model)
         self.teacher = freeze(deepcopy(self.student.backbone))
         self.groups = 1 if views.blocks is None else views.blocks.targets
-        self.seen: Tensor | None = None
 
     def train(self, mode: bool = True) -> "IJepa":
         super().train(mode)
@@ -124,36 +123,22 @@ class IJepa(Method):
         with torch.no_grad():
             patches = self.teacher(images).patches.float()
             targets = take_rows(layer_norm(patches, patches.shape[-1:]), wanted)
-        self.seen = patches.mean(dim=1)
         predictions = self.student(images, keep, wanted, self.groups)
         if self.config.loss == "huber":
             loss = huber_loss(predictions, targets)
         else:
             loss = mse_loss(predictions.float(), targets)
-        return Output({"prediction": loss}, self._spread(patches) | batch.facts)
-
-    @torch.no_grad()
-    def _spread(self, patches: Float[Tensor, "B N D"]) -> dict[str, Tensor]:
-        """Deviations of the teacher's patches before the LayerNorm that makes targets of them.
-
-        Over all patches, and over images at the same place: features that tell the place alone have the
-        former but not the latter. Both are roots of mean variances over channels.
-        """
-        overall = patches.flatten(0, 1).var(dim=0, correction=0).mean().sqrt()
-        content = patches.var(dim=0, correction=0).mean().sqrt()
-        return {"targets/std": overall, "targets/content_std": content}
+        # Deviations of the teacher's patches before the LayerNorm that makes targets of them: over all
+        # patches, and over images at the same place. Features that tell the place alone have the former only.
+        overall, content = root_of_variance(patches.flatten(0, 1)), root_of_variance(patches)
+        logs = {"targets/std": overall, "targets/content_std": content, **batch.facts}
+        return Output({"prediction": loss}, logs, patches.mean(dim=1))
 
     @torch.no_grad()
     def after_step(self, progress: Progress, lr: float) -> dict[str, float]:
         momentum = self.config.momentum.at(progress)
         ema_update(self.teacher, self.student.backbone, momentum)
         return {"momentum": momentum}
-
-    def diagnose(self) -> dict[str, float]:
-        if self.seen is None:
-            return {}
-        spread, rank = spread_and_rank(self.seen)
-        return {"feature_spread": spread, "effective_rank": rank}
 
     def advice(self, batch_size: int, images: int | None = None, objects: int = 1) -> list[str]:
         momentum = self.config.momentum.value

@@ -18,7 +18,7 @@ from torch.nn.init import xavier_uniform_
 from foveola.config import key
 from foveola.data.shown import drawn_rgb
 from foveola.losses import pixel_loss, pixel_targets
-from foveola.methods.method import Method, MethodConfig, Output, check_single_view, spread_and_rank
+from foveola.methods.method import Method, MethodConfig, Output, check_single_view
 from foveola.models.attention import PackedLinear
 from foveola.models.blocks import initialise
 from foveola.models.embedding import patchify, unpatchify
@@ -111,7 +111,6 @@ class Mae(Method):
         self.patch_size = model.patch_size
         self.colors = views.color.mean, views.color.std
         self.hidden = None if views.dropping is None else views.dropping.ratio
-        self.seen: Tensor | None = None
         self.shown: tuple[Tensor, ...] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
@@ -121,16 +120,9 @@ class Mae(Method):
         images, keep, wanted = (t.flatten(0, 1) for t in chosen)
         predictions, patches = self.student(images, keep, wanted)
         targets = pixel_targets(take_rows(patchify(images, self.patch_size), wanted), self.config.normalise)
-        self.seen = patches.detach().mean(dim=1)
         self.shown = tuple(t[:IMAGES_KEPT].detach().clone() for t in (images, keep, wanted, predictions))
         loss = pixel_loss(predictions, targets, self.config.loss)
-        return Output({"reconstruction": loss}, dict(batch.facts))
-
-    def diagnose(self) -> dict[str, float]:
-        if self.seen is None:
-            return {}
-        spread, rank = spread_and_rank(self.seen)
-        return {"feature_spread": spread, "effective_rank": rank}
+        return Output({"reconstruction": loss}, batch.facts, patches.mean(dim=1))
 
     @torch.no_grad()
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:

@@ -1,7 +1,7 @@
 """What a method is to the training loop: a module that turns a batch into named losses; a teacher's EMA."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from foveola.config import key
+from foveola.logged import Averages
 from foveola.models.lora import merged
 from foveola.models.predictor import Predictor, PredictorConfig
 from foveola.models.starting import StartingWeights
@@ -24,10 +25,15 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(eq=False)
 class Output:
-    """Scalar losses, to be summed, and further scalars worth logging."""
+    """Scalar losses, to be summed, and what else is worth logging.
+
+    What is logged is of a whole step: a scalar is the mean of those of all parts and processes, `Averages`
+    are of the rows of all. `features` [rows, D] stand for images: their spread and rank are logged.
+    """
 
     losses: dict[str, Tensor]
-    logs: dict[str, Tensor] = field(default_factory=dict)
+    logs: Mapping[str, Tensor | Averages] = field(default_factory=dict)
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,10 @@ class Method(nn.Module, ABC):
         return {}
 
     def diagnose(self) -> dict[str, float]:
-        """Return signals of collapse since the last call; called when a step is logged."""
+        """Return further numbers, since the last call or of the last step; called when a step is logged.
+
+        All processes call it, and return what is of all of them.
+        """
         return {}
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
@@ -245,6 +254,10 @@ def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
     if not bool(x.isfinite().all()):
         return float("nan"), float("nan")
     spread = x.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5
-    singular = torch.linalg.svdvals(x)
+    if x.shape[0] > x.shape[1]:  # of many rows, what costs as much as their products alone
+        x = x.double()
+        singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    else:
+        singular = torch.linalg.svdvals(x)
     share = singular / singular.sum()
     return spread.item(), torch.special.entr(share).sum().exp().item()

@@ -9,6 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from foveola import distributed
 from foveola.config import key
 from foveola.cross_entropy import (
     PrototypeWeights,
@@ -19,6 +20,7 @@ from foveola.cross_entropy import (
     rows_in_cache,
     scales_of,
 )
+from foveola.logged import Averages
 from foveola.losses import Centering, entropy, sinkhorn
 from foveola.schedules import Progress, Schedule
 
@@ -81,8 +83,7 @@ class Targets(nn.Module):
                     mean = prototypes[0] @ counted.float().mean(dim=0)
                 self.centering.update(mean * scales_of(prototypes), len(counted))
         # Once an epoch, at its first step: a run resumed within an epoch keeps what the checkpoint held.
-        first = progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch
-        if first and len(features):
+        if progress.step % progress.steps_per_epoch == 0 and int(progress.epoch) != self.epoch:
             self.epoch = int(progress.epoch)
             self.used.zero_()
         return TeacherTargets(self, features, prototypes, self.config.temperature.at(progress))
@@ -91,10 +92,15 @@ class Targets(nn.Module):
         if self.centering is not None:
             self.centering.step()
 
+    def gather(self) -> None:
+        """Let each process know the first choices of all."""
+        self.used |= distributed.all_reduce_max(self.used.to(torch.uint8)).bool()
+
     def prototypes_used(self) -> float:
-        """Return the share of prototypes that were the first choice of some row since the epoch began (on
-        this rank).
+        """Return the share of prototypes that were the first choice of some row of any process since the
+        epoch began; all processes call it.
         """
+        self.gather()
         return self.used.float().mean().item()
 
 
@@ -143,11 +149,16 @@ class TeacherTargets:
             start += len(part)
         return made
 
-    def logs(self) -> dict[str, Tensor]:
-        """Return the logs of the rows that were asked for; nothing if there are none."""
-        if not len(self):
-            return {}
+    def logs(self) -> dict[str, Averages]:
+        """Return the logs of the rows that were asked for."""
+        rows = len(self)
+        entropies = torch.cat(self.entropies).mean() * rows if rows else self.sum.new_zeros(())
         return {
-            "target_entropy": torch.cat(self.entropies).mean(),
-            "kl_to_uniform": math.log(len(self.sum)) - entropy(self.sum / len(self)),
+            "target_entropy": Averages((entropies,), rows),
+            "kl_to_uniform": Averages((self.sum,), rows, kl_to_uniform),
         }
+
+
+def kl_to_uniform(shares: Float[Tensor, "K"]) -> Float[Tensor, ""]:
+    """Return how far a distribution over prototypes is from all of them alike, in nats: 0 to log K."""
+    return math.log(len(shares)) - entropy(shares)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
-from foveola.files import FIXED_TARGETS, STEP, RunFolder
+from foveola.files import FIXED_TARGETS, STEP, WHOLE_STEPS, RunFolder
 from foveola.schedules import steps_of
 
 LoggedStep = dict[str, float | None]  # the metrics of one step by name; None: was not finite
@@ -98,6 +98,11 @@ class Record:
     def fixed_targets(self) -> bool:
         """Whether what the method predicts never moves: the log says so, and for MAE older logs do not."""
         return self.get("method.name") == "mae" or any(note.endswith(FIXED_TARGETS) for note in self.notes)
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether what was logged is of all images of a step, as the log says; older ones do not."""
+        return any(note.endswith(WHOLE_STEPS) for note in self.notes)
 
     @property
     def has_encoder(self) -> bool:

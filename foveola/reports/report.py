@@ -96,7 +96,7 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
     first, last = progress.point(UNTRAINED), progress.point(END)
     share = None if last is None else last.place_share
     views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
-    parts = (record.get("accumulate") or 1) * (processes or 1)
+    parts = 1 if record.whole_steps else (record.get("accumulate") or 1) * (processes or 1)
     return Facts(
         fixed_targets=record.fixed_targets,
         precision=str(record.get("precision", "fp32")),
@@ -109,6 +109,7 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
         place_share=None if share is None else (share, None if first is None else first.place_share),
         place_images=None if last is None else last.place_images,
         processes=processes,
+        whole_steps=record.whole_steps,
         images=record.image_count,
     )
 

@@ -215,6 +215,6 @@ class Classification(TaskMethod):
         """
         if not self.seen:
             return {}
-        right, count = torch.stack(self.seen).sum(dim=0).tolist()
+        right, count = distributed.all_reduce_sum(torch.stack(self.seen).sum(dim=0)).tolist()
         self.seen = []
         return {"accuracy": right / max(count, 1)}

@@ -141,7 +141,7 @@ class Segmentation(TaskMethod):
         """Return the share of labelled pixels of training views since the last call whose class was found."""
         if not self.seen:
             return {}
-        right, count = torch.stack(self.seen).sum(dim=0).tolist()
+        right, count = distributed.all_reduce_sum(torch.stack(self.seen).sum(dim=0)).tolist()
         self.seen = []
         return {"pixel_accuracy": right / max(count, 1)}
 

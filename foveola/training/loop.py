@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from foveola import distributed
 from foveola.config import UserError
 from foveola.data.sample import Canvases
-from foveola.methods.method import Method
+from foveola.logged import Averages, added
+from foveola.methods.method import Method, spread_and_rank
 from foveola.schedules import Progress
 from foveola.state_files import is_cut
 from foveola.training.freezing import Freezing
@@ -52,6 +53,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.bad_steps, self.bad_at = 0, 0  # in a row until now; the number of the last one
         self.asked: tuple[Tensor, torch.cuda.Event | None, Progress] | None = None
+        self.features: list[Tensor] = []  # of the last step, part by part
         self.wrapped = self._wrap()
 
     def _wrap(self, again: bool = False) -> nn.Module:
@@ -66,14 +68,17 @@ class Trainer:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.method, device_ids=ids, **settings)
 
-    def step(self, progress: Progress, take: Callable[[], Canvases]) -> dict[str, Tensor | float]:
-        """Train on `accumulate` batches; named scalars to log."""
+    def step(self, progress: Progress, take: Callable[[], Canvases]) -> dict[str, Tensor | float | Averages]:
+        """Train on `accumulate` batches; what to log of them, by name: of this process, but for what all
+        have in common.
+        """
         schedules = self.optimizer.schedule(progress)
         if self.freezing.apply(progress):
             del self.wrapped  # first, as it listens to the gradients that it was made for
             self.wrapped = self._wrap(again=True)
         losses: dict[str, Tensor] = {}
-        logs: dict[str, Tensor] = {}
+        logs: dict[str, Averages] = {}
+        self.features = []
         for part in range(self.accumulate):
             canvases = take()
             streams = Streams(self.seed, progress.step * self.accumulate + part, distributed.rank())
@@ -89,7 +94,8 @@ class Trainer:
             for name, value in output.losses.items():
                 share = value.detach() / self.accumulate
                 losses[name] = losses[name] + share if name in losses else share
-            logs = output.logs
+            logs = added(logs, output.logs)
+            self.features += [] if output.features is None else [output.features.detach()]
 
         self.scaler.unscale_(self.optimizer.inner)
         norm = self.optimizer.clip()
@@ -126,9 +132,16 @@ class Trainer:
         return nullcontext()
 
     def diagnose(self) -> dict[str, float]:
-        """Return the method's signals of collapse since the last call; all processes call it."""
+        """Return the method's signals of collapse, and those of the features of the last step.
+
+        All processes call it, and have all of them.
+        """
         with seen_whole(self.method) if self.sharded else nullcontext():
-            return self.method.diagnose()
+            found = self.method.diagnose()
+        if self.features:
+            features = distributed.gather_rows(torch.cat(self.features))
+            found["feature_spread"], found["effective_rank"] = spread_and_rank(features)
+        return found
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Return the method's figures of the last step, on the main process."""

@@ -21,7 +21,8 @@ from foveola.data.sample import DataError
 from foveola.data.sources import OBJECT, Source, as_source
 from foveola.data.stored import first_look
 from foveola.failures import explain
-from foveola.files import FIXED_TARGETS, RunFolder
+from foveola.files import FIXED_TARGETS, WHOLE_STEPS, RunFolder
+from foveola.logged import Averages, of_all_processes
 from foveola.models.encoder import Encoder
 from foveola.outside import library
 from foveola.training import checkpoint, folder, same_data
@@ -226,6 +227,7 @@ class _Session:
             log.note(f"prototypes of targets: {counts}", show=False)  # as the report reads it
         if self.config.method.fixed_targets:
             log.note(FIXED_TARGETS, show=False)
+        log.note(WHOLE_STEPS, show=False)
         if self.shorter:
             now = dataclasses.replace(self.progress, step=start)
             log.note(what_changes(self.shorter, self.config, now, len(self.source)))
@@ -339,20 +341,20 @@ class _Session:
         return every is not None and (step % every == 0 or step == self.total)
 
     def _metrics(
-        self, step: int, values: dict[str, Tensor | float], loader: Loader, log: Log
+        self, step: int, values: dict[str, Tensor | float | Averages], loader: Loader, log: Log
     ) -> dict[str, float]:
-        """What the step gave, losses as means over processes; unreadable images are named in the log."""
-        names = [name for name in values if name.partition("/")[0] == "loss"]
-        losses = torch.stack([torch.as_tensor(values[name]) for name in names])
-        means = distributed.all_reduce_mean(losses).tolist()
+        """What the step gave, over all processes; unreadable images are named in the log."""
+        logs = {
+            name: value if isinstance(value, Averages) else Averages((torch.as_tensor(value),), 1)
+            for name, value in values.items()
+        }
         bad = set().union(*distributed.gather_objects(loader.bad_names))
         self._name_bad(bad, log)
         if reason := loader.judge(0, 0, len(bad)):
             raise DataError(reason)
         return {
             "epoch": step / self.progress.steps_per_epoch,
-            **{name: float(value) for name, value in values.items()},
-            **dict(zip(names, means, strict=True)),
+            **of_all_processes(logs, self.device),
             **self.trainer.diagnose(),
             "bad_images": float(len(bad)),
         }

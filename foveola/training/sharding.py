@@ -187,6 +187,6 @@ def _mapped(tree: Any, function: Any) -> Any:
 # FSDP finds the tensors that a method returns, through which backward begins, as leaves of a tree.
 pytree.register_pytree_node(
     Output,
-    lambda output: ([output.losses, output.logs], None),
+    lambda output: ([output.losses, output.logs, output.features], None),
     lambda parts, _: Output(*parts),
 )

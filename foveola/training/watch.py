@@ -62,11 +62,12 @@ def facts_of_run(config: RunConfig, method: Method, progress: Progress, images: 
         precision=config.precision,
         total_steps=progress.total_steps,
         prototypes=method.targets(),
-        features=config.batch_size // (processes * config.accumulate) * config.views.global_count,
+        features=config.batch_size * config.views.global_count,
         width=config.model.shape[0],
         places=(config.views.global_size // config.model.patch_size) ** 2,
         images=images,
         processes=processes,
+        whole_steps=True,
     )
 
 

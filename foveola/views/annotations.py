@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveola.data.sample import Instances
 from foveola.geometry import boxes_in_views, masks_in_views, pixels_inside
+from foveola.logged import Averages
 
 PASTED = 2**26  # bytes of float32 pixels of masks that are pasted at once
 CUT = 1e-3  # pixels by which a box must reach out of its view to be cut
@@ -31,7 +32,7 @@ class ViewInstances(NamedTuple):
 
 def cut_instances(
     instances: Instances, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"], size: int
-) -> tuple[ViewInstances, Float[Tensor, ""]]:
+) -> tuple[ViewInstances, Averages]:
     """Return the instances of views of `size` pixels a side, and the share of all that no pixel is left of.
 
     Those are gone: their box lies outside of the view or the image, or their mask covers half of no pixel.
@@ -56,7 +57,7 @@ def cut_instances(
         covers = (around[:, 2] > 0).nonzero()[:, 0]
         masks, seen = _compact(masks, covers), seen[covers]
     pair, kept = pair[seen], len(seen)
-    lost = torch.tensor(1 - kept / max(len(view), 1))
+    lost = Averages((torch.tensor(float(len(view) - kept)),), len(view))
     return ViewInstances(view[seen], found[seen], instances.labels[pair], instances.crowd[pair], masks), lost
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveola.data.sample import IGNORE, Canvases, Chosen
 from foveola.geometry import pixels_inside, random_boxes, sample, sample_labels
+from foveola.logged import Averages
 from foveola.views import color
 from foveola.views.annotations import ViewInstances, cut_instances
 from foveola.views.blocks import draw_blocks
@@ -88,7 +89,7 @@ class Batch:
     small: Views | None
     labels: Int64[Tensor, "B"]
     indices: Int64[Tensor, "B"]
-    facts: dict[str, Tensor]  # scalars worth logging
+    facts: dict[str, Tensor | Averages]  # what is worth logging
     classes: Bool[Tensor, "B K"] | None = None  # which each image has, where it may have several
     chosen: Chosen | None = None  # what is known of the objects whose tokens the views have
 
@@ -181,7 +182,7 @@ class _Cutter:
         pixels = canvases.images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         self.pixels = pixels.div_(torch.iinfo(canvases.images.dtype).max).transpose(1, 2)
         self.masks = canvases.object_masks.to(torch.float32).div_(255) if config.objects else None
-        self.facts: dict[str, Tensor] = {}
+        self.facts: dict[str, Tensor | Averages] = {}
         self.outside: float | None = None  # the longest side of boxes, where they reach out of their image
 
     def boxes(self, kind: _Kind, flips: Bool[Tensor, "B V"]) -> Float[Tensor, "B V 4"]:

@@ -349,7 +349,8 @@ def test_other_methods_know_no_field(recipe: str, change: str):
 def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress):
     method, batch = build(), batch_of()
     method(batch, progress)
-    student, teacher, images, unplaced, heads = method.position.shown
+    student, teacher, images, unplaced = method.position.shown
+    heads = method.position.shown_heads
     assert torch.equal(images, batch.large.pixels.flatten(0, 1))
     assert heads == (method.student.head("positions"), method.teacher.head("positions"))
     guesses = method.position.guesses(student, teacher, heads)

@@ -17,6 +17,7 @@ from foveola import distributed
 from foveola.data.ahead import Asker
 from foveola.data.loader import Loader
 from foveola.data.sources import open_source
+from foveola.logged import Averages, of_all_processes
 from foveola.training import loop
 from foveola.training.assemble import assemble, batch_share
 from foveola.training.durations import plan
@@ -41,7 +42,7 @@ def train(recipe, changes, parts, steps):
     batches = iter(loader_of(config, source, share, CPU, 0, Asker()))
     read = {"with_objects": config.views.objects is not None, "annotations": config.method.annotations}
     everyone = iter(Loader(source, config.batch_size, config.seed, config.loader, **read))
-    losses = []
+    losses, logged = [], []
     for step in range(steps):
         canvases = next(everyone)
         whole = make_views(canvases, config.views, config.model.patch_size, Streams(config.seed, step))
@@ -55,9 +56,16 @@ def train(recipe, changes, parts, steps):
 
         loop.make_views = views
         found = trainer.step(dataclasses.replace(progress, step=step), lambda: next(batches))
+        logs = {
+            name: value if isinstance(value, Averages) else Averages((torch.as_tensor(value),), 1)
+            for name, value in found.items()
+        }
+        logs = of_all_processes(logs, CPU) | trainer.diagnose()
         losses.append(distributed.all_reduce_mean(torch.as_tensor(found["loss"])).item())
+        logged.append({name: logs[name] for name in sorted(logs)} if distributed.is_main() else None)
     state = {name: p.detach() for name, p in trainer.method.named_parameters()}
-    return losses, state | {name: b for name, b in trainer.method.named_buffers() if "center" in name}
+    logged = distributed.broadcast_object(logged)
+    return losses, state | {name: b for name, b in trainer.method.named_buffers() if "center" in name}, logged
 
 
 distributed.start("cpu")
@@ -133,7 +141,7 @@ def taken(run_ranks, tmp_path_factory):
 
 def farthest(one, other):
     """The largest difference of the losses of steps, and of any tensor over its largest number."""
-    (losses, state), (others, theirs) = one, other
+    (losses, state, _), (others, theirs, _) = one, other
     assert state.keys() == theirs.keys()
     apart = [
         float((p - theirs[name]).abs().max() / p.abs().max().clamp(min=1e-3)) for name, p in state.items()
@@ -156,6 +164,35 @@ def test_processes_and_parts_take_the_step_of_one_batch_as_far_as_statistics_all
             assert state < 2e-6
     for (one, *_), (other, *_) in combinations(groups, 2):
         assert min(farthest(one, other)) > 1e-2
+
+
+def logged_apart(one, other):
+    """The number of a step that is logged most differently, by what is its size; which, and the two."""
+    past = "clustering/position_information"  # by what the first process saw before
+    apart = [("", 0.0, 0.0, 0.0)]
+    for mine, theirs in zip(one[2], other[2], strict=True):
+        assert mine.keys() == theirs.keys()
+        apart += [
+            (k, abs(mine[k] - theirs[k]) / max(abs(mine[k]), 0.1), mine[k], theirs[k])
+            for k in mine
+            if k != past
+        ]
+    return max(apart, key=lambda each: each[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_logged_is_of_the_whole_step_whatever_the_split(taken, name):
+    """Targets, features, objects and all: as of one process that takes all at once."""
+    for alike in METHODS[name][2]:
+        first, *others = (taken[f"{name}-{ranks}-{parts}"] for ranks, parts in alike)
+        assert {"loss", "grad_norm", "lr"} < first[2][0].keys()
+        for other in others:
+            assert logged_apart(first, other)[1] < 1e-4, logged_apart(first, other)
+    if name == "mixture":
+        assert first[2][1].keys() > {
+            "token/target_entropy", "patch/kl_to_uniform", "position/prototypes_used", "position/found",
+            "objects/lost", "feature_spread", "effective_rank",
+        }  # fmt: skip
 
 
 def test_a_step_of_16_384_images_takes_the_same_ones_whatever_the_split():

@@ -35,6 +35,9 @@ class AssignmentTerm(Term):
     def step(self) -> None:
         self.targets.step()
 
+    def gather(self) -> None:
+        self.targets.gather()
+
     def diagnose(self) -> dict[str, float]:
         return {"prototypes_used": self.targets.prototypes_used()}
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from foveola import distributed
 from foveola.config import key
 from foveola.data.shown import drawn_rgb
 from foveola.methods.method import Output
@@ -32,13 +33,15 @@ class PositionTermConfig:
 
 
 class Shown(NamedTuple):
-    """What is kept of the first S large views of a step, to see later where patches were taken to be."""
+    """What is kept of the first S large views of a step, to see later where patches were taken to be.
+
+    They may be of several parts.
+    """
 
     student: Float[Tensor, "S N D"]
     teacher: Float[Tensor, "S N D"]
     pixels: Float[Tensor, "S ch H W"]
     unplaced: Bool[Tensor, "S N"]
-    heads: Heads
 
 
 class PositionTerm(AssignmentTerm):
@@ -54,6 +57,8 @@ class PositionTerm(AssignmentTerm):
     def __init__(self, config: PositionTermConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.shown: Shown | None = None
+        self.shown_heads: Heads | None = None
+        self.shown_step = -1
 
     @classmethod
     def check(cls, config: PositionTermConfig, setting: Setting) -> None:
@@ -69,13 +74,19 @@ class PositionTerm(AssignmentTerm):
     def forward(self, seen: Seen) -> Output:
         large = seen.batch.large
         assert large.hidden_positions is not None
-        self.shown = Shown(
-            seen.student.large.patches[:VIEWS_KEPT].detach().clone(),
-            seen.teacher.large.patches[:VIEWS_KEPT].detach().clone(),
-            large.pixels.flatten(0, 1)[:VIEWS_KEPT].clone(),
-            large.hidden_positions.mask.flatten(0, 1)[:VIEWS_KEPT],
-            seen.heads[self.config.head],
+        self.shown_heads, before = seen.heads[self.config.head], self.shown
+        of_views = (
+            seen.student.large.patches.detach(),
+            seen.teacher.large.patches,
+            large.pixels.flatten(0, 1),
+            large.hidden_positions.mask.flatten(0, 1),
         )
+        if before is None or self.shown_step != seen.progress.step:
+            self.shown = Shown(*(each[:VIEWS_KEPT].clone() for each in of_views))
+        elif room := VIEWS_KEPT - len(before.pixels):
+            pairs = zip(before, of_views, strict=True)
+            self.shown = Shown(*(torch.cat((old, new[:room])) for old, new in pairs))
+        self.shown_step = seen.progress.step
         return self.predict(seen, large.hidden_positions)
 
     def rows(self, objects: int) -> float:
@@ -87,10 +98,13 @@ class PositionTerm(AssignmentTerm):
 
     def diagnose(self) -> dict[str, float]:
         logs = super().diagnose()
+        errors = torch.zeros(3)
         if (guessed := self._guessed()) is not None:
             guesses, unplaced, _ = guessed
-            logs["found"], logs["distance"] = errors_of_places(guesses, unplaced, self.setting.grid[1])
-        return logs
+            count = int(unplaced.sum())
+            errors = torch.tensor([*errors_of_places(guesses, unplaced, self.setting.grid[1]), 1.0]) * count
+        found, distance, count = distributed.all_reduce_sum(errors).tolist()
+        return logs | ({"found": found / count, "distance": distance / count} if count else {})
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Return where patches without position are, and where they were taken to be."""
@@ -109,7 +123,8 @@ class PositionTerm(AssignmentTerm):
         """Guessed positions, unplaced patches and pixels of those of the kept views with such patches."""
         if self.shown is None or not (some := self.shown.unplaced.any(dim=1)).any():
             return None
-        guesses = self.guesses(self.shown.student, self.shown.teacher, self.shown.heads)
+        assert self.shown_heads is not None
+        guesses = self.guesses(self.shown.student, self.shown.teacher, self.shown_heads)
         return guesses[some], self.shown.unplaced[some], self.shown.pixels[some]
 
     @torch.no_grad()

@@ -114,8 +114,11 @@ class Term(nn.Module, ABC):
         """Update what follows the student, such as centres; called after each step of the optimizer."""
 
     def diagnose(self) -> dict[str, float]:
-        """Return signals of collapse since the last call; called when a step is logged."""
+        """Return further numbers of all processes, each of which calls it when a step is logged."""
         return {}
+
+    def gather(self) -> None:
+        """Bring to the main process what each has of its own, as `Method.gather` does."""
 
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Return images of the last step that are worth a look, by name; called with each checkpoint."""
