@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Range = tuple[float, float]  # the values that become 0 and all of the container
 Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+# Three channels, from 0, that are red, green and blue; or the principal components of all of them.
+ShownAs = tuple[int, ...] | Literal["pca"]
 
 RGB = 3  # channels where nothing else is asked for
 NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
@@ -27,7 +29,7 @@ class Decoding:
     `deep`: the files state their range, and pixels have 16 bits. Of whole slides `level` (0: the
     finest) or `mpp` (microns a pixel) is read. Of videos one frame is taken in `every` so many, or in so many
     `seconds`; `page` says which of these. `shown` are
-    the three channels of pixels, from 0, that people see as red, green and blue; which makes no other data.
+    what of the channels people see as red, green and blue; which makes no other data.
     """
 
     ranges: tuple[Range, ...] = ()
@@ -37,7 +39,7 @@ class Decoding:
     channels: int | Literal["all"] | tuple[int | str, ...] | None = None
     window: Window | None = None
     deep: bool = False
-    shown: tuple[int, ...] | None = None
+    shown: ShownAs | None = None
     level: int | None = None
     mpp: float | None = None
     every: int | None = None
@@ -129,7 +131,9 @@ class Decoding:
         if isinstance(self.channels, tuple):
             chosen = ",".join(map(str, self.channels)) + ("," if len(self.channels) == 1 else "")
         page = str(self.page + 1) if isinstance(self.page, int) else self.page
-        seen = None if self.shown is None else ",".join(str(channel + 1) for channel in self.shown)
+        seen = self.shown
+        if isinstance(seen, tuple):
+            seen = ",".join(str(channel + 1) for channel in seen)
         return {"range": said, "channels": chosen, "pages": page, "show": seen}
 
     @staticmethod
@@ -152,10 +156,14 @@ class Decoding:
 
     @staticmethod
     def seen(text: str) -> dict[str, Any]:
-        """Return the fields that `show=` sets: three of the channels, counted from 1. Raises ValueError."""
+        """Return the fields that `show=` sets: three of the channels, counted from 1, or `pca`. Raises
+        ValueError.
+        """
+        if text == "pca":
+            return {"shown": "pca"}
         parts = text.split(",")
         if len(parts) != RGB or not all(part.isdecimal() and int(part) for part in parts):
-            raise ValueError("three of the channels, counted from 1, such as 4,3,2")
+            raise ValueError("three of the channels, counted from 1, such as 4,3,2, or pca")
         return {"shown": tuple(int(part) - 1 for part in parts)}
 
     @staticmethod
@@ -185,6 +193,16 @@ class ImageFile:
 
     data: StoredFile | bytes
     reading: Decoding
+
+
+def why_not_shown(shown: ShownAs | None, channels: int) -> str | None:
+    """Return why images of so many channels cannot be shown in this way; None where they can."""
+    if shown is None:
+        return None
+    if shown == "pca":
+        return None if channels >= RGB else f"show=pca needs three channels, and there are {channels}"
+    last = max(map(int, shown)) + 1
+    return None if last <= channels else f"show= asks for channel {last}, and there are {channels}"
 
 
 def channels_of(source: Any) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from foveola.data.annotations import PixelBoxes
-from foveola.data.decoding import RGB, Decoding, ImageFile
+from foveola.data.decoding import RGB, Decoding, ImageFile, why_not_shown
 from foveola.data.fit import views_of
 from foveola.data.formats import DAMAGED, Header
 from foveola.data.given import GivenObjects
@@ -57,6 +57,8 @@ def look(source: Looked) -> None:
     seen = Looks()
     if source.reading.channels == "all":
         _count_channels(source)
+    if (why := why_not_shown(source.reading.shown, source.reading.count)) is not None:
+        raise DataError(f"{source.name}: {why}")
     for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
         _look_at(source, index, seen)
     source.drawn(seen.stored > seen.upright)

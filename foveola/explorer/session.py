@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from foveola.config import UserError
-from foveola.data.shown import shown_channels
+from foveola.data.shown import showing, shown_channels
 from foveola.data.sources import Source
 from foveola.embedding.rows import encoded_box
 from foveola.explorer.layers import LAYERS, heads_of, layer
@@ -132,7 +132,7 @@ class Session:
         if what not in LAYERS:
             raise LookupError(what)
         encoder, pixels = self.sides[side].need(), sample_at(self.source, image)[1]
-        with self.lock:
+        with self.lock, showing(shown_channels(self.source)):
             made = layer(encoder, pixels, what, point, head)
         return {"image": f"data:image/png;base64,{b64encode(png(made.pixels)).decode()}", "note": made.note}
 

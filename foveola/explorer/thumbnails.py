@@ -35,7 +35,7 @@ class Thumbnails:
             if (image, number) in self.held:
                 self.held.move_to_end((image, number))
                 return self.held[image, number]
-        made = jpeg(self._pixels(image, number), THUMBNAIL, shown_channels(self.source))
+        made = jpeg(self._pixels(image, number), THUMBNAIL)
         with self.lock:
             if (image, number) not in self.held:
                 self.bytes += len(made)
@@ -44,8 +44,10 @@ class Thumbnails:
                 self.bytes -= len(self.held.popitem(last=False)[1])
         return made
 
-    def _pixels(self, image: int, number: int) -> Shaped[np.ndarray, "H W C"]:
-        sample, pixels = sample_at(self.source, image)
+    def _pixels(self, image: int, number: int) -> Pixels:
+        """An image, or a part of it in the colours that the whole has."""
+        sample, read = sample_at(self.source, image)
+        pixels = rgb_of(read, shown_channels(self.source))
         if number < 0:
             return pixels
         if sample.objects is None or number >= len(sample.objects):

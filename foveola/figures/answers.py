@@ -13,6 +13,7 @@ from foveola.data.sample import IGNORE, BadImage
 from foveola.data.segmentation import PixelSource
 from foveola.data.shown import rgb_of, shown_channels
 from foveola.data.sources import Source
+from foveola.data.values import ImagePixels
 from foveola.drawing.boxes import paint_objects
 from foveola.drawing.classes import paint_classes, palette
 from foveola.drawing.sheet import Pixels, Row, Sheet
@@ -102,7 +103,7 @@ ABOUT_SCORES: dict[type, str] = {
 }
 
 
-def _judged(encoder: Encoder, source: Source, index: int, image: Pixels) -> Answer | None:
+def _judged(encoder: Encoder, source: Source, index: int, image: ImagePixels) -> Answer | None:
     """None for an image without annotation."""
     (said,) = encoder.head.predict(encoder, [image])
     if isinstance(said, Classes):
@@ -114,7 +115,7 @@ def _judged(encoder: Encoder, source: Source, index: int, image: Pixels) -> Answ
     raise UserError(f"answers of {encoder.head.config.name} cannot be judged here: {kind_of(said)}")
 
 
-def _classes(source: Source, index: int, image: Pixels, answer: Classes, several: bool) -> Answer | None:
+def _classes(source: Source, index: int, image: ImagePixels, answer: Classes, several: bool) -> Answer | None:
     sample, names = source[index], source.classes or ()
     tiles = (rgb_of(image, shown_channels(source)),)
     place = {name: i for i, name in enumerate(answer.names)}
@@ -160,7 +161,7 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
 
 
-def _detections(source: Source, index: int, image: Pixels, answer: Detections) -> Answer | None:
+def _detections(source: Source, index: int, image: ImagePixels, answer: Detections) -> Answer | None:
     if not source.has_objects:
         return None
     sample = source[index]

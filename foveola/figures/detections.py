@@ -10,8 +10,9 @@ from foveola.config import key
 from foveola.data.sample import Sample, full_mask
 from foveola.data.shown import rgb_of, shown_channels
 from foveola.data.sources import Source
+from foveola.data.values import ImagePixels
 from foveola.drawing.boxes import DrawnObjects, paint_objects
-from foveola.drawing.sheet import Pixels, Sheet
+from foveola.drawing.sheet import Sheet
 from foveola.evaluation.detection.detect import detector_of
 from foveola.figures.choice import image_numbers, samples_of
 from foveola.figures.settings import SheetConfig
@@ -69,7 +70,7 @@ def detections_sheet(encoders: dict[str, Encoder], source: Source, config: Detec
     return Sheet("Detections", ["annotated", *(head_of(name, "found") for name in encoders)], rows, note)
 
 
-def annotated(sample: Sample, image: Pixels, source: Source) -> DrawnObjects:
+def annotated(sample: Sample, image: ImagePixels, source: Source) -> DrawnObjects:
     """Return the objects of a sample that have a class, in pixels of the image."""
     objects, (height, width) = sample.objects, image.shape[:2]
     if objects is None or objects.labels is None:
@@ -83,7 +84,7 @@ def annotated(sample: Sample, image: Pixels, source: Source) -> DrawnObjects:
     return DrawnObjects(boxes, names, masks)
 
 
-def detected(encoder: Encoder, image: Pixels, score: float) -> DrawnObjects:
+def detected(encoder: Encoder, image: ImagePixels, score: float) -> DrawnObjects:
     """Return what a detector finds in an image, from a score on."""
     (found,) = detector_of(encoder).predict(encoder, [image])
     return drawn_detections(found, score=score)

@@ -11,6 +11,7 @@ import torch
 
 from foveola.config import UserError
 from foveola.data.sample import Sample
+from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import heat_bar, magnify, outline, paint_heads
 from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.dense import patch_map
@@ -180,7 +181,7 @@ def attention_panel(encoders: Encoders, samples: Sequence[Sample], **settings: A
 def _attention_tiles(
     encoder: Encoder,
     sample: Sample,
-    image: Pixels,
+    image: ImagePixels,
     min_coverage: float | None,
     how: tuple[int | None, int, float, bool],
 ) -> list[Tile]:

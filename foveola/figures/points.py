@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from foveola.data.sample import Sample
+from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import cool_to_warm, cosine_bar, heat_bar, link, magnify, mark
 from foveola.drawing.sheet import Pixels, Row, Sheet
 from foveola.figures.dense import patch_map
@@ -46,7 +47,7 @@ def query_sheet(
         if heads:
             columns += [head_of(name, f"head {i + 1}") for i in range(encoder.config.model.shape[2])]
 
-    def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
+    def tiles(encoder: Encoder, image: ImagePixels, point: Point) -> list[Tile]:
         images, base = encoded(encoder, image, size), as_encoded(encoder, image, size)
         weights = query_attention(encoder, images, torch.tensor([point]), block)[0]
         maps = (weights.mean(dim=0), *(weights if heads else ()))
@@ -67,7 +68,7 @@ def similarity_sheet(
     """Return the cosine of the features of all patches with those of the patch under a red dot."""
     names = encoders_by_name(encoders)
 
-    def tiles(encoder: Encoder, image: Pixels, point: Point) -> list[Tile]:
+    def tiles(encoder: Encoder, image: ImagePixels, point: Point) -> list[Tile]:
         features = patch_map(encoder, image, shown_size(encoder, size), tile)
         height, width = as_encoded(encoder, image, size).shape[:2]
         cosines = similarity(features, point)

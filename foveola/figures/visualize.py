@@ -10,6 +10,7 @@ import torch
 
 from foveola import distributed
 from foveola.config import UserError, build, kind_of
+from foveola.data.shown import showing, shown_channels
 from foveola.data.sources import Source, open_source
 from foveola.drawing.sheet import Sheet, save_png
 from foveola.figures import gallery
@@ -127,7 +128,8 @@ def draw(
         references = seen_by(list(encoders.values()), references)
     more = (references or source,) if figure.train else ()
     (name, encoder), *others = encoders.items()
-    sheet = figure.draw(encoders if others else {"": encoder}, source, config, *more)
+    with showing(shown_channels(source)):
+        sheet = figure.draw(encoders if others else {"": encoder}, source, config, *more)
     if not isinstance(sheet, Sheet):
         raise UserError(
             f"{figure.name}: draw returns {kind_of(sheet)}, expected a foveola.drawing.sheet.Sheet"

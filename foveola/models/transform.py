@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveola.config import key
 from foveola.data.decode import resize_pixels
-from foveola.data.decoding import Decoding
+from foveola.data.decoding import Decoding, why_not_shown
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the unit square
 
@@ -33,7 +33,7 @@ class TransformConfig:
     range: str | None = key(None, "values that become 0 and 1, as in data strings; null = as files have it")
     channels: str | None = key(None, "channels of files, as in data strings; null = RGB")
     pages: str | None = key(None, "pages of files, as in data strings; null = there is one")
-    show: str | None = key(None, "channels that people see as red, green and blue; null = the first three")
+    show: str | None = key(None, "channels seen as red, green and blue, or pca; null = the first three")
 
     def __post_init__(self) -> None:
         if self.crop > self.resize:
@@ -41,9 +41,11 @@ class TransformConfig:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channel(s), std {len(self.std)}")
         try:
-            _ = self.decoding
+            shown = self.decoding.shown
         except ValueError as error:
             raise ValueError(f"range, channels, pages or show need {error}") from None
+        if (why := why_not_shown(shown, len(self.mean))) is not None:
+            raise ValueError(why)
 
     @property
     def decoding(self) -> Decoding:
@@ -68,7 +70,7 @@ class PixelsConfig:
     range: str | None = key(None, "values that become 0 and 1; null = as files have them")
     channels: str | None = key(None, "channels that are meant; null = RGB")
     pages: str | None = key(None, "pages of files of several; null = there is one")
-    show: str | None = key(None, "channels that people see as red, green and blue; null = the first three")
+    show: str | None = key(None, "channels seen as red, green and blue, or pca; null = the first three")
 
 
 class View(NamedTuple):

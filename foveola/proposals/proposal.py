@@ -79,7 +79,7 @@ def as_seen(source: Any, proposer: Proposer) -> Any:
     if (count := channels_of(source)) not in (1, RGB) and shown_channels(source) is None:
         raise UserError(
             f"{source.name}: images of {count} channels, and {kind_of(proposer)} sees RGB: "
-            "show= in the data string says which three it is shown, such as show=3,2,1"
+            "show= in the data string says which three it is shown, such as show=3,2,1, or show=pca"
         )
     return source
 

@@ -18,6 +18,7 @@ from foveola.data.ahead import Asker
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
 from foveola.data.sample import DataError
+from foveola.data.shown import showing, shown_channels
 from foveola.data.sources import OBJECT, Source, as_source
 from foveola.data.stored import first_look
 from foveola.failures import explain
@@ -365,7 +366,9 @@ class _Session:
             self.bad_names |= bad
 
     def _draw(self, step: int, log: Log) -> None:
-        for name, figure in self.trainer.figures().items():
+        with showing(shown_channels(self.source)):
+            figures = self.trainer.figures()
+        for name, figure in figures.items():
             log.figure(step, name, figure, keep=self.config.keep, keep_every=self.keep_every)
 
     def _save(self, step: int, *, wait: bool) -> None:

@@ -13,6 +13,7 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.console import split
 from foveola.data.sample import Objects, Sample
+from foveola.data.shown import rgb_of
 from foveola.data.sources import open_source
 from foveola.drawing.sheet import Row, Sheet, panel
 from foveola.evaluation.features.table import ExtractConfig, extract
@@ -23,6 +24,7 @@ from foveola.figures.positions import position_map
 from foveola.figures.tiles import FULL, patches_of_object
 from foveola.figures.visualize import FIGURES, draw, open_models
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.transform import resize
 from foveola.models.vit import ViTConfig
 
 
@@ -363,3 +365,16 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert out == ""
     assert err.startswith(f"foveola: error: {message}"), err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("show", ["3,5,1", "pca"])
+def test_figures_show_what_the_data_say_rather_than_the_encoder(show: str, tmp_path: Path):
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", random.integers(0, 255, (32, 32, 5), np.uint8))
+    transform = TransformConfig(resize=32, crop=32, mean=(0.5,) * 5, std=(0.25,) * 5, show="1,2,4")
+    encoder = Encoder(EncoderConfig(model=replace(ENCODER.config.model, channels=5), transform=transform))
+    data = f"folder:{tmp_path}?channels=all"
+    for query, choice in (("", (0, 1, 3)), (f"&show={show}", "pca" if show == "pca" else (2, 4, 0))):
+        sheet = draw("attention", encoder, data + query, device="cpu", size=32)
+        pixels = resize(np.load(tmp_path / "a.npy"), *sheet.rows[0].tiles[0].shape[:2]).permute(1, 2, 0)
+        assert np.array_equal(sheet.rows[0].tiles[0], rgb_of(pixels.numpy(), choice))

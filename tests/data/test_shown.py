@@ -1,0 +1,117 @@
+"""What people see of images of many channels: chosen ones, or principal components, worked out by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import foveola
+from foveola.config import ConfigError, UserError, build
+from foveola.data.decoding import Decoding
+from foveola.data.shown import component_colours, drawn_rgb, rgb_of, showing, shown_image
+from foveola.data.sources import open_source
+from foveola.models.transform import TransformConfig
+
+LOW, HIGH = 72, 183  # one deviation below and above the mean: 127.5 -+ 255 / 4.6
+
+
+def mixture(kind: type = np.uint16, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return 8 channels made of three square waves that have nothing in common, and the waves [H, W, 3].
+
+    Each wave has channels of its own, with weights of length one: 0.5 four times, (0.8, 0.6), (-0.8, 0.6).
+    """
+    row = np.arange(64)
+    waves = np.stack([np.where(row // width % 2, 1, -1) for width in (1, 2, 4)], axis=1)  # [64, 3]
+    strength = np.array([8000, 2000, 500]) // (1 if kind == np.uint16 else 100)
+    weights = np.zeros((3, 8))
+    weights[0, :4], weights[1, 4:6], weights[2, 6:] = 0.5, (0.8, 0.6), (-0.8, 0.6)
+    middle = 20000 if kind == np.uint16 else 128
+    rows = middle + (waves * strength) @ weights
+    shape = (8 * times, 8)
+    return np.tile(rows, (times, 1)).reshape(*shape, 8).round().astype(kind), np.tile(
+        waves, (times, 1)
+    ).reshape(*shape, 3)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint8])
+def test_components_of_mixtures_are_what_was_mixed(kind: type) -> None:
+    pixels, waves = mixture(kind)
+    waves[..., 2] *= -1  # its heavier channel falls as it rises: the sum of its weights is below 0
+    wanted = np.where(waves > 0, HIGH, LOW)
+    assert np.abs(component_colours(pixels).astype(int) - wanted).max() <= (0 if kind == np.uint16 else 1)
+    assert np.array_equal(rgb_of(pixels, "pca"), component_colours(pixels))
+    # Scale and offset of all channels change nothing, nor does their order.
+    other = (pixels.astype(np.float64) / 2 + 30).astype(np.float32)[..., ::-1]
+    assert np.abs(component_colours(other).astype(int) - component_colours(pixels)).max() <= 1
+
+
+def test_components_without_variance_are_grey() -> None:
+    pixels = mixture()[0]
+    pixels[..., 4:] = 7
+    seen = component_colours(pixels)
+    assert set(seen[..., 0].ravel()) == {LOW, HIGH}
+    assert (seen[..., 1:] == 128).all()
+    assert (component_colours(np.full((4, 4, 5), 9, np.uint16)) == 128).all()
+
+
+def test_figures_of_training_show_the_same() -> None:
+    pixels = mixture()[0]
+    views = torch.from_numpy((pixels / 65535).astype(np.float32)).permute(2, 0, 1)
+    pair = torch.stack([views, views.flip(-1)])
+    for choice in ("pca", (7, 0, 3)):
+        wanted = rgb_of(pixels, choice)
+        seen = drawn_rgb(pair, choice).permute(0, 2, 3, 1).numpy()
+        assert np.abs(seen[0].astype(int) - wanted).max() <= 1
+        assert np.array_equal(seen[1], seen[0][:, ::-1])
+        with showing(choice):
+            assert torch.equal(drawn_rgb(pair), drawn_rgb(pair, choice))
+            assert np.array_equal(rgb_of(pixels), wanted)
+            assert np.array_equal(rgb_of(pixels, (5, 6, 7)), rgb_of(pixels[..., 5:], (0, 1, 2)))
+    assert torch.equal(drawn_rgb(pair), drawn_rgb(pair, (0, 1, 2)))
+
+
+def test_data_strings_say_it(tmp_path: Path) -> None:
+    pixels = mixture()[0]
+    np.save(tmp_path / "a.npy", pixels)
+    data = f"folder:{tmp_path}?channels=all&range=container"
+    source = open_source(f"{data}&show=pca")
+    assert np.array_equal(shown_image(source[0].image), component_colours(pixels))
+    assert Decoding.of("container", "8", None, "pca").options()["show"] == "pca"
+    assert source.identity().digest == open_source(data).identity().digest
+    with pytest.raises(UserError, match=r"show= asks for channel 9, and there are 8"):
+        open_source(f"{data}&show=1,9,2")
+    with pytest.raises(UserError, match=r"show=pca needs three channels, and there are 2"):
+        open_source(f"folder:{tmp_path}?channels=1,2&range=container&show=pca")
+    with pytest.raises(UserError, match="such as 4,3,2, or pca"):
+        open_source(f"{data}&show=umap")
+    with pytest.raises(ConfigError, match="show= asks for channel 4, and there are 3"):
+        build(TransformConfig, {"show": "1,2,4"})
+
+
+def test_a_run_draws_and_keeps_what_its_data_say(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.save(tmp_path / "data" / f"{name}.npy", mixture(times=4)[0])
+    settings = {
+        "views.global_size": 32,
+        "model": {"width": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
+        "method": {"decoder": {"width": 16, "depth": 1, "heads": 2}},
+        "loader": {"canvas": 32, "workers": 0},
+        "transform": None,
+        "batch_size": 6,
+        "duration": "1 steps",
+        "evaluate_every": None,
+        "device": "cpu",
+    }
+    drawn, weights = [], []
+    for more in ("", "&show=pca"):
+        data = f"folder:{tmp_path}/data?channels=all&range=container{more}"
+        out = tmp_path / f"run{more}"
+        run = foveola.pretrain("mae-tiny-tinyimagenet", data=data, out=str(out), **settings)
+        (figure,) = (run.folder / "figures").iterdir()
+        drawn.append(figure.read_bytes())
+        weights.append(foveola.load(run.folder))
+    assert drawn[0] != drawn[1]
+    assert [encoder.config.transform.show for encoder in weights] == [None, "pca"]
+    assert all(torch.equal(a, b) for a, b in zip(*(each.parameters() for each in weights), strict=True))
