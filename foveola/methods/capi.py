@@ -262,6 +262,14 @@ class Capi(Method):
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.teacher.backbone)
 
+    def units(self) -> list[nn.Module]:
+        parts = [self.student.head]
+        if self.config.targets == "teacher_head":
+            parts.append(self.teacher.head)
+        if self.config.targets == "clusters" and self.clustering is not None:
+            parts.append(self.clustering)
+        return [*super().units(), *(part for part in parts if any(True for _ in part.parameters()))]
+
     def start_from(self, start: StartingWeights) -> None:
         super().start_from(start)
         student, teacher = self.student, self.teacher

@@ -324,6 +324,11 @@ class Distillation(Method):
     def trained(self) -> Iterable[VisionTransformer]:
         return (self.student.backbone, self.backbone, *filter(None, (self.start,)))
 
+    def units(self) -> list[nn.Module]:
+        assert isinstance(self.teacher, Branch)
+        heads = [branch.head(name) for branch in (self.student, self.teacher) for name in self.student.heads]
+        return [*dict.fromkeys(part for head in heads for part in (head.mlp, head.last_layer))]
+
     def start_from(self, start: StartingWeights) -> None:
         super().start_from(start)
         for name in self.student.heads:

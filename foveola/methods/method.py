@@ -187,6 +187,15 @@ class Method(nn.Module, ABC):
         for network in self.trained():
             start.fill(network, names.get(id(network), ""))
 
+    def units(self) -> list[nn.Module]:
+        """Return modules, besides the blocks of `trained`, that alone read their weights, while they are
+        called: where weights are in parts, these are whole just then (`parallel=fsdp`).
+
+        What else they are called by than `forward` they name as `entries`. Here: blocks of predictors.
+        """
+        predictors = [module for module in self.modules() if isinstance(module, Predictor) and learns(module)]
+        return [block for predictor in predictors for block in predictor.blocks]
+
     def networks(self) -> dict[str, nn.Module]:
         """Return the parts that learn, by name: `--dry-run` counts them, `clip_each=module` clips each alone.
 

@@ -1,7 +1,9 @@
 """Projection heads: an MLP to a unit sphere, then similarities to prototypes (DINO, iBOT, DINOv2, ODIS)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +35,8 @@ class HeadConfig:
 class Prototypes(nn.Module):
     """Weight-normalised linear layer without bias: logit_k = g_k <v_k / |v_k|, h>."""
 
+    entries: ClassVar = ("lend",)  # besides `forward`, what may be called where weights are in parts
+
     def __init__(self, width: int, count: int, trainable_length: bool) -> None:
         super().__init__()
         self.v = nn.Parameter(torch.empty(count, width))
@@ -51,6 +55,13 @@ class Prototypes(nn.Module):
     def forward(self, h: Float[Tensor, "n D"]) -> Float[Tensor, "n K"]:
         # The function behind torch's own weight_norm: with many prototypes five times as fast as g * v / |v|.
         return linear(h, torch._weight_norm(self.v, self.g, 0))
+
+    def lend(self, use: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return what `use` makes of directions v, lengths g and inputs, which no gradient may read later.
+
+        Where weights are in parts (`parallel=fsdp`), they are whole while it works.
+        """
+        return use(self.v, self.g, *inputs)
 
 
 class ProjectionHead(nn.Module):

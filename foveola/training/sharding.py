@@ -1,8 +1,8 @@
 """Weights, gradients and averages in parts, one on each process: FSDP2 of torch.distributed.
 
-The blocks of every network are groups of their own, whose weights are whole only while they compute; what is
-left of a method (embeddings, heads, predictor, clusters) is one more group, whole during a step. A parameter
-is then a DTensor: what it is on this process is its local part.
+The blocks of every network, heads, prototypes and clusters are groups of their own, whose weights are whole
+only while they compute; what is left of a method (embeddings, norms) is one more group, whole during a step.
+A parameter is then a DTensor: what it is on this process is its local part.
 """
 
 import copy
@@ -84,7 +84,7 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     are single numbers, which cannot be cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if scalars := [name for name, p in method.named_parameters() if not p.ndim]:
         raise ConfigError(f"parallel={parallel}: {scalars[0]} is a single number; give it a dimension of 1")
@@ -99,6 +99,10 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     for network in method.trained():
         for block in network.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
+    for unit in method.units():
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=whole)
+        for name in getattr(unit, "entries", ()):
+            register_fsdp_forward_method(unit, name)
     fully_shard(method, mesh=mesh, mp_policy=whole)
 
 
@@ -116,16 +120,26 @@ def gradients_kept(method: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seen_whole(method: nn.Module) -> Iterator[None]:
-    """Gather what a method that is cut has beside its blocks, on each process, while this lasts."""
+def seen_whole(method: Method) -> Iterator[None]:
+    """Gather what a method that is cut has beside its blocks, on each process, while this lasts.
+
+    Processes need not call the same of it then, nor as often.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     assert isinstance(method, FSDPModule)
-    method.unshard()
+    units = [unit for unit in method.units() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    for group in (method, *units):
+        group.unshard()
     try:
         yield
     finally:
-        method.reshard()
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+        for group in (method, *units):
+            group.reshard()
 
 
 def local_part(tensor: Tensor) -> Tensor:

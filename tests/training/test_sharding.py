@@ -100,7 +100,8 @@ SMALL = {
 HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
 DECAYED = SMALL | {"optimizer.weight_decay": {"value": 0.1}}
 DISTILLED = DECAYED | {"method.heads": {"main": HEADS}, "optimizer.freeze_last_layer": "1 steps"}
-BOTH = DISTILLED | {"method.heads": {"main": HEADS, "patches": HEADS}}
+BOTH_HEADS = "main", "patches"
+BOTH = DISTILLED | {"method.heads": dict.fromkeys(BOTH_HEADS, HEADS)}
 CAPI = {
     "method.clustering.prototypes": 24,
     "model": {k: v for k, v in SMALL["model"].items() if k != "image_size"},
@@ -165,6 +166,67 @@ def test_every_way_of_cutting_learns_the_same(run_ranks):
         assert max(found["weights"], found["encoder"]) < (2e-3 if found["adaptive"] else 1e-5), found
         half = 0.5 if "replicas" in str(found["what"]) else 0.25
         assert half - 0.01 < found["share"] < half + 0.06, found
+
+
+WHOLE = """
+from foveola import losses
+from foveola.methods import capi, clusters
+from foveola.state_files import is_cut
+from foveola.training import sharding
+
+seen, method = {}, None
+
+
+def note(when):
+    whole = [name for name in units if not is_cut(next(method.get_submodule(name).parameters()))]
+    seen.setdefault(when, set()).add(tuple(whole))
+
+
+def noting(room, name):
+    inner = getattr(room, name)
+    setattr(room, name, lambda *words, **more: (note(name), inner(*words, **more))[1])
+
+
+make = sharding.shard
+
+
+def shard(built, *words):
+    global method, units
+    make(built, *words)
+    method = built
+    names = {id(module): name for name, module in method.named_modules()}
+    units = [names[id(unit)] for unit in method.units()]
+    for network in method.trained():
+        network.blocks[-1].register_forward_hook(lambda *_: note("block"))
+    method.register_forward_hook(lambda *_: note("end"))
+
+
+sys.modules["foveola.training.assemble"].shard = shard
+noting(losses, "cross_entropy")
+noting(clusters, "cluster")
+distributed.start("cpu")
+recipe, changes = json.loads(sys.argv[1])
+train(recipe, changes, 2)
+print(json.dumps({"units": units, **{when: sorted(found) for when, found in seen.items()}}))
+distributed.stop()
+"""
+
+
+def test_heads_and_clusters_are_whole_just_while_they_are_read(run_ranks):
+    """Of a head, its prototypes where a loss reads them, which is when the network computes nothing."""
+    code = TRAIN.partition("if __name__")[0] + WHOLE
+    found = {}
+    for recipe in ("dinov2-tiny-tinyimagenet", "capi-tiny-tinyimagenet"):
+        words = [json.dumps([recipe, METHODS[recipe] | FULLY])]
+        found[recipe], _ = map(json.loads, run_ranks(code, words=words))
+    for each in found.values():
+        assert each["block"] == each["end"] == [[]]
+    dino, capi = found.values()
+    heads = [[f"{side}.heads.{name}.last_layer" for side in ("student", "teacher")] for name in BOTH_HEADS]
+    assert dino["cross_entropy"] == sorted(heads)
+    assert len(dino["units"]) == 8  # MLPs, too
+    assert capi["cluster"] == [["clustering"]]
+    assert {"student.head", "clustering", "student.predictor.blocks.0"} <= set(capi["units"])
 
 
 def test_weights_of_blocks_travel_as_halves(run_ranks):

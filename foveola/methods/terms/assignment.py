@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor
 from foveola.cross_entropy import PrototypeWeights
 from foveola.losses import mask_weights, masked_patch_loss
 from foveola.methods.method import Output
-from foveola.methods.targets import Targets
+from foveola.methods.targets import Targets, TeacherTargets
 from foveola.methods.terms.term import Seen, Setting, Term
-from foveola.models.heads import ProjectionHead
 from foveola.views.batch import Hidden
 
 
@@ -80,10 +79,42 @@ class AssignmentTerm(Term):
         weights = mask_weights(hidden.mask.flatten(0, 1), hidden.indices)
         with torch.no_grad():
             centred = None if everyone is None else theirs.project(everyone)
-            targets = self.targets(theirs.project(teachers), prototypes_of(theirs), seen.progress, centred)
-        predictions, temperature = mine.project(students), self.config.target.student_temperature
-        loss = masked_patch_loss(targets, predictions, weights, temperature, prototypes_of(mine))
-        return Output({"loss": self.config.weight * loss}, targets.logs())
+            features = theirs.project(teachers)
+        temperature = self.config.target.student_temperature
+
+        def compare(targets: TeacherTargets, predictions: Tensor, prototypes: PrototypeWeights) -> Tensor:
+            return masked_patch_loss(targets, predictions, weights, temperature, prototypes)
+
+        return self.compared(seen, features, mine.project(students), compare, centred)
+
+    def compared(
+        self,
+        seen: Seen,
+        features: Float[Tensor, "n P"],
+        predictions: Float[Tensor, "*m P"],
+        compare: Callable[[TeacherTargets, Tensor, PrototypeWeights], Tensor],
+        everyone: Float[Tensor, "e P"] | None = None,
+    ) -> Output:
+        """Return the loss by `compare` of the targets that the teacher's prototypes make of its features, of
+        predictions, and of the student's prototypes; both prototypes are whole meanwhile.
+
+        The centre learns from `everyone`, if given. Features and predictions are projected.
+        """
+        student, teacher = (head.last_layer for head in seen.heads[self.config.head])
+        found: list[Output] = []
+
+        def with_teacher(*theirs: Tensor) -> Tensor:
+            targets = self.targets(features, theirs, seen.progress, everyone)
+
+            def with_student(v: Tensor, g: Tensor, predicted: Tensor) -> Tensor:
+                return compare(targets, predicted, (v, g))
+
+            loss = student.lend(with_student, predictions)
+            found.append(Output({"loss": self.config.weight * loss}, targets.logs()))
+            return loss.detach()  # nothing of the teacher's is needed again for a gradient
+
+        teacher.lend(with_teacher)
+        return found[0]
 
 
 def check_masked_share(setting: Setting, ratio: tuple[float, float], why: str | None) -> None:
@@ -93,8 +124,3 @@ def check_masked_share(setting: Setting, ratio: tuple[float, float], why: str | 
         why = f"a ratio of at most {ratio[1]} of {patches} patches is less than one"
     if why is not None:
         raise ValueError(f"method.{name} never sees a masked patch: {why}; or method.{name}=null")
-
-
-def prototypes_of(head: ProjectionHead) -> PrototypeWeights:
-    """Return the rows of a head's last layer: directions, and lengths."""
-    return head.last_layer.v, head.last_layer.g

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveola.config import key
+from foveola.cross_entropy import PrototypeWeights
 from foveola.losses import cross_view_loss
 from foveola.methods.method import Output
-from foveola.methods.targets import TargetConfig
-from foveola.methods.terms.assignment import AssignmentTerm, prototypes_of
+from foveola.methods.targets import TargetConfig, TeacherTargets
+from foveola.methods.terms.assignment import AssignmentTerm
 from foveola.methods.terms.term import Seen, Setting
 from foveola.views.objects import object_shares
 
@@ -71,15 +72,17 @@ class TokenTerm(AssignmentTerm):
         mine, theirs = (t.transpose(1, 2).flatten(0, 1) for t in (mine, theirs))
         with torch.no_grad():
             features = teacher.project(theirs.flatten(0, 1))
-            targets = self.targets(features, prototypes_of(teacher), seen.progress)
         predictions = student.project(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
         temperature = self.config.target.student_temperature
         shares = None
         if self.config.weight_by is not None:
             assert seen.batch.chosen is not None  # the loader gives it wherever there are objects
             shares = object_shares(seen.batch.chosen, self.config.weight_by).flatten()
-        loss = cross_view_loss(targets, predictions, temperature, prototypes_of(student), shares)
-        return Output({"loss": self.config.weight * loss}, targets.logs())
+
+        def compare(targets: TeacherTargets, predicted: Tensor, prototypes: PrototypeWeights) -> Tensor:
+            return cross_view_loss(targets, predicted, temperature, prototypes, shares)
+
+        return self.compared(seen, features, predictions, compare)
 
     def _select(self, tokens: Float[Tensor, "B V M D"], image_token: bool) -> Float[Tensor, "B V M2 D"]:
         if not image_token:
