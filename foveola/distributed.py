@@ -192,6 +192,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def broadcast(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the tensor of rank 0; of what the other ranks pass only shape and type count."""
+    if world_size() == 1:
+        return tensor.detach()
+    found = _travelling(tensor)
+    dist.broadcast(found, 0)
+    return found.to(tensor.device)
+
+
 def gather_objects(value: T) -> list[T]:
     """Return the picklable values of all processes, in rank order."""
     if world_size() == 1:

@@ -18,7 +18,15 @@ from foveola.training.freezing import Freezing, keep_last_blocks
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig
-from foveola.training.sharding import is_sharded, part_count, shard, whole_copy, whole_tensors
+from foveola.training.sharding import (
+    can_be_filled,
+    fill,
+    is_sharded,
+    part_count,
+    shard,
+    whole_copy,
+    whole_tensors,
+)
 from foveola.views.batch import Streams
 
 
@@ -38,12 +46,11 @@ def assemble(
     config: RunConfig, progress: Progress, device: torch.device, start: StartingWeights | None = None
 ) -> Trainer:
     """Return networks, optimiser and views of a run, from its seed, and from `start` where it is given."""
-    _check_memory(config, device)
-    method = _method(config)
-    if start is not None:
-        method.start_from(start)
-    _restrict(method, config)
+    frame = _frame(config)
+    _check_memory(frame, config, device)
     sharded = is_sharded(config.parallel)
+    filled = sharded and can_be_filled(frame)  # else every process builds all of it, and keeps its part
+    method = frame if filled else _built(config, start)
     for network in method.trained():
         network.checkpoint_activations = config.checkpoint_activations
         if config.compile and not sharded:
@@ -52,6 +59,8 @@ def assemble(
             block.compile()  # a graph cannot reach over the gathering of weights
     if sharded:
         shard(method, config.parallel, config.sharding, device)
+    if filled:
+        fill(method, device, lambda: _built(config, start))
     method.to(device).train()
     try:
         method.check_batch(batch_share(config), config.loader.objects_per_image)
@@ -112,11 +121,24 @@ def blueprint(config: RunConfig) -> Method:
         return _build(config)
 
 
-def _check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
+def _frame(config: RunConfig) -> Method:
+    """The networks of a run, with what is to learn of them, on no device."""
+    method = blueprint(config)
     with torch.device("meta"):
-        method = _build(config)
         _restrict(method, config)
+    return method
+
+
+def _built(config: RunConfig, start: StartingWeights | None) -> Method:
+    method = _method(config)
+    if start is not None:
+        method.start_from(start)
+    _restrict(method, config)
+    return method
+
+
+def _check_memory(method: Method, config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError for networks that cannot fit, before anything is allocated for them."""
     # A weight that trains has a gradient and two averages of AdamW beside it, or one of SGD.
     copies = 4 if config.optimizer.kind == "adamw" else 3
     numbers = sum(p.numel() * (copies if p.requires_grad else 1) for p in method.parameters())

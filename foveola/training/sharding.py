@@ -7,7 +7,7 @@ A parameter is then a DTensor: what it is on this process is its local part.
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -104,6 +104,37 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
         for name in getattr(unit, "entries", ()):
             register_fsdp_forward_method(unit, name)
     fully_shard(method, mesh=mesh, mp_policy=whole)
+
+
+def can_be_filled(method: nn.Module) -> bool:
+    """Return whether all tensors of a method are parameters and buffers, each of one module alone."""
+    owners: dict[int, set[int]] = {}
+    for module in method.modules():
+        if any(isinstance(value, Tensor) for value in vars(module).values()):
+            return False
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(id(module))
+    return all(len(each) == 1 for each in owners.values())
+
+
+@torch.no_grad()
+def fill(method: Method, device: torch.device, build: Callable[[], Method]) -> None:
+    """Give a method that is cut, and was made on no device, the numbers of the one that `build` makes.
+
+    Only the main process builds it; the others have one whole tensor of it at a time. All call this.
+    """
+    whole: dict[str, Tensor] = {}
+    distributed.on_main(lambda: whole.update(_tensors(build())))
+    method.to_empty(device=device)
+    for name, own in _tensors(method).items():
+        full = whole.pop(name, None)
+        full = torch.empty(own.shape, dtype=own.dtype) if full is None else full.detach()
+        full = distributed.broadcast(full.to(device))
+        local_part(own).copy_(local_part(cut_like(full, own)))
+
+
+def _tensors(method: nn.Module) -> dict[str, Tensor]:
+    return {**dict(method.named_parameters()), **dict(method.named_buffers())}
 
 
 @contextmanager

@@ -168,6 +168,48 @@ def test_every_way_of_cutting_learns_the_same(run_ranks):
         assert half - 0.01 < found["share"] < half + 0.06, found
 
 
+BUILT = """
+from foveola.training import assemble as room
+
+built = room._built
+distributed.start("cpu")
+for recipe, changes in json.loads(sys.argv[1]):
+    config = resolve(recipe, changes)
+    config = with_data(config, open_source(config.data))
+    whole, made = built(config, None), []
+    room._built = lambda *words: (made.append(1), built(*words))[1]
+    method = assemble(config, plan(config, 64, 2), torch.device("cpu")).method
+    found, meant = whole_tensors(dict(method.named_parameters())), dict(whole.named_parameters())
+    found |= dict(method.named_buffers())
+    meant |= dict(whole.named_buffers())
+    assert found.keys() == meant.keys()
+    different = [name for name, tensor in meant.items() if not torch.equal(tensor, found[name])]
+    learns = [name for name, p in method.named_parameters() if p.requires_grad != meant[name].requires_grad]
+    print(json.dumps([len(made), different + learns]))
+distributed.stop()
+"""
+
+
+def test_the_main_process_alone_builds_whole_networks(run_ranks):
+    """To the bit those of one process, with statistics and tables; what rests, rests."""
+    names = (
+        "dinov2-tiny-tinyimagenet",
+        "posfield-tiny-tinyimagenet",
+        "capi-tiny-tinyimagenet",
+        "ijepa-tiny-tinyimagenet",
+    )
+    cases = [(name, METHODS[name] | FULLY) for name in names]
+    cases.append(
+        (names[0], METHODS[names[0]] | FULLY | {"method.heads.patches.mlp_of": "main", "train_blocks": 1})
+    )
+    code = TRAIN.partition("if __name__")[0] + BUILT
+    for rank, text in enumerate(run_ranks(code, words=[json.dumps(cases)])):
+        for line in text.splitlines():
+            times, different = json.loads(line)
+            assert (times, different) == (rank == 0, [])
+        assert len(text.splitlines()) == 5
+
+
 WHOLE = """
 from foveola import losses
 from foveola.methods import capi, clusters
