@@ -219,16 +219,16 @@ def _evaluate(arguments: list[str]) -> None:
             print_keys([*EVALUATE_KEYS, *describe(protocol.Config())])
         return
     settings = parse_overrides(overrides)
-    places = {info.path: settings.pop(info.path, None) for info in EVALUATE_KEYS}
-    places = {path: None if value is None else str(value) for path, value in places.items()}
-    model = places.pop("model")
-    places["overlap"] = places["overlap"] or "refuse"
+    options = {info.path: settings.pop(info.path, None) for info in EVALUATE_KEYS}
+    options = {path: None if value is None else str(value) for path, value in options.items()}
+    model = options.pop("model")
+    options["overlap"] = options["overlap"] or "refuse"
     protocol_configs(chosen, settings)  # mistakes first, before anything is loaded
     if model is None:
         raise UserError(f"evaluate {chosen[0]} needs model=: a run folder, an encoder folder, or weights")
     from foveola import distributed
 
-    with distributed.joined(places.pop("device") or "auto") as device:
+    with distributed.joined(options.pop("device") or "auto") as device:
         shown: list[str] = []
 
         def show(result: Result) -> None:
@@ -236,7 +236,7 @@ def _evaluate(arguments: list[str]) -> None:
                 print("\n" * bool(shown) + result.table(), flush=True)
             shown.append(result.protocol)
 
-        results = evaluate_all(model, chosen, device=device, show=show, **places, **settings)
+        results = evaluate_all(model, chosen, device=device, show=show, **options, **settings)
         if distributed.is_main() and not any(result.written for result in results.values()):
             print("not written to a file: out=FOLDER keeps the results, for foveola compare")
 
@@ -256,18 +256,18 @@ def _analyze(arguments: list[str]) -> None:
     if (what := only(names, "analysis (attention)", usage)) != "attention":
         raise UserError(f"unknown analysis {what!r}; known: attention")
     settings = parse_overrides(overrides)
-    places = {info.path: settings.pop(info.path, None) for info in ANALYZE}
+    options = {info.path: settings.pop(info.path, None) for info in ANALYZE}
     for name in ("model", "data", "out"):
-        if places[name] is None:
+        if options[name] is None:
             raise UserError(f"analyze attention needs {name}=; usage: {usage}")
-    model, data, out = places["model"], str(places["data"]), str(places["out"])
+    model, data, out = options["model"], str(options["data"]), str(options["out"])
     if not isinstance(model, list):  # a path may have a comma in it
         model = [model] if is_there(str(model)) else str(model).split(",")
     models = [str(word).strip() for word in model if str(word).strip()]
     from foveola import distributed
     from foveola.figures.attention_plots import save_attention_plots
 
-    with distributed.joined(str(places["device"] or "auto")) as device:
+    with distributed.joined(str(options["device"] or "auto")) as device:
         analysis = analyze_attention(models, data, out=out, device=device, **settings)
         if distributed.is_main():
             print(analysis.table())
@@ -285,13 +285,13 @@ def _visualize(arguments: list[str]) -> None:
         return
     kind = only(names, f"kind ({', '.join(FIGURES)})", usage)
     figure = find_figure(kind)
-    places = [*VISUALIZE, TRAIN] if figure.train else VISUALIZE
+    options = [*VISUALIZE, TRAIN] if figure.train else VISUALIZE
     if "--help" in flags:
         print(f"foveola visualize {kind} [key=value ...]: {figure.help}\n")
-        print_keys([*places, *describe(figure.config())])
+        print_keys([*options, *describe(figure.config())])
         return
     settings = parse_overrides(overrides)
-    given = {info.path: settings.pop(info.path) for info in places if info.path in settings}
+    given = {info.path: settings.pop(info.path) for info in options if info.path in settings}
     configure(kind, settings)  # mistakes first, before anything is loaded
     if "model" not in given:
         raise UserError(f"visualize {kind} needs model=: a run folder, an encoder folder, or weights")

@@ -79,11 +79,11 @@ def scales_of(prototypes: PrototypeWeights) -> Float32[Tensor, "K"]:
 
 
 def first_choice(rows: Float[Tensor, "n K"]) -> Int64[Tensor, "n"]:
-    """Return the place of the largest entry of each row."""
+    """Return the index of the largest entry of each row."""
     block = 256
     if rows.device.type != "cpu" or rows.shape[1] % block:
         return rows.argmax(dim=1)
-    # On a CPU the largest number is found eight times as fast as its place: first in which block it is.
+    # On a CPU the largest number is found eight times as fast as its index: first in which block it is.
     blocks = rows.unflatten(1, (-1, block))
     best = blocks.amax(dim=2).argmax(dim=1)
     return best * block + blocks[torch.arange(len(rows)), best].argmax(dim=1)

@@ -57,18 +57,18 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def check_place(folder: str | Path, remedy: str) -> None:
+def check_writable(folder: str | Path, remedy: str) -> None:
     """Raise UserError, before any work is done for it, where no file can be written to `folder`.
 
     Nothing is made: the nearest folder that exists must be one, and be open to writing.
     """
-    place = Path(folder).expanduser()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{place} is a file where a folder belongs: {remedy}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} cannot be written to: {remedy}")
+    near = Path(folder).expanduser()
+    while not near.exists() and near != near.parent:
+        near = near.parent
+    if not near.is_dir():
+        raise UserError(f"{near} is a file where a folder belongs: {remedy}")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise UserError(f"{near} cannot be written to: {remedy}")
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -17,9 +17,9 @@ USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an
 SPREAD = 0.10, 0.03  # of features: cosines between images are then about 0.99, 0.999
 RANK = 0.05, 0.01  # effective rank, as a share of the most possible
 RANK_LOST = 0.5  # share of its own highest value
-PLACE = 0.5, 0.9  # share of the variance of patches that their position explains, beyond the untrained one
-PLACE_FROM = 32  # images on which that can be measured
-INFORMATION = 0.1, 0.5  # of place and cluster, as a share of the most possible
+POSITION = 0.5, 0.9  # share of the variance of patches that their position explains, beyond the untrained one
+POSITION_FROM = 32  # images on which that can be measured
+INFORMATION = 0.1, 0.5  # of position and cluster, as a share of the most possible
 WAIT = 0.10, 0.30  # share of the time spent waiting for data
 FALL = 0.01  # of the loss, as a share of where it began
 NOT_FINITE = 0.01  # share of logged steps, and more than one
@@ -49,11 +49,11 @@ class Facts:
     prototypes: Mapping[str, int] | None = None  # by kind of targets
     features: int | None = None  # features of a batch from which rank and spread are computed
     width: int | None = None  # their dimensions
-    places: int | None = None  # patches of a view
+    positions: int | None = None  # patches of a view
     notes: Sequence[str] = ()  # log.txt
     # Share of the variance of patches that their position explains: trained, and untrained (measured apart).
-    place_share: tuple[float, float | None] | None = None
-    place_images: int | None = None  # on which they were measured
+    position_share: tuple[float, float | None] | None = None
+    position_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data
     processes: int | None = None  # over which `features` are those of one; None: not noted
     whole_steps: bool = False  # whether what was logged, `features` too, is of all processes
@@ -67,7 +67,7 @@ def health(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
         *targets(lines, facts),
         feature_spread(lines),
         rank_health(lines, facts),
-        place(lines, facts),
+        position(lines, facts),
         finite(lines, facts),
         loss(lines, facts),
         loader(lines),
@@ -248,15 +248,15 @@ def rank_health(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     return Verdict(name, "OK", f"{text}. {limits}.")
 
 
-def place(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
+def position(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     """Judge positional collapse: features or clusters that tell the position of a patch and not what is
     there.
     """
     name = "Do patches tell content, not position?"
     known = recent(lines, "clustering/position_information")
     clusters = (facts.prototypes or {}).get("clustering")
-    if known is not None and clusters and facts.places and facts.places > 1:
-        most = math.log(min(clusters, facts.places))
+    if known is not None and clusters and facts.positions and facts.positions > 1:
+        most = math.log(min(clusters, facts.positions))
         share, (look, bad) = known / most, INFORMATION
         told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({as_percent(share, 1)})"
         text = f"Position tells {told}"
@@ -265,26 +265,26 @@ def place(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     if overall is not None and content is not None and overall > 0:
         share = 1 - min(content / overall, 1.0) ** 2
         text = f"Position explains {as_percent(share, 1)} of the variance of the teacher's patches"
-        return _share_verdict(name, text, share, *PLACE)
-    if facts.place_share is not None:
-        return _measured_place(name, *facts.place_share, facts.place_images)
+        return _share_verdict(name, text, share, *POSITION)
+    if facts.position_share is not None:
+        return _measured_position(name, *facts.position_share, facts.position_images)
     return Verdict(
         name, "NOT KNOWN", "The method does not log it, and no images or no encoder to measure it on."
     )
 
 
-def _measured_place(name: str, trained: float, fresh: float | None, images: int | None) -> Verdict:
+def _measured_position(name: str, trained: float, fresh: float | None, images: int | None) -> Verdict:
     """Aligned images, such as faces, let position explain much without any collapse, also when untrained."""
     text = f"Position explains {as_percent(trained, 1)} of the variance of the encoder's patches"
     text += "" if images is None else f" of {images} images"
-    if images is not None and images < PLACE_FROM:
-        return Verdict(name, "NOT KNOWN", f"{text}: too few, {PLACE_FROM} are needed.")
+    if images is not None and images < POSITION_FROM:
+        return Verdict(name, "NOT KNOWN", f"{text}: too few, {POSITION_FROM} are needed.")
     if fresh is None:
-        return _share_verdict(name, text, trained, *PLACE)
+        return _share_verdict(name, text, trained, *POSITION)
     excess = (trained - fresh) / (1 - fresh) if fresh < 1 else 0.0
     left = as_percent(max(excess, 0.0), 1)
     text += f", {as_percent(fresh, 1)} untrained: {left} of what was left to explain"
-    return _share_verdict(name, text, excess, *PLACE)
+    return _share_verdict(name, text, excess, *POSITION)
 
 
 def _share_verdict(name: str, text: str, share: float, look: float, bad: float) -> Verdict:

@@ -61,7 +61,7 @@ def read_state(
     """Read the state in a folder, tensors on the CPU; those that were cut are whole, unless `like` says.
 
     Args:
-        like: a tensor of the same shape, for a place in the tree; where it is cut, so is what is read: each
+        like: a tensor of the same shape, for a path in the tree; where it is cut, so is what is read: each
             process reads its own part.
         mmap: leave what is whole in the file until it is looked at.
 

@@ -1,4 +1,4 @@
-"""Trees of plain values (dict, list, scalars) from and to YAML and `key=value`; errors that name the place.
+"""Trees of plain values (dict, list, scalars) from and to YAML and `key=value`; errors that say where.
 
 YAML is read with the core rules of YAML 1.2: `1e-4` is a number; `no`, `on` and `1:30` are text.
 """
@@ -153,9 +153,9 @@ def read_yaml(path: str | Path) -> dict:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         hint = " (text that holds a colon needs quotes)" if "mapping values" in str(error.problem) else ""
-        raise ConfigError(f"{path}{place}: {error.problem}{hint}") from error
+        raise ConfigError(f"{path}{where}: {error.problem}{hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML text file") from error
     if not isinstance(tree, dict | None):

@@ -187,13 +187,18 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
 )
 def test_place_by_what_there_is(share: float, state: str) -> None:
     trained = 0.087 + share * (1 - 0.087)  # of what the untrained one leaves
-    measured = h.place([], Facts(place_share=(trained, 0.087), place_images=64))
+    measured = h.position([], Facts(position_share=(trained, 0.087), position_images=64))
     check(measured, state, f"{100 * trained:.1f} %", "64 images", "8.7 % untrained", "50 %", "90 %")
-    check(h.place([], Facts(place_share=(share, None))), state, f"{100 * share:.1f} %")
-    check(h.place([], Facts(place_share=(share, 0.087), place_images=31)), "NOT KNOWN", "31 images", "32")
-    check(h.place([], Facts(place_share=(0.95, 0.95), place_images=64)), "OK", "0.0 %")
+    check(h.position([], Facts(position_share=(share, None))), state, f"{100 * share:.1f} %")
+    check(
+        h.position([], Facts(position_share=(share, 0.087), position_images=31)),
+        "NOT KNOWN",
+        "31 images",
+        "32",
+    )
+    check(h.position([], Facts(position_share=(0.95, 0.95), position_images=64)), "OK", "0.0 %")
     logged = series("targets/std", 2.0, **{"targets/content_std": 2 * math.sqrt(1 - share)})
-    check(h.place(logged, Facts(place_share=(0.0, 0.0))), state, f"{100 * share:.1f} %")
+    check(h.position(logged, Facts(position_share=(0.0, 0.0))), state, f"{100 * share:.1f} %")
 
 
 @pytest.mark.parametrize(
@@ -201,14 +206,14 @@ def test_place_by_what_there_is(share: float, state: str) -> None:
 )
 def test_place_and_clusters(share: float, state: str) -> None:
     """The most possible is the log of the smaller of places and clusters."""
-    for clusters, places, least in ((512, 64, 64), (16, 64, 16)):
+    for clusters, positions, least in ((512, 64, 64), (16, 64, 16)):
         lines = series("clustering/position_information", share * math.log(least))
-        facts = Facts(prototypes={"clustering": clusters}, places=places)
-        check(h.place(lines, facts), state, f"{math.log(least):.2f} nats")
+        facts = Facts(prototypes={"clustering": clusters}, positions=positions)
+        check(h.position(lines, facts), state, f"{math.log(least):.2f} nats")
 
 
 def test_place_unknown() -> None:
-    check(h.place(series("loss", 1.0), Facts()), "NOT KNOWN", "does not log it")
+    check(h.position(series("loss", 1.0), Facts()), "NOT KNOWN", "does not log it")
 
 
 def test_steps_that_are_not_finite() -> None:

@@ -24,15 +24,15 @@ def main(arguments: list[str]) -> None:
     if names:
         raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
     settings = parse_overrides(overrides)
-    places = {info.path: settings.pop(info.path, None) for info in EMBED}
+    options = {info.path: settings.pop(info.path, None) for info in EMBED}
     for name in ("model", "data", "out"):
-        if places[name] is None:
+        if options[name] is None:
             raise UserError(f"embed needs {name}=; usage: {usage}")
     from foveola import distributed
     from foveola.embedding.embed import embed
 
-    with distributed.joined(str(places["device"] or "auto")) as device:
-        model, data, out = (str(places[name]) for name in ("model", "data", "out"))
+    with distributed.joined(str(options["device"] or "auto")) as device:
+        model, data, out = (str(options[name]) for name in ("model", "data", "out"))
         written = embed(model, data, out=out, device=str(device), **settings)
         if distributed.is_main():
             print(written)

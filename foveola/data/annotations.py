@@ -328,7 +328,7 @@ def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
 
     Raises BadImage for a map that is missing or damaged, DataError for one with several channels.
     """
-    place = where if isinstance(where, Path) else "in the data set"
+    shown = where if isinstance(where, Path) else "in the data set"
     try:
         data = where.read_bytes() if isinstance(where, Path) else where
         image = open_image(data)
@@ -336,12 +336,12 @@ def read_values(where: Path | bytes, file: str) -> Integer[np.ndarray, "H W"]:
             warnings.simplefilter("ignore")  # about metadata and size
             values = np.asarray(image)
     except (BadImage, *DAMAGED) as error:
-        raise BadImage(f"{file}: its label map {place} cannot be read ({error})") from error
+        raise BadImage(f"{file}: its label map {shown} cannot be read ({error})") from error
     values = turn(values, orientation_of(image))
     if values.dtype.kind == "b":  # a PNG of one bit
         values = values.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "iu":
-        raise DataError(f"{place}: a label map has one channel (grey or palette), this one is {image.mode}")
+        raise DataError(f"{shown}: a label map has one channel (grey or palette), this one is {image.mode}")
     return values
 
 

@@ -124,8 +124,8 @@ def rle_counts(text: bytes) -> Int64[np.ndarray, "n"]:
     lengths = ends - starts + 1
     if lengths.max() > RLE_DIGITS:
         raise ValueError("compressed RLE holds a number beyond 30 bits")
-    places = np.arange(len(bits)) - np.repeat(starts, lengths)
-    counts = np.add.reduceat((bits & 31) << (5 * places), starts)
+    digits = np.arange(len(bits)) - np.repeat(starts, lengths)
+    counts = np.add.reduceat((bits & 31) << (5 * digits), starts)
     counts -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)
     counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
     return counts

@@ -1,6 +1,6 @@
 """Opening image files: the formats that are promised and no others, which way up, and how many pages.
 
-The only place of the package that asks PIL to open a file: without a list of formats it would hand a file
+The only file of the package that asks PIL to open a file: without a list of formats it would hand a file
 that begins like PostScript to Ghostscript, whatever its name.
 """
 

@@ -119,7 +119,7 @@ class HubPixels(HubImages):
 
 def open_hub(
     name: str,
-    place: str,
+    path: str,
     split: str = "train",
     config: str | None = None,
     image: str | None = None,
@@ -140,14 +140,14 @@ def open_hub(
         raise DataError(
             "hf: streaming=true gives rows in the order in which they arrive, so no run could be resumed "
             "or repeated; "
-            f"parquet:hf://datasets/{place}/**/*.parquet reads the files of the hub row group by row "
+            f"parquet:hf://datasets/{path}/**/*.parquet reads the files of the hub row group by row "
             "group, at random"
         )
-    dataset = _load(place, split, config)
+    dataset = _load(path, split, config)
     kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}
-    image = _column(place, kinds, image, "Image", "image", without=pixels)
+    image = _column(path, kinds, image, "Image", "image", without=pixels)
     if pixels is not None:
-        pixels = _column(place, kinds, pixels, "Image", "pixels")
+        pixels = _column(path, kinds, pixels, "Image", "pixels")
         if classes is None:
             raise DataError("hf: pixels= needs classes=, a number or a file of names")
         names, table = declared_classes("hf", classes, ignore, values)
@@ -158,52 +158,52 @@ def open_hub(
     if label == "-" or (label is None and "ClassLabel" not in kinds.values()):
         return HubImages(name, dataset, image, None)
     if label is None:
-        label = _column(place, kinds, None, "ClassLabel", "label")
+        label = _column(path, kinds, None, "ClassLabel", "label")
     elif label not in kinds:
-        raise DataError(_no_column(place, label, kinds))
+        raise DataError(_no_column(path, label, kinds))
     return HubImages(name, dataset, image, label)
 
 
-def _load(place: str, split: str, config: str | None) -> Any:
+def _load(path: str, split: str, config: str | None) -> Any:
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
     except ImportError as error:
         raise DataError("hf: needs the extra `datasets`: pip install 'foveola[datasets]'") from error
-    folder = Path(place).expanduser()
+    folder = Path(path).expanduser()
     saved = folder.is_dir() and any((folder / n).is_file() for n in ("state.json", "dataset_dict.json"))
     try:
         if not saved:
-            return load_dataset(str(folder) if folder.is_dir() else place, config, split=split)
+            return load_dataset(str(folder) if folder.is_dir() else path, config, split=split)
         found = load_from_disk(str(folder))
     except Exception as error:  # whatever the library and its file systems raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"hf: cannot load {place}, split {split}: {reason}") from error
+        raise DataError(f"hf: cannot load {path}, split {split}: {reason}") from error
     if not isinstance(found, DatasetDict):
         return found
     if split not in found:
-        raise DataError(f"hf: {place} has no split {split!r}; it has {', '.join(map(str, found))}")
+        raise DataError(f"hf: {path} has no split {split!r}; it has {', '.join(map(str, found))}")
     return found[split]
 
 
 def _column(
-    place: str, kinds: dict[str, str], wanted: str | None, kind: str, option: str, without: str | None = None
+    path: str, kinds: dict[str, str], wanted: str | None, kind: str, option: str, without: str | None = None
 ) -> str:
     """The column asked for, of the right kind; or the only one of that kind."""
     if wanted is not None:
         if wanted not in kinds:
-            raise DataError(_no_column(place, wanted, kinds))
+            raise DataError(_no_column(path, wanted, kinds))
         if kinds[wanted] != kind:
-            raise DataError(f"hf: column {wanted!r} of {place} is of kind {kinds[wanted]}, not {kind}")
+            raise DataError(f"hf: column {wanted!r} of {path} is of kind {kinds[wanted]}, not {kind}")
         return wanted
     fitting = [column for column, found in kinds.items() if found == kind and column != without]
     if len(fitting) != 1:
-        raise DataError(f"hf: {place} has {len(fitting)} columns of kind {kind}; name one with {option}=")
+        raise DataError(f"hf: {path} has {len(fitting)} columns of kind {kind}; name one with {option}=")
     return fitting[0]
 
 
-def _no_column(place: str, wanted: str, kinds: dict[str, str]) -> str:
+def _no_column(path: str, wanted: str, kinds: dict[str, str]) -> str:
     near = nearest(wanted, kinds)
-    return f"hf: {place} has no column {wanted!r}; " + (
+    return f"hf: {path} has no column {wanted!r}; " + (
         f"did you mean {near!r}?" if near else ", ".join(kinds)
     )
 

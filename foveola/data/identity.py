@@ -88,7 +88,7 @@ def identity_of(source: Any, chosen: np.ndarray | None = None) -> Identity:
     """Return the identity of a source, or of its images `chosen` (indices, ascending).
 
     Equal digests: the same images in the same order with the same labels, classes and annotations; names and
-    places do not count. A source says it in `identity(chosen)`; of one that has no such method all samples
+    paths do not count. A source says it in `identity(chosen)`; of one that has no such method all samples
     are gone through, not decoded: bytes of files, pixels, labels, objects and label maps.
     """
     if chosen is not None and len(chosen) == len(source):

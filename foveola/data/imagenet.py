@@ -120,7 +120,7 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
         file = images[row].name
         number = Path(file).stem.rsplit("_", 1)[-1]  # ILSVRC2012_val_00000001
         if not number.isdecimal() or not 0 < int(number) <= len(lists):
-            raise DataError(f"{labels}: {len(lists)} lists, and none for {file} (its number is its place)")
+            raise DataError(f"{labels}: {len(lists)} lists, and none for {file}, the image of that number")
         if some := lists[int(number) - 1]:
             files.append(file)
             answers.append([int(label) for label in some])
@@ -133,10 +133,10 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
 
 def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     """Open ObjectNet: of its 313 classes the 113 that ImageNet has, some of them as several classes."""
-    places = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
-    if not places:
+    folders = [folder for folder in (root, root / "objectnet-1.0") if (folder / "mappings").is_dir()]
+    if not folders:
         raise misfit("objectnet", f"no folder mappings in {root}")
-    base, tables = places[0], places[0] / "mappings"
+    base, tables = folders[0], folders[0] / "mappings"
     label_of = _table(tables / "folder_to_objectnet_label.json")
     known = _table(tables / "objectnet_to_imagenet_1k.json")
     answers_of = {label: _numbers(tables, words) for label, words in known.items()}
@@ -166,10 +166,10 @@ def _table(path: Path) -> Mapping[str, str]:
 
 def _numbers(tables: Path, words: str) -> list[int]:
     """ImageNet's class numbers of "name a; name b", by a list of names in the order of the devkit."""
-    places = [tables / "imagenet_to_label_2012_v2", tables / "imagenet_to_label_2012_v2.txt"]
-    listed = next((place for place in places if place.is_file()), None)
+    paths = [tables / "imagenet_to_label_2012_v2", tables / "imagenet_to_label_2012_v2.txt"]
+    listed = next((path for path in paths if path.is_file()), None)
     if listed is None:
-        raise DataError(f"objectnet: no file {places[0]}")
+        raise DataError(f"objectnet: no file {paths[0]}")
     line_of = {line.strip(): i for i, line in enumerate(read_lines(listed))}
     number_of = {int(i): int(n) for n, i in _table(tables / "pytorch_to_imagenet_2012_id.json").items()}
     numbers = []

@@ -120,7 +120,7 @@ class ImageFiles(FilesReadAlike):
         return int((np.diff(table.ends, prepend=0)[self.rows] > 0).sum())
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Return contents of the image files, labels and annotations, in order; not names nor places."""
+        """Return contents of the image files, labels and annotations, in order; not names nor paths."""
         rows = self.rows if chosen is None else self.rows[chosen]
         files = [os.fsdecode(self.files[row]) for row in rows.tolist()]
         about = [self.classes, self.labels[rows], self._about(), self.raw]
@@ -224,8 +224,8 @@ def open_tiny_imagenet(name: str, root: Path, split: str) -> ImageFiles:
 def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) -> ImageFiles:
     """Open ImageNet-1k: class folders in train and val, boxes as XML files (no file: no objects)."""
     half = "train" if split == "train" else "val"
-    places = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
-    base = next((place for place in places if place.is_dir()), None)
+    folders = [root / inner / half for inner in (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
+    base = next((folder for folder in folders if folder.is_dir()), None)
     if base is None:
         raise misfit("imagenet", f"no folder {half} in {root}")
     files, notes = find_images(base)
@@ -236,7 +236,7 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
     reader = None
     if boxes is not None:
         inner = [boxes / half, boxes / "Annotations" / "CLS-LOC" / half]
-        reader = xml = XmlBoxes(next((place for place in inner if place.is_dir()), boxes))
+        reader = xml = XmlBoxes(next((folder for folder in inner if folder.is_dir()), boxes))
         _probe(files, xml.folder, lambda file: xml.path(file) is not None)
     source = ImageFiles(name, base, files, [index[wnid] for wnid in wnids], classes, reader)
     source.notes = notes
@@ -245,8 +245,8 @@ def open_imagenet(name: str, root: Path, split: str, boxes: Path | None = None) 
 
 def _flat_labels(root: Path, base: Path, files: list[str]) -> list[str]:
     """Classes of images without class folders, from Kaggle's LOC_val_solution.csv (ImageId, classes)."""
-    places = [folder / "LOC_val_solution.csv" for folder in (root, base.parent)]
-    table = next((place for place in places if place.is_file()), None)
+    tables = [folder / "LOC_val_solution.csv" for folder in (root, base.parent)]
+    table = next((each for each in tables if each.is_file()), None)
     if table is None:
         raise DataError(
             f"imagenet: {base} has no class folders, and {root} no LOC_val_solution.csv to tell classes"

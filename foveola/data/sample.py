@@ -208,7 +208,7 @@ class Instances(NamedTuple):
 class Chosen(NamedTuple):
     """The M objects of each image that are trained on: which of its objects, and what is known of them.
 
-    `which` is the place among the image's objects: the same number twice is the same object, drawn again
+    `which` is the index among the image's objects: the same number twice is the same object, drawn again
     since there are fewer than M. `areas` are shares of the image; `scores` are 1 where nobody gave any. The
     image as a whole, where there are no objects, is object 0.
     """

@@ -1,7 +1,7 @@
 """The built-in dataset: cluttered scenes of real product photos, with exact masks, classes and identities.
 
 A scene is a textured background with a few products of Fashion-MNIST on it: tinted, scaled, mirrored,
-overlapping and partly outside the image. It is a function of (seed, split, index) alone. Colours, places,
+overlapping and partly outside the image. It is a function of (seed, split, index) alone. Colours, positions,
 sizes and backgrounds are drawn without a look at the class, so that only the shape and texture of a product
 tell what it is. Products of the test split never appear in the training split.
 """
@@ -38,7 +38,7 @@ MIN_VISIBLE = 0.25  # an object of which less is seen is not placed; share of it
 MIN_PIXELS = 8
 MOST_SCENES = 100_000_000  # scenes: an epoch draws an order of all
 SHADOW = 0.5  # of the light that a shadow takes away, at most
-PLACEMENT_TRIES = 8  # places tried at one size before the product is made smaller
+PLACEMENT_TRIES = 8  # positions tried at one size before the product is made smaller
 SHRINKS = 5
 
 Colour = Float32[np.ndarray, "3"]
@@ -190,7 +190,7 @@ class Scenes:
     ) -> tuple[list[Placed], Int64[np.ndarray, "S S"]]:
         """Place products on each other, back to front, so that enough of each is seen in the end.
 
-        A place that hides too much of an earlier product is drawn again; after `TRIES` the product gets
+        A position that hides too much of an earlier product is drawn again; after `TRIES` the product gets
         smaller, and one that never fits is left out (the first always fits). No product appears twice in one
         scene.
         """
@@ -289,7 +289,7 @@ def _resize(
 
 
 def _start(size: int, extent: int, at: float) -> int:
-    """Where a product of `extent` pixels begins; `at` in [0, 1) runs over all allowed places."""
+    """Where a product of `extent` pixels begins; `at` in [0, 1) runs over all allowed positions."""
     first, last = -OUTSIDE * extent, size - (1 - OUTSIDE) * extent
     return round(first + at * (last - first))
 

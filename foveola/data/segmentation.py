@@ -257,10 +257,10 @@ def open_voc(name: str, root: Path, split: str) -> LabelledImages:
 
 def _voc_set(base: Path, which: str) -> list[str]:
     """Names in an image set. Some lists of trainaug name `/JPEGImages/x.jpg /SegmentationClassAug/x.png`."""
-    places = [base / "ImageSets/Segmentation" / f"{which}.txt", base / "sets" / f"{which}.txt"]
-    path = next((place for place in places if place.is_file()), None)
+    paths = [base / "ImageSets/Segmentation" / f"{which}.txt", base / "sets" / f"{which}.txt"]
+    path = next((each for each in paths if each.is_file()), None)
     if path is None:
-        raise misfit("voc", f"no list {places[0]}")
+        raise misfit("voc", f"no list {paths[0]}")
     stems = [Path(line.split()[0]).stem for line in read_lines(path) if line.strip()]
     if not stems:
         raise DataError(f"{path}: names no image")

@@ -109,8 +109,8 @@ def open_source(spec: str, split: Split = "train") -> Source:
     missing or wrong.
     """
     kind, colon, rest = spec.partition(":")
-    place, _, query = rest.partition("?")
-    if kind not in KINDS and (found := _from_outside(kind, place)) is not None:
+    path, _, query = rest.partition("?")
+    if kind not in KINDS and (found := _from_outside(kind, path)) is not None:
         return _open_own(spec, *found, query, split)
     if not colon or kind not in KINDS:
         raise DataError(_unknown_kind(spec, kind))
@@ -126,14 +126,14 @@ def open_source(spec: str, split: Split = "train") -> Source:
     given = None if "annotations" in own else options.pop("annotations", None)
     cutting = Cutting(**{name: options.pop(name) for name in CUTTINGS if name in options})
     if kind == "scenes":
-        if place:
-            raise DataError(f"scenes: is built in and has no path, but was given {place!r}")
+        if path:
+            raise DataError(f"scenes: is built in and has no path, but was given {path!r}")
         return _in_parts(opener(options.pop("split", split), **options), cutting, given)
     if given is not None and (others := {"boxes", "masks"} & options.keys()):
         raise DataError(f"{kind}: takes {min(others)}= or annotations=, not both")
-    if not place:
+    if not path:
         raise DataError(f"{kind}: needs a folder, as in {kind}:/path")
-    root = Path(unquote(place)).expanduser()
+    root = Path(unquote(path)).expanduser()
     if kind not in NO_FOLDER and not root.is_dir():
         raise DataError(f"{kind}: {_no_folder(root)}")
     limit, seed = options.pop("limit", None), options.pop("seed", 0)
@@ -153,7 +153,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
         spec += "" if "split=" in query else f"&split={half}"
     elif kind in WITHOUT_HALVES and "split=" in query:
         raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
-    source = opener(spec, unquote(place) if kind in NO_FOLDER else root, **options)
+    source = opener(spec, unquote(path) if kind in NO_FOLDER else root, **options)
     if reading != Decoding():
         source.read_as(reading)
     of_parts = given is not None and names_parts(given)
@@ -187,15 +187,15 @@ def with_objects(source: Any, annotations: str | Path | None) -> Any:
     return source if annotations is None else GivenObjects(source, Path(annotations).expanduser())
 
 
-def _from_outside(kind: str, place: str) -> tuple[Any, dict[str, str]] | None:
+def _from_outside(kind: str, path: str) -> tuple[Any, dict[str, str]] | None:
     """What opens a data string that is none of ours, and the options that it has before the question mark.
 
     An entry point of the group `foveola.sources` is a kind of its own, and gets what follows the colon as
     `path`; `my_package.my_module:open` is the function itself.
     """
     if kind in (own := announced(SOURCE_ENTRY_POINTS)):
-        return imported(own[kind].value), {"path": unquote(place)} if place else {}
-    name = f"{kind}:{place}"
+        return imported(own[kind].value), {"path": unquote(path)} if path else {}
+    name = f"{kind}:{path}"
     if kind == OBJECT or not is_importable(name) or ("." not in kind and not find_spec(kind)):
         return None
     return imported(name), {}

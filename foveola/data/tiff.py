@@ -74,9 +74,9 @@ def tiff_header(data: Path | bytes, decoding: Decoding) -> Header:
 def _opened(data: Path | bytes) -> Iterator[Any]:
     tifffile = extra("tifffile", "tiff", "this TIFF")
     silence("tifffile")
-    place = io.BytesIO(data) if isinstance(data, bytes) else str(data.absolute())
+    opened = io.BytesIO(data) if isinstance(data, bytes) else str(data.absolute())
     try:
-        with reading("TIFF"), tifffile.TiffFile(place, _multifile=False) as file:
+        with reading("TIFF"), tifffile.TiffFile(opened, _multifile=False) as file:
             _check_references(file)
             yield file
     except BadImage as error:

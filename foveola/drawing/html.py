@@ -142,10 +142,10 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
     for number, row in enumerate(drawn.rows):
         name = row.title or (names[number] if number < len(names) else f"row {number + 1}")
         cells = []
-        for place, tile in enumerate(row.tiles):
-            caption = row.captions[place] if place < len(row.captions) else ""
-            right = row.right[place] if place < len(row.right) else None
-            what = drawn.columns[place] if place < len(drawn.columns) else caption
+        for index, tile in enumerate(row.tiles):
+            caption = row.captions[index] if index < len(row.captions) else ""
+            right = row.right[index] if index < len(row.right) else None
+            what = drawn.columns[index] if index < len(drawn.columns) else caption
             frame = "" if right is None else "right" if right else "wrong"
             told = f"{drawn.title}: {what} of {name}" + (f", {caption}" if caption else "")
             mark = "" if right is None else ("✓ " if right else "✗ ")

@@ -87,8 +87,8 @@ def panel(
     pen = ImageDraw.Draw(image)
     pen.multiline_text((GAP, GAP), "\n".join(top_lines), fill="black", font=large, spacing=4)
     for number, head in enumerate(heads):
-        place = (left + number * (tile + GAP), top - 4 - 15 * len(head))
-        pen.multiline_text(place, "\n".join(head), fill="#444", font=small, spacing=3)
+        corner = (left + number * (tile + GAP), top - 4 - 15 * len(head))
+        pen.multiline_text(corner, "\n".join(head), fill="#444", font=small, spacing=3)
     for row, line, lines, height in zip(rows, tiles, titles, heights, strict=True):
         middle = top + (max((pixels.height for pixels in line), default=0) - 15 * len(lines)) // 2
         pen.multiline_text((GAP, max(middle, top)), "\n".join(lines), fill="black", font=small, spacing=3)
@@ -100,13 +100,13 @@ def panel(
     return np.asarray(image)
 
 
-def _draw_bar(image: Image.Image, pen: ImageDraw.ImageDraw, bar: Bar, place: tuple[int, int]) -> None:
+def _draw_bar(image: Image.Image, pen: ImageDraw.ImageDraw, bar: Bar, corner: tuple[int, int]) -> None:
     small, width = ImageFont.load_default(12), min(3 * TILE - 4 * GAP, image.width - 4 * GAP)
-    image.paste(Image.fromarray(bar.colors).resize((width, 12), Image.Resampling.BILINEAR), place)
+    image.paste(Image.fromarray(bar.colors).resize((width, 12), Image.Resampling.BILINEAR), corner)
     for share, text in bar.marks:
-        x, long = place[0] + round(share * (width - 1)), _length(text, small)
-        pen.line((x, place[1] + 12, x, place[1] + 15), fill="#444")
-        pen.text((x - round(share * long), place[1] + 17), text, fill="#444", font=small)
+        x, long = corner[0] + round(share * (width - 1)), _length(text, small)
+        pen.line((x, corner[1] + 12, x, corner[1] + 15), fill="#444")
+        pen.text((x - round(share * long), corner[1] + 17), text, fill="#444", font=small)
 
 
 def _draw_tiles(
@@ -114,9 +114,9 @@ def _draw_tiles(
     pen: ImageDraw.ImageDraw,
     row: Row,
     tiles: list[Image.Image],
-    place: tuple[int, int, int],
+    corner: tuple[int, int, int],
 ) -> None:
-    left, top, tile = place
+    left, top, tile = corner
     small = ImageFont.load_default(12)
     for number, pixels in enumerate(tiles):
         x = left + number * (tile + GAP)

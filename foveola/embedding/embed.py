@@ -96,7 +96,7 @@ def embed(
     config = build(EmbedConfig, settings)
     refuse_unread(config, settings)
     format_of(path)
-    distributed.on_main(lambda: files.check_place(path.parent, "give another out="))
+    distributed.on_main(lambda: files.check_writable(path.parent, "give another out="))
     say(progress and distributed.is_main())
     source = as_source(data, "test", "data")
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
@@ -218,8 +218,8 @@ def _compute(embedding: Embedding, parts: FileParts, chosen: Int64[np.ndarray, "
     problem = ""
     try:
         if mine:
-            for place, rows in embedding.read(np.concatenate(images), size):
-                parts.write(mine[place], rows)
+            for number, rows in embedding.read(np.concatenate(images), size):
+                parts.write(mine[number], rows)
     except UserError as error:
         problem = str(error)
     for found in distributed.gather_objects(problem):  # a rank that gave up must not leave others waiting

@@ -136,19 +136,19 @@ def _cell(result: Result, metric: str, best: bool) -> str:
     return f"{value:.{digits}f}{'*' if best else ''}{interval}"
 
 
-def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
-    """Return comparisons of the protocols that all of `places` share, of results that were measured alike.
+def compare(runs: Sequence[str | Path], protocol: str | None = None) -> list[Comparison]:
+    """Return comparisons of the protocols that all of `runs` share, of results that were measured alike.
 
-    A place is a run folder, an `out=` folder, a result file, `untrained:RUN` for what was measured of
+    Each of `runs` is a run folder, an `out=` folder, a result file, `untrained:RUN` for what was measured of
     the untrained network of a run, or another of its networks: `RUN?step=400`, `RUN?which=student`.
     Where there are several results of a protocol, the newest that all have with the same settings and data
-    are taken, and the notes say what else there is. Raises UserError for a place without results, no
+    are taken, and the notes say what else there is. Raises UserError for a run without results, no
     protocol in common (or not the one asked for), and a protocol of which no results were measured alike.
     """
-    if len(places) < 2:
+    if len(runs) < 2:
         raise UserError("compare needs two or more runs, or folders that hold results/")
-    every_file = [_results(place) for place in places]
-    names = _names(places)
+    every_file = [_results(run) for run in runs]
+    names = _names(runs)
     found = [_by_protocol(stored) for stored, _ in every_file]
     shared = [name for name in found[0] if all(name in each for each in found[1:])]
     if protocol is not None:
@@ -175,7 +175,7 @@ def compare(places: Sequence[str | Path], protocol: str | None = None) -> list[C
 def _by_test(
     lists: Sequence[Sequence[Stored]], names: Sequence[str]
 ) -> list[tuple[tuple[Result, ...], list[str]]]:
-    """The results of each test set on which all places were measured alike, the newest first.
+    """The results of each test set on which all runs were measured alike, the newest first.
 
     Raises UserError where there is none.
     """
@@ -195,7 +195,7 @@ def _test_of(result: Result) -> tuple[str, str]:
 
 
 def _matches(lists: Sequence[Sequence[Stored]]) -> list[tuple[Stored, ...]]:
-    """Results, one of each place, that were measured alike."""
+    """Results, one of each run, that were measured alike."""
     matches = []
     for first in lists[0]:
         others = [[s for s in each if not differences(first.result, s.result)] for each in lists[1:]]
@@ -204,25 +204,25 @@ def _matches(lists: Sequence[Sequence[Stored]]) -> list[tuple[Stored, ...]]:
     return matches
 
 
-def _results(place: str | Path) -> tuple[list[Stored], list[str]]:
-    """All results of a place, and what of it could not be read."""
-    found, broken = results_of(place)
-    path = Path(str(place).removeprefix("untrained:"))
+def _results(run: str | Path) -> tuple[list[Stored], list[str]]:
+    """All results of a run, and what of it could not be read."""
+    found, broken = results_of(run)
+    path = Path(str(run).removeprefix("untrained:"))
     if not path.exists() and not run_model(path):
         raise UserError(f"no run, folder or result file {path}{meant(path)}")
     if not found:
         why = f" ({broken[0]})" if broken else ""
-        model, out = (f"model={place}", "") if home_of(place) else ("model=...", f" out={place}")
+        model, out = (f"model={run}", "") if home_of(run) else ("model=...", f" out={run}")
         raise UserError(
-            f"{place} holds no results/<protocol>.json{why}: run foveola evaluate PROTOCOL {model}{out} first"
+            f"{run} holds no results/<protocol>.json{why}: run foveola evaluate PROTOCOL {model}{out} first"
         )
     return found, broken
 
 
 def _alike(lists: Sequence[Sequence[Stored]], names: Sequence[str]) -> tuple[tuple[Result, ...], list[str]]:
-    """One result of each place, all measured alike, and what to say where there was a choice.
+    """One result of each run, all measured alike, and what to say where there was a choice.
 
-    `lists` holds the results of one protocol for each place, newest first. Raises UserError where no choice
+    `lists` holds the results of one protocol for each run, newest first. Raises UserError where no choice
     is alike.
     """
     protocol, matches = lists[0][0].result.protocol, _matches(lists)
@@ -255,14 +255,12 @@ def _by_protocol(stored: Sequence[Stored]) -> dict[str, list[Stored]]:
     return found
 
 
-def _names(places: Sequence[str | Path]) -> list[str]:
+def _names(runs: Sequence[str | Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart; `untrained:` stays in front."""
-    heads = ["untrained:" * str(place).startswith("untrained:") for place in places]
-    paths = [
-        Path(str(place).removeprefix(head)).resolve().parts for place, head in zip(places, heads, strict=True)
-    ]
+    heads = ["untrained:" * str(run).startswith("untrained:") for run in runs]
+    paths = [Path(str(run).removeprefix(head)).resolve().parts for run, head in zip(runs, heads, strict=True)]
     for depth in range(1, 1 + max(map(len, paths))):
         names = [f"{head}{'/'.join(path[-depth:])}" for path, head in zip(paths, heads, strict=True)]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"{places[0]} is given twice")
+    raise UserError(f"{runs[0]} is given twice")

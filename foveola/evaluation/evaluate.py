@@ -76,9 +76,9 @@ def evaluate(
     encoders whose features are not finite.
     """
     found = find_protocol(protocol)
-    places: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
-    places["overlap"] = overlap
-    return evaluate_all(model, (found,), progress=progress, **places, **settings)[found.name]
+    common: dict[str, Any] = {"train": train, "test": test, "out": out, "cache": cache, "device": device}
+    common["overlap"] = overlap
+    return evaluate_all(model, (found,), progress=progress, **common, **settings)[found.name]
 
 
 @looked_at_once()
@@ -112,8 +112,8 @@ def evaluate_all(
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
     if out is not None:
-        place = files.results_in(out)
-        distributed.on_main(lambda: files.check_place(place, "give another out= for results"))
+        folder = files.results_in(out)
+        distributed.on_main(lambda: files.check_writable(folder, "give another out= for results"))
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None
     jobs = []
     for name, protocol in found.items():
@@ -244,19 +244,19 @@ def _storing(jobs: Sequence[Job], cache: str | Path | None) -> set[str]:
     Without a folder to keep them in, nothing is stored for those that read all of it once, unless another
     protocol reads the same.
     """
-    places = [
+    stores = [
         {where_of(source, job.config, reading.need, views) for source, reading, views in job.readings()}
         for job in jobs
     ]
-    users = Counter(place for each in places for place in each)
+    users = Counter(each for own in stores for each in own)
     return {
         job.protocol.name
-        for job, mine in zip(jobs, places, strict=True)
+        for job, mine in zip(jobs, stores, strict=True)
         if job.readings()
         and (
             cache is not None
             or not all(reading.once for _, reading, _ in job.readings())
-            or any(users[place] > 1 for place in mine)
+            or any(users[each] > 1 for each in mine)
         )
     }
 

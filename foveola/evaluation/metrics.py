@@ -73,9 +73,9 @@ def ground_truth(
     `answers(index)`, all right answers, and `candidates`.
     """
     names = names or ()
-    place = {name: i for i, name in enumerate(names)}
+    index_of = {name: i for i, name in enumerate(names)}
     matched = test.classes is not None and bool(names)
-    named = [place.get(name, -1) for name in test.classes or ()] if matched else range(classes)
+    named = [index_of.get(name, -1) for name in test.classes or ()] if matched else range(classes)
     number = dict(enumerate(named))  # of a class of test, in train; a class that train lacks has -1
     others = candidates = None
     all_right: Callable[[int], Any] | None = getattr(test, "answers", None)

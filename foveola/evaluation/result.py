@@ -176,7 +176,7 @@ class Result:
     def _rows(self, cells: dict[str, dict[str, str]]) -> list[str]:
         """Lines of that table; where rows are trained probes, with what was chosen for each of them."""
         trained = any("parameters" in self.chosen.get(row, {}) for row in cells)
-        order = {metric.name: place for place, metric in enumerate(self.declarations)}
+        order = {metric.name: index for index, metric in enumerate(self.declarations)}
         there = {head: order[self.metric(name).name] for row in cells.values() for head, name in row.items()}
         columns = sorted(there, key=lambda head: there[head])
         if not trained:
@@ -228,8 +228,8 @@ def aligned(lines: Sequence[Sequence[str]], left: set[int]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            f"{cell:<{width}}" if place in left else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            f"{cell:<{width}}" if index in left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]

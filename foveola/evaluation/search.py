@@ -129,8 +129,8 @@ class Best:
         if 2 * len(row) > len(s) * groups.shape[2]:
             return False
         near = groups[row, :, group]
-        hit, place = (near > floor[row]).nonzero(as_tuple=True)
-        self._wait(row[hit], group[hit] + place * groups.shape[2] + first, near[hit, place])
+        hit, index = (near > floor[row]).nonzero(as_tuple=True)
+        self._wait(row[hit], group[hit] + index * groups.shape[2] + first, near[hit, index])
         row, column = (s[:, whole:] > floor).nonzero(as_tuple=True)
         self._wait(row, column + whole + first, s[row, column + whole])
         return True
@@ -149,14 +149,14 @@ class Best:
         self.waiting, self.count = [], 0
         row, order = row.sort(stable=True)
         counts = row.bincount(minlength=len(self.values))
-        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        index = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         step, most = (
             max(4 * self.k, SLAB),
             int(counts.max()),
         )  # a row of very many must not make all rows wide
         for begin in range(0, most, step):
-            mine = (place >= begin) & (place < begin + step) if most > step else slice(None)
-            where = row[mine], place[mine] - begin
+            mine = (index >= begin) & (index < begin + step) if most > step else slice(None)
+            where = row[mine], index[mine] - begin
             shape = len(self.values), min(step, most - begin)
             values = torch.full(shape, -torch.inf, device=row.device)
             columns = torch.zeros(shape, dtype=torch.int64, device=row.device)
@@ -172,8 +172,8 @@ class Best:
         if self.seen:
             values = torch.cat((self.values, values), dim=1)
             columns = torch.cat((self.columns, columns), dim=1)
-            values, place = values.topk(min(self.k, values.shape[1]), dim=1, sorted=False)
-            columns = columns.gather(1, place)
+            values, index = values.topk(min(self.k, values.shape[1]), dim=1, sorted=False)
+            columns = columns.gather(1, index)
         self.values, self.columns = values, columns
         self.floor = values.amin(dim=1, keepdim=True)  # what is not above is not among the k largest
 
@@ -197,8 +197,8 @@ def top(
     candidates = grouped.gather(2, groups[:, None].expand(-1, g, -1)).flatten(1)
     columns = (groups[:, None] + wide * torch.arange(g, device=x.device)[:, None]).flatten(1)
     rest = torch.arange(wide * g, width, device=x.device).expand(n, -1)
-    values, place = torch.cat((candidates, x[:, wide * g :]), dim=1).topk(k, dim=1, sorted=ordered)
-    return values, torch.cat((columns, rest), dim=1).gather(1, place)
+    values, index = torch.cat((candidates, x[:, wide * g :]), dim=1).topk(k, dim=1, sorted=ordered)
+    return values, torch.cat((columns, rest), dim=1).gather(1, index)
 
 
 @contextmanager

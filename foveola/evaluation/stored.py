@@ -34,21 +34,21 @@ class Stored(NamedTuple):
     result: Result
 
 
-def results_of(place: str | Path) -> tuple[list[Stored], list[str]]:
+def results_of(path: str | Path) -> tuple[list[Stored], list[str]]:
     """Return the results of a run folder, an `out=` folder, its `results/`, `untrained:RUN` or a file, newest
     first.
 
     Also a line for each file that holds none. Raises UserError for a single file that holds none.
     """
-    folder = home_of(place) or Path(place)
+    folder = home_of(path) or Path(path)
     if folder.is_file():
         return [Stored(folder, Result.read(folder))], []
     if folder.name != results_in("").name:
         folder = results_in(folder)
     found, broken = [], []
-    for path in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json")):
         try:
-            found.append(Stored(path, Result.read(path)))
+            found.append(Stored(file, Result.read(file)))
         except UserError as error:
             broken.append(f"left out: {error}")
     return sorted(found, key=lambda stored: stored.result.date, reverse=True), broken

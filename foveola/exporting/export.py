@@ -87,7 +87,7 @@ def export_and_tell(
     out = Path(out)
     format = _format_of(out, format)
     one_file = format in FILE_ENDS and bool(out.suffix)
-    _check_place(out, format)
+    _check_out(out, format)
     check_licence(licence)
     if objects and format not in ("onnx", "program"):
         raise UserError(f"objects=true has no effect on format={format}: it is for onnx and program")
@@ -159,10 +159,10 @@ def _format_of(out: Path, format: str | None) -> str:
     return format
 
 
-def _check_place(out: Path, format: str) -> None:
-    """Raise UserError for a place that cannot be written to."""
+def _check_out(out: Path, format: str) -> None:
+    """Raise UserError for a path that cannot be written to."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"out={out} exists; export writes to a new place")
+        raise UserError(f"out={out} exists; export writes to a new path")
     if format in FILE_ENDS and out.suffix and out.suffix not in FILE_ENDS[format]:
         end = FILE_ENDS[format][0]
         raise UserError(

@@ -118,7 +118,7 @@ def _judged(encoder: Encoder, source: Source, index: int, image: ImagePixels) ->
 def _classes(source: Source, index: int, image: ImagePixels, answer: Classes, several: bool) -> Answer | None:
     sample, names = source[index], source.classes or ()
     tiles = (rgb_of(image, shown_channels(source)),)
-    place = {name: i for i, name in enumerate(answer.names)}
+    index_of = {name: i for i, name in enumerate(answer.names)}
     if several:
         truth = {names[i] for i in sample.all_classes()}
         said = {name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5}
@@ -128,7 +128,7 @@ def _classes(source: Source, index: int, image: ImagePixels, answer: Classes, se
     if sample.label is None:
         return None
     right = names[sample.label]
-    score = float(answer.scores[place[right]]) if right in place else 0.0
+    score = float(answer.scores[index_of[right]]) if right in index_of else 0.0
     caption = _plain(answer.best) + ("" if answer.best == right else f", not {_plain(right)}")
     return Answer(index, answer, score, tiles, (caption,), (answer.best == right,))
 
@@ -145,9 +145,9 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
         image, truth = labelled_image(source, source[index], index)
     except BadImage:
         return None
-    place = {name: i for i, name in enumerate(answer.names)}
+    index_of = {name: i for i, name in enumerate(answer.names)}
     number = np.full(256, IGNORE, np.uint8)
-    number[: len(source.classes)] = [place.get(name, IGNORE - 1) for name in source.classes]
+    number[: len(source.classes)] = [index_of.get(name, IGNORE - 1) for name in source.classes]
     truth, said = number[truth], answer.classes.cpu().numpy()
     labelled = truth != IGNORE
     if not labelled.any():

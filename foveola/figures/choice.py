@@ -11,7 +11,7 @@ SEARCHED = 2000  # images after another in which one of its class is looked for
 
 
 def image_numbers(source: Source, count: int, images: tuple[int, ...] | int | str | None = None) -> list[int]:
-    """Return places of images in a source: those named, or `count` of them evenly from the first on."""
+    """Return indices of images in a source: those named, or `count` of them evenly from the first on."""
     total = len(source)
     if images is None:
         count = min(count, total)
@@ -21,12 +21,12 @@ def image_numbers(source: Source, count: int, images: tuple[int, ...] | int | st
     try:
         chosen = [int(word) for word in words]
     except ValueError:
-        raise UserError(f"images={images!r}: expected places such as '0,5,9'") from None
+        raise UserError(f"images={images!r}: expected indices such as '0,5,9'") from None
     for index in chosen:
         if not 0 <= index < total:
             raise UserError(f"images: there is no {index}, the last of {source.name} is {total - 1}")
     if not chosen:
-        raise UserError("images: expected at least one place, such as 0")
+        raise UserError("images: expected at least one index, such as 0")
     return chosen
 
 

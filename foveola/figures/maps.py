@@ -67,8 +67,8 @@ def query_attention(
     mean over heads).
     """
     grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
-    places = [patch_under((x, y), grid) for x, y in points.tolist()]
-    patches = torch.tensor([[row * grid[1] + column] for row, column in places], device=images.device)
+    cells = [patch_under((x, y), grid) for x, y in points.tolist()]
+    patches = torch.tensor([[row * grid[1] + column] for row, column in cells], device=images.device)
     seen = encoder.attention(images, block=block)
     weights = seen.patches(patches)[:, :, 0, seen.special :]
     return (weights / weights.sum(dim=-1, keepdim=True)).unflatten(-1, seen.grid)
@@ -103,7 +103,9 @@ def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tens
 
 def patch_under(point: tuple[float, float], grid: tuple[int, ...]) -> tuple[int, int]:
     """Return (row, column) of the patch that holds the point (x, y) of the unit square."""
-    row, column = (min(max(int(place * n), 0), n - 1) for place, n in zip(point[::-1], grid, strict=True))
+    row, column = (
+        min(max(int(coordinate * n), 0), n - 1) for coordinate, n in zip(point[::-1], grid, strict=True)
+    )
     return row, column
 
 
@@ -155,11 +157,11 @@ def correspondences(
     cosines = forth[1][rows]
     order = np.argsort(-cosines, kind="stable")[:count]
     rows = rows[order]
-    places = [
+    cells = [
         np.stack(np.divmod(index, grid.shape[1]), axis=1).astype(np.int64)
         for index, grid in ((rows, first), (forth[0][rows], second))
     ]
-    return Pairs(places[0], places[1], cosines[order])
+    return Pairs(cells[0], cells[1], cosines[order])
 
 
 def _nearest(

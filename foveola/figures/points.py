@@ -124,8 +124,8 @@ def correspondence_sheet(
             found = correspondences(maps[0], maps[1], count)
             bases = [as_encoded(encoder, image, size) for image in images]
             centres = [
-                (places[:, ::-1] + 0.5) / (features.shape[1], features.shape[0])
-                for places, features in zip(found[:2], maps, strict=True)
+                (positions[:, ::-1] + 0.5) / (features.shape[1], features.shape[0])
+                for positions, features in zip(found[:2], maps, strict=True)
             ]
             tiles.append(link(bases[0], bases[1], centres[0], centres[1]))
         rows.append(Row("", tiles))

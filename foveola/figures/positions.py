@@ -28,13 +28,13 @@ def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float
     default.
 
     What is added to the patches; with rotary positions, where nothing is, the cosines and sines of the angles
-    by which queries and keys are turned: their dot product depends on the difference of two places alone
+    by which queries and keys are turned: their dot product depends on the difference of two positions alone
     (with `axial` and `dinov3` angles).
     """
     network, grid = encoder.backbone, grid or encoder.grid
     if network.rope is not None:
         return (
-            network.rope(network.rope.places(grid))[0]
+            network.rope(network.rope.coordinates(grid))[0]
             .transpose(0, 1)
             .flatten(1)
             .unflatten(0, grid)

@@ -57,15 +57,15 @@ def token_rotation(
 
     One row serves all images unless each keeps its own patches, which then also place its registers.
     """
-    places = rope.places(grid)
+    coordinates = rope.coordinates(grid)
     if kept is not None:
-        places = take_rows(places, kept)
+        coordinates = take_rows(coordinates, kept)
     still_ones = objects
     if rope.kind == "dinov3":
         still_ones += registers
     else:
-        places = torch.cat((border_coordinates(registers, places), places), dim=1)
-    rotation = rope(places)
+        coordinates = torch.cat((border_coordinates(registers, coordinates), coordinates), dim=1)
+    rotation = rope(coordinates)
     if not still_ones:
         return rotation
     still = torch.zeros_like(rotation[:, :, :1]).expand(-1, -1, still_ones, -1).clone()

@@ -231,7 +231,7 @@ class Encoder(nn.Module):
         return visit(self.backbone, images, attention, output)
 
     def predictions(self, features: Features) -> Float[Tensor, "B N C"]:
-        """Return what the predictor's first block expects at every place. UserError where there is none."""
+        """Return what the predictor's first block expects at every position. Raises UserError without one."""
         if self.predictor is None:
             raise UserError(f"pool=predictor: this encoder has {', '.join(self.config.pools)}")
         return self.predictor(features)

@@ -68,13 +68,13 @@ def add_adapters(network: VisionTransformer, config: LoraConfig, generator: torc
     for p in masks if config.blocks is None else ():
         p.requires_grad_(True)
     for block in network.blocks[-count:]:
-        for place in (place for target in config.targets for place in UPDATED[target]):
-            owner, _, name = place.rpartition(".")
+        for layer in (layer for target in config.targets for layer in UPDATED[target]):
+            owner, _, name = layer.rpartition(".")
             module = block.get_submodule(owner)
             base = module.get_submodule(name)
             assert isinstance(base, nn.Linear)
             if config.rank >= (most := min(base.in_features, base.out_features)):
-                raise ConfigError(f"lora.rank={config.rank} is not low: {place} has {most} rows or columns")
+                raise ConfigError(f"lora.rank={config.rank} is not low: {layer} has {most} rows or columns")
             setattr(module, name, LoraLinear(base, config.rank, config.alpha, generator))
 
 

@@ -27,7 +27,7 @@ def resize_positions(
 
     timm resizes with antialiasing (a bicubic kernel of a = -0.5), the code of DINO, iBOT and DINOv2 without
     (a = -0.75). The latter passes a scale factor of (n + 0.1) / side instead of the size: patch i then reads
-    the table at (i + 1/2) side / (n + 0.1) - 1/2, ever shorter of its place, up to 0.1 side / n cells.
+    the table at (i + 1/2) side / (n + 0.1) - 1/2, ever shorter of its position, up to 0.1 side / n cells.
     Weights that were trained so want `offset` 0.1. It cannot be had together with antialiasing.
     """
     side = round(int(table.shape[1]) ** 0.5)  # a traced size is a tensor
@@ -115,13 +115,13 @@ def _waves(
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
     frequencies = base ** -(torch.arange(width // 4, dtype=rows.dtype) / (width // 4))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    angles = (place.flatten()[:, None] * frequencies for place in (x, y))
+    angles = (axis.flatten()[:, None] * frequencies for axis in (x, y))
     parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
     return torch.cat(parts, dim=1)[None]
 
 
 class PositionField(nn.Module):
-    """A learned vector for each place of an image, read where the patches of a view lie in it.
+    """A learned vector for each position of an image, read where the patches of a view lie in it.
 
     `values` [rows, columns, D] stand at the nodes of a lattice. `cells`: nodes are the centres of as many
     equal cells of the image, as the pixels of an image are, so that rows x columns patches of the whole
@@ -156,8 +156,8 @@ class PositionField(nn.Module):
         # In units of patches, whose centres are at 0, 1, 2 ...
         axes = []
         for n, nodes in zip(waves, self.values.shape[:2], strict=True):
-            places = (torch.arange(nodes) + 0.5) / nodes
-            axes.append(n * (places if self.alignment == "cells" else torch.linspace(0, 1, nodes)) - 0.5)
+            coordinates = (torch.arange(nodes) + 0.5) / nodes
+            axes.append(n * (coordinates if self.alignment == "cells" else torch.linspace(0, 1, nodes)) - 0.5)
         rows, columns = axes
         self.values.copy_(0.5 * _waves(rows, columns, self.values.shape[2], 100.0).view_as(self.values))
 
@@ -308,10 +308,10 @@ class Rope(nn.Module):
         order = (row, row, column, column) if kind == "capi" else (row, column, row, column)
         self.register_buffer("angles", torch.cat(order, dim=1), persistent=False)  # [2, width]
 
-    def places(self, grid: tuple[int, int]) -> Float[Tensor, "1 N 2"]:
+    def coordinates(self, grid: tuple[int, int]) -> Float[Tensor, "1 N 2"]:
         """Return (row, column) of each patch, row-major, as this kind of positions counts them."""
-        place = centre_coordinates if self.kind == "dinov3" else grid_coordinates
-        return place(grid, self.angles.device)
+        coordinates = centre_coordinates if self.kind == "dinov3" else grid_coordinates
+        return coordinates(grid, self.angles.device)
 
     def forward(self, coordinates: Float[Tensor, "B T 2"]) -> Float[Tensor, "B 2 T d"]:
         """Return cosines and sines of the angles of each token, for `attention.rotate`, in float32."""

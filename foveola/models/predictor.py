@@ -1,4 +1,4 @@
-"""Predictors: from the tokens of the kept patches to what stands at places that the encoder did not see."""
+"""Predictors: from the tokens of the kept patches to what stands where the encoder saw nothing."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class PredictorConfig:
 class Predictor(nn.Module):
     """Mask tokens, told apart by their positions alone, that read the encoder's tokens.
 
-    `cross`: blocks of cross-attention and MLP. A prediction depends on no other, so any places may be asked
+    `cross`: blocks of cross-attention and MLP. A prediction depends on no other, so any position may be asked
     for (CAPI, Section 3.2). `self`: ordinary blocks over [encoder's tokens, mask tokens] (CAPI, Table 1a).
     With fixed positions the encoder's tokens are first mapped to the predictor's width and get the positions
     of that width, too: the decoder of MAE and the predictor of I-JEPA.
@@ -104,7 +104,7 @@ class Predictor(nn.Module):
         keep: Int64[Tensor, "B K"] | None = None,
         groups: int = 1,
     ) -> Float[Tensor, "B P D"]:
-        """Predict the patches at `targets` (None: at every place of the grid), after the final norm.
+        """Predict the patches at `targets` (None: at every position of the grid), after the final norm.
 
         `context` is what the encoder made of the patches `keep` (None: of all). Targets are `groups` of equal
         size, one after the other: mask tokens of one do not see those of another (I-JEPA's blocks).
@@ -114,11 +114,11 @@ class Predictor(nn.Module):
             count = context.grid[0] * context.grid[1]
             targets = torch.arange(count, device=tokens.device).expand(tokens.shape[0], -1)
         x = self.mask_token.expand(*targets.shape, -1).to(tokens.dtype)
-        rotation = places = None
+        rotation = coordinates = None
         if self.rope is not None:
             objects, registers = context.objects.shape[1], context.registers.shape[1]
             rotation = token_rotation(self.rope, context.grid, keep, objects, registers)
-            places = self.rope(take_rows(self.rope.places(context.grid), targets))
+            coordinates = self.rope(take_rows(self.rope.coordinates(context.grid), targets))
         table = None
         if self.pos_embed is not None:
             fixed, antialias = self.encoder.positions == "sincos", self.encoder.position_antialias
@@ -126,7 +126,7 @@ class Predictor(nn.Module):
             x = x + take_rows(table, targets).to(x.dtype)
         if self.config.kind == "cross":
             for block in self.blocks:
-                x = block(x, tokens, places, rotation)
+                x = block(x, tokens, coordinates, rotation)
             return self.norm(x)
         tokens = self.embed(tokens)
         if table is not None and self.encoder.positions == "sincos":
@@ -134,8 +134,8 @@ class Predictor(nn.Module):
             special, patches = tokens.split((tokens.shape[1] - where.shape[1], where.shape[1]), dim=1)
             tokens = torch.cat((special, patches + where.to(patches.dtype)), dim=1)
         together = None
-        if rotation is not None and places is not None:
-            together = torch.cat((rotation.expand(places.shape[0], -1, -1, -1), places), dim=2)
+        if rotation is not None and coordinates is not None:
+            together = torch.cat((rotation.expand(coordinates.shape[0], -1, -1, -1), coordinates), dim=2)
         return self._among_themselves(tokens, x, together, groups)
 
     def _among_themselves(

@@ -77,8 +77,8 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, m
             raise ConfigError(f"classes: {model} knows no {name!r}; {hint}")
     if len(set(kept)) < len(kept) or not kept:
         raise ConfigError(f"classes: expected different names of classes, got {', '.join(kept) or 'none'}")
-    place = {name: 0 if agnostic else row for row, name in enumerate(kept)}
-    index = np.array([place.get(name, -1) for name in names], np.int64)
+    index_of = {name: 0 if agnostic else row for row, name in enumerate(kept)}
+    index = np.array([index_of.get(name, -1) for name in names], np.int64)
     return KeptClasses(("object",) if agnostic else kept, index)
 
 

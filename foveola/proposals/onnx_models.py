@@ -172,14 +172,14 @@ def open_onnx(
     iou = 0.7 if asked["nms"] is None else asked["nms"]
 
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
-        places = [Letterbox.of((image.shape[0], image.shape[1]), square) for image in images]
-        drawn = [place.draw(image, square) for place, image in zip(places, images, strict=True)]
+        letterboxes = [Letterbox.of((image.shape[0], image.shape[1]), square) for image in images]
+        drawn = [letterbox.draw(image, square) for letterbox, image in zip(letterboxes, images, strict=True)]
         outputs = network(np.stack(drawn))
         found = next(each for each in outputs if each.ndim == 3)
         maps = next((each for each in outputs if each.ndim == 4), [None] * len(images))
         return [
-            _found(reading, output, protos, image, place, square, score, iou)
-            for output, protos, image, place in zip(found, maps, images, places, strict=True)
+            _found(reading, output, protos, image, letterbox, square, score, iou)
+            for output, protos, image, letterbox in zip(found, maps, images, letterboxes, strict=True)
         ]
 
     reads = {"nms"} if reading.layout != "end2end" else set()
@@ -193,7 +193,7 @@ def _found(
     output: Tensor,
     prototypes: Tensor | None,
     image: ImagePixels,
-    place: Letterbox,
+    letterbox: Letterbox,
     square: tuple[int, int],
     score: float,
     iou: float,
@@ -205,11 +205,11 @@ def _found(
         labels = torch.zeros_like(labels)
     elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < reading.classes:
         raise UserError(f"it finds class {int(labels.max())}, and names {reading.classes} classes")
-    boxes = place.undo(boxes, size)
+    boxes = letterbox.undo(boxes, size)
     if prototypes is None:
         return FoundInImage(boxes, scores, labels)
     masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
-    part = place.part(square)
+    part = letterbox.part(square)
     for mask, each, box in zip(masks, weights, boxes.tolist(), strict=True):
         logits = torch.einsum("m,mhw->hw", each, prototypes.float())
         x0, y0, x1, y1 = (max(round(side), 0) for side in box)

@@ -174,7 +174,7 @@ def propose(
     work, where names would leave the folder of the data, and where no image can be read.
     """
     open_proposer, config = _prepared(kind, model, settings)
-    files.check_place(out, "give another out=")
+    files.check_writable(out, "give another out=")
     source = as_source(data, "train", "data")
     proposer = open_proposer(distributed.find_device(device))
     source = as_seen(source, proposer)
@@ -274,7 +274,7 @@ class _Run:
 
     @staticmethod
     def _told_apart(work: dict[str, Any]) -> dict[str, Any]:
-        """What makes it the same work: the contents of the data, not their place."""
+        """What makes it the same work: the contents of the data, not their path."""
         return {name: value for name, value in work.items() if name != "data"}
 
     def _groups(self, done: Int64[np.ndarray, "n"]) -> list[list[int]]:

@@ -114,7 +114,7 @@ def _count(objects: Objects | None) -> str:
 def _tile(
     pixels: UInt8[np.ndarray, "H W 3"], objects: Objects | None, classes: tuple[str, ...] | None
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """An image with its objects, each with its place among them, its class if it has one, and its score."""
+    """An image with its objects, each with its index among them, its class if it has one, and its score."""
     scale = min(DRAWN_SIDE / max(pixels.shape[:2]), 1.0)
     height, width = (max(round(side * scale), 1) for side in pixels.shape[:2])
     small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

@@ -18,7 +18,7 @@ from foveola.data.survey import Survey, survey
 from foveola.drawing import html
 from foveola.drawing.sheet import Row, Sheet, shrunk
 from foveola.failures import told
-from foveola.files import check_place, write_text
+from foveola.files import check_writable, write_text
 
 SHOWN, WIDE = 24, 6  # images of the page, and of a row
 LISTED = 50  # lines of a list of names
@@ -41,7 +41,7 @@ def check_data(
     source = as_source(data, "train", "data")
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_place(folder, "give another out=")
+        check_writable(folder, "give another out=")
 
     def show(items: Iterable[Any], total: int) -> Iterator[Any]:
         return bars.show(items, total, f"images of {source.name}", progress)

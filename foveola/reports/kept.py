@@ -16,7 +16,7 @@ def home(run: Path) -> Path:
     """Return where what is measured of a run is kept: in it, or in the user's cache."""
     own = files.RunFolder(run).measured
     try:
-        files.check_place(own, "")
+        files.check_writable(own, "")
     except UserError:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "foveola" / "report" / key_of(str(run.resolve()))

@@ -35,7 +35,7 @@ from foveola.reports.request import (
 )
 from foveola.zoo.load import load
 
-PLACES_OF = 128  # images on which the share of places is measured
+POSITION_IMAGES = 128  # images on which the share of position is measured
 OBJECTS_TO_FIND = 500  # that are to be found among each other
 UNTRAINED, START, BEST, END = "untrained", "start", "best", "end"
 NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
@@ -48,8 +48,8 @@ class MeasuredStep:
     label: str
     step: int | None
     results: dict[str, Result]
-    place_share: float | None = None  # of the variance of patches that their place explains
-    place_images: int | None = None  # on so many images
+    position_share: float | None = None  # of the variance of patches that their position explains
+    position_images: int | None = None  # on so many images
 
     @property
     def title(self) -> str:
@@ -163,10 +163,10 @@ def measure_run(
     points, notes = [], list(data.notes)
     own = key_of([None if s is None else identity(s) for s in (data.train, data.test)])
     encoders = _encoders(record, config, brief)
-    for number, (label, step, place) in enumerate(encoders, start=1):
+    for number, (label, step, path) in enumerate(encoders, start=1):
         say(f"measuring {label}, {number} of {len(encoders)} networks: {', '.join(settings)}")
         try:
-            encoder = load(place, device) if reference is None or label != config.reference else reference
+            encoder = load(path, device) if reference is None or label != config.reference else reference
         except UserError as error:
             notes.append(f"{label} was not measured: {error}")
             continue
@@ -174,7 +174,7 @@ def measure_run(
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
         placed = label in (UNTRAINED, END) and not brief
-        share = _place_share(encoder, data.test, folders) if placed else (None, None)
+        share = _position_share(encoder, data.test, folders) if placed else (None, None)
         points.append(MeasuredStep(label, step, results, *share))
     classes = len(data.test.classes or ()) if data.labels else None
     return MeasuredRun(tuple(points), tuple(dict.fromkeys(notes)), settings, classes, data.test.name)
@@ -200,7 +200,7 @@ def measure_control(
 
 
 def _encoders(record: Record, config: ReportConfig, brief: bool) -> list[tuple[str, int | None, str | Path]]:
-    """Label, step and place of what is measured; of the kept encoders at most `checkpoints`."""
+    """Label, step and path of what is measured; of the kept encoders at most `checkpoints`."""
     start, best = record.start, record.best
     if start is None or (best is not None and best[0] in (0, record.encoder_step)):
         best = None
@@ -273,16 +273,16 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
     return next((result for result in same if result.versions.get("foveola") == foveola.__version__), None)
 
 
-# -- place ---------------------------------------------------------------------------------------------------
+# -- position ------------------------------------------------------------------------------------------------
 
 
-def place_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
-    """Return the share of the variance of patches that their place explains, in [0, 1], and of how many
+def position_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
+    """Return the share of the variance of patches that their position explains, in [0, 1], and of how many
     images.
 
-    Components of variance of a one-way analysis with the N places as groups of all images, at least 2: the
-    variance of the places' means, less what it would have by chance (within / images), over its sum with
-    that within places; 0 for constant features and for a single image. Batches are read one by one.
+    Components of variance of a one-way analysis with the N positions as groups of all images, at least 2: the
+    variance of the positions' means, less what it would have by chance (within / images), over its sum with
+    that within positions; 0 for constant features and for a single image. Batches are read one by one.
     """
     mean, squares, count = torch.zeros(()), torch.zeros(()), 0
     for batch in batches:
@@ -306,11 +306,11 @@ def _square(encoder: Encoder, pixels: Any) -> Tensor:
     return encoder.normalise(cut[None].to(encoder.device))[0]
 
 
-def _place_share(
+def _position_share(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
     """Of the encoder's patches on some images, kept like results; None where too few can be read."""
-    about = {"images": PLACES_OF, "data": identity(source), "foveola": foveola.__version__}
+    about = {"images": POSITION_IMAGES, "data": identity(source), "foveola": foveola.__version__}
     for folder in folders:
         tree = read_tree(folder / "place.json")
         if tree.get("about") == about and isinstance(tree.get("share"), float):
@@ -319,10 +319,10 @@ def _place_share(
         return None, None
     patches = (
         encoder(_square(encoder, sample.image)[None]).patches.cpu()
-        for _, sample in each_sample(source, PLACES_OF)
+        for _, sample in each_sample(source, POSITION_IMAGES)
     )
     with torch.inference_mode():  # as the generator goes
-        share, used = place_share(patches)
+        share, used = position_share(patches)
     if used < 2:
         return None, None
     tree = {"about": about, "share": share, "used": used}

@@ -51,7 +51,7 @@ def report(
     path = Path(config.out) if config.out else RunFolder(records[0].folder).report
     if path.is_dir():
         raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
-    files.check_place(path.parent, "give another out= for the report")
+    files.check_writable(path.parent, "give another out= for the report")
     found: list[Findings] = []
     for record in records:
 
@@ -91,10 +91,10 @@ def report_configs(settings: dict[str, Any]) -> tuple[ReportConfig, dict[str, An
 
 
 def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
-    """Return what the verdicts need of a run's configuration, and the measured share of places."""
+    """Return what the verdicts need of a run: its configuration, and how much position explains."""
     size, patch = record.get("views.global_size"), record.get("model.patch_size")
     first, last = progress.point(UNTRAINED), progress.point(END)
-    share = None if last is None else last.place_share
+    share = None if last is None else last.position_share
     views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
     parts = 1 if record.whole_steps else (record.get("accumulate") or 1) * (processes or 1)
     return Facts(
@@ -104,10 +104,10 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
         prototypes=record.prototypes(),
         features=(record.get("batch_size") or 0) // parts * (views or 1) or None,
         width=_width(record),
-        places=(size // patch) ** 2 if size and patch else None,
+        positions=(size // patch) ** 2 if size and patch else None,
         notes=record.notes,
-        place_share=None if share is None else (share, None if first is None else first.place_share),
-        place_images=None if last is None else last.place_images,
+        position_share=None if share is None else (share, None if first is None else first.position_share),
+        position_images=None if last is None else last.position_images,
         processes=processes,
         whole_steps=record.whole_steps,
         images=record.image_count,

@@ -147,8 +147,8 @@ def curve_charts(records: Sequence[Record]) -> str:
 def configuration(found: Sequence[Findings]) -> str:
     parts = [html.paragraph("The command repeats the run in a new folder; the file is everything it needs.")]
     for each in found:
-        place = shlex.quote(str(RunFolder(each.record.folder).config))
-        parts.append(html.code(f"foveola pretrain {place} out=NEW_FOLDER"))
+        text = shlex.quote(str(RunFolder(each.record.folder).config))
+        parts.append(html.code(f"foveola pretrain {text} out=NEW_FOLDER"))
         text = (RunFolder(each.record.folder).config).read_text(encoding="utf-8")
         parts.append(html.folded(f"{each.record.name}/config.yaml", html.code(text)))
     return "".join(parts)
@@ -198,8 +198,8 @@ def _evaluation(each: Findings, run: str) -> str:
     """A command that measures the run on its images: what can be measured without labels, or k-NN."""
     train, test = each.data.train, each.data.test
     if train is None or test is None or each.data.labels is None:
-        place = test.name if test else str(each.record.get("data") or "folder:/my/images")
-        return f"foveola evaluate label_free model={run} test={shlex.quote(place)}"
+        text = test.name if test else str(each.record.get("data") or "folder:/my/images")
+        return f"foveola evaluate label_free model={run} test={shlex.quote(text)}"
     words = f"foveola evaluate knn model={run} train={shlex.quote(train.name)} test={shlex.quote(test.name)}"
     words += " rows=objects view=object" if each.data.labels == "objects" else ""
     return words + (" exclude_self=true" if each.data.shares() else "")

@@ -174,14 +174,14 @@ def main_metrics(progress: MeasuredRun) -> list[tuple[str, str]]:
         for name in result.names()
         if result.interval(name) is not None and result.metric(name).compared
     }
-    order = {name: place for place, name in enumerate(PROTOCOLS)}
+    order = {name: rank for rank, name in enumerate(PROTOCOLS)}
 
-    def place(pair: tuple[str, str]) -> tuple[int, bool, bool]:
+    def rank(pair: tuple[str, str]) -> tuple[int, bool, bool]:
         protocol, metric = pair
         objects = progress.settings.get(protocol, {}).get("rows") == "objects"
         return order.get(protocol, len(order)), not pairs[pair].main, objects and "_masks" not in metric
 
-    return sorted(pairs, key=place)
+    return sorted(pairs, key=rank)
 
 
 def has_masks(progress: MeasuredRun) -> bool:

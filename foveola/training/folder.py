@@ -57,7 +57,7 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
     """Return the folder of this run: `out`, an unfinished run of the same settings in runs/, or a new one
     there.
 
-    The same `images` at another place are the same data. A run there that was finished on images which
+    The same `images` at another path are the same data. A run there that was finished on images which
     changed since is left alone, unless `data_changed` allows to go on.
     Nothing is written. Raises ConfigError where `out` holds something else than this run, which may have been
     shorter so far.

@@ -185,7 +185,7 @@ class Trainer:
         }
 
     def models(self) -> Callable[[tuple[str | int, ...]], Tensor | None]:
-        """Return what tells, for a place in `state_dict`, a tensor that is cut as the one there is to be.
+        """Return what tells, for a path in `state_dict`, a tensor that is cut as the one there is to be.
 
         It tells None where nothing is cut.
         """

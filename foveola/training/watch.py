@@ -64,7 +64,7 @@ def facts_of_run(config: RunConfig, method: Method, progress: Progress, images: 
         prototypes=method.targets(),
         features=config.batch_size * config.views.global_count,
         width=config.model.shape[0],
-        places=(config.views.global_size // config.model.patch_size) ** 2,
+        positions=(config.views.global_size // config.model.patch_size) ** 2,
         images=images,
         processes=processes,
         whole_steps=True,

@@ -126,7 +126,7 @@ def _place(
     published: bool,
     generator: torch.Generator,
 ) -> Bool[Tensor, "*n N"]:
-    """Blocks of one size at random places; as published, never in the last row and column."""
+    """Blocks of one size at random positions; as published, never in the last row and column."""
     inside = []
     for n, side in zip(grid, size, strict=True):
         starts = n - side + (not published)

@@ -94,7 +94,7 @@ class ColorConfig:
 class ColorDraw:
     """What was drawn for each of n views; CPU tensors."""
 
-    order: Int64[Tensor, "n 4"]  # which operation comes at each place; 4 = none (view not jittered)
+    order: Int64[Tensor, "n 4"]  # which operation comes at each turn; 4 = none (view not jittered)
     factors: Float[Tensor, "n 4"]  # brightness, contrast, saturation factors and hue shift
     gray: Bool[Tensor, "n"]
     solarize: Bool[Tensor, "n"]
@@ -165,9 +165,9 @@ def apply(
         images.add_(drawn.lightness.to(images.device, non_blocking=True)[:, None, None, None]).clamp_(0, 1)
     colours = images.shape[1] == 3  # others have no hue, no saturation, and no grey that is theirs
     operations = (_brightness, _contrast, _saturation, _hue)[: 4 if colours else 2]
-    for place in range(4):
+    for turn in range(4):
         for kind, operation in enumerate(operations):
-            chosen = (drawn.order[:, place] == kind).nonzero()[:, 0]
+            chosen = (drawn.order[:, turn] == kind).nonzero()[:, 0]
             if len(chosen):
                 factor = drawn.factors[chosen, kind].to(images.device, non_blocking=True)[:, None, None, None]
                 if inside is not None and operation is _contrast:

@@ -1,6 +1,6 @@
 """Where views stand in the position field: moved together, so that a network learns objects at other scales.
 
-The views of an image keep their pixels and their places relative to each other; only the part of the field
+The views of an image keep their pixels and their positions relative to each other; only the part of the field
 that their positions are read from is scaled and shifted (position field paper, Section 3.2.2).
 """
 

@@ -173,7 +173,7 @@ class DroppingConfig:
     )
     ratio: float = key(0.65, "share of patches that are dropped", above=0, below=1)
     roll: bool = key(
-        True, "shift rectangles around the torus, so that all places are dropped alike (CAPI, Table 1b)"
+        True, "shift rectangles around the torus, so that all positions are dropped alike (CAPI, Table 1b)"
     )
     predict: float = key(0.05, "share of the dropped patches that are predicted", above=0, at_most=1)
 

@@ -60,9 +60,9 @@ def sines(side: int, width: int, rows_first: bool = False) -> Any:
     """Return the fixed positions [side^2, width] of MAE and AIM in float64; MoCo-v3 has rows first."""
     import torch
 
-    places = torch.arange(side, dtype=torch.float64)
+    positions = torch.arange(side, dtype=torch.float64)
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    waves = places[:, None] * frequencies
+    waves = positions[:, None] * frequencies
     waves = torch.cat((waves.sin(), waves.cos()), dim=1)
     columns, rows = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
     return torch.cat((rows, columns) if rows_first else (columns, rows), dim=1)

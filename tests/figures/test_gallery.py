@@ -335,7 +335,7 @@ def test_help(capsys):
         ("pca model=M data=scenes: block=3", "unknown key 'block'; "),
         ("pca model=M data=scenes: train=scenes:", "unknown key 'train'; "),
         ("pca model=M data=scenes: images=0,99999", "images: there is no 99999, the last of scenes:"),
-        ("pca model=M data=scenes: images=zero", "images='zero': expected places such as '0,5,9'"),
+        ("pca model=M data=scenes: images=zero", "images='zero': expected indices such as '0,5,9'"),
         ("pca model=M data=scenes: save_basis=b", "save_basis needs joint=true"),
         ("pca model=M data=scenes: basis=b joint=true", "basis= has its components already"),
         ("pca model=M data=scenes: basis=nowhere", "basis=nowhere: No such file"),

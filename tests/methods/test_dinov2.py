@@ -146,13 +146,13 @@ def naive_dinov2(method: Distillation, batch: Batch) -> dict[str, Tensor]:
     losses["token"] = config.token.weight * (local / terms + swapped / terms)
     # Patches: masked positions of all crops together, each weighing one over the masked ones of its crop.
     name = config.patch.head
-    places = [
+    positions = [
         (crop, n) for crop in crops for n in batch.large.hidden_contents.mask[crop].nonzero()[:, 0].tolist()
     ]
-    logits = [naive_head(teacher, name, theirs[crop].patches[0, n]) for crop, n in places]
+    logits = [naive_head(teacher, name, theirs[crop].patches[0, n]) for crop, n in positions]
     rows = naive_targets(logits, config.patch.target, TEMPERATURES["patch"], center(method.patch))
     total = torch.zeros((), dtype=torch.float64)
-    for (crop, n), row in zip(places, rows, strict=True):
+    for (crop, n), row in zip(positions, rows, strict=True):
         guess = naive_head(student, name, mine[crop].patches[0, n])
         total = total + naive_entropy(row, guess) / batch.large.hidden_contents.mask[crop].sum()
     losses["patch"] = config.patch.weight * total / len(crops)

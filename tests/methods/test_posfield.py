@@ -20,7 +20,7 @@ from foveola.data.sources import open_source
 from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.methods.targets import TargetConfig
 from foveola.methods.terms.patch import PatchTermConfig
-from foveola.methods.terms.position import PositionTermConfig, errors_of_places, sheet_of_places
+from foveola.methods.terms.position import PositionTermConfig, position_errors, position_sheet
 from foveola.methods.terms.spread import SpreadTermConfig
 from foveola.methods.terms.term import Heads
 from foveola.models.heads import HeadConfig
@@ -363,7 +363,7 @@ def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress)
     assert torch.equal(
         method.position.guesses(teacher, teacher, Heads(heads[1], heads[1])), torch.arange(16).expand(12, 16)
     )
-    found, distance = errors_of_places(guesses, unplaced, 4)
+    found, distance = position_errors(guesses, unplaced, 4)
     logs = method.diagnose()
     assert logs["position/found"] == pytest.approx(found)
     assert logs["position/distance"] == pytest.approx(distance)
@@ -372,18 +372,18 @@ def test_guesses_are_the_most_similar_patches_of_the_teacher(progress: Progress)
 def test_errors_of_places_by_hand():
     guesses = torch.tensor([[0, 1, 2, 0, 4, 5]])  # of 2 x 3 patches
     unplaced = torch.tensor([[True, False, False, True, False, True]])
-    found, distance = errors_of_places(guesses, unplaced, 3)
+    found, distance = position_errors(guesses, unplaced, 3)
     assert found == pytest.approx(2 / 3)
     assert distance == pytest.approx(1 / 3)  # the fourth patch, (1, 0), was taken for (0, 0)
     unplaced[0, 4], guesses[0, 4] = True, 0
-    assert errors_of_places(guesses, unplaced, 3)[1] == pytest.approx((1 + 2**0.5) / 4)
+    assert position_errors(guesses, unplaced, 3)[1] == pytest.approx((1 + 2**0.5) / 4)
 
 
 def test_a_sheet_shows_true_and_guessed_places():
     images = torch.full((2, 3, 8, 8), 0.5)
     guesses = torch.tensor([[3, 1, 2, 3], [0, 1, 2, 0]])  # of 2 x 2 patches
     unplaced = torch.tensor([[True, False, False, False], [False, False, False, True]])
-    sheet = sheet_of_places(images, guesses, unplaced, (2, 2))
+    sheet = position_sheet(images, guesses, unplaced, (2, 2))
     assert sheet.shape == (30, 20, 3)
     assert sheet.dtype == np.uint8
     rows = [sheet[1 + 10 * r : 9 + 10 * r] for r in range(3)]

@@ -19,9 +19,9 @@ def rope(width: int = 16, kind: str = "axial") -> Rope:
 
 def scores(kind: str, shift: float) -> torch.Tensor:
     """q k^T of random heads at random places, moved together."""
-    places = torch.rand(1, 6, 2, generator=torch.Generator().manual_seed(3)).double() * 0.5 + shift
+    coordinates = torch.rand(1, 6, 2, generator=torch.Generator().manual_seed(3)).double() * 0.5 + shift
     positions = Rope(16, kind)
-    rotation = positions(places.float()).double()
+    rotation = positions(coordinates.float()).double()
     query, key = rotate(random(1, 2, 6, 16), rotation), rotate(random(1, 2, 6, 16, seed=1), rotation)
     return query @ key.mT
 
@@ -43,12 +43,12 @@ def test_the_released_variant_is_no_rotation():
 @pytest.mark.parametrize("kind", ["axial", "capi"])
 def test_against_loops_over_channels(kind):
     width, quarter = 16, 4
-    places = torch.tensor([[[0.2, 0.9], [1.0, 0.0]]])
+    coordinates = torch.tensor([[[0.2, 0.9], [1.0, 0.0]]])
     x = random(1, 1, 2, width)
     expected = torch.zeros_like(x)
     turns = [2 * math.pi * 7 * (7e-4 / 7) ** (i / (quarter - 1)) for i in range(quarter)]
     for token in range(2):
-        row, column = places[0, token].tolist()
+        row, column = coordinates[0, token].tolist()
         rows, columns = [row * t for t in turns], [column * t for t in turns]
         low = rows + columns if kind == "axial" else rows + rows
         high = rows + columns if kind == "axial" else columns + columns
@@ -56,7 +56,7 @@ def test_against_loops_over_channels(kind):
             a, b = x[0, 0, token, j], x[0, 0, token, j + 8]
             expected[0, 0, token, j] = a * math.cos(low[j]) - b * math.sin(low[j])
             expected[0, 0, token, j + 8] = b * math.cos(high[j]) + a * math.sin(high[j])
-    assert torch.allclose(rotate(x, Rope(width, kind)(places).double()), expected, atol=1e-4)
+    assert torch.allclose(rotate(x, Rope(width, kind)(coordinates).double()), expected, atol=1e-4)
 
 
 def test_variants_agree_where_row_and_column_do():
@@ -66,8 +66,8 @@ def test_variants_agree_where_row_and_column_do():
 
 
 def test_coordinates_span_the_unit_square_row_first():
-    places = grid_coordinates((3, 2))[0]
-    assert places.tolist() == [[0, 0], [0, 1], [0.5, 0], [0.5, 1], [1, 0], [1, 1]]
+    coordinates = grid_coordinates((3, 2))[0]
+    assert coordinates.tolist() == [[0, 0], [0, 1], [0.5, 0], [0.5, 1], [1, 0], [1, 1]]
 
 
 def test_registers_stand_on_the_border_of_what_is_kept():
@@ -84,9 +84,9 @@ def test_registers_stand_on_the_border_of_what_is_kept():
 
 
 def test_angles_stay_exact_under_autocast():
-    places = grid_coordinates((16, 16))
-    exact = Rope(64)(places)
+    coordinates = grid_coordinates((16, 16))
+    exact = Rope(64)(coordinates)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(Rope(64)(places), exact)
+        assert torch.equal(Rope(64)(coordinates), exact)
     half = torch.randn(1, 1, 256, 64, dtype=torch.bfloat16)
     assert rotate(half, exact).dtype == torch.bfloat16

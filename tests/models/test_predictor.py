@@ -79,10 +79,10 @@ def test_kept_patches_equal_a_full_network_that_cannot_see_the_others():
     images, keep = random_images().double(), kept()
     found = backbone(images, Inputs(kept=keep))
     seen = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, keep, True)
-    places = grid_coordinates((4, 4)).double().expand(2, -1, -1)
-    border = border_coordinates(4, places.gather(1, keep[..., None].expand(-1, -1, 2)))
+    coordinates = grid_coordinates((4, 4)).double().expand(2, -1, -1)
+    border = border_coordinates(4, coordinates.gather(1, keep[..., None].expand(-1, -1, 2)))
     assert backbone.rope is not None
-    rotation = backbone.rope(torch.cat((border, places), dim=1)).double()
+    rotation = backbone.rope(torch.cat((border, coordinates), dim=1)).double()
     x, _ = backbone.embed(images)
     assert backbone.reg_token is not None
     x = torch.cat((backbone.reg_token.expand(2, -1, -1), x), dim=1)
@@ -158,13 +158,13 @@ def test_the_predictor_is_the_loop():
     context = backbone(images, Inputs(kept=keep))
     found = predictor(context, targets, keep)
     tokens = torch.cat((context.registers, context.patches), dim=1)
-    places = grid_coordinates((4, 4)).double()[0]
+    coordinates = grid_coordinates((4, 4)).double()[0]
     assert predictor.rope is not None
     block = predictor.blocks[0]
     for b in range(2):
-        border = border_coordinates(4, places[keep[b]][None])
-        keys_at = predictor.rope(torch.cat((border, places[keep[b]][None]), dim=1)).double()
-        asked_at = predictor.rope(places[targets[b]][None]).double()
+        border = border_coordinates(4, coordinates[keep[b]][None])
+        keys_at = predictor.rope(torch.cat((border, coordinates[keep[b]][None]), dim=1)).double()
+        asked_at = predictor.rope(coordinates[targets[b]][None]).double()
         x = predictor.mask_token[0].expand(2, -1)
         y = rms_norm(x, (24,), block.norm1.weight, 1e-5)
         q = (y @ block.attn.q.weight.T).view(1, 2, 2, 12).transpose(1, 2)

@@ -32,8 +32,8 @@ class TarHeld:
         self.index = index
 
     def _stretch(self, row: int, kind: str) -> Stretch:
-        place, size = (int(self.index.array(f"{kind}{which}")[row]) for which in ("places", "sizes"))
-        return Stretch(self.index.shard(row), place, size)
+        offset, size = (int(self.index.array(f"{kind}{which}")[row]) for which in ("places", "sizes"))
+        return Stretch(self.index.shard(row), offset, size)
 
     def image(self, row: int) -> Stretch:
         """Return where the image lies."""

@@ -22,11 +22,11 @@ BESIDE = "foveola.json"  # the file that `pack` leaves beside shards, with the n
 MOST_CLASSES = 10**6  # of numbers without names
 
 
-def open_shards(spec: str, place: str, /, **options: Any) -> ShardImages:
+def open_shards(spec: str, path: str, /, **options: Any) -> ShardImages:
     """Return the samples of tar files. `options` are those of the data string, docs/shards.md."""
     columns, rest = _columns(options)
-    files = find_shards("shards", place, ".tar", rest.pop("cache", None))
-    beside = _beside("shards", place)
+    files = find_shards("shards", path, ".tar", rest.pop("cache", None))
+    beside = _beside("shards", path)
     index = index_of(files, columns, index_tar)
     pixels = columns.pixels or (MAP_EXTENSION if beside.get("pixels") else None)
     held = TarHeld(index)
@@ -34,10 +34,10 @@ def open_shards(spec: str, place: str, /, **options: Any) -> ShardImages:
     return _opened(spec, held, columns, pixels, known, rest)
 
 
-def open_parquet(spec: str, place: str, /, **options: Any) -> ShardImages:
+def open_parquet(spec: str, path: str, /, **options: Any) -> ShardImages:
     """Return the rows of parquet files. `options` are those of the data string, docs/shards.md."""
     asked, rest = _columns(options)
-    files = find_shards("parquet", place, ".parquet", rest.pop("cache", None))
+    files = find_shards("parquet", path, ".parquet", rest.pop("cache", None))
     columns = find_columns(files[0], asked)
     index = index_of(files, columns, index_parquet)
     held = ParquetHeld(index, columns)
@@ -147,9 +147,9 @@ def _classes(
     return names, labels, numbers
 
 
-def _beside(kind: str, place: str) -> dict[str, Any]:
+def _beside(kind: str, path: str) -> dict[str, Any]:
     """What `pack` wrote beside shards; empty where somebody else made them."""
-    folder = place
+    folder = path
     while not Path(folder).expanduser().is_dir() and (
         has_magic(folder) or "{" in folder or folder.endswith(".tar")
     ):

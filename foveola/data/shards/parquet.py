@@ -313,8 +313,8 @@ class ParquetHeld:
 
     def notes(self) -> tuple[str, ...]:
         """Return what reading at random costs, where that is much."""
-        places = self.index.array("places")
-        groups = 1 + int(np.count_nonzero(np.diff(places))) if len(places) else 1
+        groups_of = self.index.array("places")
+        groups = 1 + int(np.count_nonzero(np.diff(groups_of))) if len(groups_of) else 1
         size = sum(shard.size for shard in self.index.shards)
         if size <= _HELD or size / groups < LARGE_GROUP:
             return ()

@@ -34,7 +34,7 @@ class ShardColumns:
 
 @dataclass
 class ShardPart:
-    """The n images of a file. A place is a position in bytes, or a row group; a size counts bytes, or is the
+    """The n images of a file. A place is an offset in bytes, or a row group; a size counts bytes, or is the
     row in the group. `about` is JSON, `maps` a label map; of size 0 where there is none.
     """
 
@@ -104,12 +104,12 @@ class PartBuilder:
         labels: Sequence[Label] | None = None,
         annotated: bool = False,
     ) -> None:
-        """Add an image: where it, its JSON and its label map lie, each as place and size."""
+        """Add an image: where it, its JSON and its label map lie, each as offset and size."""
         lists = self.lists
-        for kind, (place, size) in (("", image), ("about_", about), ("map_", label_map)):
+        for kind, (offset, size) in (("", image), ("about_", about), ("map_", label_map)):
             if size > LARGEST_FILE:
                 raise DataError(f"{name}: {size} bytes are more than memory should be given for")
-            lists[f"{kind}places"].append(place)
+            lists[f"{kind}places"].append(offset)
             lists[f"{kind}sizes"].append(size)
         lists["labels"].append(self.number(label))
         lists["annotated"].append(int(annotated) + 2 * (labels is not None))

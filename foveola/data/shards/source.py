@@ -172,7 +172,7 @@ class ShardImages(FilesReadAlike):
         )
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Return contents of the images, labels and annotations, in order; not names nor places: that of the
+        """Return contents of the images, labels and annotations, in order; not names nor paths: that of the
         same images in a folder, where objects and label maps are not annotated.
         """
         rows = self.rows if chosen is None else self.rows[chosen]

@@ -79,29 +79,29 @@ def why_changed(shard: Shard) -> str:
     )
 
 
-def is_url(place: str) -> bool:
-    """Return whether a place is a URL, as `s3://bucket/data`."""
-    return "://" in place
+def is_url(path: str) -> bool:
+    """Return whether a path is a URL, as `s3://bucket/data`."""
+    return "://" in path
 
 
-def find_shards(kind: str, place: str, suffix: str, cache: str | None = None) -> list[Shard]:
-    """Return the files that a place names, in the order of their paths: a file, a folder (all files of the
+def find_shards(kind: str, location: str, suffix: str, cache: str | None = None) -> list[Shard]:
+    """Return the files that a path names, in the order of their paths: a file, a folder (all files of the
     suffix below it), a pattern with `*`, or with `{000..127}` and `{a,b}` as shells have them, here or behind
     a URL.
 
     Raises DataError, in one line, where there are none, or where one of a list is missing.
     """
-    if cache is not None and not is_url(place):
-        raise DataError(f"{kind}: cache= is for what lies behind a URL; {place} is on this machine")
+    if cache is not None and not is_url(location):
+        raise DataError(f"{kind}: cache= is for what lies behind a URL; {location} is on this machine")
     found: dict[str, Shard] = {}
-    there = not is_url(place) and Path(place).expanduser().exists()  # names may hold what patterns do
-    places = [place] if there else list(braced(place))
-    look = _look_remote if is_url(place) else _look_local
-    if len(places) > 1 and is_url(place) and not any(map(has_magic, places)):
+    there = not is_url(location) and Path(location).expanduser().exists()  # names may hold what patterns do
+    paths = [location] if there else list(braced(location))
+    look = _look_remote if is_url(location) else _look_local
+    if len(paths) > 1 and is_url(location) and not any(map(has_magic, paths)):
         with ThreadPoolExecutor(REMOTE_AT_ONCE) as pool:
-            several = list(pool.map(lambda each: look(kind, each, suffix), places))
+            several = list(pool.map(lambda each: look(kind, each, suffix), paths))
     else:
-        several = [look(kind, each, suffix) for each in places]
+        several = [look(kind, each, suffix) for each in paths]
     for some in several:
         found |= {shard.path: replace(shard, cache=cache) for shard in some}
     return [found[path] for path in sorted(found)]
@@ -135,12 +135,12 @@ def _choices(inside: str) -> Sequence[str]:
     return [f"{number:0{width}}" for number in range(int(low), int(high) + 1)]
 
 
-def read_beside(kind: str, place: str) -> bytes | None:
+def read_beside(kind: str, location: str) -> bytes | None:
     """Return a small file that may be there; None where it is not."""
-    if not is_url(place):
-        path = Path(place).expanduser()
+    if not is_url(location):
+        path = Path(location).expanduser()
         return path.read_bytes() if path.is_file() else None
-    system, path = _file_system(kind, place)
+    system, path = _file_system(kind, location)
     try:
         return system.cat_file(path)
     except Exception:  # whatever a server says of a file that it does not have
@@ -150,9 +150,9 @@ def read_beside(kind: str, place: str) -> bytes | None:
 # -- on this machine ----------------------------------------------------------------------------------------
 
 
-def _look_local(kind: str, place: str, suffix: str) -> list[Shard]:
-    path = Path(place).expanduser()
-    if has_magic(place) and not path.exists():
+def _look_local(kind: str, location: str, suffix: str) -> list[Shard]:
+    path = Path(location).expanduser()
+    if has_magic(location) and not path.exists():
         paths = [Path(each) for each in glob(str(path), recursive=True)]  # noqa: PTH207 (of any root)
         paths = [each for each in paths if each.is_file()]
     elif path.is_dir():
@@ -164,7 +164,7 @@ def _look_local(kind: str, place: str, suffix: str) -> list[Shard]:
     else:
         raise DataError(f"{kind}: no file or folder {path}{meant(path)}")
     if not paths:
-        raise DataError(f"{kind}: no file {suffix} is at {place}")
+        raise DataError(f"{kind}: no file {suffix} is at {location}")
     return [_stated(each) for each in paths]
 
 
@@ -224,9 +224,9 @@ def _file_system(kind: str, url: str) -> tuple[Any, str]:
         raise DataError(f"{kind}: {url}: {_reason(error)}") from error
 
 
-def _look_remote(kind: str, place: str, suffix: str) -> list[Shard]:
-    system, path = _file_system(kind, place)
-    protocol = place.split("://", 1)[0]
+def _look_remote(kind: str, location: str, suffix: str) -> list[Shard]:
+    system, path = _file_system(kind, location)
+    protocol = location.split("://", 1)[0]
     try:
         if has_magic(path):
             found = system.glob(path, detail=True)
@@ -241,7 +241,7 @@ def _look_remote(kind: str, place: str, suffix: str) -> list[Shard]:
                 }
         found = _with_sizes(system, found)
     except Exception as error:  # whatever a server and its library answer
-        raise DataError(f"{kind}: {place} cannot be read: {_reason(error)}") from error
+        raise DataError(f"{kind}: {location} cannot be read: {_reason(error)}") from error
     shards = []
     for name, about in found.items():
         if about.get("type") == "directory":
@@ -253,7 +253,7 @@ def _look_remote(kind: str, place: str, suffix: str) -> list[Shard]:
             )
         shards.append(Shard(url, about["size"], stamp_of(about)))
     if not shards:
-        raise DataError(f"{kind}: no file {suffix} is at {place}")
+        raise DataError(f"{kind}: no file {suffix} is at {location}")
     return shards
 
 

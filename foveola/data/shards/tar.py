@@ -34,7 +34,7 @@ class Member(NamedTuple):
     name: str  # path, below nothing
     key: str
     extension: str  # what follows the first dot of the file name, in small letters
-    place: int
+    offset: int
     size: int
 
 
@@ -77,9 +77,9 @@ def _add(
         raise DataError(f"{where}: name is text, not {str(name)[:40]!r}")
     builder.add(
         image.name if name is None else printable(name),
-        (image.place, image.size),
-        (0, 0) if about is None else (about.place, about.size),
-        (0, 0) if label_map is None else (label_map.place, label_map.size),
+        (image.offset, image.size),
+        (0, 0) if about is None else (about.offset, about.size),
+        (0, 0) if label_map is None else (label_map.offset, label_map.size),
         label=_label(shard, sample, tree, columns, where),
         labels=listed_labels(tree["labels"], where) if tree.get("labels") is not None else None,
         annotated=bool(listed) or (columns.masks is not None and label_map is not None),
@@ -116,7 +116,7 @@ def _label(
 def _content(shard: Shard, member: Member) -> bytes:
     if member.size > _MOST:
         raise DataError(f"{shard.path}: {member.name} has {member.size} bytes, more than any such file")
-    return shard.read(member.place, member.size)
+    return shard.read(member.offset, member.size)
 
 
 # -- members ------------------------------------------------------------------------------------------------

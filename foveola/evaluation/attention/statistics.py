@@ -55,9 +55,9 @@ class Layout:
     def distances(self) -> Float32[Tensor, "N N"]:
         """Pixels between the centres of any two patches."""
         rows, columns = self.grid
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).double()
+        positions = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).double()
         return (
-            torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") * self.patch_size
+            torch.cdist(positions, positions, compute_mode="donot_use_mm_for_euclid_dist") * self.patch_size
         ).float()
 
 

@@ -56,6 +56,6 @@ def in_classes(
     table: Bool[Tensor, "n K"], names: tuple[str, ...], wanted: tuple[str, ...]
 ) -> Bool[Tensor, "n C"]:
     """Return which of the `wanted` classes each image has, from a table of those of `names`."""
-    place = {name: i for i, name in enumerate(names)}
+    index_of = {name: i for i, name in enumerate(names)}
     empty = torch.zeros(len(table), dtype=torch.bool)
-    return torch.stack([table[:, place[name]] if name in place else empty for name in wanted], dim=1)
+    return torch.stack([table[:, index_of[name]] if name in index_of else empty for name in wanted], dim=1)

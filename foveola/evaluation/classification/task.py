@@ -217,10 +217,10 @@ def held_out(
     # all holds nearly the same share of every class.
     of = number[order]
     by_class = np.argsort(of, kind="stable")
-    place = np.empty(len(rows), np.int64)
-    place[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    at = (place + rng.random(len(sizes))[of]) / sizes[of]
-    spared = np.argsort(np.where(place < sizes[of] - 1, at, np.inf), kind="stable")
+    rank = np.empty(len(rows), np.int64)
+    rank[by_class] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    at = (rank + rng.random(len(sizes))[of]) / sizes[of]
+    spared = np.argsort(np.where(rank < sizes[of] - 1, at, np.inf), kind="stable")
     hold = order[spared[: min(count, len(rows) - len(sizes))]]
     held = torch.zeros(len(rows), dtype=torch.bool)
     held[torch.from_numpy(hold)] = True

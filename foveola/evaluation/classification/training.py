@@ -42,11 +42,11 @@ class Order:
 
     def __call__(self, step: int) -> tuple[int, Int64[np.ndarray, "b"]]:
         """Return the epoch of a step, and its rows in ascending order, in which they are read faster."""
-        epoch, place = divmod(step, self.steps)
+        epoch, number = divmod(step, self.steps)
         if epoch != self.epoch:
             self.epoch = epoch
             self.permutation = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        return epoch, np.sort(self.permutation[place * self.batch : (place + 1) * self.batch])
+        return epoch, np.sort(self.permutation[number * self.batch : (number + 1) * self.batch])
 
 
 def per_epoch(rows: int, batch: int) -> int:

@@ -127,8 +127,8 @@ def weighted_ap(ranked: Sequence[Ranked], weights: Float64[np.ndarray, "images"]
         recall, precision = right / objects, right / (right + wrong + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
-        places = [np.searchsorted(row, levels, side="left") for row in recall]
-        total.append(np.mean([row[at] for row, at in zip(best, places, strict=True)]))
+        indices = [np.searchsorted(row, levels, side="left") for row in recall]
+        total.append(np.mean([row[at] for row, at in zip(best, indices, strict=True)]))
     return float(np.mean(total)) if total else 0.0
 
 

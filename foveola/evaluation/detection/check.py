@@ -103,7 +103,7 @@ def check_masks(
     began, config = perf_counter(), build(MasksCheckConfig, settings)
     path = Path(annotations).expanduser()
     folder = path.parent if out is None else Path(out).expanduser()
-    files.check_place(files.results_in(folder), "give another out= for the result")
+    files.check_writable(files.results_in(folder), "give another out= for the result")
     source = as_source(truth, "train", "data")
     if not source.has_objects:
         raise DataError(f"{source.name} has no objects to check against (annotations=, boxes=, masks=)")

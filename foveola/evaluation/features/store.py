@@ -108,8 +108,8 @@ class Store:
         """
         per = self.arrays[self.names["patches"]].shape[2]
         drawn = choose_images(len(self) * per, count, seed)
-        rows, places = drawn // per, drawn % per
-        block = self.arrays[self.names["patches"]][self.rows.numpy()[rows], 0, places]
+        rows, positions = drawn // per, drawn % per
+        block = self.arrays[self.names["patches"]][self.rows.numpy()[rows], 0, positions]
         return torch.from_numpy(block.astype(np.float32)), torch.from_numpy(rows)
 
 

@@ -119,21 +119,21 @@ def _passes(
 
 def _sides(basins: Int64[np.ndarray, "H W"], levels: UInt8[np.ndarray, "H W"], count: int) -> Sides:
     """Box and size of each basin's pixels above each level."""
-    place = basins * 256 + levels
+    cell = basins * 256 + levels
     where = np.indices(basins.shape, np.int16)
     y, x = where[0], where[1]
     sides = []
     # Where an index is repeated, numpy keeps the last value: the pixels come so that it is the outermost one.
     for values, at, start, running in (
-        (x.T[::-1], place.T[::-1], FAR, np.minimum.accumulate),
-        (y[::-1], place[::-1], FAR, np.minimum.accumulate),
-        (x.T + 1, place.T, 0, np.maximum.accumulate),
-        (y + 1, place, 0, np.maximum.accumulate),
+        (x.T[::-1], cell.T[::-1], FAR, np.minimum.accumulate),
+        (y[::-1], cell[::-1], FAR, np.minimum.accumulate),
+        (x.T + 1, cell.T, 0, np.maximum.accumulate),
+        (y + 1, cell, 0, np.maximum.accumulate),
     ):
         table = np.full(count * 256, start, np.int16)
         table[at.ravel()] = values.ravel()
         sides.append(_above(running(table.reshape(count, 256)[:, ::-1], axis=1)))
-    sizes = np.bincount(place.ravel(), minlength=count * 256).astype(np.int32).reshape(count, 256)
+    sizes = np.bincount(cell.ravel(), minlength=count * 256).astype(np.int32).reshape(count, 256)
     return (*sides, _above(np.cumsum(sizes[:, ::-1], axis=1, dtype=np.int32)))
 
 

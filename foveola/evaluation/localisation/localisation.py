@@ -301,8 +301,8 @@ class Measure:
         self, metric: str, hits: np.ndarray, rows: np.ndarray, by: BoxAccuracy, options: Sequence[float]
     ) -> None:
         """The mean over IoUs with the options that `by` chose, and its interval over the images `rows`."""
-        places = [options.index(option) for option in by.chosen]
-        values = torch.from_numpy(hits[rows][:, range(len(places)), places].mean(axis=1))
+        indices = [options.index(option) for option in by.chosen]
+        values = torch.from_numpy(hits[rows][:, range(len(indices)), indices].mean(axis=1))
         low, high = interval(values, seed=self.config.seed)
         self.scores[metric] = packed(values, self.image_indices[torch.from_numpy(rows)])
         found = 100 * values.mean().item()

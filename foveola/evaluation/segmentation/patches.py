@@ -67,7 +67,7 @@ def transplant(
     """Return the label of each pixel of each query: the most frequent one there among its k neighbours'
     patches.
 
-    A neighbour gives its whole patch of labels, pixel by pixel, at the same place. The smallest of equals
+    A neighbour gives its whole patch of labels, pixel by pixel, at the same position. The smallest of equals
     wins. Pixels of no class do not vote, unless `void_votes` (CAPI's code); where nothing else was found, the
     result is IGNORE.
     """
@@ -206,7 +206,7 @@ class PatchSegmentation(DenseProtocol):
 
 
 class KnnSegmentation(PatchSegmentation):
-    """Gives every pixel the majority of its patch's nearest patches at the same place."""
+    """Gives every pixel the majority of its patch's nearest patches at the same position."""
 
     name = "knn_segmentation"
     title = "k-NN segmentation"

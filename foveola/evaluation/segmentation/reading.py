@@ -1,8 +1,8 @@
 """The pass over images with label maps: patch features beside the labels of their pixels, batch by batch.
 
 An image and its map are squashed to one square (antialiased; nearest), so that patch and labels cover the
-same place. What learns from patches keeps a bounded number of them (`collect`); what is measured streams by,
-from the encoder or from a store that several protocols share.
+same part of the image. What learns from patches keeps a bounded number of them (`collect`); what is measured
+streams by, from the encoder or from a store that several protocols share.
 """
 
 from abc import abstractmethod

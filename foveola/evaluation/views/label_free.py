@@ -169,8 +169,8 @@ def _pairs(seen: ViewFeatures) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """Name, first views, second views and images of everything of which two views were encoded."""
     found = [("views", seen.views[:, 0], seen.views[:, 1], seen.image_indices)]
     if len(seen.owners) > 1:
-        for place, name in enumerate(("objects_plain", "objects_masks")):
-            found.append((name, seen.objects[:, place, 0], seen.objects[:, place, 1], seen.owners))
+        for index, name in enumerate(("objects_plain", "objects_masks")):
+            found.append((name, seen.objects[:, index, 0], seen.objects[:, index, 1], seen.owners))
     return found
 
 

@@ -139,8 +139,8 @@ def watch(
     mine, batches = drawn_targets(source, targets, cut, config, progress)
     watcher = Watcher(encoder, source, config)
     seen = [watcher.none()]
-    for place, drawn in batches.parcels():
-        seen.append(watcher(drawn.canvases(), torch.stack(drawn.plain), mine[place]))
+    for index, drawn in batches.parcels():
+        seen.append(watcher(drawn.canvases(), torch.stack(drawn.plain), mine[index]))
     joined = ViewFeatures(*(torch.cat(column) for column in zip(*seen, strict=True))).gathered()
     patches = reduce(Moments.plus, distributed.gather_objects(watcher.patches))
     return joined, patches, batches.gathered_bad().tolist()

@@ -261,10 +261,10 @@ class Retrieval(Protocol):
             notes.append(f"{test.name} gives {count} objects instead of {config.objects}")
         k = min(config.recall, count)
         metrics, scores = {}, {}
-        for place, masked in enumerate(modes):
+        for index, masked in enumerate(modes):
             name = "masks" if masked else "plain"
-            first, second = features[:, place, 0], features[:, place, 1]
-            check_finite(features[:, place].flatten(0, 1), image_indices.repeat_interleave(2), test)
+            first, second = features[:, index, 0], features[:, index, 1]
+            check_finite(features[:, index].flatten(0, 1), image_indices.repeat_interleave(2), test)
             ranks = torch.cat((partner_ranks(first, second), partner_ranks(second, first)))
             owners = image_indices.repeat(2)
             low, high = interval(ranks == 0, owners, seed=config.seed)
@@ -303,9 +303,9 @@ def _embed(
     mine, batches = drawn_targets(source, targets, cut, config, progress)
     features = [torch.zeros(0, len(modes), 2, encoder.width)]
     image_indices = [torch.zeros(0, dtype=torch.int64)]
-    for place, drawn in batches.parcels():
+    for index, drawn in batches.parcels():
         canvases = drawn.canvases()
-        views, masks = two_views(canvases, encoder, config, mine[place])
+        views, masks = two_views(canvases, encoder, config, mine[index])
         views, masks = views.flatten(0, 1), masks.flatten(0, 1)
         tables = []
         for masked in modes:

@@ -102,7 +102,7 @@ class PositionTerm(AssignmentTerm):
         if (guessed := self._guessed()) is not None:
             guesses, unplaced, _ = guessed
             count = int(unplaced.sum())
-            errors = torch.tensor([*errors_of_places(guesses, unplaced, self.setting.grid[1]), 1.0]) * count
+            errors = torch.tensor([*position_errors(guesses, unplaced, self.setting.grid[1]), 1.0]) * count
         found, distance, count = distributed.all_reduce_sum(errors).tolist()
         return logs | ({"found": found / count, "distance": distance / count} if count else {})
 
@@ -114,7 +114,7 @@ class PositionTerm(AssignmentTerm):
         color = self.setting.views.color
         mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (color.mean, color.std))
         return {
-            "positions": sheet_of_places(
+            "positions": position_sheet(
                 drawn_rgb(pixels * std + mean) / 255, guesses, unplaced, self.setting.grid
             )
         }
@@ -143,11 +143,11 @@ class PositionTerm(AssignmentTerm):
         return (mine @ theirs.mT).argmax(dim=2)
 
 
-def errors_of_places(
+def position_errors(
     guesses: Int64[Tensor, "S N"], unplaced: Bool[Tensor, "S N"], columns: int
 ) -> tuple[float, float]:
-    """Return (share found, mean distance in patches) of guessed places of unplaced patches; NaN if there is
-    none.
+    """Return (fraction found, mean distance in patches) of guessed positions of unplaced patches; NaN if
+    there is none.
     """
     true = torch.arange(guesses.shape[1], device=guesses.device).expand_as(guesses)[unplaced]
     guessed = guesses[unplaced]
@@ -156,7 +156,7 @@ def errors_of_places(
     return (true == guessed).float().mean().item(), distance.mean().item()
 
 
-def sheet_of_places(
+def position_sheet(
     images: Float[Tensor, "S ch H W"],
     guesses: Int64[Tensor, "S N"],
     unplaced: Bool[Tensor, "S N"],
@@ -165,14 +165,14 @@ def sheet_of_places(
     """Return images in [0, 1] in columns; below each where its unplaced patches are, and where they were
     guessed.
 
-    A place is a colour: red grows to the right, green downwards, blue to the top left. Other patches are
+    A position is a colour: red grows to the right, green downwards, blue to the top left. Other patches are
     dark.
     """
     rows, columns = grid
     index = torch.arange(rows * columns, device=guesses.device).expand_as(guesses)
     tiles = [images]
-    for places in (index, guesses):
-        y, x = (places // columns / max(rows - 1, 1)), (places % columns / max(columns - 1, 1))
+    for positions in (index, guesses):
+        y, x = (positions // columns / max(rows - 1, 1)), (positions % columns / max(columns - 1, 1))
         colors = torch.stack((x, y, 1 - (x + y) / 2), dim=1).unflatten(2, grid)
         shown = unplaced.unflatten(1, grid)[:, None]
         colors, shown = (interpolate(t.float(), images.shape[2:], mode="nearest") for t in (colors, shown))
