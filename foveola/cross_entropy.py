@@ -214,13 +214,13 @@ def _to_slopes(
 
     Its gradient with respect to the logits takes their place.
     """
-    scaled, share = scratch[:, : len(logits)]
+    scaled, fraction = scratch[:, : len(logits)]
     torch.mul(logits, factor, out=scaled)
-    torch.softmax(scaled, dim=-1, out=share)
+    torch.softmax(scaled, dim=-1, out=fraction)
     # The largest share is at least 1 / K, so that its logarithm is exact enough.
-    normaliser = scaled.amax(dim=-1) - share.amax(dim=-1).log()
+    normaliser = scaled.amax(dim=-1) - fraction.amax(dim=-1).log()
     loss = ((normaliser * mass - scaled.mul_(target).sum(dim=-1)) * weight).sum()
-    slope = torch.sub(share if mass == 1 else share.mul_(mass), target, out=share)
+    slope = torch.sub(fraction if mass == 1 else fraction.mul_(mass), target, out=fraction)
     torch.mul(slope.mul_(weight[:, None]), factor, out=logits)
     return loss
 

@@ -259,14 +259,14 @@ def masks_in_views(
     """
     low, side = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     start, end = (views[:, :2] - low) / side, (views[:, 2:] - low) / side
-    wy = _shares(start[:, 1], end[:, 1], size[0], masks.shape[1])
-    wx = _shares(start[:, 0], end[:, 0], size[1], masks.shape[2])
+    wy = _fractions(start[:, 1], end[:, 1], size[0], masks.shape[1])
+    wx = _fractions(start[:, 0], end[:, 0], size[1], masks.shape[2])
     wx = torch.where(flips[:, None, None], wx.flip(1), wx)
     covered = wy @ masks.to(wy.dtype).div_(255) @ wx.mT
     return covered >= HALF_COVERED
 
 
-def _shares(
+def _fractions(
     low: Float[Tensor, "N"], high: Float[Tensor, "N"], size: int, source: int
 ) -> Float[Tensor, "N {size} {source}"]:
     """The share of each of `size` cells, which span `low` to `high`, that each of `source` cells covers,

@@ -52,7 +52,7 @@ class Facts:
     positions: int | None = None  # patches of a view
     notes: Sequence[str] = ()  # log.txt
     # Share of the variance of patches that their position explains: trained, and untrained (measured apart).
-    position_share: tuple[float, float | None] | None = None
+    position_fraction: tuple[float, float | None] | None = None
     position_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data
     processes: int | None = None  # over which `features` are those of one; None: not noted
@@ -99,8 +99,8 @@ def recent(lines: Sequence[StepMetrics], name: str) -> float | None:
     return fmean(found[-max(3, len(found) // 10) :]) if found else None
 
 
-def as_percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"
+def as_percent(fraction: float, digits: int = 0) -> str:
+    return f"{100 * fraction:.{digits}f} %"
 
 
 # -- one verdict each ----------------------------------------------------------------------------------------
@@ -117,12 +117,12 @@ def ended(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
         )
     if step >= facts.total_steps:
         return Verdict(name, "OK", f"All {facts.total_steps:,} steps were done.")
-    share = step / facts.total_steps
+    fraction = step / facts.total_steps
     return Verdict(
         name,
         "LOOK",
-        f"{step:,} of {facts.total_steps:,} steps are logged ({as_percent(share)}). The schedules have not "
-        "run out, so numbers will still move; the same command goes on.",
+        f"{step:,} of {facts.total_steps:,} steps are logged ({as_percent(fraction)}). The schedules have "
+        "not run out, so numbers will still move; the same command goes on.",
     )
 
 
@@ -163,11 +163,11 @@ def _entropy(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
     entropy, apart = recent(lines, f"{kind}/target_entropy"), recent(lines, f"{kind}/kl_to_uniform")
     if entropy is None:
         return Verdict(name, "NOT KNOWN", "No finite entropy was logged.")
-    share = entropy / most
+    fraction = entropy / most
     text = f"Mean entropy {entropy:.2f} of at most {most:.2f} nats "
-    text += f"({as_percent(share, 1)}; {count:,} prototypes)"
-    if share >= FLAT_FROM[0]:
-        state = "BAD" if share >= FLAT_FROM[1] else "LOOK"
+    text += f"({as_percent(fraction, 1)}; {count:,} prototypes)"
+    if fraction >= FLAT_FROM[0]:
+        state = "BAD" if fraction >= FLAT_FROM[1] else "LOOK"
         return Verdict(
             name,
             state,
@@ -183,7 +183,7 @@ def _entropy(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
             f"{text}, but all targets of a batch together amount to {alive:.1f} prototypes: everything is "
             f"called the same. LOOK below {ALIVE[0]:.0f}, BAD below {ALIVE[1]:.0f}.",
         )
-    if share < SHARP:
+    if fraction < SHARP:
         return Verdict(
             name,
             "LOOK",
@@ -201,14 +201,15 @@ def _usage(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
     found = values(late, f"{kind}/prototypes_used")
     if not found:
         return Verdict(name, "NOT KNOWN", "Their use was not logged.")
-    share = max(found)
+    fraction = max(found)
     text = (
-        f"{as_percent(share, 1)} of {count:,} prototypes were the first choice of something within an epoch"
+        f"{as_percent(fraction, 1)} of {count:,} prototypes were the first choice of something within "
+        "an epoch"
     )
     limits = f"LOOK below {as_percent(USED[0])}, BAD below {as_percent(USED[1])}"
-    if share < USED[0]:
+    if fraction < USED[0]:
         return Verdict(
-            name, "BAD" if share < USED[1] else "LOOK", f"{text}. {limits}. Fewer would do as well."
+            name, "BAD" if fraction < USED[1] else "LOOK", f"{text}. {limits}. Fewer would do as well."
         )
     return Verdict(name, "OK", f"{text}. {limits}.")
 
@@ -257,17 +258,17 @@ def position(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     clusters = (facts.prototypes or {}).get("clustering")
     if known is not None and clusters and facts.positions and facts.positions > 1:
         most = math.log(min(clusters, facts.positions))
-        share, (look, bad) = known / most, INFORMATION
-        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({as_percent(share, 1)})"
+        fraction, (look, bad) = known / most, INFORMATION
+        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({as_percent(fraction, 1)})"
         text = f"Position tells {told}"
-        return _share_verdict(name, text, share, look, bad)
+        return _fraction_verdict(name, text, fraction, look, bad)
     overall, content = recent(lines, "targets/std"), recent(lines, "targets/content_std")
     if overall is not None and content is not None and overall > 0:
-        share = 1 - min(content / overall, 1.0) ** 2
-        text = f"Position explains {as_percent(share, 1)} of the variance of the teacher's patches"
-        return _share_verdict(name, text, share, *POSITION)
-    if facts.position_share is not None:
-        return _measured_position(name, *facts.position_share, facts.position_images)
+        fraction = 1 - min(content / overall, 1.0) ** 2
+        text = f"Position explains {as_percent(fraction, 1)} of the variance of the teacher's patches"
+        return _fraction_verdict(name, text, fraction, *POSITION)
+    if facts.position_fraction is not None:
+        return _measured_position(name, *facts.position_fraction, facts.position_images)
     return Verdict(
         name, "NOT KNOWN", "The method does not log it, and no images or no encoder to measure it on."
     )
@@ -280,15 +281,15 @@ def _measured_position(name: str, trained: float, fresh: float | None, images: i
     if images is not None and images < POSITION_FROM:
         return Verdict(name, "NOT KNOWN", f"{text}: too few, {POSITION_FROM} are needed.")
     if fresh is None:
-        return _share_verdict(name, text, trained, *POSITION)
+        return _fraction_verdict(name, text, trained, *POSITION)
     excess = (trained - fresh) / (1 - fresh) if fresh < 1 else 0.0
     left = as_percent(max(excess, 0.0), 1)
     text += f", {as_percent(fresh, 1)} untrained: {left} of what was left to explain"
-    return _share_verdict(name, text, excess, *POSITION)
+    return _fraction_verdict(name, text, excess, *POSITION)
 
 
-def _share_verdict(name: str, text: str, share: float, look: float, bad: float) -> Verdict:
-    state = "BAD" if share >= bad else "LOOK" if share >= look else "OK"
+def _fraction_verdict(name: str, text: str, fraction: float, look: float, bad: float) -> Verdict:
+    state = "BAD" if fraction >= bad else "LOOK" if fraction >= look else "OK"
     return Verdict(name, state, f"{text}. LOOK from {as_percent(look)}, BAD from {as_percent(bad)}.")
 
 
@@ -304,14 +305,14 @@ def finite(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
         return Verdict(name, "BAD", "Training gave up: gradients were not finite in several steps in a row.")
     if trained and trained[-1]["loss"] is None:
         return Verdict(name, "BAD", "The last loss that was logged is not finite.")
-    share = max(losses, norms) / max(len(trained), 1)
+    fraction = max(losses, norms) / max(len(trained), 1)
     text = f"{losses} losses and {norms} gradient norms of {len(trained)} logged steps are not finite"
     limits = f"LOOK from the first, BAD from the second that are {as_percent(NOT_FINITE)} of the logged steps"
     if facts.precision == "fp16" and not losses:
-        state = "OK" if share < OVERFLOW else "LOOK"
+        state = "OK" if fraction < OVERFLOW else "LOOK"
         why = f"with precision=fp16 gradients overflow now and then. LOOK from {as_percent(OVERFLOW)}"
         return Verdict(name, state, f"{text}; {why}.")
-    if share >= NOT_FINITE and max(losses, norms) > 1:
+    if fraction >= NOT_FINITE and max(losses, norms) > 1:
         return Verdict(name, "BAD", f"{text}. {limits}.")
     if skipped or losses or norms:
         return Verdict(name, "LOOK", f"{text}, and {skipped} steps left the weights as they were. {limits}.")
@@ -324,9 +325,9 @@ def loss(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
         return Verdict(name, "NOT KNOWN", f"{len(found)} losses were logged, at least 4 are needed.")
     tenth = max(1, len(found) // 10)
     first, last = fmean(found[:tenth]), fmean(found[-tenth:])
-    share = (first - last) / max(abs(first), 1e-12)
+    fraction = (first - last) / max(abs(first), 1e-12)
     text = f"From {first:.3g} in the first tenth of the log to {last:.3g} in the last"
-    if share >= FALL:
+    if fraction >= FALL:
         return Verdict(name, "OK", f"{text}. OK from a fall of {as_percent(FALL)} on.")
     if facts.fixed_targets:
         return Verdict(
@@ -348,9 +349,9 @@ def loader(lines: Sequence[StepMetrics]) -> Verdict:
         return Verdict(
             name, "NOT KNOWN", "Too few steps were logged to tell it from the start of the workers."
         )
-    share = fmean(found[1:])
-    state = "BAD" if share >= WAIT[1] else "LOOK" if share >= WAIT[0] else "OK"
-    text = f"{as_percent(share, 1)} of the time was spent waiting for data"
+    fraction = fmean(found[1:])
+    state = "BAD" if fraction >= WAIT[1] else "LOOK" if fraction >= WAIT[0] else "OK"
+    text = f"{as_percent(fraction, 1)} of the time was spent waiting for data"
     text += f". LOOK from {as_percent(WAIT[0])}, BAD from {as_percent(WAIT[1])}."
     more = " More loader.workers, or smaller files on a faster disk help."
     return Verdict(name, state, text + (more if state != "OK" else ""))

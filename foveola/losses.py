@@ -103,7 +103,7 @@ def cross_view_loss(
     predictions: Float[Tensor, "B S D"],
     temperature: float,
     prototypes: PrototypeWeights | None = None,
-    shares: Float[Tensor, "B"] | None = None,
+    image_weights: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean cross-entropy over all pairs of a teacher view and another student view (DINO, Eq. 3).
 
@@ -128,8 +128,8 @@ def cross_view_loss(
     if not pairs:
         raise ValueError("cross_view_loss: a single view has no other one to predict")
     weights = predictions.new_full((images,), 1 / (pairs * images), dtype=torch.float32)
-    if shares is not None:
-        weights = weights * shares
+    if image_weights is not None:
+        weights = weights * image_weights
     return cross_entropy(predictions, prototypes, rows, own, weights, temperature)
 
 
@@ -164,8 +164,8 @@ def mask_weights(masked: Bool[Tensor, "C N"], indices: Int64[Tensor, "n"]) -> Fl
 
     Views without masked patches add nothing but stay in the mean, as in iBOT's code.
     """
-    share = 1 / masked.sum(dim=1, keepdim=True).clamp(min=1) / masked.shape[0]
-    return share[indices // masked.shape[1], 0].float()
+    fraction = 1 / masked.sum(dim=1, keepdim=True).clamp(min=1) / masked.shape[0]
+    return fraction[indices // masked.shape[1], 0].float()
 
 
 @torch.no_grad()

@@ -187,18 +187,18 @@ def test_effective_rank_is_bounded_by_rows_too() -> None:
 )
 def test_place_by_what_there_is(share: float, state: str) -> None:
     trained = 0.087 + share * (1 - 0.087)  # of what the untrained one leaves
-    measured = h.position([], Facts(position_share=(trained, 0.087), position_images=64))
+    measured = h.position([], Facts(position_fraction=(trained, 0.087), position_images=64))
     check(measured, state, f"{100 * trained:.1f} %", "64 images", "8.7 % untrained", "50 %", "90 %")
-    check(h.position([], Facts(position_share=(share, None))), state, f"{100 * share:.1f} %")
+    check(h.position([], Facts(position_fraction=(share, None))), state, f"{100 * share:.1f} %")
     check(
-        h.position([], Facts(position_share=(share, 0.087), position_images=31)),
+        h.position([], Facts(position_fraction=(share, 0.087), position_images=31)),
         "NOT KNOWN",
         "31 images",
         "32",
     )
-    check(h.position([], Facts(position_share=(0.95, 0.95), position_images=64)), "OK", "0.0 %")
+    check(h.position([], Facts(position_fraction=(0.95, 0.95), position_images=64)), "OK", "0.0 %")
     logged = series("targets/std", 2.0, **{"targets/content_std": 2 * math.sqrt(1 - share)})
-    check(h.position(logged, Facts(position_share=(0.0, 0.0))), state, f"{100 * share:.1f} %")
+    check(h.position(logged, Facts(position_fraction=(0.0, 0.0))), state, f"{100 * share:.1f} %")
 
 
 @pytest.mark.parametrize(

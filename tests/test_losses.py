@@ -237,7 +237,7 @@ def test_images_may_count_differently_in_the_cross_view_loss():
     targets, predictions = normal(3, 2, 7).softmax(dim=-1), normal(3, 5, 7, seed=1)
     shares = torch.tensor([1.5, 0.0, 1.5])
     each = [naive_cross_view(targets[b : b + 1], predictions[b : b + 1], 0.1)[0] for b in range(3)]
-    loss = cross_view_loss(targets, predictions, 0.1, shares=shares)
+    loss = cross_view_loss(targets, predictions, 0.1, image_weights=shares)
     assert loss.item() == pytest.approx((each[0] + each[2]) / 2, rel=1e-5)
 
 

@@ -9,10 +9,14 @@ from jaxtyping import Bool, Int64
 
 
 def halves_for_test(
-    contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
+    contents: Sequence[bytes],
+    labels: Int64[np.ndarray, "n"],
+    classes: Sequence[str],
+    fraction: float,
+    seed: int,
 ) -> Bool[np.ndarray, "n"]:
-    """Return which images are for test: `share` of the different ones, one at least, drawn by (seed, content)
-    alone.
+    """Return which images are for test: `fraction` of the different ones, one at least, drawn by (seed,
+    content) alone.
 
     `contents` are equal for copies of one image: these go together, and count once, in the class that is
     first of their labels. Each class (-1: of none) gives its share, as evenly as whole images allow, and
@@ -23,13 +27,17 @@ def halves_for_test(
     _, first, which = np.unique(np.array(contents)[order], return_index=True, return_inverse=True)
     of_image = np.empty(len(labels), np.int64)
     of_image[order] = which
-    return _held_out([contents[i] for i in order[first]], labels[order][first], classes, share, seed)[
+    return _held_out([contents[i] for i in order[first]], labels[order][first], classes, fraction, seed)[
         of_image
     ]
 
 
 def _held_out(
-    contents: Sequence[bytes], labels: Int64[np.ndarray, "n"], classes: Sequence[str], share: float, seed: int
+    contents: Sequence[bytes],
+    labels: Int64[np.ndarray, "n"],
+    classes: Sequence[str],
+    fraction: float,
+    seed: int,
 ) -> Bool[np.ndarray, "n"]:
     """`held_out`, of images that are all different."""
     drawn = np.array([_draw(seed, content) for content in contents])
@@ -43,7 +51,7 @@ def _held_out(
     offsets = np.array([_draw(seed, os.fsencode(name)) for name in names])
     at = (rank + offsets[number]) / sizes[number]
     spare = rank < sizes[number] - 1
-    count = min(max(1, round(share * len(drawn))), int(spare.sum()))
+    count = min(max(1, round(fraction * len(drawn))), int(spare.sum()))
     held = np.zeros(len(drawn), bool)
     held[np.argsort(np.where(spare, at, np.inf), kind="stable")[:count]] = True
     return held

@@ -140,8 +140,8 @@ class ImageFiles(FilesReadAlike):
         path = None if self.reader is None else self.reader.path(os.fsdecode(self.files[row]))
         return None if path is None else str(path.absolute())
 
-    def hold_out(self, share: float, seed: int, half: str) -> None:
-        """Keep one half: "test", `share` of the images, drawn from each class, or "train", the others.
+    def hold_out(self, fraction: float, seed: int, half: str) -> None:
+        """Keep one half: "test", `fraction` of the images, drawn from each class, or "train", the others.
 
         Contents are drawn rather than names, so that copies of an image are in one half: all files are read.
         Raises DataError where no image can be spared.
@@ -149,7 +149,7 @@ class ImageFiles(FilesReadAlike):
         files = [os.fsdecode(self.files[row]) for row in self.rows.tolist()]
         hashes = hash_files(self.root, files, self.name).tolist()
         contents = [found or b"name " + os.fsencode(file) for found, file in zip(hashes, files, strict=True)]
-        self.keep_half(contents, share, seed, half)
+        self.keep_half(contents, fraction, seed, half)
 
 
 def open_folder(

@@ -218,9 +218,9 @@ def too_many(bad: int, seen: int, allowed: float) -> bool:
     """
     if not bad:
         return False
-    share, z2 = bad / seen, BEYOND_DOUBT**2
-    spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * seen)) / seen)
-    return (share + z2 / (2 * seen) - spread) / (1 + z2 / seen) > allowed
+    fraction, z2 = bad / seen, BEYOND_DOUBT**2
+    spread = math.sqrt(z2 * (fraction * (1 - fraction) + z2 / (4 * seen)) / seen)
+    return (fraction + z2 / (2 * seen) - spread) / (1 + z2 / seen) > allowed
 
 
 class _Steps(Sampler[int]):

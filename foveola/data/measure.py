@@ -53,7 +53,10 @@ def channel_statistics(source: Any) -> tuple[tuple[float, ...], tuple[float, ...
 
     Raises DataError where no image can be read.
     """
-    sums = [(_shares(pixels).mean(axis=0), (_shares(pixels) ** 2).mean(axis=0)) for pixels in _pixels(source)]
+    sums = [
+        (_fractions(pixels).mean(axis=0), (_fractions(pixels) ** 2).mean(axis=0))
+        for pixels in _pixels(source)
+    ]
     if not sums:
         raise DataError(f"{source.name}: no image could be read to measure mean and deviation of channels")
     mean, square = (np.mean([each[i] for each in sums], axis=0) for i in range(2))
@@ -61,7 +64,7 @@ def channel_statistics(source: Any) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)
 
 
-def _shares(pixels: Shaped[np.ndarray, "H W C"]) -> Float64[np.ndarray, "N C"]:
+def _fractions(pixels: Shaped[np.ndarray, "H W C"]) -> Float64[np.ndarray, "N C"]:
     return pixels.reshape(-1, pixels.shape[2]) / np.float64(np.iinfo(pixels.dtype).max)
 
 

@@ -140,11 +140,11 @@ def _random_boxes(
 
     width / height is log-uniform in [1/2, 2], narrowed to what fits.
     """
-    share, ratio, left, top = rng.random((4, count))
-    share = area[0] + (area[1] - area[0]) * share
-    most = np.log(np.minimum(LONGEST, 1 / share))
+    fraction, ratio, left, top = rng.random((4, count))
+    fraction = area[0] + (area[1] - area[0]) * fraction
+    most = np.log(np.minimum(LONGEST, 1 / fraction))
     stretch = np.exp(most * (2 * ratio - 1) / 2)
-    width, height = np.sqrt(share) * stretch, np.sqrt(share) / stretch
+    width, height = np.sqrt(fraction) * stretch, np.sqrt(fraction) / stretch
     x, y = left * (1 - width), top * (1 - height)
     return np.stack([x, y, x + width, y + height], axis=1).clip(0, 1)
 

@@ -25,17 +25,17 @@ def positive(text: str) -> Fraction:
     return number
 
 
-def share_or_none(text: str) -> float:
+def fraction_or_none(text: str) -> float:
     """Return a share from 0 on, below 1."""
-    return 0.0 if text in ("0", "0.0") else share(text)
+    return 0.0 if text in ("0", "0.0") else fraction(text)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """Return a share between 0 and 1."""
-    share = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
-    if not 0 < share < 1:
+    fraction = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
+    if not 0 < fraction < 1:
         raise ValueError("a share such as 0.2")
-    return share
+    return fraction
 
 
 def tile_size(text: str) -> int:

@@ -171,9 +171,9 @@ class ImageParts(SelectedImages):
 
     def _leave_glass(self, counts: Int64[np.ndarray, "n"]) -> tuple[str, ...]:
         """Leave out tiles of slides that show too little tissue, and say how many."""
-        share = TISSUE if self.cutting.tissue is None else self.cutting.tissue
+        fraction = TISSUE if self.cutting.tissue is None else self.cutting.tissue
         slides = np.flatnonzero((self.sizes[:, 3] == SLIDE) & (self.sizes[:, 0] > 0)).tolist()
-        if self.cutting.tiles is None or not share or not slides:
+        if self.cutting.tiles is None or not fraction or not slides:
             return ()
         before = int(counts[slides].sum())
         for image in slides:
@@ -183,13 +183,11 @@ class ImageParts(SelectedImages):
             except BadImage:  # whoever decodes it will say why
                 continue
             windows = np.array([self._window(number, width, height) for number in range(int(counts[image]))])
-            self.tissue[image] = np.flatnonzero(_shares(seen, windows, (width, height)) >= share)
+            self.tissue[image] = np.flatnonzero(_fractions(seen, windows, (width, height)) >= fraction)
             counts[image] = len(self.tissue[image])
         out = before - int(counts[slides].sum())
-        what = (
-            f"{out:,} of {before:,} tiles of slides are left out: tissue covers less than {share:g} of them"
-        )
-        return (f"{self.name}: {what} (tissue= is that share)",) if out else ()
+        what = f"{out:,} of {before:,} tiles of slides are left out: tissue covers less than {fraction:g}"
+        return (f"{self.name}: {what} of them (tissue= is that share)",) if out else ()
 
     def _check_effects(self) -> None:
         readable = self.sizes[self.sizes[:, 0] > 0]
@@ -253,7 +251,7 @@ def _part_of(image: Any, page: int | None, window: Window | None) -> Any:
     return ImageFile(file.data, reading)
 
 
-def _shares(
+def _fractions(
     seen: Bool[np.ndarray, "h w"], windows: Int64[np.ndarray, "n 4"], size: tuple[int, int]
 ) -> np.ndarray:
     """The share of each window of an image of `size` in which there is tissue, by its overview."""

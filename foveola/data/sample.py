@@ -67,13 +67,13 @@ class Objects:
         corners = boxes.reshape(-1, 2, 2)
         corners = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, 1).astype(np.float32)
         size = corners[:, 2:] - corners[:, :2]
-        shares = size.prod(1) if areas is None else areas.astype(np.float32)
-        keep = np.flatnonzero((size > 0).all(1) & (shares > 0))
+        fractions = size.prod(1) if areas is None else areas.astype(np.float32)
+        keep = np.flatnonzero((size > 0).all(1) & (fractions > 0))
         if not len(keep):
             return None
         return cls(
             boxes=corners[keep],
-            areas=shares[keep],
+            areas=fractions[keep],
             labels=None if labels is None else labels[keep],
             masks=None if masks is None else tuple(masks[i] for i in keep.tolist()),
             scores=None if scores is None else scores[keep],
@@ -126,10 +126,10 @@ class Objects:
         if by == "largest":
             order = np.argsort(-self.areas, kind="stable")
             return np.resize(order, count).astype(np.int64)
-        shares = self.areas.astype(np.float64) / self.areas.sum(dtype=np.float64) if by == "area" else None
+        fractions = self.areas.astype(np.float64) / self.areas.sum(dtype=np.float64) if by == "area" else None
         rounds = []
         for start in range(0, count, len(self)):
-            rounds.append(rng.choice(len(self), min(len(self), count - start), replace=False, p=shares))
+            rounds.append(rng.choice(len(self), min(len(self), count - start), replace=False, p=fractions))
         return np.concatenate(rounds).astype(np.int64) if rounds else np.zeros(0, np.int64)
 
 

@@ -59,14 +59,14 @@ class FilesReadAlike(SelectedImages):
         """Read all files in this way, which makes them other data."""
         self.reading = reading
 
-    def keep_half(self, contents: Sequence[bytes], share: float, seed: int, half: str) -> None:
-        """Keep one half: "test", `share` of the images, drawn from each class by their contents, or "train",
-        the others. Raises DataError where no image can be spared.
+    def keep_half(self, contents: Sequence[bytes], fraction: float, seed: int, half: str) -> None:
+        """Keep one half: "test", `fraction` of the images, drawn from each class by their contents, or
+        "train", the others. Raises DataError where no image can be spared.
         """
         labels = self.labels[self.rows].astype(np.int64)
-        held = halves_for_test(contents, labels, self.classes or (), share, seed)
+        held = halves_for_test(contents, labels, self.classes or (), fraction, seed)
         if not held.any():
             raise DataError(
-                f"{self.name}: no class has two different images, so holdout={share:g} holds out none"
+                f"{self.name}: no class has two different images, so holdout={fraction:g} holds out none"
             )
         self.keep(np.flatnonzero(held if half == "test" else ~held))

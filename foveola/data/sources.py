@@ -29,10 +29,10 @@ from foveola.data.options import (
     at_least_one,
     existing_folder,
     existing_path,
+    fraction,
+    fraction_or_none,
     one_of,
     positive,
-    share,
-    share_or_none,
     split_name,
     tile_size,
     true_or_false,
@@ -120,7 +120,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     allowed |= {} if kind == "scenes" else READINGS
     allowed |= CUTTINGS
     allowed |= MOVING if kind in ("folder", "shards", "parquet") else {}
-    allowed |= {"holdout": share, "split": split_name} if kind in WITHOUT_HALVES else {}
+    allowed |= {"holdout": fraction, "split": split_name} if kind in WITHOUT_HALVES else {}
     allowed.setdefault("annotations", existing_path)
     options = _parse_options(kind, query, allowed)
     given = None if "annotations" in own else options.pop("annotations", None)
@@ -343,7 +343,7 @@ MOVING: Mapping[str, Callable[[str], Any]] = {
 CUTTINGS: Mapping[str, Callable[[str], Any]] = {
     "tiles": tile_size,
     "overlap": whole_number,
-    "tissue": share_or_none,
+    "tissue": fraction_or_none,
 }
 READINGS: Mapping[str, Callable[[str], Any]] = {
     "range": Decoding.values,

@@ -140,5 +140,5 @@ def _ranges(values: Values, reading: Decoding) -> list[Range]:
 def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Colours laid on white; `alpha` [H, W, 1] has the whole of its container."""
     top = np.iinfo(pixels.dtype).max
-    share = alpha / np.float32(np.iinfo(alpha.dtype).max)
-    return np.rint(pixels[:, :, :-1] * share + top * (1 - share)).astype(pixels.dtype)
+    fraction = alpha / np.float32(np.iinfo(alpha.dtype).max)
+    return np.rint(pixels[:, :, :-1] * fraction + top * (1 - fraction)).astype(pixels.dtype)

@@ -172,9 +172,9 @@ def bar(drawn: Bar) -> str:
         tag(
             "span",
             escape(text),
-            style=f"left: {100 * share:.1f}%; transform: translateX(-{100 * share:.0f}%)",
+            style=f"left: {100 * fraction:.1f}%; transform: translateX(-{100 * fraction:.0f}%)",
         )
-        for share, text in drawn.marks
+        for fraction, text in drawn.marks
     )
     return tag("div", strip + tag("div", marks, "marks"), "bar")
 

@@ -23,10 +23,10 @@ def heat(pixels: UInt8[np.ndarray, "H W 3"], weights: Float[np.ndarray, "h w"]) 
     height, width = pixels.shape[:2]
     strength = brightness(weights)
     plane = Image.fromarray(strength.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST)
-    share = np.asarray(plane)[:, :, None]
-    warm = np.stack([np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3], axis=2)[..., 0]
+    fraction = np.asarray(plane)[:, :, None]
+    warm = np.stack([np.ones_like(fraction), 0.85 * fraction**1.5, 0.1 * fraction**3], axis=2)[..., 0]
     gray = pixels.mean(axis=2, keepdims=True) / 255 * 0.55
-    return np.rint(255 * (gray * (1 - 0.8 * share) + 0.8 * share * warm)).clip(0, 255).astype(np.uint8)
+    return np.rint(255 * (gray * (1 - 0.8 * fraction) + 0.8 * fraction * warm)).clip(0, 255).astype(np.uint8)
 
 
 def brightness(weights: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
@@ -44,9 +44,9 @@ def brightness(weights: Float[np.ndarray, "*S"]) -> Float[np.ndarray, "*S"]:
 
 def heat_bar() -> Bar:
     """Return the colours of `heat`, with multiples of uniform attention."""
-    share = np.linspace(0, 1, 121)[None, :, None]
-    warm = np.concatenate((np.ones_like(share), 0.85 * share**1.5, 0.1 * share**3), axis=2)
-    colors = 255 * (0.275 * (1 - 0.8 * share) + 0.8 * share * warm)
+    fraction = np.linspace(0, 1, 121)[None, :, None]
+    warm = np.concatenate((np.ones_like(fraction), 0.85 * fraction**1.5, 0.1 * fraction**3), axis=2)
+    colors = 255 * (0.275 * (1 - 0.8 * fraction) + 0.8 * fraction * warm)
     marks = ((0.0, f"{DARK:g}x"), (1 / 3, "1x: uniform"), (2 / 3, "4x"), (1.0, f"{BRIGHT:g}x"))
     return Bar(np.rint(colors).clip(0, 255).astype(np.uint8), marks)
 
@@ -99,9 +99,11 @@ def box_outlines(
     return np.asarray(image)
 
 
-def lit(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+def lit(
+    pixels: UInt8[np.ndarray, "H W 3"], fractions: Float[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "H W 3"]:
     """Return an image as bright as a map of values in [0, 1] says: dark at 0, as it is at 1."""
-    level = magnify(np.rint(255 * shares).astype(np.uint8), *pixels.shape[:2])[:, :, None] / 255
+    level = magnify(np.rint(255 * fractions).astype(np.uint8), *pixels.shape[:2])[:, :, None] / 255
     return np.rint(pixels * (0.15 + 0.85 * level)).astype(np.uint8)
 
 
@@ -124,8 +126,8 @@ def paint_heads(
     A patch kept by several heads has the colour of the one with the largest share of its own attention there.
     Six colours go round.
     """
-    shares = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
-    winner = np.where(kept, shares, -1.0).argmax(axis=0)
+    fractions = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
+    winner = np.where(kept, fractions, -1.0).argmax(axis=0)
     height, width = pixels.shape[:2]
     palette = np.array(HEAD_COLORS, dtype=np.uint8)[winner % len(HEAD_COLORS)]
     color = magnify(palette, height, width)
@@ -141,8 +143,8 @@ def cool_to_warm(
     """Return values as matplotlib's coolwarm: blue at `low`, gray between, red at `high`."""
     import matplotlib
 
-    share = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
-    return np.rint(255 * matplotlib.colormaps["coolwarm"](share)[:, :, :3]).astype(np.uint8)
+    fraction = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    return np.rint(255 * matplotlib.colormaps["coolwarm"](fraction)[:, :, :3]).astype(np.uint8)
 
 
 def mark(

@@ -103,10 +103,10 @@ def panel(
 def _draw_bar(image: Image.Image, pen: ImageDraw.ImageDraw, bar: Bar, corner: tuple[int, int]) -> None:
     small, width = ImageFont.load_default(12), min(3 * TILE - 4 * GAP, image.width - 4 * GAP)
     image.paste(Image.fromarray(bar.colors).resize((width, 12), Image.Resampling.BILINEAR), corner)
-    for share, text in bar.marks:
-        x, long = corner[0] + round(share * (width - 1)), _length(text, small)
+    for fraction, text in bar.marks:
+        x, long = corner[0] + round(fraction * (width - 1)), _length(text, small)
         pen.line((x, corner[1] + 12, x, corner[1] + 15), fill="#444")
-        pen.text((x - round(share * long), corner[1] + 17), text, fill="#444", font=small)
+        pen.text((x - round(fraction * long), corner[1] + 17), text, fill="#444", font=small)
 
 
 def _draw_tiles(

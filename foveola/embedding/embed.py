@@ -19,7 +19,7 @@ from foveola.embedding.formats import format_of, header_of, write_features
 from foveola.embedding.parts import FileParts, differing
 from foveola.embedding.rows import EmbedConfig, Embedding
 from foveola.evaluation.features.need import EXTERNAL
-from foveola.evaluation.images import PARCEL, choose_images, share_of_rank
+from foveola.evaluation.images import PARCEL, choose_images, slice_of_rank
 from foveola.evaluation.stored import SPEED
 from foveola.failures import told
 from foveola.models.encoder import Encoder
@@ -213,7 +213,7 @@ def _compute(embedding: Embedding, parts: FileParts, chosen: Int64[np.ndarray, "
         raise UserError(f"{parts.folder} is not on all machines: give out= a folder that all processes reach")
     missing = parts.missing()
     distributed.barrier()  # all ranks must share out the same ones
-    mine = missing[share_of_rank(len(missing))]
+    mine = missing[slice_of_rank(len(missing))]
     images = [chosen[number * size : (number + 1) * size] for number in mine]
     problem = ""
     try:

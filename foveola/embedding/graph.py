@@ -70,11 +70,11 @@ def _recall(made: Any, vectors: Float[Tensor, "n D"], device: torch.device) -> f
     queries, top = vectors[torch.from_numpy(drawn)], min(RECALL_AT + 1, len(vectors))
     exact = nearest_rows(queries, vectors, top, device=device)[1].numpy()
     found = Graph(made, 0.0).search(unit_rows(queries).numpy(), top)[1]
-    shares = [
+    fractions = [
         len((set(e.tolist()) & set(f.tolist())) - {own}) / max(1, len(set(e.tolist()) - {own}))
         for own, e, f in zip(drawn.tolist(), exact, found, strict=True)
     ]
-    return float(np.mean(shares))
+    return float(np.mean(fractions))
 
 
 def _digest(vectors: Tensor) -> str:

@@ -15,7 +15,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     identity_for,
-    share_of_rank,
+    slice_of_rank,
 )
 from foveola.evaluation.protocol import At
 from foveola.models.encoder import Encoder
@@ -50,7 +50,7 @@ class AskedImages(Generic[B]):
     ) -> None:
         self.at, self.config = at, config
         self.chosen = choose_images(len(at.test), config.limit, config.seed)
-        images = Images(at.test, self.chosen[share_of_rank(len(self.chosen))], cut, parcel)
+        images = Images(at.test, self.chosen[slice_of_rank(len(self.chosen))], cut, parcel)
         self.batches: Batches[B] = Batches(images, config, f"{protocol} {at.test.name}", at.progress)
 
     def __iter__(self) -> Iterator[B]:

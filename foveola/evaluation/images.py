@@ -107,7 +107,7 @@ def identity_for(source: Source, config: Any) -> Identity:
     return identity_of(source, choose_images(len(source), limit, seed))
 
 
-def share_of_rank(count: int) -> slice:
+def slice_of_rank(count: int) -> slice:
     """Return the contiguous share of this rank of `count` items: shares in rank order are the whole in
     order.
     """

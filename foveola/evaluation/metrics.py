@@ -202,18 +202,21 @@ def bootstrap(
     return float(low), float(high)
 
 
-def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(fraction: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a share in [0, 1] of `count` independent rows (Wilson, 1927).
 
     It holds what it promises near 0 and 1, too, where a bootstrap of equal values has no width: all right of
     100 gives (0.963, 1).
     """
-    if count < 1 or not 0 <= share <= 1:
-        raise ValueError(f"an interval of a share of {share} of {count} rows")
+    if count < 1 or not 0 <= fraction <= 1:
+        raise ValueError(f"an interval of a share of {fraction} of {count} rows")
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    centre, half = share + z2 / (2 * count), sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
+    centre, half = (
+        fraction + z2 / (2 * count),
+        sqrt(z2 * (fraction * (1 - fraction) / count + z2 / (4 * count**2))),
+    )
     low, high = ((centre + sign * half) / (1 + z2 / count) for sign in (-1, 1))
-    return (0.0 if share == 0 else max(0.0, low)), (1.0 if share == 1 else min(1.0, high))
+    return (0.0 if fraction == 0 else max(0.0, low)), (1.0 if fraction == 1 else min(1.0, high))
 
 
 def interval(

@@ -61,7 +61,7 @@ def application(session: Session, token: str, host: str, cookie: str = "foveola"
             head = int(query.get("head", "0"))
         except ValueError as error:
             raise UserError("x, y and head are numbers") from error
-        if not all(0 <= share <= 1 for share in point):
+        if not all(0 <= fraction <= 1 for fraction in point):
             raise UserError("x and y are from 0 to 1")
         made = session.layer(_side(session, request), params["image"], params["what"], point, head)
         return JSONResponse(made, headers=UNHELD_HOUR)

@@ -69,13 +69,13 @@ class Question:
             raise UserError("object, box and point: one at most")
         for name, count in (("box", 4), ("point", 2)):
             if name in given:
-                given[name] = _shares(name, given[name], count)
+                given[name] = _fractions(name, given[name], count)
         if "box" in given and not (given["box"][0] < given["box"][2] and given["box"][1] < given["box"][3]):
             raise UserError("box: expected x0 < x1 and y0 < y1")
         return cls(**given)
 
 
-def _shares(name: str, values: Any, count: int) -> tuple[float, ...]:
+def _fractions(name: str, values: Any, count: int) -> tuple[float, ...]:
     fits = isinstance(values, list) and len(values) == count
     if not fits or any(type(v) not in (int, float) or not 0 <= v <= 1 for v in values):
         raise UserError(f"{name}: expected {count} numbers from 0 to 1")

@@ -79,9 +79,9 @@ def write_timm(encoder: Encoder, out: Path) -> None:
             "no_embed_class": model.registers > 0,
             "fc_norm": False,
         }
-    share = transform.crop / transform.resize  # timm rounds crop / share down
-    while math.floor(transform.crop / share) != transform.resize:
-        share = math.nextafter(share, 0)
+    fraction = transform.crop / transform.resize  # timm rounds crop / fraction down
+    while math.floor(transform.crop / fraction) != transform.resize:
+        fraction = math.nextafter(fraction, 0)
     config = {
         "architecture": architecture,
         "num_classes": 0,
@@ -92,7 +92,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
             "input_size": [3, transform.crop, transform.crop],
             "fixed_input_size": False,
             "interpolation": transform.interpolation,
-            "crop_pct": share,
+            "crop_pct": fraction,
             "crop_mode": "squash" if transform.squash else "center",
             "mean": list(transform.mean),
             "std": list(transform.std),

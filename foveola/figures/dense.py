@@ -72,7 +72,7 @@ def _tiled(
     high, wide = min(side, rows), min(side, columns)
     corners = [(y, x) for y in starts(rows, high, overlap) for x in starts(columns, wide, overlap)]
     weights = np.outer(_ramp(high), _ramp(wide))[:, :, None]
-    total, shares = np.zeros((rows, columns, 0), np.float32), np.zeros((rows, columns, 1), np.float32)
+    total, weight_sums = np.zeros((rows, columns, 0), np.float32), np.zeros((rows, columns, 1), np.float32)
     few = max(PATCHES_AT_ONCE // (high * wide), 1)
     for start in range(0, len(corners), few):
         some = corners[start : start + few]
@@ -82,8 +82,8 @@ def _tiled(
             if not total.shape[2]:
                 total = np.zeros((rows, columns, features.shape[2]), np.float32)
             total[y : y + high, x : x + wide] += weights * features
-            shares[y : y + high, x : x + wide] += weights
-    total /= shares
+            weight_sums[y : y + high, x : x + wide] += weights
+    total /= weight_sums
     return total
 
 

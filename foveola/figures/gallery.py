@@ -202,8 +202,8 @@ def _attention_tiles(
         lit, peak = light(base, inside.mean(dim=0))
         tiles.append((outline(lit, patches.view(grid).numpy()), peak))
     kept = strongest(weights, mass)
-    share = f"{100 * kept.float().mean():.0f} % of patches each"
-    tiles.append((paint_heads(base, weights.cpu().numpy(), kept.cpu().numpy()), share))
+    fraction = f"{100 * kept.float().mean():.0f} % of patches each"
+    tiles.append((paint_heads(base, weights.cpu().numpy(), kept.cpu().numpy()), fraction))
     return tiles + ([light(base, head) for head in weights] if heads else [])
 
 

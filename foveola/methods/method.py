@@ -268,5 +268,5 @@ def spread_and_rank(features: Float[Tensor, "n D"]) -> tuple[float, float]:
         singular = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
     else:
         singular = torch.linalg.svdvals(x)
-    share = singular / singular.sum()
-    return spread.item(), torch.special.entr(share).sum().exp().item()
+    fraction = singular / singular.sum()
+    return spread.item(), torch.special.entr(fraction).sum().exp().item()

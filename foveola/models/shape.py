@@ -184,7 +184,7 @@ class ViTConfig:
     def block(self, index: int) -> BlockShape:
         """Return what the block of this index is made of."""
         width, depth, heads = self.shape
-        share = 1.0 if self.drop_path_rule == "constant" else index / max(depth - 1, 1)
+        fraction = 1.0 if self.drop_path_rule == "constant" else index / max(depth - 1, 1)
         return BlockShape(
             width=width,
             heads=heads,
@@ -194,7 +194,7 @@ class ViTConfig:
             mlp=self.mlp,
             bias=self.bias,
             layer_scale=self.layer_scale,
-            drop_path=self.drop_path * share,
+            drop_path=self.drop_path * fraction,
             drop_subset=self.drop_path_subset,
             relative=self.grid if self.relative_bias else None,
             window=None if index in global_blocks(depth, self.global_blocks) else self.window,

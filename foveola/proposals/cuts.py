@@ -118,16 +118,18 @@ def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) 
 
 
 def brightest(
-    maps: Float[Tensor, "B N"], features: Float[Tensor, "B N D"], grid: tuple[int, int], share: float = 0.6
+    maps: Float[Tensor, "B N"], features: Float[Tensor, "B N D"], grid: tuple[int, int], fraction: float = 0.6
 ) -> CutObjects:
     """Return one object of each image from a map that is nowhere negative, such as attention (DINO).
 
-    The brightest patches that together have `share` of the map's sum are kept, and of these the largest
+    The brightest patches that together have `fraction` of the map's sum are kept, and of these the largest
     4-connected part, the first of equals. A constant map has no object.
     """
     weights = maps.double() / maps.double().sum(dim=1, keepdim=True)
     dark_first, order = weights.sort(dim=1, stable=True)
-    bright = torch.zeros_like(weights, dtype=torch.bool).scatter(1, order, dark_first.cumsum(1) > 1 - share)
+    bright = torch.zeros_like(weights, dtype=torch.bool).scatter(
+        1, order, dark_first.cumsum(1) > 1 - fraction
+    )
     bright &= (maps.amin(dim=1) < maps.amax(dim=1))[:, None]
     labels = connected(bright.unflatten(1, grid)).flatten(1)
     count = maps.shape[1]

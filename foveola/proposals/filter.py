@@ -51,8 +51,8 @@ def filtered(found: Proposals, size: tuple[int, int], config: FilterConfig) -> P
     found = Proposals(boxes, found.scores, found.labels, found.masks)
     areas = areas_of(found)
     sides = boxes[:, 2:] - boxes[:, :2]
-    shares = areas / (size[0] * size[1])
-    keep = (areas > 0) & (sides > 0).all(1) & (shares >= config.min_area) & (shares <= config.max_area)
+    fractions = areas / (size[0] * size[1])
+    keep = (areas > 0) & (sides > 0).all(1) & (fractions >= config.min_area) & (fractions <= config.max_area)
     if config.min_score is not None:
         keep &= found.scores >= config.min_score
     order = np.argsort(-found.scores, kind="stable")

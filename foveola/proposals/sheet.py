@@ -66,7 +66,9 @@ def numbers_of(summary: Summary) -> list[tuple[str, str]]:
         ("Images without any", f"{without:,} ({100 * without / max(images, 1):.1f} %)"),
     ]
     if summary.areas:
-        low, middle, high = (f"{100 * share:.1f} %" for share in np.percentile(summary.areas, (25, 50, 75)))
+        low, middle, high = (
+            f"{100 * fraction:.1f} %" for fraction in np.percentile(summary.areas, (25, 50, 75))
+        )
         facts.append(("An object covers", f"{middle} of its image; half of them {low} to {high}"))
     if summary.unreadable:
         facts.append(("Unreadable images", f"{len(summary.unreadable):,}"))

@@ -162,11 +162,11 @@ def _entropies(records: Sequence[Record], taken: set[str]) -> list[Chart]:
         if not any(record.prototypes().get(kind, 0) > 1 for record in records):
             continue
 
-        def share(record: Record, y: float, kind: str = kind) -> float:
+        def fraction(record: Record, y: float, kind: str = kind) -> float:
             count = record.prototypes().get(kind, 0)
             return y / math.log(count) if count > 1 else math.nan
 
-        found = _lines(records, f"{kind}/target_entropy", share)
+        found = _lines(records, f"{kind}/target_entropy", fraction)
         taken.add(f"{kind}/target_entropy")
         if len(records) > 1:
             charts.append(Chart(f"Target entropy, {kind}", found, _axis(records), "of log K", levels))

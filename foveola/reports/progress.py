@@ -48,7 +48,7 @@ class MeasuredStep:
     label: str
     step: int | None
     results: dict[str, Result]
-    position_share: float | None = None  # of the variance of patches that their position explains
+    position_fraction: float | None = None  # of the variance of patches that their position explains
     position_images: int | None = None  # on so many images
 
     @property
@@ -174,8 +174,8 @@ def measure_run(
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
         placed = label in (UNTRAINED, END) and not brief
-        share = _position_share(encoder, data.test, folders) if placed else (None, None)
-        points.append(MeasuredStep(label, step, results, *share))
+        fraction = _position_fraction(encoder, data.test, folders) if placed else (None, None)
+        points.append(MeasuredStep(label, step, results, *fraction))
     classes = len(data.test.classes or ()) if data.labels else None
     return MeasuredRun(tuple(points), tuple(dict.fromkeys(notes)), settings, classes, data.test.name)
 
@@ -276,7 +276,7 @@ def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result
 # -- position ------------------------------------------------------------------------------------------------
 
 
-def position_share(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
+def position_fraction(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
     """Return the share of the variance of patches that their position explains, in [0, 1], and of how many
     images.
 
@@ -306,7 +306,7 @@ def _square(encoder: Encoder, pixels: Any) -> Tensor:
     return encoder.normalise(cut[None].to(encoder.device))[0]
 
 
-def _position_share(
+def _position_fraction(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
     """Of the encoder's patches on some images, kept like results; None where too few can be read."""
@@ -322,9 +322,9 @@ def _position_share(
         for _, sample in each_sample(source, POSITION_IMAGES)
     )
     with torch.inference_mode():  # as the generator goes
-        share, used = position_share(patches)
+        fraction, used = position_fraction(patches)
     if used < 2:
         return None, None
-    tree = {"about": about, "share": share, "used": used}
+    tree = {"about": about, "share": fraction, "used": used}
     files.write_text(folders[0] / "place.json", json.dumps(tree) + "\n")
-    return share, used
+    return fraction, used

@@ -94,7 +94,7 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
     """Return what the verdicts need of a run: its configuration, and how much position explains."""
     size, patch = record.get("views.global_size"), record.get("model.patch_size")
     first, last = progress.point(UNTRAINED), progress.point(END)
-    share = None if last is None else last.position_share
+    fraction = None if last is None else last.position_fraction
     views, processes = record.get("views.global_count", GLOBAL_VIEWS), _processes(record)
     parts = 1 if record.whole_steps else (record.get("accumulate") or 1) * (processes or 1)
     return Facts(
@@ -106,7 +106,9 @@ def facts_of_record(record: Record, progress: MeasuredRun) -> Facts:
         width=_width(record),
         positions=(size // patch) ** 2 if size and patch else None,
         notes=record.notes,
-        position_share=None if share is None else (share, None if first is None else first.position_share),
+        position_fraction=None
+        if fraction is None
+        else (fraction, None if first is None else first.position_fraction),
         position_images=None if last is None else last.position_images,
         processes=processes,
         whole_steps=record.whole_steps,

@@ -60,7 +60,7 @@ class Augment:
         self.library: Any = _library() if config.randaugment or config.erasing else None
 
     def __call__(
-        self, images: Float[Tensor, "B ch H W"], shares: Float[Tensor, "B C"]
+        self, images: Float[Tensor, "B ch H W"], soft_labels: Float[Tensor, "B C"]
     ) -> tuple[Float[Tensor, "B ch H W"], Float[Tensor, "B C"]]:
         """Return views after RandAugment, erasing and mixing, and the shares of classes that belong to them.
 
@@ -72,8 +72,8 @@ class Augment:
         if config.erasing:
             erase = self.library.RandomErasing(p=config.erasing, value="random")
             images = torch.stack([erase(view) for view in images])
-        spread = shares.sum(dim=1, keepdim=True) / shares.shape[1]
-        return self._mixed(images, torch.lerp(shares, spread.expand_as(shares), config.smoothing))
+        spread = soft_labels.sum(dim=1, keepdim=True) / soft_labels.shape[1]
+        return self._mixed(images, torch.lerp(soft_labels, spread.expand_as(soft_labels), config.smoothing))
 
     def _random_operations(self, images: Tensor) -> Tensor:
         """RandAugment of the pixels in 256 levels, as it is defined, each view with draws of its own."""
@@ -94,11 +94,11 @@ class Augment:
             changed.append(change(view))
         return (torch.stack(changed).float() / 255 - mean) / std
 
-    def _mixed(self, images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixed(self, images: Tensor, soft_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019): each image with the one before it."""
         config = self.config
         if not config.mixes or float(torch.rand(())) >= config.mix_probability:
-            return images, shares
+            return images, soft_labels
         cut = not config.mixup or (config.cutmix > 0 and float(torch.rand(())) < config.cutmix_share)
         alpha = torch.tensor(config.cutmix if cut else config.mixup)
         kept = float(torch.distributions.Beta(alpha, alpha).sample())
@@ -109,7 +109,7 @@ class Augment:
             images[:, :, y0:y1, x0:x1] = others[:, :, y0:y1, x0:x1]
         else:
             images = torch.lerp(others, images, kept)
-        return images, torch.lerp(shares.roll(1, 0), shares, kept)
+        return images, torch.lerp(soft_labels.roll(1, 0), soft_labels, kept)
 
 
 def rectangle(kept: float, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:

@@ -188,24 +188,27 @@ class Classification(TaskMethod):
         images, several = batch.large.pixels[:, 0], head.config.several
         if several:
             assert batch.classes is not None
-            shares, known = batch.classes.to(images.dtype), torch.ones_like(batch.labels, dtype=torch.bool)
+            soft_labels, known = (
+                batch.classes.to(images.dtype),
+                torch.ones_like(batch.labels, dtype=torch.bool),
+            )
         else:
             known = batch.labels >= 0
-            shares = one_hot(batch.labels.clamp(min=0), len(head.classes)).to(images) * known[:, None]
-        images, shares = self.augment(images, shares)
+            soft_labels = one_hot(batch.labels.clamp(min=0), len(head.classes)).to(images) * known[:, None]
+        images, soft_labels = self.augment(images, soft_labels)
         logits = head.logits(self.student.backbone, images)
         with torch.autocast(logits.device.type, enabled=False):
             if several:
-                losses = binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(dim=1)
+                losses = binary_cross_entropy_with_logits(logits, soft_labels, reduction="none").mean(dim=1)
                 weight = known.sum().to(losses)
             else:
-                losses, weight = -(shares * log_softmax(logits, dim=1)).sum(dim=1), shares.sum()
+                losses, weight = -(soft_labels * log_softmax(logits, dim=1)).sum(dim=1), soft_labels.sum()
             # Gradients are averaged over processes, of which each has its own number of labelled images.
             weight = distributed.all_reduce_sum(weight).clamp(min=1e-6)
             loss = losses.sum() * distributed.world_size() / weight
         with torch.no_grad():
-            alike = ((logits > 0) == (shares > 0.5)).float().mean(dim=1)
-            first = (logits.argmax(dim=1) == shares.argmax(dim=1)).float()
+            alike = ((logits > 0) == (soft_labels > 0.5)).float().mean(dim=1)
+            first = (logits.argmax(dim=1) == soft_labels.argmax(dim=1)).float()
             self.seen.append(torch.stack((((alike if several else first) * known).sum(), known.sum())))
         return Output({"classification": loss}, dict(batch.facts))
 

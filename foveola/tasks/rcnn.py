@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.poolers import LevelMapper
 
 from foveola.tasks.pyramid import FINEST, LEVELS, ChannelNorm
-from foveola.tasks.regions import centred_inside, clipped, share_inside
+from foveola.tasks.regions import centred_inside, clipped, fraction_inside
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 CROWDED = (
@@ -105,7 +105,7 @@ class AnchorProposals(RegionProposalNetwork):
         if len(some):
             (label,), (box,) = self.assign_targets_to_anchors([some], [target])
             if ignored is not None:
-                label[(label == 0) & (share_inside(ignored, clipped(some, frame)) > CROWDED)] = -1.0
+                label[(label == 0) & (fraction_inside(ignored, clipped(some, frame)) > CROWDED)] = -1.0
             labels[there], matched[there] = label, box
         return labels, matched
 
@@ -114,7 +114,7 @@ def countable(boxes: Float[Tensor, "P 4"], target: dict[str, Tensor], ignored: T
     """Return proposals without those that lie in what counts as nothing, and belong to no object."""
     if ignored is None:
         return boxes
-    crowded = share_inside(ignored, boxes) > CROWDED
+    crowded = fraction_inside(ignored, boxes) > CROWDED
     if len(target["boxes"]):
         crowded &= box_iou(boxes, target["boxes"]).amax(dim=1) < BELONGS_FROM
     return boxes[~crowded]

@@ -153,6 +153,6 @@ def enlarged_rows(
     at = torch.arange(rows.start, rows.stop, device=field.device, dtype=torch.float64)
     at = ((at + 0.5) * (before / size[0]) - 0.5).clamp(0, before - 1)
     low = at.long()
-    share = (at - low).to(field.dtype)[:, None]
-    mixed = torch.lerp(field[:, low], field[:, (low + 1).clamp(max=before - 1)], share)
+    fraction = (at - low).to(field.dtype)[:, None]
+    mixed = torch.lerp(field[:, low], field[:, (low + 1).clamp(max=before - 1)], fraction)
     return interpolate(mixed[None], (len(rows), size[1]), mode="bilinear", align_corners=False)[0]

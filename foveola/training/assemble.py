@@ -30,7 +30,7 @@ from foveola.training.sharding import (
 from foveola.views.batch import Streams
 
 
-def batch_share(config: RunConfig) -> int:
+def local_batch_size(config: RunConfig) -> int:
     """Return images that a process takes at once: its share of the batch, in `accumulate` parts."""
     world = distributed.world_size()
     part, rest = divmod(config.batch_size, world * config.accumulate)
@@ -63,7 +63,7 @@ def assemble(
         fill(method, device, lambda: _built(config, start))
     method.to(device).train()
     try:
-        method.check_batch(batch_share(config), config.loader.objects_per_image)
+        method.check_batch(local_batch_size(config), config.loader.objects_per_image)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from foveola.data.values import ImagePixels
 from foveola.proposals.discover import discoverer
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, blueprint, untrained
+from foveola.training.assemble import assemble, blueprint, local_batch_size, untrained
 from foveola.training.bootstrap import data_of, round_config
 from foveola.training.durations import plan
 from foveola.training.loop import Trainer
@@ -85,7 +85,7 @@ def _describe(config: RunConfig, device: torch.device, objects: str | None = Non
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
     images = len(source) if config.data else 100 * config.batch_size
     progress = plan(config, images, distributed.world_size())
-    part = batch_share(config)
+    part = local_batch_size(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
     start = Start(config.init, config.model, channels=config.init_channels)
     start.insist()

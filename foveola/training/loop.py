@@ -92,8 +92,8 @@ class Trainer:
                 loss = torch.stack(list(output.losses.values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
             for name, value in output.losses.items():
-                share = value.detach() / self.accumulate
-                losses[name] = losses[name] + share if name in losses else share
+                portion = value.detach() / self.accumulate
+                losses[name] = losses[name] + portion if name in losses else portion
             logs = added(logs, output.logs)
             self.features += [] if output.features is None else [output.features.detach()]
 

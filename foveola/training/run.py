@@ -28,7 +28,7 @@ from foveola.models.encoder import Encoder
 from foveola.outside import library
 from foveola.training import checkpoint, folder, same_data
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, batch_share, untrained
+from foveola.training.assemble import assemble, local_batch_size, untrained
 from foveola.training.auto.plan import AUTO
 from foveola.training.auto.request import request
 from foveola.training.bootstrap import run_rounds
@@ -131,7 +131,7 @@ class _Session:
         self.source = as_source(sources.get("data", config.data), "train", "data")
         self.config = config = with_data(config, self.source)
         self.progress = plan(config, len(self.source), distributed.world_size())
-        self.part = batch_share(config)
+        self.part = local_batch_size(config)
         self.total = self.progress.total_steps
         self.every, self.keep_every = (
             period(config, name, self.progress) for name in ("checkpoint_every", "keep_every")

@@ -48,9 +48,9 @@ class BlocksConfig:
         )
 
     def _sides(
-        self, grid: tuple[int, int], share: tuple[float, float], at: float, ratio: float
+        self, grid: tuple[int, int], fraction: tuple[float, float], at: float, ratio: float
     ) -> tuple[int, int]:
-        area = int(grid[0] * grid[1] * (share[0] + (share[1] - share[0]) * at))
+        area = int(grid[0] * grid[1] * (fraction[0] + (fraction[1] - fraction[0]) * at))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         return min(height, grid[0] - self.published), min(width, grid[1] - self.published)
 

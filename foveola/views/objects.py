@@ -98,7 +98,7 @@ def object_patches(
     return covered_patches(coverage, min_coverage)
 
 
-def object_shares(chosen: Chosen, by: Literal["area", "score"]) -> Float[Tensor, "B M"]:
+def object_weights(chosen: Chosen, by: Literal["area", "score"]) -> Float[Tensor, "B M"]:
     """Return what each object token counts in the mean of a batch: 1 on average in every image.
 
     Within an image, objects count in proportion to their areas, or scores (below 0: not at all; all alike

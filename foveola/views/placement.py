@@ -50,13 +50,13 @@ def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) 
     if config.distribution == "constant":
         return torch.full((count,), high, dtype=torch.float64)
     if config.distribution == "uniform":
-        share = torch.rand(count, generator=generator, dtype=torch.float64)
+        fraction = torch.rand(count, generator=generator, dtype=torch.float64)
     else:
         # The a-th smallest of a + b - 1 uniform numbers: torch's own beta takes no generator.
         a, b = config.beta
         uniform = torch.rand(count, a + b - 1, generator=generator, dtype=torch.float64)
-        share = uniform.sort(dim=1).values[:, a - 1]
-    return low + (high - low) * share
+        fraction = uniform.sort(dim=1).values[:, a - 1]
+    return low + (high - low) * fraction
 
 
 def place_views(

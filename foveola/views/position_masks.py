@@ -50,7 +50,7 @@ def draw_both(
     first result is None without `contents`.
     """
     units, each = (batch, views) if positions.per_image else (batch * views, 1)
-    choice = exact_share(positions.share, units, streams("position choice"))
+    choice = exact_fraction(positions.share, units, streams("position choice"))
     patches = grid[0] * grid[1]
     unplaced = torch.zeros(units, each, patches, dtype=torch.bool)
     drawn = position_masks(positions, int(choice.sum()) * each, grid, streams("position masks"))
@@ -64,7 +64,7 @@ def draw_both(
     return masked, unplaced.view(batch, views, patches)
 
 
-def exact_share(share: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
+def exact_fraction(share: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
     """Return the share x count of n, exactly where that is whole, else one more by chance, so that the mean
     is right.
     """

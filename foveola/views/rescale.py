@@ -88,10 +88,11 @@ def choose_windows(
     windows: Float[Tensor, "W B V 4"],
     label_maps: UInt8[Tensor, "B R C"],
     extents: Int64[Tensor, "B 2"],
-    max_share: float,
+    max_fraction: float,
     size: int,
 ) -> Float[Tensor, "B V 4"]:
-    """Return each view's first window in which no class fills more than `max_share` of the labelled pixels.
+    """Return each view's first window in which no class fills more than `max_fraction` of the labelled
+    pixels.
 
     If there is none, the last. Pixels are counted on a grid of at most 128 x 128 of each window; one without
     a labelled pixel does not count as such. On the device of the maps.
@@ -103,7 +104,7 @@ def choose_windows(
     counts.scatter_add_(2, labels.long(), torch.ones((), device=labels.device).expand(labels.shape))
     counts[..., IGNORE] = 0
     total, most = counts.sum(dim=-1), counts.amax(dim=-1)
-    good = ((total > 0) & (most <= max_share * total)).view(batch, count, views)
+    good = ((total > 0) & (most <= max_fraction * total)).view(batch, count, views)
     good[:, -1] = True
     chosen = good.to(torch.uint8).argmax(dim=1)[:, None, :, None].expand(-1, 1, -1, 4)
     return boxes.view(batch, count, views, 4).gather(1, chosen)[:, 0]

@@ -15,7 +15,7 @@ from foveola.data.sources import open_source
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.reports import progress as module
-from foveola.reports.progress import measure_run, plan_protocols, position_share
+from foveola.reports.progress import measure_run, plan_protocols, position_fraction
 from foveola.reports.record import Record, read_runs
 from foveola.reports.request import Data, ReportConfig, choose_samples, open_data
 from foveola.zoo.load import load
@@ -42,19 +42,19 @@ def test_place_share_equals_naive_components_of_variance() -> None:
         between += sum((m - sum(means) / 5) ** 2 for m in means) / 4
     between -= within / 7
     wanted = pytest.approx(between / (between + within), rel=1e-5)
-    assert position_share([x]) == (wanted, 7)
-    assert position_share(iter([x[:1], x[1:5], x[5:]])) == (wanted, 7), "one by one"
-    assert position_share([]) == (0.0, 0)
+    assert position_fraction([x]) == (wanted, 7)
+    assert position_fraction(iter([x[:1], x[1:5], x[5:]])) == (wanted, 7), "one by one"
+    assert position_fraction([]) == (0.0, 0)
 
 
 def test_place_share_of_known_cases() -> None:
     torch.manual_seed(0)
     place, content = torch.randn(1, 64, 8), torch.randn(40, 64, 8)
-    assert position_share([place.expand(40, -1, -1)])[0] == pytest.approx(1)
-    assert position_share([content])[0] < 0.01
-    assert position_share([place + content])[0] == pytest.approx(0.5, abs=0.08)
-    assert position_share([torch.ones(4, 5, 6)])[0] == 0
-    assert position_share([content[:, :1].expand(-1, 64, -1)])[0] == 0  # every image is one colour
+    assert position_fraction([place.expand(40, -1, -1)])[0] == pytest.approx(1)
+    assert position_fraction([content])[0] < 0.01
+    assert position_fraction([place + content])[0] == pytest.approx(0.5, abs=0.08)
+    assert position_fraction([torch.ones(4, 5, 6)])[0] == 0
+    assert position_fraction([content[:, :1].expand(-1, 64, -1)])[0] == 0  # every image is one colour
 
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -195,13 +195,13 @@ def test_each_encoder_is_measured_once(run: Path, monkeypatch: pytest.MonkeyPatc
     assert calls == [(fingerprint, ("label_free", "knn", "retrieval")) for fingerprint, _ in calls]
     assert len(set(calls)) == 4
     assert calls[-1][0] == load(run).fingerprint()
-    assert first.points[0].position_share is not None
+    assert first.points[0].position_fraction is not None
     assert not first.notes
 
     again = measure_run(found, data, config, SMALL)
     assert len(calls) == 4
     assert again.points[-1].results["knn"].metrics == first.points[-1].results["knn"].metrics
-    assert again.points[-1].position_share == first.points[-1].position_share
+    assert again.points[-1].position_fraction == first.points[-1].position_fraction
 
     # Another setting of one protocol measures that one again; fewer checkpoints measure nothing.
     measure_run(
@@ -249,7 +249,7 @@ def test_the_same_names_with_other_pixels_are_measured_again(run: Path, tmp_path
         Image.effect_noise((24, 24), 90).convert("RGB").save(path)
     second = point()
     assert second.results != first.results
-    assert second.position_share != first.position_share
+    assert second.position_fraction != first.position_fraction
 
 
 def test_an_interrupted_run_and_a_damaged_encoder(run: Path, tmp_path: Path) -> None:

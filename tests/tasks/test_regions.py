@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from foveola.tasks.regions import centred_inside, clipped, drawn, share_inside
+from foveola.tasks.regions import centred_inside, clipped, drawn, fraction_inside
 
 
 def test_share_of_boxes_in_a_region_by_counting() -> None:
@@ -13,7 +13,7 @@ def test_share_of_boxes_in_a_region_by_counting() -> None:
     fine = region.numpy().repeat(4, 0).repeat(4, 1)
     corners = rng.integers(0, (36, 28), (200, 2, 2))
     boxes = np.concatenate([corners.min(1), corners.max(1)], 1)
-    found = share_inside(region, torch.from_numpy(boxes / 4).float())
+    found = fraction_inside(region, torch.from_numpy(boxes / 4).float())
     for (x0, y0, x1, y1), share in zip(boxes, found.tolist(), strict=True):
         inner = fine[y0:y1, x0:x1]
         assert abs(share - (inner.mean() if inner.size else 0)) < 1e-6
@@ -23,7 +23,7 @@ def test_boxes_beyond_the_view() -> None:
     """What lies outside of it counts neither for the region nor for the area."""
     region = torch.ones(4, 4, dtype=torch.bool)
     boxes = torch.tensor([[-3.0, -1, 2, 5], [5, 5, 9, 9], [1, 1, 1, 3]])
-    assert share_inside(region, boxes).tolist() == [1, 0, 0]
+    assert fraction_inside(region, boxes).tolist() == [1, 0, 0]
 
 
 def test_drawn_boxes() -> None:

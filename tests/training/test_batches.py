@@ -19,7 +19,7 @@ from foveola.data.loader import Loader
 from foveola.data.sources import open_source
 from foveola.logged import Averages, of_all_processes
 from foveola.training import loop
-from foveola.training.assemble import assemble, batch_share
+from foveola.training.assemble import assemble, local_batch_size
 from foveola.training.durations import plan
 from foveola.training.recipe import resolve
 from foveola.training.supply import loader_of, with_data
@@ -38,7 +38,7 @@ def train(recipe, changes, parts, steps):
     config = with_data(config, source)
     world = distributed.world_size()
     progress = plan(config, len(source), world)
-    trainer, share = assemble(config, progress, CPU), batch_share(config)
+    trainer, share = assemble(config, progress, CPU), local_batch_size(config)
     batches = iter(loader_of(config, source, share, CPU, 0, Asker()))
     read = {"with_objects": config.views.objects is not None, "annotations": config.method.annotations}
     everyone = iter(Loader(source, config.batch_size, config.seed, config.loader, **read))

@@ -20,7 +20,7 @@ import torch
 from foveola import distributed
 from foveola.data.loader import Loader
 from foveola.data.sources import open_source
-from foveola.training.assemble import assemble, batch_share, encoder_of
+from foveola.training.assemble import assemble, local_batch_size, encoder_of
 from foveola.training.durations import plan
 from foveola.training.recipe import resolve
 from foveola.training.sharding import local_part, whole_tensors
@@ -38,7 +38,7 @@ def train(recipe, changes, steps=3):
     rank, world = distributed.rank(), distributed.world_size()
     what = {"with_objects": config.views.objects is not None, "annotations": config.method.annotations}
     loader = Loader(
-        source, batch_share(config), config.seed, config.loader, **what, rank=rank, world_size=world,
+        source, local_batch_size(config), config.seed, config.loader, **what, rank=rank, world_size=world,
         accumulate=config.accumulate,
     )
     batches, values = iter(loader), []

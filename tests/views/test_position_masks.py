@@ -14,7 +14,7 @@ from foveola.views.position_masks import (
     PositionMaskingConfig,
     cross_masks,
     draw_both,
-    exact_share,
+    exact_fraction,
     position_masks,
 )
 from foveola.views.tokens import MaskingConfig, draw_masks
@@ -85,13 +85,13 @@ def test_ratios_stay_in_their_range_and_are_spread_over_it(shape: str):
 
 
 def test_the_choice_is_exact_on_average():
-    assert [int(exact_share(0.5, 8, generator(s)).sum()) for s in range(20)] == [4] * 20
-    odd = torch.tensor([float(exact_share(0.5, 3, generator(s)).sum()) for s in range(2000)])
+    assert [int(exact_fraction(0.5, 8, generator(s)).sum()) for s in range(20)] == [4] * 20
+    odd = torch.tensor([float(exact_fraction(0.5, 3, generator(s)).sum()) for s in range(2000)])
     assert set(odd.tolist()) == {1.0, 2.0}
     assert float(odd.mean()) == pytest.approx(1.5, abs=0.05)
-    assert not exact_share(0.0, 5, generator()).any()
-    assert exact_share(1.0, 5, generator()).all()
-    assert sum(exact_share(0.5, 4, generator(s)).float() for s in range(1000)).sub(500).abs().max() < 80
+    assert not exact_fraction(0.0, 5, generator()).any()
+    assert exact_fraction(1.0, 5, generator()).all()
+    assert sum(exact_fraction(0.5, 4, generator(s)).float() for s in range(1000)).sub(500).abs().max() < 80
 
 
 @pytest.mark.parametrize("per_image", [True, False])

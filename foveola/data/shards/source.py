@@ -217,14 +217,14 @@ class ShardImages(FilesReadAlike):
         except (OSError, BadImage):
             return b""
 
-    def hold_out(self, share: float, seed: int, half: str) -> None:
+    def hold_out(self, fraction: float, seed: int, half: str) -> None:
         """Keep one half, drawn by contents, as a folder of the images does. Raises DataError where no image
         can be spared.
         """
         hashes = self.contents(self.rows).tolist()
         contents = [found or b"name " + name.encode() for found, name in
                     zip(hashes, self.image_names(), strict=True)]  # fmt: skip
-        self.keep_half(contents, share, seed, half)
+        self.keep_half(contents, fraction, seed, half)
 
 
 class ShardPixels(ShardImages):

@@ -27,7 +27,7 @@ from foveola.evaluation.attention.reader import (
     group_readers,
 )
 from foveola.evaluation.attention.result import AttentionAnalysis, RunningMoments
-from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, share_of_rank
+from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, slice_of_rank
 from foveola.evaluation.result import versions
 from foveola.failures import told
 from foveola.models.encoder import Encoder
@@ -96,7 +96,7 @@ def _run(
     """Show all images to all readers, and each rank's means to the others; returns facts about the data."""
     chosen = choose_images(len(source), config.limit, config.seed)
     geometries = tuple(dict.fromkeys(reader.geometry for reader in readers))
-    images = Images(source, chosen[share_of_rank(len(chosen))], SquaresCut(geometries))
+    images = Images(source, chosen[slice_of_rank(len(chosen))], SquaresCut(geometries))
     batches: Batches[Squares] = Batches(images, config, f"attention on {source.name}", progress)
     problem = ""
     try:

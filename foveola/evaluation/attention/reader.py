@@ -120,8 +120,8 @@ class AttentionReader:
             view = _View(self, len(images))
             seen = encoder.visit(encoder.normalise(images.to(encoder.device)), view.attention, view.output)
             if self.weights is not None:
-                shares = self.weights(seen.patches.float()).double()
-                view.vectors["abmilp"] = shares.clamp(min=torch.finfo(torch.float32).tiny).log()
+                fractions = self.weights(seen.patches.float()).double()
+                view.vectors["abmilp"] = fractions.clamp(min=torch.finfo(torch.float32).tiny).log()
             heads, blocks, between = view.heads.cpu(), view.blocks.cpu(), view.between.cpu()
             if number < TIMED:
                 self.seconds["analysis"][min(number, 1)] += self._now() - began

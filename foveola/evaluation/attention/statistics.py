@@ -69,7 +69,7 @@ class Statistic(NamedTuple):
     reference: Callable[[Layout], Reference]
 
 
-def _share(part: Callable[[Layout], int]) -> Callable[[Layout], Reference]:
+def _fraction(part: Callable[[Layout], int]) -> Callable[[Layout], Reference]:
     """A share of the attention that goes to some of the T tokens."""
     return lambda at: Reference(part(at) / (at.special + at.patches), 0.0, 1.0)
 
@@ -83,7 +83,7 @@ def _distance(at: Layout) -> Reference:
     return Reference(d.mean().item(), 0.0, d.amax(dim=1).mean().item())
 
 
-def _distance_share(at: Layout) -> Reference:
+def _relative_distance(at: Layout) -> Reference:
     side = math.sqrt(at.patches) * at.patch_size
     return Reference(*(None if value is None else value / side for value in _distance(at)))
 
@@ -93,12 +93,12 @@ def _positive(at: Layout) -> Reference:
 
 
 HEAD_STATISTICS = {
-    "class_to_class": Statistic("class token's attention to itself", "share", _share(lambda at: 1)),
+    "class_to_class": Statistic("class token's attention to itself", "share", _fraction(lambda at: 1)),
     "class_to_registers": Statistic(
-        "class token's attention to registers", "share", _share(lambda at: at.registers)
+        "class token's attention to registers", "share", _fraction(lambda at: at.registers)
     ),
     "class_to_patches": Statistic(
-        "class token's attention to patches", "share", _share(lambda at: at.patches)
+        "class token's attention to patches", "share", _fraction(lambda at: at.patches)
     ),
     "class_entropy": Statistic("entropy of the class token's attention to patches", "nats", _entropy),
     "head_divergence": Statistic(
@@ -106,9 +106,9 @@ HEAD_STATISTICS = {
         "nats",
         lambda at: Reference(0.0, 0.0, None),
     ),
-    "patch_to_class": Statistic("patches' attention to the class token", "share", _share(lambda at: 1)),
+    "patch_to_class": Statistic("patches' attention to the class token", "share", _fraction(lambda at: 1)),
     "patch_to_registers": Statistic(
-        "patches' attention to registers", "share", _share(lambda at: at.registers)
+        "patches' attention to registers", "share", _fraction(lambda at: at.registers)
     ),
     "patch_self": Statistic(
         "a patch's attention to itself, of all patches",
@@ -120,7 +120,7 @@ HEAD_STATISTICS = {
         "normalised mutual information of queries and keys", "", lambda at: Reference(0.0, 0.0, 1.0)
     ),
     "distance": Statistic("mean attention distance", "pixels", _distance),
-    "distance_share": Statistic("mean attention distance", "sides of the image", _distance_share),
+    "distance_share": Statistic("mean attention distance", "sides of the image", _relative_distance),
 }
 BLOCK_STATISTICS = {
     "aggregation_entropy": Statistic("entropy of the mean of the class token's heads", "nats", _entropy),
@@ -188,11 +188,11 @@ def head_statistics(
     found["distance"] = far
     found["distance_share"] = far / (math.sqrt(at.patches) * at.patch_size)
     total = torch.cat((others, peak.double() + z.log()[..., None]), dim=-1).logsumexp(dim=-1, keepdim=True)
-    shares = (others - total).exp().mean(dim=-2)
+    fractions = (others - total).exp().mean(dim=-2)
     if at.class_token:
-        found["patch_to_class"] = shares[..., 0]
+        found["patch_to_class"] = fractions[..., 0]
     if at.registers:
-        found["patch_to_registers"] = shares[..., int(at.class_token) :].sum(dim=-1)
+        found["patch_to_registers"] = fractions[..., int(at.class_token) :].sum(dim=-1)
     statistics = torch.stack([found[name] for name in HEAD_STATISTICS], dim=-1)
     return HeadParts(statistics, class_rows, centre_rows)
 

@@ -176,10 +176,10 @@ class AbmilpGrid:
             hidden = torch.baddbmm(bias[:, None], hidden, weight.transpose(1, 2))
         weights = hidden.view(probes, *x.shape[:2], self.heads).transpose(2, 3).softmax(dim=3)
         if not self.attention:  # the patches are the same for all probes: no copy of them for each
-            shares = x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, H, N, D / H]
-            return weights, (weights.permute(1, 2, 0, 3) @ shares).permute(2, 0, 1, 3).flatten(2)
-        shares = tokens.view(probes, *x.shape[:2], self.heads, -1)
-        return weights, torch.einsum("gbhn,gbnhc->gbhc", weights, shares).flatten(2)
+            values = x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, H, N, D / H]
+            return weights, (weights.permute(1, 2, 0, 3) @ values).permute(2, 0, 1, 3).flatten(2)
+        values = tokens.view(probes, *x.shape[:2], self.heads, -1)
+        return weights, torch.einsum("gbhn,gbnhc->gbhc", weights, values).flatten(2)
 
     def _attend(self, x: Float[Tensor, "b N D"], p: list[Tensor]) -> Float[Tensor, "G bN D"]:
         at = 2 * self.depth + 2
@@ -364,6 +364,6 @@ def _entropy(grid: AbmilpGrid, probe: int, columns: Columns) -> float:
     """Mean over images and heads of the entropy of the weights, in nats."""
     total = 0.0
     for at in torch.arange(len(columns)).split(256):
-        shares = grid.maps(columns.take(at)["patches"])[probe]
-        total += torch.special.entr(shares.double()).sum().item() / grid.heads
+        values = grid.maps(columns.take(at)["patches"])[probe]
+        total += torch.special.entr(values.double()).sum().item() / grid.heads
     return total / len(columns)

@@ -21,7 +21,7 @@ from foveola.evaluation.features.table import (
     mask_modes,
     without_objects,
 )
-from foveola.evaluation.images import identity_for, share_of_rank
+from foveola.evaluation.images import identity_for, slice_of_rank
 from foveola.evaluation.metrics import (
     GroundTruth,
     effective_rank,
@@ -224,7 +224,7 @@ def _measure(
             f"instead of {list(config.k)}"
         )
     classes = int(reference.labels.max()) + 1
-    mine = share_of_rank(len(query.labels))
+    mine = slice_of_rank(len(query.labels))
     groups = (
         content_groups(*sources, config, reference.image_indices, query.image_indices)
         if config.exclude_self
@@ -246,8 +246,8 @@ def _measure(
     best = max(ks, key=lambda k: percent(correct[k]))  # the smallest of equals
     top5 = truth.among(ranked[best])
     low, high = interval(correct[best], query.image_indices, seed=config.seed)
-    shares = {f"top1_{name}": correct[best], f"top5_{name}": top5}
-    shares |= {f"top1_{name}_k{k}": correct[k] for k in ks}
+    hits = {f"top1_{name}": correct[best], f"top5_{name}": top5}
+    hits |= {f"top1_{name}_k{k}": correct[k] for k in ks}
     return {
         f"top1_{name}": percent(correct[best]),
         f"top1_{name}_low": 100 * low,
@@ -256,7 +256,7 @@ def _measure(
         f"best_k_{name}": float(best),
         **{f"top1_{name}_k{k}": percent(correct[k]) for k in ks},
         f"effective_rank_{name}": effective_rank(query.features),
-    }, {metric: packed(hit, query.image_indices) for metric, hit in shares.items()}
+    }, {metric: packed(hit, query.image_indices) for metric, hit in hits.items()}
 
 
 def _truth(

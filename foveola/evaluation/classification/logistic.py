@@ -306,8 +306,8 @@ class Logistic(Protocol):
         if len(task.hold):
             held = (rows("hold") - mean) / scale
             order = [_judged(model, held, task.held).order()[0] for model in models]
-            for row, (share, _) in zip(grid, order, strict=True):
-                row["holdout"] = share
+            for row, (fraction, _) in zip(grid, order, strict=True):
+                row["holdout"] = fraction
         best = max(range(len(values)), key=order.__getitem__)
         model, right = models[best], on_test[best]
         if len(task.hold):

@@ -20,7 +20,7 @@ from foveola.data.sources import Source
 from foveola.evaluation.classification.training import FeatureBatch, Order
 from foveola.evaluation.features.encoding import CropsCut, FeatureReader, checked
 from foveola.evaluation.features.need import FeedConfig, Need, shape_of
-from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, facts_of_bad, join, share_of_rank
+from foveola.evaluation.images import PARCEL, Batches, ImageRows, Images, facts_of_bad, join, slice_of_rank
 from foveola.models.encoder import Encoder
 
 
@@ -33,7 +33,7 @@ class CropSchedule:
 
     def __init__(self, images: Int64[np.ndarray, "n"], order: Order, steps: int) -> None:
         self.images, self.order, self.steps = images, order, steps
-        self.mine = share_of_rank(order.batch)
+        self.mine = slice_of_rank(order.batch)
         self.parcels = max(1, -(-(self.mine.stop - self.mine.start) // PARCEL))  # of a step
 
     def __len__(self) -> int:

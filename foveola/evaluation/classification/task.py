@@ -152,9 +152,9 @@ def open_task(at: At, config: ProbeConfig, need: Need, candidates: int, seed: in
         raise UserError(f"{train.name}: labels of {len(present)} class; a probe needs two or more")
     if len(present) < classes:
         notes.append(f"train: {classes - len(present)} of {classes} classes have no image")
-    share = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
-    fit, hold = held_out(rows, share, config.seed if seed is None else seed, labels[rows])
-    if share and not len(hold):
+    fraction = config.holdout if config.holdout is not None else HOLDOUT * (candidates > 1)
+    fit, hold = held_out(rows, fraction, config.seed if seed is None else seed, labels[rows])
+    if fraction and not len(hold):
         raise UserError(
             f"{train.name}: no class has two labelled images, so none can be held out to choose among "
             f"{candidates} probes; give one (such as lr=), or holdout=0, which lets the test set choose"
@@ -197,15 +197,15 @@ def _labelled(labels: Int64[Tensor, "n"], which: str, notes: list[str]) -> Int64
 
 
 def held_out(
-    rows: Int64[Tensor, "r"], share: float, seed: int, labels: Int64[Tensor, "r"] | None = None
+    rows: Int64[Tensor, "r"], fraction: float, seed: int, labels: Int64[Tensor, "r"] | None = None
 ) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
-    """Return `rows` in two, ascending: those that train, and a drawn `share` that chooses.
+    """Return `rows` in two, ascending: those that train, and a drawn `fraction` that chooses.
 
     At least one row is held out where share > 0, as long as one can be spared. With `labels` each class gives
     its share, as evenly as whole rows allow, and keeps one row at least: a class that nothing trains could
     only be wrong. Rows of one class without.
     """
-    count = max(1, int(share * len(rows))) if share else 0
+    count = max(1, int(fraction * len(rows))) if fraction else 0
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(rows))
     _, number, sizes = np.unique(

@@ -24,7 +24,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     identity_for,
-    share_of_rank,
+    slice_of_rank,
 )
 from foveola.evaluation.localisation.box_accuracy import SIDE, STEPS, square_hits
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
@@ -83,7 +83,7 @@ class Discovery(Protocol):
         chosen = choose_images(len(at.test), config.limit, config.seed)
         cut = AnnotatedCut(masks, classes=False)
         batch = config.discover.batch_size
-        images = Images(at.test, chosen[share_of_rank(len(chosen))], cut, min(4, batch))
+        images = Images(at.test, chosen[slice_of_rank(len(chosen))], cut, min(4, batch))
         reading = ReadingConfig(batch_size=batch, workers=config.workers)
         batches: Batches[Annotated] = Batches(images, reading, f"discovery {at.test.name}", at.progress)
         found = _discover(batches, proposer, masks)

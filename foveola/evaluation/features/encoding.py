@@ -188,9 +188,9 @@ def lowest_entropy(rows: Float[Tensor, "b heads N"]) -> Float[Tensor, "b N"]:
     """Return, of each image, the row of the head whose distribution over the patches has the lowest
     entropy.
     """
-    shares = rows / rows.sum(dim=2, keepdim=True)
-    best = torch.special.entr(shares).sum(dim=2).argmin(dim=1)
-    return shares[torch.arange(len(shares), device=shares.device), best]
+    probabilities = rows / rows.sum(dim=2, keepdim=True)
+    best = torch.special.entr(probabilities).sum(dim=2).argmin(dim=1)
+    return probabilities[torch.arange(len(probabilities), device=probabilities.device), best]
 
 
 # -- a source, batch by batch --------------------------------------------------------------------------------

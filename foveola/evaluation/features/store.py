@@ -29,7 +29,7 @@ from foveola.data.sources import Source
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.need import FeedConfig, Need, shape_of
 from foveola.evaluation.features.table import FeatureTable
-from foveola.evaluation.images import choose_images, facts_of_bad, share_of_rank
+from foveola.evaluation.images import choose_images, facts_of_bad, slice_of_rank
 from foveola.models.encoder import Encoder
 
 FORMAT = 3  # of the folder: another one is another key
@@ -165,7 +165,7 @@ class Pass:
         distributed.barrier()
         problem = ""
         try:
-            self._compute(missing[share_of_rank(len(missing))], marks)
+            self._compute(missing[slice_of_rank(len(missing))], marks)
         except UserError as error:
             problem = str(error)
         for found in distributed.gather_objects(problem):

@@ -26,7 +26,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     rows_of,
-    share_of_rank,
+    slice_of_rank,
 )
 from foveola.models.encoder import Encoder
 from foveola.models.transform import TransformConfig, crop_view, evaluation_view
@@ -152,7 +152,7 @@ def extract_tables(
     encoder = encoder.pooled(config.pool)
     chosen = choose_images(len(source), config.limit, config.seed)
     cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
-    images = Images(source, chosen[share_of_rank(len(chosen))], cut)
+    images = Images(source, chosen[slice_of_rank(len(chosen))], cut)
     batches: Batches[ImageRows] = Batches(images, config, f"features of {source.name}", progress)
     features = [_Growing(len(images.chosen), encoder.width) for _ in masks]
     numbers, flags = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)

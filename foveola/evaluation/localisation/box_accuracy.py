@@ -127,11 +127,13 @@ class BoxAccuracy:
 
 def accuracy(hits: Bool[np.ndarray, "n D1 T"], options: Sequence[float]) -> BoxAccuracy:
     """Return the summary of `image_hits` (or `square_hits`) of n images, T of them kept as `options`."""
-    shares = 100 * hits.mean(axis=0)
-    first = shares[:-1].argmax(axis=1)
-    best = shares[:-1].max(axis=1)
+    percents = 100 * hits.mean(axis=0)
+    first = percents[:-1].argmax(axis=1)
+    best = percents[:-1].max(axis=1)
     chosen = tuple(float(options[i]) for i in first)
-    return BoxAccuracy(float(best.mean()), tuple(best.tolist()), chosen, float(shares[-1].max()), shares[:-1])
+    return BoxAccuracy(
+        float(best.mean()), tuple(best.tolist()), chosen, float(percents[-1].max()), percents[:-1]
+    )
 
 
 def distinct(thresholds: Sequence[float]) -> tuple[Int64[np.ndarray, "T"], tuple[float, ...]]:

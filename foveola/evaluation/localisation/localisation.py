@@ -25,7 +25,7 @@ from foveola.evaluation.images import (
     choose_images,
     facts_of_bad,
     identity_for,
-    share_of_rank,
+    slice_of_rank,
 )
 from foveola.evaluation.localisation.box_accuracy import (
     IOUS,
@@ -133,7 +133,7 @@ def find_boxes(
     """Return the pass over the images: maps of each, and at once whether their boxes are right."""
     chosen = choose_images(len(source), config.limit, config.seed)
     images = Images(
-        source, chosen[share_of_rank(len(chosen))], BoxedCut(encoder.config.transform.squashed(side))
+        source, chosen[slice_of_rank(len(chosen))], BoxedCut(encoder.config.transform.squashed(side))
     )
     batches: Batches[Boxed] = Batches(images, config, f"maps of {source.name}", progress)
     rows = len(config.iou) + 1

@@ -14,7 +14,7 @@ LABELS_AT_ONCE = 2**22  # labels looked at: 32 MiB
 
 
 def hold_out(
-    image_indices: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, share: float, seed: int
+    image_indices: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, fraction: float, seed: int
 ) -> Bool[Tensor, "R"]:
     """Return which rows belong to the held-out images: a share of them, at least one, drawn by seed.
 
@@ -29,8 +29,8 @@ def hold_out(
     every = torch.arange(len(names))
     shown = _shown(which, labels, len(names), classes)
     for groups in (_rarest(shown), torch.zeros_like(every)):
-        _, held = held_out(every, share, seed, groups)
-        if len(held) >= max(1, int(share * len(names))):
+        _, held = held_out(every, fraction, seed, groups)
+        if len(held) >= max(1, int(fraction * len(names))):
             break
     return torch.isin(which, held)
 

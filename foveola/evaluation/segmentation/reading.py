@@ -22,7 +22,7 @@ from foveola.data.segmentation import IGNORE, PixelSource
 from foveola.evaluation.features.cache import Feed, feeding
 from foveola.evaluation.features.encoding import Encoding, checked
 from foveola.evaluation.features.need import Need
-from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, share_of_rank
+from foveola.evaluation.images import SquashedConfig, choose_images, facts_of_bad, slice_of_rank
 from foveola.evaluation.protocol import At, Needs, Outcome, Protocol, Reading
 from foveola.models.encoder import Encoder
 
@@ -176,7 +176,7 @@ class DensePass:
         self.encoder, self.source, self.config = encoder, source, config
         self.progress, self.feed, self.originals = progress, feed, originals
         self.chosen = choose_images(len(source), config.limit, config.seed) if chosen is None else chosen
-        self.mine = self.chosen[share_of_rank(len(self.chosen))]
+        self.mine = self.chosen[slice_of_rank(len(self.chosen))]
         self.void = void  # what pixels of no class become
         self.bad: list[int] = []  # of this rank's share
         self.spent: dict[str, Any] = {}  # what the store says about the pass

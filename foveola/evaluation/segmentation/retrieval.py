@@ -59,7 +59,7 @@ def attend(
     return torch.cat(found)
 
 
-def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
+def own_fractions(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
     """Return the class shares of the pixels of each patch that have a class: those without one count nowhere.
 
     As shares of all pixels they would be small in a patch that is partly void, and its neighbours would win
@@ -70,12 +70,12 @@ def own_shares(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
 
 
 def label_pixels(
-    shares: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
+    fractions: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
 ) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
     """Return the class of each pixel: shares of an image's patches, enlarged bilinearly, and the largest
     taken.
     """
-    field = shares.T.reshape(1, -1, grid, grid)
+    field = fractions.T.reshape(1, -1, grid, grid)
     return interpolate(field, size, mode="bilinear", align_corners=False)[0].argmax(dim=0).to(torch.uint8)
 
 
@@ -159,14 +159,14 @@ class DenseRetrieval(DenseProtocol):
             own = label_counts(patch_pixels(batch.maps, at.encoder.patch_size).flatten(0, 1), len(classes))[
                 :, :-1
             ]
-            areas["ceiling"] += _compare(own_shares(own), passing.grid, batch.truth, len(classes))
+            areas["ceiling"] += _compare(own_fractions(own), passing.grid, batch.truth, len(classes))
             for b, one in enumerate(sets):
                 s, i = nearest_rows(
                     batch.features.flatten(0, 1), one.features, max(config.k), device=at.encoder.device
                 )
                 for k in config.k:
-                    shares = attend(s, i, one.counts, pixels, k, config.temperature)
-                    areas[b, k] += _compare(shares, passing.grid, batch.truth, len(classes))
+                    fractions = attend(s, i, one.counts, pixels, k, config.temperature)
+                    areas[b, k] += _compare(fractions, passing.grid, batch.truth, len(classes))
         test_facts = passing.facts()
         stacked = {
             setting: distributed.gather_rows(_stack(parts, len(classes))) for setting, parts in areas.items()
@@ -227,10 +227,10 @@ def _join(parts: Sequence[DenseBatch]) -> DenseBatch:
 
 
 def _compare(
-    shares: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
+    fractions: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
 ) -> list[Int64[Tensor, "3 C1"]]:
     """Areas of each image, from the class shares of the patches of all."""
-    parts = shares.split(grid * grid)
+    parts = fractions.split(grid * grid)
     return [
         region_areas(label_pixels(part, grid, (labels.shape[0], labels.shape[1])), labels, classes)
         for part, labels in zip(parts, truth, strict=True)

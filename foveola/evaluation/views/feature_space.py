@@ -78,7 +78,7 @@ def rows_rankme(features: Float[Tensor, "*B n D"]) -> Float64[Tensor, "*B"]:
     return rankme(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt())
 
 
-def first_share(variances: Float[Tensor, "D"]) -> float:
+def first_fraction(variances: Float[Tensor, "D"]) -> float:
     """Return the share of the variance along the first principal component, in percent; 100 without any
     variance.
     """

@@ -16,7 +16,7 @@ from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.evaluation.views.feature_space import (
     Moments,
     alignments,
-    first_share,
+    first_fraction,
     mean_cosine,
     moments,
     nearest_other,
@@ -118,11 +118,11 @@ def space_metrics(
         **metrics,
         "rankme_patches": rankme(patches.singular_values()).item(),
         **_mean("rankme_within", seen.within, config.seed),
-        "first_component_image": first_share(found.variances()),
-        "first_component_patches": first_share(patches.variances()),
+        "first_component_image": first_fraction(found.variances()),
+        "first_component_patches": first_fraction(patches.variances()),
         "spread": spread(seen.features),
         "mean_cosine": mean_cosine(seen.features),
-        **_share("duplicates", nearest, None, config.seed),
+        **_fraction("duplicates", nearest, None, config.seed),
     }
 
 
@@ -160,7 +160,7 @@ def _found(
     ranks = _ranks(first, second)
     k = min(config.recall, len(first))
     return {
-        **_share(f"rank1_{name}", ranks == 0, image_indices.repeat(2), config.seed),
+        **_fraction(f"rank1_{name}", ranks == 0, image_indices.repeat(2), config.seed),
         f"recall{k}_{name}": recall_at(ranks, k),
     }
 
@@ -184,7 +184,7 @@ def _chances(name: str, count: int, config: LabelFreeConfig) -> dict[str, float]
     return {f"chance_rank1_{name}": 100 / count, f"chance_recall{k}_{name}": 100 * k / count}
 
 
-def _share(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) -> dict[str, float]:
+def _fraction(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) -> dict[str, float]:
     """A share of rows in percent, with its interval over images."""
     low, high = interval(hit, owners, seed=seed)
     return {name: percent(hit), f"{name}_low": 100 * low, f"{name}_high": 100 * high}

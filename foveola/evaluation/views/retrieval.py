@@ -17,7 +17,7 @@ from foveola.data.identity import Identity, identity_of
 from foveola.data.sample import BadImage, Canvases, Sample
 from foveola.data.sources import Source, decode, why_bad
 from foveola.evaluation.features.table import check_finite, mask_modes, object_tokens
-from foveola.evaluation.images import Batches, Images, ReadingConfig, share_of_rank
+from foveola.evaluation.images import Batches, Images, ReadingConfig, slice_of_rank
 from foveola.evaluation.metrics import interval, partner_ranks, recall_at
 from foveola.evaluation.paired import packed
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
@@ -186,7 +186,7 @@ def drawn_targets(
     Views are a pure function of a parcel and its number, so they are the same for any number of ranks.
     """
     every = range(-(-len(targets) // OBJECTS_TOGETHER))
-    mine = every[share_of_rank(len(every))]
+    mine = every[slice_of_rank(len(every))]
     own = np.array(
         targets[mine.start * OBJECTS_TOGETHER : mine.stop * OBJECTS_TOGETHER], dtype=np.int64
     ).reshape(-1, 2)

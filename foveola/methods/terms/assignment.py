@@ -117,7 +117,7 @@ class AssignmentTerm(Term):
         return found[0]
 
 
-def check_masked_share(setting: Setting, ratio: tuple[float, float], why: str | None) -> None:
+def check_masked_ratio(setting: Setting, ratio: tuple[float, float], why: str | None) -> None:
     """Raise ValueError where no patch is ever hidden: for the reason `why`, or as `ratio` is too small."""
     name, patches = setting.name, setting.grid[0] * setting.grid[1]
     if ratio[1] * patches < 1:

@@ -6,7 +6,7 @@ from typing import Literal
 from foveola.config import key
 from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms.assignment import AssignmentTerm, check_masked_share
+from foveola.methods.terms.assignment import AssignmentTerm, check_masked_ratio
 from foveola.methods.terms.term import Seen, Setting
 
 
@@ -43,7 +43,7 @@ class PatchTerm(AssignmentTerm):
             why = "views.masking.probability=0.0"
         elif positions is not None and positions.share == 1:
             why = "views.position_masking.share=1.0 leaves no image for views.masking"
-        check_masked_share(setting, masking.ratio, why)
+        check_masked_ratio(setting, masking.ratio, why)
 
     def forward(self, seen: Seen) -> Output:
         hidden = seen.batch.large.hidden_contents

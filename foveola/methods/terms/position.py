@@ -14,7 +14,7 @@ from foveola.config import key
 from foveola.data.shown import drawn_rgb
 from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig
-from foveola.methods.terms.assignment import AssignmentTerm, check_masked_share
+from foveola.methods.terms.assignment import AssignmentTerm, check_masked_ratio
 from foveola.methods.terms.term import Heads, Seen, Setting
 from foveola.schedules import Schedule
 
@@ -67,7 +67,7 @@ class PositionTerm(AssignmentTerm):
             raise ValueError(
                 f"method.{name} needs masked positions: set views.position_masking, or method.{name}=null"
             )
-        check_masked_share(
+        check_masked_ratio(
             setting, masking.ratio, None if masking.share else "views.position_masking.share=0.0"
         )
 

@@ -14,7 +14,7 @@ from foveola.methods.method import Output
 from foveola.methods.targets import TargetConfig, TeacherTargets
 from foveola.methods.terms.assignment import AssignmentTerm
 from foveola.methods.terms.term import Seen, Setting
-from foveola.views.objects import object_shares
+from foveola.views.objects import object_weights
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class TokenTerm(AssignmentTerm):
             features = teacher.project(theirs.flatten(0, 1))
         predictions = student.project(mine.flatten(0, 1)).unflatten(0, mine.shape[:2])
         temperature = self.config.target.student_temperature
-        shares = None
+        image_weights = None
         if self.config.weight_by is not None:
             assert seen.batch.chosen is not None  # the loader gives it wherever there are objects
-            shares = object_shares(seen.batch.chosen, self.config.weight_by).flatten()
+            image_weights = object_weights(seen.batch.chosen, self.config.weight_by).flatten()
 
         def compare(targets: TeacherTargets, predicted: Tensor, prototypes: PrototypeWeights) -> Tensor:
-            return cross_view_loss(targets, predicted, temperature, prototypes, shares)
+            return cross_view_loss(targets, predicted, temperature, prototypes, image_weights)
 
         return self.compared(seen, features, predictions, compare)
 

@@ -92,13 +92,13 @@ def choose_parts(batch: int, processes: int, image: float, weights: float, memor
         weights: bytes of weights, gradients and averages.
         memory: bytes of the device, of which 70 % are planned with.
     """
-    room, share = 0.7 * memory - weights, batch // processes
-    fitting = (parts for parts in range(1, share + 1) if share % parts == 0 and share / parts * image <= room)
-    parts, there = next(fitting, share), memory / 2**30
+    room, local = 0.7 * memory - weights, batch // processes
+    fitting = (parts for parts in range(1, local + 1) if local % parts == 0 and local / parts * image <= room)
+    parts, there = next(fitting, local), memory / 2**30
     if parts == 1:
-        needed = (weights + share * image) / 2**30
+        needed = (weights + local * image) / 2**30
         return Decision(1, f"about {needed:.1f} GiB of {there:.0f} GiB are needed")
-    return Decision(parts, f"{share} images at once need {share * image / 2**30:.0f} GiB of {there:.0f}")
+    return Decision(parts, f"{local} images at once need {local * image / 2**30:.0f} GiB of {there:.0f}")
 
 
 def choose_prototypes(rows: int, images: int) -> Decision:

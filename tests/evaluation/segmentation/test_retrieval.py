@@ -15,7 +15,7 @@ from foveola.evaluation.segmentation.retrieval import (
     DenseRetrievalConfig,
     attend,
     label_pixels,
-    own_shares,
+    own_fractions,
 )
 from foveola.models.encoder import Encoder
 
@@ -97,7 +97,7 @@ def test_void_pixels_do_not_lower_the_ceiling(encoder: Encoder, coloured):
         labels[:, labels.shape[1] // 2 :] = 1
         labels[::2, labels.shape[1] // 2 :] = IGNORE  # of the right half every other row
     metrics = run(encoder, train, test, DenseRetrievalConfig(workers=0, k=(3, 5)), progress=False).metrics
-    half = own_shares(torch.tensor([[16, 0, 0], [0, 8, 0], [0, 0, 0], [4, 4, 8]], dtype=torch.int16))
+    half = own_fractions(torch.tensor([[16, 0, 0], [0, 8, 0], [0, 0, 0], [4, 4, 8]], dtype=torch.int16))
     assert half.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0.25, 0.25, 0.5]]
     assert metrics["miou_ceiling"] > 99.9
     assert metrics["miou_ceiling"] >= metrics["miou"]

@@ -19,7 +19,7 @@ from foveola.evaluation.protocol import At
 from foveola.evaluation.views.feature_space import (
     Moments,
     alignments,
-    first_share,
+    first_fraction,
     mean_cosine,
     moments,
     nearest_other,
@@ -60,7 +60,7 @@ def test_features_that_are_all_the_same() -> None:
     assert spread(same) == pytest.approx(0, abs=1e-6)
     assert mean_cosine(same) == pytest.approx(1)
     assert nearest_other(same).tolist() == pytest.approx([1.0] * 30)
-    assert first_share(moments(same).variances()) == 100
+    assert first_fraction(moments(same).variances()) == 100
     nothing = torch.zeros(5, 4)
     assert rankme(moments(nothing).singular_values()).item() == 0
     assert rows_rankme(nothing).item() == 0
@@ -94,9 +94,9 @@ def test_random_directions_fill_the_space() -> None:
     assert abs(mean_cosine(x)) < 0.01
     assert uniformity(x) == pytest.approx(-4, abs=0.15)
     assert 60 < rankme(moments(x).singular_values()).item() < 64
-    assert first_share(moments(x).variances()) < 3
+    assert first_fraction(moments(x).variances()) < 3
     assert rankme(moments(x + 100).singular_values()).item() < 7  # not centred: the mean is a direction
-    assert first_share(moments(x + 100).variances()) < 3  # centred
+    assert first_fraction(moments(x + 100).variances()) < 3  # centred
 
 
 # -- against loops -------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_rankme_against_svd(shape) -> None:
         assert rankme(moments(x).singular_values()).item() == pytest.approx(expected[0], rel=1e-6)
         components = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(0), compute_uv=False) ** 2
         share = 100 * components[0] / components.sum()
-        assert first_share(moments(x).variances()) == pytest.approx(share)
+        assert first_fraction(moments(x).variances()) == pytest.approx(share)
 
 
 def test_moments_of_parts_are_those_of_the_whole() -> None:
