@@ -21,7 +21,7 @@ from foveola.config import UserError, describe, nearest, parse_overrides
 from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
 from foveola.failures import explain
 from foveola.files import is_there
-from foveola.launchers import STOPPED, processes_asked, start_processes
+from foveola.launchers import STOPPED, split_processes, start_processes
 
 if TYPE_CHECKING:
     from foveola.training.recipe import RunConfig
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         with as_command():
-            return _dispatch(*processes_asked(words))
+            return _dispatch(*split_processes(words))
     except UserError as error:
         if os.environ.get("FOVEOLA_DEBUG") == "1":
             raise

@@ -23,10 +23,10 @@ from foveola.trees import (
     UserError,
     dump_tree,
     kind_of,
-    meant,
     merge,
     nearest,
     parse_overrides,
+    path_hint,
     read_yaml,
     renewed,
     shown,
@@ -42,10 +42,10 @@ __all__ = [
     "dump_yaml",
     "key",
     "kind_of",
-    "meant",
     "merge",
     "nearest",
     "parse_overrides",
+    "path_hint",
     "read_yaml",
     "refuse_unread",
     "renewed",
@@ -307,13 +307,13 @@ def unread(config: Any, where: str = "") -> dict[str, str]:
     return found
 
 
-def refuse_unread(config: Any, given: dict) -> None:
-    """Raise ConfigError where a key that was asked for, in the tree `given`, changes nothing.
+def refuse_unread(config: Any, overrides: dict) -> None:
+    """Raise ConfigError where a key that was asked for, in the tree `overrides`, changes nothing.
 
     What a recipe holds besides may be idle: a key of something that the user has switched off.
     """
     idle = unread(config)
-    for path, _ in _leaves(given):
+    for path, _ in _leaves(overrides):
         for name, why in idle.items():
             if path == name or path.startswith(f"{name}."):
                 raise ConfigError(f"{path} has no effect: {why}")

@@ -62,7 +62,7 @@ def explain(error: BaseException) -> str | None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turn faults of the machine into a UserError that begins with `what` could not be done, and where."""
     try:
         yield

@@ -203,11 +203,11 @@ class RunFolder:
         """The encoder of the step that was measured as the best."""
         return EncoderFolder(self.path / "encoders" / "best")
 
-    def kept_encoder(self, step: int) -> EncoderFolder:
+    def saved_encoder(self, step: int) -> EncoderFolder:
         """Return the encoder of an earlier step."""
         return EncoderFolder(self.path / "encoders" / f"step-{step:08d}")
 
-    def kept_encoders(self) -> list[tuple[int, EncoderFolder]]:
+    def saved_encoders(self) -> list[tuple[int, EncoderFolder]]:
         """Return the encoders of earlier steps that are whole, by rising step."""
         kept = (self.path / "encoders").glob("step-*")
         found = [(STEP.fullmatch(path.name), EncoderFolder(path)) for path in kept]
@@ -318,7 +318,7 @@ class RunModel:
             own = self.run.path / "student"
             return own if self.step is None else own / self.run.checkpoint(self.step).name
         step = self.run.best.step if self.step is None else self.step
-        return self.run.best.path if step is None else self.run.kept_encoder(step).path
+        return self.run.best.path if step is None else self.run.saved_encoder(step).path
 
 
 def run_model(name: str | Path) -> RunModel | None:
@@ -381,7 +381,7 @@ def home_of(model: str | Path) -> Path | None:
     path = Path(model)
     run = RunFolder(path.parent.parent)
     if path == run.best.path and run.best.step is not None:
-        return run.kept_encoder(run.best.step).path
+        return run.saved_encoder(run.best.step).path
     kept = path.parent.name == "encoders" and EncoderFolder(path).config.is_file()
     return path if kept or RunFolder(path).encoder.config.is_file() else None
 

@@ -32,9 +32,9 @@ def join_tasks(environment: MutableMapping[str, str]) -> None:
         return
     # In a job of Slurm, mpirun starts its daemons by srun, whose words its tasks then see as well.
     for read in (_open_mpi, _hydra, _slurm):
-        told = read(environment)
-        if told is not None:
-            for name, value in told.items():
+        variables = read(environment)
+        if variables is not None:
+            for name, value in variables.items():
                 environment.setdefault(name, value)
             return
     if int(environment.get("PMIX_RANK", "0") or 0) > 0:
@@ -44,16 +44,16 @@ def join_tasks(environment: MutableMapping[str, str]) -> None:
         )
 
 
-def _slurm(told: Mapping[str, str]) -> dict[str, str] | None:
+def _slurm(variables: Mapping[str, str]) -> dict[str, str] | None:
     """Tasks of one job step (srun)."""
-    size = _count(told, "SLURM_STEP_NUM_TASKS")
+    size = _count(variables, "SLURM_STEP_NUM_TASKS")
     if size < 2:
         return None
     try:
-        rank, local = int(told["SLURM_PROCID"]), int(told["SLURM_LOCALID"])
-        nodes = told.get("SLURM_STEP_NODELIST") or told["SLURM_JOB_NODELIST"]
-        here = _of_node(told["SLURM_STEP_TASKS_PER_NODE"], int(told["SLURM_NODEID"]))
-        job, step = int(told["SLURM_JOB_ID"]), int(told.get("SLURM_STEP_ID", "0"))
+        rank, local = int(variables["SLURM_PROCID"]), int(variables["SLURM_LOCALID"])
+        nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
+        here = _of_node(variables["SLURM_STEP_TASKS_PER_NODE"], int(variables["SLURM_NODEID"]))
+        job, step = int(variables["SLURM_JOB_ID"]), int(variables.get("SLURM_STEP_ID", "0"))
     except (KeyError, ValueError) as error:
         raise UserError(
             f"srun started {size} tasks, and each would do the whole work alone, as {error} is missing or no "
@@ -63,35 +63,39 @@ def _slurm(told: Mapping[str, str]) -> dict[str, str] | None:
     return _words(rank, size, local, here, first_host(nodes), port)
 
 
-def _open_mpi(told: Mapping[str, str]) -> dict[str, str] | None:
+def _open_mpi(variables: Mapping[str, str]) -> dict[str, str] | None:
     """Tasks of Open MPI (mpirun)."""
-    size = _count(told, "OMPI_COMM_WORLD_SIZE")
+    size = _count(variables, "OMPI_COMM_WORLD_SIZE")
     names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return None if size < 2 else _mpi(told, "mpirun", size, names)
+    return None if size < 2 else _mpi(variables, "mpirun", size, names)
 
 
-def _hydra(told: Mapping[str, str]) -> dict[str, str] | None:
+def _hydra(variables: Mapping[str, str]) -> dict[str, str] | None:
     """Tasks of MPICH or Intel MPI (mpiexec)."""
-    size = _count(told, "PMI_SIZE")
+    size = _count(variables, "PMI_SIZE")
     names = ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    by_srun = names[1] not in told and _count(told, "SLURM_STEP_NUM_TASKS") == size  # srun --mpi=pmi2
-    return None if size < 2 or by_srun else _mpi(told, "mpiexec", size, names)
+    by_srun = (
+        names[1] not in variables and _count(variables, "SLURM_STEP_NUM_TASKS") == size
+    )  # srun --mpi=pmi2
+    return None if size < 2 or by_srun else _mpi(variables, "mpiexec", size, names)
 
 
-def _mpi(told: Mapping[str, str], launcher: str, size: int, names: tuple[str, str, str]) -> dict[str, str]:
+def _mpi(
+    variables: Mapping[str, str], launcher: str, size: int, names: tuple[str, str, str]
+) -> dict[str, str]:
     try:
-        rank, local, here = (int(told[name]) for name in names)
+        rank, local, here = (int(variables[name]) for name in names)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{launcher} started {size} tasks, and each would do the whole work alone, as {error} is missing "
             f"or no number: set RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun; {ALONE}"
         ) from None
-    if here < size and "MASTER_ADDR" not in told:
+    if here < size and "MASTER_ADDR" not in variables:
         raise UserError(
             f"{launcher} started {size} tasks on several machines, which do not know the first one: "
             "give its address to all of them as MASTER_ADDR (and a free port of it as MASTER_PORT)"
         )
-    space = told.get("PMIX_NAMESPACE") or told.get("OMPI_MCA_ess_base_jobid")
+    space = variables.get("PMIX_NAMESPACE") or variables.get("OMPI_MCA_ess_base_jobid")
     port = PORT if space is None else PORTS[sum(map(ord, space)) * 31 % len(PORTS)]
     return _words(rank, size, local, here, "127.0.0.1", port)
 
@@ -107,8 +111,8 @@ def _words(rank: int, size: int, local: int, here: int, address: str, port: int)
     }
 
 
-def _count(told: Mapping[str, str], name: str) -> int:
-    text = told.get(name, "")
+def _count(variables: Mapping[str, str], name: str) -> int:
+    text = variables.get(name, "")
     return int(text) if text.isdigit() else 0
 
 
@@ -133,23 +137,23 @@ def _of_node(text: str, node: int) -> int:
 # -- processes of our own ---------------------------------------------------------------------------------
 
 
-def processes_asked(words: list[str]) -> tuple[list[str], str | None]:
+def split_processes(words: list[str]) -> tuple[list[str], str | None]:
     """Return the words of a command without `gpus=` or `processes=`, and which of them it had.
 
     Raises UserError where both are there, or one of them twice.
     """
-    asked = [word for word in words if word.startswith(("gpus=", "processes="))]
-    if len(asked) > 1:
-        raise UserError(f"{asked[0]} and {asked[1]}: one of them is enough")
-    return [word for word in words if word not in asked], asked[0] if asked else None
+    options = [word for word in words if word.startswith(("gpus=", "processes="))]
+    if len(options) > 1:
+        raise UserError(f"{options[0]} and {options[1]}: one of them is enough")
+    return [word for word in words if word not in options], options[0] if options else None
 
 
-def count_of(asked: str, visible: Callable[[], int]) -> int:
+def count_of(option: str, visible: Callable[[], int]) -> int:
     """Return how many processes `gpus=8`, `gpus=all` or `processes=2` means, of `visible()` GPUs.
 
     Raises UserError for what is no number, for more GPUs than there are, and for `gpus=all` without any.
     """
-    key, _, text = asked.partition("=")
+    key, _, text = option.partition("=")
     if key == "processes":
         if not text.isdigit() or not int(text):
             raise UserError(f"processes={text}: expected a whole number of processes on this machine")
@@ -164,17 +168,17 @@ def count_of(asked: str, visible: Callable[[], int]) -> int:
     return there if text == "all" else int(text)
 
 
-def machines(told: Mapping[str, str]) -> dict[str, Any]:
+def machines(variables: Mapping[str, str]) -> dict[str, Any]:
     """Return how one task a machine of srun meets the others, as fields of torch's `LaunchConfig`.
 
     Alone, a free port of this machine. Raises UserError where a launcher has started several tasks a machine,
     or tasks that torchrun connects already.
     """
-    if "RANK" in told or "WORLD_SIZE" in told:
+    if "RANK" in variables or "WORLD_SIZE" in variables:
         raise UserError(
             "gpus= starts processes itself: leave it out under torchrun (RANK or WORLD_SIZE is set)"
         )
-    met = dict(told)
+    met = dict(variables)
     join_tasks(met)
     size = int(met.get("WORLD_SIZE", "1"))
     alone = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
@@ -190,7 +194,7 @@ def machines(told: Mapping[str, str]) -> dict[str, Any]:
     return together | {"rdzv_configs": {"rank": int(met["RANK"]), "timeout": 900}}
 
 
-def start_processes(words: list[str], asked: str) -> int:
+def start_processes(words: list[str], option: str) -> int:
     """Run a command in several processes of this machine by torch's elastic launcher; returns the exit code.
 
     Where one of them ends with an error, the others are ended as well, and its exit code is returned. What
@@ -202,7 +206,7 @@ def start_processes(words: list[str], asked: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    count = count_of(asked, torch.cuda.device_count)
+    count = count_of(option, torch.cuda.device_count)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         os.environ.pop(name, None)  # of the tasks outside, which have met by now
@@ -219,6 +223,6 @@ def start_processes(words: list[str], asked: str) -> int:
         if code < 0:
             print(f"foveola: error: a process was ended by signal {-code}", file=sys.stderr)
         return code if code >= 0 else 128 - code
-    except SignalException as told:
-        return 128 + int(told.sigval)
+    except SignalException as signal:
+        return 128 + int(signal.sigval)
     return 0

@@ -106,17 +106,17 @@ class Door:
         return [name for name in self.names() if name not in self.own]
 
 
-def check_class(found: Any, base: type, asked: str, what: str) -> None:
+def check_class(found: Any, base: type, name: str, what: str) -> None:
     """Raise UserError unless this is a whole subclass of `base` with a frozen dataclass as its `Config`."""
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{asked} is no {what}: a class with the base foveola.{base.__name__} is needed")
+        raise UserError(f"{name} is no {what}: a class with the base foveola.{base.__name__} is needed")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise UserError(f"{asked}: a {what} needs {', '.join(missing)}")
+        raise UserError(f"{name}: a {what} needs {', '.join(missing)}")
     config = getattr(found, "Config", None)
     if not (isinstance(config, type) and is_dataclass(config) and config.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-        raise UserError(f"{asked}: a {what} needs a frozen dataclass as Config")
+        raise UserError(f"{name}: a {what} needs a frozen dataclass as Config")
     if vars(config).get("__annotations__") and "__dataclass_fields__" not in vars(config):
-        raise UserError(f"{asked}: {config.__name__} needs @dataclass(frozen=True)")
+        raise UserError(f"{name}: {config.__name__} needs @dataclass(frozen=True)")
 
 
 def library(module: str, extra: str, what: str) -> Any:

@@ -37,7 +37,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return spellings[found[0]] if found else None
 
 
-def meant(path: str | Path) -> str:
+def path_hint(path: str | Path) -> str:
     """Return the end of a message on a path that does not exist: the nearest one that does, if one comes
     close.
     """
@@ -148,7 +148,7 @@ def read_yaml(path: str | Path) -> dict:
     """Read a YAML file that holds `key: value` pairs. Raises ConfigError with file, line and column."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"no configuration file {path}{meant(path)}")
+        raise ConfigError(f"no configuration file {path}{path_hint(path)}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:

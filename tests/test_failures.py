@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from foveola.config import ConfigError, UserError
-from foveola.failures import explain, told
+from foveola.failures import explain, explained
 
 
 def raised(work) -> BaseException:
@@ -81,12 +81,12 @@ def test_sizes_that_no_memory_holds():
 def test_other_errors_are_left_alone(tmp_path):
     for error in (ValueError("x"), KeyError("x"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")):
         assert explain(error) is None
-    with pytest.raises(ZeroDivisionError), told("dividing"):
+    with pytest.raises(ZeroDivisionError), explained("dividing"):
         1 / 0  # noqa: B018
-    with pytest.raises(ConfigError, match=r"^mine$"), told("reading"):
+    with pytest.raises(ConfigError, match=r"^mine$"), explained("reading"):
         raise ConfigError("mine")
     with (
         pytest.raises(UserError, match=r"^the list cannot be read: .*nowhere: No such file"),
-        told("the list cannot be read"),
+        explained("the list cannot be read"),
     ):
         Path(tmp_path / "nowhere").read_text()

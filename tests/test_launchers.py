@@ -131,7 +131,7 @@ def test_how_many_processes_are_asked_for() -> None:
     with pytest.raises(UserError, match="shows no GPU; processes=2 device=cpu"):
         count_of("gpus=all", lambda: 0)
     with pytest.raises(UserError, match="one of them is enough"):
-        launchers.processes_asked(["pretrain", "x", "gpus=2", "processes=2"])
+        launchers.split_processes(["pretrain", "x", "gpus=2", "processes=2"])
 
 
 def test_one_task_a_machine_starts_the_processes_of_its_machine() -> None:

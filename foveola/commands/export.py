@@ -5,7 +5,7 @@ from typing import Any
 from foveola.command_keys import EXPORT
 from foveola.config import UserError, nearest, parse_overrides
 from foveola.console import only, print_keys, split
-from foveola.failures import told
+from foveola.failures import explained
 
 USAGE = """\
   export MODEL out=... [format=timm]  write an encoder for timm, Hugging Face (hf), as a program (onnx,
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
     out = str(settings.pop("out"))
     words = {name: settings.pop(name) for name in ("format", "licence") if settings.get(name) is not None}
-    with told(f"{out} cannot be written"):
+    with explained(f"{out} cannot be written"):
         options: dict[str, Any] = {name: str(value) for name, value in words.items()}
         written, usage = export_and_tell(model, out, **options, **settings)
     print(f"{written}\n\n{usage}")

@@ -27,7 +27,7 @@ from foveola.data.formats import (
     jpeg_header,
     open_image,
     orientation_of,
-    pages_meant,
+    page_indices,
     reason,
     turn,
 )
@@ -163,7 +163,7 @@ def _decode_other(data: bytes, reading: Decoding) -> Shaped[np.ndarray, "H W C"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
-            pages = pages_meant(image, reading.page)
+            pages = page_indices(image, reading.page)
             if reading.channels is not None or len(pages) > 1 or reading.window is not None:
                 return to_pixels(pil_values(data, reading), reading)
             if pages[0]:

@@ -228,7 +228,7 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
     return np.stack([x0, y0, x1, y1], axis=1)
 
 
-def pages_meant(image: Image.Image, page: int | str | None) -> list[int]:
+def page_indices(image: Image.Image, page: int | str | None) -> list[int]:
     """Return the pages of a file, from 0, that are meant by `Decoding.page`.
 
     Raises BadImage for a TIFF of several where none is chosen (reduced copies are no pages), and for one that

@@ -115,18 +115,18 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join([*names[:CHANGES_NAMED], *(["..."] if len(names) > CHANGES_NAMED else [])])
 
 
-def compare_inventories(before: Inventory, now: Inventory, most: int) -> ImageDifference | None:
+def compare_inventories(before: Inventory, now: Inventory, limit: int) -> ImageDifference | None:
     """Return which images are others; None where that cannot be told.
 
     Images of files are compared by name: their sizes, and their hashes where both are known. Where a hash was
-    kept and the time of the file is another, the file is read (at most `most` of such files, spread evenly).
+    kept and the time of the file is another, the file is read (at most `limit` of such files, spread evenly).
     """
     if bool(before.names) != bool(now.names):
         return None
     if not now.names:
         return _of_contents(before, now)
     a, b, gone, new = _paired(before, now)
-    now = _read_again(before, now, (a, b), most)
+    now = _read_again(before, now, (a, b), limit)
     both = (before.hashes[a] != b"") & (now.hashes[b] != b"")
     lost = (now.sizes[b] == -1) & (before.sizes[a] != -1)
     other = (before.sizes[a] != now.sizes[b]) | (both & (before.hashes[a] != now.hashes[b]))
@@ -169,14 +169,14 @@ def _of_contents(before: Inventory, now: Inventory) -> ImageDifference | None:
 
 
 def _read_again(
-    before: Inventory, now: Inventory, pairs: tuple[np.ndarray, np.ndarray], most: int
+    before: Inventory, now: Inventory, pairs: tuple[np.ndarray, np.ndarray], limit: int
 ) -> Inventory:
     """`now` with the hashes of those files of which one was kept, and which have another time since."""
     a, b = pairs
     asked = (before.hashes[a] != b"") & (now.hashes[b] == b"") & (before.sizes[a] == now.sizes[b])
     asked = b[asked & (before.times[a] != now.times[b]) & (now.sizes[b] != -1)]
-    if len(asked) > most:
-        asked = asked[np.unique(np.linspace(0, len(asked) - 1, most).astype(np.int64))]
+    if len(asked) > limit:
+        asked = asked[np.unique(np.linspace(0, len(asked) - 1, limit).astype(np.int64))]
     if now.root is None or not len(asked):
         return now
     hashes, sizes = now.hashes.copy(), now.sizes.copy()

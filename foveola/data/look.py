@@ -41,7 +41,7 @@ class Looks:
     high: float = -np.inf
     floating: bool = False
     stated: int = 0  # deep ones, whose files say their range
-    said: tuple[float, float] = (np.inf, -np.inf)  # from black to white, by all of these
+    declared: tuple[float, float] = (np.inf, -np.inf)  # from black to white, by all of these
     used: tuple[float, float] = (np.inf, -np.inf)  # by their values
     stored: int = 0  # annotations that fit only the pixels as stored, of images that EXIF turns
     upright: int = 0  # only the image the right way up
@@ -93,7 +93,7 @@ def look(source: Looked) -> None:
 
 def _note_narrow(source: Looked, seen: Looks) -> None:
     """Files of 16 stored bits and no window often hold 12, which would be nearly one grey."""
-    (low, high), (least, most) = seen.used, seen.said
+    (low, high), (least, most) = seen.used, seen.declared
     if 0 < high - low <= NARROW * (most - least):
         _note(
             source,
@@ -154,7 +154,7 @@ def _look_at_depth(data: bytes | Path, reading: Decoding, seen: Looks) -> None:
         raise BadImage(str(error)) from error
     if values.high is not None:  # the file says it
         seen.stated += 1
-        seen.said = min(seen.said[0], values.low or 0), max(seen.said[1], values.high)
+        seen.declared = min(seen.declared[0], values.low or 0), max(seen.declared[1], values.high)
         there = values.array if values.missing is None else values.array[~values.missing]
         if there.size:
             seen.used = min(seen.used[0], float(there.min())), max(seen.used[1], float(there.max()))

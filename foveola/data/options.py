@@ -4,7 +4,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from foveola.config import meant
+from foveola.config import path_hint
 
 
 def whole_number(text: str) -> int:
@@ -89,7 +89,7 @@ def existing_path(text: str) -> Path:
     """Return a path that exists."""
     path = Path(text).expanduser()
     if not path.exists():
-        raise ValueError(f"a path that exists{meant(path)}")
+        raise ValueError(f"a path that exists{path_hint(path)}")
     return path
 
 
@@ -97,7 +97,7 @@ def existing_folder(text: str) -> Path:
     """Return a folder that exists."""
     path = Path(text).expanduser()
     if not path.is_dir():
-        raise ValueError(f"a folder that exists{meant(path)}")
+        raise ValueError(f"a folder that exists{path_hint(path)}")
     return path
 
 

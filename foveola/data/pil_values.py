@@ -16,7 +16,7 @@ from foveola.data.formats import (
     is_single,
     open_image,
     orientation_of,
-    pages_meant,
+    page_indices,
     raw_mode,
     turn,
 )
@@ -32,7 +32,7 @@ def pil_values(data: bytes, reading: Decoding) -> Values:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata; damage to the pixels is an error
         image = open_image(data)
-        numbers = pages_meant(image, reading.page)
+        numbers = page_indices(image, reading.page)
         pages = [_page(data, number) for number in numbers]
         orientation = 1 if image.format == "TIFF" else orientation_of(image)  # which PIL turns
     first = pages[0]

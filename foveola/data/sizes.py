@@ -31,7 +31,7 @@ class ImageSize(NamedTuple):
 
 def read_sizes(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
     """Return the `ImageSize` of each image, without decoding it; read once, and kept on the disk."""
-    if hasattr(source, "kept_sizes"):
+    if hasattr(source, "stored_sizes"):
         return _beside_index(source, reading)
     found = np.zeros((len(source), len(ImageSize._fields)), np.int64)
     root = getattr(source, "root", None)
@@ -54,7 +54,7 @@ def read_sizes(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
 
 def _beside_index(source: Any, reading: Decoding) -> Int64[np.ndarray, "n 4"]:
     """Sizes of images of shards, kept beside the index of these: none that changed has the same index."""
-    table, rows = source.kept_sizes(reading)
+    table, rows = source.stored_sizes(reading)
     found = np.ascontiguousarray(table[rows]).view("<u4").reshape(-1, 4).astype(np.int64)
     missing = np.flatnonzero(found[:, 0] == 0)
     for start in range(0, len(missing), SIZES_AT_ONCE):

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 from jaxtyping import UInt8
 
-from foveola.config import UserError, kind_of, meant, nearest
+from foveola.config import UserError, kind_of, nearest, path_hint
 from foveola.data.decode import decode
 from foveola.data.decoding import Decoding
 from foveola.data.given import GivenObjects
@@ -253,7 +253,7 @@ def as_source(data: Any, split: Split, what: str) -> Source:
 def _no_folder(root: Path) -> str:
     if root.exists():
         return f"{root} is a file, but a folder is needed"
-    return f"no folder {root}{meant(root)}"
+    return f"no folder {root}{path_hint(root)}"
 
 
 def _unknown_kind(spec: str, kind: str) -> str:

@@ -118,7 +118,7 @@ def magnify(
 def paint_heads(
     pixels: UInt8[np.ndarray, "H W 3"],
     weights: Float[np.ndarray, "heads h w"],
-    kept: Bool[np.ndarray, "heads h w"],
+    selected: Bool[np.ndarray, "heads h w"],
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Return an image in gray with a colour for each head over the patches that this head keeps (iBOT's
     figures).
@@ -127,11 +127,11 @@ def paint_heads(
     Six colours go round.
     """
     fractions = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
-    winner = np.where(kept, fractions, -1.0).argmax(axis=0)
+    winner = np.where(selected, fractions, -1.0).argmax(axis=0)
     height, width = pixels.shape[:2]
     palette = np.array(HEAD_COLORS, dtype=np.uint8)[winner % len(HEAD_COLORS)]
     color = magnify(palette, height, width)
-    any_head = magnify(np.asarray(kept.any(axis=0), dtype=np.uint8), height, width)[:, :, None]
+    any_head = magnify(np.asarray(selected.any(axis=0), dtype=np.uint8), height, width)[:, :, None]
     gray = pixels.mean(axis=2, keepdims=True)
     mixed = np.where(any_head, 0.35 * gray + 0.65 * color * (0.4 + 0.6 * gray / 255), 0.4 * gray)
     return np.rint(np.broadcast_to(mixed, pixels.shape)).clip(0, 255).astype(np.uint8)

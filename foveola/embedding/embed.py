@@ -21,7 +21,7 @@ from foveola.embedding.rows import EmbedConfig, Embedding
 from foveola.evaluation.features.need import EXTERNAL
 from foveola.evaluation.images import PARCEL, choose_images, slice_of_rank
 from foveola.evaluation.stored import SPEED
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
 from foveola.zoo.load import load
@@ -106,7 +106,7 @@ def embed(
     about = distributed.on_main(lambda: _about(model, encoder, embedding, chosen))
     size = _part_images(embedding)
     parts = FileParts(path, work_of(about) | {"size of parts": size}, -(-len(chosen) // size))
-    with told(f"{path} cannot be written"):
+    with explained(f"{path} cannot be written"):
         known = distributed.on_main(lambda: _prepare(path, parts, about, embedding, chosen))
         computed = 0
         if known is None:

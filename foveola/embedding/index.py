@@ -133,36 +133,36 @@ class Index:
 
         Raises UserError for vectors of another width, numbers that are not finite, and hnsw without faiss.
         """
-        asked = torch.as_tensor(vectors)
-        asked = asked[None] if asked.ndim == 1 else asked
-        if asked.ndim != 2 or asked.shape[1] != self.vectors.shape[1]:
+        queries = torch.as_tensor(vectors)
+        queries = queries[None] if queries.ndim == 1 else queries
+        if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
             raise UserError(
                 f"vectors: expected [m, {self.vectors.shape[1]}] as the index has them, got "
                 f"{list(torch.as_tensor(vectors).shape)}"
             )
-        if not torch.isfinite(asked).all():
+        if not torch.isfinite(queries).all():
             raise UserError("vectors: not all numbers are finite")
         if top < 1:
             raise UserError(f"top={top}: expected at least 1")
         if method == "exact":
-            return Neighbours(*(part.numpy() for part in self._exact(asked, top)))
+            return Neighbours(*(part.numpy() for part in self._exact(queries, top)))
         if method != "hnsw":
             raise UserError(f"method={method}: expected exact or hnsw")
         if self.graph is None:
             self.graph = graph_of(self.vectors, self.path, self.device)
-        near, rows = self.graph.search(unit_rows(asked).numpy(), min(top, len(self)))
+        near, rows = self.graph.search(unit_rows(queries).numpy(), min(top, len(self)))
         if (lost := (rows < 0).any(axis=1)).any():  # the graph has no way to as many rows
-            exact = self._exact(asked[torch.from_numpy(lost)], top)
+            exact = self._exact(queries[torch.from_numpy(lost)], top)
             near[lost], rows[lost] = (part.numpy() for part in exact)
         return Neighbours(near, rows)
 
-    def _exact(self, asked: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    def _exact(self, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """The nearest of all rows. They get their length, and go to the device, once, where they fit."""
         if self._unit is None and 4 * self.vectors.numel() <= KEPT_BYTES:
             self._unit = torch.cat([unit_rows(part.to(self.device)) for part in self.vectors.split(CHUNK)])
         if self._unit is None:
-            return nearest_rows(asked, self.vectors, top, device=self.device)
-        return nearest_rows(unit_rows(asked), self._unit, top, distance="product", device=self.device)
+            return nearest_rows(queries, self.vectors, top, device=self.device)
+        return nearest_rows(unit_rows(queries), self._unit, top, distance="product", device=self.device)
 
     def describe(self, index: int | np.integer) -> dict[str, Any]:
         """Return what a row is: `name`, `label`, `image_index`, `object`, `box` in the unit square.

@@ -24,7 +24,7 @@ from foveola.embedding.index import Index
 from foveola.embedding.rows import WHOLE, EmbedConfig, Embedding, FeatureRows
 from foveola.evaluation.images import PARCEL
 from foveola.evaluation.result import aligned
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
 from foveola.outside import library
@@ -61,7 +61,7 @@ class SearchResult:
     queries: tuple[dict[str, Any], ...]  # name, box in the unit square, whether it was read with a mask
     hits: tuple[tuple[dict[str, Any], ...], ...]  # similarity, and what `Index.describe` says
     about: dict[str, Any]  # the index: file, encoder, data, method
-    asked: tuple[Pixels, ...]  # the images of the queries, small
+    query_images: tuple[Pixels, ...]  # the images of the queries, small
 
     def table(self) -> str:
         """Return aligned plain text: a line for each query, and one for each of its hits."""
@@ -108,7 +108,7 @@ class SearchResult:
         """
         source = _images_of(self.about, data)
         rows = []
-        for query, pixels, hits in zip(self.queries, self.asked, self.hits, strict=True):
+        for query, pixels, hits in zip(self.queries, self.query_images, self.hits, strict=True):
             tiles, captions = [_boxed(pixels, query["box"])], ["query"]
             for hit in hits:
                 tiles.append(_boxed(shrunk(_pixels_of_hit(source, hit), SHOWN_SIDE), hit["box"]))
@@ -181,8 +181,8 @@ def search(
         {"name": str(n), "box": b.astype(float).tolist(), "masked": bool(m)}
         for n, b, m in zip(rows.name, rows.box, rows.masked, strict=True)
     )
-    asked = tuple(shrunk(shown_image(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
-    return SearchResult(queries, hits, about, asked)
+    query_images = tuple(shrunk(shown_image(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
+    return SearchResult(queries, hits, about, query_images)
 
 
 def encode_query(
@@ -197,10 +197,10 @@ def encode_query(
     `encoder` gives the one of the index, and is asked once the query is known to be one. Arguments and errors
     are those of `search`.
     """
-    asked = encoder()
-    source = seen_by([asked], _source_of(query, box, index, asked))
+    used = encoder()
+    source = seen_by([used], _source_of(query, box, index, used))
     config = _asking(index, source, box)
-    rows = _encoded(asked, source, config, progress)
+    rows = _encoded(used, source, config, progress)
     if box is not None and config.masks is not False and not rows.masked.all():
         raise UserError(f"box={_plain_box(box)} lies outside of the square of the image that is encoded")
     return source, rows
@@ -348,7 +348,7 @@ def _pixels_of_hit(source: Source, hit: dict[str, Any]) -> Pixels:
     found = source[index].name if index < len(source) else "none"
     if found != name:
         raise UserError(f"{source.name}: image {index} is {found}, in the index {name}: these are other data")
-    with told(f"{name} cannot be shown"):
+    with explained(f"{name} cannot be shown"):
         return shown_image(source[index].image)
 
 

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from foveola.config import UserError, meant, nearest
+from foveola.config import UserError, nearest, path_hint
 from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
@@ -209,7 +209,7 @@ def _results(run: str | Path) -> tuple[list[Stored], list[str]]:
     found, broken = results_of(run)
     path = Path(str(run).removeprefix("untrained:"))
     if not path.exists() and not run_model(path):
-        raise UserError(f"no run, folder or result file {path}{meant(path)}")
+        raise UserError(f"no run, folder or result file {path}{path_hint(path)}")
     if not found:
         why = f" ({broken[0]})" if broken else ""
         model, out = (f"model={run}", "") if home_of(run) else ("model=...", f" out={run}")

@@ -20,12 +20,12 @@ from foveola.data.sources import Source, as_source, notes_of
 from foveola.evaluation.features.cache import Feed, where_of
 from foveola.evaluation.features.overlap import POLICIES, separate
 from foveola.evaluation.images import identity_for
-from foveola.evaluation.inferred import asked_masks, jobs_with_masks
+from foveola.evaluation.inferred import jobs_with_masks, masks_setting
 from foveola.evaluation.job import Job
 from foveola.evaluation.protocol import At, Outcome, Protocol, find_protocol
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import SPEED, store
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.files import home_of
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
@@ -104,7 +104,7 @@ def evaluate_all(
     Raises UserError for a setting that none of them knows, and as `evaluate`.
     """
     found = {protocol.name: protocol for protocol in map(find_protocol, protocols)}
-    configs, (by, _) = protocol_configs(protocols, settings), asked_masks(settings)
+    configs, (by, _) = protocol_configs(protocols, settings), masks_setting(settings)
     learned_from, tests = _open(found, configs, train, test, progress)
     encoder = model if isinstance(model, Encoder) else load(model, distributed.find_device(device))
     learned_from = None if learned_from is None else seen_by([encoder], learned_from)
@@ -139,7 +139,7 @@ def evaluate_all(
                     if out is not None and distributed.is_main():
                         # A probe that is trained already leaves the result of its training where it is.
                         further = number > 0 or bool(getattr(configs[name], "probe", None))
-                        with told(f"{name} is measured, but its result cannot be written to {out}"):
+                        with explained(f"{name} is measured, but its result cannot be written to {out}"):
                             result = store(result, out, further)
                 finally:
                     show(result)
@@ -158,9 +158,9 @@ def protocol_configs(protocols: Sequence[str | Protocol | type], settings: dict[
     """
     found = [find_protocol(protocol) for protocol in protocols]
     names = [protocol.name for protocol in found]
-    by, settings = asked_masks(settings)
+    by, settings = masks_setting(settings)
     if by is not None and any(by.kind.name in each.Config.__dataclass_fields__ for each in found):
-        settings |= {by.kind.name: by.given}  # one of them finds objects itself
+        settings |= {by.kind.name: by.overrides}  # one of them finds objects itself
     if not names or len(set(names)) < len(names):
         raise UserError(f"expected different protocols, got {', '.join(names) or 'none'}")
     own = {name: settings[name] for name in names if isinstance(settings.get(name), dict)}

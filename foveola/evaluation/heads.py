@@ -25,7 +25,7 @@ H = TypeVar("H", bound=TaskHead)
 B = TypeVar("B")
 
 
-def asked_head(encoder: Encoder, kind: type[H], protocol: str, does: str, instead: str) -> H:
+def head_for(encoder: Encoder, kind: type[H], protocol: str, does: str, instead: str) -> H:
     """Return the head of an encoder.
 
     `does` is what such heads are fine-tuned to do, `instead` what measures encoders without one. Raises
@@ -39,7 +39,7 @@ def asked_head(encoder: Encoder, kind: type[H], protocol: str, does: str, instea
     return encoder.head
 
 
-class AskedImages(Generic[B]):
+class HeadImages(Generic[B]):
     """Iterates over the chosen images of the test data in batches, of each process its share.
 
     `cut` makes of a sample what is asked, as of `evaluation.images.Images`; `protocol` names the progress.

@@ -42,13 +42,13 @@ BEST = {"max_objects": 1}  # of an image, which has one object token
 
 @dataclass(frozen=True)
 class MasksBy:
-    """Who finds objects, and what is kept of them."""
+    """Who finds objects, and by which settings."""
 
     kind: ProposalKind
     model: str | None
     own: Any
-    kept: dict[str, Any]
-    given: dict[str, Any]  # the keys that were given
+    settings: dict[str, Any]  # the keys that differ from the usual ones, as they are noted
+    overrides: dict[str, Any]  # the keys that the user gave
 
     def proposer(self, encoder: Encoder) -> Proposer:
         """Return who finds objects; features are those of the encoder, unless another model is given.
@@ -62,7 +62,7 @@ class MasksBy:
         return imported(self.kind.build)(model, self.own, encoder.device)
 
 
-def asked_masks(settings: Mapping[str, Any]) -> tuple[MasksBy | None, dict[str, Any]]:
+def masks_setting(settings: Mapping[str, Any]) -> tuple[MasksBy | None, dict[str, Any]]:
     """Return who is asked for masks by `masks=KIND` and the keys `KIND.*`, and the settings without them.
 
     None where `masks` is something else. Raises UserError for keys that the kind does not have, or that have
@@ -82,9 +82,9 @@ def asked_masks(settings: Mapping[str, Any]) -> tuple[MasksBy | None, dict[str, 
     own = BEST | own
     config, _ = configure_kind(found, own)
     names = {each.name for each in fields(ProposeConfig)}
-    kept = {name: value for name, value in own.items() if name in names}
+    noted = {name: value for name, value in own.items() if name in names}
     model = given.get("model")
-    return MasksBy(found, None if model is None else str(model), config, kept, given), rest
+    return MasksBy(found, None if model is None else str(model), config, noted, given), rest
 
 
 def reads_objects(config: Any, needs: Needs) -> bool:
@@ -137,7 +137,7 @@ def _masked(job: Job, by: MasksBy, proposer: Proposer, found: Mapping[int, tuple
         test=test[0],
         notes=(*job.notes, *notes),
         plain=(job.train, job.test),
-        masks={"kind": by.kind.name, "given": by.given, **told},
+        masks={"kind": by.kind.name, "given": by.overrides, **told},
     )
 
 
@@ -163,10 +163,10 @@ def _with_found_objects(
     it. Objects that `folder` has of the same work are read from there.
     """
     part = Part(source, chosen, classes=False)  # an object has the class of its image
-    kept = {name: value for name, value in by.kept.items() if name not in NO_OTHER_WORK}
+    kept = {name: value for name, value in by.settings.items() if name not in NO_OTHER_WORK}
     work = [proposer.describe(), kept, identity_of(part).digest]
     name = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:20]
-    how: dict[str, Any] = {"sheet": 0, **by.kept}
+    how: dict[str, Any] = {"sheet": 0, **by.settings}
     found = propose(proposer, part, out=folder / name, progress=progress, **how)
     given = with_objects(source, found.file)
     given.name, given.says_lacking = source.name, False

@@ -87,7 +87,7 @@ class SideAnswer:
     """What one side found: hits as `Index.describe` has them with `similarity`, and the box that was read."""
 
     hits: list[dict[str, Any]]
-    asked: Box | None
+    query_box: Box | None
 
 
 def sample_at(source: Source, image: int) -> tuple[Sample, Shaped[np.ndarray, "H W C"]]:
@@ -105,7 +105,7 @@ def answer(side: Side, source: Source, question: Question) -> SideAnswer:
     if kind == "objects" and not question.masked:
         kind = "crops"
     index = side.index(kind)
-    vector, asked = _vector(side, source, question, index, kind)
+    vector, query_box = _vector(side, source, question, index, kind)
     own = index.rows.image_index == question.image
     more = 0 if question.own else int(own.sum()) * (len(index) // len(index.rows.name))
     found = index.search(vector, question.top + more)
@@ -114,7 +114,7 @@ def answer(side: Side, source: Source, question: Question) -> SideAnswer:
         for cosine, row in zip(found.similarities[0], found.indices[0], strict=True)
     ]
     hits = [hit for hit in hits if question.own or hit["image_index"] != question.image]
-    return SideAnswer(hits[: question.top], asked)
+    return SideAnswer(hits[: question.top], query_box)
 
 
 def _vector(

@@ -119,7 +119,7 @@ class Session:
             try:
                 with self.lock:
                     found = answer(side, self.source, question)
-                answers.append({"hits": found.hits, "asked": found.asked})
+                answers.append({"hits": found.hits, "asked": found.query_box})
             except UserError as error:
                 answers.append({"error": str(error)})
         return answers

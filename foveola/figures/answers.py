@@ -29,7 +29,7 @@ class Answer:
     """What a head said of an image, how good it is (in [0, 1]), and how both are drawn."""
 
     index: int
-    said: Any  # `Classes`, a `LabelMap` or `Detections`
+    prediction: Any  # `Classes`, a `LabelMap` or `Detections`
     score: float
     tiles: tuple[Pixels, ...]
     captions: tuple[str, ...]
@@ -91,7 +91,7 @@ def answers_sheet(
             for title, group in groups
             for each in group
         ]
-    about = ABOUT_SCORES[type(groups[0][1][0].said)]
+    about = ABOUT_SCORES[type(groups[0][1][0].prediction)]
     note = f"The {len(low)} worst and {len(high)} best of {len(scores)} images. {about}"
     return Sheet("Answers", columns, rows, note)
 
@@ -105,14 +105,14 @@ ABOUT_SCORES: dict[type, str] = {
 
 def _judged(encoder: Encoder, source: Source, index: int, image: ImagePixels) -> Answer | None:
     """None for an image without annotation."""
-    (said,) = encoder.head.predict(encoder, [image])
-    if isinstance(said, Classes):
-        return _classes(source, index, image, said, encoder.head.config.several)
-    if isinstance(said, LabelMap):
-        return _label_map(source, index, said)
-    if isinstance(said, Detections):
-        return _detections(source, index, image, said)
-    raise UserError(f"answers of {encoder.head.config.name} cannot be judged here: {kind_of(said)}")
+    (prediction,) = encoder.head.predict(encoder, [image])
+    if isinstance(prediction, Classes):
+        return _classes(source, index, image, prediction, encoder.head.config.several)
+    if isinstance(prediction, LabelMap):
+        return _label_map(source, index, prediction)
+    if isinstance(prediction, Detections):
+        return _detections(source, index, image, prediction)
+    raise UserError(f"answers of {encoder.head.config.name} cannot be judged here: {kind_of(prediction)}")
 
 
 def _classes(source: Source, index: int, image: ImagePixels, answer: Classes, several: bool) -> Answer | None:
@@ -121,10 +121,12 @@ def _classes(source: Source, index: int, image: ImagePixels, answer: Classes, se
     index_of = {name: i for i, name in enumerate(answer.names)}
     if several:
         truth = {names[i] for i in sample.all_classes()}
-        said = {name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5}
-        score = 1 - len(truth ^ said) / len(answer.names)
-        caption = f"{', '.join(sorted(said)) or 'none'} (truth: {', '.join(sorted(truth)) or 'none'})"
-        return Answer(index, answer, score, tiles, (caption,), (truth == said,))
+        prediction = {
+            name for name, score in zip(answer.names, answer.scores.tolist(), strict=True) if score > 0.5
+        }
+        score = 1 - len(truth ^ prediction) / len(answer.names)
+        caption = f"{', '.join(sorted(prediction)) or 'none'} (truth: {', '.join(sorted(truth)) or 'none'})"
+        return Answer(index, answer, score, tiles, (caption,), (truth == prediction,))
     if sample.label is None:
         return None
     right = names[sample.label]
@@ -148,16 +150,16 @@ def _label_map(source: Source, index: int, answer: LabelMap) -> Answer | None:
     index_of = {name: i for i, name in enumerate(answer.names)}
     number = np.full(256, IGNORE, np.uint8)
     number[: len(source.classes)] = [index_of.get(name, IGNORE - 1) for name in source.classes]
-    truth, said = number[truth], answer.classes.cpu().numpy()
+    truth, prediction = number[truth], answer.classes.cpu().numpy()
     labelled = truth != IGNORE
     if not labelled.any():
         return None
-    score = float((truth == said)[labelled].mean())
+    score = float((truth == prediction)[labelled].mean())
     colors = palette(len(answer.names))
-    largest = np.bincount(said[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
-    caption = ", ".join(answer.names[i] for i in largest if (said[labelled] == i).any())
+    largest = np.bincount(prediction[labelled], minlength=len(answer.names)).argsort()[::-1][:3]
+    caption = ", ".join(answer.names[i] for i in largest if (prediction[labelled] == i).any())
     shown = rgb_of(image, shown_channels(source))
-    tiles = shown, paint_classes(shown, truth, colors), paint_classes(shown, said, colors)
+    tiles = shown, paint_classes(shown, truth, colors), paint_classes(shown, prediction, colors)
     return Answer(index, answer, score, tiles, ("", "", caption), (None, None, None))
 
 

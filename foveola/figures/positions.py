@@ -47,8 +47,8 @@ def position_map(encoder: Encoder, grid: tuple[int, int] | None = None) -> Float
     return positions[0].float().unflatten(0, grid).cpu().numpy()
 
 
-def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
-    """Return positions as colours (PCA), and how alike `some` x `some` of them are to all, one row each
+def position_sheet(encoders: Encoders, count: int = 5) -> Sheet:
+    """Return positions as colours (PCA), and how alike `count` x `count` of them are to all, one row each
     encoder.
     """
     rows = []
@@ -59,15 +59,15 @@ def position_sheet(encoders: Encoders, some: int = 5) -> Sheet:
         rgb = np.rint(255 * pca_rgb(table, Basis.fit(table, min(3, table.shape[2])))).astype(np.uint8)
         times = max(TILE_SIDE * 2 // max(grid), 1)
         title = f"{name}\n{POSITION_KINDS[encoder.config.model.positions]}".strip()
-        maps, low = alike(table, some)
+        maps, low = alike(table, count)
         colors = magnify(rgb, times * grid[0], times * grid[1])
         rows.append(Row(title, [colors, maps], [f"{grid[0]} x {grid[1]} positions", f"{low:.2f} to 1"]))
     note = "Cosines from the lowest of all (blue) to 1 (red); each small map stands where its position is."
-    columns = ["as colours", f"cosines of {some} x {some} positions with all"]
+    columns = ["as colours", f"cosines of {count} x {count} positions with all"]
     return Sheet("Positions", columns, rows, note, cosine_bar())
 
 
-def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, float]:
+def alike(table: Float32[np.ndarray, "h w D"], count: int = 5) -> tuple[Pixels, float]:
     """Return maps of cosines of some x some evenly spaced positions with all, each where that position is.
 
     Returns them in one image, and the lowest cosine of two positions, where the colours begin.
@@ -77,11 +77,11 @@ def alike(table: Float32[np.ndarray, "h w D"], some: int = 5) -> tuple[Pixels, f
     low = float((flat @ flat.T).min())
     height, width = table.shape[:2]
     lines = []
-    for i in range(some):
+    for i in range(count):
         line = []
-        for j in range(some):
-            row, column = (round((k + 0.5) * n / some - 0.5) for k, n in ((i, height), (j, width)))
-            times = max(TILE_SIDE * 2 // (some * max(height, width)), 1)
+        for j in range(count):
+            row, column = (round((k + 0.5) * n / count - 0.5) for k, n in ((i, height), (j, width)))
+            times = max(TILE_SIDE * 2 // (count * max(height, width)), 1)
             tile = magnify(cool_to_warm(unit @ unit[row, column], low, 1.0), times * height, times * width)
             line.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))
         lines.append(np.concatenate(line, axis=1))

@@ -88,7 +88,7 @@ class CapiConfig(MethodConfig):
         return "average" if self.predictor is None else "predictor"
 
     @property
-    def kept_predictor(self) -> PredictorConfig | None:
+    def saved_predictor(self) -> PredictorConfig | None:
         """Its first block."""
         return self.predictor
 

@@ -74,7 +74,7 @@ class MethodConfig:
         return "token"
 
     @property
-    def kept_predictor(self) -> PredictorConfig | None:
+    def saved_predictor(self) -> PredictorConfig | None:
         """The predictor whose first block pools features, where `pool` is "predictor" (CAPI)."""
         return None
 

@@ -51,22 +51,22 @@ class OpenedDetector:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptClasses:
-    """The classes that are kept, and of each output of a model the index among them, -1 for none."""
+class ClassMap:
+    """The classes that count, and of each output of a model the index among them, -1 for none."""
 
     classes: tuple[str, ...]
     index: Int64[np.ndarray, "C"]
 
 
-def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, model: str) -> KeptClasses:
+def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, model: str) -> ClassMap:
     """Return which outputs of a model are kept, and as what.
 
     Outputs of one name are one class, and those without a name are left out. Raises ConfigError for a wanted
     class that the model does not know, or that is named twice.
     """
     known = tuple(dict.fromkeys(name for name in names if name not in NAMELESS))
-    kept = known if wanted is None else tuple(wanted)
-    for name in kept:
+    selected = known if wanted is None else tuple(wanted)
+    for name in selected:
         if name not in known:
             near = nearest(name, known)
             hint = (
@@ -75,15 +75,17 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | None, agnostic: bool, m
                 else f"it knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}"
             )
             raise ConfigError(f"classes: {model} knows no {name!r}; {hint}")
-    if len(set(kept)) < len(kept) or not kept:
-        raise ConfigError(f"classes: expected different names of classes, got {', '.join(kept) or 'none'}")
-    index_of = {name: 0 if agnostic else row for row, name in enumerate(kept)}
+    if len(set(selected)) < len(selected) or not selected:
+        raise ConfigError(
+            f"classes: expected different names of classes, got {', '.join(selected) or 'none'}"
+        )
+    index_of = {name: 0 if agnostic else row for row, name in enumerate(selected)}
     index = np.array([index_of.get(name, -1) for name in names], np.int64)
-    return KeptClasses(("object",) if agnostic else kept, index)
+    return ClassMap(("object",) if agnostic else selected, index)
 
 
 def proposals_of(
-    found: FoundInImage, size: tuple[int, int], score: float, kept: KeptClasses, model: str
+    found: FoundInImage, size: tuple[int, int], score: float, class_map: ClassMap, model: str
 ) -> Proposals:
     """Return what a model found in an image of `size` (rows, columns) as proposals, best first.
 
@@ -94,7 +96,7 @@ def proposals_of(
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise UserError(f"{model} gives numbers that are not finite")
     boxes = torch.stack([boxes[:, i].clamp(0, size[1 - i % 2]) for i in range(4)], dim=1)
-    labels = torch.from_numpy(kept.index)[found.labels.cpu()]
+    labels = torch.from_numpy(class_map.index)[found.labels.cpu()]
     there = (labels >= 0) & (scores > score) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     if found.masks is not None:
         there &= found.masks.flatten(1).any(dim=1).cpu()

@@ -14,9 +14,9 @@ from foveola.config import UserError, key, to_dict
 from foveola.data.instances import AGNOSTIC
 from foveola.data.sample import Objects
 from foveola.proposals.found import (
+    ClassMap,
     FoundInImage,
     ImagePixels,
-    KeptClasses,
     mask_boxes,
     nothing,
     proposals_of,
@@ -127,7 +127,7 @@ class Segmenter:
         size = (image.shape[0], image.shape[1])
         asked = self._boxes(objects, size) if self.prompts else self._points(size)
         found = self._cut(image, asked, self._labels(objects, len(asked))) if len(asked) else nothing(size)
-        kept = KeptClasses(self.classes, np.arange(len(self.classes)))
+        kept = ClassMap(self.classes, np.arange(len(self.classes)))
         return proposals_of(found, size, self.score, kept, self.name)
 
     def _labels(self, objects: Objects | None, count: int) -> Int64[Tensor, "n"]:

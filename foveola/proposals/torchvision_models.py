@@ -41,15 +41,15 @@ def open_torchvision(text: str, names: tuple[str, ...] | None, device: torch.dev
         return _of_file(models, name, Path(weights), names, device)
     if names is not None:
         raise ConfigError(f"names has no effect: weights={weights} of {where} have names of their own")
-    meant = official[weights]
+    entry = official[weights]
     try:
-        model = models.get_model(name, weights=meant, weights_backbone=None)
+        model = models.get_model(name, weights=entry, weights_backbone=None)
     except OSError as error:  # of the network, or of the disk
         raise UserError(
             f"{where}: its weights cannot be fetched ({one_line(error)}); where there is no network, put "
-            f"{meant.url} into {_cache()}"
+            f"{entry.url} into {_cache()}"
         ) from error
-    return of_module(model, tuple(meant.meta["categories"]), device)
+    return of_module(model, tuple(entry.meta["categories"]), device)
 
 
 def of_module(model: Any, names: tuple[str, ...], device: torch.device) -> OpenedDetector:

@@ -22,7 +22,7 @@ def changed_sheet(
     `neighbour_sheet`.
     """
     masks = config.rows == "objects"
-    chosen = most_changed(start, end, reference, queries, count, config)
+    chosen = largest_changes(start, end, reference, queries, count, config)
     both = neighbour_sheet(
         {"start": start, "end": end}, reference, queries, chosen, CHANGED_SHOWN, masks=masks, config=config
     )
@@ -33,7 +33,7 @@ def changed_sheet(
     return Sheet(title, ["query", *heads], rows, both.note)
 
 
-def most_changed(
+def largest_changes(
     start: Encoder, end: Encoder, reference: Source, queries: Source, count: int, config: ExtractConfig
 ) -> list[int]:
     """Return the queries of whose 10 nearest neighbours in `reference` the fewest stayed, these first.
@@ -44,13 +44,13 @@ def most_changed(
     near, right = [], []
     masks = config.rows == "objects"
     for encoder in (start, end):
-        known, asked = (
+        known, own = (
             extract(encoder, s, masks=masks, config=config, progress=False) for s in (reference, queries)
         )
-        found = neighbours(asked.features, known.features, min(NEIGHBOURS_COUNTED, len(known.features)))
+        found = neighbours(own.features, known.features, min(NEIGHBOURS_COUNTED, len(known.features)))
         near.append(found.numpy())
-        right.append((known.labels[found[:, 0]] == asked.labels).numpy())
-        images = asked.image_indices.numpy()
+        right.append((known.labels[found[:, 0]] == own.labels).numpy())
+        images = own.image_indices.numpy()
     stayed = np.array([len(np.intersect1d(a, b)) for a, b in zip(*near, strict=True)])
     same = right[0] == right[1]
     numbers = np.unique(images)

@@ -17,7 +17,7 @@ from foveola.data.sources import Source, as_source
 from foveola.data.survey import Survey, survey
 from foveola.drawing import html
 from foveola.drawing.sheet import Row, Sheet, shrunk
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.files import check_writable, write_text
 
 SHOWN, WIDE = 24, 6  # images of the page, and of a row
@@ -48,7 +48,7 @@ def check_data(
 
     found = survey(source, images, show)
     if folder is not None:
-        with told(f"{folder} cannot be written"):
+        with explained(f"{folder} cannot be written"):
             text = json.dumps(found.tree(), indent=1, allow_nan=False)
             write_text(folder / "check.json", text + "\n")
             write_text(folder / "check.html", data_page(found, source))

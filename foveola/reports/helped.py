@@ -30,7 +30,7 @@ def _in_short(each: Findings) -> tuple[str, str, list[str]]:
     if each.progress.baseline != START:
         return *verdicts.in_short(verdicts.changes(each.progress)), []
     advice = advise(each.progress, each.control)
-    more = [] if advice.main is None else [f"{capital(advice.main.told())}."]
+    more = [] if advice.main is None else [f"{capital(advice.main.certainty())}."]
     if advice.use == BEST:
         more.append(
             "encoders/best was chosen by measurements in training: where these were of the same test images, "

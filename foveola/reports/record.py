@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, UserError, meant, read_yaml, renewed
+from foveola.config import ConfigError, UserError, path_hint, read_yaml, renewed
 from foveola.files import FIXED_TARGETS, STEP, WHOLE_STEPS, RunFolder
 from foveola.schedules import steps_of
 
@@ -111,7 +111,7 @@ class Record:
     @property
     def start(self) -> Path | None:
         """The folder of the encoder with the starting weights; None for a run from scratch."""
-        kept = RunFolder(self.folder).kept_encoder(0)
+        kept = RunFolder(self.folder).saved_encoder(0)
         return kept.path if kept.is_whole() else None
 
     @property
@@ -122,7 +122,7 @@ class Record:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, folder) of the encoders that were kept after steps on the way, by rising step."""
-        kept = RunFolder(self.folder).kept_encoders()
+        kept = RunFolder(self.folder).saved_encoders()
         return [(step, folder.path) for step, folder in kept if step]
 
     def figures(self) -> dict[str, Path]:
@@ -168,7 +168,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Record]:
     paths = [Path(folder).expanduser() for folder in folders]
     for path in paths:
         if not RunFolder(path).is_run():
-            what = "lacks config.yaml" if path.is_dir() else f"does not exist{meant(path)}"
+            what = "lacks config.yaml" if path.is_dir() else f"does not exist{path_hint(path)}"
             raise UserError(f"{path} is no run folder: it {what}")
     return [
         Record(path, name, renewed(read_yaml(RunFolder(path).config)), _lines(path), _notes(path))

@@ -72,7 +72,7 @@ class MetricChange:
         first, last = (WHEN[label] for label in self.networks)
         return f"from {self.before}{unit} {first} to {self.after}{unit} {last}{guess}"
 
-    def told(self) -> str:
+    def certainty(self) -> str:
         """Return how sure the change is, as a part of a sentence."""
         if self.difference is None:
             if self.outcome == "open":
@@ -91,7 +91,7 @@ class MetricChange:
 
     def sentence(self) -> str:
         ends = {"better": ": training helped", "worse": ": training made it worse", "open": ""}
-        return f"{self.name} went {self.numbers()}; {self.told()}{ends[self.outcome]}."
+        return f"{self.name} went {self.numbers()}; {self.certainty()}{ends[self.outcome]}."
 
 
 def unit_suffix(metric: Metric) -> str:
@@ -260,7 +260,7 @@ def in_short(found: Sequence[MetricChange]) -> tuple[str, str]:
         start = "It cannot be told whether training helped"
     if main.unmoved:
         start = "Training changed nothing here"
-    return state, f"{start}: {main.name} went {main.numbers()}; {main.told()}.{_others(rest)}"
+    return state, f"{start}: {main.name} went {main.numbers()}; {main.certainty()}.{_others(rest)}"
 
 
 def _others(rest: Sequence[MetricChange]) -> str:

@@ -101,24 +101,24 @@ class Augment:
             return images, soft_labels
         cut = not config.mixup or (config.cutmix > 0 and float(torch.rand(())) < config.cutmix_share)
         alpha = torch.tensor(config.cutmix if cut else config.mixup)
-        kept = float(torch.distributions.Beta(alpha, alpha).sample())
+        remaining = float(torch.distributions.Beta(alpha, alpha).sample())
         others = images.roll(1, 0)
         if cut:
-            kept, (y0, y1, x0, x1) = rectangle(kept, images.shape[-2], images.shape[-1])
+            remaining, (y0, y1, x0, x1) = rectangle(remaining, images.shape[-2], images.shape[-1])
             images = images.clone()
             images[:, :, y0:y1, x0:x1] = others[:, :, y0:y1, x0:x1]
         else:
-            images = torch.lerp(others, images, kept)
-        return images, torch.lerp(soft_labels.roll(1, 0), soft_labels, kept)
+            images = torch.lerp(others, images, remaining)
+        return images, torch.lerp(soft_labels.roll(1, 0), soft_labels, remaining)
 
 
-def rectangle(kept: float, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
+def rectangle(remaining: float, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
     """Return what is kept of an image beside a random rectangle, and its ends y0, y1, x0, x1 (CutMix).
 
     The rectangle has the shape of the image and 1 - kept of its area, around any pixel; what of it lies
     outside is cut off, so that more may be kept in the end.
     """
-    side = (1 - kept) ** 0.5
+    side = (1 - remaining) ** 0.5
     y, x = (int(torch.randint(length, ())) for length in (height, width))
     down, across = int(height * side) // 2, int(width * side) // 2
     y0, y1, x0, x1 = max(y - down, 0), min(y + down, height), max(x - across, 0), min(x + across, width)

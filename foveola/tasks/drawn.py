@@ -29,15 +29,15 @@ def view_images(
 
 
 def label_maps_figure(
-    images: Sequence[Pixels], truth: UInt8[Tensor, "V H W"], said: UInt8[Tensor, "V H W"], classes: int
+    images: Sequence[Pixels], truth: UInt8[Tensor, "V H W"], predicted: UInt8[Tensor, "V H W"], classes: int
 ) -> Pixels:
     """Return a column for each view: as it is, its labels, and what was said; without a label is black.
 
     What was said is drawn only where there is a label.
     """
     colors = palette(classes)
-    said = torch.where(truth < classes, said, truth)
-    maps = [list(each.cpu().numpy()) for each in (truth, said)]
+    predicted = torch.where(truth < classes, predicted, truth)
+    maps = [list(each.cpu().numpy()) for each in (truth, predicted)]
     painted = [[paint_classes(*pair, colors) for pair in zip(images, each, strict=True)] for each in maps]
     return mosaic([images, *painted])
 

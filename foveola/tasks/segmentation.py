@@ -153,9 +153,9 @@ class Segmentation(TaskMethod):
         views, maps, answers = self.shown
         size, patch_size = (views.shape[2], views.shape[3]), self.student.backbone.config.patch_size
         logits = enlarged_logits(answers, (size[0] // patch_size, size[1] // patch_size), size)
-        said = logits.argmax(dim=1).to(torch.uint8)
+        predicted = logits.argmax(dim=1).to(torch.uint8)
         images = view_images(views, *self.colors)
-        return {"segmentation": label_maps_figure(images, maps, said, len(self.config.names))}
+        return {"segmentation": label_maps_figure(images, maps, predicted, len(self.config.names))}
 
 
 def summed_loss(

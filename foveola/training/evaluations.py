@@ -13,7 +13,7 @@ from foveola.evaluation.evaluate import evaluate_all
 from foveola.evaluation.features.overlap import overlap_of, separate
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import store
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.schedules import Progress
@@ -86,7 +86,7 @@ class Evaluations:
             results |= _measure(group, encoder)
 
         def keep() -> tuple[list[str], str]:
-            with told(f"the evaluations of step {step} cannot be kept in {folder}"):
+            with explained(f"the evaluations of step {step} cannot be kept in {folder}"):
                 return self._keep(results, encoder, step, folder)
 
         said, self.worse = distributed.on_main(keep)
@@ -111,7 +111,7 @@ class Evaluations:
     ) -> tuple[list[str], str]:
         """Write the results of a step, and the encoder where it is the best; what to say, and why to stop."""
         for result in results.values():
-            store(result, RunFolder(folder).kept_encoder(step).path)
+            store(result, RunFolder(folder).saved_encoder(step).path)
         said = self._milestones(folder).add(step, results, encoder)
         why = self._why_stop(folder, step)
         if step == self.total or why:  # the newest encoder is of this step, and stays so
@@ -151,7 +151,7 @@ class Evaluations:
         return compared or each.plan.named
 
     def _missed(self, folder: Path, step: int) -> list[int]:
-        known = [0, step] if step and RunFolder(folder).kept_encoder(0).is_whole() else [step]
+        known = [0, step] if step and RunFolder(folder).saved_encoder(0).is_whole() else [step]
         return [each for each in known if self._waiting(folder, each)]
 
     def _waiting(self, folder: Path, step: int) -> list[str]:

@@ -47,10 +47,10 @@ FREE_KEYS = (
 
 
 class Choice(NamedTuple):
-    """The folder of a run, and what is to be said of why it is this one."""
+    """The folder of a run, and a note on why it is this one."""
 
     folder: Path
-    said: str = ""
+    note: str = ""
 
 
 def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImages) -> Choice:
@@ -79,7 +79,7 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
             raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
         return Choice(folder)
     name = (config.recipe or "run").replace("/", "-")
-    runs, said = Path("runs"), ""
+    runs, note = Path("runs"), ""
     for folder in sorted(runs.glob("*/"), reverse=True):
         if not folder.name.startswith(f"{name}-") or not is_of(folder, config, images):
             continue
@@ -87,9 +87,9 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
         if not _is_finished(folder, config, total_steps, what):
             if _is_free(folder):
                 return Choice(folder)
-        elif what and not said:
-            said = f"{folder} is finished, and {what}: this is a run of its own"
-    return Choice(new_folder(name), said)
+        elif what and not note:
+            note = f"{folder} is finished, and {what}: this is a run of its own"
+    return Choice(new_folder(name), note)
 
 
 def new_folder(name: str) -> Path:
@@ -134,7 +134,7 @@ def begin(folder: Path, config: RunConfig, images: same_data.RunImages) -> str |
         files.write_text(run.config, dump_yaml(to_dict(config) | {"out": None}))
     if run.began_to_train():
         return same_data.note_change(folder, images, config.data_changed == "allow")
-    same_data.keep(folder, images)
+    same_data.save_run_images(folder, images)
     return None
 
 
@@ -168,7 +168,7 @@ def _is_finished(folder: Path, config: RunConfig, total_steps: int, changed: str
     newest = checkpoint.newest(folder)
     if newest is None:
         return False
-    if changed and (before := same_data.kept(folder)):
+    if changed and (before := same_data.load_run_images(folder)):
         try:
             total_steps = plan(config, before.count, distributed.world_size()).total_steps
         except ConfigError:  # it ran with a number of processes that fits its images, unlike this one

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from foveola import distributed
 from foveola.config import UserError
-from foveola.failures import explain, told
+from foveola.failures import explain, explained
 from foveola.files import RunFolder
 from foveola.models.encoder import Encoder
 from foveola.state_files import CUT_PARTS, take_cut
@@ -71,7 +71,7 @@ class Keeper:
             self._begin(step)
             return [*done, *self.settle()] if wait else done
         if distributed.is_main():
-            with told(f"step {step} cannot be saved in {self.folder}"):
+            with explained(f"step {step} cannot be saved in {self.folder}"):
                 self._write(step, self.encoder(step), self._state(step))
         return [step]
 
@@ -108,7 +108,7 @@ class Keeper:
         what = f"step {step} cannot be saved in {self.folder}"
 
         def begin() -> Path:
-            with told(what):
+            with explained(what):
                 return checkpoint.begin_checkpoint(self.folder, step)
 
         writer = dcp.FileSystemWriter(distributed.on_main(begin) / CUT_PARTS)
@@ -121,7 +121,7 @@ class Keeper:
     def _finish(self, written: Future, what: str, step: int, encoder: Encoder, state: dict[str, Any]) -> None:
         """When all parts are written: what is whole, and the checkpoint takes its place."""
         try:
-            with told(what):
+            with explained(what):
                 written.result()
                 self._write(step, encoder, state, begun=True)
         except BaseException:
@@ -146,7 +146,7 @@ class Keeper:
         if not first:
             encoder.save(run.encoder.path)
         if self.keep_every is not None and step % self.keep_every == 0:
-            encoder.save(run.kept_encoder(step).path)
+            encoder.save(run.saved_encoder(step).path)
         write = checkpoint.finish if begun else checkpoint.save
         write(self.folder, step, state, keep=self.config.keep, keep_every=self.keep_every)
         if first:

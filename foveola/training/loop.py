@@ -21,7 +21,7 @@ from foveola.schedules import Progress
 from foveola.state_files import is_cut
 from foveola.training.freezing import Freezing
 from foveola.training.optimizer import Optimizer
-from foveola.training.sharding import cut_like, gradients_kept, seen_whole
+from foveola.training.sharding import cut_like, local_gradients, seen_whole
 from foveola.views.batch import Streams, ViewsConfig, make_views
 
 PATIENCE = 3  # steps in a row with gradients that are not finite before giving up
@@ -128,7 +128,7 @@ class Trainer:
         if isinstance(self.wrapped, DistributedDataParallel):
             return self.wrapped.no_sync()
         if self.sharded:
-            return gradients_kept(self.method)
+            return local_gradients(self.method)
         return nullcontext()
 
     def diagnose(self) -> dict[str, float]:

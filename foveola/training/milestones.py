@@ -116,7 +116,7 @@ class Milestones:
         """The result of an evaluation after a step, as it is set now."""
         plan = self.plans[name]
         wanted = _what_counts(to_dict(plan.config))
-        for _, result in results_of(self.run.kept_encoder(step).path)[0]:
+        for _, result in results_of(self.run.saved_encoder(step).path)[0]:
             same = (result.evaluation, result.protocol) == (name, plan.protocol.name)
             if same and _what_counts(result.settings) == wanted:
                 return result

@@ -230,7 +230,7 @@ class RunConfig:
         transform = self.transform or TransformConfig(round(size * 8 / 7), size, color.mean, color.std)
         transform = dataclasses.replace(transform, **vars(self.pixels))
         model = dataclasses.replace(self.model, drop_path=0.0, channels=self.model.seen_channels)
-        return EncoderConfig(model, transform, self.recipe, self.method.pool, self.method.kept_predictor)
+        return EncoderConfig(model, transform, self.recipe, self.method.pool, self.method.saved_predictor)
 
 
 @dataclass(frozen=True, repr=False)

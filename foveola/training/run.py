@@ -262,7 +262,7 @@ class _Session:
     def _train(self, start: int, log: Log) -> dict[str, float]:
         """Train from step `start` until the end or a signal; the metrics that were logged last."""
         config, trainer = self.config, self.trainer
-        asker = Asker(log.warn, lambda: self.stop.told)
+        asker = Asker(log.warn, lambda: self.stop.requested)
         loader = loader_of(config, self.source, self.part, self.device, start, asker)
         supply = Supply(loader, config.accumulate, self.stop)
         steps, metrics = 0, {}
@@ -378,6 +378,6 @@ class _Session:
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:
-        kept = RunFolder(self.folder).kept_encoder(step).path  # of the start, of a run that has gone on
+        kept = RunFolder(self.folder).saved_encoder(step).path  # of the start, of a run that has gone on
         encoder = self.keeper.encoder(step) if step == self.step else load(kept, self.device)
         self.evaluations.run(encoder, step, self.folder, log, self.callbacks.on_evaluation)

@@ -43,7 +43,7 @@ class RunImages:
     inventory: Inventory | None = field(default=None, repr=False, compare=False)
 
     @property
-    def told(self) -> "RunImages":
+    def without_inventory(self) -> "RunImages":
         """Without the inventory, which may be large."""
         return replace(self, inventory=None)
 
@@ -74,7 +74,7 @@ def agreed(source: Source) -> RunImages:
 
     def on_main() -> RunImages:
         own.append(images_of_run(source))
-        return own[0].told
+        return own[0].without_inventory
 
     first = distributed.on_main(on_main)
     mine = first if distributed.is_main() else _attempt(source)
@@ -92,7 +92,7 @@ def agreed(source: Source) -> RunImages:
     return own[0] if own else first
 
 
-def kept(folder: Path) -> RunImages | None:
+def load_run_images(folder: Path) -> RunImages | None:
     """Return what a run began with; None where that was not noted."""
     try:
         tree = json.loads(RunFolder(folder).data.read_text(encoding="utf-8"))
@@ -103,11 +103,11 @@ def kept(folder: Path) -> RunImages | None:
 
 def are_of(folder: Path, images: RunImages) -> bool:
     """Return whether these images are those that the run in `folder` is on."""
-    before = kept(folder)
+    before = load_run_images(folder)
     return before is not None and before.agrees(images)
 
 
-def keep(folder: Path, images: RunImages) -> None:
+def save_run_images(folder: Path, images: RunImages) -> None:
     """Note what a run is on from here on."""
     tree = {"count": images.count, "contents": images.contents, "sizes": images.sizes}
     files.write_text(RunFolder(folder).data, json.dumps(tree, indent=2) + "\n")
@@ -150,7 +150,7 @@ def changed_since(folder: Path, images: RunImages) -> str:
     """Return how these images differ from those of the run in `folder`; empty where nothing tells that they
     do.
     """
-    before = kept(folder)
+    before = load_run_images(folder)
     return "" if before is None else changed(before, images).what
 
 
@@ -159,9 +159,9 @@ def note_change(folder: Path, images: RunImages, allowed: bool) -> str | None:
 
     Raises ConfigError where they are others than before, unless that is `allowed`.
     """
-    before = kept(folder)
+    before = load_run_images(folder)
     if before is None:
-        keep(folder, images)
+        save_run_images(folder, images)
         return OF_BEFORE
     found = changed(before, images)
     if found.what and not allowed:
@@ -170,7 +170,7 @@ def note_change(folder: Path, images: RunImages, allowed: bool) -> str | None:
             "data_changed=allow, and steps and epochs are counted by what is there now"
         )
     if found != DataChange() or before.inventory is None:
-        keep(folder, images)
+        save_run_images(folder, images)
     if found.what:
         return f"data_changed=allow: {found.what}; steps and epochs are counted by what is there now"
     return found.perhaps or None
@@ -189,6 +189,6 @@ def _perhaps(found: ImageDifference | None, count: int) -> str:
 
 def _attempt(source: Source) -> RunImages | str:
     try:
-        return images_of_run(source).told
+        return images_of_run(source).without_inventory
     except Exception as error:
         return explain(error) or str(error)

@@ -138,7 +138,7 @@ def _tensors(method: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def gradients_kept(method: nn.Module) -> Iterator[None]:
+def local_gradients(method: nn.Module) -> Iterator[None]:
     """Let gradients of a method that is cut stay whole on each process while this lasts, and add up there."""
     from torch.distributed.fsdp import FSDPModule
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foveola.config import ConfigError, meant, nearest, read_yaml, renewed
+from foveola.config import ConfigError, nearest, path_hint, read_yaml, renewed
 from foveola.files import RunFolder
 
 
@@ -53,7 +53,7 @@ def _unknown_recipe(recipe: str) -> str:
             f"{recipe} is a run folder; to go on with it: foveola pretrain {recipe}/config.yaml out={recipe}"
         )
     near = nearest(recipe, shipped())
-    if near is None and (path := meant(recipe)):
+    if near is None and (path := path_hint(recipe)):
         return f"unknown recipe {recipe!r}{path}"
     hint = f"did you mean {near!r}?" if near else "`foveola recipes` lists them; a path must end in .yaml"
     return f"unknown recipe {recipe!r}; {hint}"

@@ -26,7 +26,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.told, self._last = False, 0.0
+        self.requested, self._last = False, 0.0
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -48,16 +48,16 @@ class Stop:
         """Return whether any process was told to stop; all get the same answer, so all stop after the same
         step.
         """
-        return bool(distributed.all_reduce_max(torch.tensor(float(self.told))))
+        return bool(distributed.all_reduce_max(torch.tensor(float(self.requested))))
 
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return  # a worker that has just been forked: it is told by this process
         now = time.monotonic()
-        if self.told and number == signal.SIGINT and now - self._last > IMPATIENT:
+        if self.requested and number == signal.SIGINT and now - self._last > IMPATIENT:
             raise KeyboardInterrupt
-        if not self.told and distributed.is_main():
+        if not self.requested and distributed.is_main():
             # Not print, which the signal may have interrupted.
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"stopping after this step (Ctrl-C again: at once, without a checkpoint)\n")
-        self.told, self._last = True, now
+        self.requested, self._last = True, now

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveola import distributed
 from foveola.config import UserError, build, read_yaml, renewed, to_dict
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.methods import find_method
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
@@ -27,45 +27,45 @@ Tree = dict[str, Any]
 FIELD = ("positions", "field_size", "field_interpolation", "field_alignment")
 
 
-def under(lower: Tree, given: Tree) -> tuple[Tree, ViTConfig | None]:
+def under(lower: Tree, overrides: Tree) -> tuple[Tree, ViTConfig | None]:
     """Return the layers of a recipe below the one that names `init`, as the weights change them.
 
     The shape of the network comes from the weights, and so do mean and deviation of pixels; sizes of views
     become the nearest ones of whole patches. What the recipe needs of a network that they lack, and that can
-    be added, stays: the class token of its method, and its position field. `given` are the layers above,
+    be added, stays: the class token of its method, and its position field. `overrides` are the layers above,
     which say what they want.
 
-    Also returns the shape of the weights; None where `given` says all of the network, as a run's own
+    Also returns the shape of the weights; None where `overrides` says all of the network, as a run's own
     configuration does: then nothing is read here. Raises UserError for weights that cannot be read.
     """
-    model, lowest = _group(given, "model"), _group(lower, "model")
+    model, lowest = _group(overrides, "model"), _group(lower, "model")
     if model.keys() >= set(SHAPE_KEYS):
         return lower, None
-    kept = _of_run(str(given["init"]), given.get("out"))
-    found, encoder = kept or _settings(str(given["init"]))
+    kept = _of_run(str(overrides["init"]), overrides.get("out"))
+    found, encoder = kept or _settings(str(overrides["init"]))
     have = found.model
     shape: Tree = {name: value for name, value in to_dict(have).items() if name not in FREE}
     shape |= {name: lowest[name] for name in FREE if name in lowest}
     patch = model.get("patch_size", have.patch_size)
     if kept is None:
-        shape |= _kept_positions(given, lowest, have, encoder)
-        shape["class_token"] = have.class_token or _needs_class_token(lower, given)
+        shape |= _kept_positions(overrides, lowest, have, encoder)
+        shape["class_token"] = have.class_token or _needs_class_token(lower, overrides)
         if isinstance(patch, int):
             shape["image_size"] = have.grid[0] * patch  # the table stays as it is
-    lower = _with_views(lower | {"model": shape}, given, patch)
-    return _with_pixels(lower, given, found.transform), None if kept else have
+    lower = _with_views(lower | {"model": shape}, overrides, patch)
+    return _with_pixels(lower, overrides, found.transform), None if kept else have
 
 
-def _kept_positions(given: Tree, lowest: Tree, have: ViTConfig, encoder: Encoder | None) -> Tree:
+def _kept_positions(overrides: Tree, lowest: Tree, have: ViTConfig, encoder: Encoder | None) -> Tree:
     """Keys of positions that stay as the recipe has them, since positions of the weights can be made so."""
     usual = lowest.get("positions")
     table = usual == "sincos" and have.positions == "learned"
-    if table and has_fixed_table((encoder or _loaded(str(given["init"]))).backbone):
+    if table and has_fixed_table((encoder or _loaded(str(overrides["init"]))).backbone):
         return {"positions": "sincos", "position_antialias": False, "position_offset": 0.0}
     kept: Tree = {}
     if usual == "field" and have.positions in ("learned", "sincos"):
         kept = {name: lowest[name] for name in FIELD if name in lowest}
-    positions = _group(given, "model").get("positions", kept.get("positions", have.positions))
+    positions = _group(overrides, "model").get("positions", kept.get("positions", have.positions))
     if positions == "field" != have.positions:
         kept["field_size"] = list(have.grid)  # nodes that give the table back
     return kept
@@ -115,23 +115,23 @@ def _group(tree: Tree, name: str) -> Tree:
     return group if isinstance(group, dict) else {}
 
 
-def _needs_class_token(lower: Tree, given: Tree) -> bool:
-    names = (_group(given, "method").get("name"), _group(lower, "method").get("name"), "distillation")
+def _needs_class_token(lower: Tree, overrides: Tree) -> bool:
+    names = (_group(overrides, "method").get("name"), _group(lower, "method").get("name"), "distillation")
     with suppress(UserError):  # an unknown name is refused where the configuration is built
         return find_method(str(next(name for name in names if name))).Config.needs_class_token
     return False
 
 
-def _with_views(lower: Tree, given: Tree, patch: int) -> Tree:
+def _with_views(lower: Tree, overrides: Tree, patch: int) -> Tree:
     """The layers below with views of whole patches, where their sizes are not those that are given."""
-    views, asked = _group(lower, "views"), _group(given, "views")
+    views, asked = _group(lower, "views"), _group(overrides, "views")
     usual = ViewsConfig()
     both = views | asked
     names = ["global_size", *(["local_size"] if both.get("local_count", usual.local_count) else [])]
     sizes = {name: views.get(name, getattr(usual, name)) for name in names if name not in asked}
     fitting = {name: _whole(size, patch) for name, size in sizes.items()}
     transform = _group(lower, "transform")
-    if "crop" in transform and "crop" not in _group(given, "transform"):
+    if "crop" in transform and "crop" not in _group(overrides, "transform"):
         crop = _whole(transform["crop"], patch)
         resize = round(transform.get("resize", transform["crop"]) * crop / transform["crop"])
         lower = lower | {"transform": transform | {"resize": resize, "crop": crop}}
@@ -149,13 +149,13 @@ def _whole(size: int, patch: int) -> int:
     return max(int(size / patch + 0.5), 1) * patch
 
 
-def _with_pixels(lower: Tree, given: Tree, transform: TransformConfig) -> Tree:
+def _with_pixels(lower: Tree, overrides: Tree, transform: TransformConfig) -> Tree:
     """The layers below with mean and deviation of the pixels that the weights know."""
     views = _group(lower, "views")
     known = {"mean": list(transform.mean), "std": list(transform.std)}
     lower = lower | {"views": views | {"color": _group(views, "color") | known}}
-    if lower.get("transform") or given.get("transform"):
-        chosen = _group(_group(given, "views"), "color")
+    if lower.get("transform") or overrides.get("transform"):
+        chosen = _group(_group(overrides, "views"), "color")
         known |= {name: chosen[name] for name in known if name in chosen}
         lower = lower | {"transform": _group(lower, "transform") | known}
     return lower
@@ -195,9 +195,9 @@ class Start:
         note(f"starting weights {self.weights.name}: {account.line()}")
         for text in account.lines():
             note(f"starting weights, {text}", show=False)
-        kept = RunFolder(folder).kept_encoder(0).path
+        kept = RunFolder(folder).saved_encoder(0).path
         if distributed.is_main():
-            with told(f"the starting encoder cannot be saved as {kept}"):
+            with explained(f"the starting encoder cannot be saved as {kept}"):
                 encoder.save(kept)
         self.weights = None  # a copy of a network, which nothing reads again
 

@@ -69,7 +69,7 @@ class Supply:
         taken, failure = [], None
         began = time.perf_counter()
         try:
-            while len(taken) < self.accumulate and not self.stop.told:
+            while len(taken) < self.accumulate and not self.stop.requested:
                 if (canvases := next(self.batches, None)) is None:
                     break
                 taken.append(canvases)
@@ -81,7 +81,7 @@ class Supply:
 
     def _agree(self, mine: Exception | None) -> tuple[bool, Exception | None]:
         """Whether any process was told to stop, and an error: of any process, or too many bad images."""
-        facts = [float(mine is not None), float(self.stop.told), self.loader.bad_count, self.loader.seen]
+        facts = [float(mine is not None), float(self.stop.requested), self.loader.bad_count, self.loader.seen]
         # In float64 counts are exact. On the CPU: no process waits for its GPU here.
         sums = distributed.all_reduce_sum(torch.tensor(facts, dtype=torch.float64))
         failed, told, bad, seen = sums.tolist()

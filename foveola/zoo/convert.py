@@ -93,7 +93,9 @@ class Backbone:
     dinos: bool  # named `backbone` beside heads, as DINO and what is made of its code names it
 
 
-def convert(checkpoint: dict[str, Any], said: FileConfig = UNSAID) -> tuple[dict[str, Any], dict[str, Any]]:
+def convert(
+    checkpoint: dict[str, Any], file_config: FileConfig = UNSAID
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return weights and settings of an encoder (a tree for EncoderConfig) from a public checkpoint.
 
     Args:
@@ -104,22 +106,22 @@ def convert(checkpoint: dict[str, Any], said: FileConfig = UNSAID) -> tuple[dict
     """
     if state := capi_weights(checkpoint):
         for name in ("norm_eps", "positions"):
-            if getattr(said, name) is not None:
+            if getattr(file_config, name) is not None:
                 raise ValueError(f"{name} has no effect on CAPI's files, which say it")
-        weights, settings = capi(state, said.heads)
+        weights, settings = capi(state, file_config.heads)
         side, kind = 224, "imagenet"
     else:
         found = backbone_of(checkpoint)
-        weights, shape = plain_vit(found, said)
+        weights, shape = plain_vit(found, file_config)
         settings: dict[str, Any] = {"model": shape}
         if not shape["class_token"] or _averages(found, shape):
             settings["pool"] = "average"
         # MAE, MoCo-v3 and I-JEPA are read at the size of their training, the others at 224 pixels.
         resized = shape.get("position_antialias") or shape.get("position_offset") or "rope" in shape
         side = 224 if resized else shape["image_size"]
-        _check_size(said, shape, found)
-        kind = said.preprocess or _pixels_of(found)
-    side = said.image_size or side
+        _check_size(file_config, shape, found)
+        kind = file_config.preprocess or _pixels_of(found)
+    side = file_config.image_size or side
     settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXEL_STATISTICS[kind]}
     return weights, settings
 
@@ -130,14 +132,15 @@ def _averages(found: Backbone, shape: dict[str, Any]) -> bool:
     return shape.get("final_norm") == "pooled" or (shape.get("relative_bias", False) and not of_v2)
 
 
-def _check_size(said: FileConfig, shape: dict[str, Any], found: Backbone) -> None:
+def _check_size(file_config: FileConfig, shape: dict[str, Any], found: Backbone) -> None:
     """Raise ValueError where positions would be resized in a way that the file does not tell."""
     dinos = found.dinos or {"mask_token", "masked_embed", "blocks.0.ls1.gamma"} & found.tensors.keys()
-    asked = said.image_size not in (None, shape["image_size"])
-    if asked and not dinos and shape.get("position_offset") and said.positions is None:
+    asked = file_config.image_size not in (None, shape["image_size"])
+    if asked and not dinos and shape.get("position_offset") and file_config.positions is None:
         raise ValueError(
             f"its positions are for {shape['image_size']} pixels, and a bare backbone does not say how they "
-            f"are resized to {said.image_size}: add &positions=dino (DINO, iBOT, Mugs) or &positions=timm"
+            f"are resized to {file_config.image_size}: add &positions=dino (DINO, iBOT, Mugs) or "
+            "&positions=timm"
         )
 
 
@@ -171,7 +174,7 @@ def _pixels_of(found: Backbone) -> str:
 
 
 def plain_vit(
-    found: Backbone, said: FileConfig = UNSAID, rotary: bool = False
+    found: Backbone, file_config: FileConfig = UNSAID, rotary: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return weights and shape of a plain ViT from the tensors of a public checkpoint.
 
@@ -200,30 +203,30 @@ def plain_vit(
         "patch_size": patch,
         "class_token": "cls_token" in weights,
         "drop_path": 0.0,
-        **({} if said.norm_eps is None else {"norm_eps": said.norm_eps}),
+        **({} if file_config.norm_eps is None else {"norm_eps": file_config.norm_eps}),
         **_mlp_shape(weights, width, named_gated),
     }
-    heads, published = said.heads, PUBLISHED
+    heads, published = file_config.heads, PUBLISHED
     if rotary or periods is not None:
         shape["image_size"] = 16 * patch  # which no table binds
-        if said.positions is not None:
+        if file_config.positions is not None:
             raise ValueError("positions has no effect on rotary positions, which are not resized")
     elif relative := relative_shape(weights):
         if heads not in (None, relative["heads"]):
             raise ValueError(f"heads={heads}: its tables of relative positions are of {relative['heads']}")
         heads = relative["heads"]
-        shape |= _relative(weights, relative["side"] * patch, shape, said)
+        shape |= _relative(weights, relative["side"] * patch, shape, file_config)
     elif of_aim and "pos_embed" not in weights:
-        shape |= _sines_of_aim(weights, patch, said)
+        shape |= _sines_of_aim(weights, patch, file_config)
     elif "pos_embed" not in weights:
         raise ValueError(_unknown("pos_embed", tensors))
     else:
         of_timm = "register_tokens" in tensors or found.labels
-        published = table_of(weights, shape, width, of_timm, said.positions)
+        published = table_of(weights, shape, width, of_timm, file_config.positions)
     shape["registers"] = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     if periods is not None:
-        heads = _dinov3_heads(periods, width, said)
-        shape |= {"positions": "rope", "rope": "dinov3", "norm_eps": said.norm_eps or 1e-5}
+        heads = _dinov3_heads(periods, width, file_config)
+        shape |= {"positions": "rope", "rope": "dinov3", "norm_eps": file_config.norm_eps or 1e-5}
     if heads is None:
         hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
         heads = width // AIM_HEAD if of_aim else published_heads((width, shape["depth"], hidden), published)
@@ -248,22 +251,24 @@ def _by_our_names(tensors: dict[str, Any], of_aim: bool) -> dict[str, Any]:
     return beit(weights, depth_of(weights))
 
 
-def _relative(weights: dict[str, Any], size: int, shape: dict[str, Any], said: FileConfig) -> dict[str, Any]:
+def _relative(
+    weights: dict[str, Any], size: int, shape: dict[str, Any], file_config: FileConfig
+) -> dict[str, Any]:
     """Keys of positions of a network with relative ones, beside which there may be absolute ones."""
     if "pos_embed" not in weights:
-        if said.positions is not None:
+        if file_config.positions is not None:
             raise ValueError("positions has no effect on relative positions")
         return {"relative_bias": True, "positions": "none", "image_size": size}
     absolute = dict(shape)
-    table_of(weights, absolute, weights["pos_embed"].shape[2], False, said.positions or "plain")
+    table_of(weights, absolute, weights["pos_embed"].shape[2], False, file_config.positions or "plain")
     if absolute["image_size"] != size:
         raise ValueError(f"pos_embed is of {absolute['image_size']} pixels, its relative ones of {size}")
     return absolute | {"relative_bias": True}
 
 
-def _sines_of_aim(weights: dict[str, Any], patch: int, said: FileConfig) -> dict[str, Any]:
+def _sines_of_aim(weights: dict[str, Any], patch: int, file_config: FileConfig) -> dict[str, Any]:
     """Keys of the fixed positions that AIM computes for the size of its images; adds them in place."""
-    side = (said.image_size or 224) // patch
+    side = (file_config.image_size or 224) // patch
     width = weights["patch_embed.proj.weight"].shape[0]
     weights["pos_embed"] = sines(side, width)[None].float()
     return {"positions": "sincos", "image_size": side * patch}
@@ -302,7 +307,7 @@ def _dinov3(tensors: dict[str, Any]) -> dict[str, Any]:
     return weights
 
 
-def _dinov3_heads(periods: Any, width: int, said: FileConfig) -> int:
+def _dinov3_heads(periods: Any, width: int, file_config: FileConfig) -> int:
     """Heads by the number of rotary frequencies of one. Raises ValueError for other frequencies than ours."""
     count = periods.numel()
     expected = [100.0 ** (k / count) for k in range(count)]
@@ -310,8 +315,8 @@ def _dinov3_heads(periods: Any, width: int, said: FileConfig) -> int:
     if any(not math.isclose(a, b, rel_tol=1e-2) for a, b in zip(found, expected, strict=True)):
         raise ValueError("its rotary positions have other periods than DINOv3's published networks")
     heads = width // (4 * count)
-    if said.heads not in (None, heads):
-        raise ValueError(f"heads={said.heads}: its rotary positions are of {heads}")
+    if file_config.heads not in (None, heads):
+        raise ValueError(f"heads={file_config.heads}: its rotary positions are of {heads}")
     return heads
 
 

@@ -30,11 +30,11 @@ def load_file(name: str) -> Encoder:
         return _exported(state, path)
     options_of(name, query)
     try:
-        said = build(FileConfig, parse_overrides(filter(None, query.split("&"))))
+        file_config = build(FileConfig, parse_overrides(filter(None, query.split("&"))))
     except ConfigError as error:
         raise UserError(f"{name}: {error}") from error
     try:
-        weights, settings = convert(state, said)
+        weights, settings = convert(state, file_config)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     encoder = filled(build(EncoderConfig, settings | {"origin": name}, where=str(path)), weights, path)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as read_tensors
 from torch import Tensor
 
-from foveola.config import UserError, build, meant, read_yaml
+from foveola.config import UserError, build, path_hint, read_yaml
 from foveola.files import EncoderFolder, RunFolder, run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.tasks.task import filled_head
@@ -16,7 +16,7 @@ from foveola.zoo.exported import load_onnx, load_program
 from foveola.zoo.files import load_file, split_options
 from foveola.zoo.libraries import load_library
 from foveola.zoo.pixels import pixel_encoder
-from foveola.zoo.runs import empty_head, kept_folder, student_of
+from foveola.zoo.runs import empty_head, saved_folder, student_of
 from foveola.zoo.weights import read_config
 from foveola.zoo.wrap import load_python
 
@@ -58,13 +58,13 @@ def _load(name: str) -> Encoder:
     if name.startswith(UNTRAINED):
         return _untrained(name.removeprefix(UNTRAINED))
     if named := run_model(name):
-        return student_of(named) if named.student else _load_folder(kept_folder(named))
+        return student_of(named) if named.student else _load_folder(saved_folder(named))
     path = Path(name)
     if path.is_file() or Path(name.partition("?")[0]).is_file():
         return _load_any_file(name)
     if not path.exists():
         wanted = "expected a run folder, an encoder folder, a checkpoint file, timm:, hf: or python:"
-        raise UserError(f"no model at {path}: {wanted}{meant(path)}")
+        raise UserError(f"no model at {path}: {wanted}{path_hint(path)}")
     own = RunFolder(path).encoder
     folder = own if own.config.is_file() else EncoderFolder(path)
     if not folder.is_whole():

@@ -19,7 +19,7 @@ from foveola.zoo.weights import read_config
 EARLIER = {"backbone": "student.backbone.", "predictor": "student.predictor."}
 
 
-def kept_folder(model: RunModel) -> EncoderFolder:
+def saved_folder(model: RunModel) -> EncoderFolder:
     """Return the folder of the encoder that a run has of a step, or of its best one.
 
     Raises UserError, which names the steps that are there, where it was not kept.
@@ -30,7 +30,7 @@ def kept_folder(model: RunModel) -> EncoderFolder:
             raise UserError(f"{model.name}: the run has no encoders/best: best=EVALUATION/METRIC keeps it")
         return run.best
     others = (run.encoder, run.best)  # what they are of was perhaps not kept otherwise
-    there = {each.step: each for each in others if each.step is not None} | dict(run.kept_encoders())
+    there = {each.step: each for each in others if each.step is not None} | dict(run.saved_encoders())
     if model.step not in there:
         steps = ", ".join(f"step={step}" for step in sorted(there))
         known = f"there are {steps}" if steps else "it kept none: keep_every= keeps them"

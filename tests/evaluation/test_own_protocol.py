@@ -146,7 +146,7 @@ def test_the_lower_one_is_better_where_a_metric_says_so(module, tmp_path: Path) 
     assert change.sentence().startswith(
         "distance to the mean of the own class went from 2.50 untrained to 2.00 after training; the change"
     )
-    assert "is -0.50, 95 % interval" in change.told()
+    assert "is -0.50, 95 % interval" in change.certainty()
 
 
 def test_patterns() -> None:

@@ -20,7 +20,7 @@ from foveola.data.sources import open_source
 from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.methods.targets import TargetConfig
 from foveola.methods.terms.patch import PatchTermConfig
-from foveola.methods.terms.position import PositionTermConfig, position_errors, position_sheet
+from foveola.methods.terms.position import PositionTermConfig, guess_sheet, position_errors
 from foveola.methods.terms.spread import SpreadTermConfig
 from foveola.methods.terms.term import Heads
 from foveola.models.heads import HeadConfig
@@ -383,7 +383,7 @@ def test_a_sheet_shows_true_and_guessed_places():
     images = torch.full((2, 3, 8, 8), 0.5)
     guesses = torch.tensor([[3, 1, 2, 3], [0, 1, 2, 0]])  # of 2 x 2 patches
     unplaced = torch.tensor([[True, False, False, False], [False, False, False, True]])
-    sheet = position_sheet(images, guesses, unplaced, (2, 2))
+    sheet = guess_sheet(images, guesses, unplaced, (2, 2))
     assert sheet.shape == (30, 20, 3)
     assert sheet.dtype == np.uint8
     rows = [sheet[1 + 10 * r : 9 + 10 * r] for r in range(3)]

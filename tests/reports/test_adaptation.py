@@ -144,6 +144,8 @@ def test_the_images_whose_neighbours_changed_most_are_those_of_a_loop(monkeypatc
         return stayed, sum(right) / len(rows), image
 
     monkeypatch.setattr(changed, "extract", extract)
-    most = getattr(changed.most_changed, "__wrapped__", changed.most_changed)  # takes names for networks here
+    most = getattr(
+        changed.largest_changes, "__wrapped__", changed.largest_changes
+    )  # takes names for networks here
     config = ExtractConfig(rows="objects")
     assert most("start", "end", "reference", "queries", 4, config) == sorted(range(5, 10), key=key)[:4]

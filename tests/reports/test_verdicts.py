@@ -97,7 +97,7 @@ def test_the_change_on_the_same_images_decides_and_not_two_intervals() -> None:
     low, high = (100 * end for end in tango(42, 55, 200))
     assert low < 0 < high
     assert change.outcome == "open"
-    assert change.told().endswith(f"too few to tell changes below about {(high - low) / 2:.1f} points")
+    assert change.certainty().endswith(f"too few to tell changes below about {(high - low) / 2:.1f} points")
     state, text = in_short([change])
     assert (state, text.partition(":")[0]) == ("OPEN", "Too few images to tell whether training helped")
 

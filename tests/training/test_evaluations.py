@@ -104,7 +104,7 @@ def test_each_is_measured_at_its_own_times_on_its_own_data(tiny, tmp_path, lines
     # Results are files, with the score of each image; those of the end are the run's own.
     folder = RunFolder(run.folder)
     assert folder.measured_steps() == [0, 4, 6, 8]
-    for place in (folder.kept_encoder(8).path, run.folder):
+    for place in (folder.saved_encoder(8).path, run.folder):
         found = [Result.read(path) for path in (place / "results").glob("*.json")]
         assert sorted(result.evaluation for result in found) == ["control", "free", "knn"]
         assert all(result.scores for result in found)
@@ -114,7 +114,7 @@ def test_each_is_measured_at_its_own_times_on_its_own_data(tiny, tmp_path, lines
     best = max(values, key=lambda step: (values[step], -step))
     assert folder.best.step == best
     assert best == 6
-    for part, value in weights(folder.kept_encoder(best).path).items():
+    for part, value in weights(folder.saved_encoder(best).path).items():
         assert torch.equal(weights(folder.best.path)[part], value)
     assert foveola.load(f"{run.folder}?step=best").config.step == best
     said = f"best: {name} {values[best]:.2f} % at step {best}; its encoder: {folder.best.path}"
@@ -334,7 +334,7 @@ def test_killed_between_two_names_the_best_encoder_is_made_up(tiny, tmp_path, fa
     run, rename = tmp_path / "run", Path.rename
 
     def killed(self: Path, target: Path) -> Path:
-        if self.name == ".writing-best" and RunFolder(run).kept_encoder(4).path.is_dir():
+        if self.name == ".writing-best" and RunFolder(run).saved_encoder(4).path.is_dir():
             raise KeyboardInterrupt
         return rename(self, target)
 

@@ -360,7 +360,7 @@ def test_an_impatient_second_interruption_ends_at_once(tiny, tmp_path, monkeypat
     with signals.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun's copy of the first
-        assert stop.told
+        assert stop.requested
         monkeypatch.setattr(signals, "IMPATIENT", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -378,10 +378,10 @@ def test_a_process_that_was_just_forked_says_nothing_of_a_signal(capfd, monkeypa
         own = os.getpid()
         monkeypatch.setattr(os, "getpid", lambda: own + 1)
         signal.raise_signal(signal.SIGTERM)
-        assert not stop.told
+        assert not stop.requested
         monkeypatch.undo()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.told
+        assert stop.requested
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 

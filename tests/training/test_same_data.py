@@ -174,8 +174,8 @@ def test_of_many_images_moved_elsewhere_nothing_is_said_while_their_times_are_ke
 
 def test_the_inventory_is_kept_and_a_run_without_one_goes_on(images: Path, tmp_path: Path):
     now = look_at(images)
-    same_data.keep(tmp_path / "run", now)
-    back = same_data.kept(tmp_path / "run")
+    same_data.save_run_images(tmp_path / "run", now)
+    back = same_data.load_run_images(tmp_path / "run")
     assert back == now
     assert back.inventory is not None
     assert now.inventory is not None
@@ -188,7 +188,7 @@ def test_the_inventory_is_kept_and_a_run_without_one_goes_on(images: Path, tmp_p
     (tmp_path / "run" / "data.npz").write_bytes(b"PK\3\4 torn")
     assert same_data.are_of(tmp_path / "run", now)
     assert same_data.note_change(tmp_path / "run", now, allowed=False) is None
-    again = same_data.kept(tmp_path / "run")
+    again = same_data.load_run_images(tmp_path / "run")
     assert again == now
     assert again.inventory is not None
     (tmp_path / "run" / "data.npz").unlink()

@@ -210,7 +210,7 @@ def test_a_run_from_weights(recipe: str, tmp_path: Path, of_hf: str):
     keys = {**SMALL, **RECIPES[name], "init": f"hf:{weights}", "checkpoint_every": "1 steps", "keep": 9}
     run = pretrain(name, out=str(tmp_path / "whole"), **keys)
     folder = RunFolder(run.folder)
-    begun = load(folder.kept_encoder(0).path)
+    begun = load(folder.saved_encoder(0).path)
     images = torch.randn(2, 3, 32, 32)
     theirs = load(of_hf)
     assert torch.equal(patches(begun.backbone, images), patches(theirs.backbone, images))

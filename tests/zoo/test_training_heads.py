@@ -305,7 +305,7 @@ def test_a_run_gives_all_that_it_trained(recipe: str, changes: dict[str, Any], t
     name = f"{recipe}-tiny-tinyimagenet"
     run = pretrain(name, out=str(tmp_path / "run"), duration="2 steps", **keys, **small, **changes)
     kept = RunFolder(run.folder)
-    for init, step in ((run.folder, 2), (f"{run.folder}?step=1", 1), (kept.kept_encoder(1).path, 1)):
+    for init, step in ((run.folder, 2), (f"{run.folder}?step=1", 1), (kept.saved_encoder(1).path, 1)):
         method, start = started(recipe, str(init), **changes)
         state = torch.load(kept.checkpoint(step) / "state.pt")["trainer"]["method"]
         own = dict(method.named_parameters())

@@ -36,9 +36,9 @@ def open_shards(spec: str, path: str, /, **options: Any) -> ShardImages:
 
 def open_parquet(spec: str, path: str, /, **options: Any) -> ShardImages:
     """Return the rows of parquet files. `options` are those of the data string, docs/shards.md."""
-    asked, rest = _columns(options)
+    requested, rest = _columns(options)
     files = find_shards("parquet", path, ".parquet", rest.pop("cache", None))
-    columns = find_columns(files[0], asked)
+    columns = find_columns(files[0], requested)
     index = index_of(files, columns, index_parquet)
     held = ParquetHeld(index, columns)
     return _opened(spec, held, columns, columns.pixels, class_names(files[0], columns), rest)

@@ -99,20 +99,20 @@ def hub_features(shard: Shard) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def find_columns(shard: Shard, asked: ShardColumns) -> ShardColumns:
+def find_columns(shard: Shard, requested: ShardColumns) -> ShardColumns:
     """Return the columns of a file by what was asked for, or else by kind and name. Raises DataError for one
     that is missing, or where several may be meant.
     """
     schema = _file(shard).schema_arrow
     kinds = {field.name: field.type for field in schema}
     features = hub_features(shard)
-    for option, column in vars(asked).items():
+    for option, column in vars(requested).items():
         if column not in (None, "-") and column not in kinds:
             near = nearest(column, kinds)
             hint = f"did you mean {near!r}?" if near else f"it has {', '.join(kinds)}"
             raise DataError(f"parquet: {shard.path} has no column {column!r} for {option}=; {hint}")
-    others = {asked.masks, asked.pixels}
-    image = asked.image
+    others = {requested.masks, requested.pixels}
+    image = requested.image
     if image is None:
         fitting = [name for name, kind in kinds.items() if name not in others and _holds_files(kind)]
         if len(fitting) != 1:
@@ -124,12 +124,12 @@ def find_columns(shard: Shard, asked: ShardColumns) -> ShardColumns:
         (image,) = fitting
     elif not _holds_files(kinds[image]):
         raise DataError(f"parquet: column {image!r} of {shard.path} holds no bytes, but {kinds[image]}")
-    label = asked.label
+    label = requested.label
     if label is None:
         named = [name for name in kinds if "names" in (features.get(name) or ())]
         label = named[0] if len(named) == 1 else _LABEL if _LABEL in kinds else "-"
-    objects = asked.objects or (_OBJECTS if _OBJECTS in kinds else "-")
-    return ShardColumns(image, label, asked.pixels, asked.masks, objects, asked.name)
+    objects = requested.objects or (_OBJECTS if _OBJECTS in kinds else "-")
+    return ShardColumns(image, label, requested.pixels, requested.masks, objects, requested.name)
 
 
 def class_names(shard: Shard, columns: ShardColumns) -> tuple[str, ...] | None:

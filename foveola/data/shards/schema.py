@@ -132,9 +132,9 @@ def _as_coco(
     said = each.get("label", each.get("category", _UNSAID))
     if said is _UNSAID and "category_id" in each:
         raise ValueError("an object has category_id, which means nothing here: write label")
-    meant = None if said is _UNSAID else label_of(said, where)
+    found = None if said is _UNSAID else label_of(said, where)
     if said is not _UNSAID:
-        label = -1 if meant is None else number(meant)
+        label = -1 if found is None else number(found)
     box = each.get("box")
     if (box is None) == (each.get("bbox") is None):
         raise ValueError(

@@ -117,7 +117,7 @@ class ShardImages(FilesReadAlike):
         found = read_objects(self.held.about(row), (header, self.raw), label, self.number, name)
         return found._replace(image=data)
 
-    def kept_sizes(self, reading: Decoding) -> tuple[np.ndarray, np.ndarray]:
+    def stored_sizes(self, reading: Decoding) -> tuple[np.ndarray, np.ndarray]:
         """Return the table of sizes that the index keeps (`ShardIndex.sizes`), and which of its rows are the
         images.
         """

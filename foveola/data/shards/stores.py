@@ -20,7 +20,7 @@ from typing import Any
 from weakref import finalize
 
 from foveola import files
-from foveola.config import meant
+from foveola.config import path_hint
 from foveola.data.sample import DataError
 
 OPEN_FILES = 128  # of each process
@@ -162,7 +162,7 @@ def _look_local(kind: str, location: str, suffix: str) -> list[Shard]:
     elif path.is_file():
         paths = [path]
     else:
-        raise DataError(f"{kind}: no file or folder {path}{meant(path)}")
+        raise DataError(f"{kind}: no file or folder {path}{path_hint(path)}")
     if not paths:
         raise DataError(f"{kind}: no file {suffix} is at {location}")
     return [_stated(each) for each in paths]

@@ -29,7 +29,7 @@ from foveola.evaluation.attention.reader import (
 from foveola.evaluation.attention.result import AttentionAnalysis, RunningMoments
 from foveola.evaluation.images import Batches, Images, choose_images, facts_of_bad, slice_of_rank
 from foveola.evaluation.result import versions
-from foveola.failures import told
+from foveola.failures import explained
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
 from foveola.models.transform import TransformConfig, evaluation_view
@@ -123,7 +123,7 @@ def _run(
 
 def _folder(path: Path) -> Path:
     """The folder, made where it is missing, before anything is computed."""
-    with told(f"out={path}: no folder can be made there"):
+    with explained(f"out={path}: no folder can be made there"):
         path.mkdir(parents=True, exist_ok=True)
     return path
 

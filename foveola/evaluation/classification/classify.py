@@ -16,7 +16,7 @@ from foveola.data.annotated import check_annotated, class_table
 from foveola.data.sample import Sample
 from foveola.data.sources import decode
 from foveola.evaluation.classification.several import in_classes, mean_average_precision
-from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.heads import HeadImages, head_for
 from foveola.evaluation.images import ChosenConfig, join
 from foveola.evaluation.metrics import ground_truth, interval, percent, shared_labels
 from foveola.evaluation.paired import packed
@@ -87,7 +87,7 @@ class Classify(Protocol):
 
     def measure(self, at: At, config: ClassifyConfig) -> Outcome:
         """Classify all images of the test data, each process its share."""
-        head = asked_head(
+        head = head_for(
             at.encoder,
             ClassificationHead,
             self.name,
@@ -98,21 +98,21 @@ class Classify(Protocol):
         check_annotated(at.test, "classes" if several else "labels")
         began = perf_counter()
         cut = ViewCut(at.encoder.config.transform, len(at.test.classes or ()) if several else 0)
-        asked: AskedImages[LabelledView] = AskedImages(at, config, cut, self.name)
-        answered = _ask(asked, head, cut.classes)
-        facts = asked.facts()
+        batches: HeadImages[LabelledView] = HeadImages(at, config, cut, self.name)
+        answered = _ask(batches, head, cut.classes)
+        facts = batches.facts()
         found = _of_several(answered, at, head, config) if several else _of_one(answered, at, head, config)
         data = {"test": facts | found.data, "seconds": round(perf_counter() - began, 2)}
         return replace(found, data=data)
 
 
-def _ask(asked: AskedImages[LabelledView], head: ClassificationHead, classes: int) -> Answered:
+def _ask(batches: HeadImages[LabelledView], head: ClassificationHead, classes: int) -> Answered:
     """What the head says of all images of all processes."""
-    encoder, empty = asked.at.encoder, torch.zeros(0, dtype=torch.int64)
+    encoder, empty = batches.at.encoder, torch.zeros(0, dtype=torch.int64)
     table = torch.zeros(0, classes, dtype=torch.bool)
     parts = [Answered(empty, empty, table, torch.zeros(0, len(head.classes)))]
-    for batch in asked:
-        with torch.no_grad(), asked.reduced():
+    for batch in batches:
+        with torch.no_grad(), batches.reduced():
             pixels = encoder.normalise(batch.pixels.to(encoder.device))
             logits = head.logits(encoder.backbone, pixels).cpu()
         parts.append(Answered(batch.indices, batch.labels, batch.classes, logits))
@@ -146,14 +146,17 @@ def _of_one(answered: Answered, at: At, head: ClassificationHead, config: Classi
 
 
 def confusions(
-    labels: Int64[Tensor, "n"], said: Int64[Tensor, "n"], right: Bool[Tensor, "n"], names: tuple[str, ...]
+    labels: Int64[Tensor, "n"],
+    predicted: Int64[Tensor, "n"],
+    right: Bool[Tensor, "n"],
+    names: tuple[str, ...],
 ) -> list[tuple[str, str, int]]:
     """Return the most frequent mistakes: the right class, the one that was said instead, how often.
 
     Images of a class that is not in `names` (-1) are left out.
     """
     wrong = ~right & (labels >= 0)
-    pairs = Counter(zip(labels[wrong].tolist(), said[wrong].tolist(), strict=True))
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
     ranked = sorted(pairs.items(), key=lambda each: (-each[1], each[0]))[:CONFUSIONS]
     return [(names[right], names[other], count) for (right, other), count in ranked]
 

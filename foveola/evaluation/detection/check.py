@@ -27,7 +27,7 @@ from foveola.evaluation.detection.truth import all_annotations, annotations_of
 from foveola.evaluation.images import Batches, Images, ReadingConfig, facts_of_bad
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import store
-from foveola.failures import told
+from foveola.failures import explained
 
 CHECK_RESULT = "masks_check"  # of its results
 SUCH = 3  # images that a note names
@@ -117,7 +117,7 @@ def check_masks(
         seconds=round(perf_counter() - began, 2),
         notes=(*notes, *more),
     )
-    with told(f"the check is done, but cannot be written to {folder}"):
+    with explained(f"the check is done, but cannot be written to {folder}"):
         return store(result, folder)
 
 

@@ -11,7 +11,7 @@ from foveola.data.sample import have_masks
 from foveola.data.sources import Source
 from foveola.evaluation.detection.average_precision import CocoScores, Kind, ap_interval, of_kind, score
 from foveola.evaluation.detection.truth import Annotated, AnnotatedCut, data_set, met_by_name, rle_of
-from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.heads import HeadImages, head_for
 from foveola.evaluation.images import ChosenConfig
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
 from foveola.models.encoder import Encoder
@@ -73,27 +73,27 @@ class Detect(Protocol):
             raise UserError(f"test: {at.test.name} has no objects, which detect needs (annotations=, boxes=)")
         shared = met_by_name(head.classes, at.test)
         masks = bool(head.config.masks) and have_masks(at.test)
-        asked: AskedImages[Annotated] = AskedImages(at, config, AnnotatedCut(masks), self.name, parcel=4)
-        found = search_images(asked, head, masks, shared)
-        facts = asked.facts() | {"seconds": round(perf_counter() - began, 2)}
+        batches: HeadImages[Annotated] = HeadImages(at, config, AnnotatedCut(masks), self.name, parcel=4)
+        found = search_images(batches, head, masks, shared)
+        facts = batches.facts() | {"seconds": round(perf_counter() - began, 2)}
         return distributed.on_main(lambda: _outcome(at.test, head.config.names, config, found, masks, facts))
 
 
 def detector_of(encoder: Encoder) -> DetectionHead:
     """Return the head of an encoder. Raises UserError where it has none, or one for another task."""
     instead = "localisation measures encoders without a head"
-    return asked_head(encoder, DetectionHead, "detect", "detect", instead)
+    return head_for(encoder, DetectionHead, "detect", "detect", instead)
 
 
 def search_images(
-    asked: AskedImages[Annotated], head: DetectionHead, masks: bool, shared: dict[int, int]
+    batches: HeadImages[Annotated], head: DetectionHead, masks: bool, shared: dict[int, int]
 ) -> Searched:
     """Return what is found in the chosen images by all processes, and what there is."""
     sizes, annotations, detections = {}, [], []
-    for batch in asked:
+    for batch in batches:
         for index, image, known in zip(batch.indices.tolist(), batch.images, batch.annotations, strict=True):
-            with asked.reduced():
-                (prediction,) = head.predict(asked.at.encoder, [image])
+            with batches.reduced():
+                (prediction,) = head.predict(batches.at.encoder, [image])
             sizes[index] = image.shape[:2]
             annotations += known
             detections += coco_results(prediction, index, shared, masks)

@@ -14,7 +14,7 @@ from foveola import distributed
 from foveola.config import UserError, again, key
 from foveola.data.sample import IGNORE, Sample
 from foveola.data.segmentation import PixelSource
-from foveola.evaluation.heads import AskedImages, asked_head
+from foveola.evaluation.heads import HeadImages, head_for
 from foveola.evaluation.images import ChosenConfig
 from foveola.evaluation.paired import packed_areas
 from foveola.evaluation.protocol import At, Metric, Outcome, Protocol
@@ -92,7 +92,7 @@ class Segment(Protocol):
 
     def measure(self, at: At, config: SegmentConfig) -> Outcome:
         """Return what is measured, each process on its share. Raises UserError for other classes."""
-        head = asked_head(
+        head = head_for(
             at.encoder,
             SegmentationHead,
             self.name,
@@ -107,9 +107,9 @@ class Segment(Protocol):
         notes: list[str] = []
         numbers = shared_classes(head.classes, at.test.classes, at.test.name, notes)
         began = perf_counter()
-        asked: AskedImages[LabelledImage] = AskedImages(at, config, PixelCut(at.test), self.name)
-        areas, indices = self._areas(asked, head, look, numbers)
-        facts = asked.facts()
+        batches: HeadImages[LabelledImage] = HeadImages(at, config, PixelCut(at.test), self.name)
+        areas, indices = self._areas(batches, head, look, numbers)
+        facts = batches.facts()
         metrics = summary(areas, config.seed)
         del metrics["miou_capi"]
         total = areas.sum(dim=0)[:, :-1].double()
@@ -125,19 +125,19 @@ class Segment(Protocol):
 
     def _areas(
         self,
-        asked: AskedImages[LabelledImage],
+        batches: HeadImages[LabelledImage],
         head: SegmentationHead,
         look: LookConfig,
         numbers: Int64[Tensor, "256"],
     ) -> tuple[Int64[Tensor, "m 3 C1"], Int64[Tensor, "m"]]:
         """Areas of every image of all processes, and their indices."""
-        encoder, classes = asked.at.encoder, len(asked.at.test.classes)
+        encoder, classes = batches.at.encoder, len(batches.at.test.classes)
         areas, indices = (
             [torch.zeros(0, 3, classes + 1, dtype=torch.int64)],
             [torch.zeros(0, dtype=torch.int64)],
         )
-        for batch in asked:
-            with asked.reduced():
+        for batch in batches:
+            with batches.reduced():
                 found = head.predict(encoder, batch.images, look)
             for one, truth in zip(found, batch.maps, strict=True):
                 predicted = numbers[one.classes.long()]

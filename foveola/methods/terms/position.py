@@ -114,7 +114,7 @@ class PositionTerm(AssignmentTerm):
         color = self.setting.views.color
         mean, std = (torch.tensor(c, device=pixels.device)[:, None, None] for c in (color.mean, color.std))
         return {
-            "positions": position_sheet(
+            "positions": guess_sheet(
                 drawn_rgb(pixels * std + mean) / 255, guesses, unplaced, self.setting.grid
             )
         }
@@ -156,7 +156,7 @@ def position_errors(
     return (true == guessed).float().mean().item(), distance.mean().item()
 
 
-def position_sheet(
+def guess_sheet(
     images: Float[Tensor, "S ch H W"],
     guesses: Int64[Tensor, "S N"],
     unplaced: Bool[Tensor, "S N"],

@@ -29,27 +29,27 @@ class Decision(NamedTuple):
     reason: str
 
 
-def choose_method(data: DataFacts, token: bool | None, asked: str | None = None) -> Decision:
+def choose_method(data: DataFacts, token: bool | None, method: str | None = None) -> Decision:
     """Return the family of recipes: odis, ibot, dinov2, capi, mae.
 
     Args:
         token: whether the starting weights have a class token; None where training starts from nothing.
-        asked: `method.name`, where the user gave it.
+        method: `method.name`, where the user gave it.
 
     Raises ConfigError for a method that no plan is made for.
     """
-    if asked is not None and asked not in PLANNED_METHODS:
+    if method is not None and method not in PLANNED_METHODS:
         known = ", ".join(PLANNED_METHODS)
-        raise ConfigError(f"method.name={asked}: auto plans {known}; name a recipe for others")
-    if asked in ("capi", "mae"):
-        return Decision(asked, "as you said")
-    if asked and token is False:
+        raise ConfigError(f"method.name={method}: auto plans {known}; name a recipe for others")
+    if method in ("capi", "mae"):
+        return Decision(method, "as you said")
+    if method and token is False:
         return Decision("dinov2", "as you said; the class token is fresh")
     if token is False:
         return Decision("capi", "the starting weights have no class token, which distillation needs")
     if data.objects:
         return Decision("odis", f"{data.objects:.1f} objects are annotated in an image: views follow them")
-    if data.label_maps and not asked:
+    if data.label_maps and not method:
         return Decision("capi", "labels are label maps: features of patches count, which CAPI is about")
     if token:
         return Decision("dinov2", "no objects are annotated: image and patches, as the weights were trained")

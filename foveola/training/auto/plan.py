@@ -63,28 +63,28 @@ class _Maker:
     """The changes to a recipe, in order; what the user gave stays as given."""
 
     recipe: str
-    given: dict[str, Any]
+    overrides: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
     lines: list[PlanLine] = field(default_factory=list)
     shaped: dict[str, Any] | None = None  # the recipe as its starting weights change it
 
     def put(self, key: str, choice: Decision) -> Any:
         """Take a choice for a key, unless the user gave it; returns what stands there now."""
-        if key in self.given:
-            self.lines.append(PlanLine(key, str(self.given[key]), "as you said"))
-            return self.given[key]
+        if key in self.overrides:
+            self.lines.append(PlanLine(key, str(self.overrides[key]), "as you said"))
+            return self.overrides[key]
         self.changes[key] = choice.value
         self.lines.append(PlanLine(key, str(choice.value), choice.reason))
         return choice.value
 
     def quietly(self, key: str, value: Any) -> None:
         """Set a key that follows from others, unless the user gave it."""
-        if key not in self.given:
+        if key not in self.overrides:
             self.changes[key] = value
 
     def built(self, **more: Any) -> RunConfig:
         """Return the recipe with all changes so far. Raises ConfigError where they do not go together."""
-        changes = self.changes | self.given | more
+        changes = self.changes | self.overrides | more
         if "init" not in changes:
             return resolve(self.recipe, nested(changes))
         shaped = self.shaped
@@ -97,7 +97,7 @@ def plan_run(
     data: DataFacts,
     machine: Machine,
     budget: Budget,
-    given: dict[str, Any],
+    overrides: dict[str, Any],
     start: PlannedStart | None = None,
 ) -> Plan:
     """Return a plan.
@@ -109,9 +109,9 @@ def plan_run(
     Raises ConfigError where what was given cannot be had.
     """
     token = None if start is None else start.encoder.model.class_token
-    method = choices.choose_method(data, token, given.get("method.name"))
+    method = choices.choose_method(data, token, overrides.get("method.name"))
     family = str(method.value)
-    maker = _Maker((TRAINED if start is None else ADAPTED)[family], given)
+    maker = _Maker((TRAINED if start is None else ADAPTED)[family], overrides)
     maker.lines.append(PlanLine("recipe", maker.recipe, method.reason))
     _choose_start(maker, start)
     _choose_views(maker, data, machine, start)
@@ -157,12 +157,12 @@ def _choose_start(maker: _Maker, start: PlannedStart | None) -> None:
 
 def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: PlannedStart | None) -> None:
     patch = None if start is None else start.encoder.model.patch_size
-    (side, patch), why = choices.choose_view(data, machine, maker.given.get("model.patch_size", patch))
+    (side, patch), why = choices.choose_view(data, machine, maker.overrides.get("model.patch_size", patch))
     side = maker.put("views.global_size", Decision(side, why))
     if start is not None and start.encoder.model.class_token:  # CAPI has none
         if machine.device == "cpu":
             maker.put("views.local_count", Decision(0, "local views take half of the time of a CPU"))
-        elif maker.given.get("views.local_count") != 0:
+        elif maker.overrides.get("views.local_count") != 0:
             maker.quietly("views.local_size", choices.choose_local(side, patch))
     if start is None:
         maker.put("model.patch_size", Decision(patch, f"{(side // patch) ** 2} patches of a view"))
@@ -172,7 +172,7 @@ def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: Plann
     drawn = maker.put("loader.canvas", canvas)
     if maker.built().views.objects is not None:
         maker.quietly("loader.mask_canvas", min(drawn, 128))
-    if not {"transform"} & {key.partition(".")[0] for key in maker.given}:
+    if not {"transform"} & {key.partition(".")[0] for key in maker.overrides}:
         whole = {"transform.resize": side, "transform.crop": side}  # such images have no margin to cut off
         maker.changes |= whole if data.side <= side else {"transform": None}
     faster = ("bf16", f"{machine.name} computes faster in it") if machine.bf16 else ("fp32", machine.name)
@@ -184,7 +184,7 @@ def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: Plann
 
 def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budget, batch: int) -> None:
     """The largest network that the images can fill and the budget can train."""
-    if not any(key in maker.given for key in ("model.size", "model.width", "model.depth")):
+    if not any(key in maker.overrides for key in ("model.size", "model.width", "model.depth")):
         speed = machine.flops * machine.processes
         chosen, why = "micro", "the smallest: the budget is short"
         for name, (keys, worth) in MODELS.items():
@@ -242,9 +242,9 @@ def _choose_length(
 
 def _choose_evaluation(maker: _Maker, data: DataFacts, every: str, adapting: bool) -> None:
     """k-NN where the images have labels, with others or among themselves; else what needs no labels."""
-    own = [key for key in ("evaluate_train", "evaluate_test") if maker.given.get(key) is not None]
+    own = [key for key in ("evaluate_train", "evaluate_test") if maker.overrides.get(key) is not None]
     if data.labels < 2 and not own:
-        if not any(key.partition(".")[0] in ("evaluations", "evaluate_every") for key in maker.given):
+        if not any(key.partition(".")[0] in ("evaluations", "evaluate_every") for key in maker.overrides):
             settings = {"protocol": "label_free", "every": every, "settings": {"limit": MEASURED_ON}}
             maker.changes["evaluations"] = {"label_free": settings}
             why = f"no labels: rank, uniformity and retrieval of views, each {every}"

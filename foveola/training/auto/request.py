@@ -25,11 +25,11 @@ def request(overrides: list[str] | dict[str, Any] | None = None, source: Source 
     Arguments and errors are those of `make_plan`, in whichever form of `key=value`. A run that was planned
     for the same request, in `out` or unfinished below runs/, goes on by its own plan.
     """
-    given, budget = _read(overrides)
-    with distributed.joined(str(given.get("device", "auto"))) as device:
-        if (before := _planned_before(given, budget)) is not None:
+    changes, budget = _read(overrides)
+    with distributed.joined(str(changes.get("device", "auto"))) as device:
+        if (before := _planned_before(changes, budget)) is not None:
             return before
-        made = distributed.on_main(lambda: _plan(given, budget, str(device), source))
+        made = distributed.on_main(lambda: _plan(changes, budget, str(device), source))
     if distributed.is_main():
         print(made.table(), flush=True)
     return made.config
@@ -47,9 +47,9 @@ def make_plan(data: Source | str, **overrides: Any) -> Plan:
     Raises UserError for mistakes in what is asked for, and for data of which no image can be read.
     """
     source = None if isinstance(data, str) else as_source(data, "train", "data")
-    given, budget = _read(overrides | {"data": data if source is None else f"{OBJECT}:{source.name}"})
-    with distributed.joined(str(given.get("device", "auto"))) as device:
-        return distributed.on_main(lambda: _plan(given, budget, str(device), source))
+    overrides, budget = _read(overrides | {"data": data if source is None else f"{OBJECT}:{source.name}"})
+    with distributed.joined(str(overrides.get("device", "auto"))) as device:
+        return distributed.on_main(lambda: _plan(overrides, budget, str(device), source))
 
 
 def _read(overrides: list[str] | dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
@@ -65,16 +65,16 @@ def _read(overrides: list[str] | dict[str, Any] | None) -> tuple[dict[str, Any],
     return flat(tree), None if budget is None else str(budget)
 
 
-def _plan(given: dict[str, Any], budget: str | None, device: str, source: Source | None) -> Plan:
+def _plan(overrides: dict[str, Any], budget: str | None, device: str, source: Source | None) -> Plan:
     """The plan of a new run: made by one process, as what others time differs."""
     asked = budget_of(budget or USUAL_BUDGET, distributed.world_size())
     with saying(True):
-        images = as_source(source or given["data"], "train", "data")
-        data = look_at_data(images, _test_split(given["data"], images) if source is None else None)
-    start = _start(given)
+        images = as_source(source or overrides["data"], "train", "data")
+        data = look_at_data(images, _test_split(overrides["data"], images) if source is None else None)
+    start = _start(overrides)
     if start is None:
-        given = {key: value for key, value in given.items() if key != "init"}
-    made = plan_run(data, look_at_machine(device), asked, given, start)
+        overrides = {key: value for key, value in overrides.items() if key != "init"}
+    made = plan_run(data, look_at_machine(device), asked, overrides, start)
     about = f"plan for {data.images:,} images and a budget of {asked.text}"
     about += " (none was given: budget='8 hours' trains longer)" if budget is None else ""
     return replace(made, title=about)
@@ -89,10 +89,10 @@ def _test_split(data: str, images: Source) -> Source | None:
     return None if found.name == images.name else found
 
 
-def _start(given: dict[str, Any]) -> PlannedStart | None:
+def _start(overrides: dict[str, Any]) -> PlannedStart | None:
     """The weights that the user names, or the first public ones on this machine that can be loaded."""
-    name = given.get("init")
-    if "init" in given and (name is None or str(name) in FRESH):
+    name = overrides.get("init")
+    if "init" in overrides and (name is None or str(name) in FRESH):
         return None
     if name is not None:
         return PlannedStart(str(name), "as you said", load(str(name)).config)
@@ -107,13 +107,13 @@ def _start(given: dict[str, Any]) -> PlannedStart | None:
     return None
 
 
-def _planned_before(given: dict[str, Any], budget: str | None) -> RunConfig | None:
+def _planned_before(overrides: dict[str, Any], budget: str | None) -> RunConfig | None:
     """The configuration of a run that was planned for the same request: in `out`, or the newest in runs/."""
-    if given.get("out") is not None:
-        folders = [Path(str(given["out"])).expanduser()]
+    if overrides.get("out") is not None:
+        folders = [Path(str(overrides["out"])).expanduser()]
     else:
         folders = sorted(Path("runs").glob(f"{AUTO}-*/"), reverse=True)
-    asked = {key: value for key, value in given.items() if key not in ("out", "device")}
+    asked = {key: value for key, value in overrides.items() if key not in ("out", "device")}
     if asked.get("init") in FRESH:
         del asked["init"]
     for path in (RunFolder(folder).config for folder in folders):
@@ -125,5 +125,7 @@ def _planned_before(given: dict[str, Any], budget: str | None) -> RunConfig | No
         except ConfigError:  # of another version, or not a plan: choosing the folder says what is wrong
             continue
         if there.recipe == AUTO and there == now and budget in (None, there.about.budget):
-            return build(RunConfig, merge(tree, {k: given[k] for k in ("out", "device") if k in given}))
+            return build(
+                RunConfig, merge(tree, {k: overrides[k] for k in ("out", "device") if k in overrides})
+            )
     return None
