@@ -16,6 +16,20 @@ LINES, BODY, PARAMETERS = 400, 70, 8
 # What is the same in each module that defines it: a type variable, a room's door, the contract of a command.
 OPENERS = ("open_hub",)  # takes the options of a data string, each by its name
 DEFINED_TWICE = {"DOOR", "T", "USAGE", "main", "wanted_of"}
+# Words that say nothing to a newcomer: fraction, index, path or position, prediction, ... are the field's.
+PRIVATE_WORDS = frozenset(
+    """
+    answers asked bank few given kept meant place places said share shares some told
+    """.split()  # noqa: SIM905 - a list of words is read as words
+)
+# Where such a word is the field's, a verb, or a name that users type.
+SAID_OUTSIDE = {
+    "kept",  # patches that an encoder sees
+    "place_views",
+    "share", "cutmix_share", "max_class_share", "some",  # keys of configurations
+    "answers", "answers_sheet", "answers_section",  # of a source with several right classes; a figure
+    "shares",  # in what `foveola check` writes as JSON
+}  # fmt: skip
 # What a docstring of a function or method begins with.
 VERBS = frozenset(
     """
@@ -92,6 +106,30 @@ def test_a_public_name_is_defined_in_one_module(trees):
             where[defined].append(name)
     twice = {defined: names for defined, names in where.items() if len(names) > 1}
     assert twice.keys() == DEFINED_TWICE, twice
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Names that others read: of functions and classes, of parameters, and of fields."""
+    yield from (name for name in definitions(tree) if not name.isupper())
+    for function, _, _ in functions(tree):
+        if not function.name.startswith("_"):
+            yield function.name
+            arguments = function.args
+            yield from (each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            fields = (child.target for child in node.body if isinstance(child, ast.AnnAssign))
+            yield from (each.id for each in fields if isinstance(each, ast.Name))
+
+
+def test_public_names_say_what_they_are(trees):
+    found = {
+        f"{name}: {public}"
+        for name, tree in trees.items()
+        for public in public_names(tree)
+        if PRIVATE_WORDS & set(public.lower().split("_")) and public not in SAID_OUTSIDE
+    }
+    assert not found
 
 
 def begins_with_a_verb(text: str) -> bool:

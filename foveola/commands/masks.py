@@ -40,20 +40,20 @@ def main(arguments: list[str]) -> None:
         print_keys([*MASKS, *describe(config_of_kind(found)()), *describe(ProposeConfig())])
         return
     settings = parse_overrides(overrides)
-    given = {info.path: settings.pop(info.path, None) for info in MASKS}
-    _propose(kind, given, settings, usage)
+    options = {info.path: settings.pop(info.path, None) for info in MASKS}
+    _propose(kind, options, settings, usage)
 
 
-def _propose(kind: str, given: dict[str, Any], settings: dict[str, Any], usage: str) -> None:
+def _propose(kind: str, options: dict[str, Any], settings: dict[str, Any], usage: str) -> None:
     from foveola import distributed
     from foveola.proposals.run import configure_kind, find_kind, propose
 
     configure_kind(find_kind(kind), settings)  # mistakes first, before anything is loaded
     for name in ("data", "model", "out"):
-        if given[name] is None:
+        if options[name] is None:
             raise UserError(f"masks {kind} needs {name}=; usage: {usage}")
-    with distributed.joined(str(given["device"] or "auto")) as device:
-        data, model, out = (str(given[name]) for name in ("data", "model", "out"))
+    with distributed.joined(str(options["device"] or "auto")) as device:
+        data, model, out = (str(options[name]) for name in ("data", "model", "out"))
         found = propose(kind, data, model, out=out, device=str(device), **settings)
         if distributed.is_main():
             print(found.table())
@@ -71,9 +71,9 @@ def _check(overrides: list[str], help: bool) -> None:
         print_keys([*MASKS_CHECK, *describe(MasksCheckConfig())])
         return
     settings = parse_overrides(overrides)
-    given = {info.path: settings.pop(info.path, None) for info in MASKS_CHECK}
+    options = {info.path: settings.pop(info.path, None) for info in MASKS_CHECK}
     for name in ("annotations", "data"):
-        if given[name] is None:
+        if options[name] is None:
             raise UserError(f"masks check needs {name}=; usage: {usage}")
-    out = None if given["out"] is None else str(given["out"])
-    print(check_masks(str(given["annotations"]), str(given["data"]), out=out, **settings).table())
+    out = None if options["out"] is None else str(options["out"])
+    print(check_masks(str(options["annotations"]), str(options["data"]), out=out, **settings).table())

@@ -13,7 +13,7 @@ from foveola.data.decoding import Decoding, ImageFile
 from foveola.data.fit import turn_of
 from foveola.data.formats import Header
 from foveola.data.identity import Identity, identity_of
-from foveola.data.instances import AGNOSTIC, InstancesFile, note_few_objects, read_instances
+from foveola.data.instances import AGNOSTIC, InstancesFile, note_missing_objects, read_instances
 from foveola.data.listing import match_names, printable
 from foveola.data.readers import contents, read_header
 from foveola.data.sample import BadImage, DataError, Objects, Sample
@@ -82,7 +82,7 @@ class GivenObjects:
         if not self.says_lacking:
             return own
         given = self._given()
-        own += note_few_objects(self.path, self.with_objects(), len(given))
+        own += note_missing_objects(self.path, self.with_objects(), len(given))
         missing = np.flatnonzero(given < 0)
         if len(missing):
             own += (

@@ -306,14 +306,14 @@ def _hash_file(path: str) -> bytes:
 
 
 def shown_reading(
-    blocks: Sequence[int], count_and_bytes: tuple[int, int], name: str, kept: Path
+    blocks: Sequence[int], count_and_bytes: tuple[int, int], name: str, folder: Path
 ) -> Iterable[int]:
     """Yield blocks of files whose contents are read, and show how far they are where that takes long."""
     count, size = count_and_bytes
     if size < LARGE or not _SAYING.get():
         return blocks
     what = f"{name}: the contents of {count:,} files ({size / 2**30:.1f} GiB) are read, once"
-    print(f"{what}; their hashes are kept in {kept}", file=sys.stderr, flush=True)
+    print(f"{what}; their hashes are kept in {folder}", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
         return blocks
     from rich.console import Console

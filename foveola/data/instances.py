@@ -91,7 +91,7 @@ def read_instances(path: Path, chosen: Path | None = None) -> InstancesFile:
     return found
 
 
-def note_few_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
+def note_missing_objects(where: Path, annotated: int, images: int) -> tuple[str, ...]:
     """Return a note where most images have no object; each of them then counts as one."""
     if 2 * annotated >= images:
         return ()

@@ -21,7 +21,7 @@ from foveola.data.annotations import (
 )
 from foveola.data.decoding import Decoding
 from foveola.data.identity import Identity, hash_files
-from foveola.data.instances import note_few_objects, read_instances
+from foveola.data.instances import note_missing_objects, read_instances
 from foveola.data.listing import check_listed, find_images, match_names, misfit, printable, read_lines
 from foveola.data.readers import contents
 from foveola.data.sample import BadImage, DataError, Sample
@@ -175,7 +175,7 @@ def open_folder(
         for key, row in match_names(found, files, boxes).items():
             rows[row] += [(*box[:4], index[box[4]] if box[4] else -1) for box in found[key]]
         reader = PixelBoxes(BoxTable(rows))
-        notes += note_few_objects(boxes, sum(map(bool, rows)), len(files))
+        notes += note_missing_objects(boxes, sum(map(bool, rows)), len(files))
     elif masks is not None:
         reader = maps = LabelMaps(masks, ignore)
         _probe(files, masks, lambda file: maps.path(file).is_file())
@@ -272,7 +272,7 @@ def open_coco(
     check_listed(root, found.files)
     source = ImageFiles(name, root, found.files, None, found.classes, found.reader())
     source.image_ids, source.category_ids = found.image_ids, found.category_ids
-    source.notes = note_few_objects(annotations, found.annotated, len(found.files))
+    source.notes = note_missing_objects(annotations, found.annotated, len(found.files))
     return source
 
 

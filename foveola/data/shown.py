@@ -29,7 +29,7 @@ def showing(choice: ShownAs | None) -> Iterator[None]:
         _asked.reset(before)
 
 
-def asked_channels() -> ShownAs | None:
+def requested_channels() -> ShownAs | None:
     """Return what `showing` says here."""
     return _asked.get()
 

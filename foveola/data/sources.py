@@ -167,7 +167,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     return source
 
 
-def _in_parts(source: Any, cutting: Cutting, given: Path | None) -> Any:
+def _in_parts(source: Any, cutting: Cutting, annotations: Path | None) -> Any:
     """A source cut into parts, where something says so; with objects that a file gives to the parts."""
     reading = getattr(source, "reading", Decoding())
     if reading.page == "each":
@@ -177,7 +177,7 @@ def _in_parts(source: Any, cutting: Cutting, given: Path | None) -> Any:
     of_file = reading.moving or reading.level is not None or reading.mpp is not None
     if cutting != Cutting() or of_file:
         source = cut_into_parts(source, cutting)
-    return with_objects(source, given)
+    return with_objects(source, annotations)
 
 
 def with_objects(source: Any, annotations: str | Path | None) -> Any:

@@ -271,19 +271,19 @@ def _want(feed: Feed, jobs: Sequence[Job]) -> None:
                 raise UserError(f"{job.protocol.name}: {error}") from error
 
 
-def _facts(job: Job, told: dict[str, Any]) -> dict[str, Any]:
+def _facts(job: Job, stated: dict[str, Any]) -> dict[str, Any]:
     """What a protocol told of its data, and what tells them from others where it has not said that itself.
 
     Data in which objects were found are told apart by their images: what is found depends on the encoder.
     """
-    facts = dict(told)
+    facts = dict(stated)
     if job.plain is not None:
         facts["masks"] = job.masks
         for which, source in zip(("train", "test"), job.plain, strict=True):
             if isinstance(facts.get(which), dict):
                 facts[which] = facts[which] | {"fingerprint": identity_for(source, job.config).digest}
     for which, source in (("train", job.train if job.learns else None), ("test", job.test)):
-        own = told.get(which, {})
+        own = stated.get(which, {})
         if source is not None and isinstance(own, dict) and "fingerprint" not in own:
             facts[which] = {"name": source.name, "fingerprint": identity_for(source, job.config).digest} | own
     return facts
@@ -317,7 +317,7 @@ def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:
             if not isfinite(value):
                 raise UserError(f"{protocol.name}: {metric} is {value}, not a finite number")
         sources = (job.train, job.test)
-        told = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
+        stated = [*outcome.notes, *(note for source in sources for note in notes_of(source))]
         result = Result(
             protocol=protocol.name,
             settings=_settings(job, outcome),
@@ -327,7 +327,7 @@ def _measure(jobs: Sequence[Job], every: Sequence[At]) -> list[Result]:
             versions=versions(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(perf_counter() - began, 2),
-            notes=(*job.notes, *dict.fromkeys(told)),
+            notes=(*job.notes, *dict.fromkeys(stated)),
             chosen=outcome.chosen,
             grid=outcome.grid,
             scores=outcome.scores,

@@ -252,26 +252,26 @@ def every() -> Iterator[Protocol]:
     yield from map(find_protocol, DOOR.names())
 
 
-def _checked(found: Any, asked: str) -> Protocol:
+def _checked(found: Any, label: str) -> Protocol:
     """An instance that keeps the contract. Raises UserError for anything else."""
     found = found() if isinstance(found, type) and issubclass(found, Protocol) else found
     if not isinstance(found, Protocol):
-        raise UserError(f"{asked} is no protocol: a class with the base foveola.Protocol is needed")
+        raise UserError(f"{label} is no protocol: a class with the base foveola.Protocol is needed")
     lacking = [name for name in ("name", "help", "Config") if not hasattr(found, name)]
     if lacking or not is_dataclass(found.Config):
-        raise UserError(f"{asked}: a protocol needs {lacking[0] if lacking else 'a dataclass as Config'}")
+        raise UserError(f"{label}: a protocol needs {lacking[0] if lacking else 'a dataclass as Config'}")
     if not re.fullmatch(r"[A-Za-z]\w*", found.name, re.ASCII):
         raise UserError(
-            f"{asked}: the name {found.name!r} is needed in letters, digits and _, for its results"
+            f"{label}: the name {found.name!r} is needed in letters, digits and _, for its results"
         )
     metrics = found.metrics
     if not (isinstance(metrics, tuple | list) and all(isinstance(each, Metric) for each in metrics)):
-        raise UserError(f"{asked}: metrics needs a tuple of foveola.Metric, such as (Metric('top1', ...),)")
+        raise UserError(f"{label}: metrics needs a tuple of foveola.Metric, such as (Metric('top1', ...),)")
     wrong = next((each for each in metrics if each.better not in (*get_args(Better), None)), None)
     if wrong is not None:
         valid = ", ".join(get_args(Better))
-        raise UserError(f"{asked}: better={wrong.better!r} of {wrong.name}: valid are {valid}, or None")
+        raise UserError(f"{label}: better={wrong.better!r} of {wrong.name}: valid are {valid}, or None")
     own = PROTOCOLS.get(found.name)
     if own is not None and own != f"{type(found).__module__}:{type(found).__name__}":
-        raise UserError(f"{asked}: {found.name!r} is a protocol of foveola; another one needs another name")
+        raise UserError(f"{label}: {found.name!r} is a protocol of foveola; another one needs another name")
     return found

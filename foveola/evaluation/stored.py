@@ -90,23 +90,23 @@ def _make_room(path: Path, result: Result) -> str:
     """Keep what `path` holds where it is no earlier `result`; what to say of it."""
     before = _readable(path)
     if before is None:
-        kept = path.with_stem(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
-        _move(path, kept)
-        return f"; what was there cannot be read and is kept in {kept.name}"
+        target = path.with_stem(f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
+        _move(path, target)
+        return f"; what was there cannot be read and is kept in {target.name}"
     if found := differences(before, result):
-        kept = path.with_stem(f"{path.stem}-{_key(before)}")
-        _move(path, kept)
-        return f"; the one before was measured differently ({found[0]}) and is kept in {kept.name}"
+        target = path.with_stem(f"{path.stem}-{_key(before)}")
+        _move(path, target)
+        return f"; the one before was measured differently ({found[0]}) and is kept in {target.name}"
     return (
         "" if before.encoder == result.encoder else f", in place of that of another encoder ({before.date})"
     )
 
 
-def _move(path: Path, kept: Path) -> None:
+def _move(path: Path, target: Path) -> None:
     """Give a result, and what is kept beside it, another name."""
-    path.replace(kept)
+    path.replace(target)
     if documents_of(path).is_dir():
-        documents_of(path).replace(documents_of(kept))
+        documents_of(path).replace(documents_of(target))
 
 
 def _key(result: Result) -> str:

@@ -92,8 +92,8 @@ class Guard:
             return False
         return not self.local or address.is_loopback
 
-    def _same(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.token.encode())
+    def _same(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode(), self.token.encode())
 
 
 def _token_of(scope: Scope) -> str:

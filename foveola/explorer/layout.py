@@ -88,15 +88,15 @@ class Layouts:
             if method == "umap" and len(vectors) < FEWEST_ROWS:
                 raise UserError(f"{len(vectors)} rows are too few for UMAP, which needs {FEWEST_ROWS}")
             digest = _digest(vectors)
-            kept = None if beside is None else beside.with_name(f"{beside.name}.{method}-{digest}.npy")
-            self.made[name] = _read(kept, len(vectors))
+            path = None if beside is None else beside.with_name(f"{beside.name}.{method}-{digest}.npy")
+            self.made[name] = _read(path, len(vectors))
             if self.made[name] is not None:
                 return self.made[name]
             if method == "umap":
-                Thread(target=self._beside, args=(name, vectors, kept), daemon=True).start()
+                Thread(target=self._beside, args=(name, vectors, path), daemon=True).start()
                 return None
             self.made[name] = pca_map(vectors)
-            _keep(self.made[name], kept)
+            _keep(self.made[name], path)
             return self.made[name]
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Layouts:
         for process in self.processes:
             process.terminate()
 
-    def _beside(self, name: tuple[Hashable, str], vectors: np.ndarray, kept: Path | None) -> None:
+    def _beside(self, name: tuple[Hashable, str], vectors: np.ndarray, path: Path | None) -> None:
         """Make a map by UMAP in another process."""
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ class Layouts:
             if made is None:
                 reason = said[-1] if said else f"it ended with {process.returncode}"
                 raise UserError(f"UMAP has failed: {reason}")
-            _keep(made, kept)
+            _keep(made, path)
             self.made[name] = made
         except UserError as error:
             self.made[name] = error

@@ -69,8 +69,8 @@ def write_onnx(encoder: Encoder, out: Path, objects: bool = False) -> dict[str, 
         made.save(str(part), external_data=False)
         session = onnx_session(part)
 
-        def run(*given: Tensor) -> dict[str, Tensor]:
-            asked = dict(zip(traced.names, (each.numpy() for each in given), strict=True))
+        def run(*inputs: Tensor) -> dict[str, Tensor]:
+            asked = dict(zip(traced.names, (each.numpy() for each in inputs), strict=True))
             return dict(zip(names, map(torch.from_numpy, session.run(names, asked)), strict=True))
 
         compare_runs(traced, run, ONNX_TOLERANCE, "ONNX file")

@@ -102,7 +102,7 @@ def write_program(encoder: Encoder, out: Path, objects: bool = False) -> dict[st
     """
     traced = trace(encoder, objects)
     run = traced.exported.module()
-    compare_runs(traced, lambda *given: run(*given), PROGRAM_TOLERANCE, "program")
+    compare_runs(traced, lambda *inputs: run(*inputs), PROGRAM_TOLERANCE, "program")
     about = traced.about()
     with files.whole(out) as part, part.open("wb") as file:  # by name it warns of any that lacks .pt2
         inside = {FACTS_INSIDE: json.dumps(about, indent=2)}
@@ -123,7 +123,7 @@ def trace(encoder: Encoder, objects: bool = False) -> Traced:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"torch.export cannot express this encoder: {first}") from error
     with torch.no_grad():
-        traced.wanted = [_answers(encoder, traced.program, each) for each in traced.trials]
+        traced.wanted = [_outputs(encoder, traced.program, each) for each in traced.trials]
     return traced
 
 
@@ -177,7 +177,7 @@ def _parts(encoder: Encoder, objects: bool) -> tuple[Traced, Any]:
     counts: list[tuple[int, int, int]] = [(n, *size) for n, size in zip((2, 1, 3), sizes, strict=True)]
     trials = [(noise(*count),) for count in counts]
     if objects:
-        trials = [(*given, covered(*count)) for given, count in zip(trials, counts, strict=True)]
+        trials = [(*inputs, covered(*count)) for inputs, count in zip(trials, counts, strict=True)]
         shapes["masks"] = {0: batch, 1: torch.export.Dim("objects", min=1, max=MOST_OBJECTS)}
     if not fixed:
         rows, columns = (torch.export.Dim(n, min=2, max=MOST_PATCHES) for n in ("rows", "columns"))
@@ -187,10 +187,10 @@ def _parts(encoder: Encoder, objects: bool) -> tuple[Traced, Any]:
     return Traced(encoder, Program(encoder).eval(), tuple(shapes), trials, fixed), tuple(shapes.values())
 
 
-def _answers(encoder: Encoder, program: Program, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _outputs(encoder: Encoder, program: Program, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """What the network says, by the ways of Python, which are not those of the program."""
     if isinstance(program, DetectorProgram):
-        images, extent = given
+        images, extent = inputs
         rows, columns = extent.tolist()
         view = torch.zeros(images.shape, device=images.device)
         view[:, :, :rows, :columns] = encoder.normalise(images[:, :, :rows, :columns])
@@ -198,18 +198,18 @@ def _answers(encoder: Encoder, program: Program, given: tuple[Tensor, ...]) -> d
         masks = {"masks": found["masks"][:, 0]} if "masks" in found else {}
         return {**found, "labels": found["labels"] - 1, **masks}
     if encoder.head is not None:
-        return program(*given)
-    pixels = encoder.normalise(given[0])
+        return program(*inputs)
+    pixels = encoder.normalise(inputs[0])
     features = encoder(pixels)
     said = {"embedding": features.objects[:, 0], "patches": features.patches}
-    return said | ({"objects": encoder.tokens(pixels, given[1].flatten(2))} if len(given) > 1 else {})
+    return said | ({"objects": encoder.tokens(pixels, inputs[1].flatten(2))} if len(inputs) > 1 else {})
 
 
 @torch.no_grad()
 def compare_runs(traced: Traced, run: Any, tolerance: float, what: str) -> None:
-    """Raise UserError where `run(*given)`, a dict of tensors, differs from what the network gives."""
-    for given, answers in zip(traced.trials, traced.wanted, strict=True):
-        for name, found in run(*given).items():
+    """Raise UserError where `run(*inputs)`, a dict of tensors, differs from what the network gives."""
+    for inputs, answers in zip(traced.trials, traced.wanted, strict=True):
+        for name, found in run(*inputs).items():
             expected = answers[name]
             if found.shape != expected.shape:
                 raise UserError(
@@ -222,7 +222,7 @@ def compare_runs(traced: Traced, run: Any, tolerance: float, what: str) -> None:
             if not apart <= tolerance:
                 raise UserError(
                     f"the {what} gives other numbers than the network: {name} differs by {apart:.1e} of the "
-                    f"largest, on images of {list(given[0].shape)}"
+                    f"largest, on images of {list(inputs[0].shape)}"
                 )
 
 

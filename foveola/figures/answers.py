@@ -36,7 +36,7 @@ class Answer:
     right: tuple[bool | None, ...]
 
 
-def answers(encoder: Encoder, source: Source, indices: Sequence[int]) -> Iterator[Answer]:
+def judged_images(encoder: Encoder, source: Source, indices: Sequence[int]) -> Iterator[Answer]:
     """Yield the answers for images of a source that can be read and judged, in their order.
 
     The score of a classifier is what it gives the right class (of several classes: the share that are rightly
@@ -63,14 +63,14 @@ def answers_sheet(
     Raises UserError where no image can be judged.
     """
     # Images may be large: at first their scores alone are kept, and then those that are shown.
-    scores = [(each.score, each.index) for each in answers(encoder, source, indices)]
+    scores = [(each.score, each.index) for each in judged_images(encoder, source, indices)]
     if not scores:
         name = encoder.head.config.name
         raise UserError(f"{source.name}: none of {len(indices)} images has what {name} answers")
     ranked = [index for _, index in sorted(scores, key=lambda pair: pair[0])]
     worse = ranked[: min(worst, len(ranked))]
     better = ranked[len(worse) :][::-1][:best]
-    found = {each.index: each for each in answers(encoder, source, [*worse, *better])}
+    found = {each.index: each for each in judged_images(encoder, source, [*worse, *better])}
     low, high = ([found[index] for index in some] for some in (worse, better))
     groups = [(title, group) for title, group in (("worst", low), ("best", high)) if group]
     if len(groups[0][1][0].tiles) == 1:  # side by side

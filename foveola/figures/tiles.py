@@ -10,7 +10,7 @@ from torch import Tensor
 from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage, Sample, area_weights
-from foveola.data.shown import asked_channels, rgb_of
+from foveola.data.shown import requested_channels, rgb_of
 from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import heat
 from foveola.drawing.sheet import Pixels, Row
@@ -80,7 +80,7 @@ def as_encoded(encoder: Encoder, image: ImagePixels, size: int | None) -> Pixels
     rows, columns = grid_of(encoder, image, size)
     times = max(-(-FULL // (max(rows, columns) * encoder.patch_size)), 1) * encoder.patch_size
     whole = resize(image, rows * times, columns * times).permute(1, 2, 0).numpy()
-    return rgb_of(whole, asked_channels() or encoder.config.transform.decoding.shown)
+    return rgb_of(whole, requested_channels() or encoder.config.transform.decoding.shown)
 
 
 def light(base: Pixels, weights: Float[Tensor, "h w"]) -> Tile:

@@ -129,7 +129,7 @@ class IJepa(Method):
         else:
             loss = mse_loss(predictions.float(), targets)
         # Deviations of the teacher's patches before the LayerNorm that makes targets of them: over all
-        # patches, and over images at one position. Features that tell the position alone have only the former.
+        # patches, and over images at one position; there, features that tell only the position have none.
         overall, content = root_of_variance(patches.flatten(0, 1)), root_of_variance(patches)
         logs = {"targets/std": overall, "targets/content_std": content, **batch.facts}
         return Output({"prediction": loss}, logs, patches.mean(dim=1))

@@ -139,7 +139,7 @@ def open_onnx(
     text: str,
     names: tuple[str, ...] | None,
     agnostic: bool,
-    asked: dict[str, Any],
+    options: dict[str, Any],
     device: torch.device,
 ) -> OpenedDetector:
     """Open a file of ONNX.
@@ -156,20 +156,20 @@ def open_onnx(
     if not path.is_file():
         raise UserError(f"{where}: no file {path}")
     session = _session(path, where, device)
-    said = session.get_modelmeta().custom_metadata_map
-    square = _square(session, said, asked["image_size"], where)
-    own = _names(said.get("names"), where)
+    metadata = session.get_modelmeta().custom_metadata_map
+    square = _square(session, metadata, options["image_size"], where)
+    own = _names(metadata.get("names"), where)
     if own is not None and names is not None:
         raise ConfigError(f"names has no effect: {where} has names of its own")
     names = own or names
     network = _Network(session, square, where)
     shapes = [tuple(each.shape) for each in network(np.zeros((1, 3, *square), np.float32))]
-    reading = reading_of(shapes, None if names is None else len(names), asked["layout"], where)
+    reading = reading_of(shapes, None if names is None else len(names), options["layout"], where)
     if names is None:
         if not agnostic:
             raise UserError(f"{where} does not name its classes: say names=[...], or agnostic=true")
         names, reading = ("object",), replace(reading, nameless=True)
-    iou = 0.7 if asked["nms"] is None else asked["nms"]
+    iou = 0.7 if options["nms"] is None else options["nms"]
 
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
         letterboxes = [Letterbox.of((image.shape[0], image.shape[1]), square) for image in images]
@@ -269,14 +269,14 @@ def _session(path: Path, where: str, device: torch.device) -> Any:
     return session
 
 
-def _square(session: Any, said: dict[str, str], asked: int | None, where: str) -> tuple[int, int]:
+def _square(session: Any, metadata: dict[str, str], side: int | None, where: str) -> tuple[int, int]:
     """Rows and columns that the network gets: those of the file, those that are asked for, or the usual."""
     rows, columns = session.get_inputs()[0].shape[2:]
     if isinstance(rows, int) and isinstance(columns, int):
         return rows, columns
-    if asked is not None:
-        return asked, asked
-    known = _literal(said.get("imgsz"))
+    if side is not None:
+        return side, side
+    known = _literal(metadata.get("imgsz"))
     if (
         isinstance(known, list | tuple)
         and len(known) == 2

@@ -125,8 +125,8 @@ class Segmenter:
 
     def _look(self, image: ImagePixels, objects: Objects | None) -> Proposals:
         size = (image.shape[0], image.shape[1])
-        asked = self._boxes(objects, size) if self.prompts else self._points(size)
-        found = self._cut(image, asked, self._labels(objects, len(asked))) if len(asked) else nothing(size)
+        shapes = self._boxes(objects, size) if self.prompts else self._points(size)
+        found = self._cut(image, shapes, self._labels(objects, len(shapes))) if len(shapes) else nothing(size)
         kept = ClassMap(self.classes, np.arange(len(self.classes)))
         return proposals_of(found, size, self.score, kept, self.name)
 
@@ -149,11 +149,11 @@ class Segmenter:
         return (boxes * np.array([size[1], size[0]] * 2)).astype(np.float32)
 
     def _cut(
-        self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"], labels: Int64[Tensor, "n"]
+        self, image: ImagePixels, shapes: Float32[np.ndarray, "n *_"], labels: Int64[Tensor, "n"]
     ) -> FoundInImage:
         """The masks that the model cuts for points or boxes of these classes in an image."""
         size = (image.shape[0], image.shape[1])
-        parts = zip(*self._answers(image, asked), strict=True)
+        parts = zip(*self._answers(image, shapes), strict=True)
         scores, boxes, prompts = (torch.cat(next(parts)) for _ in range(3))
         packed = np.concatenate(next(parts))
         if not self.prompts:
@@ -162,10 +162,10 @@ class Segmenter:
         masks = np.unpackbits(packed, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
         return FoundInImage(boxes, scores, labels[prompts], torch.from_numpy(masks))
 
-    def _answers(self, image: ImagePixels, asked: Float32[np.ndarray, "n *_"]) -> Iterator[_Cut]:
+    def _answers(self, image: ImagePixels, shapes: Float32[np.ndarray, "n *_"]) -> Iterator[_Cut]:
         """Masks of some prompts after others."""
         device, size = self.model.device, (image.shape[0], image.shape[1])
-        prompt = {"input_boxes": [asked.tolist()]} if self.prompts else {"input_points": [asked.tolist()]}
+        prompt = {"input_boxes": [shapes.tolist()]} if self.prompts else {"input_points": [shapes.tolist()]}
         inputs = self.processor(images=pillows([image]), return_tensors="pt", **prompt)
         embedded = self.model.get_image_embeddings(inputs["pixel_values"].to(device))
         name = "input_boxes" if self.prompts else "input_points"
@@ -174,7 +174,7 @@ class Segmenter:
         none = torch.zeros(0)
         packed = np.zeros((0, -(-size[0] * size[1] // 8)), np.uint8)
         yield _Cut(none, torch.zeros(0, 4), none.long(), packed)
-        numbers = torch.arange(len(asked)).split(self.config.prompts_at_once)
+        numbers = torch.arange(len(shapes)).split(self.config.prompts_at_once)
         prompts = inputs[name].to(device, torch.float32).split(self.config.prompts_at_once, dim=1)
         for number, some in zip(numbers, prompts, strict=True):
             labels = (

@@ -41,7 +41,7 @@ def _measure(each: Findings) -> Iterator[tuple[str, str]]:
             "them, if there are more:",
             f"foveola report {run} limit=10000",
         )
-    if each.data.shares():
+    if each.data.overlap():
         yield (
             "The images that were measured are those that were trained on. Images that training has not seen "
             "tell more:",

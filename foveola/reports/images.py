@@ -16,7 +16,7 @@ from foveola.figures.gallery import attention_sheet, pca_sheet
 from foveola.figures.nearest import neighbour_sheet
 from foveola.figures.positions import position_sheet
 from foveola.models.encoder import Encoder
-from foveola.reports import kept
+from foveola.reports import saved
 from foveola.reports.changed import changed_sheet
 from foveola.reports.progress import LIMIT, START, UNTRAINED, MeasuredRun
 from foveola.reports.record import Record
@@ -62,15 +62,15 @@ def _encoder(record: Record, data: Data, progress: MeasuredRun, config: ReportCo
     rows = _rows(progress, config)
     about = {
         "foveola": foveola.__version__,
-        "data": [kept.identity(data.train), kept.identity(data.test)],
+        "data": [saved.identity(data.train), saved.identity(data.test)],
         "images": config.images,
         "rows": rows,
     }
     before = f"{UNTRAINED}:{record.folder}" if record.start is None else str(record.start)
     if record.start is not None:
         about["before"] = load(before, device).fingerprint()
-    path = kept.home(record.folder) / trained.fingerprint() / f"images-{kept.key_of(about)}.html"
-    text = kept.read(path)
+    path = saved.home(record.folder) / trained.fingerprint() / f"images-{saved.key_of(about)}.html"
+    text = saved.read(path)
     if text is None:
         both = {progress.baseline: load(before, device), "trained": trained}
         drawn = list(_each(both, data, rows, config.images))

@@ -23,7 +23,6 @@ from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of
 from foveola.models.encoder import Encoder
 from foveola.models.transform import evaluation_view
-from foveola.reports.kept import home, identity, key_of, read_tree
 from foveola.reports.record import Record
 from foveola.reports.request import (
     CONTROL_LIMIT,
@@ -33,6 +32,7 @@ from foveola.reports.request import (
     each_sample,
     open_control,
 )
+from foveola.reports.saved import home, identity, key_of, read_tree
 from foveola.zoo.load import load
 
 POSITION_IMAGES = 128  # images on which the share of position is measured
@@ -105,7 +105,7 @@ def plan_protocols(
         settings[name] = merge(_defaults(name, names, record, data, config), merge(mine, own or {}))
         if "exclude_self" in known and "exclude_self" not in settings[name]:
             read = settings[name].get("limit"), settings[name].get("seed", 0)
-            settings[name]["exclude_self"] = data.shares(*read)
+            settings[name]["exclude_self"] = data.overlap(*read)
     return settings
 
 
@@ -137,7 +137,7 @@ def measure_run(
     data: Data,
     config: ReportConfig,
     changes: dict[str, Any],
-    kept: Sequence[Path] = (),
+    saved: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
     brief: bool = False,
 ) -> MeasuredRun:
@@ -170,7 +170,7 @@ def measure_run(
         except UserError as error:
             notes.append(f"{label} was not measured: {error}")
             continue
-        folders = [folder / encoder.fingerprint() / own for folder in (home(record.folder), *kept)]
+        folders = [folder / encoder.fingerprint() / own for folder in (home(record.folder), *saved)]
         results, failed = _results(encoder, data, settings, folders)
         notes += failed
         placed = label in (UNTRAINED, END) and not brief
@@ -184,7 +184,7 @@ def measure_control(
     record: Record,
     config: ReportConfig,
     changes: dict[str, Any],
-    kept: Sequence[Path] = (),
+    saved: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun | None:
     """Measure k-NN of the same networks on the control set; None where there is none."""
@@ -195,7 +195,7 @@ def measure_control(
     known = find_protocol("knn").Config.__dataclass_fields__
     changes = {key: value for key, value in changes.items() if key in known or key == "knn"}
     return measure_run(
-        record, data, config, changes, kept, lambda text: say(f"control set: {text}"), brief=True
+        record, data, config, changes, saved, lambda text: say(f"control set: {text}"), brief=True
     )
 
 
@@ -204,12 +204,12 @@ def _encoders(record: Record, config: ReportConfig, brief: bool) -> list[tuple[s
     start, best = record.start, record.best
     if start is None or (best is not None and best[0] in (0, record.encoder_step)):
         best = None
-    kept = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.encoder_step]
-    kept = [] if brief else [pair for pair in kept if best is None or pair[0] != best[0]]
-    if len(kept) > config.checkpoints:
-        chosen = np.linspace(0, len(kept), config.checkpoints + 2)[1:-1].astype(int)
-        kept = [kept[i] for i in dict.fromkeys(chosen.tolist())]
-    steps: list[tuple[str, int, Path]] = [(f"step {step:,}", step, path) for step, path in kept]
+    saved = [(step, path) for step, path in record.checkpoints() if step < NEAR_END * record.encoder_step]
+    saved = [] if brief else [pair for pair in saved if best is None or pair[0] != best[0]]
+    if len(saved) > config.checkpoints:
+        chosen = np.linspace(0, len(saved), config.checkpoints + 2)[1:-1].astype(int)
+        saved = [saved[i] for i in dict.fromkeys(chosen.tolist())]
+    steps: list[tuple[str, int, Path]] = [(f"step {step:,}", step, path) for step, path in saved]
     steps += [] if best is None else [(BEST, *best)]
     untrained = f"{UNTRAINED}:{record.folder}"
     found: list[tuple[str, int | None, str | Path]] = [(UNTRAINED, None if start else 0, untrained)]
@@ -233,7 +233,7 @@ def _results(
         except UserError as error:  # settings of another version's recipe
             failed.append(f"{name} was not measured: {error}")
             continue
-        found = (_kept(folder, name, wanted, data) for folder in folders)
+        found = (_saved(folder, name, wanted, data) for folder in folders)
         if result := next(filter(None, found), None):
             results[own] = result
         else:
@@ -262,7 +262,7 @@ def _evaluate(
     return evaluate_all(encoder, names, train=train, test=data.test, out=out, progress=False, **changes)
 
 
-def _kept(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
+def _saved(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Result | None:
     """An earlier result of the encoder and images whose folder this is, if all else is the same as well."""
     if data.test is None:
         return None

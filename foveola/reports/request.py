@@ -57,7 +57,7 @@ class Data:
     labels: str | None = None  # what carries labels in both: "images" or "objects"
     notes: tuple[str, ...] = ()
 
-    def shares(self, limit: int | None = LIMIT, seed: int = 0) -> bool:
+    def overlap(self, limit: int | None = LIMIT, seed: int = 0) -> bool:
         """Return whether images that a protocol with these settings measures are among those that it learns
         from.
         """

@@ -202,7 +202,7 @@ def _evaluation(each: Findings, run: str) -> str:
         return f"foveola evaluate label_free model={run} test={shlex.quote(text)}"
     words = f"foveola evaluate knn model={run} train={shlex.quote(train.name)} test={shlex.quote(test.name)}"
     words += " rows=objects view=object" if each.data.labels == "objects" else ""
-    return words + (" exclude_self=true" if each.data.shares() else "")
+    return words + (" exclude_self=true" if each.data.overlap() else "")
 
 
 def _expressed(record: Record) -> bool:

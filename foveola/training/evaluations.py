@@ -47,11 +47,11 @@ class Evaluations:
         self.config, self.total = config, progress.total_steps
         self.adapting = config.init is not None
         self.each: list[Opened] = []
-        given: dict[Any, Source] = {}
+        opened: dict[Any, Source] = {}
         for plan in planned(config):
             every = period(config, plan.time, progress)
             assert every is not None, plan
-            self.each.append(Opened(plan, every, *_open(plan, config, own, given)))
+            self.each.append(Opened(plan, every, *_open(plan, config, own, opened)))
         self.milestones: Milestones | None = None  # of the main process
         self.last = 0  # the step from which this session goes on
         self.said: set[str] = set()
@@ -162,17 +162,17 @@ class Evaluations:
 
 
 def _open(
-    plan: Planned, config: RunConfig, own: dict[str, Source], given: dict[Any, Source]
+    plan: Planned, config: RunConfig, own: dict[str, Source], opened: dict[Any, Source]
 ) -> tuple[Source | None, Source]:
-    """The data of an evaluation; `given` has those that others opened already."""
+    """The data of an evaluation; `opened` has those that others opened already."""
 
     usual = config.encoder().transform.decoding
 
     def source(value: Source | str | None, split: Split, key: str) -> Source:
         where = (value if isinstance(value, str) else id(value), split)
-        if where not in given:
-            given[where] = suited(as_source(value, split, key), usual, config.model.channels)
-        return given[where]
+        if where not in opened:
+            opened[where] = suited(as_source(value, split, key), usual, config.model.channels)
+        return opened[where]
 
     keys = plan.data
     train = own.get(keys[0]) or plan.train or own.get("data") or config.data

@@ -52,7 +52,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.bad_steps, self.bad_at = 0, 0  # in a row until now; the number of the last one
-        self.asked: tuple[Tensor, torch.cuda.Event | None, Progress] | None = None
+        self.pending: tuple[Tensor, torch.cuda.Event | None, Progress] | None = None
         self.features: list[Tensor] = []  # of the last step, part by part
         self.wrapped = self._wrap()
 
@@ -112,7 +112,7 @@ class Trainer:
             after = self.method.after_step(progress, schedules["lr"])
         self.scaler.update()
         self.optimizer.inner.zero_grad(set_to_none=True)
-        before, self.asked = self.asked, _asked(finite, progress)
+        before, self.pending = self.pending, _pending(finite, progress)
         self._count(before)
         if not self.optimizer.skips_alone:
             self.settle()
@@ -153,13 +153,13 @@ class Trainer:
 
     def settle(self) -> None:
         """Count the last step among those whose gradients were finite or not; waits for it."""
-        asked, self.asked = self.asked, None
-        self._count(asked)
+        pending, self.pending = self.pending, None
+        self._count(pending)
 
-    def _count(self, asked: tuple[Tensor, torch.cuda.Event | None, Progress] | None) -> None:
-        if asked is None:
+    def _count(self, pending: tuple[Tensor, torch.cuda.Event | None, Progress] | None) -> None:
+        if pending is None:
             return
-        finite, arrived, progress = asked
+        finite, arrived, progress = pending
         if arrived is not None:
             arrived.synchronize()
         # With a loss scaler a step that overflows is ordinary: the scale halves until it does not.
@@ -210,10 +210,10 @@ class Trainer:
         )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.bad_steps, self.asked = state["bad_steps"], None
+        self.bad_steps, self.pending = state["bad_steps"], None
 
 
-def _asked(finite: Tensor, progress: Progress) -> tuple[Tensor, torch.cuda.Event | None, Progress]:
+def _pending(finite: Tensor, progress: Progress) -> tuple[Tensor, torch.cuda.Event | None, Progress]:
     """The answer of a step on its way to the CPU, and what tells that it is there (None: it is)."""
     if not finite.is_cuda:
         return finite, None, progress

@@ -56,8 +56,8 @@ def cut_instances(
         found[seen] = torch.where(cut[seen, None], around, found[seen])
         covers = (around[:, 2] > 0).nonzero()[:, 0]
         masks, seen = _compact(masks, covers), seen[covers]
-    pair, kept = pair[seen], len(seen)
-    lost = Averages((torch.tensor(float(len(view) - kept)),), len(view))
+    pair, count = pair[seen], len(seen)
+    lost = Averages((torch.tensor(float(len(view) - count)),), len(view))
     return ViewInstances(view[seen], found[seen], instances.labels[pair], instances.crowd[pair], masks), lost
 
 
@@ -106,10 +106,10 @@ def _boxes_of(masks: UInt8[Tensor, "T h w"], corner: Int64[Tensor, "T 2"]) -> Fl
     return torch.stack((x0, y0, x1, y1), dim=1).float() * masks.amax(dim=(1, 2))[:, None]
 
 
-def _compact(masks: UInt8[Tensor, "S H W"], kept: Int64[Tensor, "T"]) -> UInt8[Tensor, "T H W"]:
+def _compact(masks: UInt8[Tensor, "S H W"], indices: Int64[Tensor, "T"]) -> UInt8[Tensor, "T H W"]:
     """Some of the masks, by ascending index, in the memory of all of them: there may be hundreds of MB."""
     end = 0
-    for some in kept.split(max(PASTED // masks[:1].numel(), 1)) if len(kept) < len(masks) else ():
+    for some in indices.split(max(PASTED // masks[:1].numel(), 1)) if len(indices) < len(masks) else ():
         masks[end : end + len(some)] = masks[some]
         end += len(some)
-    return masks[: len(kept)]
+    return masks[: len(indices)]

@@ -64,12 +64,12 @@ def draw_both(
     return masked, unplaced.view(batch, views, patches)
 
 
-def exact_fraction(share: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
-    """Return the share x count of n, exactly where that is whole, else one more by chance, so that the mean
+def exact_fraction(fraction: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
+    """Return `fraction` x count of n, exactly where that is whole, else one more by chance, so that the mean
     is right.
     """
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-    chosen = int(share * count + uniform)
+    chosen = int(fraction * count + uniform)
     return torch.randperm(count, generator=generator) < chosen
 
 

@@ -33,8 +33,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                said = file.metadata() or {}
-            return _with_settings(dict(load_file(path)), said)
+                metadata = file.metadata() or {}
+            return _with_settings(dict(load_file(path)), metadata)
         with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
@@ -52,15 +52,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     return _tensors(state, path, {})
 
 
-def _with_settings(tensors: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
-    """Tensors, or of a file that `export` wrote what a file of torch would hold: `said` are its metadata."""
-    if SETTINGS not in said:
+def _with_settings(tensors: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
+    """Tensors; of a file that `export` wrote, what a file of torch would hold, by its `metadata`."""
+    if SETTINGS not in metadata:
         return tensors
     head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     own = {name: value for name, value in tensors.items() if not name.startswith("head.")}
-    tree = {"state_dict": own, SETTINGS: said[SETTINGS]}
-    if HEAD_SETTINGS in said:
-        tree |= {"head_state_dict": head, HEAD_SETTINGS: said[HEAD_SETTINGS]}
+    tree = {"state_dict": own, SETTINGS: metadata[SETTINGS]}
+    if HEAD_SETTINGS in metadata:
+        tree |= {"head_state_dict": head, HEAD_SETTINGS: metadata[HEAD_SETTINGS]}
     return tree
 
 

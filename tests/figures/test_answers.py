@@ -9,7 +9,7 @@ import torch
 from foveola.config import UserError
 from foveola.data.sources import open_source
 from foveola.drawing.classes import palette
-from foveola.figures.answers import answers, answers_sheet
+from foveola.figures.answers import answers_sheet, judged_images
 from foveola.figures.visualize import visualize
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.shape import ViTConfig
@@ -59,7 +59,7 @@ def test_a_label_map_is_scored_by_its_labelled_pixels(encoder: Encoder):
     wrong[:8] = (wrong[:8] + 1) % 2
     encoder.head = Says([LabelMap(source.classes, torch.from_numpy(each)) for each in (truth[0], wrong)])
     encoder.head.config = type("Config", (), {"name": "segmentation"})
-    found = list(answers(encoder, source, range(2)))
+    found = list(judged_images(encoder, source, range(2)))
     labelled = truth[1] != 255
     assert found[0].score == 1
     assert found[1].score == pytest.approx((wrong == truth[1])[labelled].mean())
@@ -75,7 +75,7 @@ def test_a_detector_is_scored_by_what_it_finds(encoder: Encoder):
     said = Detections(names, *twice, torch.tensor([0.9, 0.8, 0.7]))
     unsure = Detections(names, boxes, labels, torch.full((len(boxes),), 0.4))
     encoder.head = Says([said, unsure])
-    (first,), (second,) = (list(answers(encoder, source, [0])) for _ in range(2))
+    (first,), (second,) = (list(judged_images(encoder, source, [0])) for _ in range(2))
     assert first.score == pytest.approx(2 / (3 + len(boxes)))  # one hit
     assert second.score == 0
 
@@ -91,7 +91,7 @@ def test_a_head_for_several_classes_is_judged_by_all_of_them(encoder: Encoder):
     missed[min(truth)] = 0.2
     encoder.head = Says([Classes(source.classes, each) for each in (scores, missed)])
     encoder.head.config.several = True
-    (first,), (second,) = (list(answers(encoder, source, [0])) for _ in range(2))
+    (first,), (second,) = (list(judged_images(encoder, source, [0])) for _ in range(2))
     assert first.score == 1
     assert second.score == pytest.approx(1 - 1 / len(source.classes))
 
@@ -108,7 +108,7 @@ def test_images_are_not_kept(encoder: Encoder):
 def test_answers_that_nobody_knows_are_refused(encoder: Encoder):
     encoder.head = Says(["a poem"])
     with pytest.raises(UserError, match="cannot be judged here: a str"):
-        list(answers(encoder, open_source(SCENES), [0]))
+        list(judged_images(encoder, open_source(SCENES), [0]))
 
 
 def test_colours_differ():

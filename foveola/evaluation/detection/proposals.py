@@ -216,10 +216,10 @@ def _average_precision(
 
 
 def _by_image(
-    sizes: dict[int, tuple[int, int]], some: Iterable[dict[str, Any]]
+    sizes: dict[int, tuple[int, int]], annotations: Iterable[dict[str, Any]]
 ) -> dict[int, list[dict[str, Any]]]:
     of_image: dict[int, list[dict[str, Any]]] = {image: [] for image in sizes}
-    for each in some:
+    for each in annotations:
         of_image[each["image_id"]].append(each)
     return of_image
 
