@@ -210,6 +210,30 @@ def test_the_main_process_alone_builds_whole_networks(run_ranks):
         assert len(text.splitlines()) == 5
 
 
+COMPILED = """
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: compile(self, backend="aot_eager")  # inductor takes minutes on a CPU
+"""
+GRAPHS = """
+from torch._dynamo.utils import counters
+
+print(json.dumps([dict(counters["graph_break"]), counters["stats"]["unique_graphs"]]))
+"""
+
+
+def test_compiled_blocks_learn_the_same_with_their_weights_in_parts(run_ranks):
+    """Each block is a graph without breaks: for views of the student, of each size, and of the teacher."""
+    recipe = "ibot-tiny-tinyimagenet"
+    before, main, after = TRAIN.partition("if __name__")
+    cases = [(recipe, METHODS[recipe], [FULLY | {"compile": True}])]
+    code = before + COMPILED + main + after + GRAPHS
+    printed, _ = run_ranks(code, words=[json.dumps(cases)], timeout=280)
+    found, (breaks, graphs) = map(json.loads, printed.splitlines())
+    assert (breaks, graphs) == ({}, 3)
+    assert found["losses"] < 1e-5, found
+    assert max(found["weights"], found["encoder"], found["moments"]) < 1e-5, found
+
+
 WHOLE = """
 from foveola import losses
 from foveola.methods import capi, clusters
