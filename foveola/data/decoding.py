@@ -11,6 +11,7 @@ Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 # Three channels, from 0, that are red, green and blue; or the principal components of all of them.
 ShownAs = tuple[int, ...] | Literal["pca"]
 
+WHOLE_CONTAINER: Range = (0.0, 65535.0)  # of 16 bits
 RGB = 3  # channels where nothing else is asked for
 NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
 LOW_HIGH = re.compile(f"{NUMBER}-{NUMBER}")

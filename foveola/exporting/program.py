@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 import foveola
@@ -24,11 +24,17 @@ MOST_PATCHES = 2**9  # of a side, where sizes may vary
 TRIED_OBJECTS = 3
 
 
+# Pixels of 8 bits; of an encoder with a range the values of files, as files have them.
+ProgramImages = UInt8[Tensor, "B ch H W"] | Float32[Tensor, "B ch H W"]
+
+
 class Program(nn.Module):
-    """From pixels of squares that are cut already to named tensors."""
+    """From pixels, or values, of squares that are cut already to named tensors."""
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -36,14 +42,26 @@ class Program(nn.Module):
         transform, device = encoder.config.transform, encoder.device
         self.register_buffer("mean", torch.tensor(transform.mean, device=device)[:, None, None])
         self.register_buffer("std", torch.tensor(transform.std, device=device)[:, None, None])
+        self.ranged = transform.value_ranges is not None
+        for name, end in (("low", 0), ("high", 1)) if self.ranged else ():
+            ends = torch.tensor([float(each[end]) for each in transform.value_ranges or ()], device=device)
+            self.register_buffer(name, ends[:, None, None])
+
+    def normalised(self, images: ProgramImages) -> Float32[Tensor, "B ch H W"]:
+        """Return shares of the range, less the mean, over the deviation."""
+        if self.ranged:
+            shares = ((images - self.low) / (self.high - self.low)).clamp(0, 1)
+        else:
+            shares = images.float() / 255
+        return (shares - self.mean) / self.std
 
     def forward(
-        self, images: UInt8[Tensor, "B 3 H W"], masks: Bool[Tensor, "B M h w"] | None = None
+        self, images: ProgramImages, masks: Bool[Tensor, "B M h w"] | None = None
     ) -> dict[str, Tensor]:
         """Return the logits of a head, or what the encoder says without one: `embedding` and `patches`; with
         `masks` also `objects`, each asked for alone, as `Encoder.forward` asks.
         """
-        pixels = (images.float() / 255 - self.mean) / self.std
+        pixels = self.normalised(images)
         encoder, head = self.encoder, self.encoder.head
         if head is not None:
             return {"logits": head.logits(encoder.backbone, pixels)}
@@ -59,11 +77,11 @@ class Program(nn.Module):
 
 
 class DetectorProgram(Program):
-    """From RGB pixels of a square view, and where its image ends, to the objects in it."""
+    """From pixels, or values, of a square view, and where its image ends, to the objects in it."""
 
-    def forward(self, images: UInt8[Tensor, "1 3 S S"], extent: Int64[Tensor, "2"]) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, images: ProgramImages, extent: Int64[Tensor, "2"]) -> dict[str, Tensor]:  # type: ignore[override]
         """Return boxes, labels, scores and, where they are learned, masks of boxes."""
-        pixels = (images.float() / 255 - self.mean) / self.std
+        pixels = self.normalised(images)
         return self.encoder.head.traced(self.encoder.backbone, pixels, extent)
 
 
@@ -87,13 +105,14 @@ class Traced:
 def write_program(encoder: Encoder, out: Path, objects: bool = False) -> dict[str, Any]:
     """Write a program to a file, which `torch.export.load(out).module()` runs; returns what it says.
 
-    It takes uint8 [B, 3, H, W], RGB images as the encoder's transform cuts them (H = W = its crop), or of any
-    other size in whole patches where the network allows it, any B from 1 on, and gives a dict: `logits` [B,
-    C] of a classifier or [B, C, H, W] of a segmenter; without a head `embedding` [B, D], what stands for each
-    image, and `patches` [B, N, D]. With `objects` it also takes bool [B, M, h, w], the patches of M objects
-    of each image, and gives `objects` [B, M, D].
+    It takes uint8 [B, C, H, W], images as the encoder's transform cuts them (H = W = its crop), or of any
+    other size in whole patches where the network allows it, any B from 1 on; of an encoder with a range
+    float32, the values of files, which it scales. It gives a dict: `logits` [B, C] of a classifier or [B, C,
+    H, W] of a segmenter; without a head `embedding` [B, D], what stands for each image, and `patches` [B, N,
+    D]. With `objects` it also takes bool [B, M, h, w], the patches of M objects of each image, and gives
+    `objects` [B, M, D].
 
-    Of a detector it takes one image, uint8 [1, 3, S, S], in the upper left of a square, and int64 [2], its
+    Of a detector it takes one image, [1, C, S, S], in the upper left of a square, and int64 [2], its
     rows and columns, and gives a dict: `boxes` [K, 4] in pixels, `labels` [K], `scores` [K] and, where they
     are learned, `masks` [K, 28, 28] of boxes, of any number K of objects, best first. `foveola.json` inside
     the file says so, with the names of the classes.
@@ -144,7 +163,12 @@ def _parts(encoder: Encoder, objects: bool) -> tuple[Traced, Any]:
 
     def noise(count: int, height: int, width: int) -> Tensor:
         size = (count, len(encoder.config.transform.mean), height, width)
-        return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+        ranges = encoder.config.transform.value_ranges
+        if ranges is None:
+            return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+        low, high = (torch.tensor(ends)[:, None, None] for ends in zip(*ranges, strict=True))
+        beyond = 1.1 * torch.rand(size, generator=generator) - 0.05  # some are cut off
+        return (low + beyond * (high - low)).float().to(device)
 
     def covered(count: int, height: int, width: int) -> Tensor:
         size = (count, TRIED_OBJECTS, height // encoder.patch_size, width // encoder.patch_size)
@@ -193,16 +217,28 @@ def _outputs(encoder: Encoder, program: Program, inputs: tuple[Tensor, ...]) -> 
         images, extent = inputs
         rows, columns = extent.tolist()
         view = torch.zeros(images.shape, device=images.device)
-        view[:, :, :rows, :columns] = encoder.normalise(images[:, :, :rows, :columns])
+        view[:, :, :rows, :columns] = _normalised(encoder, images[:, :, :rows, :columns])
         found = encoder.head.detect(encoder_map(encoder.backbone, view), images.shape[2:], (rows, columns))
         masks = {"masks": found["masks"][:, 0]} if "masks" in found else {}
         return {**found, "labels": found["labels"] - 1, **masks}
     if encoder.head is not None:
         return program(*inputs)
-    pixels = encoder.normalise(inputs[0])
+    pixels = _normalised(encoder, inputs[0])
     features = encoder(pixels)
     said = {"embedding": features.objects[:, 0], "patches": features.patches}
     return said | ({"objects": encoder.tokens(pixels, inputs[1].flatten(2))} if len(inputs) > 1 else {})
+
+
+def _normalised(encoder: Encoder, images: Tensor) -> Tensor:
+    """Images as the network gets them, values in float64 on the way."""
+    transform = encoder.config.transform
+    if transform.value_ranges is None:
+        return encoder.normalise(images)
+    ends = (*zip(*transform.value_ranges, strict=True), transform.mean, transform.std)
+    low, high, mean, std = (
+        torch.tensor(each, dtype=torch.float64, device=images.device)[:, None, None] for each in ends
+    )
+    return ((((images - low) / (high - low)).clamp(0, 1) - mean) / std).float()
 
 
 @torch.no_grad()
@@ -231,11 +267,12 @@ def _about(traced: Traced) -> dict[str, Any]:
     head, transform, about = encoder.head, encoder.config.transform, dict[str, Any]()
     channels = len(transform.mean)
     kind = "RGB" if channels == 3 else f"{channels} channels"
+    dtype, scale = ("uint8" if transform.value_ranges is None else "float32"), _scale(transform)
     if isinstance(traced.program, DetectorProgram):
         side = head.side(encoder)
         about = {
-            "images": f"uint8 [1, {channels}, {side}, {side}], {kind}: one image whose longer side is "
-            f"resized to {side}, in the upper left; what lies beyond it does not matter",
+            "images": f"{dtype} [1, {channels}, {side}, {side}], {kind}: one image whose longer side is "
+            f"resized to {side}, in the upper left; what lies beyond it does not matter; {scale}",
             "extent": "int64 [2], rows and columns of the image",
             "gives": {name: ["found", *value.shape[1:]] for name, value in answers.items()},
             "boxes": "x0, y0, x1, y1 in pixels of images, best first; masks are those of their boxes",
@@ -245,7 +282,7 @@ def _about(traced: Traced) -> dict[str, Any]:
         side, patch = transform.crop, encoder.patch_size
         size = f"{side}, {side}" if traced.fixed else "height, width"
         about = {
-            "images": f"uint8 [batch, {channels}, {size}], {kind}, 0 to 255; normalised inside",
+            "images": f"{dtype} [batch, {channels}, {size}], {kind}, {scale}",
             "sizes": f"{side} x {side} pixels only: {traced.fixed}"
             if traced.fixed
             else f"multiples of {patch} pixels, {2 * patch} to {MOST_PATCHES * patch}; evaluations see "
@@ -263,6 +300,19 @@ def _about(traced: Traced) -> dict[str, Any]:
     if head is not None:
         about |= {"classes": list(head.classes), "head": to_dict(head.config)}
     return about
+
+
+def _scale(transform: Any) -> str:
+    """What values of images mean, in words."""
+    ranges, reading = transform.value_ranges, transform.decoding
+    if ranges is None:
+        return "0 to 255; normalised inside"
+    ends = ", ".join(f"{low:.15g} to {high:.15g}" for low, high in ranges)
+    what = "values as files have them"
+    if reading.deep and not reading.ranges:
+        what = "shares of the range that each file states"
+    each = " (of each channel)" if len(ranges) > 1 else ""
+    return f"{what}, from {ends}{each}: cut off beyond, also before they are resized; normalised inside"
 
 
 def _resized(transform: Any) -> str:

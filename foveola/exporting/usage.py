@@ -6,17 +6,22 @@ from foveola.models.encoder import Encoder
 
 MORE_FACTS = 'opened.get_modelmeta().custom_metadata_map  # "resized", "sizes", "classes", ...'
 
+EIGHT_BITS = "the range of the encoder (transform.range of its config) as 0 to 255, scaled by you"
+
 
 def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any]) -> str:
     """Return lines of Python that load what is at `path`; `about` is what its file says of itself."""
     side, channels = encoder.config.transform.crop, len(encoder.config.transform.mean)
     name = repr(path)
+    ranged = encoder.config.transform.value_ranges is not None
+    # Their transforms know images of 8 bits alone.
+    scaled = f"\n# image: {EIGHT_BITS}" if ranged else ""
     if format == "timm":
         return (
             "import timm\n\n"
             f'model = timm.create_model("local-dir:" + {name}, pretrained=True).eval()\n'
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-            f"features = model(transform(image)[None])          # [1, {encoder.config.model.shape[0]}]"
+            f"features = model(transform(image)[None])       # [1, {encoder.config.model.shape[0]}]{scaled}"
         )
     if format == "hf":
         token = "[:, 0]" if encoder.config.model.class_token else ".mean(dim=1)"
@@ -25,7 +30,7 @@ def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any])
             f"model = AutoModel.from_pretrained({name})\n"
             f"processor = AutoImageProcessor.from_pretrained({name})\n"
             'tokens = model(**processor(image, return_tensors="pt")).last_hidden_state\n'
-            f"features = tokens{token}          # not pooler_output, which is untrained"
+            f"features = tokens{token}          # not pooler_output, which is untrained{scaled}"
         )
     if format in ("onnx", "program"):
         return _program(format, name, about, f"[B, {channels}, {side}, {side}]")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveola.config import key
 from foveola.data.decode import resize_pixels
-from foveola.data.decoding import Decoding, why_not_shown
+from foveola.data.decoding import WHOLE_CONTAINER, Decoding, Range, why_not_shown
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the unit square
 
@@ -51,6 +51,14 @@ class TransformConfig:
     def decoding(self) -> Decoding:
         """How files are read, where nobody says it of them."""
         return Decoding.of(self.range, self.channels, self.pages, self.show)
+
+    @property
+    def value_ranges(self) -> tuple[Range, ...] | None:
+        """The values of files that become 0 and 1: one pair for all channels, or one of each; of files that
+        state their range, or fill their container, those of 16 bits of it. None where pixels have 8 bits.
+        """
+        decoding = self.decoding
+        return None if decoding.depth == 8 else decoding.ranges or (WHOLE_CONTAINER,)
 
     def squashed(self, side: int) -> "TransformConfig":
         """Return the same for whole images, squashed to `side` x `side` pixels."""

@@ -88,7 +88,7 @@ class Wrapped(VisionTransformer):
         return self.with_tokens(images, inputs)[0]
 
     def with_tokens(
-        self, images: Float[Tensor, "B 3 H W"], inputs: Inputs | Tensor | None = None
+        self, images: Float[Tensor, "B ch H W"], inputs: Inputs | Tensor | None = None
     ) -> tuple[Features, ImageTokens]:
         """Return `forward`, and what the module itself gave."""
         if inputs is not None:
@@ -151,14 +151,14 @@ def image_tokens(found: Any, name: str) -> ImageTokens:
     return found
 
 
-def looked_at(module: nn.Module, side: int, name: str, why: str = "") -> WrappedConfig:
-    """Return what one image of noise shows of a module, for images of `side` pixels.
+def looked_at(module: nn.Module, side: int, name: str, why: str = "", channels: int = 3) -> WrappedConfig:
+    """Return what one image of noise shows of a module, for images of `side` pixels and so many channels.
 
     Raises UserError where it fails, where its patches are not squares that fill the image, and for features
     that are not finite.
     """
     where = next((p.device for p in module.parameters()), torch.device("cpu"))
-    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(where)
+    images = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0)).to(where)
     with torch.enable_grad():
         found = image_tokens(_tried(module, images.requires_grad_(), name), name)
     rows, columns = found.grid
@@ -191,6 +191,7 @@ def looked_at(module: nn.Module, side: int, name: str, why: str = "") -> Wrapped
         attention=weights is not None,
         patch_size=side // rows,
         image_size=side,
+        channels=channels,
         class_token=found.pooled is not None,
         positions="none",
         drop_path=0.0,

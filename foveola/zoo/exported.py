@@ -63,7 +63,7 @@ def load_program(path: Path) -> Encoder:
         plain = name.removeprefix("encoder.")
         if plain.startswith("head."):
             own[plain.removeprefix("head.")] = value
-        elif plain not in ("mean", "std"):
+        elif plain not in ("mean", "std", "low", "high"):
             weights[plain.removeprefix("backbone.")] = value
     encoder = filled(build(EncoderConfig, config, where=str(path)), weights, path)
     if head is not None:
@@ -93,18 +93,25 @@ def _tensors(archive: zipfile.ZipFile, names: dict[str, str]) -> dict[str, Tenso
 class OnnxFeatures(nn.Module):
     """An ONNX file of `foveola export`, computed by onnxruntime: images to tokens.
 
-    It takes pixels of 8 bits, so normalised images are first rounded to these, which all images are that
-    evaluations read.
+    One that takes pixels of 8 bits gets normalised images rounded to these. One of an encoder with a range
+    takes values of files, which are not rounded (earlier versions wrote 8 bits for these encoders, too).
     """
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, path: Path, transform: TransformConfig, patch: int) -> None:
         super().__init__()
         self.session, self.patch = onnx_session(path), patch
         self.register_buffer("mean", torch.tensor(transform.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(transform.std)[:, None, None])
+        given = self.session.get_inputs()[0].type
+        self.takes_values = given == "tensor(float)"
+        ranges = (transform.value_ranges if self.takes_values else None) or ((0.0, 255.0),)
+        for name, ends in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
+            self.register_buffer(name, torch.tensor(ends)[:, None, None], persistent=False)
         # Fingerprints are of tensors, and these are all that it has.
         digest = np.frombuffer(_digest(path), dtype=np.uint8).copy()
         self.register_buffer("file", torch.from_numpy(digest))
@@ -112,7 +119,9 @@ class OnnxFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B C H W"]) -> ImageTokens:
         """Return patches, and what stands for the image."""
-        pixels = ((images * self.std + self.mean) * 255).round().clamp(0, 255).byte()
+        pixels = (images * self.std + self.mean) * (self.high - self.low) + self.low
+        if not self.takes_values:
+            pixels = pixels.round().clamp(0, 255).byte()
         asked = {"images": pixels.cpu().numpy()}
         embedding, patches = self.session.run(["embedding", "patches"], asked)
         tokens, pooled = (torch.from_numpy(each).to(images.device) for each in (patches, embedding))

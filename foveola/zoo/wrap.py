@@ -19,9 +19,9 @@ def wrap(module: nn.Module, name: str, transform: TransformConfig | None = None,
     """Return a frozen encoder of any module, for everything that needs features of images and patches alone.
 
     Args:
-        module: normalised images [B, 3, H, W] to a map [B, D, h, w], or to `ImageTokens`. Patches must be
-            squares that fill the image. Where it gives a pooled vector, that stands for an image; otherwise
-            the mean of the patches does.
+        module: normalised images [B, C, H, W], of as many channels as the transform's mean, to a map [B, D,
+            h, w], or to `ImageTokens`. Patches must be squares that fill the image. Where it gives a pooled
+            vector, that stands for an image; otherwise the mean of the patches does.
         name: what it is, in messages; with the weights it makes the encoder's fingerprint.
         transform: what is done to images; by default 256, 224, ImageNet's mean and deviation.
         why: why it is no ViT of ours, in refusals.
@@ -33,7 +33,7 @@ def wrap(module: nn.Module, name: str, transform: TransformConfig | None = None,
     """
     transform = transform or TransformConfig()
     module = module.eval().requires_grad_(False)
-    config = looked_at(module, transform.crop, name, why)
+    config = looked_at(module, transform.crop, name, why, channels=len(transform.mean))
     pool = "token" if config.class_token else "average"
     return Encoder(EncoderConfig(config, transform, name, pool), Wrapped(config, module))
 
