@@ -228,7 +228,7 @@ def _to_slopes(
 def _norm_backward(
     gradient: Float32[Tensor, "K D"], v: Float[Tensor, "K D"], g: Float[Tensor, "K 1"]
 ) -> Float32[Tensor, "K 1"]:
-    """From d loss / d (v_k in products) * g_k / |v_k| to that of v, in place; returns that of g.
+    """Turn d loss / d (v_k in products) * g_k / |v_k| into the gradient of v, in place; return that of g.
 
     With u = v / |v|: dv = d - u <u, d>, as only what is across v turns it; dg = <v, d> / g. At g = 0, where d
     no longer tells, that of g is given as 0.

@@ -173,7 +173,7 @@ class _Processes:
 
 
 class _Thread:
-    """One item after the other, read by a thread, so that signals are answered while it is blocked."""
+    """Reads one item after the other in a thread, so that signals are answered while it is blocked."""
 
     def __init__(self, items: Any, start: int) -> None:
         self.items, self.step = items, start

@@ -58,5 +58,5 @@ def _held_out(
 
 
 def _draw(seed: int, name: bytes) -> float:
-    """Uniform in [0, 1)."""
+    """Return a number that is uniform in [0, 1), from a hash."""
     return int.from_bytes(hashlib.sha256(b"%d " % seed + name).digest()[:6], "big") / 2**48

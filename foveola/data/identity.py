@@ -244,7 +244,7 @@ class Table:
         return np.flatnonzero(~hit & (keys != b""))
 
     def add(self, keys: np.ndarray, hashes: np.ndarray) -> None:
-        """Keep hashes until `save`."""
+        """Hold the hashes of files, which `save` writes."""
         self.new.append(np.stack([keys, hashes], axis=1))
 
     def save(self) -> None:

@@ -45,7 +45,7 @@ class Inventory:
         return self.names[index].decode("utf-8", "backslashreplace")
 
     def save(self, path: Path) -> None:
-        """Write a compressed .npz."""
+        """Write the inventory to a compressed .npz file."""
         text = np.frombuffer(b"\0".join(self.names), np.uint8)  # no name holds this byte
         with files.whole(path) as part, part.open("wb") as file:
             np.savez_compressed(file, names=text, sizes=self.sizes, times=self.times, hashes=self.hashes)
@@ -160,7 +160,7 @@ def _paired(before: Inventory, now: Inventory) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _of_contents(before: Inventory, now: Inventory) -> ImageDifference | None:
-    """Of images without names, all of which must have been read."""
+    """Compare images that have no names by their contents; None unless all of them were read."""
     if (before.hashes == b"").any() or (now.hashes == b"").any():
         return None
     added = np.flatnonzero(~np.isin(now.hashes, before.hashes)).tolist()

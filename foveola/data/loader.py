@@ -224,7 +224,7 @@ def too_many(bad: int, seen: int, allowed: float) -> bool:
 
 
 class _Steps(Sampler[int]):
-    """Counts steps for ever."""
+    """A sampler that counts steps for ever."""
 
     def __init__(self, start: int) -> None:
         self.start = start

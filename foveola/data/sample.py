@@ -353,6 +353,6 @@ def _overlap(start: float, end: float, size: int) -> Float[np.ndarray, "size"]:
 
 
 def _extent(flags: Bool[np.ndarray, "N"]) -> slice:
-    """From the first true flag to the last; there is one."""
+    """Return the slice from the first true flag to the last; at least one flag is true."""
     found = np.flatnonzero(flags)
     return slice(found[0], found[-1] + 1)

@@ -64,7 +64,7 @@ def graph_of(vectors: Float[Tensor, "n D"], path: Path | None, device: torch.dev
 
 
 def _recall(made: Any, vectors: Float[Tensor, "n D"], device: torch.device) -> float:
-    """Of rows drawn from the index, the share of their exact neighbours that it finds."""
+    """Return the fraction of the exact neighbours of rows, drawn from the index, that it finds."""
     count = min(RECALL_QUERIES, len(vectors))
     drawn = np.sort(np.random.default_rng(0).choice(len(vectors), count, replace=False))
     queries, top = vectors[torch.from_numpy(drawn)], min(RECALL_AT + 1, len(vectors))

@@ -142,7 +142,7 @@ class Best:
         return values, self.columns.gather(1, order)
 
     def _settle(self) -> None:
-        """Merge what waits."""
+        """Merge the values that wait into the k largest of each row."""
         if not self.count:
             return
         row, column, value = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))

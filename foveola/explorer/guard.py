@@ -33,8 +33,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """In front of the application: refuses foreign Host headers (400), requests without the token (403), and
-    those that another site's page sends (403); adds headers that bind the page to itself.
+    """Stands in front of the application: refuses foreign Host headers (400), requests without the
+    token (403), and those that another site's page sends (403); adds headers that bind the page to itself.
 
     The token comes in the address of the page, once, and from then on in a cookie that scripts cannot read
     and other sites do not send. On loopback the Host is localhost or a loopback address, of any port (a

@@ -98,7 +98,7 @@ def _metadata(about: dict[str, Any]) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of itself on the way."""
+    """Silence what the exporter says of itself on the way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable

@@ -29,7 +29,7 @@ ProgramImages = UInt8[Tensor, "B ch H W"] | Float32[Tensor, "B ch H W"]
 
 
 class Program(nn.Module):
-    """From pixels, or values, of squares that are cut already to named tensors."""
+    """Maps pixels, or values, of squares that are cut already to named tensors."""
 
     mean: Tensor
     std: Tensor
@@ -77,7 +77,7 @@ class Program(nn.Module):
 
 
 class DetectorProgram(Program):
-    """From pixels, or values, of a square view, and where its image ends, to the objects in it."""
+    """Maps pixels, or values, of a square view, and where its image ends, to the objects in it."""
 
     def forward(self, images: ProgramImages, extent: Int64[Tensor, "2"]) -> dict[str, Tensor]:  # type: ignore[override]
         """Return boxes, labels, scores and, where they are learned, masks of boxes."""

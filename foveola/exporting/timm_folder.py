@@ -32,7 +32,7 @@ EVA_ARGUMENTS = {  # DINOv3's
 
 
 def _timm_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """By timm's names and shapes: with registers, the class token holds its position (`no_embed_class`)."""
+    """Return weights as timm has them; with registers, the class token holds its position."""
     state = plain_weights(encoder)
     del state["mask_token"]
     if "pos_embed" not in state:  # rotary

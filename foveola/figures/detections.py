@@ -25,7 +25,7 @@ AGREES = 0.5  # IoU from which a detection is that object
 
 @dataclass(frozen=True)
 class DetectionsConfig(SheetConfig):
-    """Which images, and which detections of them."""
+    """Keys that say which images are drawn, and which detections of them."""
 
     cell: int = key(280, "pixels a side of a tile in the sheet", at_least=32)
     count: int = key(8, "how many images to show", at_least=1)

@@ -21,7 +21,7 @@ class SheetConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig(SheetConfig):
-    """Which images, and how large."""
+    """Keys that say which images are drawn, and how large."""
 
     count: int = key(8, "how many images to show, evenly over the data", at_least=1)
     images: tuple[int, ...] | int | str | None = key(

@@ -89,7 +89,7 @@ class CapiConfig(MethodConfig):
 
     @property
     def saved_predictor(self) -> PredictorConfig | None:
-        """Its first block."""
+        """The predictor, whose first block pools features."""
         return self.predictor
 
 

@@ -40,7 +40,7 @@ FAST_MOMENTUM = 0.9  # a momentum below which the teacher is the student of some
 
 @dataclass(frozen=True)
 class IJepaConfig(MethodConfig):
-    """Defaults: I-JEPA ViT-B."""
+    """Settings of I-JEPA. The defaults are those of its ViT-B."""
 
     name: Literal["ijepa"] = key("ijepa", "which method this is")
     predictor: PredictorConfig = key(

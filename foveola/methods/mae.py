@@ -35,7 +35,7 @@ EASY = 0.5  # share of hidden patches below which their neighbours tell most of 
 
 @dataclass(frozen=True)
 class MaeConfig(MethodConfig):
-    """Defaults: MAE."""
+    """Settings of MAE. The defaults are those of its paper."""
 
     fixed_targets = True
 

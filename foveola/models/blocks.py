@@ -34,7 +34,10 @@ class BlockShape:
 
 
 class RmsNorm(nn.RMSNorm):
-    """In float32 whatever comes in, as autocast does for LayerNorm but not on every device for RMSNorm."""
+    """Normalises by the root of the mean square, in float32 whatever comes in.
+
+    Autocast does so for LayerNorm, but not on every device for RMSNorm.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

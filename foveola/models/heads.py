@@ -16,7 +16,7 @@ from foveola.config import key
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Defaults: iBOT."""
+    """How a projection head is built. The defaults are those of iBOT."""
 
     prototypes: int = key(8192, "number of prototypes, the rows of the last layer", at_least=2, at_most=2**24)
     hidden: int = key(2048, "width of the hidden layers", at_least=1, at_most=2**16)

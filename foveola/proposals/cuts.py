@@ -21,7 +21,7 @@ TINY = 0.01  # share of the image up to which a further object of MaskCut is non
 
 
 class CutObjects(NamedTuple):
-    """Of B images, K masks at most, best first; empty ones are none."""
+    """The objects of B images: at most K masks each, best first; an empty mask is no object."""
 
     masks: Bool[Tensor, "B K N"]
     scores: Float32[Tensor, "B K"]  # `objectness`; 0 of empty masks

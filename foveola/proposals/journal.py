@@ -89,7 +89,7 @@ class Journal:
         return self.folder / f"{rank}.jsonl"
 
     def _where(self) -> dict[int, tuple[Path, int]]:
-        """In which file, and where in it, the line of each image begins."""
+        """Return the file in which the line of each image stands, and the byte at which it begins."""
         found = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             start = 0

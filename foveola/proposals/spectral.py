@@ -15,7 +15,7 @@ BREAKDOWN = 1e-12  # a Krylov space that grows by less than this is whole
 
 
 class Eigen(NamedTuple):
-    """Of B graphs: the second smallest eigenvalue, in [0, 2], and its vector y, with y^T D y = 1.
+    """The second smallest eigenvalue of each of B graphs, in [0, 2], and its vector y, with y^T D y = 1.
 
     The largest entry of y by absolute value is positive, the first of equals. Where nothing tells the nodes
     apart (all weights are the same, or there is one node) the value is 1 and the vector zero.

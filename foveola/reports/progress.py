@@ -309,7 +309,7 @@ def _square(encoder: Encoder, pixels: Any) -> Tensor:
 def _position_fraction(
     encoder: Encoder, source: Source, folders: Sequence[Path]
 ) -> tuple[float | None, int | None]:
-    """Of the encoder's patches on some images, kept like results; None where too few can be read."""
+    """Return how much position explains of the encoder's patches; None where too few can be read."""
     about = {"images": POSITION_IMAGES, "data": identity(source), "foveola": foveola.__version__}
     for folder in folders:
         tree = read_tree(folder / "place.json")

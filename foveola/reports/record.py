@@ -91,7 +91,7 @@ class Record:
 
     @property
     def method(self) -> str:
-        """As the recipe calls it."""
+        """The name of the method, as the recipe has it."""
         return str(self.get("about.method") or self.get("method.name") or "unknown method")
 
     @property

@@ -52,7 +52,7 @@ class MetricChange:
 
     @property
     def outcome(self) -> Direction:
-        """By the paired interval; without one, better or worse only where the intervals do not overlap."""
+        """Better, worse or open: by the paired interval; without one, by intervals that do not overlap."""
         lower = self.about.better == "lower"
         if self.difference is None:
             return compared(self.before, self.after, lower)

@@ -88,7 +88,7 @@ class ClassificationConfig(TaskConfig):
 
 
 class ClassificationHead(TaskHead):
-    """From the tokens of an image to a logit for each class.
+    """Maps the tokens of an image to a logit for each class.
 
     `average`: LayerNorm of the mean of the last block's patches, in place of the encoder's final norm, as in
     MAE's fine-tuning. `token`: the class token after the final norm. `attention`: softmax over the patches of

@@ -18,7 +18,7 @@ HEAD_WIDTH = 64  # channels of an attention head, as in every ViT of DINO and Se
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Defaults: Segmenter's linear decoder."""
+    """How a decoder is built. The defaults are those of Segmenter's linear decoder."""
 
     kind: Literal["linear", "mask"] = key(
         "linear",

@@ -233,7 +233,7 @@ def pasted(
 
 
 class Detection(TaskMethod):
-    """One network, whose objects are those that people drew."""
+    """Trains one network to find the objects that people drew."""
 
     Config = DetectionConfig
     Head = DetectionHead

@@ -30,7 +30,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults: iBOT ViT-S."""
+    """How weights are updated. The defaults are those of iBOT's ViT-S."""
 
     kind: Literal["adamw", "sgd"] = key(
         "adamw", "AdamW, whose decay is apart from the gradient; SGD, whose decay is a part of it"

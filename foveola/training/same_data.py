@@ -44,7 +44,7 @@ class RunImages:
 
     @property
     def without_inventory(self) -> "RunImages":
-        """Without the inventory, which may be large."""
+        """The same facts without the inventory, which may be large."""
         return replace(self, inventory=None)
 
     def agrees(self, other: "RunImages") -> bool:

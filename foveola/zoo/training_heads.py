@@ -138,7 +138,7 @@ def _decoder(found: Found) -> Made:
 
 
 def _predictor(found: Found) -> Made:
-    """I-JEPA's."""
+    """Return the predictor of I-JEPA by our names."""
     bare = {
         name.removeprefix("predictor."): value
         for name, value in found.items()

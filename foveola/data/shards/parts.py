@@ -48,7 +48,7 @@ class ShardPart:
         return len(self.arrays["places"])
 
     def save(self, path: Path) -> None:
-        """Write it whole."""
+        """Write the facts of the file as one file, whole or not at all."""
         rest = {"words": self.words, "highest": self.highest, "left_out": self.left_out}
         text = np.frombuffer(json.dumps(rest | {"example": self.example}).encode(), np.uint8)
         with files.whole(path) as part, part.open("wb") as file:

@@ -159,8 +159,8 @@ def _as_coco(
 
 
 def _exact(found: Objects | None, boxes: list[Any], annotations: list[dict]) -> Objects | None:
-    """With the boxes, and the areas that follow from them, exactly as they were written in the unit
-    square.
+    """Return objects with boxes, and the areas that follow from them, exactly as they were written in the
+    unit square.
     """
     if found is None or any(box is None for box in boxes) or len(found) != len(boxes):
         return found

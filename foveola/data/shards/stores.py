@@ -308,7 +308,7 @@ def _fetch(shard: Shard, start: int, size: int) -> bytes:
 
 
 def _read_cached(shard: Shard, start: int, size: int) -> bytes:
-    """From blocks of the file that are kept in a folder, each a whole file of its own."""
+    """Read from blocks of the file that a folder holds, each a whole file of its own."""
     about = f"{shard.path}\0{shard.size}\0{shard.stamp}"
     folder = Path(str(shard.cache)).expanduser() / hashlib.sha256(about.encode()).hexdigest()[:20]
     parts = []

@@ -80,7 +80,7 @@ def members_of(
 
 
 def _extension(data: bytes, suffix: str) -> str:
-    """By what the file is; by its name, where only that says it. DICOM files often have none."""
+    """Return the extension for what the file is; that of its name, where only the name says it (DICOM)."""
     found = next((end for magic, end in BEGINNINGS.items() if data.startswith(magic)), None)
     found = None if is_dicom(data[:HEAD_BYTES]) else found
     if found is None and suffix.lower() in SUFFIXES:

@@ -183,7 +183,7 @@ class SquaresCut:
         self.geometries = geometries
 
     def __call__(self, sample: Sample, index: int) -> Squares:
-        """One image. Raises BadImage."""
+        """Return the views of one image. Raises BadImage."""
         image = decode(sample.image)
         return Squares(torch.tensor([index]), {each: cut(image, each)[None] for each in self.geometries})
 

@@ -90,7 +90,7 @@ def _loaded(true: Any, detections: Sequence[dict[str, Any]]) -> COCO:
 
 
 def _ranked(measured: Any) -> list[Ranked]:
-    """Of each class that has an object: what is right and wrong, as pycocotools matched them in all sizes."""
+    """Return what is right and wrong in each class that has an object, as pycocotools matched all sizes."""
     ids = measured.params.imgIds
     sizes = len(measured.params.areaRng)
     found = []

@@ -60,7 +60,7 @@ class _PairsCut:
         self.found, self.masks = found, masks
 
     def __call__(self, sample: Sample, index: int) -> _Pairs:
-        """One image. Raises BadImage."""
+        """Return what is compared of one image. Raises BadImage."""
         height, width = decode(sample.image).shape[:2]
         size = height, width
         known = all_annotations(sample, index, size, self.masks, classes=False)

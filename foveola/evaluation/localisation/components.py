@@ -138,7 +138,7 @@ def _sides(basins: Int64[np.ndarray, "H W"], levels: UInt8[np.ndarray, "H W"], c
 
 
 def _above(falling: np.ndarray) -> np.ndarray:
-    """Of values accumulated from level 255 down those of the levels above 0, 1, ..., 254."""
+    """Return, of values accumulated from level 255 down, those of the levels above 0, 1, ..., 254."""
     return falling[:, ::-1][:, 1:]
 
 

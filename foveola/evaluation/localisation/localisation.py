@@ -112,7 +112,7 @@ def iou_name(iou: float) -> str:
 
 
 class Localised(NamedTuple):
-    """Of n images, M maps and D IoUs (and a last row for MaxBoxAcc): whether each option finds it."""
+    """Whether each option finds the object: of n images, M maps and D IoUs (and a last row for MaxBoxAcc)."""
 
     maps: UInt8[Tensor, "n M D1 bytes"]  # a bit for each of 255 grey levels
     squares: Bool[Tensor, "n D1 56"]

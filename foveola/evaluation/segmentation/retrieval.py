@@ -262,7 +262,7 @@ def _scores(
 
 
 def _end(divisor: int) -> str:
-    """Of the names of a reference set's metrics."""
+    """Return the end of a metric's name, which says the part of the reference set that was used."""
     return "" if divisor == 1 else f"_1of{divisor}"
 
 

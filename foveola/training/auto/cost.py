@@ -20,7 +20,7 @@ NUMBERS_HELD = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image of a step: operations, and bytes that are held until its backward pass is done."""
+    """What one image of a step costs: operations, and bytes that are held until its backward pass is done."""
 
     flops: float
     activations: float
@@ -100,7 +100,7 @@ def _predictor(
 
 
 def _heads(method: DistillationConfig, config: RunConfig, patches: int) -> float:
-    """Of one image: its tokens, and the patches that are hidden on average."""
+    """Return what heads cost for one image: its tokens, and the patches that are hidden on average."""
     views, width = config.views, config.model.shape[0]
     rows = dict.fromkeys(method.used_heads(), 0.0)
     for name, term in method.terms().items():

@@ -207,7 +207,7 @@ def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budg
 
 
 def _choose_prototypes(maker: _Maker, config: RunConfig, at_once: int, data: DataFacts) -> None:
-    """As many as there is to share out: rows of a part of a step, over all processes."""
+    """Choose as many prototypes as rows of a part of a step can fill, over all processes."""
     method = config.method
     if isinstance(method, CapiConfig):
         count = config.views.global_count * at_once
