@@ -161,10 +161,7 @@ class Capi(Method):
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        selection = batch.large.selection
-        assert selection is not None
-        chosen = batch.large.pixels, selection.kept, selection.predicted
-        images, keep, predict = (t.flatten(0, 1) for t in chosen)
+        images, keep, predict = batch.large.selected()
         with torch.no_grad():
             teacher = self.teacher.backbone(images).patches
         features = teacher.mean(dim=1)

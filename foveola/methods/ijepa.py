@@ -116,10 +116,7 @@ class IJepa(Method):
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        selection = batch.large.selection
-        assert selection is not None
-        chosen = batch.large.pixels, selection.kept, selection.predicted
-        images, keep, wanted = (t.flatten(0, 1) for t in chosen)
+        images, keep, wanted = batch.large.selected()
         with torch.no_grad():
             patches = self.teacher(images).patches.float()
             targets = take_rows(layer_norm(patches, patches.shape[-1:]), wanted)

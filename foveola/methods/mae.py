@@ -114,10 +114,7 @@ class Mae(Method):
         self.shown: tuple[Tensor, ...] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        selection = batch.large.selection
-        assert selection is not None
-        chosen = batch.large.pixels, selection.kept, selection.predicted
-        images, keep, wanted = (t.flatten(0, 1) for t in chosen)
+        images, keep, wanted = batch.large.selected()
         predictions, patches = self.student(images, keep, wanted)
         targets = pixel_targets(take_rows(patchify(images, self.patch_size), wanted), self.config.normalise)
         self.shown = tuple(t[:IMAGES_KEPT].detach().clone() for t in (images, keep, wanted, predictions))

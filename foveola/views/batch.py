@@ -6,6 +6,7 @@ depend on the device, and switching one kind of augmentation off does not shift 
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -79,6 +80,24 @@ class Views:
         """The pixels x0, y0, x1, y1 of each view that lie in its image; all of it unless it is padded."""
         height, width = self.pixels.shape[-2:]
         return pixels_inside(self.boxes, self.flips, (height, width))
+
+    def selected(self) -> "SelectedPatches":
+        """Return each view as an image of its own, with the patches that its student gets and predicts.
+
+        Raises ValueError where the student gets all patches.
+        """
+        if self.selection is None:
+            raise ValueError("the student gets all patches of these views: there is no selection")
+        parts = self.pixels, self.selection.kept, self.selection.predicted
+        return SelectedPatches(*(part.flatten(0, 1) for part in parts))
+
+
+class SelectedPatches(NamedTuple):
+    """Views as images of their own, and of each the patches that the student gets and those it predicts."""
+
+    images: Float[Tensor, "BV C H W"]
+    kept: Int64[Tensor, "BV K"]
+    predicted: Int64[Tensor, "BV Q"]
 
 
 @dataclass(frozen=True, eq=False)
