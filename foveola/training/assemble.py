@@ -1,6 +1,7 @@
 """A configuration to networks, optimiser and trainer, from its seed."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -144,15 +145,18 @@ def _check_memory(method: Method, config: RunConfig, device: torch.device) -> No
     numbers = sum(p.numel() * (copies if p.requires_grad else 1) for p in method.parameters())
     parts = part_count(config.parallel, config.sharding)
     needed = 4 * (numbers / parts + sum(b.numel() for b in method.buffers()))
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > room:
+    if needed > (room := room_of(device)):
         raise ConfigError(
             f"weights, gradients and averages of the networks need {needed / 2**30:,.0f} GiB, and {device} "
             f"has {room / 2**30:,.1f}: make them smaller (model.size, prototypes, hidden widths)"
         )
+
+
+def room_of(device: torch.device) -> float:
+    """Return bytes of memory of a device, of a CPU those of the machine; infinity where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def _method(config: RunConfig) -> Method:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from foveola import distributed
+from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.identity import saying
 from foveola.data.loader import Loader
@@ -16,10 +17,12 @@ from foveola.data.sample import BadImage
 from foveola.data.sources import PixelSource, Source, open_source, read_label_map, why_bad
 from foveola.data.stored import first_look
 from foveola.data.values import ImagePixels
+from foveola.failures import explain
 from foveola.proposals.discover import discoverer
 from foveola.schedules import Progress
 from foveola.training.advice import advice, objects_line
-from foveola.training.assemble import assemble, blueprint, local_batch_size, untrained
+from foveola.training.assemble import assemble, blueprint, local_batch_size, room_of, untrained
+from foveola.training.auto.cost import too_large
 from foveola.training.bootstrap import data_of, round_config
 from foveola.training.durations import plan
 from foveola.training.loop import Trainer
@@ -91,7 +94,13 @@ def _describe(config: RunConfig, device: torch.device, objects: str | None = Non
     start.insist()
     trainer = assemble(config, progress, device, start.weights)
     trainer.accumulate = 1
-    losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
+    large = too_large(config, part, room_of(device), str(device))
+    try:
+        losses, seconds, memory = _try(config, trainer, source, batch, progress, device)
+    except (MemoryError, RuntimeError) as error:
+        if not large or (reason := explain(error)) is None:
+            raise
+        raise UserError(f"{reason}; {large}") from error
     rows = {
         "recipe": f"{config.recipe} ({config.about.method or config.method.name})",
         "data": f"{source.name}: {len(source):,} images"
@@ -115,6 +124,7 @@ def _describe(config: RunConfig, device: torch.device, objects: str | None = Non
     if start.weights is not None:
         lines += [f"{'start':<{width}}  {text}" for text in start.weights.close().lines()]
     lines += [f"{'note':<{width}}  {text}" for text in first_look(source)]
+    lines += [f"{'advice':<{width}}  {large}"] if large else []
     if config.data:  # without, neither images nor steps are known
         foreseen = advice(config, trainer.method, progress, images)
         lines += [f"{'advice':<{width}}  {text}" for text in foreseen]

@@ -43,7 +43,8 @@ def with_test(recipe: str | Path, overrides: dict[str, Any], test: Any) -> dict[
     if recipe == AUTO:
         raise ConfigError(
             "auto chooses how to pretrain, and knows no costs of heads: name a recipe of fine-tuning "
-            "(`foveola finetune --help` lists them); --dry-run measures its step, heads and windows included"
+            "(`foveola finetune --help` lists them); --dry-run measures its step, heads and windows included "
+            "and says what helps where memory is short"
         )
     known = [each.name for each in fields(RunConfig)]
     for given in overrides:

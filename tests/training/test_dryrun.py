@@ -9,6 +9,7 @@ from PIL import Image
 
 from foveola.config import UserError, build, merge, to_dict
 from foveola.data.sources import open_source
+from foveola.training.auto.cost import memory_of, too_large
 from foveola.training.dryrun import dry_run, try_images
 from foveola.training.recipe import RunConfig, nested, recipes, resolve
 
@@ -44,6 +45,38 @@ LOSSES = {  # of methods whose terms do not depend on the recipe
 }
 FIELDS = ["recipe", "data", "parameters", "tokens per image", "batch", "steps", "learning rate"]
 FIELDS += ["trial", "speed", "memory"]
+
+
+def test_a_step_that_is_too_large_says_what_helps(monkeypatch):
+    """ViTDet at 1024 pixels: windows among the ways out, as long as they are not taken."""
+    ways = {"checkpoint_activations=true", "model.window=14", "a larger accumulate"}
+    config = resolve("vitdet-vitb16-coco", {"checkpoint_activations": False})
+    said = too_large(config, 8, 16 * 2**30, "cuda:0")
+    assert "8 images at once" in said
+    assert "cuda:0 has 16" in said
+    assert all(way in said for way in ways)
+    assert too_large(config, 8, 2**42, "cuda:0") == ""
+    taken = resolve("vitdet-vitb16-coco", {"model.window": 14})  # which has checkpoints
+    assert not any(way in too_large(taken, 1, 2**30, "cpu") for way in ways)
+    assert "model.window" not in too_large(resolve("mae-vitb16-in1k"), 64, 2**30, "cpu")  # it drops patches
+    # Most of what is kept goes away with checkpoints, and windows are no answer for few patches.
+    assert memory_of(replaced(config, True), 64) < 0.25 * memory_of(config, 64)
+    monkeypatch.setattr("foveola.training.dryrun.room_of", lambda device: 2.0**20)
+    text = dry_run(made("ibot-tiny-tinyimagenet", SMALL | HEADS | {"data": "scenes:?size=32&count=64"}))
+    advice = [line for line in text.splitlines() if line.startswith("advice") and "by arithmetic" in line]
+    assert len(advice) == 1
+    assert "model.window" not in advice[0]
+
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("foveola.training.dryrun._try", full)
+    with pytest.raises(UserError, match=r"out of memory: .*checkpoint_activations=true"):
+        dry_run(made("ibot-tiny-tinyimagenet", SMALL | HEADS | {"data": "scenes:?size=32&count=64"}))
+
+
+def replaced(config: RunConfig, checkpoints: bool) -> RunConfig:
+    return dataclasses.replace(config, checkpoint_activations=checkpoints)
 
 
 def made(recipe: str, changes: dict) -> RunConfig:

@@ -17,6 +17,9 @@ NUMBERS_HELD = (
     36.0  # numbers of the token width that a block keeps of each token for backward, MLP of ratio 4
 )
 
+MANY_PATCHES = 1024  # of a view, from which on attention takes a fifth of the work of a ViT-B and more
+WINDOW = 14  # patches a side, as in ViTDet
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -69,8 +72,45 @@ def weights_of(config: RunConfig) -> float:
     if isinstance(config.method, DistillationConfig):
         width = config.model.shape[0]
         numbers += sum(_head_size(config.method.heads[name], width) for name in config.method.used_heads())
-    teacher = 0.0 if isinstance(config.method, MaeConfig) else 1.0
+    alone = isinstance(config.method, MaeConfig) or config.method.annotations is not None
+    teacher = 0.0 if alone else 1.0
     return numbers * 4 * (4 + teacher)
+
+
+def memory_of(config: RunConfig, images: float) -> float:
+    """Return about how many bytes a step needs that takes so many images at once."""
+    held = cost_of(config).activations
+    if config.checkpoint_activations:  # what enters each block, and all that one of them keeps
+        held *= 1 / NUMBERS_HELD + 1 / config.model.shape[1]
+    return weights_of(config) + images * held
+
+
+def too_large(config: RunConfig, images: float, room: float, where: str) -> str:
+    """Return what to say of a step of so many images at once that needs more than `room` bytes, and what
+    helps; "" where it needs less.
+
+    Heads of tasks are not counted. Windows are named where a view has many patches and all read all.
+    """
+    if (needed := memory_of(config, images)) <= room:
+        return ""
+    model, views = config.model, config.views
+    patches = (views.global_size // model.patch_size) ** 2
+    whole = views.dropping is None and views.blocks is None and not model.relative_bias
+    ways = []
+    if not config.checkpoint_activations:
+        ways.append("checkpoint_activations=true (a third more work)")
+    if patches >= MANY_PATCHES and model.window is None and whole:
+        ways.append(
+            f"model.window={WINDOW} (of {patches:,} patches most blocks read {WINDOW**2}: less work, and "
+            "less memory where attention is not fused)"
+        )
+    if images > 1:
+        ways.append("a larger accumulate")
+    ways.append("a smaller views.global_size or model.size")
+    return (
+        f"a step of {images:g} images at once needs about {needed / 2**30:.0f} GiB by arithmetic, and "
+        f"{where} has {room / 2**30:.0f}: {', '.join(ways)}"
+    )
 
 
 def _vit(model: ViTConfig, tokens: float) -> float:

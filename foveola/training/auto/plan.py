@@ -9,7 +9,7 @@ from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig
 from foveola.training.auto import choices
 from foveola.training.auto.choices import MODELS, Decision
-from foveola.training.auto.cost import cost_of, seconds_of, weights_of
+from foveola.training.auto.cost import cost_of, seconds_of, too_large, weights_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine
 from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig, nested, resolve, with_changes
@@ -141,6 +141,8 @@ def plan_run(
         "images seen": f"{seen:,}: {seen / data.images:,.3g} passes over {data.images:,} images",
         "expect": choices.expectation(data, start is not None, seen),
     }
+    if large := too_large(config, batch / parts / machine.processes, machine.memory, machine.name):
+        expected["too large"] = large
     if short := choices.too_short(steps, seconds):
         expected["budget"] = short
     return Plan(config, maker.lines, expected)
