@@ -34,7 +34,7 @@ class Diverged(UserError):  # noqa: N818 (what happened to a run, not an error i
 
 @dataclass(eq=False)
 class Trainer:
-    """Everything that changes while training. `wrapped` is the method, perhaps in data-parallel clothes.
+    """Everything that changes while training. `wrapped` is the method, or DistributedDataParallel around it.
 
     Where the weights of a method are `sharded`, all processes ask for its state, and load it.
     """
