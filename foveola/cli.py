@@ -18,7 +18,17 @@ from foveola.command_keys import (
     VISUALIZE,
 )
 from foveola.config import UserError, describe, nearest, parse_overrides
-from foveola.console import Ended, as_command, only, print_keys, print_table, refuse, split
+from foveola.console import (
+    Ended,
+    as_command,
+    named_by_key,
+    only,
+    placed,
+    print_keys,
+    print_table,
+    refuse,
+    split,
+)
 from foveola.failures import explain
 from foveola.files import is_there
 from foveola.launchers import STOPPED, split_processes, start_processes
@@ -142,7 +152,9 @@ def _pretrain(arguments: list[str]) -> None:
     if "--help" in flags and not names:
         print(usage_text(), end="")
         return
-    recipe = only(names, "recipe", "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them")
+    usage = "foveola pretrain RECIPE [key=value ...]; `foveola recipes` lists them"
+    names, overrides = named_by_key(names, overrides, "recipe", usage)
+    recipe = only(names, "recipe", usage)
     from foveola.training.auto.plan import AUTO, TRAINED
     from foveola.training.auto.request import request
     from foveola.training.recipe import installed, resolve
@@ -186,6 +198,7 @@ def _finetune(arguments: list[str]) -> None:
         print(f"usage: {usage}\n\n`foveola finetune RECIPE --help` lists the keys of a recipe:")
         print_table([(f"  {name}", each.task, each.aim) for name, each in recipes().items() if each.task])
         return
+    names, overrides = named_by_key(names, overrides, "recipe", usage)
     recipe = only(names, "recipe", f"{usage}; `foveola finetune --help` lists recipes")
     settings = parse_overrides(overrides)
     test = settings.pop("test", None)
@@ -212,13 +225,14 @@ def _evaluate(arguments: list[str]) -> None:
         print("\nSeveral protocols share one pass over the images; PROTOCOL.key=value is for one of them.")
         return
     known = f"protocol ({', '.join(PROTOCOLS)})"
-    chosen = [name.strip() for name in only(names, known, usage).split(",")]
+    names, overrides = named_by_key(names, overrides, "protocol", usage)
+    chosen = [name.strip() for name in only(names[:1], known, usage).split(",")]
     if "--help" in flags:
         for protocol in map(find_protocol, chosen):
             print(f"foveola evaluate {protocol.name} [key=value ...]: {protocol.help}\n")
             print_keys([*EVALUATE_KEYS, *describe(protocol.Config())])
         return
-    settings = parse_overrides(overrides)
+    settings = parse_overrides(placed(names[1:], overrides, ("model",), usage))
     options = {info.path: settings.pop(info.path, None) for info in EVALUATE_KEYS}
     options = {path: None if value is None else str(value) for path, value in options.items()}
     model = options.pop("model")
@@ -253,9 +267,9 @@ def _analyze(arguments: list[str]) -> None:
         )
         print_keys([*ANALYZE, *describe(AnalysisConfig())])
         return
-    if (what := only(names, "analysis (attention)", usage)) != "attention":
+    if (what := only(names[:1], "analysis (attention)", usage)) != "attention":
         raise UserError(f"unknown analysis {what!r}; known: attention")
-    settings = parse_overrides(overrides)
+    settings = parse_overrides(placed(names[1:], overrides, ("model",), usage))
     options = {info.path: settings.pop(info.path, None) for info in ANALYZE}
     for name in ("model", "data", "out"):
         if options[name] is None:
@@ -283,14 +297,15 @@ def _visualize(arguments: list[str]) -> None:
         print(f"usage: {usage}\n\n`foveola visualize KIND --help` lists the keys of a kind:")
         print_table([(f"  {figure.name}", figure.help) for figure in map(find_figure, DOOR.names())])
         return
-    kind = only(names, f"kind ({', '.join(FIGURES)})", usage)
+    names, overrides = named_by_key(names, overrides, "kind", usage)
+    kind = only(names[:1], f"kind ({', '.join(FIGURES)})", usage)
     figure = find_figure(kind)
     options = [*VISUALIZE, TRAIN] if figure.train else VISUALIZE
     if "--help" in flags:
         print(f"foveola visualize {kind} [key=value ...]: {figure.help}\n")
         print_keys([*options, *describe(figure.config())])
         return
-    settings = parse_overrides(overrides)
+    settings = parse_overrides(placed(names[1:], overrides, ("model",), usage))
     given = {info.path: settings.pop(info.path) for info in options if info.path in settings}
     configure(kind, settings)  # mistakes first, before anything is loaded
     if "model" not in given:
@@ -316,6 +331,7 @@ def _report(arguments: list[str]) -> None:
         )
         print_keys(describe(ReportConfig()))
         return
+    names, overrides = named_by_key(names, overrides, "model", usage, several=True)
     if not names:
         raise UserError(f"which run? usage: {usage}")
     print(report(names, **parse_overrides(overrides)))

@@ -1,6 +1,7 @@
 """What every command of `cli` shares: words of a command line, aligned columns, and an end by a signal."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from foveola.config import KeyInfo, UserError, nearest
 from foveola.files import is_there
 
+DATA_STRING = re.compile(r"[a-z][a-z0-9-]+:")
 WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
 
 
@@ -41,11 +43,56 @@ def _is_name(word: str) -> bool:
 
 
 def only(names: list[str], what: str, usage: str) -> str:
+    """Return the one word without `=`. Raises UserError for none, and for more, with the key that is likely
+    meant.
+    """
     if not names:
         raise UserError(f"which {what}? usage: {usage}")
     if len(names) > 1:
-        raise UserError(f"expected key=value, got {names[1]!r}; usage: {usage}")
+        raise unplaced(names[1], usage)
     return names[0]
+
+
+def unplaced(word: str, usage: str) -> UserError:
+    """Return the error for a word that has no place, with the key that is likely meant."""
+    there = is_there(word.partition("?")[0])
+    key = "model" if there else "data" if DATA_STRING.match(word) else None
+    hint = "" if key is None else f": perhaps {key}={word}"
+    return UserError(f"expected key=value, got {word!r}{hint}; usage: {usage}")
+
+
+def named_by_key(
+    names: list[str], overrides: list[str], key: str, usage: str, several: bool = False
+) -> tuple[list[str], list[str]]:
+    """Return names, and overrides without `key=`, whose value is a name where no word without `=` says it.
+
+    With `several`, it holds names with commas. Raises UserError where both say it.
+    """
+    values = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
+    if not values:
+        return names, overrides
+    if names:
+        raise UserError(f"{names[0]!r} and {key}={values[-1]} say the same: give one; usage: {usage}")
+    text = values[-1]
+    if several and not is_there(text):
+        found = [part.strip(" \"'") for part in text.strip("[]").split(",")]
+    else:
+        found = [text]
+    return [each for each in found if each], [w for w in overrides if w.partition("=")[0] != key]
+
+
+def placed(names: list[str], overrides: list[str], keys: Sequence[str], usage: str) -> list[str]:
+    """Return overrides with words without `=` as values of these keys, in their order.
+
+    Raises UserError for more of them, and for a key that is given, too.
+    """
+    given = {word.partition("=")[0] for word in overrides}
+    for word, key in zip(names, keys, strict=False):
+        if key in given:
+            raise UserError(f"{word!r} would be {key}=, which is given, too; usage: {usage}")
+    if len(names) > len(keys):
+        raise unplaced(names[len(keys)], usage)
+    return [*overrides, *(f"{key}={word}" for word, key in zip(names, keys, strict=False))]
 
 
 def print_keys(keys: list[KeyInfo]) -> None:

@@ -1,7 +1,7 @@
 """`foveola compare`: results of several encoders side by side."""
 
 from foveola.config import UserError, parse_overrides
-from foveola.console import split
+from foveola.console import named_by_key, split
 
 USAGE = """\
   compare RUN RUN ... [protocol=...]  results of several encoders side by side, if they were measured alike
@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> None:
             "are shown together: the newest, if there are several; notes name the others."
         )
         return
+    names, overrides = named_by_key(names, overrides, "model", usage, several=True)
     settings = parse_overrides(overrides)
     protocol = settings.pop("protocol", None)
     if settings:

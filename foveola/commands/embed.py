@@ -2,7 +2,7 @@
 
 from foveola.command_keys import EMBED
 from foveola.config import UserError, describe, parse_overrides
-from foveola.console import print_keys, split
+from foveola.console import placed, print_keys, split
 
 USAGE = """\
   embed model=... data=... out=features.parquet|npz|zarr [rows=images] [key=value ...]
@@ -21,9 +21,7 @@ def main(arguments: list[str]) -> None:
         )
         print_keys([*EMBED, *describe(EmbedConfig())])
         return
-    if names:
-        raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
-    settings = parse_overrides(overrides)
+    settings = parse_overrides(placed(names, overrides, ("model", "data"), usage))
     options = {info.path: settings.pop(info.path, None) for info in EMBED}
     for name in ("model", "data", "out"):
         if options[name] is None:

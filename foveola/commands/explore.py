@@ -2,7 +2,7 @@
 
 from foveola.command_keys import EXPLORE
 from foveola.config import UserError, describe, parse_overrides
-from foveola.console import print_keys, split
+from foveola.console import named_by_key, print_keys, split
 
 USAGE = """\
   explore RUN|features.npz ... data=... [host=127.0.0.1] [port=N] [key=value ...]
@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
         print(f"usage: {usage}\n\nServes a page on this machine until Ctrl-C (docs/explore.md).\n")
         print_keys([*EXPLORE, *describe(ExploreConfig())])
         return
+    names, overrides = named_by_key(names, overrides, "model", usage, several=True)
     if not names:
         raise UserError(f"which encoder, or file of features? usage: {usage}")
     settings = parse_overrides(overrides)

@@ -4,7 +4,7 @@ from typing import Any
 
 from foveola.command_keys import EXPORT
 from foveola.config import UserError, nearest, parse_overrides
-from foveola.console import only, print_keys, split
+from foveola.console import named_by_key, only, print_keys, split
 from foveola.failures import explained
 
 USAGE = """\
@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> None:
         )
         print_keys(EXPORT)
         return
+    names, overrides = named_by_key(names, overrides, "model", usage)
     model = only(names, "model", usage)
     settings, known = parse_overrides(overrides), [info.path for info in EXPORT]
     for name in settings.keys() - set(known):

@@ -4,7 +4,7 @@ from typing import Any
 
 from foveola.command_keys import MASKS, MASKS_CHECK
 from foveola.config import UserError, describe, parse_overrides
-from foveola.console import only, print_keys, print_table, split
+from foveola.console import named_by_key, only, print_keys, print_table, split
 
 USAGE = """\
   masks KIND data=... model=... out=... [key=value ...]
@@ -19,6 +19,7 @@ USAGE = """\
 def main(arguments: list[str]) -> None:
     usage = "foveola masks KIND data=... model=... out=... [key=value ...]"
     names, overrides, flags = split(arguments, ())
+    names, overrides = named_by_key(names, overrides, "kind", usage)
     from foveola.proposals.run import DOOR, ProposeConfig, config_of_kind, find_kind
 
     if "--help" in flags and not names:

@@ -4,7 +4,7 @@ from typing import Any
 
 from foveola.command_keys import SEARCH
 from foveola.config import UserError, nearest, parse_overrides
-from foveola.console import print_keys, split
+from foveola.console import placed, print_keys, split
 from foveola.files import is_there
 
 USAGE = """\
@@ -20,8 +20,7 @@ def main(arguments: list[str]) -> None:
         print(f"usage: {usage}\n\nPrints the most similar rows of a file of features (docs/embed.md).\n")
         print_keys(SEARCH)
         return
-    if names:
-        raise UserError(f"expected key=value, got {names[0]!r}; usage: {usage}")
+    overrides = placed(names, overrides, ("index", "query"), usage)
     settings, known = parse_overrides(overrides), {info.path: info.value for info in SEARCH}
     for name in settings.keys() - known.keys():
         near = nearest(name, known)
