@@ -346,7 +346,7 @@ class _Session:
     ) -> dict[str, float]:
         """What the step gave, over all processes; unreadable images are named in the log."""
         logs = {
-            name: value if isinstance(value, Averages) else Averages((torch.as_tensor(value),), 1)
+            name: value if isinstance(value, Averages) else Averages((_precise(value),), 1)
             for name, value in values.items()
         }
         bad = set().union(*distributed.gather_objects(loader.bad_names))
@@ -381,3 +381,8 @@ class _Session:
         kept = RunFolder(self.folder).saved_encoder(step).path  # of the start, of a run that has gone on
         encoder = self.keeper.encoder(step) if step == self.step else load(kept, self.device)
         self.evaluations.run(encoder, step, self.folder, log, self.callbacks.on_evaluation)
+
+
+def _precise(value: Tensor | float) -> Tensor:
+    """Return a number as a tensor; one of Python, such as a learning rate, in its own precision."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
