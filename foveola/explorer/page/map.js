@@ -31,7 +31,7 @@ export class PointMap {
     try {
       let found = await points(rows.kind, this.side, method);
       if (found === null) {
-        this.say("UMAP is at work: until it is ready, this map shows the first two principal components.");
+        this.say("UMAP is at work (its program is compiled first, about half a minute of a core; then 1,000 points take seconds, 10,000 about a minute): until it is ready, this map shows the first two principal components.");
         const meanwhile = await points(rows.kind, this.side, "pca");
         if (this.asked !== asked) return;
         this.take(meanwhile);
