@@ -22,12 +22,14 @@ from pycocotools import mask as coco
 from foveola import distributed
 from foveola.config import ConfigError, build, to_dict
 from foveola.data.sources import OBJECT, open_source
+from foveola.data.suited import suited
 from foveola.files import LoopFolder
 from foveola.methods.distillation import DistillationConfig
 from foveola.proposals.discover import discoverer
 from foveola.proposals.run import Proposed, propose
 from foveola.training import folder, same_data
 from foveola.training.recipe import BootstrapConfig, RunConfig
+from foveola.zoo.load import load
 from foveola.zoo.transfer import USUAL_CHANNELS
 
 KeyTree = dict[str, Any]
@@ -52,7 +54,11 @@ def run_rounds(config: BootstrapConfig, device: torch.device, train: Callable[[R
     run. Raises UserError for data that have objects already, and for an `out` that holds something else.
     """
     data = data_of(config)
-    images = same_data.agreed(open_source(data))
+    source = open_source(data)
+    if config.init is not None:  # before all images are read: they are what its features find objects in
+        first = load(config.init).config
+        suited(source, first.transform.decoding, first.model.channels)
+    images = same_data.agreed(source)
     with ExitStack() as stack:
         loop = LoopFolder(distributed.on_main(lambda: _claim(config, images, stack)))
         begins = distributed.on_main(lambda: _reached(loop, config.rounds))

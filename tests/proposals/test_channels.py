@@ -126,3 +126,18 @@ def test_a_loop_of_rounds(folder: Path, tmp_path: Path):
     found = read_instances(LoopFolder(tmp_path / "loop").objects(1))
     assert len(found.files) == 8
     assert foveola.load(run.folder).embed(sorted(folder.iterdir())).shape == (8, 32)
+
+
+def test_a_loop_whose_first_features_see_other_channels_ends_before_any_work(folder: Path, tmp_path: Path):
+    model = ViTConfig(width=32, depth=1, heads=2, patch_size=16, image_size=48)
+    encoder = Encoder(EncoderConfig(model=model, transform=TransformConfig(resize=48, crop=48)))
+    (tmp_path / "rgb").mkdir()
+    tree = {
+        "data": f"folder:{folder}?channels=all&range=0-{TOP}",
+        "init": str(encoder.save(tmp_path / "rgb")),
+        "out": str(tmp_path / "loop"),
+        "rounds": 1,
+    }
+    with pytest.raises(UserError, match=r"images of 5 channel\(s\), but the encoder sees 3"):
+        foveola.pretrain(run_config(merge(TINY, tree)))
+    assert not (tmp_path / "loop").exists()
