@@ -148,7 +148,7 @@ class Stream:
             **bad,
             "views": "stream",
             "computed": self.encoded,
-            "pass_seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "pass_seconds": {name: round(value, 4) for name, value in self.seconds.items()},
         }
 
 

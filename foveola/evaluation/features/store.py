@@ -305,7 +305,7 @@ class Pass:
             **(self._mask_facts(read) if "masked" in self.names else {}),
             "views": self.views,
             "computed": computed,
-            "pass_seconds": {name: round(value, 2) for name, value in total.items()},
+            "pass_seconds": {name: round(value, 4) for name, value in total.items()},
         }
 
     def _mask_facts(self, read: Bool[np.ndarray, "n"]) -> dict[str, Any]:
