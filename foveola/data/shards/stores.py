@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from foveola.data.sample import DataError
 
 OPEN_FILES = 128  # of each process
 _BLOCK = 4 * 2**20  # bytes of a file behind a URL that are fetched and kept at once, where a cache is
+# What no server causes, but a mistake in a program.
+INNER_FAULTS = (TypeError, AttributeError, NameError, AssertionError, LookupError, RecursionError)
 REMOTE_AT_ONCE = 16  # questions to a server
 STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
 COMPRESSED = {
@@ -275,6 +278,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):  # whose text is a path alone
         cause = error.__cause__
         return "there is no such file" if cause is None else _reason(cause)
+    if isinstance(error, INNER_FAULTS):
+        where = traceback.extract_tb(error.__traceback__)
+        line = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"a fault inside foveola or its libraries, not of the server: {said}{line}"
     return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
