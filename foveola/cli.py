@@ -30,8 +30,8 @@ from foveola.console import (
     split,
 )
 from foveola.failures import explain
-from foveola.files import is_there
 from foveola.launchers import STOPPED, split_processes, start_processes
+from foveola.model_names import is_there
 
 if TYPE_CHECKING:
     from foveola.training.recipe import RunConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foveola.config import KeyInfo, UserError, nearest
-from foveola.files import is_there
+from foveola.model_names import is_there
 
 DATA_STRING = re.compile(r"[a-z][a-z0-9-]+:")
 WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row

@@ -5,15 +5,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
-from foveola.config import UserError, nearest, renewed
+from foveola.config import UserError, renewed
 
 STEP = re.compile(r"step-(\d+)", re.ASCII)
 FIXED_TARGETS = "the targets of this method do not move"  # a line of log.txt, which the report reads
@@ -55,6 +55,50 @@ def whole(path: str | Path) -> Iterator[Path]:
         ):
             error.filename = str(path)  # what was asked for; some libraries name no file
         raise
+
+
+@contextmanager
+def whole_folder(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """Give a folder to write to, which becomes `path` when the block ends, in place of one that is there.
+
+    An error inside the block leaves what was there before; after a kill, too, but for `part`, a folder beside
+    `path` that whoever writes next begins anew (by default one of a name that only this process has).
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}") if part is None else part
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        put_folder(part, path, path.with_name(f".replaced-{path.name}"))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def put_folder(new: Path, path: Path, earlier: Path) -> None:
+    """Give a complete folder the name `path`; one that has it is `earlier` until the new one stands."""
+    if path.exists():
+        remove_tree(earlier)
+        path.rename(earlier)
+    new.rename(path)
+    sync(path.parent)
+    remove_tree(earlier)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, or a file of that name, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the names in a folder, be on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: str | Path, remedy: str) -> None:
@@ -300,90 +344,6 @@ def facts_of(path: Path) -> dict[str, Any]:
     """Return what a manifest says of a file: its size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-@dataclass(frozen=True)
-class RunModel:
-    """A network of a run besides its newest encoder, by its name: `RUN?step=400`, `RUN?which=student`."""
-
-    name: str
-    run: RunFolder
-    step: int | None = None  # None: the newest; of an encoder always given, unless it is the best
-    student: bool = False
-
-    @property
-    def home(self) -> Path:
-        """The folder that has its `results/`."""
-        if self.student:
-            own = self.run.path / "student"
-            return own if self.step is None else own / self.run.checkpoint(self.step).name
-        step = self.run.best.step if self.step is None else self.step
-        return self.run.best.path if step is None else self.run.saved_encoder(step).path
-
-
-def run_model(name: str | Path) -> RunModel | None:
-    """Return what `RUN?step=N`, `RUN?step=best` or `RUN?which=student` names; None for any other name.
-
-    A folder whose own name holds a question mark is that folder. Raises UserError for options of a folder
-    that are not these.
-    """
-    text, mark, query = str(name).rpartition("?")
-    if not mark or is_there(str(name)) or not (is_there(text) and Path(text).is_dir()):
-        return None
-    run, options = RunFolder(Path(text)), parse_qsl(query, keep_blank_values=True)
-    if not run.is_run() and not run.encoder.config.is_file():
-        raise UserError(
-            f"{name}: {text} is no run folder, so it has no other steps: load it without ?{query}"
-        )
-    known = dict(options)
-    if len(known) < len(options) or not options:
-        raise UserError(f"{name}: expected ?step=N, ?which=student or both, each once")
-    for option in known.keys() - {"step", "which"}:
-        near = nearest(option, ("step", "which"))
-        hint = f"did you mean {near}=?" if near else "a run takes ?step=N and ?which=student"
-        raise UserError(f"{name}: unknown option {option!r}; {hint}")
-    which, step = known.get("which"), known.get("step")
-    if which not in (None, "student"):
-        raise UserError(
-            f"{name}: which={which}: valid is student; without it, it is the network that the run keeps "
-            "(the teacher, where there is one)"
-        )
-    if step == "best" and which is None:
-        return RunModel(str(name), run)
-    if step is not None and not (step.isascii() and step.isdecimal()):
-        best = "" if which else ", or best"
-        raise UserError(f"{name}: step={step}: expected a number of steps{best}")
-    return RunModel(str(name), run, None if step is None else int(step), which is not None)
-
-
-def is_there(text: str) -> bool:
-    """Return whether this names a file or folder that exists; False for what cannot, such as long words."""
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def home_of(model: str | Path) -> Path | None:
-    """Return the folder whose `results/` are those of a model; None for a model that has no folder of its
-    own.
-
-    That is a run folder itself, RUN/untrained for `untrained:RUN`, RUN/encoders/step-N for an encoder
-    that was kept on the way (also by its name `RUN?step=N`; the best one is of such a step, too), and
-    RUN/student, or RUN/student/step-N, for `RUN?which=student`.
-    """
-    head, colon, rest = str(model).partition(":")
-    if colon and head == "untrained":
-        run = home_of(rest)
-        return None if run is None else RunFolder(run).untrained
-    if named := run_model(model):
-        return named.home
-    path = Path(model)
-    run = RunFolder(path.parent.parent)
-    if path == run.best.path and run.best.step is not None:
-        return run.saved_encoder(run.best.step).path
-    kept = path.parent.name == "encoders" and EncoderFolder(path).config.is_file()
-    return path if kept or RunFolder(path).encoder.config.is_file() else None
 
 
 def _remove_stale(path: Path) -> None:

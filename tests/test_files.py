@@ -4,6 +4,7 @@ import errno
 import os
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +84,45 @@ def test_a_full_disk_is_told_with_the_file_that_was_asked_for(tmp_path, named):
         raise OSError(errno.ENOSPC, "No space left on device", *([str(part)] if named else []))
     with pytest.raises(OSError, match="other"), files.whole(tmp_path / "x.png"):
         raise OSError(errno.ENOENT, "No such file", "other")
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    target = tmp_path / "encoders" / "best"
+    with files.whole_folder(target) as part:
+        assert not target.exists()
+        (part / "weights").write_text("first")
+
+    def torn() -> None:
+        with files.whole_folder(target) as part:
+            (part / "weights").write_text("torn")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        torn()
+    assert (target / "weights").read_text() == "first"
+    with files.whole_folder(target) as part:
+        (part / "other").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["other"]
+    assert [path.name for path in target.parent.iterdir()] == ["best"]
+
+
+def test_a_folder_that_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    target, new, earlier = (tmp_path / name for name in ("step-1", ".new", "step-1.replaced"))
+    for folder in (target, new):
+        folder.mkdir()
+        (folder / "said").write_text(folder.name)
+    rename = Path.rename
+
+    def killed(self: Path, to: Path) -> Path:
+        if self == new:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            files.put_folder(new, target, earlier)
+    assert (earlier / "said").read_text() == "step-1"
+    files.put_folder(new, target, earlier)
+    assert (target / "said").read_text() == ".new"
+    assert not earlier.exists()

@@ -20,6 +20,7 @@ OPEN_LEAVES = {
     "health",
     "failures",
     "files",
+    "model_names",
     "outside",
     "schedules",
     "state_files",

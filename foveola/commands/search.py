@@ -5,7 +5,7 @@ from typing import Any
 from foveola.command_keys import SEARCH
 from foveola.config import UserError, nearest, parse_overrides
 from foveola.console import placed, print_keys, split
-from foveola.files import is_there
+from foveola.model_names import is_there
 
 USAGE = """\
   search index=features.parquet query=IMAGE[,IMAGE ...]|DATA [box=x0,y0,x1,y1] [top=10] [out=...]

@@ -11,7 +11,7 @@ from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, results_of
-from foveola.files import home_of, run_model
+from foveola.model_names import home_of, run_model
 from foveola.outside import library
 
 

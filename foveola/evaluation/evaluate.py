@@ -26,7 +26,7 @@ from foveola.evaluation.protocol import At, Outcome, Protocol, find_protocol
 from foveola.evaluation.result import Result, versions
 from foveola.evaluation.stored import SPEED, store
 from foveola.failures import explained
-from foveola.files import home_of
+from foveola.model_names import home_of
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
 from foveola.proposals.run import DOOR, NO_OTHER_WORK

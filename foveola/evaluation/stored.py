@@ -21,7 +21,8 @@ from foveola.config import UserError, to_dict
 from foveola.data.identity import PREFIX
 from foveola.evaluation.protocol import PROTOCOLS, find_protocol
 from foveola.evaluation.result import Result, documents_of
-from foveola.files import home_of, results_in
+from foveola.files import results_in
+from foveola.model_names import home_of
 
 SPEED = {"batch_size", "workers"}  # settings that change how long it takes, not what comes out
 FACTS = ("fingerprint", "images", "rows", "objects", "unreadable")  # of data that were measured alike

@@ -13,7 +13,8 @@ import foveola
 from foveola.config import ConfigError, UserError
 from foveola.evaluation.result import Result
 from foveola.exporting.usage import how_to_load
-from foveola.files import RunFolder, home_of, results_in, run_model
+from foveola.files import RunFolder, results_in
+from foveola.model_names import home_of, run_model
 from foveola.models.encoder import Encoder
 from foveola.reports.record import Record, read_runs
 

@@ -5,11 +5,8 @@ sizes each library resizes it in its own way.
 """
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +100,7 @@ def export_and_tell(
     inside = ""
     if format in FILE_ENDS and format != "safetensors":
         inside = f"model{FILE_ENDS[format][0]}"
-    with _whole_folder(out) as part:
+    with files.whole_folder(out) as part:
         about = write(part / inside)
         if format in LIBRARY_OF:
             _compare(encoder, load_library(f"{format}:{part}"), out)
@@ -169,20 +166,6 @@ def _check_out(out: Path, format: str) -> None:
             f"format={format} writes a file that ends in {end}, or a folder: out={out.with_suffix(end)} or "
             f"out={out.with_suffix('')}"
         )
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder that gets its name when it is whole."""
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if out.exists():  # an empty folder
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _plain_tensors(module: Any) -> dict[str, torch.Tensor]:

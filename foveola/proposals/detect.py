@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from foveola.config import ConfigError, UserError, key, to_dict
-from foveola.files import is_there
+from foveola.model_names import is_there
 from foveola.proposals.found import ImagePixels, OpenedDetector, chosen, proposals_of
 from foveola.proposals.hf_models import open_hf
 from foveola.proposals.onnx_models import open_onnx

@@ -8,7 +8,6 @@ A process killed at any moment leaves the earlier checkpoints as they were; `new
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError, kind_of
-from foveola.files import RunFolder, facts_of, is_whole
+from foveola.files import RunFolder, facts_of, is_whole, put_folder, remove_tree, sync
 from foveola.files import checkpoint_step as step_of
 from foveola.state_files import CUT_PARTS, STATE, StatePlace, read_state
 
@@ -43,7 +42,7 @@ def begin_checkpoint(folder: Path, step: int) -> Path:
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     for stale in run.checkpoints.glob(f"{_TEMPORARY}*"):
-        _remove(stale)
+        remove_tree(stale)
     temporary = _temporary(run, step)
     temporary.mkdir()
     return temporary
@@ -58,7 +57,7 @@ def finish(folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_ev
     except BaseException:
         drop(folder, step)  # it may fill the disk that was too small for it
         raise
-    _put(temporary, path)
+    put_folder(temporary, path, path.with_name(path.name + ".replaced"))
     _prune(run, step, keep, keep_every)
     return path
 
@@ -77,12 +76,12 @@ def _write(state: dict[str, Any], step: int, temporary: Path) -> None:
     torch.save(state, temporary / STATE)
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(temporary / STATE):
         raise TypeError(f"a checkpoint cannot hold objects of {', '.join(unsafe)}")
-    _sync(temporary / STATE)
+    sync(temporary / STATE)
     files = {STATE, *(f"{CUT_PARTS}/{path.name}" for path in (temporary / CUT_PARTS).glob("*"))}
     manifest = {"step": step, "files": {name: facts_of(temporary / name) for name in sorted(files)}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(temporary / "manifest.json")
-    _sync(temporary)
+    sync(temporary / "manifest.json")
+    sync(temporary)
 
 
 def newest(folder: Path) -> Path | None:
@@ -134,42 +133,10 @@ def read_checkpoint(
     return state
 
 
-def _put(temporary: Path, path: Path) -> None:
-    """Rename a complete checkpoint to its name; one already there stays readable until the new one stands."""
-    replaced = path.with_name(path.name + ".replaced")
-    if path.exists():
-        if replaced.exists():
-            _remove(replaced)
-        path.rename(replaced)
-    temporary.rename(path)
-    _sync(path.parent)
-    if replaced.exists():
-        _remove(replaced)
-
-
 def _prune(run: RunFolder, step: int, keep: int, keep_every: int | None) -> None:
     # Later steps can only be damaged ones that a resumed run passed over: they must not push out whole ones.
     past = [path for path in run.found_checkpoints() if step_of(path) <= step]
     for old in past[max(keep, 1) :]:
         if not keep_every or step_of(old) % keep_every:
-            doomed = old.rename(
-                old.with_name(f"{_TEMPORARY}{old.name}")
-            )  # never half a checkpoint under its name
-            _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    """A checkpoint, or a stray file of such a name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file, or the entries of a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            # never half a checkpoint under its name
+            remove_tree(old.rename(old.with_name(f"{_TEMPORARY}{old.name}")))

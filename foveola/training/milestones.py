@@ -5,7 +5,6 @@ to be remembered: what is said after a step follows from the files of it and of 
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from foveola.evaluation.paired import Difference, difference
 from foveola.evaluation.protocol import Metric
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import SPEED, results_of
-from foveola.files import RunFolder
+from foveola.files import RunFolder, whole_folder
 from foveola.models.encoder import Encoder
 from foveola.training.planned import Planned, chosen_metric
 
@@ -153,14 +152,8 @@ class Milestones:
         if step not in values or (kept in values and sign * values[step] <= sign * values[kept]):
             return []
         path = self.run.best.path
-        new, old = path.with_name(".writing-best"), path.with_name(".replaced-best")
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        encoder.save(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(path, path.with_name(".writing-best")) as part:
+            encoder.save(part)
         earlier = (
             f" (before: {values[kept]:.{self.metrics[name][1].digits}f} at step {kept})"
             if kept in values

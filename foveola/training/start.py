@@ -11,8 +11,9 @@ from torch import Tensor
 from foveola import distributed
 from foveola.config import UserError, build, read_yaml, renewed, to_dict
 from foveola.failures import explained
-from foveola.files import EncoderFolder, RunFolder, run_model
+from foveola.files import EncoderFolder, RunFolder
 from foveola.methods import find_method
+from foveola.model_names import run_model
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.starting import SIDES, StartingWeights
 from foveola.models.vit import ViTConfig

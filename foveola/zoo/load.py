@@ -9,7 +9,8 @@ from safetensors.torch import load_file as read_tensors
 from torch import Tensor
 
 from foveola.config import UserError, build, path_hint, read_yaml
-from foveola.files import EncoderFolder, RunFolder, run_model
+from foveola.files import EncoderFolder, RunFolder
+from foveola.model_names import run_model
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.tasks.task import filled_head
 from foveola.zoo.exported import load_onnx, load_program

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError, build
-from foveola.files import EncoderFolder, RunModel, checkpoint_step, is_whole
+from foveola.files import EncoderFolder, checkpoint_step, is_whole
+from foveola.model_names import RunModel
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.models.lora import merged
 from foveola.state_files import read_state

@@ -12,7 +12,7 @@ from foveola.config import UserError
 from foveola.evaluation.compare import compare
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import results_of, store
-from foveola.files import home_of
+from foveola.model_names import home_of
 
 DATA = {
     which: {"name": f"{which}:", "fingerprint": which, "images": 9, "rows": 9, "unreadable": 0}

@@ -13,7 +13,8 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.evaluation.attention.analysis import analyze_attention
 from foveola.figures.visualize import open_models
-from foveola.files import RunFolder, home_of, run_model
+from foveola.files import RunFolder
+from foveola.model_names import home_of, run_model
 from foveola.training import checkpoint
 
 EARLIER = Path(__file__).parents[1] / "training" / "earlier"
