@@ -118,7 +118,7 @@ def _find(config: RunConfig, objects: int) -> dict[str, Any]:
         "min_visible": views.objects.min_visible,
         "min_area": 0.03,
         "color": to_dict(views.color),
-        "workers": config.evaluate.workers,
+        "workers": 0,
     }
 
 
@@ -138,8 +138,7 @@ def figure_of(folder: Path, config: RunConfig, count: int = 5, found: int = 4) -
     """
     train: Any = open_source(config.data or "scenes:", "train")
     test: Any = open_source(config.data or "scenes:", "test")
-    workers = config.evaluate.workers
-    settings = KnnConfig(rows="objects", view="object", context=0.2, workers=workers, limit=DRAWN)
+    settings = KnnConfig(rows="objects", view="object", context=0.2, workers=0, limit=DRAWN)
     tables = [
         [extract(encoder, source, masks=True, config=settings, progress=False) for source in (test, train)]
         for encoder in (untrained(config), load(folder))
