@@ -1,6 +1,6 @@
-"""`foveola embed` against the plain forward of the same images, and search in 100,000 rows, in one run.
+"""`foveola embed` against the plain forward of the same images, in one run (search: `benchmarks.search`).
 
-    python -m benchmarks.embed [--images 1000] [--rows 100000]
+    python -m benchmarks.embed [--data folder:photos] [--images 1000]
 
 The plain forward gets images that are decoded, cut and normalised already, in the same batches: what is above
 it is reading, and writing the file. Images are those of --data, again and again. Its times are core seconds
@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 from time import process_time
 
-import numpy as np
 import torch
 
 import foveola
@@ -41,7 +40,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="scenes:?size=224&count=100")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=192)
     words = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,28 +74,6 @@ def main() -> None:
     print(
         f"{words.images} images: {forward:.1f} core s, embed {whole:.1f}, ratio {whole / forward:.2f}",
         flush=True,
-    )
-
-    rng = np.random.default_rng(0)
-    index = foveola.Index.build(rng.normal(size=(words.rows, 384)).astype(np.float32), device="cpu")
-    for count in (1, 100):
-        queries = rng.normal(size=(count, 384)).astype(np.float32)
-        index.search(queries)
-        began = process_time()
-        index.search(queries)
-        seconds = process_time() - began
-        print(
-            f"exact search of {count} in {words.rows:,} rows of 384: {1e3 * seconds:.0f} core ms", flush=True
-        )
-    began = process_time()
-    index.search(queries, method="hnsw")
-    made = process_time() - began
-    began = process_time()
-    index.search(queries, method="hnsw")
-    assert index.graph is not None
-    print(
-        f"hnsw: made in {made:.0f} core s, recall {100 * index.graph.recall:.1f} %, {len(queries)} queries "
-        f"{1e3 * (process_time() - began):.0f} core ms"
     )
 
 
