@@ -155,8 +155,9 @@ RUN = ("pretrain", "demo", "device=cpu", "data=scenes:?size=32&count=64", "batch
 
 
 # What foveola is started as: in a process that has imported it, which forks what it starts as well.
+# To fork is torch's other way of starting them, whose warnings of what it ends the usual way has not.
 FORKED = """
-import os, sys
+import logging, os, sys
 from torch.distributed.launcher import api
 from foveola.cli import main
 
@@ -167,6 +168,7 @@ class Forks(api.elastic_launch):
         return super().__call__(*words)
 
 api.elastic_launch = Forks
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
 rank = os.environ["RANK"]
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     del os.environ[name]
