@@ -116,7 +116,7 @@ def cross_view_loss(
         predictions: logits (D = K), or features whose logits with `prototypes` are meant.
         prototypes: (v, g), logit_k = g_k <v_k / |v_k|, prediction>. With them, no more than some rows of
             logits are in memory at a time.
-        shares: what each image counts in the mean, 1 on average; None: all alike.
+        image_weights: what each image counts in the mean, 1 on average; None: all alike.
     """
     rows = targets.flatten(0, 1) if isinstance(targets, Tensor) else targets
     images, students = predictions.shape[:2]

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can see: sizes, names that mean one thing, sentences with verbs."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,28 @@ def test_public_names_say_what_they_are(trees):
         if PRIVATE_WORDS & set(public.lower().split("_")) and public not in SAID_OUTSIDE
     }
     assert not found
+
+
+def described_arguments(text: str) -> list[str]:
+    """Names under `Args:` of a docstring."""
+    found = re.search(r"^Args:\n((?:    .*\n|\n)*(?:    .*)?)", text, re.MULTILINE)
+    entries = re.findall(r"^    (\w[\w*, ]*): ", found[1] if found else "", re.MULTILINE)
+    return [name.strip("* ") for entry in entries for name in entry.split(",")]
+
+
+def test_docstrings_describe_the_arguments_that_there_are(trees):
+    stale = []
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                inner = list(ast.walk(node))
+                taken = {each.arg for each in inner if isinstance(each, ast.arg)}
+                fields = (each.target for each in inner if isinstance(each, ast.AnnAssign))
+                taken |= {each.id for each in fields if isinstance(each, ast.Name)}
+                for described in described_arguments(ast.get_docstring(node) or ""):
+                    if described not in taken:
+                        stale.append(f"{name}: {node.name}: {described}")
+    assert not stale
 
 
 def begins_with_a_verb(text: str) -> bool:

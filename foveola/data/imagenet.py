@@ -120,7 +120,7 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
         file = images[row].name
         number = Path(file).stem.rsplit("_", 1)[-1]  # ILSVRC2012_val_00000001
         if not number.isdecimal() or not 0 < int(number) <= len(lists):
-            raise DataError(f"{labels}: {len(lists)} lists, and none for {file}, the image of that number")
+            raise DataError(f"{labels}: {len(lists)} lists, and none for the number of {file}")
         if some := lists[int(number) - 1]:
             files.append(file)
             answers.append([int(label) for label in some])

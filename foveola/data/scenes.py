@@ -190,9 +190,9 @@ class Scenes:
     ) -> tuple[list[Placed], Int64[np.ndarray, "S S"]]:
         """Place products on each other, back to front, so that enough of each is seen in the end.
 
-        A position that hides too much of an earlier product is drawn again; after `TRIES` the product gets
-        smaller, and one that never fits is left out (the first always fits). No product appears twice in one
-        scene.
+        A position that hides too much of an earlier product is drawn again; after `PLACEMENT_TRIES` the
+        product gets smaller, and one that never fits is left out (the first always fits). No product appears
+        twice in one scene.
         """
         stock = self.stock
         owner = np.full((self.size, self.size), -1)

@@ -68,7 +68,7 @@ def position_sheet(encoders: Encoders, count: int = 5) -> Sheet:
 
 
 def alike(table: Float32[np.ndarray, "h w D"], count: int = 5) -> tuple[Pixels, float]:
-    """Return maps of cosines of some x some evenly spaced positions with all, each where that position is.
+    """Return maps of cosines of `count` x `count` evenly spaced positions with all, each where it stands.
 
     Returns them in one image, and the lowest cosine of two positions, where the colours begin.
     """

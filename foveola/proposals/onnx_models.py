@@ -147,7 +147,7 @@ def open_onnx(
     Args:
         names: of the classes, where the file does not say them.
         agnostic: whether names are not needed.
-        asked: `nms`, `image_size` and `layout` as the user says them; None where not.
+        options: `nms`, `image_size` and `layout` as the user gives them; None where not.
 
     Raises UserError, in one line, for what cannot be read or is no such detector, and where the square's size
     or the classes are not known.

@@ -145,7 +145,7 @@ def measure_run(
 
     Args:
         changes: settings of protocols, as `evaluate_all` takes them.
-        kept: folders of other runs' results to look in as well.
+        saved: folders of other runs' results to look in as well.
         say: is told what is being measured.
         brief: leave out the reference, the steps on the way but the best, and what positions explain.
 

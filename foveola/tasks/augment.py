@@ -113,10 +113,10 @@ class Augment:
 
 
 def rectangle(remaining: float, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
-    """Return what is kept of an image beside a random rectangle, and its ends y0, y1, x0, x1 (CutMix).
+    """Return what remains of an image beside a random rectangle, and its ends y0, y1, x0, x1 (CutMix).
 
-    The rectangle has the shape of the image and 1 - kept of its area, around any pixel; what of it lies
-    outside is cut off, so that more may be kept in the end.
+    The rectangle has the shape of the image and 1 - `remaining` of its area, around any pixel; what of it
+    lies outside is cut off, so that more may remain in the end.
     """
     side = (1 - remaining) ** 0.5
     y, x = (int(torch.randint(length, ())) for length in (height, width))

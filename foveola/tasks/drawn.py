@@ -31,9 +31,9 @@ def view_images(
 def label_maps_figure(
     images: Sequence[Pixels], truth: UInt8[Tensor, "V H W"], predicted: UInt8[Tensor, "V H W"], classes: int
 ) -> Pixels:
-    """Return a column for each view: as it is, its labels, and what was said; without a label is black.
+    """Return a column for each view: as it is, its labels, and the prediction; without a label is black.
 
-    What was said is drawn only where there is a label.
+    The prediction is drawn only where there is a label.
     """
     colors = palette(classes)
     predicted = torch.where(truth < classes, predicted, truth)

@@ -65,8 +65,9 @@ def draw_both(
 
 
 def exact_fraction(fraction: float, count: int, generator: torch.Generator) -> Bool[Tensor, "n"]:
-    """Return `fraction` x count of n, exactly where that is whole, else one more by chance, so that the mean
-    is right.
+    """Return which of `count` units are chosen.
+
+    They are `fraction` x count, exactly where that is whole, else one more by chance: the mean is right.
     """
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
     chosen = int(fraction * count + uniform)

@@ -99,7 +99,7 @@ def convert(
     """Return weights and settings of an encoder (a tree for EncoderConfig) from a public checkpoint.
 
     Args:
-        said: what the user says of the file.
+        file_config: what the user says of the file.
 
     Raises ValueError with one line that says what is missing, why the network cannot be had, or which setting
     must be said.
@@ -182,7 +182,7 @@ def plain_vit(
     the class token and registers, which are then added to these. Heads of training and decoders are left out.
 
     Args:
-        said: heads are told by the layout where they are not said, and then must be a published network's.
+        file_config: without `heads` these are told by the layout, which must then be a published network's.
         rotary: there is no table of positions.
 
     Returns (state dict with our names, keyword arguments of ViTConfig). How positions are resized is told

@@ -364,6 +364,6 @@ def _entropy(grid: AbmilpGrid, probe: int, columns: Columns) -> float:
     """Mean over images and heads of the entropy of the weights, in nats."""
     total = 0.0
     for at in torch.arange(len(columns)).split(256):
-        values = grid.maps(columns.take(at)["patches"])[probe]
-        total += torch.special.entr(values.double()).sum().item() / grid.heads
+        weights = grid.maps(columns.take(at)["patches"])[probe]
+        total += torch.special.entr(weights.double()).sum().item() / grid.heads
     return total / len(columns)

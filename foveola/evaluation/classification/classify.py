@@ -151,7 +151,7 @@ def confusions(
     right: Bool[Tensor, "n"],
     names: tuple[str, ...],
 ) -> list[tuple[str, str, int]]:
-    """Return the most frequent mistakes: the right class, the one that was said instead, how often.
+    """Return the most frequent mistakes: the right class, the one predicted instead, how often.
 
     Images of a class that is not in `names` (-1) are left out.
     """

@@ -201,9 +201,9 @@ def held_out(
 ) -> tuple[Int64[Tensor, "f"], Int64[Tensor, "h"]]:
     """Return `rows` in two, ascending: those that train, and a drawn `fraction` that chooses.
 
-    At least one row is held out where share > 0, as long as one can be spared. With `labels` each class gives
-    its share, as evenly as whole rows allow, and keeps one row at least: a class that nothing trains could
-    only be wrong. Rows of one class without.
+    At least one row is held out where `fraction` > 0, as long as one can be spared. With `labels` each class
+    gives the same fraction, as evenly as whole rows allow, and keeps one row at least: a class that nothing
+    trains could only be wrong. Without them all rows count as one class.
     """
     count = max(1, int(fraction * len(rows))) if fraction else 0
     rng = np.random.default_rng(seed)

@@ -83,7 +83,7 @@ class TrainedProbe(Protocol):
     """
 
     train = "needed"
-    grids: ClassVar[tuple[Any, ...]]  # the kinds of its probes
+    grids: ClassVar[tuple[Any, ...]]  # the classes of its grids
 
     @abstractmethod
     def wanted(self, config: Any, encoder: Encoder) -> Need:
@@ -240,7 +240,7 @@ def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes
 
 @torch.no_grad()
 def judge(grid: ProbeGrid, columns: Columns, truth: GroundTruth) -> Judged:
-    """Return the probes of a grid on some rows."""
+    """Return how the probes of a grid do on some rows: which they have right, and the loss."""
     every = torch.arange(len(columns))
     return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), truth)
 

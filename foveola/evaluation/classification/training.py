@@ -125,10 +125,12 @@ def add_gradients(
 class Stacked(ABC):
     """An optimizer of stacked parameters [G, ...], changed in place.
 
+    Parameters with one dimension besides G (biases) get no weight decay from LARS and AdamW, and no trust
+    ratio from LARS, where `decayed` does not say otherwise.
+
     Args:
         lr, weight_decay: of each probe, [G].
-        Parameters with one dimension besides G (biases) get no weight decay from LARS and AdamW, and no trust
-        ratio from LARS; `decayed` names others by flag (True: as a matrix).
+        decayed: of each parameter, whether it is treated as a matrix; None: by its dimensions.
     """
 
     def __init__(

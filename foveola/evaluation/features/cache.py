@@ -131,6 +131,3 @@ def feeding(config: Any) -> FeedConfig:
     """Return the part of a protocol's settings that says how features are made; not how fast."""
     names = [field.name for field in fields(FeedConfig) if hasattr(config, field.name)]
     return FeedConfig(**{name: getattr(config, name) for name in names})
-
-
-# -- stored features by batch --------------------------------------------------------------------------------

@@ -202,9 +202,8 @@ class Encoded:
 
     image_indices: Int64[Tensor, "p"]  # index in the source
     features: dict[str, Tensor]  # by name [p, wide, ...]; `maps` are uint8, the others float32
-    columns: dict[
-        str, Tensor
-    ]  # `labels`; with `masked` features also `has_mask` and `readable` of the first view
+    # `labels`; with `masked` features also `has_mask` and `readable` of the first view.
+    columns: dict[str, Tensor]
 
 
 class Encoding:

@@ -103,7 +103,7 @@ def plan_run(
     """Return a plan.
 
     Args:
-        given: what the user said, by full paths ("model.size"); it stays as it is, `data` among it.
+        overrides: what the user gave, by full paths ("model.size"); it stays as it is, `data` among it.
         start: the weights to start from; None: from nothing.
 
     Raises ConfigError where what was given cannot be had.
