@@ -123,14 +123,17 @@ def _dispatch(arguments: list[str], processes: str | None) -> int:
     command, *rest = arguments
     asks = bool({"--help", "-h"} & {*rest})
     if processes is not None and not asks and command in {*own, *others}:
-        if command not in PARALLEL:
+        if command == "demo" and processes.startswith("processes="):
+            rest.append(processes)
+        elif command not in PARALLEL:
             if command == "slurm":
                 raise UserError(f"{processes}: slurm.gpus= says how many processes a machine of a job has")
             several = ", ".join(PARALLEL)
             raise UserError(
                 f"{command} runs in one process: leave out {processes}; several are for {several}"
             )
-        return start_processes(arguments, processes)
+        else:
+            return start_processes(arguments, processes)
     if asks and command in PARALLEL:
         print("with gpus=8 (or all): in a process for each GPU; with processes=2 device=cpu: in two on CPUs")
     if command == "--version":
@@ -368,12 +371,13 @@ def _demo(arguments: list[str]) -> None:
         print_keys([*DEMO, *(info for info in describe(resolve("demo")) if info.path not in ("out", "seed"))])
         return
     settings = parse_overrides(overrides)
-    out, seeds = settings.pop("out", "runs/demo"), settings.pop("seeds", 1)
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
-        raise UserError(f"seeds: expected a number of at least 1, got {seeds!r}")
+    out, seeds, processes = (settings.pop(key.path, key.value) for key in DEMO)
+    for name, value in (("seeds", seeds), ("processes", 1 if processes is None else processes)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name}: expected a number of at least 1, got {value!r}")
     from foveola.demo import demo
 
-    demo(str(out), seeds, settings)
+    demo(str(out), seeds, settings, processes)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,12 @@ CHECK_KEYS = [
 DEMO = [
     KeyInfo("out", "text", "runs/demo", "folder of the runs out/seed-0, ..., of demo.png and of report.html"),
     KeyInfo("seeds", "int >= 1", 1, "how many runs to average; each starts from another seed"),
+    KeyInfo(
+        "processes",
+        "int >= 1 or null",
+        None,
+        "that share each batch in training; null: two on a CPU of two cores or more, else one",
+    ),
 ]
 FINETUNE_KEYS = [
     KeyInfo(

@@ -1,5 +1,8 @@
 """`foveola demo`: pretrain on the built-in images, ask whether it helped, and draw what was learned."""
 
+import json
+import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from foveola.config import to_dict
+from foveola import distributed
+from foveola.config import UserError, parse_overrides, to_dict
 from foveola.data.sources import open_source
 from foveola.drawing.overlays import magnify, outline
 from foveola.drawing.sheet import Pixels, Row, panel, save_png
@@ -18,16 +22,19 @@ from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
 from foveola.figures.maps import neighbours
 from foveola.files import RunFolder
+from foveola.launchers import own_cores, start_processes
 from foveola.models.encoder import Encoder
 from foveola.reports.report import report
-from foveola.training.recipe import RunConfig, resolve
-from foveola.training.run import pretrain, untrained
+from foveola.training.recipe import RunConfig, nested, resolve
+from foveola.training.run import Run, pretrain, untrained
+from foveola.trees import flat
 from foveola.zoo.load import load
 
 DEMO_OBJECTS = 1000  # to find among each other
 LEGIBLE = 0.12  # of its image that an object must cover to be shown
 ENLARGED = 4  # times the pixels of scenes in the figure
 DRAWN = 800  # images of each half among which the figure looks for objects
+STOPPED_EXIT = 75  # of processes that a signal stopped before the end of the run
 REPORTED = 200  # objects and images of the measurements that the report makes at each kept step
 MEASURES = {  # of the table: (protocol, metric)
     "same-object retrieval, rank-1": ("retrieval", "rank1_masks"),
@@ -63,23 +70,29 @@ def _spread(values: np.ndarray) -> str:
 
 
 def demo(
-    out: str | Path = "runs/demo", seeds: int = 1, overrides: list[str] | dict[str, Any] | None = None
+    out: str | Path = "runs/demo",
+    seeds: int = 1,
+    overrides: list[str] | dict[str, Any] | None = None,
+    processes: int | None = 1,
 ) -> DemoTable | None:
     """Train the recipe `demo` once for each seed, compare with untrained encoders, and write `demo.png` and
     `report.html`.
 
-    Runs go to `out/seed-<n>`; one that is there is resumed or, if finished, reused. Returns None if a signal
-    stopped it. Raises UserError for bad overrides, before anything is trained.
+    Runs go to `out/seed-<n>`; one that is there is resumed or, if finished, reused. `processes` train
+    together, each a part of the batch; None: two on a CPU of several cores, which is faster than one with two
+    threads. Returns None if a signal stopped it. Raises UserError for bad overrides, before anything is
+    trained.
     """
     before: dict[str, list[float]] = {name: [] for name in MEASURES}
     after: dict[str, list[float]] = {name: [] for name in MEASURES}
     config: RunConfig = resolve("demo", overrides)
+    processes = _fitting_processes(config) if processes is None else processes
     for seed in range(seeds):
         folder = Path(out) / f"seed-{seed}"
         changes = {"seed": config.seed + seed, "out": str(folder)}
         print(f"seed {seed}: training in {folder}", flush=True)
-        run = pretrain(config, **changes)
-        if not run.finished:
+        run = _train(config, changes, overrides, processes)
+        if run is None or not run.finished:
             return None
         for table, encoder in ((before, untrained(run.config)), (after, run.folder)):
             for name, value in measure_demo(encoder, run.config).items():
@@ -90,6 +103,32 @@ def demo(
     print(f"\n{comparison.table()}\n\nimage: {image}\nreport:  {page}")
     print(f"encoder: {Path(out) / 'seed-0' / 'encoder'}", flush=True)
     return comparison
+
+
+def _fitting_processes(config: RunConfig) -> int:
+    """How many processes train: no more than two, so that most machines come to the same numbers."""
+    alone = "WORLD_SIZE" in os.environ or distributed.find_device(config.device).type != "cpu"
+    return 1 if alone or config.batch_size % 2 or own_cores() < 2 else 2
+
+
+def _train(
+    config: RunConfig,
+    changes: dict[str, Any],
+    overrides: list[str] | dict[str, Any] | None,
+    processes: int,
+) -> Run | None:
+    """Train one seed; None where a signal stopped it."""
+    if processes > 1 and not RunFolder(Path(changes["out"])).encoder.is_whole():
+        keys = overrides if isinstance(overrides, dict) else parse_overrides(overrides or [])
+        words = [f"{key}={json.dumps(value)}" for key, value in (flat(nested(keys)) | changes).items()]
+        code = start_processes(["pretrain", "demo", *words], f"processes={processes}", STOPPED_EXIT)
+        if code == STOPPED_EXIT or code > 128:
+            return None
+        if code:
+            raise UserError(f"training in {processes} processes ended with exit code {code}")
+        with redirect_stdout(None):  # they have said that the run is finished
+            return pretrain(config, **changes)
+    return pretrain(config, **changes)
 
 
 def measure_demo(model: Encoder | Path, config: RunConfig) -> dict[str, float]:

@@ -7,8 +7,10 @@ torchrun sets. What other launchers tell their tasks is put into these words her
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -194,12 +196,38 @@ def machines(variables: Mapping[str, str]) -> dict[str, Any]:
     return together | {"rdzv_configs": {"rank": int(met["RANK"]), "timeout": 900}}
 
 
-def start_processes(words: list[str], option: str) -> int:
+def own_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _own_state_kept() -> Iterator[None]:
+    """Let variables of the environment, and what signals do here, be afterwards as they were before."""
+    variables = dict(os.environ)
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            if signal.getsignal(getattr(signal, name)) is not handler:
+                signal.signal(getattr(signal, name), handler)
+        os.environ.clear()
+        os.environ.update(variables)
+
+
+def start_processes(words: list[str], option: str, stopped: int | None = None) -> int:
     """Run a command in several processes of this machine by torch's elastic launcher; returns the exit code.
 
     Where one of them ends with an error, the others are ended as well, and its exit code is returned. What
-    went wrong has been said by the process itself.
+    went wrong has been said by the process itself. `stopped` is the exit code of a run that a signal stopped
+    before its end; None: what the environment says, or 0.
     """
+    with _own_state_kept():
+        return _start(words, option, stopped)
+
+
+def _start(words: list[str], option: str, stopped: int | None) -> int:
     meeting = machines(os.environ)
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -207,10 +235,13 @@ def start_processes(words: list[str], option: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = count_of(option, torch.cuda.device_count)
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api"):  # our processes say themselves why they end
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         os.environ.pop(name, None)  # of the tasks outside, which have met by now
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    if stopped is not None:
+        os.environ[STOPPED] = str(stopped)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own_cores() // count)))
     known = {field.name for field in fields(LaunchConfig)}  # those of earlier torch lack some
     patient = {"shutdown_timeout": SHUTDOWN_SECONDS, "signals_to_handle": ",".join(STOPPING)}
     meeting |= {name: value for name, value in patient.items() if name in known}

@@ -232,8 +232,8 @@ def test_words_reach_the_demo(monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "demo", lambda *arguments: calls.append(arguments))
     assert cli.main(["demo"]) == 0
-    assert cli.main(["demo", "seeds=1", "out=a/b", "model.depth=2", "seed=5"]) == 0
-    assert calls == [("runs/demo", 1, {}), ("a/b", 1, {"model": {"depth": 2}, "seed": 5})]
+    assert cli.main(["demo", "seeds=1", "out=a/b", "model.depth=2", "seed=5", "processes=1"]) == 0
+    assert calls == [("runs/demo", 1, {}, None), ("a/b", 1, {"model": {"depth": 2}, "seed": 5}, 1)]
 
 
 # -- the whole way -------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ ALLOWED = {
         "evaluation",
         "figures",
         "reports",
+        "distributed",
         "drawing",
         "data",
         "views",

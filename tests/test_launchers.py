@@ -216,6 +216,37 @@ def test_a_stopped_run_of_several_processes_says_so_and_goes_on(tmp_path: Path) 
     assert f"stopped after step {max(steps)} of 4000" in said
 
 
+def test_the_demo_trains_in_two_processes_and_measures_in_one(tmp_path, forked) -> None:
+    brief = "from foveola import demo\ndemo.DEMO_OBJECTS, demo.REPORTED, demo.DRAWN = 16, 8, 24\n"
+    code = FORKED.replace("sys.exit(main())\n", brief + "sys.exit(main())\n")
+    words = ["demo", *RUN[2:], "evaluate.limit=24", "loader.workers=0", f"out={tmp_path}"]
+    with forked(code, words) as task:
+        assert task.wait() == [0], task.errors[0].read_text()
+        said = task.printed[0].read_text()
+    assert len(losses(tmp_path / "seed-0")) == 4
+    assert "2 processes" in (tmp_path / "seed-0" / "log.txt").read_text()
+    assert "nothing to do" not in said
+    assert "same-object retrieval" in said
+    assert (tmp_path / "demo.png").is_file()
+
+
+def test_what_starts_processes_is_afterwards_as_it_was(monkeypatch) -> None:
+    class Launch:
+        def __init__(self, config: object, *_: str) -> None:
+            os.environ["LAUNCHED"] = os.environ[launchers.STOPPED]
+            signal.signal(signal.SIGTERM, lambda *_: None)
+
+        def __call__(self, *_: str) -> None:
+            assert os.environ["LAUNCHED"] == "75"
+
+    for name in ("RANK", "WORLD_SIZE", launchers.STOPPED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", Launch)
+    before, answer = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    assert launchers.start_processes(["pretrain"], "processes=2", 75) == 0
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == (before, answer)
+
+
 def test_a_mistake_is_said_once_and_ends_all(tmp_path: Path, forked: Callable[..., Any]) -> None:
     with forked(FORKED, [*RUN, f"out={tmp_path}", "processes=2", "data=folder:/no/such/folder"]) as task:
         assert task.wait() == [2]

@@ -15,6 +15,7 @@ from foveola.config import ConfigError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage
 from foveola.data.sources import PixelSource, Source
+from foveola.launchers import own_cores
 
 IMAGES_LOOKED_AT = 64  # images whose pixels are read
 GRAY = 2.0  # mean difference of channels, in levels of 255, below which an image counts as gray
@@ -112,7 +113,7 @@ def look_at_machine(device: str | torch.device = "auto") -> Machine:
     """Return facts of this machine; products of matrices are timed for less than a second."""
     found = distributed.find_device(device)
     processes = distributed.world_size()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = own_cores()
     if found.type == "cuda":
         about = torch.cuda.get_device_properties(found)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
