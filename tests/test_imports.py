@@ -156,6 +156,7 @@ ALLOWED = {
         "models.transform",
         "data",
         "distributed",
+        "progress",
     },
     "exporting": {"tasks", "zoo", "evaluation.result", "reports.record", "models.encoder"},
     "explorer": {

@@ -8,8 +8,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Range = tuple[float, float]  # the values that become 0 and all of the container
 Window = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
-# Three channels, from 0, that are red, green and blue; or the principal components of all of them.
-ShownAs = tuple[int, ...] | Literal["pca"]
+
+
+@dataclass(frozen=True)
+class ShownComponents:
+    """Colours as weighted sums of channels that are in [0, 1]: a line of `weights` for each of red, green and
+    blue, and what is added to it. They are measured once, so that equal colours of images mean the same.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    added: tuple[float, ...]
+
+
+# Three channels, from 0, that are red, green and blue; or principal components of all of them: those that
+# were measured, or ("pca") of whatever is shown at a time.
+ShownAs = tuple[int, ...] | ShownComponents | Literal["pca"]
 
 WHOLE_CONTAINER: Range = (0.0, 65535.0)  # of 16 bits
 RGB = 3  # channels where nothing else is asked for
@@ -132,7 +145,7 @@ class Decoding:
         if isinstance(self.channels, tuple):
             chosen = ",".join(map(str, self.channels)) + ("," if len(self.channels) == 1 else "")
         page = str(self.page + 1) if isinstance(self.page, int) else self.page
-        seen = self.shown
+        seen = "pca" if isinstance(self.shown, ShownComponents) else self.shown
         if isinstance(seen, tuple):
             seen = ",".join(str(channel + 1) for channel in seen)
         return {"range": said, "channels": chosen, "pages": page, "show": seen}
@@ -200,7 +213,7 @@ def why_not_shown(shown: ShownAs | None, channels: int) -> str | None:
     """Return why images of so many channels cannot be shown in this way; None where they can."""
     if shown is None:
         return None
-    if shown == "pca":
+    if not isinstance(shown, tuple):
         return None if channels >= RGB else f"show=pca needs three channels, and there are {channels}"
     last = max(map(int, shown)) + 1
     return None if last <= channels else f"show= asks for channel {last}, and there are {channels}"

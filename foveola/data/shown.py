@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +12,14 @@ from jaxtyping import Float, Float64, Shaped, UInt8
 from torch import Tensor
 
 from foveola.data.decode import decode
-from foveola.data.decoding import RGB, ImageFile, ShownAs
+from foveola.data.decoding import RGB, ImageFile, ShownAs, ShownComponents
+from foveola.data.sample import DataError
 
 COLOUR_SPAN = 2.3  # standard deviations on each side of the mean that a colour spans, as in figures.pca
+IMAGES_FITTED = 32  # images of a source, evenly spread, of which components are measured
 PIXELS_FITTED = 2**18  # pixels, evenly spread, of which components are computed
 NO_VARIANCE = 1e-9  # of the largest component: below it, a component is rounding
+MEAN_ROUNDING = 1e-24  # of the square of the mean: below it, so is the largest
 
 _asked: ContextVar[ShownAs | None] = ContextVar("shown as", default=None)
 
@@ -45,6 +50,15 @@ def shown_channels(source: object) -> ShownAs | None:
     return getattr(getattr(source, "reading", None), "shown", None)
 
 
+def shown_alike(source: Any, other: Any) -> tuple[ShownAs | None, ShownAs | None]:
+    """Return the same of two sources that stand side by side: where both show components, those of `other`
+    for both, so that equal colours mean the same.
+    """
+    first, second = shown_channels(source), shown_channels(other)
+    alike = isinstance(first, ShownComponents) and isinstance(second, ShownComponents)
+    return (second if alike else first), second
+
+
 def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: ShownAs | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """Return pixels of uint8 or uint16 as RGB: three channels of them, or the principal components of all.
 
@@ -54,8 +68,8 @@ def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: ShownAs | None = None) -
     choice = choice or _asked.get()
     if pixels.dtype == np.uint8 and pixels.shape[2] == RGB and choice is None:
         return pixels
-    if choice == "pca":
-        return component_colours(pixels)
+    if choice is not None and not isinstance(choice, tuple):
+        return component_colours(pixels, None if choice == "pca" else choice)
     chosen = pixels[:, :, list(_rows(pixels.shape[2], choice))]
     if chosen.shape[2] < RGB:
         chosen = np.concatenate([chosen, np.zeros_like(chosen[:, :, :1])], axis=2)
@@ -63,10 +77,11 @@ def rgb_of(pixels: Shaped[np.ndarray, "H W C"], choice: ShownAs | None = None) -
 
 
 def drawn_rgb(images: Float[Tensor, "*B C H W"], choice: ShownAs | None = None) -> UInt8[Tensor, "*B 3 H W"]:
-    """Return images in [0, 1] as `rgb_of` shows them; components are those of all of them together."""
+    """Return images in [0, 1] as `rgb_of` shows them; "pca" are the components of all of them together."""
     choice = choice or _asked.get()
-    if choice == "pca":
-        seen = component_colours(images.detach().clamp(0, 1).movedim(-3, -1).cpu().numpy())
+    if choice is not None and not isinstance(choice, tuple):
+        pixels = images.detach().clamp(0, 1).movedim(-3, -1).cpu().numpy()
+        seen = component_colours(pixels, None if choice == "pca" else choice)
         return torch.from_numpy(seen).to(images.device).movedim(-1, -3)
     chosen = images[..., list(_rows(images.shape[-3], choice)), :, :]
     if chosen.shape[-3] < RGB:
@@ -74,25 +89,69 @@ def drawn_rgb(images: Float[Tensor, "*B C H W"], choice: ShownAs | None = None) 
     return (chosen * 255).round().clamp(0, 255).byte()
 
 
-def component_colours(pixels: Shaped[np.ndarray, "*S C"]) -> UInt8[np.ndarray, "*S 3"]:
+def with_components(source: Any) -> Any:
+    """Return a source; one with `show=pca` shows from now on the components of its images, measured here.
+
+    They are those of 32 images, evenly spread: a function of the files alone. Where none of these can be
+    read, as where an encoder has yet to say which channels there are, each image is shown by its own.
+    """
+    reading = getattr(source, "reading", None)
+    if reading is None or reading.shown is None or isinstance(reading.shown, tuple):
+        return source
+    found: list[np.ndarray] = []
+    for index in np.linspace(0, len(source) - 1, min(IMAGES_FITTED, len(source))).astype(int).tolist():
+        try:
+            pixels = decode(source[index].image)
+        except (DataError, OSError):
+            continue
+        found.append(_fractions(_spread(pixels, PIXELS_FITTED // IMAGES_FITTED)))
+    measured = components_of(np.concatenate(found)) if found else "pca"
+    source.read_as(replace(reading, shown=measured))
+    return source
+
+
+def components_of(rows: Float64[np.ndarray, "n C"]) -> ShownComponents:
     """Return the first three principal components of C >= 3 channels as red, green and blue.
 
-    They are those of the covariance of these pixels, so that a colour is comparable within what is given, and
-    not beyond. Each component spans 2.3 standard deviations on each side of its mean, which is 127.5; one
-    without variance is grey throughout. Signs, which are arbitrary, are such that a component rises with the
-    sum of its channels; where this is 0, with the channel of the largest weight.
+    They are those of the covariance of these rows. Each component spans 2.3 standard deviations on each side
+    of its mean, which is 127.5; one without variance is grey throughout. Signs, which are arbitrary, are such
+    that a component rises with the sum of its channels; where this is 0, with the channel of the largest
+    weight.
     """
-    rows = pixels.reshape(-1, pixels.shape[-1])
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), PIXELS_FITTED)).astype(np.int64)].astype(
-        np.float64
-    )
-    mean = some.mean(axis=0)
-    values, vectors = np.linalg.eigh((some - mean).T @ (some - mean) / len(some))
+    mean = rows.mean(axis=0)
+    values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     values, vectors = values[::-1][:RGB], vectors[:, ::-1][:, :RGB]
-    weights = _upright(vectors) / (2 * COLOUR_SPAN * np.sqrt(np.maximum(values, np.finfo(np.float64).tiny)))
-    weights[:, values <= NO_VARIANCE * max(float(values[0]), np.finfo(np.float64).tiny)] = 0.0
-    shares = (rows @ weights.astype(np.float32)) + (0.5 - mean @ weights).astype(np.float32)
+    rounding = max(
+        NO_VARIANCE * float(values[0]), MEAN_ROUNDING * float(mean @ mean), np.finfo(np.float64).tiny
+    )
+    weights = _upright(vectors) / (2 * COLOUR_SPAN * np.sqrt(np.maximum(values, rounding)))
+    weights[:, values <= rounding] = 0.0
+    return ShownComponents(tuple(map(tuple, weights.T.tolist())), tuple((0.5 - mean @ weights).tolist()))
+
+
+def component_colours(
+    pixels: Shaped[np.ndarray, "*S C"], components: ShownComponents | None = None
+) -> UInt8[np.ndarray, "*S 3"]:
+    """Return components of C >= 3 channels as colours; without any, those of these very pixels."""
+    components = components or components_of(_fractions(_spread(pixels, PIXELS_FITTED)))
+    weights = np.array(components.weights, np.float32).T / np.float32(_largest(pixels))
+    shares = pixels.reshape(-1, pixels.shape[-1]) @ weights + np.array(components.added, np.float32)
     return (shares * 255).round().clip(0, 255).astype(np.uint8).reshape(*pixels.shape[:-1], RGB)
+
+
+def _largest(pixels: Shaped[np.ndarray, "*S C"]) -> int:
+    """The value that is white: that of the container of whole numbers, 1 of others."""
+    return 1 if pixels.dtype.kind == "f" else int(np.iinfo(pixels.dtype).max)
+
+
+def _fractions(pixels: Shaped[np.ndarray, "*S C"]) -> Float64[np.ndarray, "*S C"]:
+    return pixels.astype(np.float64) / _largest(pixels)
+
+
+def _spread(pixels: Shaped[np.ndarray, "*S C"], count: int) -> Shaped[np.ndarray, "n C"]:
+    """So many of the pixels, evenly spread."""
+    rows = pixels.reshape(-1, pixels.shape[-1])
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(np.int64)]
 
 
 def _upright(vectors: Float64[np.ndarray, "C k"]) -> Float64[np.ndarray, "C k"]:

@@ -53,6 +53,7 @@ from foveola.data.segmentation import (
     open_voc,
 )
 from foveola.data.shards.opening import open_parquet, open_shards
+from foveola.data.shown import with_components
 from foveola.data.voc import ignored_flags, open_voc_objects
 from foveola.outside import announced, imported, is_importable
 
@@ -161,7 +162,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     look(source)  # at all of it: each part of one folder is read alike
     if holdout is not None:
         source.hold_out(holdout, seed, half)
-    source = _in_parts(source, cutting, given if of_parts else None)
+    source = with_components(_in_parts(source, cutting, given if of_parts else None))
     if limit is not None:
         source.limit(limit, seed)
     return source
@@ -334,7 +335,6 @@ KINDS: dict[str, tuple[Callable[..., Any], Mapping[str, Callable[[str], Any]]]] 
     "shards": (open_shards, dict.fromkeys((*_MEMBERS, "classes", "cache"), str) | LABEL_MAP_KEYS),
     "parquet": (open_parquet, dict.fromkeys((*_MEMBERS, "name", "classes", "cache"), str) | LABEL_MAP_KEYS),
 }
-
 
 MOVING: Mapping[str, Callable[[str], Any]] = {
     "every": lambda text: {"every": at_least_one(text)},

@@ -6,6 +6,7 @@ from typing import Any
 
 from foveola.data.decoding import Decoding, channels_of
 from foveola.data.sample import DataError
+from foveola.data.shown import with_components
 
 
 def suited(source: Any, usual: Decoding, channels: int) -> Any:
@@ -28,6 +29,7 @@ def suited(source: Any, usual: Decoding, channels: int) -> Any:
         if reading != own:
             source = copy(source)
             source.read_as(reading)
+            with_components(source)
     if channels_of(source) != channels:
         raise DataError(
             f"{source.name}: images of {channels_of(source)} channel(s), but the encoder sees {channels}; "

@@ -18,6 +18,7 @@ from foveola.evaluation.metrics import unit_rows
 from foveola.evaluation.search import nearest_rows
 from foveola.failures import explain
 from foveola.outside import library
+from foveola.progress import show
 
 LINKS, BUILD_WIDTH, SEARCH_WIDTH = 32, 200, 128  # edges of a node; candidates while it is made, and searched
 ADDED = 65536  # rows that are normalised and added at once
@@ -39,19 +40,22 @@ class Graph:
         return self.faiss.search(np.ascontiguousarray(vectors), top)
 
 
-def graph_of(vectors: Float[Tensor, "n D"], path: Path | None, device: torch.device) -> Graph:
+def graph_of(
+    vectors: Float[Tensor, "n D"], path: Path | None, device: torch.device, progress: bool = False
+) -> Graph:
     """Return the graph that is kept beside a file of features, or make it and keep it there."""
     faiss = library("faiss", "search", "method=hnsw")
     kept = None if path is None else path.with_name(f"{path.name}.hnsw.npz")
     digest = _digest(vectors)
     if kept is not None and kept.is_file():
         damaged = OSError, ValueError, EOFError, KeyError, BadZipFile  # then it is made again
-        with suppress(*damaged), kept.open("rb") as file, np.load(file) as parts:
-            if str(parts["digest"]) == digest:  # else the features were written anew since
-                return Graph(faiss.deserialize_index(parts["graph"]), float(parts["recall"]))
+        with suppress(*damaged), kept.open("rb") as file, np.load(file) as found:
+            if str(found["digest"]) == digest:  # else the features were written anew since
+                return Graph(faiss.deserialize_index(found["graph"]), float(found["recall"]))
     made = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     made.hnsw.efConstruction = BUILD_WIDTH
-    for part in vectors.split(ADDED):
+    parts = vectors.split(ADDED)
+    for part in show(parts, len(parts), f"graph of {len(vectors):,} rows, part by part", progress):
         made.add(unit_rows(part).numpy())
     graph = Graph(made, _recall(made, vectors, device))
     if kept is not None:

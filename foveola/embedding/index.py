@@ -121,7 +121,9 @@ class Index:
         """Rows that can be found: of grids all patches."""
         return len(self.vectors)
 
-    def search(self, vectors: Any, top: int = 10, *, method: str = "exact") -> Neighbours:
+    def search(
+        self, vectors: Any, top: int = 10, *, method: str = "exact", progress: bool = False
+    ) -> Neighbours:
         """Return the `top` rows of the highest cosine with each vector.
 
         Args:
@@ -130,6 +132,7 @@ class Index:
                 through a graph (faiss), which is made once and kept beside the file; `graph.recall` says how
                 many of the exact neighbours it finds. It is for more than a million rows. Where the graph
                 finds fewer than `top` rows, a vector is compared with every row.
+            progress: show how far a graph is that has to be made first.
 
         Raises UserError for vectors of another width, numbers that are not finite, and hnsw without faiss.
         """
@@ -149,7 +152,7 @@ class Index:
         if method != "hnsw":
             raise UserError(f"method={method}: expected exact or hnsw")
         if self.graph is None:
-            self.graph = graph_of(self.vectors, self.path, self.device)
+            self.graph = graph_of(self.vectors, self.path, self.device, progress)
         near, rows = self.graph.search(unit_rows(queries).numpy(), min(top, len(self)))
         if (lost := (rows < 0).any(axis=1)).any():  # the graph has no way to as many rows
             exact = self._exact(queries[torch.from_numpy(lost)], top)

@@ -16,8 +16,10 @@ from foveola.config import UserError, build, kind_of
 from foveola.data.decode import UNRANGED, decode, pixels_of
 from foveola.data.decoding import Decoding
 from foveola.data.sample import Objects, Sample
-from foveola.data.shown import shown_image
+from foveola.data.shown import rgb_of, shown_channels, shown_image
 from foveola.data.sources import Source, as_source, why_bad
+from foveola.data.suited import suited
+from foveola.data.values import ImagePixels
 from foveola.drawing.overlays import box_outlines
 from foveola.drawing.sheet import Pixels, Row, Sheet, save_png, shrunk
 from foveola.embedding.index import Index
@@ -27,6 +29,7 @@ from foveola.evaluation.result import aligned
 from foveola.failures import explained
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
+from foveola.models.transform import resize
 from foveola.outside import library
 from foveola.zoo.load import load
 
@@ -61,7 +64,7 @@ class SearchResult:
     queries: tuple[dict[str, Any], ...]  # name, box in the unit square, whether it was read with a mask
     hits: tuple[tuple[dict[str, Any], ...], ...]  # similarity, and what `Index.describe` says
     about: dict[str, Any]  # the index: file, encoder, data, method
-    query_images: tuple[Pixels, ...]  # the images of the queries, small
+    query_images: tuple[ImagePixels, ...]  # the images of the queries as they were read, small
 
     def table(self) -> str:
         """Return aligned plain text: a line for each query, and one for each of its hits."""
@@ -106,10 +109,10 @@ class SearchResult:
         `data` are the images of the index; by default those that it names. Raises UserError where these
         are not those images.
         """
-        source = _images_of(self.about, data)
-        rows = []
+        source = _images_of(self.about, data, self.query_images[0].shape[2])
+        rows, shown = [], shown_channels(source)
         for query, pixels, hits in zip(self.queries, self.query_images, self.hits, strict=True):
-            tiles, captions = [_boxed(pixels, query["box"])], ["query"]
+            tiles, captions = [_boxed(rgb_of(pixels, shown), query["box"])], ["query"]
             for hit in hits:
                 tiles.append(_boxed(shrunk(_pixels_of_hit(source, hit), SHOWN_SIDE), hit["box"]))
                 captions.append(f"{hit['similarity']:.3f} {hit['label'] or ''}".rstrip())
@@ -164,7 +167,7 @@ def search(
     source, rows = encode_query(
         opened, query, box, lambda: _encoder_of(opened, model, device), progress=progress
     )
-    found = opened.search(rows.feature.reshape(len(rows.name), -1), top, method=method)
+    found = opened.search(rows.feature.reshape(len(rows.name), -1), top, method=method, progress=progress)
     hits = tuple(
         tuple({"similarity": float(s), **opened.describe(i)} for s, i in zip(*pair, strict=True))
         for pair in zip(found.similarities, found.indices, strict=True)
@@ -181,7 +184,7 @@ def search(
         {"name": str(n), "box": b.astype(float).tolist(), "masked": bool(m)}
         for n, b, m in zip(rows.name, rows.box, rows.masked, strict=True)
     )
-    query_images = tuple(shrunk(shown_image(source[int(i)].image), SHOWN_SIDE) for i in rows.image_index)
+    query_images = tuple(_small(decode(source[int(i)].image)) for i in rows.image_index)
     return SearchResult(queries, hits, about, query_images)
 
 
@@ -335,9 +338,12 @@ def _encoded(encoder: Encoder, source: Source, config: EmbedConfig, progress: bo
 # -- what is shown -------------------------------------------------------------------------------------------
 
 
-def _images_of(about: dict[str, Any], data: Source | str | None) -> Source:
+def _images_of(about: dict[str, Any], data: Source | str | None, channels: int) -> Source:
+    """The images of the index, read as they were when it was made."""
     try:
-        return as_source(about["data"]["name"] if data is None else data, "test", "data")
+        source = as_source(about["data"]["name"] if data is None else data, "test", "data")
+        reading = about["data"].get("reading")
+        return source if reading is None else suited(source, Decoding.of(**reading), channels)
     except UserError as error:
         hint = "" if data is not None else "; data= names the images of the index, if they are somewhere else"
         raise UserError(f"{error}{hint}") from error
@@ -350,6 +356,15 @@ def _pixels_of_hit(source: Source, hit: dict[str, Any]) -> Pixels:
         raise UserError(f"{source.name}: image {index} is {found}, in the index {name}: these are other data")
     with explained(f"{name} cannot be shown"):
         return shown_image(source[index].image)
+
+
+def _small(pixels: ImagePixels) -> ImagePixels:
+    """Pixels of any channels and depth, whose longer side has that of a tile at most."""
+    scale = SHOWN_SIDE / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    rows, columns = (max(round(side * scale), 1) for side in pixels.shape[:2])
+    return resize(pixels, rows, columns).permute(1, 2, 0).numpy()
 
 
 def _boxed(pixels: Pixels, box: Sequence[float]) -> Pixels:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sample import BadImage
-from foveola.data.shown import ShownAs, rgb_of, shown_channels
+from foveola.data.shown import ShownAs, rgb_of, shown_alike
 from foveola.data.sources import Source
 from foveola.drawing.overlays import outline
 from foveola.drawing.sheet import Pixels, Row, Sheet
@@ -158,9 +158,9 @@ def _row(
 ) -> Row:
     references, queries = sources
     cut = RowsCut(encoder.config.transform, encoder.patch_size, config)
-    grid, shown = encoder.grid, shown_channels(references)
+    grid, (shown, shown_query) = encoder.grid, shown_alike(references, queries)
     with_mask = masked and query.has_mask
-    tiles = [_tile(query.pixels, query.mask if with_mask else None, grid, shown_channels(queries))]
+    tiles = [_tile(query.pixels, query.mask if with_mask else None, grid, shown_query)]
     captions = [_name(queries, query.label)]
     right: list[bool | None] = [None]
     for row in near:

@@ -9,6 +9,7 @@ from foveola import distributed, files
 from foveola.config import UserError
 from foveola.data.decode import decode
 from foveola.data.sample import BadImage
+from foveola.data.shown import showing, shown_channels
 from foveola.drawing import html
 from foveola.drawing.sheet import Sheet
 from foveola.evaluation.features.table import ExtractConfig
@@ -65,6 +66,7 @@ def _encoder(record: Record, data: Data, progress: MeasuredRun, config: ReportCo
         "data": [saved.identity(data.train), saved.identity(data.test)],
         "images": config.images,
         "rows": rows,
+        "shown": repr(shown_channels(data.test)),
     }
     before = f"{UNTRAINED}:{record.folder}" if record.start is None else str(record.start)
     if record.start is not None:
@@ -73,7 +75,8 @@ def _encoder(record: Record, data: Data, progress: MeasuredRun, config: ReportCo
     text = saved.read(path)
     if text is None:
         both = {progress.baseline: load(before, device), "trained": trained}
-        drawn = list(_each(both, data, rows, config.images))
+        with showing(shown_channels(data.test)):
+            drawn = list(_each(both, data, rows, config.images))
         text = "".join(html for html, _ in drawn)
         if all(whole for _, whole in drawn):
             files.write_text(path, text)

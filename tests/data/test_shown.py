@@ -1,5 +1,6 @@
 """What people see of images of many channels: chosen ones, or principal components, worked out by hand."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,17 @@ import torch
 import foveola
 from foveola.config import ConfigError, UserError, build
 from foveola.data.decoding import Decoding
-from foveola.data.shown import component_colours, drawn_rgb, rgb_of, showing, shown_image
+from foveola.data.shown import (
+    component_colours,
+    drawn_rgb,
+    rgb_of,
+    showing,
+    shown_alike,
+    shown_channels,
+    shown_image,
+)
 from foveola.data.sources import open_source
+from foveola.data.suited import suited
 from foveola.models.transform import TransformConfig
 
 LOW, HIGH = 72, 183  # one deviation below and above the mean: 127.5 -+ 255 / 4.6
@@ -53,6 +63,39 @@ def test_components_without_variance_are_grey() -> None:
     assert set(seen[..., 0].ravel()) == {LOW, HIGH}
     assert (seen[..., 1:] == 128).all()
     assert (component_colours(np.full((4, 4, 5), 9, np.uint16)) == 128).all()
+
+
+def test_equal_values_of_two_images_have_one_colour(tmp_path: Path) -> None:
+    dark, both = mixture()[0], mixture()[0]
+    dark[..., :4], both[:4, :, 4:] = 9000, 9000
+    for name, pixels in (("a", dark), ("b", both)):
+        np.save(tmp_path / f"{name}.npy", pixels)
+    source = open_source(f"folder:{tmp_path}?channels=all&range=container&show=pca")
+    seen = np.stack([shown_image(sample.image) for sample in source])
+    rows = np.stack([dark, both]).reshape(-1, 8) / 65535
+    _, spread, lines = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)  # another way to the same
+    shares = (rows - rows.mean(axis=0)) @ lines[:3].T / (spread[:3] / len(rows) ** 0.5) / 4.6 + 0.5
+    wanted = np.round(255 * shares).clip(0, 255).reshape(seen.shape)
+    apart = np.minimum(np.abs(seen - wanted), np.abs(255 - seen - wanted))  # signs are another matter
+    assert apart.max() <= 1
+    assert not np.array_equal(seen[0], component_colours(dark))
+    # A part of the data, another opening of them, and workers show the same.
+    half = open_source(f"folder:{tmp_path}?channels=all&range=container&show=pca&limit=1")
+    again = pickle.loads(pickle.dumps(shown_channels(source)))
+    assert shown_channels(half) == again
+    assert shown_alike(half, source) == (again, again)
+    tiles = open_source(f"folder:{tmp_path}?channels=all&range=container&show=pca&tiles=8")
+    chosen = shown_channels(tiles)
+    assert np.array_equal(rgb_of(dark, chosen)[:8, :8], shown_image(tiles[0].image))
+
+
+def test_what_is_shown_follows_the_encoder_of_other_channels(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", mixture()[0])
+    source = open_source(f"folder:{tmp_path}?show=pca")  # as RGB, which these files are not
+    assert shown_channels(source) == "pca"
+    read = suited(source, Decoding.of("container", "8", None), 8)
+    assert np.array_equal(shown_image(read[0].image), component_colours(mixture()[0]))
+    assert len(shown_channels(read).weights[0]) == 8
 
 
 def test_figures_of_training_show_the_same() -> None:

@@ -1,5 +1,6 @@
 """Images of 16 bits, and of other channels than RGB: by every way the features that evaluations store."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import foveola
 from foveola.data.decode import decode
+from foveola.data.shown import shown_image
 from foveola.data.sources import open_source
 from foveola.embedding.search import encode_query
 from foveola.evaluation.features.table import ExtractConfig, extract
@@ -112,6 +114,24 @@ def test_queries_are_read_as_the_index(deep: Deep, tmp_path: Path) -> None:
     assert np.abs(index.rows.feature - deep.features).max() > 1e-3
     rows = encode_query(index, deep.values, None, lambda: deep.encoder)[1]
     same(rows.feature, index.rows.feature)
+
+
+def test_a_sheet_shows_what_was_found_as_the_query(deep: Deep, tmp_path: Path) -> None:
+    """In the range and the colours of the data of the index, of which its data string says nothing."""
+    shown = "pca" if deep.values[0].shape[2] > 1 else None
+    config = deep.encoder.config
+    encoder = Encoder(replace(config, transform=replace(config.transform, show=shown)), deep.encoder.backbone)
+    data = f"folder:{deep.folder}"
+    made = foveola.embed(encoder, data, out=tmp_path / "f.npz", workers=0, device="cpu", progress=False)
+    source = seen_by([encoder], open_source(data))
+    wanted = [shown_image(sample.image) for sample in source]
+    assert len(np.unique(wanted[0])) > 200  # not nearly black
+    for queries in (deep.paths, data):
+        found = foveola.search(made.path, queries, top=1, model=encoder)
+        for row, pixels in zip(found.sheet(data).rows, wanted, strict=True):
+            query, hit = row.tiles
+            assert np.array_equal(query, pixels)
+            assert np.array_equal(hit, pixels)
 
 
 def test_in_the_explorer(deep: Deep, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def test_a_patch_of_a_grid_has_its_place_and_its_box() -> None:
     assert index.describe(8)["label"] is None
 
 
-def test_a_graph_says_its_recall_and_is_kept_for_the_same_rows(tmp_path, written, monkeypatch) -> None:
+def test_a_graph_says_its_recall_and_is_kept_for_the_same_rows(
+    tmp_path, written, monkeypatch, capsys
+) -> None:
     faiss = pytest.importorskip("faiss")
     path = tmp_path / "objects.npz"
     path.write_bytes(written["objects"].read_bytes())
@@ -104,6 +106,11 @@ def test_a_graph_says_its_recall_and_is_kept_for_the_same_rows(tmp_path, written
     np.testing.assert_allclose(exact.similarities, graph.similarities, atol=1e-6)
     assert index.graph.recall == 1
     kept = (tmp_path / "objects.npz.hnsw.npz").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("foveola.progress.SAY_SECONDS", 0)
+        patch.setattr("foveola.embedding.graph.ADDED", 15)
+        Index.build(index.vectors, device="cpu").search(index.vectors[0], 5, method="hnsw", progress=True)
+    assert "graph of 39 rows, part by part: 1 of 3 in 0 min" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(faiss, "IndexHNSWFlat", None)  # it is not made again
         again = Index.load(path, "cpu").search(index.vectors[:9], 5, method="hnsw")

@@ -13,7 +13,7 @@ from foveola import cli
 from foveola.config import UserError
 from foveola.console import split
 from foveola.data.sample import Objects, Sample
-from foveola.data.shown import rgb_of
+from foveola.data.shown import components_of, rgb_of
 from foveola.data.sources import open_source
 from foveola.drawing.sheet import Row, Sheet, panel
 from foveola.evaluation.features.table import ExtractConfig, extract
@@ -374,7 +374,11 @@ def test_figures_show_what_the_data_say_rather_than_the_encoder(show: str, tmp_p
     transform = TransformConfig(resize=32, crop=32, mean=(0.5,) * 5, std=(0.25,) * 5, show="1,2,4")
     encoder = Encoder(EncoderConfig(model=replace(ENCODER.config.model, channels=5), transform=transform))
     data = f"folder:{tmp_path}?channels=all"
-    for query, choice in (("", (0, 1, 3)), (f"&show={show}", "pca" if show == "pca" else (2, 4, 0))):
+    file = np.load(tmp_path / "a.npy")
+    wanted = (
+        components_of(file.reshape(-1, 5) / 255) if show == "pca" else (2, 4, 0)
+    )  # of the file, not a tile
+    for query, choice in (("", (0, 1, 3)), (f"&show={show}", wanted)):
         sheet = draw("attention", encoder, data + query, device="cpu", size=32)
-        pixels = resize(np.load(tmp_path / "a.npy"), *sheet.rows[0].tiles[0].shape[:2]).permute(1, 2, 0)
+        pixels = resize(file, *sheet.rows[0].tiles[0].shape[:2]).permute(1, 2, 0)
         assert np.array_equal(sheet.rows[0].tiles[0], rgb_of(pixels.numpy(), choice))
