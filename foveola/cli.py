@@ -122,6 +122,8 @@ def _dispatch(arguments: list[str], processes: str | None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     asks = bool({"--help", "-h"} & {*rest})
+    if command == "pack" and processes is not None and processes.startswith("processes="):
+        rest, processes = [*rest, processes], None  # a key of its own: it starts them itself
     if processes is not None and not asks and command in {*own, *others}:
         if command == "demo" and processes.startswith("processes="):
             rest.append(processes)

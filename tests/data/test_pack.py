@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from foveola import pack
+from foveola.cli import main
 from foveola.config import UserError
 from foveola.data.identity import identity_of
 from foveola.data.sample import DataError, Objects, full_mask
@@ -67,6 +68,19 @@ def test_original_files_come_back_with_names_labels_and_identity(folder, tmp_pat
     assert identity_of(packed).digest == identity_of(plain).digest
     assert [packed.data(i) for i in range(7)] == [plain.data(i) for i in range(7)]
     assert [packed[i].label for i in range(7)] == [plain[i].label for i in range(7)]
+
+
+def test_the_command_takes_how_many_processes_write(folder, tmp_path, capsys, monkeypatch):
+    """The number is a key of its own: no launcher starts this command several times."""
+    pool = "foveola.data.shards.pack.ProcessPoolExecutor"
+    monkeypatch.setattr(pool, lambda *_: pytest.fail("one process is enough"))
+    words = ["pack", f"folder:{folder}", f"out={tmp_path / 'out'}", "size=1KB"]
+    assert main([*words, "processes=0"]) == 2
+    assert "processes: must be >= 1, got 0" in capsys.readouterr().err
+    assert main([*words, "gpus=1"]) == 2
+    assert "pack runs in one process: leave out gpus=1" in capsys.readouterr().err
+    assert main([*words, "processes=1"]) == 0
+    assert "7 samples" in capsys.readouterr().out
 
 
 def test_objects_of_coco_come_back_exactly(folder, tmp_path):
