@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from foveola.training.recipe import RunConfig
 
 PARALLEL = ("pretrain", "finetune", "evaluate", "analyze", "masks", "embed")  # take gpus= and processes=
+OWN_PROCESSES = ("demo", "pack")  # start processes themselves, for a part of their work
 USAGE = """\
 usage: foveola COMMAND ...
 
@@ -122,20 +123,17 @@ def _dispatch(arguments: list[str], processes: str | None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     asks = bool({"--help", "-h"} & {*rest})
-    if command == "pack" and processes is not None and processes.startswith("processes="):
-        rest, processes = [*rest, processes], None  # a key of its own: it starts them itself
+    if command in OWN_PROCESSES and processes is not None and processes.startswith("processes="):
+        rest, processes = [*rest, processes], None  # a key of theirs
     if processes is not None and not asks and command in {*own, *others}:
-        if command == "demo" and processes.startswith("processes="):
-            rest.append(processes)
-        elif command not in PARALLEL:
+        if command not in PARALLEL:
             if command == "slurm":
                 raise UserError(f"{processes}: slurm.gpus= says how many processes a machine of a job has")
             several = ", ".join(PARALLEL)
             raise UserError(
                 f"{command} runs in one process: leave out {processes}; several are for {several}"
             )
-        else:
-            return start_processes(arguments, processes)
+        return start_processes(arguments, processes)
     if asks and command in PARALLEL:
         print("with gpus=8 (or all): in a process for each GPU; with processes=2 device=cpu: in two on CPUs")
     if command == "--version":
