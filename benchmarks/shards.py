@@ -1,7 +1,7 @@
 """What shards cost: reading against a folder, and an index of a million small entries.
 
     python -m benchmarks.shards read [--images 2000] [--rounds 5]
-    python -m benchmarks.shards index [--entries 1000000] [--files 10] [--folder /scratch]
+    python -m benchmarks.shards index [--entries 1000000] [--files 10] [--folder /scratch] [--linked]
 
 `read`: the same JPEGs (photos of $FOVEOLA_DATA, or noise of 500x375) in a folder, in shards that
 `foveola pack` wrote and in parquet files that `datasets` wrote, 100 rows a group. Measured are the bytes of
@@ -13,9 +13,12 @@ a disk or a network makes the folder slower, since it is asked for each file.
 process of its own: making the index, starting from it (until the source is open, and until a sample is read),
 and what a worker adds. Memory is what a process holds beyond one that has imported foveola (`Pss` of
 `/proc/self/smaps_rollup`, in which pages that several share count in part, and what is not in a file).
+With `--linked` one file is written and indexed; the others are links to it, and their part of the index is
+that of the first with names of their own: for sets so large that writing and indexing them takes hours.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -33,8 +36,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.decode import photos
+from foveola.data.shards import tar
+from foveola.data.shards.index import index_of
+from foveola.data.shards.parts import ShardColumns, ShardPart
+from foveola.data.shards.stores import Shard, find_shards
 
 MIB = 2**20
+FIRST = "FOVEOLA_BENCHMARK_FIRST"  # of the environment: where the index of the first file is
 
 
 # -- reading ------------------------------------------------------------------------------------------------
@@ -121,13 +129,37 @@ def make_tiny(folder: Path, entries: int, files: int) -> None:
     folder.mkdir(parents=True)
     each = -(-entries // files)
     for number in range(files):
-        with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as out:
             for row in range(number * each, min((number + 1) * each, entries)):
                 for name, data in ((f"{row % 1000:04d}/{row:09d}.jpg", b"\xff\xd8\xff\xe0 0123456789"),
                                    (f"{row % 1000:04d}/{row:09d}.cls", b"%d" % (row % 1000))):  # fmt: skip
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    out.addfile(info, io.BytesIO(data))
+
+
+def link_tiny(folder: Path, entries: int, files: int) -> None:
+    """The same from one file: links to it, and an index in which each has names of its own."""
+    make_tiny(folder, entries // files, 1)
+    began = time.process_time()
+    first = tar.index_tar(find_shards("shards", str(folder), ".tar", None)[0], ShardColumns())
+    each = (time.process_time() - began) / len(first)
+    print(f"one file is indexed: {1e6 * each:.0f} us of a core for a sample", flush=True)
+    first.save(Path(os.environ[FIRST]))
+    for number in range(1, files):
+        os.link(folder / "00000.tar", folder / f"{number:05d}.tar")
+    index_of(find_shards("shards", str(folder), ".tar", None), ShardColumns(), index_tar)
+
+
+def index_tar(shard: Shard, columns: ShardColumns) -> ShardPart:
+    """The index of a link to the first file, by the name of what makes that of shards."""
+    first = ShardPart.load(Path(os.environ[FIRST]))
+    assert first is not None
+    names = first.arrays["names"].reshape(len(first), -1).copy()
+    names[:, :4] = np.frombuffer(f"{int(shard.name[:5]):04d}".encode(), np.uint8)
+    hashes = [hashlib.blake2b(name.tobytes(), digest_size=8).digest() for name in names]
+    arrays = first.arrays | {"names": names.ravel(), "name_hashes": np.frombuffer(b"".join(hashes), "<u8")}
+    return ShardPart(arrays, highest=first.highest)
 
 
 PHASE = """
@@ -156,17 +188,17 @@ print(json.dumps({"opened": opened, "first": first, "after": after - before, "to
 """
 
 
-def index(entries: int, files: int, root: Path | None) -> None:
+def index(entries: int, files: int, root: Path | None, linked: bool) -> None:
     folder = Path(tempfile.mkdtemp(dir=root))
+    os.environ |= {"FOVEOLA_CACHE": str(folder / "cache"), FIRST: str(folder / "first.npz")}
     try:
         began = time.perf_counter()
-        make_tiny(folder / "shards", entries, files)
+        (link_tiny if linked else make_tiny)(folder / "shards", entries, files)
         size = sum(path.stat().st_size for path in (folder / "shards").iterdir())
         print(f"{entries:,} samples, {2 * entries:,} entries, {files} files, {size / 2**30:.1f} GiB, "
               f"written in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
-        for what in ("made", "warm", "warm"):
-            environment = os.environ | {"FOVEOLA_CACHE": str(folder / "cache")}
-            done = subprocess.run([sys.executable, "-c", PHASE, f"shards:{folder}/shards"], env=environment,
+        for what in ("warm", "warm", "warm") if linked else ("made", "warm", "warm"):
+            done = subprocess.run([sys.executable, "-c", PHASE, f"shards:{folder}/shards"],
                                   check=True, capture_output=True, text=True)  # fmt: skip
             found = json.loads(done.stdout.splitlines()[-1])
             print(
@@ -190,11 +222,12 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=10**6)
     parser.add_argument("--files", type=int, default=10)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--linked", action="store_true")
     options = parser.parse_args()
     if options.what == "read":
         read(options.images, options.rounds)
     else:
-        index(options.entries, options.files, options.folder)
+        index(options.entries, options.files, options.folder, options.linked)
 
 
 if __name__ == "__main__":

@@ -210,8 +210,9 @@ def _compare(encoder: Encoder, other: Encoder, out: Path) -> None:
     sizes = (
         [(side, side), (3 * patch, 5 * patch)] if encoder.config.model.positions == "rope" else [(side, side)]
     )
+    count = encoder.config.model.channels
     for size in sizes:
-        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(1, count, *size, generator=torch.Generator().manual_seed(0))
         ours, theirs = encoder.backbone(images.to(encoder.device)), other.backbone(images)
         for part in ("objects", "registers", "patches"):
             a, b = getattr(ours, part).cpu(), getattr(theirs, part)

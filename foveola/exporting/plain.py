@@ -22,7 +22,6 @@ def check_plain(encoder: Encoder, format: str) -> None:
             rotary and model.rope != "dinov3",
             f"rotary positions that {ROTARY.get(model.rope, '')}: {library} has DINOv3's alone",
         ),
-        (model.channels != 3, f"{model.channels} channels, where image transforms of {library} know RGB"),
         (rotary and not model.class_token, f"no class token, which {library}'s DINOv3 has"),
         (model.relative_bias, f"biases by relative position, which {library}'s plain ViTs lack"),
         (model.positions == "none", f"no positions, which {library}'s plain ViTs have"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError
+from foveola.data.decoding import RGB
 from foveola.exporting.plain import plain_weights
 from foveola.models.encoder import Encoder
 from foveola.zoo.sizes import mlp_ratio
@@ -66,6 +67,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
         "class_token": model.class_token,
         "global_pool": pool,
         "dynamic_img_size": True,
+        **({} if model.channels == RGB else {"in_chans": model.channels}),
     }
     architecture = "vit_giant_patch14_dinov2" if gated else "vit_small_patch16_224"  # for their MLP
     if rotary:
@@ -89,7 +91,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
         "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [3, transform.crop, transform.crop],
+            "input_size": [model.channels, transform.crop, transform.crop],
             "fixed_input_size": False,
             "interpolation": transform.interpolation,
             "crop_pct": fraction,
@@ -97,7 +99,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
             "mean": list(transform.mean),
             "std": list(transform.std),
             "num_classes": 0,
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed.proj" if model.channels == RGB else None,  # never adapted to RGB
             "classifier": "head",
         },
     }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from foveola.data.decoding import RGB
 from foveola.models.encoder import Encoder
 
 MORE_FACTS = 'opened.get_modelmeta().custom_metadata_map  # "resized", "sizes", "classes", ...'
@@ -17,20 +18,29 @@ def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any])
     # Their transforms know images of 8 bits alone.
     scaled = f"\n# image: {EIGHT_BITS}" if ranged else ""
     if format == "timm":
+        start = f'import timm\n\nmodel = timm.create_model("local-dir:" + {name}, pretrained=True).eval()\n'
+        if channels != RGB:
+            within = f"in [0, 1]{' of their range' * ranged}"
+            return (
+                f"{start}features = model(images)          # [B, {encoder.config.model.shape[0]}]\n"
+                f"# images: [B, {channels}, {side}, {side}] {within}, less mean, over std of its\n"
+                "# pretrained_cfg, since transforms of timm know RGB alone"
+            )
         return (
-            "import timm\n\n"
-            f'model = timm.create_model("local-dir:" + {name}, pretrained=True).eval()\n'
+            f"{start}"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
             f"features = model(transform(image)[None])       # [1, {encoder.config.model.shape[0]}]{scaled}"
         )
     if format == "hf":
+        laid = "" if channels == RGB else ', input_data_format="channels_last"'
+        array = "" if channels == RGB else f"\n# image: an array [H, W, {channels}], 0 to 255"
         token = "[:, 0]" if encoder.config.model.class_token else ".mean(dim=1)"
         return (
             "from transformers import AutoImageProcessor, AutoModel\n\n"
             f"model = AutoModel.from_pretrained({name})\n"
             f"processor = AutoImageProcessor.from_pretrained({name})\n"
-            'tokens = model(**processor(image, return_tensors="pt")).last_hidden_state\n'
-            f"features = tokens{token}          # not pooler_output, which is untrained{scaled}"
+            f'tokens = model(**processor(image{laid}, return_tensors="pt")).last_hidden_state\n'
+            f"features = tokens{token}          # not pooler_output, which is untrained{array}{scaled}"
         )
     if format in ("onnx", "program"):
         return _program(format, name, about, f"[B, {channels}, {side}, {side}]")

@@ -121,6 +121,9 @@ def convert(
         side = 224 if resized else shape["image_size"]
         _check_size(file_config, shape, found)
         kind = file_config.preprocess or _pixels_of(found)
+    if (count := weights["patch_embed.proj.weight"].shape[1]) != 3:
+        where = "a folder of timm's or transformers' (timm:FOLDER, hf:FOLDER) does"
+        raise ValueError(f"it sees {count} channels, and does not say their mean and deviation; {where}")
     side = file_config.image_size or side
     settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXEL_STATISTICS[kind]}
     return weights, settings
@@ -203,6 +206,7 @@ def plain_vit(
         "patch_size": patch,
         "class_token": "cls_token" in weights,
         "drop_path": 0.0,
+        "channels": weights["patch_embed.proj.weight"].shape[1],
         **({} if file_config.norm_eps is None else {"norm_eps": file_config.norm_eps}),
         **_mlp_shape(weights, width, named_gated),
     }

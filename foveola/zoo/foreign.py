@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError, build
+from foveola.data.decoding import RGB
 from foveola.models.encoder import Encoder, EncoderConfig
 
 TOLERANCE = 1e-3  # of the root mean square of outputs; rounding in float32 makes some 1e-5
@@ -36,7 +37,10 @@ class Foreign:
 
 def adopt(foreign: Foreign, name: str) -> Encoder:
     """Return an encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
-    encoder = Encoder(build(EncoderConfig, foreign.settings | {"origin": name}, where=name))
+    settings = foreign.settings
+    if (count := settings["model"].get("channels", RGB)) != RGB:  # of files, too
+        settings = settings | {"transform": settings["transform"] | {"channels": str(count)}}
+    encoder = Encoder(build(EncoderConfig, settings | {"origin": name}, where=name))
     encoder.fill({key: value.detach() for key, value in foreign.weights.items()}, Path(name))
     side = encoder.config.transform.crop
     for size in dict.fromkeys(((side, side), *foreign.sizes)):
@@ -64,7 +68,8 @@ def taken(opened: OpenedModel, name: str) -> Encoder:
 
 @torch.inference_mode()
 def _compare(encoder: Encoder, foreign: Foreign, size: tuple[int, int], name: str) -> None:
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    count = encoder.config.model.channels
+    images = torch.randn(1, count, *size, generator=torch.Generator().manual_seed(0))
     theirs, features = foreign.tokens(images), encoder.backbone(images)
     ours = torch.cat((features.objects, features.registers, features.patches), dim=1)
     where = f"{name}: on an image of {size[0]} x {size[1]} pixels"

@@ -59,6 +59,6 @@ def patch_kernel(kernel: Any, name: str) -> tuple[int, int]:
     they fit.
     """
     shape = tuple(kernel.shape)
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(f"{name} is {shape}, expected (width, 3, side, side)")
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f"{name} is {shape}, expected (width, channels, side, side)")
     return shape[0], shape[2]

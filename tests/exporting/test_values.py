@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from foveola.config import UserError
 from foveola.exporting.export import export
 from foveola.exporting.program import write_program
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
@@ -104,5 +103,45 @@ def test_a_folder_of_another_library_says_that_it_takes_8_bits(tmp_path: Path) -
     rgb = EncoderConfig(model=model, transform=TransformConfig(resize=SIDE, crop=SIDE, range="0-4095"))
     folder = export(Encoder(rgb), tmp_path / "timm", "timm")
     assert "# image: the range of the encoder" in (folder / "README.md").read_text()
-    with pytest.raises(UserError, match=r"format=timm: .* 5 channels.* format=safetensors"):
-        export(encoder_of("0-4095"), tmp_path / "many", "timm")
+    folder = export(encoder_of("0-4095"), tmp_path / "many", "timm")
+    assert "# images: [B, 5, 32, 32] in [0, 1] of their range," in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("kind", ["plain", "registers", "DINOv3"])
+def test_libraries_take_other_channels(kind: str, library: str, channels: int, tmp_path: Path) -> None:
+    """The same features in timm and transformers, of the same normalised images."""
+    module = pytest.importorskip({"timm": "timm", "hf": "transformers"}[library])
+    more: dict[str, Any] = {"registers": {"registers": 2, "layer_scale": 0.1}, "plain": {}}.get(kind) or {}
+    if kind == "DINOv3":
+        more = {"positions": "rope", "rope": "dinov3", "norm_eps": 1e-5, "registers": 2, "layer_scale": 0.1}
+    torch.manual_seed(0)
+    model = ViTConfig(width=48, depth=2, heads=3, patch_size=8, image_size=SIDE, channels=channels, **more)
+    mean, std = (0.1, 0.3, 0.5, 0.4, 0.2)[:channels], (0.25, 0.2, 0.3, 0.1, 0.25)[:channels]
+    transform = TransformConfig(resize=SIDE, crop=SIDE, mean=mean, std=std, channels=str(channels))
+    encoder = Encoder(EncoderConfig(model=model, transform=transform))
+    out = export(encoder, tmp_path / "out", library)
+    files = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, channels), np.uint8)
+    images = torch.stack([encoder.transform(each) for each in files])
+    wanted = encoder(images)
+    if library == "timm":
+        theirs = module.create_model(f"local-dir:{out}", pretrained=True).eval()
+        with torch.no_grad():
+            tokens = theirs.forward_features(images)
+    else:
+        theirs = module.AutoModel.from_pretrained(out)
+        read = module.AutoImageProcessor.from_pretrained(out)
+        given = read(list(files), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(given, images, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            tokens = theirs(given).last_hidden_state
+    skipped = 1 + wanted.registers.shape[1]
+    torch.testing.assert_close(tokens[:, 0], wanted.objects[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tokens[:, skipped:], wanted.patches, rtol=0, atol=1e-5)
+    back = load(f"{library}:{out}")
+    assert back.config.transform == transform
+    np.testing.assert_allclose(back.embed(list(files)), encoder.embed(list(files)), rtol=0, atol=1e-5)
+    said = (out / "README.md").read_text()
+    ways = {"timm": f"# images: [B, {channels}, 32, 32] in [0, 1],", "hf": f"[H, W, {channels}], 0 to 255"}
+    assert ways[library] in said
