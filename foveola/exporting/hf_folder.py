@@ -9,7 +9,6 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError
-from foveola.data.decoding import RGB
 from foveola.exporting.plain import plain_weights
 from foveola.models.encoder import Encoder
 from foveola.zoo.foreign import import_library
@@ -105,7 +104,7 @@ def write_hf(encoder: Encoder, out: Path) -> None:
         "resample": {"bilinear": 2, "bicubic": 3}[transform.interpolation],
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
-        **({} if model.channels == RGB else {"do_convert_rgb": False}),
+        **({} if model.channels == 3 else {"do_convert_rgb": False}),
     }
     files.write_text(out / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
     mode = (out / "preprocessor_config.json").stat().st_mode

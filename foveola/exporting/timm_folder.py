@@ -11,7 +11,6 @@ from torch import Tensor
 
 from foveola import files
 from foveola.config import UserError
-from foveola.data.decoding import RGB
 from foveola.exporting.plain import plain_weights
 from foveola.models.encoder import Encoder
 from foveola.zoo.sizes import mlp_ratio
@@ -67,7 +66,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
         "class_token": model.class_token,
         "global_pool": pool,
         "dynamic_img_size": True,
-        **({} if model.channels == RGB else {"in_chans": model.channels}),
+        **({} if model.channels == 3 else {"in_chans": model.channels}),
     }
     architecture = "vit_giant_patch14_dinov2" if gated else "vit_small_patch16_224"  # for their MLP
     if rotary:
@@ -99,7 +98,7 @@ def write_timm(encoder: Encoder, out: Path) -> None:
             "mean": list(transform.mean),
             "std": list(transform.std),
             "num_classes": 0,
-            "first_conv": "patch_embed.proj" if model.channels == RGB else None,  # never adapted to RGB
+            "first_conv": "patch_embed.proj" if model.channels == 3 else None,  # never adapted to RGB
             "classifier": "head",
         },
     }

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from foveola.data.decoding import RGB
 from foveola.models.encoder import Encoder
 
 MORE_FACTS = 'opened.get_modelmeta().custom_metadata_map  # "resized", "sizes", "classes", ...'
@@ -19,7 +18,7 @@ def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any])
     scaled = f"\n# image: {EIGHT_BITS}" if ranged else ""
     if format == "timm":
         start = f'import timm\n\nmodel = timm.create_model("local-dir:" + {name}, pretrained=True).eval()\n'
-        if channels != RGB:
+        if channels != 3:
             within = f"in [0, 1]{' of their range' * ranged}"
             return (
                 f"{start}features = model(images)          # [B, {encoder.config.model.shape[0]}]\n"
@@ -32,8 +31,8 @@ def how_to_load(format: str, path: str, encoder: Encoder, about: dict[str, Any])
             f"features = model(transform(image)[None])       # [1, {encoder.config.model.shape[0]}]{scaled}"
         )
     if format == "hf":
-        laid = "" if channels == RGB else ', input_data_format="channels_last"'
-        array = "" if channels == RGB else f"\n# image: an array [H, W, {channels}], 0 to 255"
+        laid = "" if channels == 3 else ', input_data_format="channels_last"'
+        array = "" if channels == 3 else f"\n# image: an array [H, W, {channels}], 0 to 255"
         token = "[:, 0]" if encoder.config.model.class_token else ".mean(dim=1)"
         return (
             "from transformers import AutoImageProcessor, AutoModel\n\n"

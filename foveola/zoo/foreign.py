@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError, build
-from foveola.data.decoding import RGB
 from foveola.models.encoder import Encoder, EncoderConfig
 
 TOLERANCE = 1e-3  # of the root mean square of outputs; rounding in float32 makes some 1e-5
@@ -38,7 +37,7 @@ class Foreign:
 def adopt(foreign: Foreign, name: str) -> Encoder:
     """Return an encoder with the weights of `foreign`. Raises UserError unless it gives the same tokens."""
     settings = foreign.settings
-    if (count := settings["model"].get("channels", RGB)) != RGB:  # of files, too
+    if (count := settings["model"].get("channels", 3)) != 3:  # of files, too
         settings = settings | {"transform": settings["transform"] | {"channels": str(count)}}
     encoder = Encoder(build(EncoderConfig, settings | {"origin": name}, where=name))
     encoder.fill({key: value.detach() for key, value in foreign.weights.items()}, Path(name))
