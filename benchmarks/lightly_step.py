@@ -178,6 +178,19 @@ def capi(config: RunConfig, batch: int) -> Once:
     return trained(networks, loss, lambda: update_momentum(student, teacher, 0.999))
 
 
+def in_turns(name: str, mine: Once, theirs: Once, steps: int) -> str:
+    """Return a line of the table: core-seconds of two steps in turns, medians; the range of their ratio."""
+    times: list[list[float]] = [[], []]
+    for step in range(steps + 1):
+        for kept, once in zip(times, (mine, theirs), strict=True):
+            taken = seconds(once, CPU)
+            if step:  # the first warms up
+                kept.append(taken)
+    a, b = map(statistics.median, times)
+    pairs = sorted(x / y for x, y in zip(*times, strict=True))
+    return f"{name:<6} {a:>12.2f} {b:>15.2f} {a / b:>8.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,17 +207,7 @@ def main() -> None:
     for name in arguments.methods.split(","):
         mine, config = ours(RECIPES[name], arguments.batch, changes)
         theirs = {"ibot": ibot, "mae": mae, "capi": capi}[name](config, arguments.batch)
-        times: list[list[float]] = [[], []]
-        for step in range(arguments.steps + 1):
-            for kept, once in zip(times, (mine, theirs), strict=True):
-                taken = seconds(once, CPU)
-                if step:  # the first warms up
-                    kept.append(taken)
-        a, b = map(statistics.median, times)
-        pairs = sorted(x / y for x, y in zip(*times, strict=True))
-        print(
-            f"{name:<6} {a:>12.2f} {b:>15.2f} {a / b:>8.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})", flush=True
-        )
+        print(in_turns(name, mine, theirs, arguments.steps), flush=True)
 
 
 if __name__ == "__main__":
