@@ -29,7 +29,7 @@ _BLOCK = 4 * 2**20  # bytes of a file behind a URL that are fetched and kept at 
 # What no server causes, but a mistake in a program.
 INNER_FAULTS = (TypeError, AttributeError, NameError, AssertionError, LookupError, RecursionError)
 REMOTE_AT_ONCE = 16  # questions to a server
-STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
+STAMPS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "updated", "created")
 COMPRESSED = {
     b"\x1f\x8b": "gzip -d",
     b"BZh": "bzip2 -d",
