@@ -205,13 +205,14 @@ def own_cores() -> int:
 def _own_state_kept() -> Iterator[None]:
     """Let variables of the environment, and what signals do here, be afterwards as they were before."""
     variables = dict(os.environ)
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in STOPPING}
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
-        for name, handler in handlers.items():
-            if signal.getsignal(getattr(signal, name)) is not handler:
-                signal.signal(getattr(signal, name), handler)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
         os.environ.clear()
         os.environ.update(variables)
 
