@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +39,82 @@ def whole(path: str | Path) -> Iterator[Path]:
     _remove_stale(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.unlink(missing_ok=True)
-        part.touch()
-        mode = part.stat().st_mode  # asking for the umask would mean to change it, for all threads
-        yield part
-        if part.stat().st_mode != mode:
-            part.chmod(mode)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
+        with naming(path, part):
+            part.unlink(missing_ok=True)
+            part.touch()
+            mode = part.stat().st_mode  # asking for the umask would mean to change it, for all threads
+            yield part
+            if part.stat().st_mode != mode:
+                part.chmod(mode)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    except BaseException:
         with suppress(OSError):  # the disk may be the reason
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (
-            error.filename in (part, str(part)) or (error.errno in DISK_FULL and error.filename is None)
-        ):
-            error.filename = str(path)  # what was asked for; some libraries name no file
+        raise
+
+
+@contextmanager
+def naming(path: Path, *temporary: Path) -> Iterator[None]:
+    """Let errors of the system within name `path`, which was asked for, in place of files and folders that
+    are `temporary`; some libraries name none where a disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK_FULL:
+            error.filename = str(path)
+        for part, name in product(temporary, ("filename", "filename2")):
+            named = getattr(error, name)
+            if isinstance(named, str | Path) and Path(named).is_relative_to(part):
+                setattr(error, name, str(path / Path(named).relative_to(part)))
+        if error.filename2 == str(path):
+            error.filename2 = None
         raise
 
 
 @contextmanager
 def whole_folder(path: Path, part: Path | None = None) -> Iterator[Path]:
-    """Give a folder to write to, which becomes `path` when the block ends, in place of one that is there.
+    """Give a folder to write to, which becomes `path`, or what it links to, when the block ends, in place of
+    one that is there.
 
     An error inside the block leaves what was there before; after a kill, too, but for `part`, a folder beside
-    `path` that whoever writes next begins anew (by default one of a name that only this process has).
+    `path` that whoever writes next begins anew (by default one of a name that only this process has, which
+    is removed as those of `whole` are).
     """
+    asked, path = path, link_target(path)
     part = path.with_name(f".{path.name}.{os.getpid()}") if part is None else part
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        put_folder(part, path, path.with_name(f".replaced-{path.name}"))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with naming(asked, part, _earlier(path)):
+        try:
+            restore_folder(path)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            _remove_stale(path)
+            yield part
+            put_folder(part, path, _earlier(path))
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def link_target(path: Path) -> Path:
+    """Return where a link leads, whether anything is there or not; of what is no link, the path itself."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def restore_folder(path: Path) -> None:
+    """Give a folder its name back that `whole_folder` was replacing when its process was killed."""
+    if not path.exists() and _earlier(path).is_dir():
+        _earlier(path).rename(path)
+
+
+def _earlier(path: Path) -> Path:
+    return path.with_name(f".replaced-{path.name}")
 
 
 def put_folder(new: Path, path: Path, earlier: Path) -> None:
     """Give a complete folder the name `path`; one that has it is `earlier` until the new one stands."""
-    if path.exists():
+    if path.exists() or path.is_symlink():  # which may lead nowhere
         remove_tree(earlier)
         path.rename(earlier)
     new.rename(path)
@@ -353,4 +391,4 @@ def _remove_stale(path: Path) -> None:
         if stem == f".{path.name}" and process.isdecimal():
             with suppress(OSError):  # another process was first, or it is not ours to remove
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()
+                    remove_tree(left)

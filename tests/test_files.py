@@ -126,3 +126,43 @@ def test_a_folder_that_is_replaced_is_there_until_the_new_one_is(tmp_path, monke
     files.put_folder(new, target, earlier)
     assert (target / "said").read_text() == ".new"
     assert not earlier.exists()
+
+
+def full(path: str | Path | None = None) -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", *([] if path is None else [str(path)]))
+
+
+@pytest.mark.parametrize(("named", "said"), [("model.onnx", "mine/model.onnx"), ("", "mine"), (None, "mine")])
+def test_a_fault_in_a_folder_names_what_was_asked_for(tmp_path, named, said):
+    with pytest.raises(OSError, match="No space") as found, files.whole_folder(tmp_path / "mine") as part:
+        raise full(named if named is None else part / named)
+    assert (found.value.filename, found.value.filename2) == (str(tmp_path / said), None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/mine'$"), files.whole_folder(tmp_path / "file" / "mine"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_written_where_a_link_leads(tmp_path, there):
+    link, target = tmp_path / "link", tmp_path / "disk" / "target"
+    link.symlink_to(target)
+    if there:
+        target.mkdir(parents=True)
+    with files.whole_folder(link) as part:
+        (part / "weights").touch()
+    assert link.readlink() == target
+    assert [path.name for path in target.iterdir()] == ["weights"]
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_folder_whose_process_was_killed_between_two_names_comes_back(tmp_path):
+    target, old = tmp_path / "best", 2 * files.STALE_SECONDS
+    for name in (".replaced-best", ".best.123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    os.utime(tmp_path / ".best.123", (time.time() - old,) * 2)
+    with pytest.raises(OSError, match="No space"), files.whole_folder(target):
+        raise full()
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (target / "weights").read_text() == ".replaced-best"

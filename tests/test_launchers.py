@@ -357,6 +357,8 @@ def test_a_script_runs_what_was_asked_where_it_was_asked(tmp_path, monkeypatch, 
         (["pretrain", "demo", "out=x", "slurm.node=2"], "did you mean 'slurm.nodes'"),
         (["pretrain", "demo", "out=x", "batchsize=2"], "did you mean 'batch_size'"),
         (["pretrain", "demo", "out=x", "--dry-run"], "needs no job"),
+        (["pretrain", "demo", f"out={__file__}"], "test_launchers.py is a file, not a folder"),
+        (["pretrain", "demo", f"out={Path(__file__).parent}"], "is not empty and holds no run"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_queued(words, said, tmp_path, monkeypatch, capsys) -> None:

@@ -23,8 +23,11 @@ def main(arguments: list[str]) -> None:
         return
     config = build(SlurmConfig, parse_overrides(own).get("slurm", {}), "slurm")
     words = [word for word in arguments if word not in own]
-    check_command(words)
+    folder = check_command(words)
     _check_recipe(words)
+    from foveola.training.folder import holds_run
+
+    holds_run(folder)
     print(submit(words, config))
 
 

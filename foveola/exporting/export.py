@@ -166,6 +166,7 @@ def _check_out(out: Path, format: str) -> None:
             f"format={format} writes a file that ends in {end}, or a folder: out={out.with_suffix(end)} or "
             f"out={out.with_suffix('')}"
         )
+    files.check_writable(out.parent, "give another out=")
 
 
 def _plain_tensors(module: Any) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """An encoder, with its head, as a program of torch.export: from pixels to answers without foveola."""
 
+import io
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -123,9 +124,11 @@ def write_program(encoder: Encoder, out: Path, objects: bool = False) -> dict[st
     run = traced.exported.module()
     compare_runs(traced, lambda *inputs: run(*inputs), PROGRAM_TOLERANCE, "program")
     about = traced.about()
-    with files.whole(out) as part, part.open("wb") as file:  # by name it warns of any that lacks .pt2
-        inside = {FACTS_INSIDE: json.dumps(about, indent=2)}
-        torch.export.save(traced.exported, file, extra_files=inside)
+    written, inside = io.BytesIO(), {FACTS_INSIDE: json.dumps(about, indent=2)}
+    # Into memory first: on a full disk torch's writer ends the process.
+    torch.export.save(traced.exported, written, extra_files=inside)
+    with files.whole(out) as part:
+        part.write_bytes(written.getbuffer())
     return about
 
 

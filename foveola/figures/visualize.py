@@ -34,6 +34,7 @@ from foveola.figures.settings import (
     SimilarityConfig,
 )
 from foveola.figures.tiles import encoders_by_name, images_of, shown_size
+from foveola.files import check_writable
 from foveola.models.encoder import Encoder
 from foveola.models.seen import seen_by
 from foveola.outside import Door
@@ -94,8 +95,9 @@ def visualize(
     alone = out.suffix.lower() == ".png"
     if out.suffix.lower() in OTHERS and not out.is_dir():
         raise UserError(f"out={out}: expected a folder, or a file that ends in .png")
-    sheet = draw(figure, model, data, train=train, device=device, **settings)
     path = out if alone else out / f"{figure.name}.png"
+    check_writable(path.parent, "give another out=")
+    sheet = draw(figure, model, data, train=train, device=device, **settings)
     written = [save_png(sheet.draw(config.cell), path)]
     if config.each:
         for number, row in enumerate(sheet.rows):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveola.config import UserError, kind_of
-from foveola.files import RunFolder, facts_of, is_whole, put_folder, remove_tree, sync
+from foveola.files import RunFolder, facts_of, is_whole, naming, put_folder, remove_tree, sync
 from foveola.files import checkpoint_step as step_of
 from foveola.state_files import CUT_PARTS, STATE, StatePlace, read_state
 
@@ -53,7 +53,8 @@ def finish(folder: Path, step: int, state: dict[str, Any], *, keep: int, keep_ev
     run = RunFolder(folder)
     path, temporary = run.checkpoint(step), _temporary(run, step)
     try:
-        _write(state, step, temporary)
+        with naming(path, temporary):
+            _write(state, step, temporary)
     except BaseException:
         drop(folder, step)  # it may fill the disk that was too small for it
         raise

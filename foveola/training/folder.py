@@ -64,9 +64,7 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
     """
     if config.out is not None:
         folder = Path(config.out).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"out={folder} is a file, not a folder")
-        if RunFolder(folder).config.exists():
+        if holds_run(folder):
             before = _settings(folder)
             alike = dataclasses.replace(config, duration=before.duration)
             if different := setting_difference(folder, alike, images):
@@ -75,8 +73,6 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
                 )
             if before.duration != config.duration:
                 check_longer(folder, before, config, images.count)
-        elif not is_empty(folder, besides=LoopFolder.PARTS):
-            raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
         return Choice(folder)
     name = (config.recipe or "run").replace("/", "-")
     runs, note = Path("runs"), ""
@@ -90,6 +86,17 @@ def choose_folder(config: RunConfig, total_steps: int, images: same_data.RunImag
         elif what and not note:
             note = f"{folder} is finished, and {what}: this is a run of its own"
     return Choice(new_folder(name), note)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a run was begun in a folder. Raises ConfigError where something else is there."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={folder} is a file, not a folder")
+    if RunFolder(folder).is_run():
+        return True
+    if not is_empty(folder, besides=LoopFolder.PARTS):
+        raise ConfigError(f"{folder} is not empty and holds no run: choose another out=")
+    return False
 
 
 def new_folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from foveola.evaluation.paired import Difference, difference
 from foveola.evaluation.protocol import Metric
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import SPEED, results_of
-from foveola.files import RunFolder, whole_folder
+from foveola.files import RunFolder, restore_folder, whole_folder
 from foveola.models.encoder import Encoder
 from foveola.training.planned import Planned, chosen_metric
 
@@ -53,6 +53,7 @@ class Milestones:
 
     def __init__(self, folder: Path, plans: Sequence[Planned], best: str, adapting: bool, last: int) -> None:
         self.run, self.adapting = RunFolder(folder), adapting
+        restore_folder(self.run.best.path)
         self.plans = {plan.name: plan for plan in plans}
         self.keeper, _, self.wanted = best.partition("/")
         self.values: dict[str, dict[int, float]] = {plan.name: {} for plan in plans}

@@ -1,8 +1,10 @@
 """`foveola pack`: what comes back from shards is what went into them."""
 
+import errno
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,30 @@ def test_what_was_ended_goes_on_and_is_the_same(folder, tmp_path, monkeypatch):
     assert len({*written}) == len(written) == len(names) - 1
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_full_disk_names_the_folder_that_was_asked_for_and_costs_no_shard(folder, tmp_path, monkeypatch):
+    link, add, added = tmp_path / "link", tarfile.TarFile.addfile, list[str]()
+    link.symlink_to(tmp_path / "disk" / "out")
+    (tmp_path / "disk").mkdir()
+
+    def full(self: tarfile.TarFile, info: tarfile.TarInfo, data: Any) -> None:
+        if len(added) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        added.append(info.name)
+        add(self, info, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", full)
+        with pytest.raises(OSError, match="No space") as found:
+            pack(f"folder:{folder}", link, size="1KB", progress=False, processes=1, max_bad=0.5)
+    assert Path(found.value.filename).parent == link
+    pack(f"folder:{folder}", link, size="1KB", progress=False, processes=1, max_bad=0.5)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert len(open_source(f"shards:{link}")) == 7
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file where a folder belongs"):
+        pack(f"folder:{folder}", tmp_path / "file" / "out", progress=False)
 
 
 def test_what_cannot_be_packed_is_said_in_one_line(folder, tmp_path):

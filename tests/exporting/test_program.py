@@ -241,3 +241,23 @@ def test_what_cannot_be_a_program_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="head=false exports its encoder"):
         export(encoder, tmp_path / "encoder.pt2", "program")
     assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, signal, sys
+from foveola import cli
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails as it does on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.exit(cli.main(["export", sys.argv[1], f"out={sys.argv[2]}"]))
+"""
+
+
+def test_a_full_disk_is_said_in_one_line(forked: Callable[..., Any], tmp_path: Path):
+    """Torch's writer of programs would end the process."""
+    folder, out = encoder_of("DINO").save(tmp_path / "encoder"), tmp_path / "mine.pt2"
+    with forked(FULL, [str(folder), str(out)]) as process:
+        assert process.wait() == [2]
+        (line,) = process.errors[0].read_text().splitlines()
+    assert line.startswith(f"foveola: error: {out} cannot be written: {out}: File too large")
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

@@ -107,7 +107,18 @@ def pack(data: Source | str, out: str | Path, *, progress: bool = True, **settin
     out = Path(out).expanduser()
     if out.exists():
         raise UserError(f"out={out} exists: name a new folder, or remove it")
-    building = out.with_name(f".{out.name}.packing")
+    files.check_writable(out.parent, "give another out=")
+    to = files.link_target(out)
+    building = to.with_name(f".{to.name}.packing")
+    with files.naming(out, building):
+        count, samples, left_out = _pack(source, config, building, progress)
+        building.replace(to)
+    size = sum(path.stat().st_size for path in out.glob("*.tar"))
+    return PackedShards(out, samples, count, size, tuple(left_out), _options(source, config))
+
+
+def _pack(source: Any, config: PackConfig, building: Path, progress: bool) -> tuple[int, int, list[str]]:
+    """Write shards to a folder, whole when this returns: how many, of how many samples, without which."""
     building.mkdir(parents=True, exist_ok=True)
     with _alone(building):
         plan = _plan(building, source, config)
@@ -134,9 +145,7 @@ def pack(data: Source | str, out: str | Path, *, progress: bool = True, **settin
         _receipt(path).unlink()
     (building / "plan.json").unlink()
     (building / ".lock").unlink()
-    building.replace(out)
-    size = sum((out / path.name).stat().st_size for path in paths)
-    return PackedShards(out, samples, len(paths), size, tuple(left_out), _options(source, config))
+    return len(paths), samples, left_out
 
 
 def _check(source: Any, config: PackConfig) -> None:
