@@ -18,7 +18,7 @@ from foveola.data.given import GivenObjects
 from foveola.data.hub import HubImages
 from foveola.data.layouts import ImageFiles
 from foveola.data.measure import percentile_ranges
-from foveola.data.readers import SLIDE, read_header, reader_of, values_in
+from foveola.data.readers import SLIDE, read_header, reader_of, values_seen
 from foveola.data.sample import BadImage, DataError
 from foveola.data.shards.source import ShardImages
 from foveola.data.slides import WITHIN
@@ -105,16 +105,18 @@ def _note_narrow(source: Looked, seen: Looks) -> None:
 
 def _count_channels(source: Looked) -> None:
     """Take as many channels as the first image has that can be read."""
+    why = ""
     for index in range(min(LOOKS, len(source))):
         try:
             image = source[index].image
             assert isinstance(image, ImageFile)
-            count = chosen_channels(values_in(image.data, image.reading), image.reading).array.shape[2]
-        except (OSError, DataError):
+            count = chosen_channels(values_seen(image.data, image.reading), image.reading).array.shape[2]
+        except (OSError, DataError) as error:
+            why = why or f", such as the first: {error}"
             continue
         source.read_as(replace(source.reading, channels=None if count == RGB else count))
         return
-    raise DataError(f"{source.name}: channels=all, and none of the first images can be read")
+    raise DataError(f"{source.name}: channels=all, and none of the first images can be read{why}")
 
 
 def _look_at(source: Looked, index: int, seen: Looks) -> None:
@@ -149,7 +151,7 @@ def _look_at_depth(data: bytes | Path, reading: Decoding, seen: Looks) -> None:
     if seen.deep > DEEP_LOOKS:
         return
     try:
-        values = values_in(data, reading)
+        values = values_seen(data, reading)
     except DAMAGED as error:
         raise BadImage(str(error)) from error
     if values.high is not None:  # the file says it

@@ -8,7 +8,7 @@ from jaxtyping import Float64, Shaped
 
 from foveola.data.decode import decode
 from foveola.data.decoding import Range
-from foveola.data.readers import values_in
+from foveola.data.readers import values_seen
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import chosen_channels
 
@@ -27,7 +27,7 @@ def percentile_ranges(source: Any, percentiles: Range) -> tuple[Range, ...]:
     for index in _spread(source):
         try:
             image = source[index].image
-            values = chosen_channels(values_in(image.data, image.reading), image.reading)
+            values = chosen_channels(values_seen(image.data, image.reading), image.reading)
         except (OSError, DataError, AttributeError):
             continue
         rows = values.array.reshape(-1, values.array.shape[2])

@@ -5,9 +5,12 @@ needs them, which says how they are installed. Of a TIFF, its tags say whose it 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from foveola.data.arrays import NPY_MAGIC, ZIP_MAGIC, npy_header, npy_values, npz_header, npz_values
 from foveola.data.decoding import Decoding, StoredFile
@@ -34,6 +37,8 @@ from foveola.data.video import is_video, video_header, video_values
 
 HEAD_BYTES = 256  # bytes by which a file is known
 FIRST_BYTES = 2**16  # of a file that are read at once: all of a small one
+LARGE_IMAGE = 2**24  # pixels of an image beyond which a look takes parts of it
+SEEN_SQUARES, SEEN_SIDE = 4, 256  # these: how many along a side, and their pixels a side
 USUAL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG")  # of what PIL reads, which most files are
 
 
@@ -151,3 +156,24 @@ def values_in(data: StoredFile | bytes, decoding: Decoding) -> Values:
         return reader.values(found, decoding)
     assert isinstance(found, bytes)
     return pil_values(found, decoding)
+
+
+def values_seen(data: StoredFile | bytes, decoding: Decoding) -> Values:
+    """Return values for a look at a file: of all of it, or, of one of more than 16 million pixels that need
+    not be decoded whole, of 16 squares that are spread evenly over it, side by side. Raises as `values_in`.
+    """
+    reader = reader_of(data, decoding)
+    if reader is None or not reader.by_path or decoding.window is not None:
+        return values_in(data, decoding)
+    width, height = read_header(data, decoding).upright
+    if width * height <= LARGE_IMAGE:
+        return values_in(data, decoding)
+    side, found = min(SEEN_SIDE, width, height), []
+    for y, x in product(range(SEEN_SQUARES), repeat=2):
+        x0, y0 = ((n * (all_ - side)) // (SEEN_SQUARES - 1) for n, all_ in ((x, width), (y, height)))
+        found.append(values_in(data, decoding.at((x0, y0, x0 + side, y0 + side))))
+    missing = [
+        np.zeros(each.array.shape[:2], bool) if each.missing is None else each.missing for each in found
+    ]
+    arrays = np.concatenate([each.array for each in found], axis=1)
+    return replace(found[0], array=arrays, missing=np.concatenate(missing, axis=1))

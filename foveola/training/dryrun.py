@@ -26,7 +26,7 @@ from foveola.training.auto.cost import too_large
 from foveola.training.bootstrap import data_of, round_config
 from foveola.training.durations import plan
 from foveola.training.loop import Trainer
-from foveola.training.pixels import with_pixels
+from foveola.training.pixels import with_channels, with_pixels
 from foveola.training.recipe import BootstrapConfig, RunConfig
 from foveola.training.start import Start
 from foveola.training.supply import with_data
@@ -84,14 +84,14 @@ def _pixels(source: Source, index: int) -> ImagePixels | None:
 
 def _describe(config: RunConfig, device: torch.device, objects: str | None = None) -> str:
     source = open_source(config.data or "scenes:")
+    start = Start(config.init, with_channels(config, source).model, channels=config.init_channels)
+    start.insist()
     config = with_data(config, source)
     # Without data the length of an epoch is not known, nor whether schedules fit into the run.
     images = len(source) if config.data else 100 * config.batch_size
     progress = plan(config, images, distributed.world_size())
     part = local_batch_size(config)
     batch = min(part, len(source), CPU_BATCH if device.type == "cpu" else part)
-    start = Start(config.init, config.model, channels=config.init_channels)
-    start.insist()
     trainer = assemble(config, progress, device, start.weights)
     trainer.accumulate = 1
     large = too_large(config, part, room_of(device), str(device))

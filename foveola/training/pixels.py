@@ -5,28 +5,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from foveola.config import ConfigError, UserError, build, read_yaml, renewed
 from foveola.data.decoding import Decoding, channels_of
 from foveola.data.measure import channel_statistics
-from foveola.data.sources import Source
+from foveola.data.sources import BadImage, DataError, Source, decode, why_bad
 from foveola.files import RunFolder
 from foveola.models.transform import PixelsConfig
 from foveola.training.recipe import RunConfig
 from foveola.views.color import ColorConfig
 
+READABLE_LOOKS = 8  # images, one of which can be read at least
 
-def with_pixels(config: RunConfig, source: Source) -> RunConfig:
-    """Return the same with the channels and the range of its data, and mean and deviation of channels.
 
-    A run that is there goes on with those that it began with. Raises ConfigError where keys contradict the
-    data.
+def with_channels(config: RunConfig, source: Source) -> RunConfig:
+    """Return the same with as many channels as its data have. Nothing is measured, and nothing written.
+
+    Raises DataError for data of which nothing can be read as their string says, and ConfigError where
+    `model.channels` contradicts them.
     """
-    count, kept = channels_of(source), _kept(config)
+    refuse_unreadable(source)
+    count = channels_of(source)
     if config.model.channels not in (count, 0):
         raise ConfigError(
             f"model.channels={config.model.channels}: images of {source.name} have {count}, as channels= in "
             "the data string says; without the key a network has those of its data"
         )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, channels=count))
+
+
+def with_pixels(config: RunConfig, source: Source) -> RunConfig:
+    """Return the same with the channels and the range of its data, and mean and deviation of channels.
+
+    A run that is there goes on with those that it began with. Raises as `with_channels`, and ConfigError
+    where keys of colours contradict the data.
+    """
+    config = with_channels(config, source)
+    count, kept = config.model.channels, _kept(config)
     reading = getattr(source, "reading", Decoding())
     if kept is not None and reading.percentiles is not None and kept[0].range is not None:
         reading = dataclasses.replace(reading, ranges=Decoding.values(kept[0].range)["ranges"])
@@ -46,11 +62,22 @@ def with_pixels(config: RunConfig, source: Source) -> RunConfig:
         transform = dataclasses.replace(transform, mean=color.mean, std=color.std)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, channels=count),
         views=dataclasses.replace(config.views, color=color),
         transform=transform,
         pixels=PixelsConfig(**reading.options()),
     )
+
+
+def refuse_unreadable(source: Source) -> None:
+    """Raise DataError where no image of some, spread evenly, can be read as the data string says."""
+    bad = []
+    for index in np.linspace(0, len(source) - 1, min(READABLE_LOOKS, len(source))).astype(int).tolist():
+        try:
+            decode(source[index].image)
+            return
+        except (BadImage, OSError):
+            bad.append(why_bad(source, index))
+    raise DataError(f"{source.name}: none of {len(bad)} images looked at can be read, such as {bad[0]}")
 
 
 def _kept(config: RunConfig) -> tuple[PixelsConfig, ColorConfig | None] | None:

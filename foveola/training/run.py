@@ -39,6 +39,7 @@ from foveola.training.keeper import Keeper
 from foveola.training.lengthen import lengthen, what_changes
 from foveola.training.log import Log, surroundings
 from foveola.training.loop import Diverged
+from foveola.training.pixels import with_channels
 from foveola.training.recipe import BootstrapConfig, RunConfig, nested, resolve, with_changes
 from foveola.training.signals import Stop
 from foveola.training.start import Start
@@ -129,6 +130,8 @@ class _Session:
             raise ConfigError(f"recipe {config.recipe!r} needs data=..., for example data={hint}")
         config.refuse_fresh()
         self.source = as_source(sources.get("data", config.data), "train", "data")
+        model = with_channels(config, self.source).model  # before anything is measured
+        self.start = Start(config.init, model, config.out, config.init_channels)
         self.config = config = with_data(config, self.source)
         self.progress = plan(config, len(self.source), distributed.world_size())
         self.part = local_batch_size(config)
@@ -137,7 +140,6 @@ class _Session:
             period(config, name, self.progress) for name in ("checkpoint_every", "keep_every")
         )
         self.evaluations = Evaluations(config, self.progress, sources)
-        self.start = Start(config.init, config.model, config.out, config.init_channels)
         self.trainer = assemble(config, self.progress, device, self.start.weights)
         self.keeper = Keeper(config, self.trainer, device, self.keep_every)
         self.folder, self.stop, self.shorter = Path(), Stop(), ""  # shorter: its duration so far, if another

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from foveola import distributed
-from foveola.config import UserError, build, read_yaml, renewed, to_dict
+from foveola.config import ConfigError, UserError, build, read_yaml, renewed, to_dict
 from foveola.failures import explained
 from foveola.files import EncoderFolder, RunFolder
 from foveola.methods import find_method
@@ -181,6 +181,8 @@ class Start:
             self.weights = read_start(init, model, channels)
         except UserError as error:
             self.failure = error
+            if channels != USUAL_CHANNELS and isinstance(error, ConfigError):
+                raise
 
     def insist(self, folder: Path | None = None) -> None:
         """Raise UserError where a run in this folder has neither a checkpoint nor starting weights."""

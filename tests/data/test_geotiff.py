@@ -2,14 +2,18 @@
 
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from foveola.data import readers
 from foveola.data.decode import decode
 from foveola.data.decoding import Decoding, ImageFile
+from foveola.data.geotiff import geo_values
 from foveola.data.readers import read_header, reader_of, values_in
 from foveola.data.sample import BadImage, DataError
+from foveola.data.sources import open_source
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -110,6 +114,28 @@ def test_nothing_else_is_read(tmp_path):
     for end in (200, 600):
         with pytest.raises(BadImage):
             values_in(beside.read_bytes()[:end], Decoding())
+
+
+def test_looks_at_large_scenes_decode_parts_of_them_alone(tmp_path, monkeypatch):
+    low = (BANDS // 20).astype(np.uint16)
+    scene(tmp_path / "a.tif", low, tiled=True, blockxsize=32, blockysize=32, compress="deflate")
+    monkeypatch.setattr(readers, "LARGE_IMAGE", 90 * 100 - 1)
+    monkeypatch.setattr(readers, "SEEN_SIDE", 16)
+
+    def in_parts(path, decoding):
+        assert decoding.window is not None
+        return geo_values(path, decoding)
+
+    monkeypatch.setattr(readers, "SCENE", replace(readers.SCENE, values=in_parts))
+    data = f"folder:{tmp_path}?channels=all&tiles=32"
+    source = open_source(data)
+    assert (source.channels, decode(source[0].image).shape) == (5, (32, 32, 5))
+    assert "add range=0-4095" in source.notes[0]
+    corners = [(y * 84 // 3, x * 74 // 3) for y in range(4) for x in range(4)]
+    seen = np.concatenate([low[:, y : y + 16, x : x + 16].reshape(5, -1) for y, x in corners], axis=1)
+    found = open_source(f"{data}&range=percentile:1-99").reading.ranges
+    np.testing.assert_allclose(found, np.percentile(seen, (1, 99), axis=1).T, rtol=1e-4)
+    assert len(open_source(f"{data}&range=0-4095")) == len(source) == 4 * 3
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
