@@ -97,6 +97,41 @@ def test_from_files_to_an_export(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(again.embed(paths), features, atol=2e-6)
 
 
+def wide_file(path: Path, values: np.ndarray) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(path.with_suffix(".tif"), (values[..., 0] * 4095).astype(np.uint16).astype(np.uint32))
+
+
+def plain_file(path: Path, values: np.ndarray) -> None:
+    np.save(path.with_suffix(".npy"), (values[..., 0] * 4095).astype(np.uint16))
+
+
+def test_numbers_do_not_change_with_the_container(tmp_path: Path) -> None:
+    """12 bits in 16, in 32, and in DICOM: the same weights, k-NN, features and exported program."""
+    found = []
+    for number, write in enumerate((plain_file, wide_file, dicom_file)):
+        folder, random = tmp_path / f"{number}", np.random.default_rng(0)
+        for label in range(2):
+            (folder / f"c{label}").mkdir(parents=True)
+            for i in range(COUNT):
+                write(folder / f"c{label}" / f"{i}", random.uniform(0, 0.5 + 0.5 * label, (SIDE, SIDE, 1)))
+        data = f"folder:{folder}?range=0-4095&channels=1"
+        out = str(tmp_path / f"run{number}")
+        run = foveola.pretrain("mae-tiny-tinyimagenet", data=data, out=out, **SMALL)
+        knn = foveola.evaluate(run.folder, "knn", train=data, test=data, k=(3,), workers=0, exclude_self=True)
+        made = foveola.embed(run.folder, data, out=tmp_path / f"{number}.npz", workers=0, progress=False)
+        program = torch.export.load(foveola.export(run.folder, tmp_path / f"{number}.pt2")).module()
+        images = torch.arange(32 * 32, dtype=torch.float32).view(1, 1, 32, 32) * 4
+        features = Index.load(made.path, device="cpu").rows.feature
+        weights = run.encoder().state_dict()
+        found.append((run.metrics["loss"], knn.metrics, features, program(images)["embedding"], weights))
+    for loss, metrics, features, embedding, weights in found[1:]:
+        assert (loss, metrics) == found[0][:2]
+        assert np.array_equal(features, found[0][2])
+        assert torch.equal(embedding, found[0][3])
+        assert all(torch.equal(value, found[0][4][name]) for name, value in weights.items())
+
+
 def test_ranges_that_were_measured_stay(
     tiny_tree: dict[str, Any], tmp_path: Path, interrupt_after: Any, newest: Any, monkeypatch: Any
 ) -> None:
