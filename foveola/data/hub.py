@@ -137,11 +137,11 @@ def open_hub(
     `pixels` is a column of label maps with `classes`, `ignore`, `values` and `absent` as of `masks:`.
     """
     if streaming:
+        here = Path(path).expanduser().exists()
+        where = path if here else f"hf://datasets/{path}/**/*.parquet"
         raise DataError(
             "hf: streaming=true gives rows in the order in which they arrive, so no run could be resumed "
-            "or repeated; "
-            f"parquet:hf://datasets/{path}/**/*.parquet reads the files of the hub row group by row "
-            "group, at random"
+            f"or repeated; parquet:{where} reads parquet files row group by row group, at random"
         )
     dataset = _load(path, split, config)
     kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}

@@ -172,6 +172,8 @@ def test_a_file_that_changes_is_noticed(tmp_path, monkeypatch):
         decode(source[8].image)
 
 
-def test_streams_of_the_hub_are_refused_with_the_remedy():
+def test_streams_of_the_hub_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(DataError, match=r"parquet:hf://datasets/a/b/\*\*/\*.parquet"):
         open_source("hf:a/b?streaming=true")
+    with pytest.raises(DataError, match=f"parquet:{tmp_path} reads parquet files"):
+        open_source(f"hf:{tmp_path}?streaming=true")
