@@ -17,14 +17,18 @@ from foveola.config import KeyInfo, UserError, nearest
 from foveola.model_names import is_there
 
 DATA_STRING = re.compile(r"[a-z][a-z0-9-]+:")
+_HOME = re.compile(r"(^|[=,:])~(?=/|$)")  # shells put the folder in its place in some of these words alone
+_KEY = re.compile(r"[\w.-]+")
 WIDEST = 36  # characters of a column after the first; a longer cell pushes the rest of its row
 
 
 def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list[str], set[str]]:
-    """Return words without and with `=`, and the flags given.
+    """Return words without and with `=`, and the flags given; empty words are left out, and ~ is a folder.
 
-    A path that exists, such as runs/lr=0.1, is a name; keys have no slash, so ./lr=0.1 can be told from one.
+    A path that exists, such as runs/lr=0.1 or lr=0.1/run, is a name; ./lr=0.1 can be told from a key, too.
     """
+    home = str(Path.home())
+    arguments = [_HOME.sub(lambda found: found[1] + home, word) for word in arguments if word]
     given = {"--help" if word == "-h" else word for word in arguments if word.startswith("-")}
     for flag in sorted(given - {"--help", *flags}):
         if "=" in flag:
@@ -39,7 +43,7 @@ def split(arguments: list[str], flags: tuple[str, ...]) -> tuple[list[str], list
 def _is_name(word: str) -> bool:
     key, equals, _ = word.partition("=")
     # No key holds a question mark: what follows it are options of a model or of data.
-    return not equals or "?" in key or ("/" in key and is_there(word))
+    return not equals or "?" in key or (("/" in word or not _KEY.fullmatch(key)) and is_there(word))
 
 
 def only(names: list[str], what: str, usage: str) -> str:

@@ -8,6 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveola import distributed
+from foveola.config import UserError, kind_of
+
+# Names under which a run logs numbers of its own.
+OWN_NUMBERS = (
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "grad_norm",
+    "seconds",
+    "images_per_second",
+    "data_wait",
+    "bad_images",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +45,35 @@ class Averages:
         return float(self.make(*(each / self.rows for each in self.sums))) if self.rows else float("nan")
 
 
-def added(logs: Mapping[str, Averages], more: Mapping[str, Tensor | Averages]) -> dict[str, Averages]:
-    """Return logs with those of one more part; a tensor is a mean, of as many rows as that of other parts."""
+def added(logs: Mapping[str, Averages], more: Mapping[str, Tensor | float | Averages]) -> dict[str, Averages]:
+    """Return logs with those of one more part; a number is a mean, of as many rows as that of other parts.
+
+    Raises UserError for what is no number, and for names that a run has numbers of its own for.
+    """
     found = dict(logs)
     for name, value in more.items():
-        each = value if isinstance(value, Averages) else Averages((value.detach(),), 1)
+        if not isinstance(name, str) or not name or name in OWN_NUMBERS:
+            raise UserError(
+                f"a method logs a number as {name!r}: expected text, but none of {', '.join(OWN_NUMBERS)}, "
+                "which are the run's own"
+            )
+        each = value if isinstance(value, Averages) else Averages((_number(name, value),), 1)
         found[name] = found[name] + each if name in found else each
     return found
+
+
+def _number(name: str, value: Tensor | float) -> Tensor:
+    """A number that is logged, as one that can be summed: true is 1."""
+    if isinstance(value, bool | int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor) or value.ndim or value.is_complex():
+        shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+        raise UserError(
+            f"what a method logs as {name!r} is {kind_of(value)}{shape}: expected a real number, a tensor "
+            "without dimensions, or Averages"
+        )
+    value = value.detach()
+    return value if value.is_floating_point() else value.double()
 
 
 def root_of_variance(x: Float[Tensor, "rows *rest"]) -> Averages:

@@ -1,11 +1,14 @@
 """Names of the networks of a run besides its newest encoder, and the folders that hold their results."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from foveola.config import UserError, nearest
 from foveola.files import EncoderFolder, RunFolder
+
+_HOME = re.compile(r"^((?:[a-z]+:)*)~(?=/)")  # of a path, perhaps after untrained: or a library
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ def run_model(name: str | Path) -> RunModel | None:
     A folder whose own name holds a question mark is that folder. Raises UserError for options of a folder
     that are not these.
     """
-    text, mark, query = str(name).rpartition("?")
-    if not mark or is_there(str(name)) or not (is_there(text) and Path(text).is_dir()):
+    name = with_home(name)
+    text, mark, query = name.rpartition("?")
+    if not mark or is_there(name) or not (is_there(text) and Path(text).is_dir()):
         return None
     run, options = RunFolder(Path(text)), parse_qsl(query, keep_blank_values=True)
     if not run.is_run() and not run.encoder.config.is_file():
@@ -55,11 +59,11 @@ def run_model(name: str | Path) -> RunModel | None:
             "(the teacher, where there is one)"
         )
     if step == "best" and which is None:
-        return RunModel(str(name), run)
+        return RunModel(name, run)
     if step is not None and not (step.isascii() and step.isdecimal()):
         best = "" if which else ", or best"
         raise UserError(f"{name}: step={step}: expected a number of steps{best}")
-    return RunModel(str(name), run, None if step is None else int(step), which is not None)
+    return RunModel(name, run, None if step is None else int(step), which is not None)
 
 
 def is_there(text: str) -> bool:
@@ -70,6 +74,11 @@ def is_there(text: str) -> bool:
         return False
 
 
+def with_home(model: str | Path) -> str:
+    """Return the name of a model with the folder of the user in place of a ~ that its path begins with."""
+    return _HOME.sub(lambda found: f"{found[1]}{Path.home()}", str(model))
+
+
 def home_of(model: str | Path) -> Path | None:
     """Return the folder whose `results/` are those of a model; None for a model that has no folder of its
     own.
@@ -78,7 +87,8 @@ def home_of(model: str | Path) -> Path | None:
     that was kept on the way (also by its name `RUN?step=N`; the best one is of such a step, too), and
     RUN/student, or RUN/student/step-N, for `RUN?which=student`.
     """
-    head, colon, rest = str(model).partition(":")
+    model = with_home(model)
+    head, colon, rest = model.partition(":")
     if colon and head == "untrained":
         run = home_of(rest)
         return None if run is None else RunFolder(run).untrained

@@ -55,3 +55,55 @@ def test_processes_need_not_log_the_same(run_ranks):
     first, second = map(json.loads, run_ranks(RANKS))
     assert first == {"both": 0.5, "rows": 1.5, "first": 5.0}
     assert second == {"both": 0.5, "rows": 1.5}
+
+
+ODD = """
+import json
+import torch
+from foveola import Output, distributed
+from foveola.config import UserError
+from foveola.logged import added, of_all_processes
+from foveola.training.loop import _checked
+
+distributed.start("cpu")
+rank = distributed.rank()
+logs = {}
+for part in range(2):
+    more = {"int": 3 * rank, "bool": True, "float": 0.1, "NaN": float("nan")}
+    more["tensor of bool"] = torch.tensor(rank == 0)
+    logs = added(logs, more | ({} if rank else {"a/b c=é": torch.tensor(5)}))
+print(json.dumps(of_all_processes(logs, torch.device("cpu"))))
+
+def said(work):
+    try:
+        work()
+    except UserError as error:
+        print(json.dumps(str(error)))
+
+vector = torch.ones(3)
+for value in (None, "x", vector, torch.tensor(1j), [1.0]):
+    said(lambda: added({}, {"mine": value}))
+for name in (3, "", "step", "loss"):
+    said(lambda: added({}, {name: torch.tensor(1.0)}))
+for output in (vector, Output({}), *(Output({"mine": loss}) for loss in (0.3, vector, torch.tensor(1)))):
+    said(lambda: _checked(output))
+distributed.stop()
+"""
+
+
+def test_a_method_may_log_any_number_and_is_told_what_is_none(run_ranks):
+    first, second = ([json.loads(line) for line in text.splitlines()] for text in run_ranks(ODD))
+    expected = {"int": 1.5, "bool": 1.0, "tensor of bool": 0.5, "float": 0.1, "NaN": math.nan}
+    assert first[0] == pytest.approx(expected | {"a/b c=é": 5.0}, rel=1e-12, nan_ok=True)
+    assert second[0] == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert first[1:] == second[1:]
+    parts = iter(first[1:])
+    for what in ("None", "a str", "a Tensor of shape [3]", "a Tensor of shape []", "a list"):
+        assert next(parts).startswith(f"what a method logs as 'mine' is {what}: expected a real number")
+    for name in ("3", "''", "'step'", "'loss'"):
+        assert next(parts).startswith(f"a method logs a number as {name}: expected text, but none of step,")
+    for what in ("a Tensor", "no loss"):
+        assert next(parts).startswith(f"the forward of a method gives {what}: expected foveola.Output")
+    for what in ("a float", "a Tensor of torch.float32 [3]", "a Tensor of torch.int64 []"):
+        assert next(parts).startswith(f"the loss 'mine' of a method is {what}: expected a tensor of floats")
+    assert next(parts, None) is None

@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import foveola
 from foveola import cli, console
 from foveola.config import UserError
+from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
+from foveola.models.shape import ViTConfig
 
 MODEL = "nowhere"
 
@@ -76,3 +80,40 @@ def test_paths_with_commas_are_one_name(tmp_path: Path) -> None:
     assert found == (["a", "b"], ["top=3"])
     with pytest.raises(UserError, match="say the same"):
         console.named_by_key(["x"], ["model=y"], "model", "")
+
+
+def test_the_folder_of_the_user_is_found_in_every_word(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Shells put it in place of ~ in some words alone, such as `~/x`, but not `a,~/x`, or `model=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names, overrides, _ = console.split(
+        ["~/a", "model=x,~/b", "init=untrained:~/c", "data=folder:~/d?annotations=~/e", "f=a~/b", "~g/h"], ()
+    )
+    home = str(tmp_path)
+    assert names == [f"{home}/a", "~g/h"]
+    assert overrides == [
+        *(f"model=x,{home}/b", f"init=untrained:{home}/c"),
+        *(f"data=folder:{home}/d?annotations={home}/e", "f=a~/b"),
+    ]
+    torch.manual_seed(0)
+    shape = ViTConfig(width=16, depth=1, heads=2, patch_size=8, image_size=16)
+    encoder = Encoder(EncoderConfig(shape, TransformConfig(resize=16, crop=16)))
+    encoder.save(tmp_path / "mine")
+    for name in ("~/mine", "untrained:~/mine"):
+        assert foveola.load(name).config.model == shape
+    assert foveola.export("~/mine", "~/mine.pth") == tmp_path / "mine.pth"
+    with pytest.raises(UserError, match=f"{home}/no"):
+        foveola.load("~/no")
+    assert cli.main(["export", "~/mine", "out=~/again.pth"]) == 0
+    assert (tmp_path / "again.pth").is_file()
+
+
+def test_a_path_with_an_equals_sign_is_a_name_and_an_empty_word_is_none(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a b=c/run=1", "lr=0.1/run", "x y=1"):
+        Path(folder).mkdir(parents=True)
+        assert console.split([folder, "out=x"], ()) == ([folder], ["out=x"], set())
+    assert console.split(["lr=0.1", "lr=0.1/no"], ())[0] == []
+    assert cli.main(["export", "", "out=x"]) == 2  # of a variable of the shell that is not set
+    assert "which model?" in capsys.readouterr().err

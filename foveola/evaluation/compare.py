@@ -11,7 +11,7 @@ from foveola.evaluation.paired import difference
 from foveola.evaluation.protocol import INTERVAL_ENDS
 from foveola.evaluation.result import Result
 from foveola.evaluation.stored import Stored, differences, results_of
-from foveola.model_names import home_of, run_model
+from foveola.model_names import home_of, run_model, with_home
 from foveola.outside import library
 
 
@@ -147,6 +147,7 @@ def compare(runs: Sequence[str | Path], protocol: str | None = None) -> list[Com
     """
     if len(runs) < 2:
         raise UserError("compare needs two or more runs, or folders that hold results/")
+    runs = [with_home(run) for run in runs]
     every_file = [_results(run) for run in runs]
     names = _names(runs)
     found = [_by_protocol(stored) for stored, _ in every_file]

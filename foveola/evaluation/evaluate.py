@@ -112,6 +112,7 @@ def evaluate_all(
     if out is None and not isinstance(model, Encoder):
         out = home_of(model)
     if out is not None:
+        out = Path(out).expanduser()
         folder = files.results_in(out)
         distributed.on_main(lambda: files.check_writable(folder, "give another out= for results"))
     cache = cache or os.environ.get("FOVEOLA_CACHE") or None

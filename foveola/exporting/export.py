@@ -81,7 +81,7 @@ def export_and_tell(
     licence: str | None = None,
 ) -> tuple[Path, str]:
     """Export as `export` does; returns `out`, and lines of Python that use what is there."""
-    out = Path(out)
+    out = Path(out).expanduser()
     format = _format_of(out, format)
     one_file = format in FILE_ENDS and bool(out.suffix)
     _check_out(out, format)

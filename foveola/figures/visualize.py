@@ -91,7 +91,7 @@ def visualize(
     `foveola.figures.gallery`. Raises UserError for unknown kinds and keys, bad values, and what an encoder
     or the data does not have.
     """
-    out, figure, config = Path(out), find_figure(kind), configure(kind, settings)
+    out, figure, config = Path(out).expanduser(), find_figure(kind), configure(kind, settings)
     alone = out.suffix.lower() == ".png"
     if out.suffix.lower() in OTHERS and not out.is_dir():
         raise UserError(f"out={out}: expected a folder, or a file that ends in .png")

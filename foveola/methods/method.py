@@ -32,7 +32,7 @@ class Output:
     """
 
     losses: dict[str, Tensor]
-    logs: Mapping[str, Tensor | Averages] = field(default_factory=dict)
+    logs: Mapping[str, Tensor | float | Averages] = field(default_factory=dict)
     features: Tensor | None = None
 
 

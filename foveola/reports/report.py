@@ -48,7 +48,7 @@ def report(
     """
     records = read_runs([runs] if isinstance(runs, str | Path) else list(runs))
     config, changes = report_configs(settings | ({} if out is None else {"out": str(out)}))
-    path = Path(config.out) if config.out else RunFolder(records[0].folder).report
+    path = Path(config.out).expanduser() if config.out else RunFolder(records[0].folder).report
     if path.is_dir():
         raise UserError(f"out={path} is a folder; expected a file such as {path / 'report.html'}")
     files.check_writable(path.parent, "give another out= for the report")

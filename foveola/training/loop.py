@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from foveola import distributed
-from foveola.config import UserError
+from foveola.config import UserError, kind_of
 from foveola.data.sample import Canvases
 from foveola.logged import Averages, added
-from foveola.methods.method import Method, spread_and_rank
+from foveola.methods.method import Method, Output, spread_and_rank
 from foveola.schedules import Progress
 from foveola.state_files import is_cut
 from foveola.training.freezing import Freezing
@@ -88,7 +88,7 @@ class Trainer:
             last = part == self.accumulate - 1
             with nullcontext() if last else self._no_sync():
                 with self._autocast():
-                    output = self.wrapped(batch, progress)
+                    output = _checked(self.wrapped(batch, progress))
                 loss = torch.stack(list(output.losses.values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
             for name, value in output.losses.items():
@@ -211,6 +211,21 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps, self.pending = state["bad_steps"], None
+
+
+def _checked(output: Any) -> Output:
+    """What a method gave, which may be one of a user's own. Raises UserError for what is no output."""
+    if not isinstance(output, Output) or not output.losses:
+        what = "no loss" if isinstance(output, Output) else kind_of(output)
+        raise UserError(f"the forward of a method gives {what}: expected foveola.Output with a loss or more")
+    for name, loss in output.losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            shape = f" of {loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else ""
+            raise UserError(
+                f"the loss {name!r} of a method is {kind_of(loss)}{shape}: expected a tensor of floats "
+                "without dimensions, such as a mean"
+            )
+    return output
 
 
 def _pending(finite: Tensor, progress: Progress) -> tuple[Tensor, torch.cuda.Event | None, Progress]:

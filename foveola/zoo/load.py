@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveola.config import UserError, build, path_hint, read_yaml
 from foveola.files import EncoderFolder, RunFolder
-from foveola.model_names import run_model
+from foveola.model_names import run_model, with_home
 from foveola.models.encoder import Encoder, EncoderConfig, filled
 from foveola.tasks.task import filled_head
 from foveola.zoo.exported import load_onnx, load_program
@@ -45,7 +45,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trainable: bool =
     its weights take gradients, and it is in training mode, with the stochastic depth of its configuration;
     otherwise it is frozen. Raises UserError for anything else.
     """
-    encoder = _load(str(path)).to(device)
+    encoder = _load(with_home(path)).to(device)
     return encoder.requires_grad_(True).train() if trainable else encoder
 
 

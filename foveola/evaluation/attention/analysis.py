@@ -69,7 +69,7 @@ def analyze_attention(
     if unused := set(config.probe) - {reader.probe for reader in readers}:
         raise UserError(f"probe={min(unused)} was trained on none of these encoders")
     groups = group_readers(readers)
-    folder = None if out is None else distributed.on_main(lambda: _folder(Path(out)))
+    folder = None if out is None else distributed.on_main(lambda: _folder(Path(out).expanduser()))
     about = _run(readers, groups, source, config, progress)
     analysis = AttentionAnalysis(
         encoders=tuple(reader.result() for reader in readers),
