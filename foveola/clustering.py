@@ -1,4 +1,4 @@
-"""Online clustering of patches with equal shares, and what it must not tell of their positions (CAPI)."""
+"""Online clustering of patches, into clusters of equal size that say little of positions (CAPI)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ def cluster(
     past: Float[Tensor, "N M D"] | None = None,
     chunk: int | None = None,
 ) -> Clusters:
-    """Assign patches to clusters in equal shares, and the loss that moves the centroids (CAPI, Section 3.1).
+    """Assign patches to clusters of equal size, and the loss that moves the centroids (CAPI, Section 3.1).
 
     Logits l = patches weight^T + bias; assignments a' = sinkhorn(l / temperature) over the B images of all
     ranks, at each of the N positions on its own, or over all of them (`by_position=False`, CAPI Table 1i);
@@ -148,7 +148,7 @@ def position_information(
     The mean over the assignments `usage` of a batch of log p(k | position) / p(k), where p comes from `seen`,
     the mean assignments at each position in *earlier* batches. A lower bound of the mutual information: as it
     is estimated on other images than it is evaluated on, it does not mistake small samples for information.
-    p(k | position) is mixed with a share `floor` of p(k), which bounds what is lost where it is badly known.
+    p(k | position) is mixed with a fraction `floor` of p(k), which bounds the loss where that is badly known.
     """
     overall = seen.mean(dim=0, keepdim=True)
     ratio = (1 - floor) * seen / overall.clamp(min=torch.finfo(seen.dtype).tiny) + floor

@@ -217,7 +217,7 @@ def _to_slopes(
     scaled, fraction = scratch[:, : len(logits)]
     torch.mul(logits, factor, out=scaled)
     torch.softmax(scaled, dim=-1, out=fraction)
-    # The largest share is at least 1 / K, so that its logarithm is exact enough.
+    # The largest probability is at least 1 / K, so that its logarithm is exact enough.
     normaliser = scaled.amax(dim=-1) - fraction.amax(dim=-1).log()
     loss = ((normaliser * mass - scaled.mul_(target).sum(dim=-1)) * weight).sum()
     slope = torch.sub(fraction if mass == 1 else fraction.mul_(mass), target, out=fraction)

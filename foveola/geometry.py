@@ -3,7 +3,7 @@
 Resampling is separable, so a view is two small matrices (rows `Wy [h, S]`, columns `Wx [w, S]`), and `sample`
 applies them to any square field: pixels, object masks, position fields. Boxes are (x0, y0, x1, y1) in [0, 1];
 those of padded views reach outside. Label maps are cut by the nearest cell (`sample_labels`), boxes of
-instances by arithmetic (`boxes_in_views`), masks of instances by the share of each pixel that they cover
+instances by arithmetic (`boxes_in_views`), masks of instances by the fraction of each pixel that they cover
 (`masks_in_views`): all where the pixels are.
 """
 
@@ -28,7 +28,7 @@ def random_boxes(
 ) -> Float[Tensor, "B V 4"]:
     """Draw `count` random-resized boxes for each image; CPU tensors, float32.
 
-    The share of the image's area is uniform in `scale`, the width/height ratio *in true pixels* is
+    The fraction of the image's area is uniform in `scale`, the width/height ratio *in true pixels* is
     log-uniform in `ratio`. The first of `attempts` draws that fits is kept; if none fits, the largest centred
     box with the nearest allowed ratio is used (the rule of the usual random resized crop).
 
@@ -69,8 +69,8 @@ def resampling_weights(
 
     Output cell i covers [low + (high - low) i / size, low + (high - low) (i + 1) / size] of the unit
     interval; 0 <= low < high <= 1. `bicubic` (a = -0.5) and `linear` widen their kernel when shrinking, as
-    PIL and `F.interpolate(antialias=True)` do; `area` gives source cell j the share of the output cell that
-    it covers, exactly, at any scale.
+    PIL and `F.interpolate(antialias=True)` do; `area` gives source cell j the fraction of the output cell
+    that it covers, exactly, at any scale.
 
     Args:
         blur: standard deviation of a Gaussian in *output* pixels, folded into the weights; 0 leaves them
@@ -253,7 +253,7 @@ def masks_in_views(
 ) -> Bool[Tensor, "N h w"]:
     """Return the pixels of views of which an instance covers half or more: masks pasted into views.
 
-    A mask holds, for each cell of a square that spans the box of its instance in the image, the share that
+    A mask holds, for each cell of a square that spans the box of its instance in the image, the fraction that
     the instance covers, times 255. Pixels and cells meet by area (`Wy @ mask @ Wx^T`), which is exact where
     coverage is even within a cell.
     """
@@ -269,8 +269,8 @@ def masks_in_views(
 def _fractions(
     low: Float[Tensor, "N"], high: Float[Tensor, "N"], size: int, source: int
 ) -> Float[Tensor, "N {size} {source}"]:
-    """The share of each of `size` cells, which span `low` to `high`, that each of `source` cells covers,
-    which span the unit interval. A row sums to the share of its cell that lies in the unit interval.
+    """The fraction of each of `size` cells, which span `low` to `high`, that each of `source` cells covers,
+    which span the unit interval. A row sums to the fraction of its cell that lies in the unit interval.
     """
     i = torch.arange(size + 1, device=low.device, dtype=low.dtype)
     edges = ((low[:, None] + (high - low)[:, None] * (i / size)) * source)[..., None]
@@ -282,7 +282,7 @@ def _fractions(
 def covered_patches(
     coverage: Float[Tensor, "*B h w"], min_coverage: float, keep_most: bool = False
 ) -> Bool[Tensor, "*B N"]:
-    """Return which patches belong to an object, from the share of each that it covers, in [0, 1]; may be
+    """Return which patches belong to an object, from the fraction of each that it covers, in [0, 1]; may be
     none.
 
     A patch counts from `min_coverage` on. With `keep_most` an object that covers less than that of every
@@ -297,7 +297,7 @@ def covered_patches(
 def patch_mask(
     coverage: Float[Tensor, "*B h w"], min_coverage: float = 1 / 256, keep_most: bool = False
 ) -> Bool[Tensor, "*B N"]:
-    """Return which patches belong to an object, from the share of each patch that it covers, in [0, 1].
+    """Return which patches belong to an object, from the fraction of each patch that it covers, in [0, 1].
 
     A patch counts from `min_coverage` on; 1/256 means any pixel of a 16 x 16 patch (ODIS). With `keep_most`
     an object that covers less than that of every patch keeps those that it covers most. An object that

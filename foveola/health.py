@@ -10,19 +10,19 @@ State = Literal["OK", "LOOK", "BAD", "NOT KNOWN"]
 StepMetrics = Mapping[str, float | None]
 
 # Where LOOK begins, and where BAD does. docs/report.md says where each comes from.
-FLAT_FROM = 0.90, 0.98  # entropy of targets, as a share of log K
+FLAT_FROM = 0.90, 0.98  # entropy of targets, as a fraction of log K
 SHARP = 0.01  # the same, from below
 ALIVE = 4.0, 2.0  # prototypes that the targets of a batch amount to: exp(entropy of their mean)
-USED = 0.10, 0.01  # share of prototypes that were some row's first choice in an epoch
+USED = 0.10, 0.01  # fraction of prototypes that were some row's first choice in an epoch
 SPREAD = 0.10, 0.03  # of features: cosines between images are then about 0.99, 0.999
-RANK = 0.05, 0.01  # effective rank, as a share of the most possible
-RANK_LOST = 0.5  # share of its own highest value
-POSITION = 0.5, 0.9  # share of the variance of patches that their position explains, beyond the untrained one
+RANK = 0.05, 0.01  # effective rank, as a fraction of the most possible
+RANK_LOST = 0.5  # fraction of its own highest value
+POSITION = 0.5, 0.9  # fraction of the variance of patches that positions explain, beyond the untrained one
 POSITION_FROM = 32  # images on which that can be measured
-INFORMATION = 0.1, 0.5  # of position and cluster, as a share of the most possible
-WAIT = 0.10, 0.30  # share of the time spent waiting for data
-FALL = 0.01  # of the loss, as a share of where it began
-NOT_FINITE = 0.01  # share of logged steps, and more than one
+INFORMATION = 0.1, 0.5  # of position and cluster, as a fraction of the most possible
+WAIT = 0.10, 0.30  # fraction of the time spent waiting for data
+FALL = 0.01  # of the loss, as a fraction of where it began
+NOT_FINITE = 0.01  # fraction of logged steps, and more than one
 OVERFLOW = 0.10  # the same of gradients with precision=fp16, where some are ordinary
 ONE = 1.5  # effective rank below which one direction tells all images apart
 
@@ -51,7 +51,7 @@ class Facts:
     width: int | None = None  # their dimensions
     positions: int | None = None  # patches of a view
     notes: Sequence[str] = ()  # log.txt
-    # Share of the variance of patches that their position explains: trained, and untrained (measured apart).
+    # Fraction of the variance of patches that positions explain: trained, and untrained (measured apart).
     position_fraction: tuple[float, float | None] | None = None
     position_images: int | None = None  # on which they were measured
     images: int | None = None  # of the data

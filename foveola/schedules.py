@@ -33,7 +33,7 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
+        """Fraction of the run that is done, in [0, 1]."""
         return self.step / self.total_steps
 
     def steps_of(self, duration: str | int) -> int:
@@ -63,9 +63,9 @@ def steps_of(duration: str | int, *, total_steps: int | None, steps_per_epoch: i
         )
     unit = match[3].rstrip("s")
     if unit == "%" and total_steps is None:
-        raise ConfigError(f"the length of the run cannot be a share of itself: {duration!r}")
+        raise ConfigError(f"the length of the run cannot be a fraction of itself: {duration!r}")
     if unit == "%" and number > 100:
-        raise ConfigError(f"not a share of the run: {duration!r}")
+        raise ConfigError(f"not a fraction of the run: {duration!r}")
     steps = {"epoch": steps_per_epoch, "%": (total_steps or 0) / 100, "sample": 1 / batch_size}.get(unit, 1)
     return round(number * steps)
 
@@ -93,7 +93,7 @@ class Schedule:
     shape: Literal["constant", "cosine", "linear", "poly", "steps"] = key(
         "constant", "way from value to end after the warm-up"
     )
-    truncate: float = key(1.0, "share of the way to end that is used (CAPI: 0.8)", above=0, at_most=1)
+    truncate: float = key(1.0, "fraction of the way to end that is used (CAPI: 0.8)", above=0, at_most=1)
     power: float = key(0.9, "of shape=poly: the rest of the way to the power of this", above=0)
     drops: tuple[str, ...] = key(
         (), "of shape=steps: when the value falls to a tenth: ['89 %', '96 %'], or ['19667 steps']"

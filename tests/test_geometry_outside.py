@@ -133,7 +133,7 @@ def test_boxes_and_masks_of_instances_in_a_thousand_views():
 
 
 def overlaps(start: float, end: float, size: int, cells: int, flip: bool) -> np.ndarray:
-    """The share of pixel i that the k-th of `cells` parts of [start, end] covers, all in pixels."""
+    """The fraction of pixel i that the k-th of `cells` parts of [start, end] covers, all in pixels."""
     out = np.zeros((size, cells))
     for i in range(size):
         for k in range(cells):

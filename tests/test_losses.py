@@ -318,7 +318,7 @@ def test_masked_patch_loss_is_the_mean_over_views_of_means_over_their_masked_pat
     weights = mask_weights(masked, indices)
     ours = masked_patch_loss(targets.flatten(0, 1)[indices], predictions.flatten(0, 1)[indices], weights, 0.1)
     assert ours.item() == pytest.approx(expected, rel=1e-5)
-    # Weights of a masked view sum to its share of the mean; an empty one's are not there.
+    # Weights of a masked view sum to its fraction of the mean; an empty one's are not there.
     assert weights.sum().item() == pytest.approx(5 / 6)
     for view in range(6):
         own = weights[indices // 9 == view].sum().item()

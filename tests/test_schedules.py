@@ -154,7 +154,7 @@ def test_impossible_durations(duration):
 
 
 def test_share_needs_a_known_length():
-    with pytest.raises(ConfigError, match="share of itself"):
+    with pytest.raises(ConfigError, match="fraction of itself"):
         steps_of("5 %", total_steps=None, steps_per_epoch=EPOCH, batch_size=BATCH)
 
 

@@ -9,7 +9,7 @@ from foveola.data.sample import Chosen, ObjectChoice, Objects
 class ObjectRows:
     """The M objects of each of B images; those of an image that is not filled are the image as a whole.
 
-    `masks` [B, M, size, size] are covered shares times 255, `whole` and `labels` are [B, M].
+    `masks` [B, M, size, size] are covered fractions times 255, `whole` and `labels` are [B, M].
     """
 
     def __init__(self, images: int, objects: int, size: int) -> None:

@@ -16,7 +16,7 @@ def cut_objects(objects: Objects | None, window: Window, size: tuple[int, int]) 
     nothing.
 
     Boxes end at its border; masks are cut to its pixels, and an object whose mask has none there is left out.
-    Areas are shares of the part.
+    Areas are fractions of the part.
     """
     if objects is None:
         return None

@@ -1,4 +1,4 @@
-"""The halves of a data set that has none: a share of the images of each class is for test."""
+"""The halves of a data set that has none: a fraction of the images of each class is for test."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def halves_for_test(
     content) alone.
 
     `contents` are equal for copies of one image: these go together, and count once, in the class that is
-    first of their labels. Each class (-1: of none) gives its share, as evenly as whole images allow, and
+    first of their labels. Each class (-1: of none) gives its part, as evenly as whole images allow, and
     keeps one image at least. A draw that knows contents rather than positions leaves nearly all images in
     their half when some are added or renamed: what a model was trained on stays out of its test.
     """
@@ -46,7 +46,7 @@ def _held_out(
     rank = np.empty(len(drawn), np.int64)
     rank[by_class] = np.arange(len(drawn)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     # The j-th drawn image of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
-    # all holds nearly the same share of every class. By its name, which it keeps when classes are added.
+    # all holds nearly the same fraction of every class. By its name, which it keeps when classes are added.
     names = ["" if label < 0 else f"class {classes[label]}" for label in known.tolist()]
     offsets = np.array([_draw(seed, os.fsencode(name)) for name in names])
     at = (rank + offsets[number]) / sizes[number]

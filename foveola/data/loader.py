@@ -75,7 +75,7 @@ class LoaderConfig:
     prefetch: int = key(4, "batches that each worker prepares ahead", at_least=1, at_most=1000)
     max_bad: float = key(
         0.01,
-        "share of unreadable images above which training stops (when the count leaves no doubt)",
+        "fraction of unreadable images above which training stops (when the count leaves no doubt)",
         at_least=0,
         at_most=1,
     )
@@ -161,8 +161,8 @@ class Loader:
         """Return why to stop, given `bad` of `seen` images of all ranks and `different` ones among them; or
         "".
 
-        The share among all is above `max_bad` when more different images are bad than it allows, which is
-        certain, or when the lower end of Wilson's interval of the share in those seen is above it.
+        The fraction among all is above `max_bad` when more different images are bad than it allows, which is
+        certain, or when the lower end of Wilson's interval of the fraction in those seen is above it.
         """
         limit = self.config.max_bad
         if different > limit * len(self.source):
@@ -213,7 +213,7 @@ class Loader:
 
 
 def too_many(bad: int, seen: int, allowed: float) -> bool:
-    """Return whether the share of bad ones is above `allowed` beyond doubt: the lower end of Wilson's
+    """Return whether the fraction of bad ones is above `allowed` beyond doubt: the lower end of Wilson's
     interval.
     """
     if not bad:

@@ -26,7 +26,7 @@ from foveola.data.values import CONTAINER, chosen_channels
 
 LOOKS = 64  # images
 DEEP_LOOKS = 16  # of these, whose values are read
-NARROW = 1 / 4  # share of a range below which its use is worth a word
+NARROW = 1 / 4  # fraction of a range below which its use is worth a word
 
 Looked = ImageFiles | HubImages | GivenObjects | ShardImages
 

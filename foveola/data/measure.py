@@ -49,7 +49,7 @@ def percentile_ranges(source: Any, percentiles: Range) -> tuple[Range, ...]:
 
 
 def channel_statistics(source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel, as shares of the range, over images that count alike.
+    """Return mean and deviation of each channel, as fractions of the range, over images that count alike.
 
     Raises DataError where no image can be read.
     """

@@ -30,7 +30,7 @@ class NoiseConfig:
 
     jitter: float = key(
         0.0,
-        "each edge of a box moves by up to this share of its side, uniformly; masks move and scale with it",
+        "each edge of a box moves by at most this fraction of its side, uniformly; masks move along",
         at_least=0,
         at_most=1,
     )
@@ -45,7 +45,7 @@ class NoiseConfig:
         0.0, "probability that a random box stands in place of an object", at_least=0, at_most=1
     )
     random_area: tuple[float, float] = key(
-        (0.05, 0.5), "share of the image that a random box covers, uniform in this range"
+        (0.05, 0.5), "fraction of the image that a random box covers, uniform in this range"
     )
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ def make_noisy(
 ) -> Objects | None:
     """Return the objects of image `index` of `source` with their mistakes; None where none is left.
 
-    A mask moves with its box: what was at a share of the old box is at that share of the new one, by the
-    nearest pixel; what leaves the image is cut off. Random boxes have no class (-1). Where objects have
+    A mask moves with its box: what was at a fraction of the old box is at that fraction of the new one, by
+    the nearest pixel; what leaves the image is cut off. Random boxes have no class (-1). Where objects have
     scores, those of random boxes are drawn from the image's.
     """
 
@@ -136,7 +136,7 @@ def _of_another(source: Any, index: int, rng: np.random.Generator) -> Objects | 
 def _random_boxes(
     count: int, area: tuple[float, float], rng: np.random.Generator
 ) -> Float64[np.ndarray, "{count} 4"]:
-    """Boxes anywhere in the unit square, of a share of its area that is uniform in a range.
+    """Boxes anywhere in the unit square, of a fraction of its area that is uniform in a range.
 
     width / height is log-uniform in [1/2, 2], narrowed to what fits.
     """
@@ -152,7 +152,7 @@ def _random_boxes(
 def _shifted(
     boxes: Float64[np.ndarray, "K 4"], shifts: Float64[np.ndarray, "K 4"]
 ) -> Float64[np.ndarray, "K 4"]:
-    """Boxes whose edges moved by shares of their sides; edges that passed each other are put in order."""
+    """Boxes whose edges moved by fractions of their sides; edges that passed each other are put in order."""
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     corners = (boxes + shifts * sides).reshape(-1, 2, 2)
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)

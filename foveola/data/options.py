@@ -26,15 +26,15 @@ def positive(text: str) -> Fraction:
 
 
 def fraction_or_none(text: str) -> float:
-    """Return a share from 0 on, below 1."""
+    """Return a fraction from 0 on, below 1."""
     return 0.0 if text in ("0", "0.0") else fraction(text)
 
 
 def fraction(text: str) -> float:
-    """Return a share between 0 and 1."""
+    """Return a fraction between 0 and 1."""
     fraction = float(text) if text.replace(".", "", 1).isdecimal() else 0.0
     if not 0 < fraction < 1:
-        raise ValueError("a share such as 0.2")
+        raise ValueError("a fraction such as 0.2")
     return fraction
 
 

@@ -25,7 +25,7 @@ from foveola.data.sizes import path_of, read_sizes
 from foveola.data.slides import tissue_of
 
 PART = re.compile(r"#\d+(,\d+){0,2}$")
-TISSUE = 0.1  # share of a tile of a slide that shows tissue, where nothing else is said
+TISSUE = 0.1  # fraction of a tile of a slide that shows tissue, where nothing else is said
 SLIDE, VIDEO = FILE_KINDS.index("slide"), FILE_KINDS.index("video")
 
 
@@ -33,8 +33,8 @@ SLIDE, VIDEO = FILE_KINDS.index("slide"), FILE_KINDS.index("video")
 class Cutting:
     """How images are cut. `tiles` are pixels a side, `overlap` those that two of them share at least.
 
-    `pages`: each page of a stack is an image. `tissue`: the share of a tile of a slide that shows tissue at
-    least. Frames of videos are parts wherever the decoding says which are taken.
+    `pages`: each page of a stack is an image. `tissue`: the fraction of a tile of a slide that shows tissue
+    at least. Frames of videos are parts wherever the decoding says which are taken.
     """
 
     tiles: int | None = None
@@ -80,7 +80,7 @@ class ImageParts(SelectedImages):
         self.ends = np.cumsum(counts)
         self.rows = np.arange(int(self.ends[-1]))
         if not len(self.rows):
-            raise DataError(f"{self.name}: no tile shows tissue; tissue= takes a smaller share, or 0")
+            raise DataError(f"{self.name}: no tile shows tissue; tissue= takes a smaller fraction, or 0")
 
     @property
     def channels(self) -> int:
@@ -187,7 +187,7 @@ class ImageParts(SelectedImages):
             counts[image] = len(self.tissue[image])
         out = before - int(counts[slides].sum())
         what = f"{out:,} of {before:,} tiles of slides are left out: tissue covers less than {fraction:g}"
-        return (f"{self.name}: {what} of them (tissue= is that share)",) if out else ()
+        return (f"{self.name}: {what} of them (tissue= is that fraction)",) if out else ()
 
     def _check_effects(self) -> None:
         readable = self.sizes[self.sizes[:, 0] > 0]
@@ -254,7 +254,7 @@ def _part_of(image: Any, page: int | None, window: Window | None) -> Any:
 def _fractions(
     seen: Bool[np.ndarray, "h w"], windows: Int64[np.ndarray, "n 4"], size: tuple[int, int]
 ) -> np.ndarray:
-    """The share of each window of an image of `size` in which there is tissue, by its overview."""
+    """The fraction of each window of an image of `size` in which there is tissue, by its overview."""
     height, width = seen.shape
     sums = np.zeros((height + 1, width + 1))
     sums[1:, 1:] = seen.cumsum(axis=0).cumsum(axis=1)

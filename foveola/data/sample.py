@@ -34,7 +34,7 @@ class BadImage(DataError):  # noqa: N818 (the word for it in the design)
 class Objects:
     """The K >= 1 annotated objects of one image. Where none is left, `Sample.objects` is None.
 
-    `boxes` are (x0, y0, x1, y1) in the unit square, clipped, of positive area. `areas` are shares of the
+    `boxes` are (x0, y0, x1, y1) in the unit square, clipped, of positive area. `areas` are fractions of the
     image: of the mask, or of the box where there is none. `labels` are class indices. `masks` holds per
     object None (the box is the mask), a bool array [H, W], a COCO RLE ({"size": [h, w], "counts": ...}) or
     polygons ({"size": [h, w], "polygons": [[x, y, x, y, ...], ...]} in pixels); None stands for boxes alone.
@@ -62,7 +62,7 @@ class Objects:
         """Return objects from boxes in units of the image, corners in any order. Clips; drops what has no
         area.
 
-        Returns None when nothing is left. `areas` (shares of the image) defaults to the boxes' areas.
+        Returns None when nothing is left. `areas` (fractions of the image) defaults to the boxes' areas.
         """
         corners = boxes.reshape(-1, 2, 2)
         corners = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, 1).astype(np.float32)
@@ -80,7 +80,7 @@ class Objects:
         )
 
     def draw(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
-        """Return the covered share of each pixel of a square mask canvas, times 255; exact for boxes and
+        """Return the covered fraction of each pixel of a square mask canvas, times 255; exact for boxes and
         masks.
 
         A pixel that is touched at all gets at least 1, so that no object vanishes, however small. A mask
@@ -100,7 +100,7 @@ class Objects:
         return np.where(coverage > SLIVER**2, np.maximum(drawn, 1), 0).astype(np.uint8)
 
     def draw_in_box(self, index: int, size: int) -> UInt8[np.ndarray, "size size"]:
-        """Return the share that an object covers of each cell of a square that spans its own box, times 255.
+        """Return the fraction that an object covers of each cell of a square over its own box, times 255.
 
         What lies outside of the box is left out. All is covered where the box is the mask, and where a mask
         has no pixel within its box (polygons can be thinner than one).
@@ -161,7 +161,7 @@ class Instances(NamedTuple):
     """The T >= 0 annotated objects of the images of a batch, those of an image together, crowds last.
 
     `image` is the row of the batch, `boxes` are (x0, y0, x1, y1) in the unit square, `labels` class indices
-    (-1 unknown). Where `crowd` is true, a region counts as nothing. `masks` are the shares of the cells of
+    (-1 unknown). Where `crowd` is true, a region counts as nothing. `masks` are the fractions of the cells of
     each instance's own box that it covers, times 255 (`Objects.draw_in_box`); None where objects are boxes.
     """
 
@@ -209,8 +209,8 @@ class Chosen(NamedTuple):
     """The M objects of each image that are trained on: which of its objects, and what is known of them.
 
     `which` is the index among the image's objects: the same number twice is the same object, drawn again
-    since there are fewer than M. `areas` are shares of the image; `scores` are 1 where nobody gave any. The
-    image as a whole, where there are no objects, is object 0.
+    since there are fewer than M. `areas` are fractions of the image; `scores` are 1 where nobody gave any.
+    The image as a whole, where there are no objects, is object 0.
     """
 
     which: Int64[Tensor, "B M"]
@@ -322,7 +322,7 @@ def full_mask(mask: Any) -> Bool[np.ndarray, "H W"]:
 
 @lru_cache(maxsize=256)
 def area_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inputs"]:
-    """Return the share of each output cell that each input cell covers, both dividing the same unit
+    """Return the fraction of each output cell that each input cell covers, both dividing the same unit
     interval.
     """
     edges_in, edges_out = np.arange(inputs + 1) / inputs, np.arange(outputs + 1)[:, None] / outputs
@@ -335,8 +335,8 @@ def area_weights(inputs: int, outputs: int) -> Float32[np.ndarray, "outputs inpu
 def _cells(
     low: float, high: float, inputs: int, outputs: int
 ) -> tuple[slice, Float32[np.ndarray, "outputs n"]]:
-    """The input cells of the unit interval that `low` to `high` touches, and the share of each of `outputs`
-    cells, which divide that, that each of them covers.
+    """The input cells of the unit interval that `low` to `high` touches, and the fraction of each of
+    `outputs` cells, which divide that, that each of them covers.
     """
     edges = np.linspace(low, high, outputs + 1)[:, None] * inputs
     inner = slice(int(np.floor(low * inputs)), min(int(np.ceil(high * inputs)), inputs))
@@ -346,7 +346,7 @@ def _cells(
 
 
 def _overlap(start: float, end: float, size: int) -> Float[np.ndarray, "size"]:
-    """The covered share of each of `size` unit cells by the interval from `start` to `end`."""
+    """The covered fraction of each of `size` unit cells by the interval from `start` to `end`."""
     cells = np.arange(size)
     shared = np.minimum(end, cells + 1) - np.maximum(start, cells)
     return np.where(shared >= min(SLIVER, (end - start) / 4), shared, 0)

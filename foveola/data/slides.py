@@ -16,7 +16,7 @@ from foveola.data.guard import check_pixels, extra, reading
 from foveola.data.sample import BadImage, DataError
 from foveola.data.values import Values
 
-SATURATED = 20 / 255  # a pixel whose colours differ by this share of the largest shows tissue
+SATURATED = 20 / 255  # a pixel whose colours differ by this fraction of the largest shows tissue
 CELLS = 16  # pixels of the overview that a side of a tile has at least
 OVERVIEW = 2**25  # pixels of it, where the slide has a coarser level
 MPP = ("openslide.mpp-x", "tiffslide.mpp-x")
@@ -25,7 +25,7 @@ WITHIN = (
     "a whole slide is read from a file of its own, in parts; `foveola pack 'folder:/slides?tiles=512' "
     "out=FOLDER format=jpeg` makes shards of its tiles"
 )
-SAME = 1e-3  # by this share two resolutions are one
+SAME = 1e-3  # up to this relative difference two resolutions are one
 
 
 class Level(NamedTuple):

@@ -153,7 +153,7 @@ def open_source(spec: str, split: Split = "train") -> Source:
     if holdout is not None:
         spec += "" if "split=" in query else f"&split={half}"
     elif kind in WITHOUT_HALVES and "split=" in query:
-        raise DataError(f"{kind}: split= needs holdout=, the share of the images that are for test")
+        raise DataError(f"{kind}: split= needs holdout=, the fraction of the images that are for test")
     source = opener(spec, unquote(path) if kind in NO_FOLDER else root, **options)
     if reading != Decoding():
         source.read_as(reading)

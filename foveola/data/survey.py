@@ -56,7 +56,7 @@ class ImageFacts:
     grey: bool = False  # three channels that are the same
     label: int | None = None
     objects: int | None = None
-    smallest: float | None = None  # share of the image that its smallest object takes
+    smallest: float | None = None  # fraction of the image that its smallest object takes
     content: bytes = b""  # hash of its file
     look: bytes = b""  # the image as a small grey one
 

@@ -123,8 +123,8 @@ def paint_heads(
     """Return an image in gray with a colour for each head over the patches that this head keeps (iBOT's
     figures).
 
-    A patch kept by several heads has the colour of the one with the largest share of its own attention there.
-    Six colours go round.
+    A patch kept by several heads has the colour of the one with the largest fraction of its own attention
+    there. Six colours go round.
     """
     fractions = weights / np.maximum(weights.sum(axis=(1, 2), keepdims=True), 1e-12)
     winner = np.where(selected, fractions, -1.0).argmax(axis=0)

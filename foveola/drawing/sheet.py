@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Bar:
-    """What colours mean: a strip [1, n, 3], and (share of the way along it, text) of its marks, rising."""
+    """What colours mean: a strip [1, n, 3], and (fraction of the way along it, text) of its marks, rising."""
 
     colors: Pixels
     marks: Sequence[tuple[float, str]]

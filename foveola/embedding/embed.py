@@ -208,7 +208,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _compute(embedding: Embedding, parts: FileParts, chosen: Int64[np.ndarray, "n"], size: int) -> int:
-    """Write the parts that are missing, each rank its share of them; returns how many images that were."""
+    """Write the parts that are missing, each rank a part of them; returns how many images that were."""
     if not all(distributed.gather_objects(parts.is_here())):
         raise UserError(f"{parts.folder} is not on all machines: give out= a folder that all processes reach")
     missing = parts.missing()

@@ -27,7 +27,7 @@ RECALL_QUERIES, RECALL_AT = 1000, 10
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A graph, and the share of the exact 10 nearest rows that it finds for rows of the index itself."""
+    """A graph, and the fraction of the exact 10 nearest rows that it finds for rows of the index itself."""
 
     faiss: Any
     recall: float

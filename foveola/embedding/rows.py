@@ -93,7 +93,7 @@ class FeatureRows(NamedTuple):
     width: Int64[np.ndarray, "n"]  # of the image, in pixels
     height: Int64[np.ndarray, "n"]
     masked: Shaped[np.ndarray, "n"]  # whether only the patches of the object were read; bool
-    readable: Float32[np.ndarray, "n"]  # share of the patches that were read
+    readable: Float32[np.ndarray, "n"]  # fraction of the patches that were read
 
 
 class _Cut(NamedTuple):

@@ -40,7 +40,7 @@ def head_for(encoder: Encoder, kind: type[H], protocol: str, does: str, instead:
 
 
 class HeadImages(Generic[B]):
-    """Iterates over the chosen images of the test data in batches, of each process its share.
+    """Iterates over the chosen images of the test data in batches, of each process a part of them.
 
     `cut` makes of a sample what is asked, as of `evaluation.images.Images`; `protocol` names the progress.
     """

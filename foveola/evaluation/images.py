@@ -33,7 +33,7 @@ from foveola.models.transform import Box, TransformConfig, View
 from foveola.progress import show
 
 PARCEL = 8  # images that travel together from a worker
-MAX_BAD = 0.01  # share of unreadable images above which a number would not be what it says
+MAX_BAD = 0.01  # fraction of unreadable images above which a number would not be what it says
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class MaskedConfig(ChosenConfig):
     )
     min_coverage: float | None = key(
         None,
-        "share of a patch that an object must cover for its token to read it; null = half a pixel",
+        "fraction of a patch that an object must cover for its token to read it; null = half a pixel",
         above=0,
         at_most=1,
     )
@@ -108,7 +108,7 @@ def identity_for(source: Source, config: Any) -> Identity:
 
 
 def slice_of_rank(count: int) -> slice:
-    """Return the contiguous share of this rank of `count` items: shares in rank order are the whole in
+    """Return the contiguous part of this rank of `count` items: parts in rank order are the whole in
     order.
     """
     rank, world = distributed.rank(), distributed.world_size()

@@ -160,14 +160,14 @@ def partner_ranks(
 
 
 def recall_at(ranks: Int64[Tensor, "n"], k: int) -> float:
-    """Return the share of ranks below k, in percent."""
+    """Return the fraction of ranks below k, in percent."""
     return percent(ranks < k)
 
 
 def percent(hit: Bool[Tensor, "n"]) -> float:
-    """Return the share of True, in percent. Raises ValueError for no row at all."""
+    """Return the fraction of True, in percent. Raises ValueError for no row at all."""
     if not len(hit):
-        raise ValueError("a share of no rows")
+        raise ValueError("a fraction of no rows")
     return 100.0 * hit.double().mean().item()
 
 
@@ -203,13 +203,13 @@ def bootstrap(
 
 
 def wilson(fraction: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share in [0, 1] of `count` independent rows (Wilson, 1927).
+    """Return Wilson's score interval of a fraction in [0, 1] of `count` independent rows (Wilson, 1927).
 
     It holds what it promises near 0 and 1, too, where a bootstrap of equal values has no width: all right of
     100 gives (0.963, 1).
     """
     if count < 1 or not 0 <= fraction <= 1:
-        raise ValueError(f"an interval of a share of {fraction} of {count} rows")
+        raise ValueError(f"an interval of a fraction of {fraction} of {count} rows")
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     centre, half = (
         fraction + z2 / (2 * count),
@@ -253,7 +253,7 @@ def paired_interval(
     (1998), which leaves out 0 exactly where McNemar's test rejects. Otherwise a bootstrap of b - a.
 
     Args:
-        a, b: hits (bool), or numbers of any kind, such as shares of rows.
+        a, b: hits (bool), or numbers of any kind, such as fractions of rows.
         groups: rows of one group (objects of one image) are not independent; see `bootstrap`.
     """
     if len(a) != len(b) or not len(a):
@@ -271,7 +271,7 @@ def tango(gained: int, lost: int, count: int, confidence: float = 0.95) -> tuple
     1998).
 
     Its ends are the differences D with (gained - lost - n D)^2 = z^2 n (2 q + D (1 - D)), where q is the most
-    likely share of lost pairs if D is the true difference.
+    likely fraction of lost pairs if D is the true difference.
     """
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
 
@@ -329,7 +329,7 @@ class Judged(NamedTuple):
     loss: Float64[Tensor, "G"]  # mean cross-entropy of the rows' labels; infinite where that is not finite
 
     def order(self) -> list[tuple[float, float]]:
-        """Return what the best probe has the greatest of: the share that is right, and of equals the lower
+        """Return what the best probe has the greatest of: the fraction that is right, and of equals the lower
         loss.
         """
         return [(percent(row), -loss) for row, loss in zip(self.right, self.loss.tolist(), strict=True)]

@@ -56,7 +56,7 @@ class Difference:
 def packed(values: Tensor, images: Int64[Tensor, "n"]) -> PackedScores:
     """Return the score of each row and the image it is of, as JSON can hold it.
 
-    A score is a hit, a share in [0, 1] of a metric in percent, or a number in the unit of its metric.
+    A score is a hit, a fraction in [0, 1] of a metric in percent, or a number in the unit of its metric.
 
     A hit takes a bit before compression. Images are kept as a hash, which says whether two results have the
     same rows in the same order, and as numbers only where several rows are of one image.

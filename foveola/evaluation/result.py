@@ -34,7 +34,7 @@ def documents_of(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """What one evaluation found, with everything needed to repeat it. Shares are in percent."""
+    """What one evaluation found, with everything needed to repeat it. Fractions are in percent."""
 
     protocol: str
     settings: dict[str, Any]

@@ -49,7 +49,7 @@ class Program(nn.Module):
             self.register_buffer(name, ends[:, None, None])
 
     def normalised(self, images: ProgramImages) -> Float32[Tensor, "B ch H W"]:
-        """Return shares of the range, less the mean, over the deviation."""
+        """Return fractions of the range, less the mean, over the deviation."""
         if self.ranged:
             shares = ((images - self.low) / (self.high - self.low)).clamp(0, 1)
         else:
@@ -313,7 +313,7 @@ def _scale(transform: Any) -> str:
     ends = ", ".join(f"{low:.15g} to {high:.15g}" for low, high in ranges)
     what = "values as files have them"
     if reading.deep and not reading.ranges:
-        what = "shares of the range that each file states"
+        what = "fractions of the range that each file states"
     each = " (of each channel)" if len(ranges) > 1 else ""
     return f"{what}, from {ends}{each}: cut off beyond, also before they are resized; normalised inside"
 

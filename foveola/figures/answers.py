@@ -39,10 +39,10 @@ class Answer:
 def judged_images(encoder: Encoder, source: Source, indices: Sequence[int]) -> Iterator[Answer]:
     """Yield the answers for images of a source that can be read and judged, in their order.
 
-    The score of a classifier is what it gives the right class (of several classes: the share that are rightly
-    there or not there); of a segmenter the share of labelled pixels that are right; of a detector the
-    `agreement` of what it found and what is annotated. Raises UserError for an encoder without a head, and
-    for a head whose answers nobody knows to judge.
+    The score of a classifier is what it gives the right class (of several classes: the fraction that are
+    rightly there or not there); of a segmenter the fraction of labelled pixels that are right; of a detector
+    the `agreement` of what it found and what is annotated. Raises UserError for an encoder without a head,
+    and for a head whose answers nobody knows to judge.
     """
     if encoder.head is None:
         raise UserError("answers needs a fine-tuned encoder: this one has no head for a task")
@@ -97,8 +97,8 @@ def answers_sheet(
 
 
 ABOUT_SCORES: dict[type, str] = {
-    Classes: "The number is what the right class got; of several classes, the share that are right.",
-    LabelMap: "The number is the share of labelled pixels that are right. Black: no class.",
+    Classes: "The number is what the right class got; of several classes, the fraction that are right.",
+    LabelMap: "The number is the fraction of labelled pixels that are right. Black: no class.",
     Detections: "The number is 2 R / (F + A): R right ones of F found above a score of 0.5, A annotated.",
 }
 

@@ -32,8 +32,8 @@ def patch_map(
         size: pixels of the longer side; None = that of the encoder's transform.
         tile: pixels a side of the squares in which a larger image is encoded; 0 = always at once; None = at
             once up to 4096 patches, above in tiles of the transform's size.
-        overlap: share of a tile's side that it has in common with the next. Where tiles overlap, features are
-            averaged with weights that fall towards a tile's border, so that no seams show.
+        overlap: fraction of a tile's side that it has in common with the next. Where tiles overlap, features
+            are averaged with weights that fall towards a tile's border, so that no seams show.
 
     A tile is encoded as an image of its own: it knows nothing of what lies outside, and its positions are
     those of a whole image, except with a position field, which is read where the tile lies. Memory is that
@@ -42,7 +42,7 @@ def patch_map(
     if size is not None and size < encoder.patch_size:
         raise UserError(f"size={size}: a patch of this encoder has {encoder.patch_size} pixels a side")
     if not 0 <= overlap < 1:
-        raise UserError(f"overlap={overlap}: expected a share of a tile, at least 0 and below 1")
+        raise UserError(f"overlap={overlap}: expected a fraction of a tile, at least 0 and below 1")
     pixels = fit_to_patches(image, encoder.config.transform, encoder.patch_size, size)
     grid = tuple(side // encoder.patch_size for side in pixels.shape[1:])
     if tile is None:

@@ -10,7 +10,7 @@ from foveola.figures.pca import FLAT_VARIANCE, Basis
 
 ROUNDS = 30  # of codes and atoms in turn; fewer where nothing changes any more
 SWEEPS = 200  # over the atoms for the codes of a round, at most
-STILL = 1e-8  # a change that is none, as a share of the objective or of a code of 1
+STILL = 1e-8  # a change that is none, as a fraction of the objective or of a code of 1
 RGBCMY = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 
 

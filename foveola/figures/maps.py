@@ -88,7 +88,7 @@ def received_attention(
 
 
 def strongest(weights: Float[Tensor, "*S h w"], mass: float = MASS) -> Bool[Tensor, "*S h w"]:
-    """Return the fewest patches that hold at least the share `mass` of each map, the strongest first.
+    """Return the fewest patches that hold at least the fraction `mass` of each map, the strongest first.
 
     Of equal patches the upper left ones first. A map of zeros has none.
     """

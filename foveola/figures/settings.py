@@ -86,11 +86,11 @@ class DictionaryConfig(DenseFigureConfig):
 @dataclass(frozen=True)
 class AttentionConfig(ImagesConfig):
     block: int = key(-1, "whose attention; negative numbers count from the last block")
-    mass: float = key(MASS, "share of a head's attention that its coloured patches hold", above=0, at_most=1)
+    mass: float = key(MASS, "fraction of a head's attention in its coloured patches", above=0, at_most=1)
     heads: bool = key(False, "also a column for each head")
     min_coverage: float = key(
         MIN_COVERAGE,
-        "share of a patch that makes it the object's: its token may read it",
+        "fraction of a patch that makes it the object's: its token may read it",
         above=0,
         at_most=1,
     )

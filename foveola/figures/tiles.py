@@ -25,7 +25,7 @@ LIGHT = (
 )
 TILE_SIDE = 160  # pixels a side of a tile in a sheet
 FULL = 320  # pixels of the longer side of a tile at full size, at least
-MIN_COVERAGE = 1 / 256  # share of a patch that makes it the object's: any pixel of 16 x 16
+MIN_COVERAGE = 1 / 256  # fraction of a patch that makes it the object's: any pixel of 16 x 16
 CANVAS = 512  # pixels a side on which masks are drawn before they are read patch by patch
 
 

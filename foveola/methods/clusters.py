@@ -104,8 +104,8 @@ class Clustering(nn.Module):
         self.used |= distributed.all_reduce_max(self.used.to(torch.uint8)).bool()
 
     def prototypes_used(self) -> float:
-        """Return the share of prototypes that were the first choice of some patch since the epoch began; all
-        processes call it.
+        """Return the fraction of prototypes that were the first choice of some patch since the epoch began;
+        all processes call it.
         """
         self._join_used()
         return self.used.float().mean().item()

@@ -30,7 +30,7 @@ from foveola.schedules import Progress
 from foveola.views.batch import Batch, ViewsConfig
 
 IMAGES_KEPT = 8  # images of a step that are kept to be looked at
-EASY = 0.5  # share of hidden patches below which their neighbours tell most of them
+EASY = 0.5  # fraction of hidden patches below which their neighbours tell most of them
 
 
 @dataclass(frozen=True)

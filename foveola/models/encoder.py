@@ -267,7 +267,7 @@ class Encoder(nn.Module):
         return Encoder(config, self.backbone, self.predictor)
 
     def normalise(self, images: Shaped[Tensor, "B ch H W"]) -> Float[Tensor, "B C H W"]:
-        """Return pixels, uint8 or uint16, as shares of their range, less the mean, over the deviation."""
+        """Return pixels, uint8 or uint16, as fractions of their range, less the mean, over the deviation."""
         transform = self.config.transform
         mean = torch.tensor(transform.mean, device=images.device)[:, None, None]
         std = torch.tensor(transform.std, device=images.device)[:, None, None]

@@ -52,7 +52,7 @@ class ViTConfig:
         "linear", "the rate rises from 0 over the blocks, or is the same in all"
     )
     drop_path_subset: bool = key(
-        False, "drop a fixed share of images and skip their work (DINOv2, CAPI), not each by chance"
+        False, "drop a fixed fraction of images and skip their work (DINOv2, CAPI), not each by chance"
     )
     positions: Literal["learned", "sincos", "rope", "field", "none"] = key(
         "learned",

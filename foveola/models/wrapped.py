@@ -175,7 +175,7 @@ def looked_at(module: nn.Module, side: int, name: str, why: str = "", channels: 
     if weights is not None:
         if bool((weights < 0).any()) or not torch.allclose(weights.sum(dim=-1), torch.ones(()), atol=1e-3):
             raise UserError(
-                f"{name} gives attention whose rows are not shares of 1: it is that after softmax"
+                f"{name} gives attention whose rows are not fractions of 1: it is that after softmax"
             )
         registers = special - int(found.pooled is not None)
         if registers < 0:

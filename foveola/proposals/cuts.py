@@ -17,7 +17,7 @@ from foveola.proposals.spectral import second_eigenvectors
 WEAK_EDGE = 1e-5  # weight of an edge between patches that are not similar, so that every graph hangs together
 AGAIN = 0.5  # IoU with the object before from which MaskCut has found it again
 NO_DIFFERENCE = 1e-5  # of the length of features that do not differ, what is left once their mean is off
-TINY = 0.01  # share of the image up to which a further object of MaskCut is none
+TINY = 0.01  # fraction of the image up to which a further object of MaskCut is none
 
 
 class CutObjects(NamedTuple):
@@ -159,7 +159,7 @@ def objectness(
     features: Float[Tensor, "B N D"], masks: Bool[Tensor, "B K N"], grid: tuple[int, int]
 ) -> Float32[Tensor, "B K"]:
     """Return how sure it is that masks are objects, in [0, 1]: half the `separation`, negative ones being 0,
-    times the share of the image's border that the mask leaves free.
+    times the fraction of the image's border that the mask leaves free.
     """
     border = torch.ones(grid, dtype=torch.bool, device=masks.device)
     border[1:-1, 1:-1] = False

@@ -58,7 +58,7 @@ class DiscoverConfig:
     objects: int = key(3, "maskcut: objects of an image at most", at_least=1, at_most=100)
     k: int = key(100, "lost: patches that may vote, of those that are alike to the fewest", at_least=1)
     share: float = key(
-        0.6, "attention, abmilp: share of it that the brightest patches have together", above=0, below=1
+        0.6, "attention, abmilp: fraction of it that the brightest patches have together", above=0, below=1
     )
     probe: str | None = key(None, "abmilp: probe.safetensors, as `foveola evaluate abmilp` has kept it")
     refine: Refine = key(

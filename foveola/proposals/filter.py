@@ -17,8 +17,8 @@ class FilterConfig:
     min_score: float | None = key(
         None, "objects of a lower score are left out; null = none is, for its score"
     )
-    min_area: float = key(0.0, "share of the image that an object covers at least", at_least=0, below=1)
-    max_area: float = key(1.0, "share of the image that an object covers at most", above=0, at_most=1)
+    min_area: float = key(0.0, "fraction of the image that an object covers at least", at_least=0, below=1)
+    max_area: float = key(1.0, "fraction of the image that an object covers at most", above=0, at_most=1)
     duplicate_iou: float | None = key(
         0.9,
         "of two objects that overlap so much (IoU of masks, or of boxes) the surer stays; null = both stay",

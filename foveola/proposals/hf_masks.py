@@ -17,7 +17,7 @@ from foveola.proposals.found import (
 )
 from foveola.proposals.hf_library import HubModel, has_one_size, pillows
 
-LEFT_OF_SEGMENT = 0.8  # share of a mask that no surer one may take (Mask2Former's OVERLAP_THRESHOLD)
+LEFT_OF_SEGMENT = 0.8  # fraction of a mask that no surer one may take (Mask2Former's OVERLAP_THRESHOLD)
 
 
 def open_mask_model(found: HubModel, segments: str, device: torch.device) -> OpenedDetector:

@@ -159,7 +159,7 @@ def propose(
 
     The file is COCO's, with masks as RLE and scores; `folder:/my/images?annotations=OUT/objects.json` and any
     other data string reads it. A run that was killed goes on when it is started again, and ends with the same
-    bytes; one that is finished returns what is there. Every process of torchrun takes its share of the data.
+    bytes; one that is finished returns what is there. Every process of torchrun takes its part of the data.
 
     Args:
         kind: `discover` (features of an encoder), `detect`, `segment`, or a `Proposer` of your own.

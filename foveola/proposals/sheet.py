@@ -95,7 +95,7 @@ def _charts(summary: Summary) -> list[Chart]:
     counts = np.bincount(summary.counts, minlength=most + 1)
     charts = [_chart("Objects of an image", range(most + 1), counts, "objects", "images")]
     for title, values, x in (
-        ("Size of objects", summary.areas, "share of the image"),
+        ("Size of objects", summary.areas, "fraction of the image"),
         ("Scores", summary.scores, "score"),
     ):
         if values:

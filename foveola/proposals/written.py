@@ -24,7 +24,7 @@ OBJECTS = "objects.json"
 @dataclass
 class Summary:
     """What a file holds, in numbers: of each image that could be read how many objects, of each of these the
-    share of its image and the score; of the others the names and why.
+    fraction of its image and the score; of the others the names and why.
     """
 
     counts: list[int] = field(default_factory=list)

@@ -68,7 +68,7 @@ def curves(records: Sequence[Record]) -> list[Group]:
         ),
         Group(
             "Targets",
-            "Entropy as a share of the most possible, log K: 1 says nothing, 0 is one-hot. "
+            "Entropy as a fraction of the most possible, log K: 1 says nothing, 0 is one-hot. "
             "Dotted: where LOOK begins.",
             [*_entropies(records, taken), *_usage(records, taken)],
         ),
@@ -155,7 +155,7 @@ def _kinds(records: Sequence[Record], ending: str) -> list[str]:
 
 
 def _entropies(records: Sequence[Record], taken: set[str]) -> list[Chart]:
-    """Entropies as shares of log K, of runs that say what K is; of the others in nats, with other metrics."""
+    """Entropies as fractions of log K, of runs that say K; of the others in nats, with other metrics."""
     charts, lines = [], []
     levels = {f"flat: {as_percent(FLAT_FROM[0])}": FLAT_FROM[0], f"one-hot: {as_percent(SHARP)}": SHARP}
     for kind in _kinds(records, "/target_entropy"):

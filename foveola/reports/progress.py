@@ -35,10 +35,10 @@ from foveola.reports.request import (
 from foveola.reports.saved import home, identity, key_of, read_tree
 from foveola.zoo.load import load
 
-POSITION_IMAGES = 128  # images on which the share of position is measured
+POSITION_IMAGES = 128  # images on which the fraction of position is measured
 OBJECTS_TO_FIND = 500  # that are to be found among each other
 UNTRAINED, START, BEST, END = "untrained", "start", "best", "end"
-NEAR_END = 0.98  # share of the steps after which a kept encoder is as good as the last
+NEAR_END = 0.98  # fraction of the steps after which a kept encoder is as good as the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +277,7 @@ def _saved(folder: Path, name: str, wanted: dict[str, Any], data: Data) -> Resul
 
 
 def position_fraction(batches: Iterable[Float[Tensor, "_ N D"]]) -> tuple[float, int]:
-    """Return the share of the variance of patches that their position explains, in [0, 1], and of how many
+    """Return the fraction of the variance of patches that their position explains, in [0, 1], and of how many
     images.
 
     Components of variance of a one-way analysis with the N positions as groups of all images, at least 2: the

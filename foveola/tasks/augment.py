@@ -25,11 +25,11 @@ class AugmentConfig:
     cutmix: float = key(
         0.0, "alpha of cutmix: a rectangle is of the other image of a pair; 0 = none", at_least=0
     )
-    mix_probability: float = key(1.0, "share of batches that are mixed", at_least=0, at_most=1)
+    mix_probability: float = key(1.0, "fraction of batches that are mixed", at_least=0, at_most=1)
     cutmix_share: float = key(
-        0.5, "share of mixed batches that are mixed by cutmix, where both are", at_least=0, at_most=1
+        0.5, "fraction of mixed batches that are mixed by cutmix, where both are", at_least=0, at_most=1
     )
-    smoothing: float = key(0.0, "share of each label that is spread over all classes", at_least=0, below=1)
+    smoothing: float = key(0.0, "fraction of each label that is spread over all classes", at_least=0, below=1)
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""
@@ -49,7 +49,7 @@ class AugmentConfig:
 
 
 class Augment:
-    """Changes views as they are given to a method, which are normalised, and the shares of their classes.
+    """Changes views as they are given to a method, which are normalised, and the fractions of their classes.
 
     Draws come from torch's own generator of the CPU, which a step seeds, so a step that is repeated is the
     same. Raises UserError where torchvision is needed and is not there.
@@ -62,9 +62,9 @@ class Augment:
     def __call__(
         self, images: Float[Tensor, "B ch H W"], soft_labels: Float[Tensor, "B C"]
     ) -> tuple[Float[Tensor, "B ch H W"], Float[Tensor, "B C"]]:
-        """Return views after RandAugment, erasing and mixing, and the shares of classes that belong to them.
+        """Return views after RandAugment, erasing and mixing, and the fraction of each class in them.
 
-        The shares of an image sum to one, or to zero where its class is not known, and still do.
+        The fractions of an image sum to one, or to zero where its class is not known, and still do.
         """
         config = self.config
         if config.randaugment:

@@ -154,7 +154,7 @@ class ClassificationHead(TaskHead):
 class Classification(TaskMethod):
     """An encoder and a linear layer learn the labels of images: end-to-end fine-tuning (MAE, Appendix A.1).
 
-    The loss is the cross-entropy with the shares of classes that smoothing and mixing leave, over all
+    The loss is the cross-entropy with the fractions of classes that smoothing and mixing leave, over all
     labelled images of all processes; where an image may have several classes, the mean over classes of the
     binary cross-entropy of each. With a frozen encoder it is a linear (or attentive) probe on augmented
     images.
@@ -213,8 +213,8 @@ class Classification(TaskMethod):
         return Output({"classification": loss}, dict(batch.facts))
 
     def diagnose(self) -> dict[str, float]:
-        """Return the share of training views since the last call whose largest class was found; where they
-        may have several, the share of their classes that are rightly there or not there.
+        """Return the fraction of training views since the last call whose largest class was found; where they
+        may have several, the fraction of their classes that are rightly there or not there.
         """
         if not self.seen:
             return {}

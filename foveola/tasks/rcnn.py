@@ -23,7 +23,7 @@ from foveola.tasks.regions import centred_inside, clipped, fraction_inside
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
 CROWDED = (
-    0.5  # share of a proposal in regions that count as nothing, above which it is no example of background
+    0.5  # fraction of a proposal in regions that count as nothing, above which it is no example of background
 )
 BELONGS_FROM = 0.5  # IoU from which a proposal belongs to an object
 CANONICAL = 224, 4  # a box of that side is read from the level of that number, where level 2 has strides of 4

@@ -15,7 +15,7 @@ def drawn(boxes: Float[Tensor, "K 4"], height: int, width: int) -> Bool[Tensor, 
 
 
 def fraction_inside(region: Bool[Tensor, "H W"], boxes: Float[Tensor, "K 4"]) -> Float[Tensor, "K"]:
-    """Return the share of each box that lies in a region of pixels; 0 of a box without area.
+    """Return the fraction of each box that lies in a region of pixels; 0 of a box without area.
 
     Exact, also for boxes that cut pixels, through the integral of the region: sums over [0, x] x [0, y].
     """

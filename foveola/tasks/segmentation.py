@@ -138,7 +138,7 @@ class Segmentation(TaskMethod):
         return Output({"segmentation": loss * distributed.world_size() / weight}, dict(batch.facts))
 
     def diagnose(self) -> dict[str, float]:
-        """Return the share of labelled pixels of training views since the last call whose class was found."""
+        """Return the fraction of labelled pixels of training views whose class was found."""
         if not self.seen:
             return {}
         right, count = distributed.all_reduce_sum(torch.stack(self.seen).sum(dim=0)).tolist()

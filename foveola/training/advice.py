@@ -10,8 +10,8 @@ from foveola.training.durations import schedules
 from foveola.training.freezing import ALL, phase_steps
 from foveola.training.recipe import RunConfig
 
-FIRST = 0.05  # share of its first weights that a teacher may still have at the end
-MOST = 0.5  # share of starting weights beyond which a run hardly changes them
+FIRST = 0.05  # fraction of its first weights that a teacher may still have at the end
+MOST = 0.5  # fraction of starting weights beyond which a run hardly changes them
 FASTEST = 0.9  # momentum below which none is proposed: what follows a student at once teaches it nothing
 
 

@@ -32,7 +32,7 @@ from foveola.views.batch import Streams
 
 
 def local_batch_size(config: RunConfig) -> int:
-    """Return images that a process takes at once: its share of the batch, in `accumulate` parts."""
+    """Return images that a process takes at once: its part of the batch, in `accumulate` parts."""
     world = distributed.world_size()
     part, rest = divmod(config.batch_size, world * config.accumulate)
     if rest:

@@ -91,7 +91,7 @@ def periods(config: RunConfig) -> dict[str, str | None]:
 def period(config: RunConfig, name: str, progress: Progress) -> int | None:
     """Return the steps of one of `periods`, at least 1; None where it is null.
 
-    Of a share of the run that is less than half a step it is every step: a recipe can be tried for some
+    Of a fraction of the run that is less than half a step it is every step: a recipe can be tried for some
     steps. Any other duration below that raises ConfigError.
     """
     duration = periods(config)[name]

@@ -35,7 +35,7 @@ def lengthen(folder: Path, config: RunConfig) -> str:
 
 def what_changes(before: str, config: RunConfig, progress: Progress, images: int) -> str:
     """Return in a line what a run that had the duration `before` does otherwise from the step of `progress`
-    on: the schedules whose values jump, and the durations that are shares of the run.
+    on: the schedules whose values jump, and the durations that are fractions of the run.
     """
     shorter = dataclasses.replace(config, duration=before)
     earlier = plan(shorter, images, distributed.world_size())

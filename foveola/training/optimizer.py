@@ -25,7 +25,7 @@ class PartConfig:
         None, "learning rate of its own, as it is; null = the shared one", at_least=0
     )
     weight_decay: float | None = key(None, "constant weight decay; null = the shared one", at_least=0)
-    bias_decay: float = key(0.0, "share of the weight decay that biases get (CAPI's clusters: 1)", at_least=0)
+    bias_decay: float = key(0.0, "fraction of the weight decay for biases (CAPI's clusters: 1)", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OptimizerConfig:
         factory=lambda: Schedule(value=0.04, end=0.4, shape="cosine"), help="weight decay", at_least=0
     )
     betas: tuple[float, float] = key((0.9, 0.999), "betas of AdamW", at_least=0, below=1)
-    momentum: float = key(0.9, "share of the last update in the next one, of SGD", at_least=0, below=1)
+    momentum: float = key(0.9, "fraction of the last update in the next one, of SGD", at_least=0, below=1)
     nesterov: bool = key(False, "look a step of the momentum ahead (SGD in timm, so in Segmenter)")
     clip: float | None = key(3.0, "largest gradient norm; null = no clipping", above=0)
     clip_each: Literal["parameter", "module", "all"] = key(
@@ -55,7 +55,7 @@ class OptimizerConfig:
     )
     layer_decay: float = key(1.0, "a block's learning rate over that of the next one", above=0, at_most=1)
     patch_embed_lr: float = key(1.0, "times the learning rate, for the patch embedding", above=0)
-    norm_decay: float = key(0.0, "share of the weight decay that weights of norms get", at_least=0)
+    norm_decay: float = key(0.0, "fraction of the weight decay that weights of norms get", at_least=0)
     parts: dict[str, PartConfig] = key(
         factory=dict, help="parts of the method that learn in their own way, by their names in --dry-run"
     )
@@ -228,7 +228,7 @@ def _parts(method: Method, config: OptimizerConfig) -> dict[int, str]:
 
 
 def _rates(method: Method, config: OptimizerConfig) -> dict[int, float]:
-    """Share of the learning rate of each parameter of an encoder, by its id: for its depth, and for patches.
+    """Factor of the learning rate of each parameter of an encoder, by its id: for its depth, and for patches.
 
     The layer i of n, what embeds being the first, gets layer_decay ** (n - i).
     """

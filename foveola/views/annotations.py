@@ -33,7 +33,7 @@ class ViewInstances(NamedTuple):
 def cut_instances(
     instances: Instances, boxes: Float[Tensor, "B V 4"], flips: Bool[Tensor, "B V"], size: int
 ) -> tuple[ViewInstances, Averages]:
-    """Return the instances of views of `size` pixels a side, and the share of all that no pixel is left of.
+    """Return the instances of views of `size` pixels a side, and the fraction without a pixel left.
 
     Those are gone: their box lies outside of the view or the image, or their mask covers half of no pixel.
     """

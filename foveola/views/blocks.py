@@ -18,11 +18,11 @@ class BlocksConfig:
 
     targets: int = key(4, "blocks to predict in each view", at_least=1, at_most=1000)
     target_scale: tuple[float, float] = key(
-        (0.15, 0.2), "share of the patches that such a block covers", above=0, below=1
+        (0.15, 0.2), "fraction of the patches that such a block covers", above=0, below=1
     )
     target_aspect: tuple[float, float] = key((0.75, 1.5), "height / width of such a block", above=0)
     context_scale: tuple[float, float] = key(
-        (0.85, 1.0), "share of the patches of the square that the context is cut from", above=0, at_most=1
+        (0.85, 1.0), "fraction of the patches of the square that the context is cut from", above=0, at_most=1
     )
     min_context: int = key(10, "a view is drawn again unless its context has more patches", at_least=0)
     published: bool = key(

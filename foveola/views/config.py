@@ -19,11 +19,11 @@ class ViewsConfig:
     global_size: int = key(224, "pixels a side of a global view", at_least=1, at_most=2**13)
     global_count: int = key(2, "global views of an image", at_least=1, at_most=100)
     global_scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the image's area that a global view covers"
+        (0.25, 1.0), "fraction of the image's area that a global view covers"
     )
     local_size: int = key(96, "pixels a side of a local view", at_least=1, at_most=2**13)
     local_count: int = key(10, "local views of an image", at_least=0, at_most=1000)
-    local_scale: tuple[float, float] = key((0.05, 0.25), "share of the image's area that a local view covers")
+    local_scale: tuple[float, float] = key((0.05, 0.25), "fraction of the image's area in a local view")
     ratio: tuple[float, float] = key((3 / 4, 4 / 3), "width / height of a view's box in true pixels")
     rescale: RescaleConfig | None = key(
         None,

@@ -20,11 +20,11 @@ class ObjectsConfig:
     attention: bool = key(True, "object tokens of global views read only the patches of their object")
     candidates: int = key(20, "boxes drawn for a global view before giving up", at_least=1, at_most=10_000)
     min_visible: float = key(
-        0.0, "share of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1
+        0.0, "fraction of the object that a view must hold; 0 = more than nothing", at_least=0, at_most=1
     )
     min_coverage: float = key(
         1 / 256,
-        "share of a patch that makes it the object's; 1/256 = any pixel of 16 x 16",
+        "fraction of a patch that makes it the object's; 1/256 = any pixel of 16 x 16",
         above=0,
         at_most=1,
     )
@@ -91,7 +91,7 @@ def object_patches(
     grid: tuple[int, int],
     min_coverage: float,
 ) -> Bool[Tensor, "B V M N"]:
-    """Return the patches of each view that belong to each object: covered share >= `min_coverage`; may be
+    """Return the patches of each view that belong to each object: covered fraction >= `min_coverage`; may be
     empty.
     """
     coverage = sample(masks, boxes, flips, grid, kernel="area")

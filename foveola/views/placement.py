@@ -28,7 +28,7 @@ class PlacementConfig:
         (2, 5), "parameters of distribution=beta, whole numbers", at_least=1, at_most=1000
     )
     area: tuple[float, float] = key(
-        (0.2, 1.0), "least and largest share of the field's area", above=0, at_most=1
+        (0.2, 1.0), "least and largest fraction of the field's area", above=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class PlacementConfig:
 
 
 def draw_areas(config: PlacementConfig, count: int, generator: torch.Generator) -> Float64[Tensor, "n"]:
-    """Return shares s of the field's area: s = low + (high - low) x, x ~ Beta(a, b) or uniform in [0, 1).
+    """Return fractions s of the field's area: s = low + (high - low) x, x ~ Beta(a, b) or uniform in [0, 1).
 
     The paper gives Beta(2, 5) and the ends 0.2 and 1; cut off at 0.2 instead, a third of the draws would be
     0.2.

@@ -21,10 +21,10 @@ class PositionMaskingConfig:
     shape: Literal["cross", "block"] = key(
         "cross", "whole rows with whole columns, or rectangles as for contents (Table 5a)"
     )
-    ratio: tuple[float, float] = key((0.1, 0.5), "share of patches of a view without position, from and to")
+    ratio: tuple[float, float] = key((0.1, 0.5), "fraction of a view's patches without position, from and to")
     share: float = key(
         0.5,
-        "share of images whose positions are masked; `masking` is for the others (Table 5b)",
+        "fraction of images whose positions are masked; `masking` is for the others (Table 5b)",
         at_least=0,
         at_most=1,
     )

@@ -30,7 +30,7 @@ class RescaleConfig:
     side: Literal["long", "short"] = key("long", "which side of the image that is")
     max_class_share: float | None = key(
         None,
-        "of up to 10 windows take the first in which no class fills more than this share of the labelled "
+        "of up to 10 windows take the first in which no class fills more than this fraction of the labelled "
         "pixels; null = the first",
         above=0,
         below=1,

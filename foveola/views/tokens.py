@@ -24,21 +24,21 @@ class MaskingConfig:
     """Defaults: iBOT and ODIS, whose code draws each view's ratio on its own."""
 
     shape: Literal["block", "random"] = key("block", "rectangles (iBOT) or single patches, spread uniformly")
-    probability: float = key(0.5, "share of global views that are masked at all", at_least=0, at_most=1)
-    ratio: tuple[float, float] = key((0.1, 0.5), "masked share of a masked view is uniform in this range")
+    probability: float = key(0.5, "fraction of global views that are masked at all", at_least=0, at_most=1)
+    ratio: tuple[float, float] = key((0.1, 0.5), "masked fraction of a masked view is uniform in this range")
     per_image: bool = key(
         False, "decide once for all views of an image (the iBOT paper's text) whether to mask"
     )
     local: bool = key(False, "mask local views as well (ODIS Table 5, PMLC)")
     stratified: bool = key(
         False,
-        "mask exactly this share of the views of a batch, with ratios spread evenly over the range (DINOv2)",
+        "mask exactly this fraction of the views of a batch, with ratios spread evenly (DINOv2)",
     )
     smallest_block: int | None = key(
         None, "least patches asked of a block (DINOv2: 4); null = (shorter side // 3)^2", at_least=1
     )
     largest_block: float = key(
-        1.0, "most patches of a block, as a share of all (DINOv2: 0.5)", above=0, at_most=1
+        1.0, "most patches of a block, as a fraction of all (DINOv2: 0.5)", above=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ def block_masks(
     Args:
         smallest: least area asked for, in patches; default (shorter side // 3)^2, 16 for a 14 x 14 grid.
             DINOv2: 4.
-        largest: bound of what counts as missing, so of a block, as a share of N. DINOv2: 0.5.
+        largest: bound of what counts as missing, so of a block, as a fraction of N. DINOv2: 0.5.
     """
     patches = grid[0] * grid[1]
     return _grow(ratios * patches, grid, generator, smallest, largest * patches)
@@ -171,11 +171,11 @@ class DroppingConfig:
     shape: Literal["inverse_block", "block", "random"] = key(
         "inverse_block", "keep a rectangle, drop a rectangle, or drop patches spread uniformly"
     )
-    ratio: float = key(0.65, "share of patches that are dropped", above=0, below=1)
+    ratio: float = key(0.65, "fraction of patches that are dropped", above=0, below=1)
     roll: bool = key(
         True, "shift rectangles around the torus, so that all positions are dropped alike (CAPI, Table 1b)"
     )
-    predict: float = key(0.05, "share of the dropped patches that are predicted", above=0, at_most=1)
+    predict: float = key(0.05, "fraction of the dropped patches that are predicted", above=0, at_most=1)
 
     def unread(self) -> dict[str, str]:
         """Return keys that nothing reads with these settings, and why."""

@@ -148,7 +148,7 @@ def test_instances_are_all_objects_with_masks_in_their_own_boxes():
 
 
 def coverage(mask: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """The share of each cell of a box that the true pixels of a mask cover; a loop."""
+    """The fraction of each cell of a box that the true pixels of a mask cover; a loop."""
     out = np.zeros((size, size))
     x0, y0, x1, y1 = scaled(box, mask.shape)
     down = [overlap(y0, y1, i, size, mask.shape[0]) for i in range(size)]
@@ -164,7 +164,7 @@ def scaled(box: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def overlap(low: float, high: float, i: int, size: int, pixels: int) -> np.ndarray:
-    """The share of the i-th part of [low, high] in each pixel of an axis."""
+    """The fraction of the i-th part of [low, high] in each pixel of an axis."""
     start, end = low + (high - low) * i / size, low + (high - low) * (i + 1) / size
     return np.array([max(0.0, min(end, k + 1) - max(start, k)) / (end - start) for k in range(pixels)])
 

@@ -121,8 +121,8 @@ def test_files_that_cannot_be_read_are_drawn_by_their_names(tmp_path: Path):
     ("query", "message"),
     [
         ("split=test", "split= needs holdout="),
-        ("holdout=1.5", "needs a share such as 0.2"),
-        ("holdout=0", "needs a share such as 0.2"),
+        ("holdout=1.5", "needs a fraction such as 0.2"),
+        ("holdout=0", "needs a fraction such as 0.2"),
         ("holdout=0.5", "holds out none"),
     ],
 )

@@ -81,7 +81,7 @@ def test_tiles_with_tissue_are_kept(slide):
     assert len(open_source(f"folder:{path.parent}?tiles=128&mpp=0.5")) == 6  # 3 x 2, of which 4 half
     with pytest.raises(DataError, match="tissue= changes nothing"):
         open_source("scenes:?count=2&tiles=64&tissue=0.1")
-    # Tiles that lie across the border have a share of tissue, which the option is compared with.
+    # Tiles that lie across the border have a fraction of tissue, which the option is compared with.
     half: Any = open_source(f"folder:{path.parent}?tiles=256&overlap=128&tissue=0.6")
     quarter: Any = open_source(f"folder:{path.parent}?tiles=256&overlap=128&tissue=0.2")
     assert (len(half), len(quarter)) == (9, 25)

@@ -85,7 +85,7 @@ def test_from_python(deep: Deep) -> None:
     for name, images in ways.items():
         assert np.abs(encoder.embed(images) - deep.features).max() < 2e-6, name
     cut = [evaluation_view(decode(source[i].image), encoder.config.transform).pixels for i in range(COUNT)]
-    assert cut[0].dtype == torch.uint16  # shares of the range: nothing is applied again
+    assert cut[0].dtype == torch.uint16  # fractions of the range: nothing is applied again
     same(encoder.embed(torch.stack(cut)), deep.features)
     same(encoder.embed(DataLoader(cut, batch_size=4)), deep.features)
 

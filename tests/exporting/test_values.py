@@ -83,14 +83,14 @@ def test_files_of_earlier_versions_take_8_bits_and_are_read(tmp_path: Path, monk
     with monkeypatch.context() as earlier:
         earlier.setattr(TransformConfig, "value_ranges", None)
         files = [export(encoder, tmp_path / name) for name in ("a.onnx", "a.pt2")]
-    for path, close in zip(files, (0.05, 1e-6), strict=True):  # of 8 bits: a share of 1 / 510, over the std
+    for path, close in zip(files, (0.05, 1e-6), strict=True):  # of 8 bits: 1 / 510 of the range, over the std
         back = load(path)
         np.testing.assert_allclose(back.embed(paths), encoder.embed(paths), rtol=0, atol=close)
 
 
 def test_what_the_files_state_is_said_and_other_scales_differ(tmp_path: Path) -> None:
     said = write_program(encoder_of("file"), tmp_path / "a.pt2")["images"]
-    assert "shares of the range that each file states, from 0 to 65535" in said
+    assert "fractions of the range that each file states, from 0 to 65535" in said
     encoder, _, images = written("12 bits", tmp_path)
     run = torch.export.load(export(encoder, tmp_path / "b.pt2")).module()
     whole, shares = (run(torch.from_numpy(each))["embedding"] for each in (images, images / 4095 * 255))

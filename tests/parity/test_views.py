@@ -79,7 +79,7 @@ def test_a_view_is_pils_crop_of_the_original():
 
 
 def test_masks_lie_over_their_pixels_in_images_of_any_shape():
-    """The share of a patch that is white is the share that the mask covers."""
+    """The fraction of a patch that is white is the fraction that the mask covers."""
     canvases = batch(Photos(white=True))
     thresholds = (0.25, 0.5, 0.75)
     for least in thresholds:

@@ -28,7 +28,7 @@ def record(path: Path = Path("run"), **config: object) -> Record:
     return Record(path, "run", {"batch_size": 8, "evaluate": {"workers": 0}, **config}, [{"step": 10.0}], [])
 
 
-# -- shares of places ----------------------------------------------------------------------------------------
+# -- fractions of positions ----------------------------------------------------------------------------------
 
 
 def test_place_share_equals_naive_components_of_variance() -> None:

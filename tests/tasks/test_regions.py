@@ -1,4 +1,4 @@
-"""Shares of boxes in regions against counting, and boxes against frames."""
+"""Fractions of boxes in regions against counting, and boxes against frames."""
 
 import numpy as np
 import torch

@@ -189,7 +189,7 @@ def test_two_processes_measure_together(tiny, tmp_path, monkeypatch, run_ranks, 
         ),
         (
             {"evaluations": {"a": {"protocol": "label_free", "every": "120 %"}}},
-            r"evaluations.a.every: not a share of the run",
+            r"evaluations.a.every: not a fraction of the run",
         ),
         (
             {"evaluations": {"a": {"protocol": "label_free", "every": "1 epochs", "train": "scenes:"}}},

@@ -858,7 +858,7 @@ def test_all_schedules_are_found_with_their_paths():
 
 
 def test_a_share_of_a_short_run_is_every_step_at_least():
-    """A tenth of four steps is each of them; what is not a share of the run, or none at all, is refused."""
+    """A tenth of four steps is each of them; what is no fraction of the run, or none at all, is refused."""
     config = resolve("demo", {"duration": "4 steps", "batch_size": 16})
     for share, steps in (("10 %", 1), ("0.1%", 1), ("25 %", 1), ("50 %", 2)):
         changed = replace(config, checkpoint_every=share)

@@ -638,11 +638,11 @@ def test_features_that_are_not_finite_end_in_the_message_of_divergence(tiny, tmp
         ({"accumulate": 3}, "batch_size=16 cannot be shared by 1 process x accumulate=3"),
         ({"accumulate": 32}, "batch_size=16 cannot be shared by 1 process x accumulate=32"),
         ({"duration": "soon"}, r"duration: not a duration: 'soon'"),
-        ({"duration": "5 %"}, "duration: the length of the run cannot be a share of itself"),
+        ({"duration": "5 %"}, "duration: the length of the run cannot be a fraction of itself"),
         ({"duration": "0 steps"}, "duration: '0 steps' is less than a step of 16 images"),
         ({"checkpoint_every": "3 samples"}, "checkpoint_every: '3 samples' is less than a step"),
         ({"keep_every": "often"}, "keep_every: not a duration: 'often'"),
-        ({"evaluate_every": "120 %"}, "evaluate_every: not a share of the run"),
+        ({"evaluate_every": "120 %"}, "evaluate_every: not a fraction of the run"),
         ({"optimizer.freeze_last_layer": "1 day"}, "optimizer.freeze_last_layer: not a duration: '1 day'"),
         ({"optimizer.lr.warmup": "x"}, r"optimizer\.lr\.warmup: not a duration: 'x'"),
         (  # all at once, with what to write

@@ -39,7 +39,7 @@ def views_of(
 
 
 def overlap(low: Tensor, high: Tensor, start: float, end: float, flip: Tensor, patches: int) -> Tensor:
-    """Share of each patch of an axis that [start, end] covers, for views [low, high]; [n, patches]."""
+    """Fraction of each patch of an axis that [start, end] covers, for views [low, high]; [n, patches]."""
     u0, u1 = (start - low) / (high - low) * patches, (end - low) / (high - low) * patches
     u0, u1 = torch.where(flip, patches - u1, u0), torch.where(flip, patches - u0, u1)
     cells = torch.arange(patches, dtype=torch.float64)

@@ -38,7 +38,7 @@ def draw(
 
 
 def visible(mask: np.ndarray, box: list[float]) -> float:
-    """Share of a mask inside a box, pixel by pixel."""
+    """Fraction of a mask inside a box, pixel by pixel."""
     size = mask.shape[0]
     x0, y0, x1, y1 = (side * size for side in box)
     total = 0.0

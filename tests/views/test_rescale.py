@@ -1,4 +1,4 @@
-"""Windows of resized images: their sizes and corners, padding, the share of one class; against loops."""
+"""Windows of resized images: their sizes and corners, padding, the fraction of one class; against loops."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -142,7 +142,7 @@ def test_the_first_window_without_too_much_of_one_class(canvases: Make):
 
 
 def share_of_largest(labels: np.ndarray) -> float:
-    """The share of the largest class among labelled pixels; 1 where none is labelled."""
+    """The fraction of the largest class among labelled pixels; 1 where none is labelled."""
     classes, counts = np.unique(labels[labels != IGNORE], return_counts=True)
     return counts.max() / counts.sum() if len(classes) else 1.0
 

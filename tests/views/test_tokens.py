@@ -96,7 +96,7 @@ def test_half_of_the_views_are_masked_each_on_its_own():
     both = (masked[:, 0] & masked[:, 1]).float().mean().item()
     assert both == pytest.approx(0.25, abs=0.04)
     assert masks[masked].float().mean().item() == pytest.approx(0.297, abs=0.01)
-    # Shares of masked views fill the range.
+    # Fractions of masked views fill the range.
     shares = masks[masked].float().mean(-1)
     assert shares.max() <= 0.5
     assert shares.max() > 0.45

@@ -304,8 +304,8 @@ def test_attention_that_a_module_gives_is_read_as_that_of_our_own(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t._replace(attention=t.attention.log()), "not shares of 1"),
-        (lambda t: t._replace(attention=t.attention * 2), "not shares of 1"),
+        (lambda t: t._replace(attention=t.attention.log()), "not fractions of 1"),
+        (lambda t: t._replace(attention=t.attention * 2), "not fractions of 1"),
         (
             lambda t: t._replace(tokens=t.tokens[:, 1:], attention=torch.full((1, 2, 16, 16), 1 / 16)),
             "no special token",

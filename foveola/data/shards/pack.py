@@ -54,7 +54,7 @@ class PackConfig:
     )
     processes: int | None = key(None, "that write shards; null: as many as there are cores", at_least=1)
     max_bad: float = key(
-        0.01, "share of unreadable images above which nothing is packed", at_least=0, at_most=1
+        0.01, "fraction of unreadable images above which nothing is packed", at_least=0, at_most=1
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """`analyze_attention`: several encoders over one reading of the images, batch by batch, into running means.
 
-Nothing of an image is kept but its share in the means, so memory does not grow with their number.
+Nothing of an image is kept but what it adds to the means, so memory does not grow with their number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,8 +55,8 @@ def analyze_attention(
         settings: keys of `AnalysisConfig`, such as `limit=200`, `size=480`.
 
     Statistics are those of `attention.HEAD_STATISTICS` and `BLOCK_STATISTICS` (docs/analysis.md), in nats,
-    pixels and shares of one. An encoder without class token or registers has none of theirs (NaN). Under
-    torchrun every process analyses its share of the images, and all get the result.
+    pixels and fractions of one. An encoder without class token or registers has none of theirs (NaN). Under
+    torchrun every process analyses its part of the images, and all get the result.
 
     Raises UserError for bad settings, models and data, for sizes that are no whole patches, when more than
     1 % of the images cannot be read, and for encoders whose attention is not finite.

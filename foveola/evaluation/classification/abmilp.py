@@ -207,7 +207,9 @@ class AbmilpConfig(TrainedConfig):
         (1,), "linear maps of the scores to try, each reported", at_least=1, at_most=8
     )
     heads: tuple[int, ...] = key(
-        (1,), "score maps to try, each of its share of the channels, each reported", at_least=1
+        (1,),
+        "numbers of score maps to try, each map on an equal part of the channels; each is reported",
+        at_least=1,
     )
     activation: tuple[Activation, ...] = key(("relu",), "between them: relu, gelu, tanh; each reported")
     attention: bool = key(False, "a trained self-attention layer first; with sgd, lars diverges in the paper")

@@ -164,7 +164,7 @@ class AttentiveConfig(TrainedConfig):
     )
     epochs: int | None = key(None, "passes over the training images", at_least=1)
     warmup: float | None = key(
-        None, "share of the training over which learning rates rise", at_least=0, at_most=1
+        None, "fraction of the training over which learning rates rise", at_least=0, at_most=1
     )
     norm_batch: int = key(2048, "style=cae: images whose statistics normalise them", at_least=2)
 

@@ -69,9 +69,9 @@ class Classify(Protocol):
     """Asks the head of a fine-tuned encoder for the class, or all classes, of each test image.
 
     Numbers, in percent, of a head for one class: `top1` and `top5` with the 95 % interval of `top1` over
-    images, `mean_class` (the mean over classes of the share of their images that are right). Classes are met
-    by name; an image of a class that the head does not know counts as wrong. ImageNet's other test sets count
-    as they do for k-NN. Of a head for several classes: `map`, the mean over classes of their average
+    images, `mean_class` (the mean over classes of the fraction of their images that are right). Classes are
+    met by name; an image of a class that the head does not know counts as wrong. ImageNet's other test sets
+    count as they do for k-NN. Of a head for several classes: `map`, the mean over classes of their average
     precision, with its interval.
     """
 
@@ -86,7 +86,7 @@ class Classify(Protocol):
     )
 
     def measure(self, at: At, config: ClassifyConfig) -> Outcome:
-        """Classify all images of the test data, each process its share."""
+        """Classify all images of the test data, each process a part of them."""
         head = head_for(
             at.encoder,
             ClassificationHead,

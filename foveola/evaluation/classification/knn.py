@@ -212,7 +212,7 @@ def _measure(
     device: torch.device,
     notes: list[str],
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and the score of each row for those that are shares of rows."""
+    """Metrics, and the score of each row for those that are fractions of rows."""
     reference, query = _labelled(reference, "train", config, notes), _labelled(query, "test", config, notes)
     truth = _truth(reference, query, sources, config, notes)
     if truth.candidates is not None:  # rows of classes that cannot be right have no vote

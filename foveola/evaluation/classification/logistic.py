@@ -23,7 +23,7 @@ from foveola.models.encoder import Encoder
 from foveola.progress import show
 
 LOGITS_AT_ONCE = 2**24  # logits in memory at a time: 128 MiB in float64
-STALLED = 20  # iterations that must together lower the loss, by more than this share of it:
+STALLED = 20  # iterations that must together lower the loss, by more than this fraction of it:
 FLAT_SLOPE = 1e-10
 SCALE = (
     1e4  # of the objective inside L-BFGS: torch forgets curvatures below an absolute 1e-10, near the end all

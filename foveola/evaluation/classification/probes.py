@@ -64,7 +64,7 @@ class ProbesConfig(ProbeConfig):
 
 
 def parts_of(config: ProbesConfig, encoder: Encoder) -> dict[str, tuple[Protocol, Any]]:
-    """Return the protocols that `probes` runs, in order, all with the same share, split and seed of the
+    """Return the protocols that `probes` runs, in order, all with the same fraction, split and seed of the
     images.
     """
     shared: dict[str, Any] = {name: getattr(config, name) for name in ProbeConfig.__dataclass_fields__}

@@ -1,6 +1,6 @@
 """The task of a trained probe: rows and labels, the hold-out, what counts as right, batches of features.
 
-The rows that train, those that choose (the hold-out, a share of the training images), and those that are
+The rows that train, those that choose (the hold-out, a fraction of the training images), and those that are
 scored (test) never mix. Test labels are read once everything is trained and chosen.
 """
 
@@ -23,7 +23,7 @@ from foveola.evaluation.metrics import GroundTruth, ground_truth, shared_labels
 from foveola.evaluation.protocol import At
 
 PUBLISHED_STEPS = 12500  # steps of DINOv2's linear probe and of CAPI's attentive one, with batches of 1024
-HOLDOUT = 0.1  # share of the training images that chooses, unless it is said otherwise
+HOLDOUT = 0.1  # fraction of the training images that chooses, unless it is said otherwise
 MOST_PASSES = (
     100  # passes over the training images after which a published number of steps ends at the latest
 )
@@ -35,7 +35,7 @@ class ProbeConfig(FeedConfig):
 
     holdout: float | None = key(
         None,
-        "share of the training images that chooses among a grid's probes; 0 = the test set does; "
+        "fraction of the training images that chooses among a grid's probes; 0 = the test set does; "
         "null = 0.1 where there is a choice",
         at_least=0,
         below=1,
@@ -214,7 +214,7 @@ def held_out(
         return_counts=True,
     )
     # The j-th drawn row of a class of n comes at (j + u) / n, u drawn for each class: so any first part of
-    # all holds nearly the same share of every class.
+    # all holds nearly the same fraction of every class.
     of = number[order]
     by_class = np.argsort(of, kind="stable")
     rank = np.empty(len(rows), np.int64)

@@ -34,7 +34,7 @@ class Ranked:
 
 @dataclass(frozen=True, eq=False)
 class CocoScores:
-    """What pycocotools says of detections, as shares in [0, 1]."""
+    """What pycocotools says of detections, as fractions in [0, 1]."""
 
     summary: dict[str, float]  # by the names of `SUMMARY`; without those for which there is no object
     classes: dict[int, float]  # AP of each category that has an object

@@ -67,7 +67,7 @@ class Detect(Protocol):
     )
 
     def measure(self, at: At, config: DetectConfig) -> Outcome:
-        """Find the objects of all images of the test data, each process in its share, and count."""
+        """Find the objects of all images of the test data, each process in its part of them, and count."""
         head, began = detector_of(at.encoder), perf_counter()
         if not at.test.has_objects:
             raise UserError(f"test: {at.test.name} has no objects, which detect needs (annotations=, boxes=)")

@@ -72,7 +72,7 @@ class Discovery(Protocol):
     metrics = (Metric("box_corloc", "box CorLoc", "higher", main=True), *METRICS)
 
     def measure(self, at: At, config: DiscoveryConfig) -> Outcome:
-        """Find the objects of all images of the test data, each process in its share, and count."""
+        """Find the objects of all images of the test data, each process in its part of them, and count."""
         began = perf_counter()
         if not at.test.has_objects:
             raise UserError(

@@ -74,7 +74,7 @@ def match(
 ) -> tuple[Int64[np.ndarray, "10 K"], Bool[np.ndarray, "10 K"]]:
     """Return which object each proposal takes at each IoU (-1: none), and whether it lies on a crowd instead.
 
-    `crowds` are shares of each proposal that lie within each crowd. Proposals choose in their order; of
+    `crowds` are fractions of each proposal that lie within each crowd. Proposals choose in their order; of
     objects with the same IoU the last one is taken, as pycocotools has it.
     """
     taken = np.full((len(COCO_IOUS), len(ious)), -1)
@@ -109,7 +109,7 @@ def held_against(
 def pairwise_iou(
     proposals: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]], kind: Kind
 ) -> Float64[np.ndarray, "K G"]:
-    """Return the IoU of each proposal with each annotation; with a crowd, its own share that lies within."""
+    """Return the IoU of each proposal with each annotation; with a crowd, what of the proposal it holds."""
     if not proposals or not annotations:
         return np.zeros((len(proposals), len(annotations)))
     name = "bbox" if kind == "box" else "segmentation"

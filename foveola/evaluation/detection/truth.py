@@ -13,7 +13,7 @@ from foveola.data.sample import Objects, Sample, full_mask
 from foveola.data.sources import Source, decode
 
 PIXELS = (
-    3  # digits of boxes after the point: boxes of COCO have 2, and float32 shares of images give them back
+    3  # digits of boxes after the point: boxes of COCO have 2, and float32 fractions of images give them back
 )
 AREA = 2
 

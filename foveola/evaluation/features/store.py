@@ -1,6 +1,6 @@
 """Stored features: a `Pass` writes the features of a source to memory-mapped arrays, a `Store` reads them.
 
-A pass that was killed goes on with what it has. Every rank reads its contiguous share of the rows that are
+A pass that was killed goes on with what it has. Every rank reads its contiguous part of the rows that are
 not finished. Row r of every array is the r-th chosen image; a marker beside each array says which rows are
 finished, and is written after they are on the disk. A checksum of each row tells when a file was damaged
 later: such rows are computed again.

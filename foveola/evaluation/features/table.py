@@ -115,7 +115,7 @@ class FeatureTable:
     image_indices: Int64[Tensor, "R"]  # index of the image in its source
     objects: Int64[Tensor, "R"]  # index of the object in its image; -1: the image, or all of its objects
     has_mask: Bool[Tensor, "R"]  # False: no annotation, or none of it visible, so the whole view is read
-    readable: Float32[Tensor, "R"]  # share of the patches that the object token may read
+    readable: Float32[Tensor, "R"]  # fraction of the patches that the object token may read
 
     def select(self, rows: Tensor) -> "FeatureTable":
         """Return the rows given by a boolean mask or by indices."""
@@ -142,7 +142,7 @@ def extract_tables(
 ) -> tuple[tuple[FeatureTable, ...], dict[str, Any]]:
     """Return one table for each entry of `masks` from one reading of the images, and facts about the data.
 
-    Every rank reads its share of the images and gets all rows. Memory is that of the tables, one batch, and
+    Every rank reads its part of the images and gets all rows. Memory is that of the tables, one batch, and
     what the workers hold ready. Each row is encoded on its own: an object's feature does not depend on its
     neighbours.
 

@@ -116,7 +116,7 @@ def square_hits(
 
 @dataclass(frozen=True, eq=False)
 class BoxAccuracy:
-    """Shares of images found, in percent. Options are thresholds (or, of centred squares, sides)."""
+    """Fractions of images found, in percent. Options are thresholds (or, of centred squares, sides)."""
 
     score: float  # MaxBoxAccV2: the mean of `best`
     best: tuple[float, ...]  # at each IoU, by the option best for it on these very images

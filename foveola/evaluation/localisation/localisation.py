@@ -75,7 +75,7 @@ class LocalisationConfig(SquashedConfig):
     official: bool = key(True, "the published rules to the pixel; false = exact boxes, none around holes")
     holdout: float = key(
         0.1,
-        "share of the images that chooses the thresholds of boxacc_v2, measured on the rest",
+        "fraction of the images that chooses the thresholds of boxacc_v2, measured on the rest",
         above=0,
         below=1,
     )
@@ -118,7 +118,7 @@ class Localised(NamedTuple):
     squares: Bool[Tensor, "n D1 56"]
     image_indices: Int64[Tensor, "n"]
     counts: Int64[Tensor, "n"]  # annotated boxes
-    areas: Float32[Tensor, "n"]  # mean share of the image that a box covers
+    areas: Float32[Tensor, "n"]  # mean fraction of the image that a box covers
     bad: Int64[Tensor, "b"]
     bare: int
 

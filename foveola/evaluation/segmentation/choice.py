@@ -16,10 +16,10 @@ LABELS_AT_ONCE = 2**22  # labels looked at: 32 MiB
 def hold_out(
     image_indices: Int64[Tensor, "R"], labels: UInt8[Tensor, "R Q"], classes: int, fraction: float, seed: int
 ) -> Bool[Tensor, "R"]:
-    """Return which rows belong to the held-out images: a share of them, at least one, drawn by seed.
+    """Return which rows belong to the held-out images: a fraction of them, at least one, drawn by seed.
 
     Each image counts for the rarest class among its labels (that of the fewest images; the smallest of
-    equals; images without a class are a group of their own). Each group gives its share and keeps one image,
+    equals; images without a class are a group of their own). Each group gives its part and keeps one image,
     as classes do for classification probes. Where groups have too few images for that, images are drawn
     without regard to groups.
     """

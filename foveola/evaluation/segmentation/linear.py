@@ -44,7 +44,7 @@ class LinearSegmentationConfig(ComparedConfig):
     train_batch: int = key(16, "images in a step", at_least=1)
     weight_decay: float = key(0.01, "weight decay of the weights, not of the bias", at_least=0)
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
-    holdout: float = key(0.1, "share of the training images that choose the rate", above=0, below=1)
+    holdout: float = key(0.1, "fraction of the training images that choose the rate", above=0, below=1)
 
     def __post_init__(self) -> None:
         if not self.rates or len(set(self.rates)) < len(self.rates):

@@ -99,7 +99,7 @@ class PatchSegmentationConfig(DenseConfig):
         None, "training patches at most, the same number of each image; null = all", at_least=1
     )
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
-    holdout: float = key(0.1, "share of the training images that choose the settings", above=0, below=1)
+    holdout: float = key(0.1, "fraction of the training images that choose the settings", above=0, below=1)
 
 
 @dataclass(frozen=True)

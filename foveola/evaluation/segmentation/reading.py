@@ -150,7 +150,7 @@ class DenseProtocol(Protocol):
 
 
 class DensePass:
-    """Iterates over the batches of this rank's share of `chosen` images; then `facts` of what was read.
+    """Iterates over the batches of this rank's part of `chosen` images; then `facts` of what was read.
 
     With a `feed` patches and maps are read from its store, which it computes where they are missing; without,
     they are computed and forgotten, batch by batch. `chosen` are some of the images of `config.limit`.
@@ -178,7 +178,7 @@ class DensePass:
         self.chosen = choose_images(len(source), config.limit, config.seed) if chosen is None else chosen
         self.mine = self.chosen[slice_of_rank(len(self.chosen))]
         self.void = void  # what pixels of no class become
-        self.bad: list[int] = []  # of this rank's share
+        self.bad: list[int] = []  # of this rank's part
         self.spent: dict[str, Any] = {}  # what the store says about the pass
 
     def __iter__(self) -> Iterator[DenseBatch]:

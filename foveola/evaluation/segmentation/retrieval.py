@@ -44,7 +44,7 @@ def attend(
     k: int,
     temperature: float,
 ) -> Float32[Tensor, "m C"]:
-    """Return the class shares of each query: those of its k nearest patches, weighted by softmax(cosine /
+    """Return the class fractions of each query: those of its k nearest patches, weighted by softmax(cosine /
     temperature).
 
     This is cross-attention whose keys are patches and whose values are their labels (Hummingbird). A patch's
@@ -60,10 +60,10 @@ def attend(
 
 
 def own_fractions(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
-    """Return the class shares of the pixels of each patch that have a class: those without one count nowhere.
+    """Return the class fractions of each patch, among its pixels that have a class.
 
-    As shares of all pixels they would be small in a patch that is partly void, and its neighbours would win
-    its pixels.
+    As fractions of all pixels they would be small in a patch that is partly void, and its neighbours would
+    win its pixels.
     """
     counts = counts.float()
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -72,7 +72,7 @@ def own_fractions(counts: Int16[Tensor, "m C"]) -> Float32[Tensor, "m C"]:
 def label_pixels(
     fractions: Float[Tensor, "N C"], grid: int, size: tuple[int, int]
 ) -> UInt8[Tensor, "{size[0]} {size[1]}"]:
-    """Return the class of each pixel: shares of an image's patches, enlarged bilinearly, and the largest
+    """Return the class of each pixel: fractions of an image's patches, enlarged bilinearly, and the largest
     taken.
     """
     field = fractions.T.reshape(1, -1, grid, grid)
@@ -125,7 +125,7 @@ class DenseRetrieval(DenseProtocol):
 
     Numbers, in percent: `miou` at the best k with `miou_low` and `miou_high` (95 % bootstrap over images),
     `best_k`, `miou_k30` and so on; with references of 1 in n images `miou_1of8` ... And `miou_ceiling`: what
-    perfect class shares of the labelled pixels of every patch would get, or the best that was measured.
+    perfect class fractions of the labelled pixels of every patch would get, or the best that was measured.
     """
 
     name = "dense_retrieval"
@@ -229,7 +229,7 @@ def _join(parts: Sequence[DenseBatch]) -> DenseBatch:
 def _compare(
     fractions: Float[Tensor, "m C"], grid: int, truth: Sequence[UInt8[Tensor, "H W"]], classes: int
 ) -> list[Int64[Tensor, "3 C1"]]:
-    """Areas of each image, from the class shares of the patches of all."""
+    """Areas of each image, from the class fractions of the patches of all."""
     parts = fractions.split(grid * grid)
     return [
         region_areas(label_pixels(part, grid, (labels.shape[0], labels.shape[1])), labels, classes)
@@ -293,6 +293,6 @@ def _metrics(
         metrics |= {f"best_k{end}": float(best), **{f"miou{end}_k{k}": means[k] for k in config.k}}
         if len(own) > 1:
             metrics[f"miou{end}_sd"] = float(np.std([miou((b, best)) for b in own], ddof=1))
-    # What was reached can be reached: enlarged, other shares may do better at borders than the true ones.
+    # What was reached can be reached: enlarged, other fractions may do better at borders than the true ones.
     ceiling = max(known, *(miou((b, k)) for b in range(len(sets)) for k in config.k))
     return metrics | {"miou_ceiling": ceiling}, named_iou(areas[0, best_of[0]], classes)

@@ -76,7 +76,7 @@ class Segment(Protocol):
     """Asks the head of a fine-tuned encoder for the class of each pixel of each test image.
 
     Pixels are compared in the image's own size. Numbers, in percent: the mean IoU over classes with its 95 %
-    interval over images, pixel accuracy, and `mean_accuracy`, the mean over classes of the share of their
+    interval over images, pixel accuracy, and `mean_accuracy`, the mean over classes of the fraction of their
     pixels that are found. A class that is neither true nor predicted in any image is left out. Classes are
     met by name; where the head says a class that the test data do not have, the pixel is missed.
     """
@@ -91,7 +91,7 @@ class Segment(Protocol):
     )
 
     def measure(self, at: At, config: SegmentConfig) -> Outcome:
-        """Return what is measured, each process on its share. Raises UserError for other classes."""
+        """Return what is measured, each process on a part of the images. Raises UserError for others."""
         head = head_for(
             at.encoder,
             SegmentationHead,

@@ -79,7 +79,7 @@ def rows_rankme(features: Float[Tensor, "*B n D"]) -> Float64[Tensor, "*B"]:
 
 
 def first_fraction(variances: Float[Tensor, "D"]) -> float:
-    """Return the share of the variance along the first principal component, in percent; 100 without any
+    """Return the fraction of the variance along the first principal component, in percent; 100 without any
     variance.
     """
     total = variances.sum()

@@ -37,7 +37,7 @@ class LabelFree(Protocol):
     """Measures how the features of `test` fill their space, and what stays the same in other views.
 
     Of the evaluation view: `rankme_image` (vector of an image), `rankme_average` (mean of its patches),
-    `rankme_patches` (all patches of all images), `rankme_within` (patches of one image, mean); shares in
+    `rankme_patches` (all patches of all images), `rankme_within` (patches of one image, mean); fractions in
     percent of the first component's variance; `spread`, `mean_cosine`, `duplicates` in percent. Of two views
     of each image: `alignment`, `uniformity`, `rank1_views`, `recall5_views`; of two views of an object of
     each: `rank1_objects_plain`, `rank1_objects_masks`, ... in percent. `_low` and `_high` are 95 % bootstrap
@@ -185,7 +185,7 @@ def _chances(name: str, count: int, config: LabelFreeConfig) -> dict[str, float]
 
 
 def _fraction(name: str, hit: Bool[Tensor, "n"], owners: Tensor | None, seed: int) -> dict[str, float]:
-    """A share of rows in percent, with its interval over images."""
+    """A fraction of rows in percent, with its interval over images."""
     low, high = interval(hit, owners, seed=seed)
     return {name: percent(hit), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
 

@@ -38,10 +38,10 @@ class OtherViewsConfig(ReadingConfig):
 
     recall: int = key(5, "rank up to which `recall` counts", at_least=1)
     scale: tuple[float, float] = key(
-        (0.25, 1.0), "share of the image's area that a view covers", above=0, at_most=1
+        (0.25, 1.0), "fraction of the image's area that a view covers", above=0, at_most=1
     )
     min_visible: float = key(
-        0.0, "share of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
+        0.0, "fraction of the object that its view must hold; 0 = more than nothing", at_least=0, at_most=1
     )
     color: ColorConfig = key(ColorConfig(), "colours of the views; mean and std are the encoder's")
     batch_size: int = key(64, "views encoded at once", at_least=1)
@@ -78,7 +78,7 @@ class RetrievalConfig(OtherViewsConfig):
         "both, of the object that this finds in each image (docs/evaluation/encoding.md)",
     )
     min_area: float = key(
-        0.0, "objects smaller than this share of their image are not used", at_least=0, below=1
+        0.0, "objects smaller than this fraction of their image are not used", at_least=0, below=1
     )
 
 

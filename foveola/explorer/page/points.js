@@ -1,7 +1,7 @@
 // Drawing many points: their stamps are blended into the pixels of a canvas, one by one. 100,000 points take a
 // few milliseconds on one core, whatever the graphics card, and overlap shows how dense they are.
 
-// Coverage of the pixels around a point by a disc, row by row: [dx, dy, share of 256] of each.
+// Coverage of the pixels around a point by a disc, row by row: [dx, dy, fraction of 256] of each.
 function stamp(radius, alpha) {
   const reach = Math.ceil(radius), found = [];
   for (let dy = -reach; dy <= reach; dy++) {

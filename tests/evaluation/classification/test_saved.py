@@ -246,7 +246,7 @@ def test_a_block_is_the_last_one_of_a_shorter_network(encoder, sets, tmp_path: P
         expected = evaluate(shorter, protocol.split()[0], **places)
         found = evaluate(encoder, protocol.split()[0], block=1, **places)
         assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
-        if protocol == "abmilp":  # whose entropies are no shares of a few images
+        if protocol == "abmilp":  # whose entropies are no fractions of a few images
             assert found.metrics != evaluate(encoder, protocol, **places).metrics
     with pytest.raises(UserError, match="block"):
         evaluate(encoder, "linear", train=train, test=one, block=3, **QUIET)

@@ -29,7 +29,7 @@ def random_rows(seed: int = 0):
 
 
 def naive(queries, reference_set, pixels, k, temperature, classes):
-    """Class shares in float64, one query after the other."""
+    """Class fractions in float64, one query after the other."""
     q, f = queries.double().numpy(), reference_set.double().numpy()
     out = np.zeros((len(q), classes))
     for i, row in enumerate(q):
