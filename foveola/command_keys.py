@@ -40,7 +40,7 @@ EVALUATE_KEYS = [
 ]
 PACK = [
     KeyInfo("data", "text", "(needed)", "images, as a data string"),
-    KeyInfo("out", "text", "(needed)", "a new folder for shards; whole or not there"),
+    KeyInfo("out", "text", "(needed)", "new folder for the shards; it appears when all of them are written"),
 ]
 ANALYZE = [
     KeyInfo("model", "text", "(needed)", "encoders, each as for evaluate, joined by commas"),
@@ -73,17 +73,19 @@ EXPORT = [
         "format",
         "timm|hf|onnx|program|safetensors|torch or null",
         None,
-        "library that is to load it; program: of torch.export; safetensors, torch: for foveola.load; null = "
-        "what the end of out says, timm of a folder",
+        "library that is to load it; program: of torch.export; safetensors, torch: for "
+        "foveola.load; null = by the suffix of out; timm for a folder",
     ),
     KeyInfo(
         "head",
         "true|false",
         True,
-        "with the head of a fine-tuned encoder; timm and hf leave it, and say so unless false",
+        "export the head of a fine-tuned encoder as well; timm and hf leave it out, and warn unless false",
     ),
     KeyInfo("objects", "true|false", False, "onnx, program: masks of objects as a second input"),
-    KeyInfo("licence", "text or null", None, "of the weights, for the model card, such as apache-2.0"),
+    KeyInfo(
+        "licence", "text or null", None, "licence of the weights, for the model card, such as apache-2.0"
+    ),
 ]
 CHECK_KEYS = [
     KeyInfo("out", "text or null", None, "folder for check.json and check.html; null = nothing is written"),
@@ -96,7 +98,7 @@ DEMO = [
         "processes",
         "int >= 1 or null",
         None,
-        "that share each batch in training; null: two on a CPU of two cores or more, else one",
+        "processes that share each batch in training; null: two on a CPU of two cores or more, else one",
     ),
 ]
 FINETUNE_KEYS = [
@@ -123,7 +125,7 @@ AUTO_KEYS = [
     ),
 ]
 EMBED = [
-    KeyInfo("model", "text", "(needed)", "what encodes: a run or encoder folder, weights, as for evaluate"),
+    KeyInfo("model", "text", "(needed)", "encoder: a run or encoder folder, or weights, as for evaluate"),
     KeyInfo("data", "text", "(needed)", "images, as a data string, with the objects that it has"),
     KeyInfo("out", "text", "(needed)", "file to write: it ends in .parquet, .npz or .zarr"),
     DEVICE,
@@ -135,19 +137,28 @@ SEARCH = [
         "box",
         "[float, float, float, float] or null",
         None,
-        "x0,y0,x1,y1 in pixels: the object that is meant",
+        "x0,y0,x1,y1 in pixels: the object of the query to search for",
     ),
     KeyInfo("top", "int >= 1", 10, "rows to find for each query"),
-    KeyInfo("model", "text or null", None, "the encoder of the index; null = where the index says"),
+    KeyInfo("model", "text or null", None, "encoder of the index; null = the one that the index names"),
     KeyInfo("method", "exact|hnsw", "exact", "hnsw: by a graph, for more than a million rows"),
-    KeyInfo("out", "text or null", None, "also write the result (.json), or a sheet of images (.png)"),
-    KeyInfo("data", "text or null", None, "out=....png: the images of the index; null = where it says"),
+    KeyInfo(
+        "out", "text or null", None, "file to write as well: the result (.json), or a sheet of images (.png)"
+    ),
+    KeyInfo(
+        "data",
+        "text or null",
+        None,
+        "for out=FILE.png: images of the index, as a data string; null = those that it names",
+    ),
     DEVICE,
 ]
 EXPLORE = [
     KeyInfo("data", "text or null", None, "images, as a data string; null = those that features name"),
-    KeyInfo("host", "text", "127.0.0.1", "where to listen; 0.0.0.0 = for other machines too, unencrypted"),
-    KeyInfo("port", "int or null", None, "null = any free one"),
+    KeyInfo(
+        "host", "text", "127.0.0.1", "address to listen on; 0.0.0.0 = for other machines too, unencrypted"
+    ),
+    KeyInfo("port", "int or null", None, "port to listen on; null = any free one"),
     KeyInfo("cache", "text or null", None, "folder that keeps features; null = RUN/explore, or the cache"),
     DEVICE,
 ]

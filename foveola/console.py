@@ -125,9 +125,7 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def refuse(reason: str) -> int:
-    """Say in one line why a command ends, and return its exit code; what all processes of torchrun meet is
-    said once.
-    """
+    """Print in one line why a command ends, and return its exit code; of several processes one prints it."""
     line = f"foveola: error: {' '.join(reason.split())}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from foveola.distributed import is_first_to_say  # torch, for which a mistake need not wait
@@ -151,7 +149,7 @@ def as_command() -> Iterator[None]:
 
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    """Let warnings of this package be said as its errors are, in one line; others stay as Python has them."""
+    """Print warnings of this package in one line, as its errors are; others stay as Python has them."""
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
@@ -167,9 +165,7 @@ def warnings_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind a command as Ctrl-C does. Training answers them itself, with a
-    checkpoint.
-    """
+    """Let SIGTERM and SIGHUP unwind a command as Ctrl-C does. Training handles them itself: it saves."""
 
     def end(number: int, _: object) -> None:
         raise Ended(number)

@@ -38,7 +38,7 @@ def rows_in_cache(device: torch.device, prototypes: int) -> int:
 def room_for(
     use: Literal["logits", "targets"], rows: int, prototypes: int, device: torch.device
 ) -> Float32[Tensor, "rows K"]:
-    """Return the memory for some rows of logits or targets, until the next ones of this thread are made.
+    """Return memory for a block of rows of logits or targets; the next block of this thread uses it again.
 
     On a CPU it is kept from step to step, since fresh memory costs as much as the work on it, and there is a
     gap after each row: rows a power of two apart would share a few sets of the caches, which slows matrix

@@ -153,9 +153,9 @@ def gather_rows(tensor: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "all_row
     rows = _travelling(torch.tensor([tensor.shape[0]], device=tensor.device))
     counts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(counts, rows)
-    most = int(max(counts))
+    largest = int(max(counts))
     mine = _travelling(tensor)
-    padded = mine.new_zeros(most, *mine.shape[1:])
+    padded = mine.new_zeros(largest, *mine.shape[1:])
     padded[: mine.shape[0]] = mine
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)

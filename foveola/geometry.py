@@ -290,8 +290,8 @@ def covered_patches(
     """
     if not keep_most:
         return (coverage >= min_coverage).flatten(-2)
-    most = coverage.amax(dim=(-2, -1), keepdim=True)
-    return ((coverage > 0) & ((coverage >= min_coverage) | (coverage >= most))).flatten(-2)
+    largest = coverage.amax(dim=(-2, -1), keepdim=True)
+    return ((coverage > 0) & ((coverage >= min_coverage) | (coverage >= largest))).flatten(-2)
 
 
 def patch_mask(

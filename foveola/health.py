@@ -127,15 +127,15 @@ def ended(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
 
 
 def enough(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
-    """Judge whether steps and images allow an answer at all, whatever the other verdicts say."""
+    """Judge whether there were enough steps and images for the other verdicts to mean anything."""
     name = "Is it long enough to tell?"
     if not lines or not (step := int(lines[-1]["step"] or 0)):
         return Verdict(name, "NOT KNOWN", "No step was logged.")
     text = f"{step:,} steps" + ("" if facts.images is None else f" on {facts.images:,} images")
     limits = f"LOOK below {SHORT} steps" + ("" if facts.images is None else f" or {FEW_IMAGES:,} images")
     if step < SHORT or (facts.images is not None and facts.images < FEW_IMAGES):
-        few = "too short" if step < SHORT else "too few images"
-        return Verdict(name, "LOOK", f"{text}: {few} to tell whether the method works. {limits}.")
+        lacking = "too short" if step < SHORT else "too few images"
+        return Verdict(name, "LOOK", f"{text}: {lacking} to tell whether the method works. {limits}.")
     return Verdict(name, "OK", f"{text}. {limits}.")
 
 
@@ -159,12 +159,12 @@ def targets(lines: Sequence[StepMetrics], facts: Facts) -> list[Verdict]:
 
 
 def _entropy(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
-    name, most = f"Do the targets of {kind} say something?", math.log(count)
+    name, bound = f"Do the targets of {kind} say something?", math.log(count)
     entropy, apart = recent(lines, f"{kind}/target_entropy"), recent(lines, f"{kind}/kl_to_uniform")
     if entropy is None:
         return Verdict(name, "NOT KNOWN", "No finite entropy was logged.")
-    fraction = entropy / most
-    text = f"Mean entropy {entropy:.2f} of at most {most:.2f} nats "
+    fraction = entropy / bound
+    text = f"Mean entropy {entropy:.2f} of at most {bound:.2f} nats "
     text += f"({as_percent(fraction, 1)}; {count:,} prototypes)"
     if fraction >= FLAT_FROM[0]:
         state = "BAD" if fraction >= FLAT_FROM[1] else "LOOK"
@@ -175,7 +175,7 @@ def _entropy(lines: Sequence[StepMetrics], kind: str, count: int) -> Verdict:
             f"{as_percent(FLAT_FROM[0])}, BAD from {as_percent(FLAT_FROM[1])}. "
             "A lower teacher temperature, fewer prototypes or a larger batch may help.",
         )
-    if apart is not None and (alive := math.exp(max(most - apart, 0.0))) < ALIVE[0]:
+    if apart is not None and (alive := math.exp(max(bound - apart, 0.0))) < ALIVE[0]:
         state = "BAD" if alive < ALIVE[1] else "LOOK"
         return Verdict(
             name,
@@ -240,8 +240,8 @@ def rank_health(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     limits = f"LOOK below {as_percent(RANK[0])} of that or {as_percent(RANK_LOST)} of its own peak"
     limits += f", BAD below {as_percent(RANK[1])}"
     if value < max(RANK[1] * most, ONE):
-        few = "one direction tells all images apart" if value < ONE else "hardly any directions"
-        return Verdict(name, "BAD", f"{text}: {few}. {limits} (or {ONE}).")
+        reason = "one direction tells all images apart" if value < ONE else "hardly any directions"
+        return Verdict(name, "BAD", f"{text}: {reason}. {limits} (or {ONE}).")
     if value < RANK[0] * most:
         return Verdict(name, "LOOK", f"{text}: few directions. {limits}.")
     if value < RANK_LOST * highest:
@@ -257,9 +257,9 @@ def position(lines: Sequence[StepMetrics], facts: Facts) -> Verdict:
     known = recent(lines, "clustering/position_information")
     clusters = (facts.prototypes or {}).get("clustering")
     if known is not None and clusters and facts.positions and facts.positions > 1:
-        most = math.log(min(clusters, facts.positions))
-        fraction, (look, bad) = known / most, INFORMATION
-        told = f"{known:.3f} of at most {most:.2f} nats of a patch's cluster ({as_percent(fraction, 1)})"
+        bound = math.log(min(clusters, facts.positions))
+        fraction, (look, bad) = known / bound, INFORMATION
+        told = f"{known:.3f} of at most {bound:.2f} nats of a patch's cluster ({as_percent(fraction, 1)})"
         text = f"Position tells {told}"
         return _fraction_verdict(name, text, fraction, look, bad)
     overall, content = recent(lines, "targets/std"), recent(lines, "targets/content_std")

@@ -94,9 +94,9 @@ class Schedule:
         "constant", "way from value to end after the warm-up"
     )
     truncate: float = key(1.0, "fraction of the way to end that is used (CAPI: 0.8)", above=0, at_most=1)
-    power: float = key(0.9, "of shape=poly: the rest of the way to the power of this", above=0)
+    power: float = key(0.9, "shape=poly: power of the remaining fraction of the way", above=0)
     drops: tuple[str, ...] = key(
-        (), "of shape=steps: when the value falls to a tenth: ['89 %', '96 %'], or ['19667 steps']"
+        (), "shape=steps: when the value falls to a tenth: ['89 %', '96 %'], or ['19667 steps']"
     )
     per_epoch: bool = key(False, "change once per epoch, not every step (DINO's teacher temperature)")
 

@@ -126,7 +126,7 @@ def submit(words: Sequence[str], config: SlurmConfig) -> str:
         raise UserError(
             f"{script} is written, but there is no sbatch on this machine; submit=false only writes"
         )
-    told = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise UserError(f"sbatch {script}: {told.stderr.strip() or f'exit code {told.returncode}'}")
-    return f"{script}: {told.stdout.strip()}; its output goes to {log}"
+    answer = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise UserError(f"sbatch {script}: {answer.stderr.strip() or f'exit code {answer.returncode}'}")
+    return f"{script}: {answer.stdout.strip()}; its output goes to {log}"

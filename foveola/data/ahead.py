@@ -38,7 +38,7 @@ class OutOfSharedMemory(Exception):  # noqa: N818 (what happened to one batch)
 
 
 class Died(Exception):  # noqa: N818 (what happened to the readers)
-    """A worker has ended without having been told to."""
+    """A worker has ended before its work was done."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ _STOP, _NOTHING = object(), object()
 
 
 def _waited(reader: "_Processes | _Thread", asker: Asker) -> Any:
-    began, said = time.monotonic(), False
+    began, warned = time.monotonic(), False
     while (item := reader.next(POLL_SECONDS)) is _NOTHING:
         if asker.stop():
             reader.give_up()
             return _STOP
-        if not said and time.monotonic() - began > HUNG_SECONDS:
-            said = True
+        if not warned and time.monotonic() - began > HUNG_SECONDS:
+            warned = True
             asker.say(
                 f"no batch for {HUNG_SECONDS:.0f} s: the disk or network that images are read from does not "
                 "answer; waiting on (a signal ends the run with a checkpoint)"
@@ -217,8 +217,7 @@ class _Raised:
 
 
 def begin_worker(_: int) -> None:
-    """Give a worker one thread, and make it deaf to the signals that the training process answers by saving
-    and leaving.
+    """Give a worker one thread, and let it ignore the signals at which the training process saves and leaves.
 
     Ctrl-C and a batch system's SIGTERM reach all processes of a group; a worker that died of it would take
     the last batches with it. Of SIGTERM, only the training process's own counts: it is how leftover workers
@@ -239,7 +238,7 @@ def begin_worker(_: int) -> None:
 def _end_with(parent: Any) -> None:
     """Leave at the parent's SIGTERM; or without it, soon after it was killed, even while a read hangs."""
     while sys.platform == "linux" and parent.is_alive():
-        told = signal.sigtimedwait({signal.SIGTERM}, 5.0)
-        if told is not None and told.si_pid == parent.pid:
+        received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)

@@ -67,8 +67,8 @@ class BoxTable:
     """Boxes (x0, y0, x1, y1) of many images in pixels, each with a label or -1."""
 
     def __init__(self, boxes: Sequence[Sequence[tuple[float, float, float, float, int]]]) -> None:
-        self.ends = np.cumsum([len(some) for some in boxes], dtype=np.int64)
-        flat = [box for some in boxes for box in some]
+        self.ends = np.cumsum([len(of_image) for of_image in boxes], dtype=np.int64)
+        flat = [box for of_image in boxes for box in of_image]
         self.boxes = np.array([box[:4] for box in flat], np.float32).reshape(-1, 4)
         self.labels = np.array([box[4] for box in flat], np.int64)
 
@@ -200,9 +200,9 @@ class CocoRegions:
         self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
     ) -> None:
         boxes, areas, masks, scores = [], [], [], []
-        for (width, height), some in zip(sizes.tolist(), annotations, strict=True):
+        for (width, height), of_image in zip(sizes.tolist(), annotations, strict=True):
             rows = []
-            for annotation in some:
+            for annotation in of_image:
                 check_annotation(annotation, width, height)
                 x, y, w, h = annotation["bbox"]
                 rows.append((x, y, x + w, y + h, labels[annotation["category_id"]]))
@@ -253,9 +253,9 @@ class CocoObjects:
         self, sizes: Int64[np.ndarray, "N 2"], annotations: list[list[dict]], labels: dict[int, int]
     ) -> None:
         self.sizes = sizes  # width, height
-        apart = [[[a for a in some if bool(a.get("iscrowd")) is crowd] for some in annotations]
+        apart = [[[a for a in of_image if bool(a.get("iscrowd")) is crowd] for of_image in annotations]
                  for crowd in (False, True)]  # fmt: skip
-        self.objects, self.crowds = (CocoRegions(sizes, some, labels) for some in apart)
+        self.objects, self.crowds = (CocoRegions(sizes, part, labels) for part in apart)
         self.table = self.objects.table
 
     def digest(self) -> str:

@@ -58,17 +58,17 @@ def check_annotation(annotation: dict, width: int, height: int) -> None:
     """Raise DataError, naming the annotation, for a box, area, mask or score that cannot be of such an
     image.
     """
-    told = f"annotation {annotation.get('id', 'without id')} of image {annotation.get('image_id')}"
+    name = f"annotation {annotation.get('id', 'without id')} of image {annotation.get('image_id')}"
     box, area = annotation["bbox"], annotation.get("area", 0)
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
-        raise DataError(f"{told}: bbox {box} is not x, y, width, height")
+        raise DataError(f"{name}: bbox {box} is not x, y, width, height")
     x, y, w, h = box
     if w > 0 and h > 0 and not (-w < x < width and -h < y < height):
-        raise DataError(f"{told}: bbox {box} lies outside its {width}x{height} pixels")
+        raise DataError(f"{name}: bbox {box} lies outside its {width}x{height} pixels")
     if not _is_finite(area) or area < 0:
-        raise DataError(f"{told}: area {area}")
+        raise DataError(f"{name}: area {area}")
     if not _is_finite(annotation.get("score", 0)):
-        raise DataError(f"{told}: score {annotation['score']}")
+        raise DataError(f"{name}: score {annotation['score']}")
     mask = annotation.get("segmentation")
     try:
         if isinstance(mask, dict):
@@ -79,7 +79,7 @@ def check_annotation(annotation: dict, width: int, height: int) -> None:
         elif mask is not None:
             raise ValueError("neither polygons nor RLE")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{told}: segmentation: {error}") from error
+        raise DataError(f"{name}: segmentation: {error}") from error
 
 
 def _is_finite(value: Any) -> bool:

@@ -138,9 +138,9 @@ class Decoding:
     def options(self) -> dict[str, str | None]:
         """Return the options of a data string that say it: `of(**options())` is the same."""
         numbers = [f"{low:.15g}-{high:.15g}" for low, high in self.ranges]
-        said = ",".join(numbers) or ("container" if self.container else "file" if self.deep else None)
+        text = ",".join(numbers) or ("container" if self.container else "file" if self.deep else None)
         if self.percentiles is not None and not numbers:
-            said = "percentile:{:.15g}-{:.15g}".format(*self.percentiles)
+            text = "percentile:{:.15g}-{:.15g}".format(*self.percentiles)
         chosen = None if self.channels is None else str(self.channels)
         if isinstance(self.channels, tuple):
             chosen = ",".join(map(str, self.channels)) + ("," if len(self.channels) == 1 else "")
@@ -148,7 +148,7 @@ class Decoding:
         seen = "pca" if isinstance(self.shown, ShownComponents) else self.shown
         if isinstance(seen, tuple):
             seen = ",".join(str(channel + 1) for channel in seen)
-        return {"range": said, "channels": chosen, "pages": page, "show": seen}
+        return {"range": text, "channels": chosen, "pages": page, "show": seen}
 
     @staticmethod
     def chosen(text: str) -> dict[str, Any]:

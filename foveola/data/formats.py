@@ -139,7 +139,7 @@ def gives_all_bits(image: Image.Image) -> bool:
 
 
 def raw_mode(tile: Any) -> str:
-    """Return how PIL is told to unpack a part of a file, such as RGB;16B."""
+    """Return PIL's name of the layout of pixels in a part of a file, such as RGB;16B."""
     return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
 
 

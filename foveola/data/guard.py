@@ -27,7 +27,7 @@ def extra(module: str, name: str, what: str) -> Any:
 
 
 def silence(logger: str) -> None:
-    """Keep a library from logging what is said here, or is none of a user's business."""
+    """Keep a library from logging what foveola reports itself, or what a user need not know."""
     found = logging.getLogger(logger)
     if found.level < logging.CRITICAL:  # to set a level again empties what all loggers have found out
         found.setLevel(logging.CRITICAL)

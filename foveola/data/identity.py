@@ -70,13 +70,13 @@ def looked_at_once() -> Iterator[None]:
 
 
 def say(progress: bool) -> None:
-    """Set whether, until the end of `looked_at_once`, what takes long is said on standard error."""
+    """Set whether, until the end of `looked_at_once`, slow work is reported on standard error."""
     _SAYING.set(progress)
 
 
 @contextmanager
 def saying(progress: bool) -> Iterator[None]:
-    """Set whether, within this, what takes long is said on standard error."""
+    """Set whether, within this, slow work is reported on standard error."""
     token = _SAYING.set(progress)
     try:
         yield
@@ -206,7 +206,11 @@ def _look_up(root: Path, files: Sequence[str], pool: ThreadPoolExecutor) -> Any:
     """The table of a folder, and of its files: paths, states and keys."""
     paths = [os.path.join(root, file) for file in files]  # noqa: PTH118 (speed)
     blocks = [paths[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE)]
-    states = [state for some in pool.map(lambda block: [*map(_state, block)], blocks) for state in some]
+    states = [
+        state
+        for block_states in pool.map(lambda block: [*map(_state, block)], blocks)
+        for state in block_states
+    ]
     keys = np.array([_key(f, s) for f, s in zip(files, states, strict=True)], HASH)
     return Table(root), paths, states, keys
 

@@ -26,7 +26,7 @@ WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
 
 
 class Variant(ImageFiles):
-    """Images with one or more right answers among ImageNet's classes."""
+    """Images with one or more right labels among ImageNet's classes."""
 
     candidates: tuple[int, ...] | None = None  # classes that may be predicted; None: all
     border = 0  # pixels of frame around an image, cut off
@@ -39,9 +39,9 @@ class Variant(ImageFiles):
         answers: Sequence[Sequence[int]],
         classes: Sequence[str],
     ) -> None:
-        super().__init__(name, root, files, [some[0] for some in answers], classes)
-        self.ends = np.cumsum([len(some) for some in answers], dtype=np.int64)
-        self.flat = np.array([label for some in answers for label in some], np.int64)
+        super().__init__(name, root, files, [of_image[0] for of_image in answers], classes)
+        self.ends = np.cumsum([len(of_image) for of_image in answers], dtype=np.int64)
+        self.flat = np.array([label for of_image in answers for label in of_image], np.int64)
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
         """Return the identity of images and labels, and of what counts as right, what may be predicted and
@@ -91,9 +91,7 @@ def open_imagenet_v2(name: str, root: Path) -> Variant:
 
 
 def open_imagenet_a(name: str, root: Path) -> Variant:
-    """Open ImageNet-A (or R, of the same layout): folders of some of the wnids, which alone are
-    candidates.
-    """
+    """Open ImageNet-A (or R, of the same layout): folders of 200 wnids, which alone are candidates."""
     (files, notes), classes = find_images(root), wnids()
     index = {wnid: number for number, wnid in enumerate(classes)}
     folders = [file.split("/", 1)[0] for file in files]
@@ -110,7 +108,7 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
     if labels is None:
         raise DataError("imagenet-real: needs labels=, as in imagenet-real:/imagenet?labels=/real.json")
     lists = read_json(labels)
-    if not isinstance(lists, list) or not all(isinstance(some, list) for some in lists):
+    if not isinstance(lists, list) or not all(isinstance(of_image, list) for of_image in lists):
         raise DataError(
             f"{labels}: must be a list of lists of class numbers, in order of the validation images"
         )
@@ -121,10 +119,10 @@ def open_imagenet_real(name: str, root: Path, labels: Path | None = None) -> Var
         number = Path(file).stem.rsplit("_", 1)[-1]  # ILSVRC2012_val_00000001
         if not number.isdecimal() or not 0 < int(number) <= len(lists):
             raise DataError(f"{labels}: {len(lists)} lists, and none for the number of {file}")
-        if some := lists[int(number) - 1]:
+        if of_image := lists[int(number) - 1]:
             files.append(file)
-            answers.append([int(label) for label in some])
-    if not files or not all(0 <= label < 1000 for some in answers for label in some):
+            answers.append([int(label) for label in of_image])
+    if not files or not all(0 <= label < 1000 for of_image in answers for label in of_image):
         raise DataError(f"{labels}: needs class numbers from 0 to 999")
     source = Variant(name, images.root, files, answers, wnids())
     source.notes = images.notes
@@ -140,7 +138,7 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
     label_of = _table(tables / "folder_to_objectnet_label.json")
     known = _table(tables / "objectnet_to_imagenet_1k.json")
     answers_of = {label: _numbers(tables, words) for label, words in known.items()}
-    files, answers = [], []
+    files, labels = [], []
     found = find_images(base / "images")
     for file in found.files:
         folder = file.split("/", 1)[0]
@@ -148,11 +146,11 @@ def open_objectnet(name: str, root: Path, border: int = 2) -> Variant:
             raise DataError(f"{tables}: no label for the folder {folder}")
         if label_of[folder] in answers_of:
             files.append(file)
-            answers.append(answers_of[label_of[folder]])
+            labels.append(answers_of[label_of[folder]])
     if not files:
         raise DataError(f"objectnet: none of the folders in {base / 'images'} is a class of ImageNet")
-    source = Variant(name, base / "images", files, answers, wnids())
-    source.candidates = tuple(sorted({label for some in answers_of.values() for label in some}))
+    source = Variant(name, base / "images", files, labels, wnids())
+    source.candidates = tuple(sorted({label for of_image in answers_of.values() for label in of_image}))
     source.border, source.notes = border, found.notes
     return source
 

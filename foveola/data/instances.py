@@ -35,7 +35,7 @@ class InstancesFile:
     @property
     def annotated(self) -> int:
         """The number of images with an object."""
-        return sum(any(not each.get("iscrowd") for each in some) for some in self.annotations)
+        return sum(any(not each.get("iscrowd") for each in of_image) for of_image in self.annotations)
 
     def reader(self, labels: dict[int, int] | None = None) -> CocoObjects:
         """Return what finds the objects of an image by its row; `labels` in place of the file's own.

@@ -111,12 +111,12 @@ class ImageDifference:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Return the first of some names."""
+    """Return the first names of a list, as text."""
     return ", ".join([*names[:CHANGES_NAMED], *(["..."] if len(names) > CHANGES_NAMED else [])])
 
 
 def compare_inventories(before: Inventory, now: Inventory, limit: int) -> ImageDifference | None:
-    """Return which images are others; None where that cannot be told.
+    """Return which images differ; None where that cannot be known.
 
     Images of files are compared by name: their sizes, and their hashes where both are known. Where a hash was
     kept and the time of the file is another, the file is read (at most `limit` of such files, spread evenly).

@@ -167,7 +167,7 @@ def open_folder(
     if boxes is not None and masks is not None:
         raise DataError("folder: takes boxes= or masks=, not both")
     found = {} if boxes is None else read_boxes(boxes)
-    classes = sorted(folders | {box[4] for some in found.values() for box in some if box[4]})
+    classes = sorted(folders | {box[4] for of_image in found.values() for box in of_image if box[4]})
     index = {label: number for number, label in enumerate(classes)}
     reader = None
     if boxes is not None:

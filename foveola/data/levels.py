@@ -68,8 +68,8 @@ def levels_of_rows(
     if not len(rows):
         return None
     ends = np.stack([rows.min(axis=0), rows.max(axis=0)]).astype(np.float64)
-    some = rows[:: -(-len(rows) // OF_AN_IMAGE)].astype(np.float64)
-    return ImageLevels(some, ends, names, bits, stated, floating)
+    sampled = rows[:: -(-len(rows) // OF_AN_IMAGE)].astype(np.float64)
+    return ImageLevels(sampled, ends, names, bits, stated, floating)
 
 
 def levels_together(found: Sequence[ImageLevels]) -> tuple[list[ImageLevels], list[ChannelLevels]]:

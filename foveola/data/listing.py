@@ -126,8 +126,8 @@ def _left_out(root: Path, others: Counter[str], repeated: int) -> tuple[str, ...
 
 
 def _named(others: Counter[str]) -> str:
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:SUFFIXES_NAMED]
-    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in most]
+    commonest = sorted(others.items(), key=lambda item: (-item[1], item[0] or "~"))[:SUFFIXES_NAMED]
+    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in commonest]
     return ", ".join(named) + (
         f" and {len(others) - SUFFIXES_NAMED} more kinds" if len(others) > SUFFIXES_NAMED else ""
     )

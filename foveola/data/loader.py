@@ -67,7 +67,9 @@ class LoaderConfig:
         at_most=2**13,
     )
     objects_per_image: int = key(1, "objects drawn from each image", at_least=1, at_most=1000)
-    choose: ObjectChoice = key("area", "which objects are drawn: by area, uniform, or the largest")
+    choose: ObjectChoice = key(
+        "area", "how objects are drawn: with probability by area, uniformly, or the largest"
+    )
     objects_noise: NoiseConfig | None = key(
         None, "objects are made wrong on purpose, to see what that costs; null = as they are annotated"
     )

@@ -142,8 +142,8 @@ def _random_boxes(
     """
     fraction, ratio, left, top = rng.random((4, count))
     fraction = area[0] + (area[1] - area[0]) * fraction
-    most = np.log(np.minimum(LONGEST, 1 / fraction))
-    stretch = np.exp(most * (2 * ratio - 1) / 2)
+    largest = np.log(np.minimum(LONGEST, 1 / fraction))
+    stretch = np.exp(largest * (2 * ratio - 1) / 2)
     width, height = np.sqrt(fraction) * stretch, np.sqrt(fraction) / stretch
     x, y = left * (1 - width), top * (1 - height)
     return np.stack([x, y, x + width, y + height], axis=1).clip(0, 1)

@@ -60,7 +60,7 @@ def split_name(text: str) -> str:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """Return what reads one of some words."""
+    """Return a reader of options that are one of a list of words."""
 
     def read(text: str) -> str:
         if text not in names:

@@ -150,7 +150,7 @@ class Sample:
     labels: tuple[int, ...] | None = None
 
     def all_classes(self) -> set[int]:
-        """Return all classes of the image: those that it is said to have, or else those of its objects."""
+        """Return all classes of the image: its labels, or else those of its objects."""
         if self.labels is not None:
             return set(self.labels)
         known = [each.labels for each in (self.objects, self.crowds) if each is not None]

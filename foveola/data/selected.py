@@ -14,7 +14,7 @@ _USUAL = Decoding()
 
 
 class SelectedImages:
-    """Images of which some may be left. `rows` are their numbers, in order."""
+    """A selection of images. `rows` are their numbers in the source, in order."""
 
     rows: Int64[np.ndarray, "n"]
 

@@ -135,8 +135,8 @@ def component_colours(
     """Return components of C >= 3 channels as colours; without any, those of these very pixels."""
     components = components or components_of(_fractions(_spread(pixels, PIXELS_FITTED)))
     weights = np.array(components.weights, np.float32).T / np.float32(_largest(pixels))
-    shares = pixels.reshape(-1, pixels.shape[-1]) @ weights + np.array(components.added, np.float32)
-    return (shares * 255).round().clip(0, 255).astype(np.uint8).reshape(*pixels.shape[:-1], RGB)
+    values = pixels.reshape(-1, pixels.shape[-1]) @ weights + np.array(components.added, np.float32)
+    return (values * 255).round().clip(0, 255).astype(np.uint8).reshape(*pixels.shape[:-1], RGB)
 
 
 def _largest(pixels: Shaped[np.ndarray, "*S C"]) -> int:

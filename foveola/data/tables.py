@@ -63,14 +63,14 @@ def read_boxes(path: Path) -> dict[str, list[LabelledBox]]:
 
 def _check(box: tuple[float, float, float, float], where: str, sized: bool) -> None:
     x0, y0, x1, y1 = box
-    told = f"{where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
+    text = f"{where}: box {x0:g}, {y0:g}, {x1:g}, {y1:g}"
     if not sized and (x1 < x0 or y1 < y0):
         raise DataError(
-            f"{told} ends before it begins: are these x, y, width, height? A CSV file says so in a header "
+            f"{text} ends before it begins: are these x, y, width, height? A CSV file says so in a header "
             "name,x,y,w,h"
         )
     if not (max(x0, 0) < x1 < float("inf") and max(y0, 0) < y1 < float("inf")):
-        raise DataError(f"{told} has no area inside the image")
+        raise DataError(f"{text} has no area inside the image")
 
 
 def _csv_boxes(path: Path) -> Iterator[tuple[str, str, Sequence[Any], bool]]:

@@ -108,8 +108,8 @@ def _scaled(values: Values, reading: Decoding, dtype: type[np.unsignedinteger]) 
     rows = max(1, SCALED_AT_ONCE // max(array[0].size, 1))
     memory = np.empty((rows, *array.shape[1:]))  # the same for all: fresh pages take longer than arithmetic
     for start in range(0, len(array), rows):
-        some = array[start : start + rows]
-        scaled = np.subtract(some, low, out=memory[: len(some)], dtype=np.float64)
+        block = array[start : start + rows]
+        scaled = np.subtract(block, low, out=memory[: len(block)], dtype=np.float64)
         scaled *= top / (high - low)
         np.clip(scaled, 0, top, out=scaled)
         pixels[start : start + rows] = np.rint(scaled, out=scaled)

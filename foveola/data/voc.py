@@ -51,10 +51,10 @@ def open_voc_objects(name: str, root: Path, split: str, ignore: tuple[str, ...] 
             f"{folder}: {len(missing)} of {len(stems)} listed images are missing, such as {missing[0]}"
         )
     read = [_read(_xml(base, stem), ignore) for stem in stems]
-    names = {each["name"] for _, some in read for each in some}
+    names = {each["name"] for _, objects in read for each in objects}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
     numbers = {word: number for number, word in enumerate(classes)}
-    annotations = [[each | {"category_id": numbers[each["name"]]} for each in some] for _, some in read]
+    annotations = [[each | {"category_id": numbers[each["name"]]} for each in objects] for _, objects in read]
     sizes = np.array([size for size, _ in read], np.int64)
     try:
         reader = CocoObjects(sizes, annotations, {number: number for number in numbers.values()})

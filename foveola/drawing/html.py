@@ -147,10 +147,10 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
             right = row.right[index] if index < len(row.right) else None
             what = drawn.columns[index] if index < len(drawn.columns) else caption
             frame = "" if right is None else "right" if right else "wrong"
-            told = f"{drawn.title}: {what} of {name}" + (f", {caption}" if caption else "")
+            description = f"{drawn.title}: {what} of {name}" + (f", {caption}" if caption else "")
             mark = "" if right is None else ("✓ " if right else "✗ ")
             below = tag("span", escape(mark + caption), "caption") if caption else ""
-            cells.append(tag("td", image(shrunk(tile, LARGEST_TILE), told) + below, frame))
+            cells.append(tag("td", image(shrunk(tile, LARGEST_TILE), description) + below, frame))
         title = tag("th", escape(row.title), "name", scope="row") if any(r.title for r in drawn.rows) else ""
         lines.append(tag("tr", title + "".join(cells)))
     if any(row.title for row in drawn.rows):
@@ -165,9 +165,9 @@ def sheet(drawn: Sheet, names: Sequence[str] = (), kind: str = "") -> str:
 
 def bar(drawn: Bar) -> str:
     """Return what colours mean: a strip with its marks below."""
-    told = f"colours from {drawn.marks[0][1]} to {drawn.marks[-1][1]}"
+    description = f"colours from {drawn.marks[0][1]} to {drawn.marks[-1][1]}"
     size = f'width="{drawn.colors.shape[1]}" height="12"'
-    strip = f'<img src="{data_uri(drawn.colors)}" alt="{escape(told)}" {size}>'
+    strip = f'<img src="{data_uri(drawn.colors)}" alt="{escape(description)}" {size}>'
     marks = "".join(
         tag(
             "span",
@@ -186,8 +186,10 @@ def chart(drawn: Chart, salt: str, lines: bool = True) -> str:
     """
     plain = Chart("", drawn.lines, drawn.x, drawn.y, drawn.levels, drawn.log)
     svg = to_svg(draw_charts([plain], size=CHART, text=TEXT, legend=False), salt)
-    told = f"{drawn.title}: {', '.join(line.name for line in drawn.lines if len(line.x))} over {drawn.x}"
-    svg = re.sub(r"^<svg", lambda _: f'<svg role="img" aria-label="{escape(told)}"', svg)
+    description = (
+        f"{drawn.title}: {', '.join(line.name for line in drawn.lines if len(line.x))} over {drawn.x}"
+    )
+    svg = re.sub(r"^<svg", lambda _: f'<svg role="img" aria-label="{escape(description)}"', svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     keys = _keys([line.name for line in drawn.lines]) if lines and len(drawn.lines) > 1 else []
     keys += [_key(name, "#888888", LEVEL_DASHES[n % 3]) for n, name in enumerate(drawn.levels)]

@@ -45,11 +45,11 @@ def graph_of(
 ) -> Graph:
     """Return the graph that is kept beside a file of features, or make it and keep it there."""
     faiss = library("faiss", "search", "method=hnsw")
-    kept = None if path is None else path.with_name(f"{path.name}.hnsw.npz")
+    saved = None if path is None else path.with_name(f"{path.name}.hnsw.npz")
     digest = _digest(vectors)
-    if kept is not None and kept.is_file():
+    if saved is not None and saved.is_file():
         damaged = OSError, ValueError, EOFError, KeyError, BadZipFile  # then it is made again
-        with suppress(*damaged), kept.open("rb") as file, np.load(file) as found:
+        with suppress(*damaged), saved.open("rb") as file, np.load(file) as found:
             if str(found["digest"]) == digest:  # else the features were written anew since
                 return Graph(faiss.deserialize_index(found["graph"]), float(found["recall"]))
     made = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -58,9 +58,9 @@ def graph_of(
     for part in show(parts, len(parts), f"graph of {len(vectors):,} rows, part by part", progress):
         made.add(unit_rows(part).numpy())
     graph = Graph(made, _recall(made, vectors, device))
-    if kept is not None:
+    if saved is not None:
         try:
-            with files.whole(kept) as part, part.open("wb") as file:
+            with files.whole(saved) as part, part.open("wb") as file:
                 np.savez(file, graph=faiss.serialize_index(made), recall=graph.recall, digest=digest)
         except OSError as error:
             warnings.warn(f"the graph is not kept: {explain(error)}", stacklevel=3)

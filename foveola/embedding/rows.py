@@ -39,7 +39,8 @@ class EmbedConfig(MaskedConfig):
         "encoder's own pooling",
     )
     masks: bool | None = key(
-        None, "only the patches of the object, or of all objects of the image, are read; null = of objects"
+        None,
+        "read only the patches of the object, or of all objects of the image; null = true for rows=objects",
     )
     view: Literal["image", "object"] = key(
         "image", "what the encoder sees of an object: its whole image, or a crop of it"

@@ -54,8 +54,8 @@ class Comparison:
             for name, result in zip(self.names, self.results, strict=True)
             for note in result.notes
         ]
-        said = [*self._marks(lines), *self._same(alike), *self._versions(), *self.notes]
-        return "\n".join([*lines, *said, *dict.fromkeys(notes)])
+        remarks = [*self._marks(lines), *self._same(alike), *self._versions(), *self.notes]
+        return "\n".join([*lines, *remarks, *dict.fromkeys(notes)])
 
     def frame(self) -> Any:
         """Return a pandas DataFrame with a line for each encoder and number. Raises UserError without pandas.

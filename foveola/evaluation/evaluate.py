@@ -134,7 +134,7 @@ def evaluate_all(
             mine = [job for job in jobs if job.protocol.name == name]
             own = feed if name in storing else None
             measured = _measure(mine, [At(encoder, job.train, job.test, own, progress) for job in mine])
-            kept = []
+            stored = []
             for number, result in enumerate(measured):
                 try:
                     if out is not None and distributed.is_main():
@@ -144,8 +144,8 @@ def evaluate_all(
                             result = store(result, out, further)
                 finally:
                     show(result)
-                kept.append(result)
-            results[name] = replace(kept[0], others=tuple(kept[1:]))
+                stored.append(result)
+            results[name] = replace(stored[0], others=tuple(stored[1:]))
     finally:
         if feed is not None:
             feed.close()
@@ -273,7 +273,7 @@ def _want(feed: Feed, jobs: Sequence[Job]) -> None:
 
 
 def _facts(job: Job, stated: dict[str, Any]) -> dict[str, Any]:
-    """What a protocol told of its data, and what tells them from others where it has not said that itself.
+    """What a protocol reports of its data, with their identity where it has not reported that itself.
 
     Data in which objects were found are told apart by their images: what is found depends on the encoder.
     """

@@ -1,4 +1,4 @@
-"""What protocols share that ask the head of a fine-tuned encoder about whole test images."""
+"""What protocols share that measure the head of a fine-tuned encoder on whole test images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -137,7 +137,7 @@ class Part:
         return self.source[int(self.chosen[index])]
 
     def identity(self, chosen: Int64[np.ndarray, "n"] | None = None) -> Identity:
-        """Return the identity of these images, or of some of them, in the source."""
+        """Return the identity of these images, or of a part of them, in the source."""
         return identity_of(self.source, self.chosen if chosen is None else self.chosen[chosen])
 
 
@@ -304,7 +304,7 @@ def facts_of_bad(bad: Int64[Tensor, "b"], count: int, source: Source) -> dict[st
 
 
 class ImageRows(NamedTuple):
-    """The rows of some images, as a worker makes them: V views, R rows."""
+    """The rows of a batch of images, as a worker makes them: V views, R rows."""
 
     image_indices: Int64[Tensor, "R"]
     objects: Int64[Tensor, "R"]

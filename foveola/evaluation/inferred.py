@@ -163,8 +163,8 @@ def _with_found_objects(
     it. Objects that `folder` has of the same work are read from there.
     """
     part = Part(source, chosen, classes=False)  # an object has the class of its image
-    kept = {name: value for name, value in by.settings.items() if name not in NO_OTHER_WORK}
-    work = [proposer.describe(), kept, identity_of(part).digest]
+    settings = {name: value for name, value in by.settings.items() if name not in NO_OTHER_WORK}
+    work = [proposer.describe(), settings, identity_of(part).digest]
     name = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:20]
     how: dict[str, Any] = {"sheet": 0, **by.settings}
     found = propose(proposer, part, out=folder / name, progress=progress, **how)

@@ -30,13 +30,13 @@ class GroundTruth:
 
     @cached_property
     def right(self) -> Int64[Tensor, "m a"]:
-        """The right answers of each row, filled up with -1."""
+        """The right classes of each row, filled up with -1."""
         if self.others is None:
             return self.labels[:, None]
         return pad_sequence(list(self.others), batch_first=True, padding_value=-1)
 
     def among(self, found: Int64[Tensor, "*G m r"], rows: slice = slice(None)) -> Bool[Tensor, "*G m"]:
-        """Return whether any of the classes found for each row is a right answer of it; -1 is no class."""
+        """Return whether any of the classes found for each row is a right class of it; -1 is no class."""
         right = self.right[rows][:, None]
         return ((found[..., None] == right) & (right >= 0)).flatten(-2).any(dim=-1)
 
@@ -49,7 +49,7 @@ class GroundTruth:
         return self._allowed(logits).argmax(dim=-1).cpu()
 
     def top5(self, logits: Float[Tensor, "m C"]) -> Bool[Tensor, "m"]:
-        """Return whether a right answer is among the five (candidate) classes of highest score."""
+        """Return whether a right class is among the five (candidate) classes of highest score."""
         scores, classes = self._allowed(logits).topk(min(5, logits.shape[1]), dim=1)
         return self.among(torch.where(scores == -torch.inf, -1, classes).cpu())
 
@@ -81,8 +81,10 @@ def ground_truth(
     all_right: Callable[[int], Any] | None = getattr(test, "answers", None)
     if all_right is not None:
         lists = [[number.get(int(label), -1) for label in all_right(i)] for i in image_indices.tolist()]
-        if any(len(some) != 1 for some in lists):
-            others = tuple(torch.tensor([n for n in some if n >= 0], dtype=torch.int64) for some in lists)
+        if any(len(row_labels) != 1 for row_labels in lists):
+            others = tuple(
+                torch.tensor([n for n in row_labels if n >= 0], dtype=torch.int64) for row_labels in lists
+            )
     if allowed := getattr(test, "candidates", None):
         candidates = torch.zeros(classes, dtype=torch.bool)
         candidates[[number[label] for label in allowed if number.get(label, -1) >= 0]] = True
@@ -323,7 +325,7 @@ SCORING = 256  # rows scored at once
 
 
 class Judged(NamedTuple):
-    """What some rows say of each of G probes."""
+    """How each of G probes does on rows."""
 
     right: Bool[Tensor, "G m"]  # whether each row's best class is a right one
     loss: Float64[Tensor, "G"]  # mean cross-entropy of the rows' labels; infinite where that is not finite

@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0: the two can be told apart."""
+        """Whether the interval leaves out 0: the difference is significant."""
         return self.low > 0 or self.high < 0
 
     def __neg__(self) -> "Difference":

@@ -68,16 +68,16 @@ def store(result: Result, folder: str | Path, further: bool = False) -> Result:
     with _alone(path.parent):
         first = _readable(path)
         own = alike if further and first is not None and differences(first, result) else path
-        told = f"written to {own}"
+        note = f"written to {own}"
         if own is path and path.exists():
-            told += _make_room(path, result)
+            note += _make_room(path, result)
         earlier = [each.evaluation for each in map(_readable, (path, alike)) if each is not None]
         result = replace(result, evaluation=next(filter(None, (result.evaluation, *earlier)), ""))
         result.save(folder, own.stem.removeprefix(path.stem))
         if own is path:
             alike.unlink(missing_ok=True)
             rmtree(documents_of(alike), ignore_errors=True)
-    return replace(result, written=told)
+    return replace(result, written=note)
 
 
 def _readable(path: Path) -> Result | None:

@@ -94,7 +94,7 @@ def _side(session: Session, request: Request) -> int:
 
 
 def _told(function: Callable[[Request], Response]) -> Callable[[Request], Any]:
-    """Run an answer in a thread; mistakes are said in JSON, with the reason alone."""
+    """Compute an answer in a thread; mistakes are sent as JSON, with the reason alone."""
 
     async def endpoint(request: Request) -> Response:
         try:

@@ -117,10 +117,10 @@ class Layouts:
                     words, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE
                 )
                 self.processes.append(process)
-                said = process.communicate()[1].decode(errors="replace").strip().splitlines()
+                errors = process.communicate()[1].decode(errors="replace").strip().splitlines()
                 made = _read(out, len(vectors))
             if made is None:
-                reason = said[-1] if said else f"it ended with {process.returncode}"
+                reason = errors[-1] if errors else f"it ended with {process.returncode}"
                 raise UserError(f"UMAP has failed: {reason}")
             _keep(made, path)
             self.made[name] = made

@@ -43,8 +43,8 @@ def listing(source: Any, images: Sequence[int]) -> SelectionList:
     if why:
         return SelectionList("".join(f"{name}\n" for name in names), None, why)
     options = dict(parse_qsl(source.name.partition("?")[2]))
-    kept = "".join(f"&{name}={quote(options[name], safe='')}" for name in READING if name in options)
-    data = f"listed:{quote(str(source.root))}?files={LIST_NAME}{kept}"
+    options_text = "".join(f"&{name}={quote(options[name], safe='')}" for name in READING if name in options)
+    data = f"listed:{quote(str(source.root))}?files={LIST_NAME}{options_text}"
     classes = source.classes
     words = [] if classes is None or min(labels, default=-1) < 0 else [classes[label] for label in labels]
     if all(word.isdecimal() for word in words):  # they would be read as numbers of classes

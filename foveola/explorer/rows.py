@@ -72,7 +72,7 @@ class ShownRows:
 
 
 def shown_rows(sides: list[Side]) -> dict[str, ShownRows]:
-    """Return rows of images, and of objects where there are features of some."""
+    """Return rows of images, and of objects where there are features of objects."""
     kinds = [kind for kind in SHOWN_KINDS if any(_index_of(side, kind) is not None for side in sides)]
     return {kind: ShownRows(kind, sides) for kind in kinds}
 

@@ -43,7 +43,7 @@ class ExploreConfig(ChosenConfig):
     """What is computed of an encoder before the page opens, and how its maps are made."""
 
     features: str | None = key(
-        None, "of images and objects, as of foveola embed; null = the encoder's own pooling"
+        None, "feature of images and objects, as in foveola embed; null = the encoder's own pooling"
     )
     image_size: int | None = key(
         None, "pixels a side of the square that is encoded; null = the encoder's crop", at_least=1
@@ -256,7 +256,7 @@ def _kept_in(model: Any, cache: str | Path | None) -> Path:
 
 
 def _check_data(side: Side, source: Source) -> None:
-    """Raise UserError unless some of the rows are of the images that the source has there."""
+    """Raise UserError unless a row is of an image that the source has at its index."""
     for index in side.indices.values():
         rows = index.rows
         for row in np.unique(np.linspace(0, len(rows.name) - 1, NAMES_COMPARED).astype(int)).tolist():

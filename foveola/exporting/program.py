@@ -51,10 +51,10 @@ class Program(nn.Module):
     def normalised(self, images: ProgramImages) -> Float32[Tensor, "B ch H W"]:
         """Return fractions of the range, less the mean, over the deviation."""
         if self.ranged:
-            shares = ((images - self.low) / (self.high - self.low)).clamp(0, 1)
+            fractions = ((images - self.low) / (self.high - self.low)).clamp(0, 1)
         else:
-            shares = images.float() / 255
-        return (shares - self.mean) / self.std
+            fractions = images.float() / 255
+        return (fractions - self.mean) / self.std
 
     def forward(
         self, images: ProgramImages, masks: Bool[Tensor, "B M h w"] | None = None
@@ -228,8 +228,8 @@ def _outputs(encoder: Encoder, program: Program, inputs: tuple[Tensor, ...]) -> 
         return program(*inputs)
     pixels = _normalised(encoder, inputs[0])
     features = encoder(pixels)
-    said = {"embedding": features.objects[:, 0], "patches": features.patches}
-    return said | ({"objects": encoder.tokens(pixels, inputs[1].flatten(2))} if len(inputs) > 1 else {})
+    outputs = {"embedding": features.objects[:, 0], "patches": features.patches}
+    return outputs | ({"objects": encoder.tokens(pixels, inputs[1].flatten(2))} if len(inputs) > 1 else {})
 
 
 def _normalised(encoder: Encoder, images: Tensor) -> Tensor:
@@ -247,9 +247,9 @@ def _normalised(encoder: Encoder, images: Tensor) -> Tensor:
 @torch.no_grad()
 def compare_runs(traced: Traced, run: Any, tolerance: float, what: str) -> None:
     """Raise UserError where `run(*inputs)`, a dict of tensors, differs from what the network gives."""
-    for inputs, answers in zip(traced.trials, traced.wanted, strict=True):
+    for inputs, outputs in zip(traced.trials, traced.wanted, strict=True):
         for name, found in run(*inputs).items():
-            expected = answers[name]
+            expected = outputs[name]
             if found.shape != expected.shape:
                 raise UserError(
                     f"the {what} gives {list(found.shape)} {name}, the network {list(expected.shape)}"
@@ -266,7 +266,7 @@ def compare_runs(traced: Traced, run: Any, tolerance: float, what: str) -> None:
 
 
 def _about(traced: Traced) -> dict[str, Any]:
-    encoder, answers = traced.encoder, traced.wanted[0]
+    encoder, outputs = traced.encoder, traced.wanted[0]
     head, transform, about = encoder.head, encoder.config.transform, dict[str, Any]()
     channels = len(transform.mean)
     kind = "RGB" if channels == 3 else f"{channels} channels"
@@ -277,7 +277,7 @@ def _about(traced: Traced) -> dict[str, Any]:
             "images": f"{dtype} [1, {channels}, {side}, {side}], {kind}: one image whose longer side is "
             f"resized to {side}, in the upper left; what lies beyond it does not matter; {scale}",
             "extent": "int64 [2], rows and columns of the image",
-            "gives": {name: ["found", *value.shape[1:]] for name, value in answers.items()},
+            "gives": {name: ["found", *value.shape[1:]] for name, value in outputs.items()},
             "boxes": "x0, y0, x1, y1 in pixels of images, best first; masks are those of their boxes",
             "needs": "torchvision, imported before torch.export.load",
         }
@@ -328,7 +328,7 @@ def _resized(transform: Any) -> str:
 
 
 def _shapes_of(traced: Traced) -> dict[str, list[Any]]:
-    """The shape of each answer, with names for what varies."""
+    """The shape of each output, with names for what varies."""
     width = {name: value.shape[-1] for name, value in traced.wanted[0].items()}
     known = {
         "embedding": ["batch", "D"],

@@ -1,4 +1,4 @@
-"""Sheets of answers: what the head of a fine-tuned encoder says of annotated images, worst and best."""
+"""Sheets of predictions: what fine-tuned heads predict for annotated images, the worst and the best."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from foveola.tasks.task import Classes, Detections, LabelMap
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a head said of an image, how good it is (in [0, 1]), and how both are drawn."""
+    """The prediction of a head for an image, its score in [0, 1], and how prediction and truth are drawn."""
 
     index: int
     prediction: Any  # `Classes`, a `LabelMap` or `Detections`
@@ -37,7 +37,7 @@ class Answer:
 
 
 def judged_images(encoder: Encoder, source: Source, indices: Sequence[int]) -> Iterator[Answer]:
-    """Yield the answers for images of a source that can be read and judged, in their order.
+    """Yield the predictions for images of a source that can be read and judged, in their order.
 
     The score of a classifier is what it gives the right class (of several classes: the fraction that are
     rightly there or not there); of a segmenter the fraction of labelled pixels that are right; of a detector
@@ -58,7 +58,7 @@ def judged_images(encoder: Encoder, source: Source, indices: Sequence[int]) -> I
 def answers_sheet(
     encoder: Encoder, source: Source, indices: Sequence[int], worst: int = 4, best: int = 4
 ) -> Sheet:
-    """Return the worst and the best answers among images of a source, the truth beside what was said.
+    """Return the worst and the best predictions among images of a source, the truth beside them.
 
     Raises UserError where no image can be judged.
     """

@@ -73,12 +73,12 @@ def _tiled(
     corners = [(y, x) for y in starts(rows, high, overlap) for x in starts(columns, wide, overlap)]
     weights = np.outer(_ramp(high), _ramp(wide))[:, :, None]
     total, weight_sums = np.zeros((rows, columns, 0), np.float32), np.zeros((rows, columns, 1), np.float32)
-    few = max(PATCHES_AT_ONCE // (high * wide), 1)
-    for start in range(0, len(corners), few):
-        some = corners[start : start + few]
-        cuts = [pixels[:, patch * y : patch * (y + high), patch * x : patch * (x + wide)] for y, x in some]
-        positions = [(x / columns, y / rows, (x + wide) / columns, (y + high) / rows) for y, x in some]
-        for (y, x), features in zip(some, _encode(encoder, torch.stack(cuts), positions), strict=True):
+    at_once = max(PATCHES_AT_ONCE // (high * wide), 1)
+    for start in range(0, len(corners), at_once):
+        block = corners[start : start + at_once]
+        cuts = [pixels[:, patch * y : patch * (y + high), patch * x : patch * (x + wide)] for y, x in block]
+        positions = [(x / columns, y / rows, (x + wide) / columns, (y + high) / rows) for y, x in block]
+        for (y, x), features in zip(block, _encode(encoder, torch.stack(cuts), positions), strict=True):
             if not total.shape[2]:
                 total = np.zeros((rows, columns, features.shape[2]), np.float32)
             total[y : y + high, x : x + wide] += weights * features

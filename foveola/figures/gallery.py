@@ -201,9 +201,9 @@ def _attention_tiles(
         inside = token_attention(encoder, images, patches[None, None].to(images.device), block)[0, 0]
         lit, peak = light(base, inside.mean(dim=0))
         tiles.append((outline(lit, patches.view(grid).numpy()), peak))
-    kept = strongest(weights, mass)
-    fraction = f"{100 * kept.float().mean():.0f} % of patches each"
-    tiles.append((paint_heads(base, weights.cpu().numpy(), kept.cpu().numpy()), fraction))
+    strong = strongest(weights, mass)
+    fraction = f"{100 * strong.float().mean():.0f} % of patches each"
+    tiles.append((paint_heads(base, weights.cpu().numpy(), strong.cpu().numpy()), fraction))
     return tiles + ([light(base, head) for head in weights] if heads else [])
 
 

@@ -167,13 +167,13 @@ def correspondences(
 def _nearest(
     a: Float32[np.ndarray, "n D"], b: Float32[np.ndarray, "m D"]
 ) -> tuple[Int64[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """The row of b of highest cosine for each row of a, and that cosine; some rows of a at a time."""
+    """The row of b of highest cosine for each row of a, and that cosine; computed in blocks of a."""
     best, cosines = np.zeros(len(a), np.int64), np.zeros(len(a), np.float32)
-    few = max(COSINES_AT_ONCE // len(b), 1)
-    for start in range(0, len(a), few):
-        part = a[start : start + few] @ b.T
-        best[start : start + few] = part.argmax(axis=1)
-        cosines[start : start + few] = part.max(axis=1)
+    at_once = max(COSINES_AT_ONCE // len(b), 1)
+    for start in range(0, len(a), at_once):
+        part = a[start : start + at_once] @ b.T
+        best[start : start + at_once] = part.argmax(axis=1)
+        cosines[start : start + at_once] = part.max(axis=1)
     return best, cosines
 
 

@@ -159,7 +159,7 @@ def pca_rgb(features: Float[np.ndarray, "*S D"], basis: Basis) -> Float32[np.nda
 def fit_basis(
     maps: Callable[[], Iterable[Float[np.ndarray, "_ _ D"]]], foreground: bool = False, components: int = 3
 ) -> Basis:
-    """Return a basis of all patches of some maps, or of their foreground alone.
+    """Return a basis of all patches of maps, or of their foreground alone.
 
     Foreground as in DINOv2 (Figure 1): the patches on one side of zero of the first component of all; the
     components are then those of these patches. Which side: the one to which fewer of the patches along the
@@ -223,7 +223,7 @@ def pca_images(
 
 
 class Maps:
-    """The patch maps of some images, as often as they are asked for; held where they are few enough."""
+    """The patch maps of images, as often as they are asked for; held in memory where they fit."""
 
     def __init__(
         self,

@@ -65,15 +65,16 @@ class ChannelsConfig(DenseFigureConfig):
 class ScoresConfig(ImagesConfig):
     maps: tuple[str, ...] | None = key(
         None,
-        "as of localisation: attention, lowest_entropy, centre, heads, abmilp, pca; null = what there is",
+        "maps as in localisation: attention, lowest_entropy, centre, heads, abmilp, pca; null = "
+        "all there are",
     )
     probe: str | None = key(
         None, "an AbMILP probe, RUN/results/abmilp/probe.safetensors, for the map abmilp and its box"
     )
     threshold: float = key(
-        0.5, "of a map on its own scale, above which its largest part has a box", at_least=0, below=1
+        0.5, "threshold of a map, scaled to [0, 1]; the largest part above it has a box", at_least=0, below=1
     )
-    block: int = key(-1, "whose attention; negative numbers count from the last block")
+    block: int = key(-1, "block whose attention is drawn; negative numbers count from the last")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class DictionaryConfig(DenseFigureConfig):
 
 @dataclass(frozen=True)
 class AttentionConfig(ImagesConfig):
-    block: int = key(-1, "whose attention; negative numbers count from the last block")
+    block: int = key(-1, "block whose attention is drawn; negative numbers count from the last")
     mass: float = key(MASS, "fraction of a head's attention in its coloured patches", above=0, at_most=1)
     heads: bool = key(False, "also a column for each head")
     min_coverage: float = key(
@@ -99,7 +100,7 @@ class AttentionConfig(ImagesConfig):
 @dataclass(frozen=True)
 class ObjectsFigureConfig(ImagesConfig):
     block: int = again(AttentionConfig, "block", -1)
-    objects: int = key(3, "at most so many objects of each image, the largest", at_least=1)
+    objects: int = key(3, "largest number of objects of an image; the largest are shown", at_least=1)
     min_coverage: float = again(AttentionConfig, "min_coverage", MIN_COVERAGE)
 
 
@@ -127,14 +128,14 @@ class CorrespondenceConfig(DenseFigureConfig):
 @dataclass(frozen=True)
 class PositionsConfig(SheetConfig):
     cell: int = key(TILE_SIDE * 3 // 2, "pixels a side of a tile in the sheet", at_least=32)
-    some: int = key(5, "maps of cosines of some x some positions", at_least=1, at_most=12)
+    some: int = key(5, "positions a side whose maps of cosines are drawn", at_least=1, at_most=12)
 
 
 @dataclass(frozen=True)
 class AnswersConfig(SheetConfig):
     cell: int = key(TILE_SIDE * 5 // 4, "pixels a side of a tile in the sheet", at_least=32)
-    worst: int = key(4, "how many of the worst answers to show", at_least=0)
-    best: int = key(4, "how many of the best answers to show", at_least=0)
+    worst: int = key(4, "how many of the worst predictions to show", at_least=0)
+    best: int = key(4, "how many of the best predictions to show", at_least=0)
     limit: int = key(200, "images among which they are looked for, evenly over the data", at_least=1)
     images: tuple[int, ...] | int | str | None = key(
         None, "indices of the images in the data instead, as in '0,5,9'"

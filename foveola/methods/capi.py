@@ -50,7 +50,7 @@ class CapiConfig(MethodConfig):
     targets: Literal["clusters", "teacher_head", "features"] = key(
         "clusters", "an online clustering, a head that follows the student's (iBOT), or patches (I-JEPA)"
     )
-    head: Literal["linear", "mlp"] = key("linear", "from predictions to clusters")
+    head: Literal["linear", "mlp"] = key("linear", "head from predictions to clusters")
     mlp: HeadConfig = key(factory=HeadConfig, help="head=mlp; its prototypes are those of the clustering")
     clustering: ClusteringConfig = key(factory=ClusteringConfig, help="how patches become targets")
     momentum: Schedule | None = key(

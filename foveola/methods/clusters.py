@@ -27,7 +27,9 @@ class ClusteringConfig:
         "position", "use all clusters alike at each position (no positional collapse), or over all patches"
     )
     temperature: float = key(0.06, "temperature of the logits that are balanced", above=0)
-    student_temperature: float = key(0.12, "of predictions, and of the loss of the clusters", above=0)
+    student_temperature: float = key(
+        0.12, "temperature of predictions, and of the loss of the clusters", above=0
+    )
     iterations: int = key(3, "iterations of Sinkhorn-Knopp", at_least=1, at_most=1000)
     queue: int = key(
         0,
@@ -84,9 +86,9 @@ class Clustering(nn.Module):
         """The newest patches first; the oldest fall out."""
         assert self.past is not None
         room = self.past.shape[1]
-        kept = torch.cat((unit, self.past[:, : self.filled]), dim=1)[:, :room]
-        self.filled, self.joined = kept.shape[1], None
-        self.past[:, : self.filled] = kept
+        newest = torch.cat((unit, self.past[:, : self.filled]), dim=1)[:, :room]
+        self.filled, self.joined = newest.shape[1], None
+        self.past[:, : self.filled] = newest
 
     def gather(self) -> None:
         """Join the past of all processes for a checkpoint, the newest first, and the clusters that they used;
@@ -104,7 +106,7 @@ class Clustering(nn.Module):
         self.used |= distributed.all_reduce_max(self.used.to(torch.uint8)).bool()
 
     def prototypes_used(self) -> float:
-        """Return the fraction of prototypes that were the first choice of some patch since the epoch began;
+        """Return the fraction of prototypes that were the first choice of a patch since the epoch began;
         all processes call it.
         """
         self._join_used()

@@ -124,7 +124,7 @@ class DistillationConfig(_Terms):
         return [name for name, term in self.terms().items() if self.known[name].reads_start(term)]
 
     def used_heads(self) -> set[str]:
-        """Return names of the heads that some term projects with."""
+        """Return names of the heads that a term projects with."""
         return {head for name, term in self.terms().items() for head in self.known[name].heads(term)}
 
     def unread(self) -> dict[str, str]:
@@ -269,7 +269,7 @@ class Distillation(Method):
         return network(views.pixels.flatten(0, 1), inputs)
 
     def _inputs(self, views: Views) -> Inputs:
-        """What student and teacher are told of views: objects, and where they stand, if there is a field."""
+        """What student and teacher read besides pixels: objects, and positions, if there is a field."""
         return Inputs(
             objects=None if views.objects is None else views.objects.flatten(0, 1),
             positions=views.positions.flatten(0, 1) if self.has_field else None,

@@ -123,7 +123,7 @@ class Mae(Method):
 
     @torch.no_grad()
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Return some views of the last step in columns: as they are, as the encoder got them, and
+        """Return views of the last step in columns: as they are, as the encoder got them, and
         reconstructed.
 
         Where targets are normalised, a reconstructed patch has the true mean and deviation, which the method

@@ -134,7 +134,7 @@ class Method(nn.Module, ABC):
 
     @property
     def task_head(self) -> nn.Module | None:
-        """What answers for a task, to keep with the encoder; None of a method that learns none."""
+        """The head of a task, to keep with the encoder; None for a method that has none."""
         return None
 
     def targets(self) -> dict[str, int]:

@@ -97,7 +97,7 @@ class Targets(nn.Module):
         self.used |= distributed.all_reduce_max(self.used.to(torch.uint8)).bool()
 
     def prototypes_used(self) -> float:
-        """Return the fraction of prototypes that were the first choice of some row of any process since the
+        """Return the fraction of prototypes that were the first choice of a row of any process since the
         epoch began; all processes call it.
         """
         self.gather()

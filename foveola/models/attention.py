@@ -70,8 +70,8 @@ class Attention(nn.Module):
         else:
             out = scaled_dot_product_attention(query[:, :, objects:], key, value)
         if objects:
-            few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
-            out = torch.cat((few, out), dim=2)
+            of_objects = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=readable)
+            out = torch.cat((of_objects, out), dim=2)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def bias(self, grid: tuple[int, int], tokens: int) -> Float[Tensor, "heads T T"] | None:
@@ -101,8 +101,8 @@ class Attention(nn.Module):
             query[:, :, objects:], key, value, attn_mask=bias[None, :, objects:]
         )
         if objects:
-            few = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=own)
-            out = torch.cat((few, out), dim=2)
+            of_objects = scaled_dot_product_attention(query[:, :, :objects], key, value, attn_mask=own)
+            out = torch.cat((of_objects, out), dim=2)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def heads_of(

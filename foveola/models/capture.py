@@ -47,7 +47,7 @@ class AttentionRows(ABC):
 
     @abstractmethod
     def patches(self, index: Int64[Tensor, "B Q"]) -> Float32[Tensor, "B heads Q T"]:
-        """Return what some patches (indices, row-major) of each image read."""
+        """Return what patches (indices, row-major) of each image read."""
 
     @abstractmethod
     def matrices(
@@ -75,10 +75,10 @@ class AttentionRows(ABC):
         Each row is divided by its sum over the patches first. Some rows are computed at a time.
         """
         batch, heads, count = self.shape
-        few = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
+        at_once = max(ATTENTION_AT_ONCE // (batch * heads * count), 1)
         total: Tensor | float = 0.0
-        for start in range(self.special, count, few):
-            weights = self._rows(slice(start, start + few))[..., self.special :]
+        for start in range(self.special, count, at_once):
+            weights = self._rows(slice(start, start + at_once))[..., self.special :]
             total = total + (weights / weights.sum(dim=-1, keepdim=True)).sum(dim=2)
         assert isinstance(total, Tensor)  # there is a patch
         return total / total.shape[-1]
@@ -145,8 +145,8 @@ class BlockAttention(AttentionRows):
         return self.placeless[:, :, self.special :].transpose(1, 2).flatten(2).float()
 
     def objects(self) -> Float32[Tensor, "B heads M T"]:
-        few = slice(0, self.tokens.objects)
-        logits = self._logits(self.query[:, :, few], self.key, self._added(few))
+        objects = slice(0, self.tokens.objects)
+        logits = self._logits(self.query[:, :, objects], self.key, self._added(objects))
         if self.tokens.readable is not None:
             logits.masked_fill_(~self.tokens.readable, -torch.inf)
         return logits.softmax(dim=-1)

@@ -180,8 +180,8 @@ class Encoder(nn.Module):
         """
         image_of = torch.arange(objects.shape[0], device=images.device).repeat_interleave(objects.shape[1])
         alone = objects.flatten(0, 1)[:, None]
-        few = torch.arange(len(alone), device=images.device).split(max(len(images), TOGETHER))
-        parts = [self.backbone(images[image_of[rows]], alone[rows]).objects for rows in few]
+        blocks = torch.arange(len(alone), device=images.device).split(max(len(images), TOGETHER))
+        parts = [self.backbone(images[image_of[rows]], alone[rows]).objects for rows in blocks]
         return torch.cat(parts).view(*objects.shape[:2], self.width)
 
     def means(self, features: Features, objects: Bool[Tensor, "B M N"] | None) -> Float[Tensor, "B M C"]:

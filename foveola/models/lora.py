@@ -73,8 +73,8 @@ def add_adapters(network: VisionTransformer, config: LoraConfig, generator: torc
             module = block.get_submodule(owner)
             base = module.get_submodule(name)
             assert isinstance(base, nn.Linear)
-            if config.rank >= (most := min(base.in_features, base.out_features)):
-                raise ConfigError(f"lora.rank={config.rank} is not low: {layer} has {most} rows or columns")
+            if config.rank >= (bound := min(base.in_features, base.out_features)):
+                raise ConfigError(f"lora.rank={config.rank} is not low: {layer} has {bound} rows or columns")
             setattr(module, name, LoraLinear(base, config.rank, config.alpha, generator))
 
 

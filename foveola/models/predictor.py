@@ -54,7 +54,7 @@ class PredictorConfig:
 
 
 class Predictor(nn.Module):
-    """Mask tokens, told apart by their positions alone, that read the encoder's tokens.
+    """Mask tokens, which differ in their positions alone, that read the encoder's tokens.
 
     `cross`: blocks of cross-attention and MLP. A prediction depends on no other, so any position may be asked
     for (CAPI, Section 3.2). `self`: ordinary blocks over [encoder's tokens, mask tokens] (CAPI, Table 1a).

@@ -43,7 +43,7 @@ class ViTConfig:
     )
     final_norm_affine: bool = key(True, "whether the last norm has weights of its own")
     final_norm: Literal["tokens", "pooled", "none"] = key(
-        "tokens", "what the last norm is of: each token, the mean of the patches (fc_norm), or there is none"
+        "tokens", "what the last norm normalises: each token, the mean of the patches (fc_norm), or nothing"
     )
     patch_norm: bool = key(False, "a norm of embedded patches before their positions are added (AIM)")
     bias: bool = key(True, "biases in attention and MLP")

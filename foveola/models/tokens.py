@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a ViT says about B images, after the final norm unless `Inputs` said otherwise.
+    """The tokens of B images, after the final norm unless `Inputs` asks for others.
 
     It is a pytree of its three tensors, so that `torch.vmap`, `torch.export` and `tree_map` go through it.
     """
@@ -45,7 +45,7 @@ pytree.register_pytree_node(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Inputs:
-    """What a network is told of B images of N patches besides their pixels; what is None is as usual."""
+    """What a network gets besides the pixels of B images of N patches; None: as usual."""
 
     # Patches that each object token may read; None: one token, the class token, reads all. An object without
     # patches reads everything.

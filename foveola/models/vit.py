@@ -157,7 +157,7 @@ class VisionTransformer(nn.Module):
         return x, TokenLayout(count, registers, grid, readable, rotation)
 
     def finish(self, x: Float[Tensor, "B T D"], tokens: TokenLayout, final_norm: bool = True) -> Features:
-        """Return the output of a block, through the final norm unless told otherwise, token by kind."""
+        """Return the output of a block as `Features`, through the final norm unless `final_norm` is false."""
         x = self.norm(x) if final_norm else x
         special = (tokens.objects, tokens.registers)
         objects, registers, patches = x.split((*special, x.shape[1] - sum(special)), dim=1)

@@ -111,9 +111,9 @@ def lost(features: Float[Tensor, "B N D"], grid: tuple[int, int], k: int = 100) 
     alike = (product > 0).sum(dim=2) - (product.diagonal(dim1=1, dim2=2) > 0).int()
     order = alike.argsort(dim=1, stable=True)
     seed = order[:, 0]
-    few = torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :k], True)
+    candidates = torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :k], True)
     with_seed = product.gather(1, seed[:, None, None].expand(-1, 1, x.shape[1]))[:, 0] > 0
-    votes = ((few & with_seed).to(x.dtype)[:, None] @ product)[:, 0]
+    votes = ((candidates & with_seed).to(x.dtype)[:, None] @ product)[:, 0]
     return _scored(around(votes > 0, seed, grid)[:, None], features, grid)
 
 

@@ -25,18 +25,18 @@ class DetectorConfig:
 
     score: float | None = key(
         None,
-        "proposals are kept that score more; null = the usual one, 0.5 of most",
+        "score above which proposals are kept; null = usual for the model, 0.5 for most",
         at_least=0,
         below=1,
     )
-    classes: tuple[str, ...] | None = key(None, "names of the classes that are kept; null = all")
+    classes: tuple[str, ...] | None = key(None, "names of the classes to keep; null = all")
     agnostic: bool = key(False, 'call everything that is found "object"')
     text: tuple[str, ...] | None = key(None, "what to look for, in words (OWL-ViT, OWLv2, Grounding DINO)")
     segments: Literal["instance", "panoptic"] | None = key(
-        None, "what masks are (MaskFormer, Mask2Former, OneFormer); null = instance, which may overlap"
+        None, "segments to look for (MaskFormer, Mask2Former, OneFormer); null = instance, which may overlap"
     )
     names: tuple[str, ...] | None = key(
-        None, "names of the classes of weights that do not say them, in the order of outputs"
+        None, "names of classes, in the order of outputs, for weights without names"
     )
     nms: float | None = key(
         None,
@@ -48,7 +48,7 @@ class DetectorConfig:
         None, "side of the square that images are fitted into (YOLO exports of any size)", at_least=32
     )
     layout: Literal["v8", "v5", "end2end"] | None = key(
-        None, "how outputs of a YOLO export are read; null = as their shapes tell"
+        None, "how outputs of a YOLO export are read; null = by their shapes"
     )
     batch_size: int = key(4, "images at a time", at_least=1)
 
@@ -80,7 +80,7 @@ class Detector:
 
     @torch.no_grad()
     def propose(self, images: Sequence[ImagePixels], /) -> list[Proposals]:
-        """Return what is found in each image; the answer for an image does not depend on the others."""
+        """Return what is found in each image; the result for an image does not depend on the others."""
         found: dict[int, Proposals] = {}
         for rows in self._together(images):
             each = self.opened.find([images[row] for row in rows], self.score)
@@ -89,7 +89,7 @@ class Detector:
         return [found[row] for row in range(len(images))]
 
     def _together(self, images: Sequence[ImagePixels]) -> list[list[int]]:
-        """The images that the model may see in one batch: padding to the largest would change its answers."""
+        """The images that the model may see in one batch: padding to the largest changes predictions."""
         if self.opened.one_size:
             return [list(range(len(images)))] if images else []
         groups: dict[tuple[int, ...], list[int]] = {}

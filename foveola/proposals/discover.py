@@ -43,7 +43,7 @@ class DiscoverConfig:
         at_most=2**13,
     )
     features: Literal["patches", "keys"] = key(
-        "patches", "what tells patches apart: a block's output, or the keys of its attention, as published"
+        "patches", "features of patches: a block's output, or the keys of its attention, as published"
     )
     centre: bool = key(
         True, "take the mean over the image's patches off the features; false = as published, for DINO's keys"
@@ -55,12 +55,12 @@ class DiscoverConfig:
         at_least=-1,
         at_most=1,
     )
-    objects: int = key(3, "maskcut: objects of an image at most", at_least=1, at_most=100)
+    objects: int = key(3, "maskcut: largest number of objects of an image", at_least=1, at_most=100)
     k: int = key(100, "lost: patches that may vote, of those that are alike to the fewest", at_least=1)
     share: float = key(
         0.6, "attention, abmilp: fraction of it that the brightest patches have together", above=0, below=1
     )
-    probe: str | None = key(None, "abmilp: probe.safetensors, as `foveola evaluate abmilp` has kept it")
+    probe: str | None = key(None, "abmilp: probe.safetensors, as `foveola evaluate abmilp` writes it")
     refine: Refine = key(
         "none", "edges of masks: those of patches (none), or where colours change, by OpenCV (grabcut)"
     )
@@ -121,10 +121,10 @@ class Discoverer:
                 f"image_size={self.size}: a patch of this encoder has {encoder.patch_size} pixels a side"
             )
         if side**2 > PATCHES:
-            most = int(PATCHES**0.5) * encoder.patch_size
+            largest = int(PATCHES**0.5) * encoder.patch_size
             raise UserError(
                 f"image_size={self.size} makes {side} x {side} patches, and {PATCHES:,} can be compared: "
-                f"write image_size={most} or less"
+                f"write image_size={largest} or less"
             )
 
     def sees(self, source: Any) -> Any:
@@ -173,10 +173,10 @@ class Discoverer:
         found = [none_of(image) for image in images]
         for indices in together.values():
             for start in range(0, len(indices), self.batch_size):
-                some = [i for i in indices[start : start + self.batch_size] if not _plain(images[i])]
-                if some:
-                    masks, scores, grid = self._cut(torch.stack([small[i] for i in some]))
-                    for at, i in enumerate(some):
+                block = [i for i in indices[start : start + self.batch_size] if not _plain(images[i])]
+                if block:
+                    masks, scores, grid = self._cut(torch.stack([small[i] for i in block]))
+                    for at, i in enumerate(block):
                         found[i] = self._proposals(images[i], small[i], masks[at], scores[at], grid)
         return found
 

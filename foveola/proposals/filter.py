@@ -14,19 +14,19 @@ from foveola.proposals.proposal import Proposals
 class FilterConfig:
     """What is kept of an image's proposals."""
 
-    min_score: float | None = key(
-        None, "objects of a lower score are left out; null = none is, for its score"
-    )
-    min_area: float = key(0.0, "fraction of the image that an object covers at least", at_least=0, below=1)
-    max_area: float = key(1.0, "fraction of the image that an object covers at most", above=0, at_most=1)
+    min_score: float | None = key(None, "objects of a lower score are left out; null = none")
+    min_area: float = key(0.0, "smallest fraction of the image that an object may cover", at_least=0, below=1)
+    max_area: float = key(1.0, "largest fraction of the image that an object may cover", above=0, at_most=1)
     duplicate_iou: float | None = key(
         0.9,
-        "of two objects that overlap so much (IoU of masks, or of boxes) the surer stays; null = both stay",
+        "IoU (of masks, or of boxes) above which only the surer of two objects stays; null = both stay",
         above=0,
         at_most=1,
     )
-    max_objects: int | None = key(None, "objects of an image at most; null = all of them", at_least=1)
-    prefer: Literal["score", "area"] = key("score", "which these are: the surest (score), the largest (area)")
+    max_objects: int | None = key(None, "largest number of objects of an image; null = all", at_least=1)
+    prefer: Literal["score", "area"] = key(
+        "score", "which objects max_objects keeps: those of highest score, or of largest area"
+    )
 
     def __post_init__(self) -> None:
         if self.min_area >= self.max_area:

@@ -34,7 +34,7 @@ Find = Callable[[Sequence[ImagePixels], float], list[FoundInImage]]
 
 @dataclass(frozen=True, eq=False)
 class OpenedDetector:
-    """A model of some library that finds objects.
+    """A model of another library that finds objects.
 
     `find(images, score)` returns what scores more in each image. With `one_size` the model sees all images at
     one size, so that any may stand in a batch. `score` is the usual threshold, `sees` that of a
@@ -131,5 +131,5 @@ def weights_identity(state: Mapping[str, Tensor]) -> str:
 
 
 def frozen(model: Any, device: torch.device) -> Any:
-    """Return a module of another library on `device`, for answers alone."""
+    """Return a module of another library on `device`, for inference alone."""
     return model.requires_grad_(False).eval().to(device)

@@ -54,7 +54,7 @@ class HubModel:
 
     @property
     def architecture(self) -> str:
-        """The class whose weights these are, or the kind of model where it is not said."""
+        """The class whose weights these are, or the kind of model where none is named."""
         return (getattr(self.config, "architectures", None) or [self.config.model_type])[0]
 
     def model(self, auto: str, device: torch.device) -> Any:
@@ -100,7 +100,7 @@ class HubModel:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Keep the library silent while it loads: what matters is said as an error."""
+    """Keep the library silent while it loads: what matters is raised as an error."""
     speech = transformers.utils.logging
     loudness, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
     speech.set_verbosity_error()

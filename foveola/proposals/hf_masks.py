@@ -36,7 +36,7 @@ def open_mask_model(found: HubModel, segments: str, device: torch.device) -> Ope
         task = {"task_inputs": [segments] * len(images)} if one else {}
         inputs = processor(images=pillows(images), return_tensors="pt", **task).to(device)
         outputs = model(**inputs)
-        answers = []
+        found = []
         for image, filled, classes, masks in zip(
             images,
             inputs["pixel_mask"],
@@ -45,8 +45,8 @@ def open_mask_model(found: HubModel, segments: str, device: torch.device) -> Ope
             strict=True,
         ):
             size, part = image.shape[:2], inside(filled)
-            answers.append(cut(classes, masks, part, size, score))
-        return answers
+            found.append(cut(classes, masks, part, size, score))
+        return found
 
     identity = weights_identity(model.state_dict())
     return OpenedDetector(

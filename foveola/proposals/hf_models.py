@@ -85,12 +85,12 @@ def _open_owl(found: HubModel, words: tuple[str, ...], device: torch.device) -> 
     """OWL-ViT and OWLv2: each phrase is a query of its own."""
     processor = found.processor("AutoProcessor")
     model = found.model("AutoModelForZeroShotObjectDetection", device)
-    most = model.config.text_config.max_position_embeddings
-    padded = {"padding": "max_length", "max_length": most}
+    longest = model.config.text_config.max_position_embeddings
+    padded = {"padding": "max_length", "max_length": longest}
     for phrase in words:
-        if len(processor.tokenizer(phrase)["input_ids"]) > most:
+        if len(processor.tokenizer(phrase)["input_ids"]) > longest:
             raise ConfigError(
-                f"text: {phrase!r} has more words than {found.where} reads at once ({most} tokens)"
+                f"text: {phrase!r} has more words than {found.where} reads at once ({longest} tokens)"
             )
 
     def find(images: Sequence[ImagePixels], score: float) -> list[FoundInImage]:
@@ -124,11 +124,11 @@ def _open_grounding(found: HubModel, words: tuple[str, ...], device: torch.devic
         results = processor.post_process_grounded_object_detection(
             outputs, inputs["input_ids"], threshold=score, target_sizes=_sizes(images, device)
         )
-        answers = []
+        found = []
         for each, logits in zip(results, outputs.logits, strict=True):
             kept = logits.sigmoid().amax(dim=1) > score
-            answers.append(FoundInImage(each["boxes"], each["scores"], best_phrase(logits[kept], phrases)))
-        return answers
+            found.append(FoundInImage(each["boxes"], each["scores"], best_phrase(logits[kept], phrases)))
+        return found
 
     return _of_words(words, find, model, processor, score=0.25)
 

@@ -233,8 +233,8 @@ class _Network:
         step = self.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
-            some = images[start : start + step]
-            filled = np.concatenate([some, np.repeat(some[-1:], step - len(some), axis=0)])
+            block = images[start : start + step]
+            filled = np.concatenate([block, np.repeat(block[-1:], step - len(block), axis=0)])
             try:
                 outputs = self.session.run(None, {self.name: filled.astype(self.dtype)})
             except Exception as error:  # of the runtime, which has no list of them

@@ -36,19 +36,19 @@ class SegmenterConfig:
     """Settings of segmenters. Defaults: the automatic masks of SAM (its section 5 and code)."""
 
     prompt: Literal["points", "boxes"] = key(
-        "points", "what is asked: a grid of points (automatic masks), or the boxes of the objects of the data"
+        "points", "prompts: a grid of points (automatic masks), or the boxes of the objects of the data"
     )
     points_per_side: int = key(32, "points of the grid on each axis", at_least=1, at_most=128)
     score: float | None = key(
         None,
-        "masks are kept whose IoU is predicted to be more; null = 0.88 of points, 0 of boxes",
+        "predicted IoU above which masks are kept; null = 0.88 for points, 0 for boxes",
         at_least=0,
         below=1,
     )
     stability: float = key(
         0.95,
-        "masks are kept whose area changes less: IoU of their pixels above +stability_offset and above "
-        "-stability_offset",
+        "stability from which on masks are kept: IoU of their pixels above +stability_offset and "
+        "above -stability_offset",
         at_least=0,
         below=1,
     )
@@ -163,7 +163,7 @@ class Segmenter:
         return FoundInImage(boxes, scores, labels[prompts], torch.from_numpy(masks))
 
     def _answers(self, image: ImagePixels, shapes: Float32[np.ndarray, "n *_"]) -> Iterator[_Cut]:
-        """Masks of some prompts after others."""
+        """Masks of prompts, a block of them at a time."""
         device, size = self.model.device, (image.shape[0], image.shape[1])
         prompt = {"input_boxes": [shapes.tolist()]} if self.prompts else {"input_points": [shapes.tolist()]}
         inputs = self.processor(images=pillows([image]), return_tensors="pt", **prompt)

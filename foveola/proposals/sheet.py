@@ -91,9 +91,9 @@ def _page(drawn: Sheet, facts: list[tuple[str, str]], summary: Summary, work: di
 
 
 def _charts(summary: Summary) -> list[Chart]:
-    most = max(summary.counts, default=0)
-    counts = np.bincount(summary.counts, minlength=most + 1)
-    charts = [_chart("Objects of an image", range(most + 1), counts, "objects", "images")]
+    largest = max(summary.counts, default=0)
+    counts = np.bincount(summary.counts, minlength=largest + 1)
+    charts = [_chart("Objects of an image", range(largest + 1), counts, "objects", "images")]
     for title, values, x in (
         ("Size of objects", summary.areas, "fraction of the image"),
         ("Scores", summary.scores, "score"),

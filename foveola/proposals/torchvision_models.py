@@ -53,7 +53,7 @@ def open_torchvision(text: str, names: tuple[str, ...] | None, device: torch.dev
 
 
 def of_module(model: Any, names: tuple[str, ...], device: torch.device) -> OpenedDetector:
-    """Open a module that answers as torchvision's detectors do; `names` are those of its outputs."""
+    """Open a module whose outputs are those of torchvision's detectors; `names` are those of its outputs."""
     model = frozen(model, device)
     thresholds = getattr(model, "roi_heads", model)
 

@@ -31,10 +31,10 @@ def advise(progress: MeasuredRun, control: MeasuredRun | None) -> Advice:
     sign = -1 if found[0][1].about.better == "lower" else 1
     label, main = max(found, key=lambda pair: sign * pair[1].after.value)
     if main.outcome == "better":
-        said = f"Use {_named(progress, label)}: {_went(main)}{_forgotten(main, control, label)}."
+        text = f"Use {_named(progress, label)}: {_went(main)}{_forgotten(main, control, label)}."
         if label == BEST and last and last[0].outcome == "worse":
-            said += f" The last encoder is worse than the starting weights: {_went(last[0])}."
-        return Advice("HELPED", said, label, main)
+            text += f" The last encoder is worse than the starting weights: {_went(last[0])}."
+        return Advice("HELPED", text, label, main)
     hurt = next((change for _, change in reversed(found) if change.outcome == "worse"), None)
     if hurt is not None:
         main, label = hurt, hurt.networks[1]
@@ -43,8 +43,8 @@ def advise(progress: MeasuredRun, control: MeasuredRun | None) -> Advice:
         if hurt
         else "Keep the starting weights: no gain is clear."
     )
-    said = f"{start} {capital(_went(main))}{_forgotten(main, control, label)}."
-    return Advice("WORSE" if hurt else "OPEN", said, START, main)
+    text = f"{start} {capital(_went(main))}{_forgotten(main, control, label)}."
+    return Advice("WORSE" if hurt else "OPEN", text, START, main)
 
 
 def moved(change: MetricChange) -> str:

@@ -1,4 +1,4 @@
-"""What heads of fine-tuned encoders answer: numbers on the way, mistakes, the worst and best images."""
+"""What heads of fine-tuned encoders predict: numbers on the way, mistakes, the worst and best images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def is_task(record: Record) -> bool:
 
 
 def answers_section(found: Sequence[Findings], config: ReportConfig) -> str:
-    """Return what is to be said of the heads of runs; nothing where none has one."""
+    """Return the sections about the heads of runs; none where no run has a head."""
     parts = []
     for each in found:
         if not is_task(each.record):

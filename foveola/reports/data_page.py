@@ -56,7 +56,7 @@ def check_data(
 
 
 def data_page(found: Survey, source: Source) -> str:
-    """Return a self-contained page about what was found, with some of the images."""
+    """Return a self-contained page about what was found, with examples of the images."""
     advice = html.items(found.advice) or html.paragraph("Nothing to do: the images are what they seem to be.")
     parts = [
         html.tag("h1", escape(f"Images of {found.name}")),

@@ -17,10 +17,10 @@ def verdict(found: Sequence[Findings]) -> str:
         state, sentence, more = _in_short(each)
         name = html.tag("b", html.escape(each.record.name)) + "<br>" if len(found) > 1 else ""
         bad, look = ([v for v in each.verdicts if v.state == s] for s in ("BAD", "LOOK"))
-        told = [*each.progress.notes] if state == "OPEN" else []
+        notes = [*each.progress.notes] if state == "OPEN" else []
         inner = html.tag("p", name + html.escape(sentence), "lead")
         inner += "".join(html.paragraph(text, "note") for text in (*more, _health_line(each.verdicts)))
-        inner += html.items(told + [f"{v.state}: {v.name} {v.text}" for v in (*bad, *look)])
+        inner += html.items(notes + [f"{v.state}: {v.name} {v.text}" for v in (*bad, *look)])
         parts.append(html.tag("div", html.chip(state) + html.tag("div", inner), "verdict"))
     return "".join(parts)
 
@@ -44,17 +44,17 @@ def _seeds_verdict(group: Sequence[Findings]) -> str:
     found = verdicts.over_seeds([verdicts.changes(each.progress) for each in group])
     if not found:
         return ""
-    told = html.tag(
+    text = html.tag(
         "p", html.tag("b", html.escape(names)) + "<br>" + html.escape(found[0].sentence()), "lead"
     )
-    return html.tag("div", html.chip(found[0].state) + html.tag("div", told), "verdict")
+    return html.tag("div", html.chip(found[0].state) + html.tag("div", text), "verdict")
 
 
 def _health_line(verdicts: Sequence[Verdict]) -> str:
     counts = {state: sum(v.state == state for v in verdicts) for state in ("OK", "LOOK", "BAD", "NOT KNOWN")}
     words = {"OK": "fine", "LOOK": "worth a look", "BAD": "bad", "NOT KNOWN": "not known"}
-    told = ", ".join(f"{count} {words[state]}" for state, count in counts.items() if count)
-    return f"Health of the run, {len(verdicts)} questions: {told}."
+    text = ", ".join(f"{count} {words[state]}" for state, count in counts.items() if count)
+    return f"Health of the run, {len(verdicts)} questions: {text}."
 
 
 def helped(found: Sequence[Findings]) -> str:
@@ -85,17 +85,17 @@ def helped(found: Sequence[Findings]) -> str:
 def _amounts(progress: MeasuredRun) -> str:
     """Why numbers here are not those of a terminal."""
     last = progress.point(END)
-    told = []
+    amounts = []
     for name, result in ({} if last is None else last.results).items():
         train = result.data.get("train")
         rows = train.get("rows", train.get("images")) if isinstance(train, dict) else None
         used = "" if rows is None else f" with {rows:,} of the training data"
-        told.append(f"{verdicts.titled(name)} on {verdicts.number_of_rows(result)}{used}")
-    if not told:
+        amounts.append(f"{verdicts.titled(name)} on {verdicts.number_of_rows(result)}{used}")
+    if not amounts:
         return ""
     return (
-        f"Measured here: {'; '.join(told)}. Numbers on a terminal, of the demo or of foveola evaluate, are "
-        "of other amounts (here at most limit= images of each set), so they differ: k-NN rises with the "
+        f"Measured here: {'; '.join(amounts)}. Numbers on a terminal, of the demo or of foveola evaluate, "
+        "are of other amounts (here at most limit= images of each set), so they differ: k-NN rises with the "
         "number of training images, and retrieval falls with the number of objects to choose from."
     )
 
@@ -117,8 +117,8 @@ def _seeds(group: Sequence[Findings]) -> str:
     baseline = group[0].progress.baseline
     head = [f"{len(group)} seeds", baseline, "trained", "change", "chance"]
     own = "" if baseline == START else " Each run is compared with the untrained network of its own seed."
-    told = html.paragraph(f"Mean ± standard deviation over the seeds.{own}", "note")
-    return html.table(head, rows) + told
+    note = html.paragraph(f"Mean ± standard deviation over the seeds.{own}", "note")
+    return html.table(head, rows) + note
 
 
 def _unit(metric: Metric) -> str:
@@ -145,18 +145,18 @@ def _gained(each: Findings) -> str:
     titles = [html.escape(point.title) for point in map(each.progress.point, labels) if point is not None]
     head = ["[95 % interval]", "on", *titles, *(f"change {START} to {label}" for label in steps)]
     name = "" if each.control is None else f"The control set, {each.control.test}, has other images. "
-    told = f"{name}Changes are those on the same test images, with paired intervals."
+    caption = f"{name}Changes are those on the same test images, with paired intervals."
     notes = [] if each.control is None else each.control.notes
     return (
         html.tag("h3", "What was gained, what was forgotten")
         + html.table(head, rows)
-        + html.paragraph(told, "note")
+        + html.paragraph(caption, "note")
         + "".join(html.paragraph(f"Control set: {note}", "note") for note in notes)
     )
 
 
 def _lines(progress: MeasuredRun, where: str, labels: Sequence[str], steps: Sequence[str]) -> list[list[str]]:
-    """Cells of the first main number of each protocol for some networks, with the changes since the start."""
+    """Cells of the first main number of each protocol for each network, with the changes since the start."""
     results, masks = verdicts.measured(progress), verdicts.has_masks(progress)
     moved = {
         step: {(each.protocol, each.metric): each for each in verdicts.changes(progress, step)}

@@ -134,15 +134,17 @@ def _drawn(record: Record) -> str:
     """The newest image of each kind that training drew."""
     figures, notes = [], []
     for name, path in record.figures().items():
-        told = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
+        caption = f"{name.replace('_', ' ')} at step {int(path.stem.rpartition('-')[2]):,}"
         try:
             pixels = decode(path.read_bytes())
         except (OSError, BadImage) as error:
             notes.append(f"{path.name} cannot be read: {error}")
             continue
-        image = html.image(pixels, f"{told}, drawn in training")
+        image = html.image(pixels, f"{caption}, drawn in training")
         figures.append(
-            html.tag("figure", html.tag("figcaption", html.escape(told)) + html.scroll(image, told), "drawn")
+            html.tag(
+                "figure", html.tag("figcaption", html.escape(caption)) + html.scroll(image, caption), "drawn"
+            )
         )
     if not figures and not notes:
         return ""

@@ -28,7 +28,8 @@ class ReportConfig:
     test: str | None = key(None, "images to measure on; null = the test split of data")
     protocols: tuple[str, ...] | None = key(
         None,
-        "what to measure; null = label_free, knn where there are labels, retrieval where there are objects",
+        "protocols to measure; null = label_free, knn where there are labels, retrieval where "
+        "there are objects",
     )
     control: str | None = key(
         None,
@@ -39,11 +40,13 @@ class ReportConfig:
         None, "another encoder to measure: timm:NAME, hf:NAME, a run, a file of weights"
     )
     checkpoints: int = key(
-        4, "encoders saved on the way to measure at most, besides the last one", at_least=0
+        4, "largest number of encoders saved on the way to measure, besides the last one", at_least=0
     )
     images: int = key(6, "images to show in each figure; 0 = none", at_least=0)
     limit: int | None = key(
-        None, "images of each set to use at most; null = evaluate.limit of the recipe, or 1000", at_least=1
+        None,
+        "largest number of images of each set to use; null = evaluate.limit of the recipe, or 1000",
+        at_least=1,
     )
     device: str | None = key(None, "auto, cpu, cuda, cuda:1; null = auto: a GPU if there is one")
 

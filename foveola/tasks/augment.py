@@ -18,7 +18,7 @@ class AugmentConfig:
     """What is done to views and labels besides what `views` does. Defaults: nothing."""
 
     randaugment: int = key(0, "RandAugment: random operations on each view", at_least=0, at_most=10)
-    magnitude: float = key(9.0, "strength of these operations, of 10 at most", at_least=0, at_most=10)
+    magnitude: float = key(9.0, "strength of these operations, from 0 to 10", at_least=0, at_most=10)
     magnitude_std: float = key(0.5, "standard deviation of the strength between views", at_least=0)
     erasing: float = key(0.0, "probability that a rectangle of a view becomes noise", at_least=0, at_most=1)
     mixup: float = key(0.0, "alpha of mixup: images are averaged in pairs; 0 = none", at_least=0)

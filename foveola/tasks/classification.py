@@ -143,8 +143,8 @@ class ClassificationHead(TaskHead):
         """Return the scores of each image, in the view that evaluations see: resized, the centre cut out."""
         found: list[Classes] = []
         for start in range(0, len(images), CLASSIFIED_TOGETHER):
-            some = images[start : start + CLASSIFIED_TOGETHER]
-            views = torch.stack([evaluation_view(image, encoder.config.transform).pixels for image in some])
+            block = images[start : start + CLASSIFIED_TOGETHER]
+            views = torch.stack([evaluation_view(image, encoder.config.transform).pixels for image in block])
             logits = self.logits(encoder.backbone, encoder.normalise(views.to(encoder.device)))
             scores = logits.sigmoid() if self.config.several else logits.softmax(dim=1)
             found += [Classes(self.classes, each) for each in scores.cpu()]

@@ -59,7 +59,7 @@ class DetectionConfig(TaskConfig):
     nms: float = key(
         0.5, "IoU above which the worse of two detections of a class is dropped", above=0, at_most=1
     )
-    detections: int = key(100, "most detections of an image", at_least=1)
+    detections: int = key(100, "largest number of detections of an image", at_least=1)
 
     def check(self, views: ViewsConfig, model: ViTConfig) -> None:
         """Raise ValueError where the views or the network cannot serve the method."""
@@ -282,7 +282,7 @@ class Detection(TaskMethod):
 
     @torch.no_grad()
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Return some views of the last step in columns: with their objects, and with what the head finds.
+        """Return views of the last step in columns: with their objects, and with what the head finds.
 
         The head is as the step left it, the features are as the step had them.
         """
@@ -313,7 +313,7 @@ class Detection(TaskMethod):
 
 
 def _region(instances: Any, which: Bool[Tensor, "T"], size: tuple[int, int]) -> Bool[Tensor, "H W"]:
-    """The pixels of some instances: of their masks, or of their boxes where there are none."""
+    """The pixels of instances: of their masks, or of their boxes where there are none."""
     if instances.masks is None:
         return drawn(instances.boxes[which], *size)
     return instances.masks[which].bool().any(dim=0)

@@ -101,11 +101,11 @@ class AnchorProposals(RegionProposalNetwork):
     ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A 4"]]:
         """1 for an object, 0 for background, -1 for neither; and the box of the object that is nearest."""
         labels, matched = anchors.new_full((len(anchors),), -1.0), torch.zeros_like(anchors)
-        some = anchors[there]
-        if len(some):
-            (label,), (box,) = self.assign_targets_to_anchors([some], [target])
+        inside = anchors[there]
+        if len(inside):
+            (label,), (box,) = self.assign_targets_to_anchors([inside], [target])
             if ignored is not None:
-                label[(label == 0) & (fraction_inside(ignored, clipped(some, frame)) > CROWDED)] = -1.0
+                label[(label == 0) & (fraction_inside(ignored, clipped(inside, frame)) > CROWDED)] = -1.0
             labels[there], matched[there] = label, box
         return labels, matched
 

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 
 def drawn(boxes: Float[Tensor, "K 4"], height: int, width: int) -> Bool[Tensor, "{height} {width}"]:
-    """Return which pixels have their centre in any of some boxes (x0, y0, x1, y1), in pixels."""
+    """Return which pixels have their centre in any of the boxes (x0, y0, x1, y1), in pixels."""
     x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     columns, rows = (x0 <= x) & (x < x1), (y0 <= y) & (y < y1)

@@ -147,12 +147,12 @@ class Segmentation(TaskMethod):
 
     @torch.no_grad()
     def figures(self) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        """Return some views of the last step in columns: as they are, their labels, and what was said."""
+        """Return views of the last step in columns: as they are, their labels, and the predictions."""
         if self.shown is None:
             return {}
-        views, maps, answers = self.shown
+        views, maps, predictions = self.shown
         size, patch_size = (views.shape[2], views.shape[3]), self.student.backbone.config.patch_size
-        logits = enlarged_logits(answers, (size[0] // patch_size, size[1] // patch_size), size)
+        logits = enlarged_logits(predictions, (size[0] // patch_size, size[1] // patch_size), size)
         predicted = logits.argmax(dim=1).to(torch.uint8)
         images = view_images(views, *self.colors)
         return {"segmentation": label_maps_figure(images, maps, predicted, len(self.config.names))}

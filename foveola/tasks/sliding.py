@@ -78,11 +78,11 @@ def slide(image: Float[Tensor, "ch h w"], logits: Logits, window: int, stride: i
     corners = list(product(*(offsets(side, window, stride) for side in image.shape[1:])))
     total, count = None, image.new_zeros(1, *image.shape[1:])
     for start in range(0, len(corners), AT_ONCE):
-        some = corners[start : start + AT_ONCE]
-        found = logits(torch.stack([image[:, y : y + window, x : x + window] for y, x in some]))
+        block = corners[start : start + AT_ONCE]
+        found = logits(torch.stack([image[:, y : y + window, x : x + window] for y, x in block]))
         if total is None:
             total = found.new_zeros(found.shape[1], *image.shape[1:])
-        for (y, x), one in zip(some, found, strict=True):
+        for (y, x), one in zip(block, found, strict=True):
             total[:, y : y + window, x : x + window] += one
             count[:, y : y + window, x : x + window] += 1
     assert total is not None

@@ -103,7 +103,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 class TaskHead(nn.Module, ABC):
-    """What stands on an encoder and answers for a task. It is kept beside the encoder, as head.safetensors.
+    """The head of a task, which reads an encoder. It is kept beside the encoder, as head.safetensors.
 
     It is built as `head(config, model)`, from the configuration of its task and the shape of the encoder.
     """
@@ -176,7 +176,7 @@ class TaskMethod(Method):
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Let a module answer as at inference, and then be in training again where it was."""
+    """Set a module to inference, and back to training afterwards where it was."""
     learning = [each for each in module.modules() if each.training]
     module.eval()
     try:

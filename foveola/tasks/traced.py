@@ -62,9 +62,9 @@ def _proposals(head: Any, maps: list[Tensor], frame: Float[Tensor, "4"]) -> Floa
     there = centred_inside(anchors, frame)
     scores = objectness.flatten().masked_fill(~there, -torch.inf)
     best, levels = [], []
-    for level, some in enumerate(scores.split(counts)):
+    for level, level_scores in enumerate(scores.split(counts)):
         first = sum(counts[:level])
-        best.append(first + some.topk(min(counts[level], made.pre_nms_top_n())).indices)
+        best.append(first + level_scores.topk(min(counts[level], made.pre_nms_top_n())).indices)
         levels.append(torch.full_like(best[-1], level))
     chosen, level = torch.cat(best), torch.cat(levels)
     boxes, scores = clipped(boxes[chosen], frame), scores[chosen].sigmoid()

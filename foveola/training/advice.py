@@ -30,8 +30,8 @@ def advice(config: RunConfig, method: Method, progress: Progress, images: int) -
             "only show that it runs"
         )
     for path, schedule in schedules(config):
-        if told := schedule.shortened(progress):
-            found.append(f"{path}.{told}")
+        if line := schedule.shortened(progress):
+            found.append(f"{path}.{line}")
     for part, how in config.freeze.items():
         if how.strip() != ALL and phase_steps(how, progress) >= progress.total_steps:
             found.append(
@@ -60,15 +60,15 @@ def _slow_teacher(config: RunConfig, progress: Progress) -> list[str]:
     # Starting weights are there to be kept, but not for the most part.
     if (left := math.exp(-moved)) <= (FIRST if config.init is None else MOST):
         return []
-    told = f"the teacher is slow for {total:,} steps: at the end it still has {left:.0%} of its first weights"
+    line = f"the teacher is slow for {total:,} steps: at the end it still has {left:.0%} of its first weights"
     faster = 1 - (1 - momentum.value) * -math.log(FIRST / 5) / moved if moved else 0.0
     if faster < FASTEST:  # it would hardly differ from the student
-        return [f"{told}; a longer duration, or a lower method.momentum.value"]
-    return [f"{told}; for example method.momentum.value={faster:.2g}"]
+        return [f"{line}; a longer duration, or a lower method.momentum.value"]
+    return [f"{line}; for example method.momentum.value={faster:.2g}"]
 
 
 def objects_line(source: Source) -> str:
-    """Return how many images have objects, as far as that can be told without reading every file."""
+    """Return how many images have objects, as far as that is known without reading every file."""
     if not source.has_objects:
         return f"none: {source.name} has no objects, so each image counts as one object"
     count = getattr(source, "with_objects", lambda: None)()

@@ -188,7 +188,7 @@ def try_images(source: Source, annotations: str | None = None, seconds: float = 
 
 
 def _parameters(trainer: Trainer) -> str:
-    """Numbers that train at some time of the run by part, such as encoder and heads."""
+    """Numbers that train at any time of the run by part, such as encoder and heads."""
     counts: dict[str, int] = {}
     left = {id(p) for p in trainer.optimizer.named.values() if trainer.freezing.ends(p)}
     for name, part in trainer.method.networks().items():

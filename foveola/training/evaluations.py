@@ -79,7 +79,7 @@ class Evaluations:
     def run(
         self, encoder: Encoder, step: int, folder: Path, log: Log, tell: Callable[[int, Result], None]
     ) -> None:
-        """Measure what is due after this step; write, log and `tell` it; say what is to be said of it."""
+        """Measure what is due after this step: write and log each result, and give it to `tell`."""
         waiting = distributed.on_main(lambda: self._waiting(folder, step))
         results: dict[str, Result] = {}
         for group in _together([each for each in self.each if each.plan.name in waiting]):
@@ -89,7 +89,7 @@ class Evaluations:
             with explained(f"the evaluations of step {step} cannot be kept in {folder}"):
                 return self._keep(results, encoder, step, folder)
 
-        said, self.worse = distributed.on_main(keep)
+        lines, self.worse = distributed.on_main(keep)
         for name, result in results.items():
             for text in result.notes:
                 if text not in self.said:
@@ -99,7 +99,7 @@ class Evaluations:
             numbers = {f"{name}/{metric}": value for metric, value in result.metrics.items()}
             log.step(step, numbers, {f"{name}/{metric}" for metric in compared})
             tell(step, result)
-        for text in said:
+        for text in lines:
             log.note(text)
 
     def summary(self) -> list[str]:
@@ -112,12 +112,12 @@ class Evaluations:
         """Write the results of a step, and the encoder where it is the best; what to say, and why to stop."""
         for result in results.values():
             store(result, RunFolder(folder).saved_encoder(step).path)
-        said = self._milestones(folder).add(step, results, encoder)
+        lines = self._milestones(folder).add(step, results, encoder)
         why = self._why_stop(folder, step)
         if step == self.total or why:  # the newest encoder is of this step, and stays so
             for result in results.values():
                 store(result, folder)
-        return said, why
+        return lines, why
 
     def _why_stop(self, folder: Path, step: int) -> str:
         if not self.config.stop_when_worse or step >= self.total:

@@ -40,7 +40,7 @@ class Freezing:
         return changed
 
     def ends(self, p: nn.Parameter) -> bool:
-        """Return whether a parameter learns at some time of the run."""
+        """Return whether a parameter learns at any time of the run."""
         return self.resting.get(p, 0) < self.total
 
     def describe(self) -> list[str]:

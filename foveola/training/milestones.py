@@ -66,7 +66,7 @@ class Milestones:
 
     def add(self, step: int, results: dict[str, Result], encoder: Encoder) -> list[str]:
         """Take note of what was measured after a step, keep its encoder if it is the best; what to say."""
-        said = []
+        lines = []
         for name, result in results.items():
             earlier = max((s for s in self.values[name] if s < step), default=None)
             before = None if earlier is None else self._judge(name, earlier)
@@ -74,12 +74,12 @@ class Milestones:
             self.judged.pop((name, step), None)
             now = self._judge(name, step)
             if now is not None and (before is None or (now.start and not before.start)):
-                said.append(now.text(step))
+                lines.append(now.text(step))
             elif now is None and before is not None:
-                said.append(f"{name} {before.metric}: step {step} is no longer worse beyond the interval")
+                lines.append(f"{name} {before.metric}: step {step} is no longer worse beyond the interval")
             if name == self.keeper and name in self.metrics:
-                said += self._keep_best(name, step, encoder)
-        return said
+                lines += self._keep_best(name, step, encoder)
+        return lines
 
     def hurts(self, step: int) -> str:
         """Return in which way a step is worse than an earlier one; "" where it is not, or not measured."""
@@ -96,7 +96,7 @@ class Milestones:
         return worst.text(since)
 
     def summary(self) -> list[str]:
-        """Return what is to be said at the end of a run."""
+        """Return the lines for the end of a run."""
         step = self.run.best.step
         if self.keeper not in self.metrics or step is None or step not in self.values[self.keeper]:
             return []

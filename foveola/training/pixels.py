@@ -42,14 +42,14 @@ def with_pixels(config: RunConfig, source: Source) -> RunConfig:
     where keys of colours contradict the data.
     """
     config = with_channels(config, source)
-    count, kept = config.model.channels, _kept(config)
+    count, saved = config.model.channels, _kept(config)
     reading = getattr(source, "reading", Decoding())
-    if kept is not None and reading.percentiles is not None and kept[0].range is not None:
-        reading = dataclasses.replace(reading, ranges=Decoding.values(kept[0].range)["ranges"])
+    if saved is not None and reading.percentiles is not None and saved[0].range is not None:
+        reading = dataclasses.replace(reading, ranges=Decoding.values(saved[0].range)["ranges"])
         source.read_as(reading)  # type: ignore[attr-defined]
     color = config.views.color
     if color.normalise == "data" or (color.normalise == "auto" and len(color.mean) != count):
-        known = None if kept is None else kept[1]
+        known = None if saved is None else saved[1]
         mean, std = channel_statistics(source) if known is None else (known.mean, known.std)
         color = dataclasses.replace(color, normalise="given", mean=mean, std=std)
     elif color.normalise == "given" and len(color.mean) != count:
@@ -82,11 +82,11 @@ def refuse_unreadable(source: Source) -> None:
 
 def _kept(config: RunConfig) -> tuple[PixelsConfig, ColorConfig | None] | None:
     """What the run in `out` began with, if it is there and has the same data; colours if they were known."""
-    kept = None if config.out is None else RunFolder(Path(config.out).expanduser()).config
-    if kept is None or not kept.is_file():
+    saved = None if config.out is None else RunFolder(Path(config.out).expanduser()).config
+    if saved is None or not saved.is_file():
         return None
     with suppress(UserError, KeyError, TypeError):
-        tree: dict[str, Any] = renewed(read_yaml(kept))
+        tree: dict[str, Any] = renewed(read_yaml(saved))
         if tree["data"] == config.data:
             color = build(ColorConfig, tree["views"]["color"])
             return build(PixelsConfig, tree["pixels"]), color if color.normalise == "given" else None

@@ -20,8 +20,8 @@ class EvaluationConfig:
 
     protocol: str = key(help="what is measured: a name of `foveola evaluate --help`, or an importable one")
     every: str | None = key(None, "time between these evaluations; null = evaluate_every")
-    train: str | None = key(None, "what it learns from, where it does, as a data string; null = data")
-    test: str | None = key(None, "what it measures on, as a data string; null = the test split of train")
+    train: str | None = key(None, "data string to learn from, for protocols that learn; null = data")
+    test: str | None = key(None, "data string to measure on; null = the test split of train")
     overlap: Literal["refuse", "allow"] = key(
         "refuse", "test images from which it learns as well, byte for byte: a mistake, or meant so"
     )

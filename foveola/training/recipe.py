@@ -99,7 +99,7 @@ class RunConfig:
         "weights to start from: anything that foveola.load reads, whose shape `model` then has; null = fresh",
     )
     init_channels: str = key("mean", "weights for other channels: mean, repeat, or which are theirs: 3,2,1")
-    seed: int = key(0, "of everything that is random", at_least=0, at_most=2**64 - 1)
+    seed: int = key(0, "seed of everything that is random", at_least=0, at_most=2**64 - 1)
     duration: str = key("100 epochs", "length of training: epochs, steps or samples")
     batch_size: int = key(1024, "images of a step, over all processes", at_least=1, at_most=2**24)
     accumulate: int = key(
@@ -139,7 +139,7 @@ class RunConfig:
     checkpoint_every: str = key("1 epochs", "time between checkpoints")
     keep: int = key(2, "newest checkpoints to keep", at_least=1)
     keep_every: str | None = key(
-        None, "also keep the checkpoint of each such period for good, and its encoder in encoders/"
+        None, "period after which a checkpoint stays for good, with its encoder in encoders/"
     )
     evaluate_every: str | None = key(None, "time between k-NN evaluations; null = none")
     evaluate_train: str | None = key(None, "labelled reference set of k-NN, as a data string; null = data")
@@ -343,8 +343,8 @@ def lay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         return merge(tree | {"method": {}, "about": about}, changes)
     own = {k for k, v in method.items() if isinstance(v, dict) and "name" in v}
     off = {k for k in own if new.get(k, own) is None}
-    kept = {"method": {k: v for k, v in method.items() if k not in off}}
-    return merge(tree | kept, changes | {"method": {k: v for k, v in new.items() if k not in off}})
+    settings = {"method": {k: v for k, v in method.items() if k not in off}}
+    return merge(tree | settings, changes | {"method": {k: v for k, v in new.items() if k not in off}})
 
 
 def nested(changes: dict[str, Any]) -> dict[str, Any]:

@@ -188,10 +188,10 @@ class _Session:
         return distributed.on_main(lambda: self._claim(stack, images))
 
     def _claim(self, stack: ExitStack, images: same_data.RunImages) -> Path:
-        path, said = folder.choose_folder(self.config, self.total, images)
+        path, note = folder.choose_folder(self.config, self.total, images)
         self.start.insist(path)
         stack.enter_context(folder.lock(path))
-        self.changes += filter(None, (said, folder.begin(path, self.config, images)))
+        self.changes += filter(None, (note, folder.begin(path, self.config, images)))
         self.shorter = lengthen(path, self.config)
         return path
 
@@ -329,12 +329,12 @@ class _Session:
                 log.failure(f"step {self.step} could not be saved: {explain(second) or second}")
         newest = checkpoint.newest(self.folder)
         if isinstance(error, Diverged):
-            kept = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
+            remedy = f"{newest} is from before that" if newest else "there is no checkpoint from before that"
         else:
-            kept = (
+            remedy = (
                 f"kept: {newest}, from where the same command goes on" if newest else "no checkpoint is kept"
             )
-        text = f"{reason or repr(error)}; {kept}"
+        text = f"{reason or repr(error)}; {remedy}"
         log.failure(text if isinstance(error, UserError) else f"{text}\n{''.join(format_exception(error))}")
         if reason is None:
             return error
@@ -380,8 +380,8 @@ class _Session:
         distributed.barrier()
 
     def _evaluate(self, step: int, log: Log) -> None:
-        kept = RunFolder(self.folder).saved_encoder(step).path  # of the start, of a run that has gone on
-        encoder = self.keeper.encoder(step) if step == self.step else load(kept, self.device)
+        first = RunFolder(self.folder).saved_encoder(step).path  # of the start, of a run that has gone on
+        encoder = self.keeper.encoder(step) if step == self.step else load(first, self.device)
         self.evaluations.run(encoder, step, self.folder, log, self.callbacks.on_evaluation)
 
 

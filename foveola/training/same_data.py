@@ -124,9 +124,7 @@ class DataChange:
 
 
 def changed(before: RunImages, now: RunImages) -> DataChange:
-    """Return what is to be said of images that were noted before: how they differ, and what cannot be
-    told.
-    """
+    """Return lines about images that were noted before: how they differ, and what cannot be known."""
     if before.agrees(now) and now.count <= READ:  # all contents have been compared
         return DataChange()
     found = None
@@ -155,7 +153,7 @@ def changed_since(folder: Path, images: RunImages) -> str:
 
 
 def note_change(folder: Path, images: RunImages, allowed: bool) -> str | None:
-    """Note the images of the run in `folder`, which goes on; returns what is to be said of them.
+    """Note the images of the run in `folder`, which goes on; returns lines about them.
 
     Raises ConfigError where they are others than before, unless that is `allowed`.
     """

@@ -45,9 +45,7 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self) -> bool:
-        """Return whether any process was told to stop; all get the same answer, so all stop after the same
-        step.
-        """
+        """Return whether any process got a signal to stop: the same on all, which stop after one step."""
         return bool(distributed.all_reduce_max(torch.tensor(float(self.requested))))
 
     def _note(self, number: int, frame: Any) -> None:

@@ -42,19 +42,19 @@ def under(lower: Tree, overrides: Tree) -> tuple[Tree, ViTConfig | None]:
     model, lowest = _group(overrides, "model"), _group(lower, "model")
     if model.keys() >= set(SHAPE_KEYS):
         return lower, None
-    kept = _of_run(str(overrides["init"]), overrides.get("out"))
-    found, encoder = kept or _settings(str(overrides["init"]))
+    earlier = _of_run(str(overrides["init"]), overrides.get("out"))
+    found, encoder = earlier or _settings(str(overrides["init"]))
     have = found.model
     shape: Tree = {name: value for name, value in to_dict(have).items() if name not in FREE}
     shape |= {name: lowest[name] for name in FREE if name in lowest}
     patch = model.get("patch_size", have.patch_size)
-    if kept is None:
+    if earlier is None:
         shape |= _kept_positions(overrides, lowest, have, encoder)
         shape["class_token"] = have.class_token or _needs_class_token(lower, overrides)
         if isinstance(patch, int):
             shape["image_size"] = have.grid[0] * patch  # the table stays as it is
     lower = _with_views(lower | {"model": shape}, overrides, patch)
-    return _with_pixels(lower, overrides, found.transform), None if kept else have
+    return _with_pixels(lower, overrides, found.transform), None if earlier else have
 
 
 def _kept_positions(overrides: Tree, lowest: Tree, have: ViTConfig, encoder: Encoder | None) -> Tree:
@@ -63,22 +63,22 @@ def _kept_positions(overrides: Tree, lowest: Tree, have: ViTConfig, encoder: Enc
     table = usual == "sincos" and have.positions == "learned"
     if table and has_fixed_table((encoder or _loaded(str(overrides["init"]))).backbone):
         return {"positions": "sincos", "position_antialias": False, "position_offset": 0.0}
-    kept: Tree = {}
+    field: Tree = {}
     if usual == "field" and have.positions in ("learned", "sincos"):
-        kept = {name: lowest[name] for name in FIELD if name in lowest}
-    positions = _group(overrides, "model").get("positions", kept.get("positions", have.positions))
+        field = {name: lowest[name] for name in FIELD if name in lowest}
+    positions = _group(overrides, "model").get("positions", field.get("positions", have.positions))
     if positions == "field" != have.positions:
-        kept["field_size"] = list(have.grid)  # nodes that give the table back
-    return kept
+        field["field_size"] = list(have.grid)  # nodes that give the table back
+    return field
 
 
 def _of_run(init: str, out: Any) -> tuple[EncoderConfig, None] | None:
     """What the run in `out` says of weights that it began with: their file may be gone."""
-    kept = None if out is None else RunFolder(Path(str(out)).expanduser()).config
-    if kept is None or not kept.is_file():
+    saved = None if out is None else RunFolder(Path(str(out)).expanduser()).config
+    if saved is None or not saved.is_file():
         return None
     with suppress(UserError, KeyError, TypeError):
-        tree = renewed(read_yaml(kept))
+        tree = renewed(read_yaml(saved))
         if tree.get("init") == init:
             color = tree["views"]["color"]
             transform = TransformConfig(mean=tuple(color["mean"]), std=tuple(color["std"]))
@@ -198,10 +198,10 @@ class Start:
         note(f"starting weights {self.weights.name}: {account.line()}")
         for text in account.lines():
             note(f"starting weights, {text}", show=False)
-        kept = RunFolder(folder).saved_encoder(0).path
+        path = RunFolder(folder).saved_encoder(0).path
         if distributed.is_main():
-            with explained(f"the starting encoder cannot be saved as {kept}"):
-                encoder.save(kept)
+            with explained(f"the starting encoder cannot be saved as {path}"):
+                encoder.save(path)
         self.weights = None  # a copy of a network, which nothing reads again
 
 

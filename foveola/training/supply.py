@@ -65,7 +65,7 @@ class Supply:
         self.failure: Exception | None = None
 
     def next(self) -> list[Canvases] | None:
-        """Return the batches of a step; None on all ranks where one was told to stop, or cannot go on."""
+        """Return the batches of a step; None on all ranks where one got a signal to stop, or cannot go on."""
         taken, failure = [], None
         began = time.perf_counter()
         try:
@@ -76,23 +76,23 @@ class Supply:
         except Exception as error:
             failure = error
         self.waited += time.perf_counter() - began
-        told, self.failure = self._agree(failure)
-        return None if told or self.failure is not None else taken
+        stopped, self.failure = self._agree(failure)
+        return None if stopped or self.failure is not None else taken
 
     def _agree(self, mine: Exception | None) -> tuple[bool, Exception | None]:
-        """Whether any process was told to stop, and an error: of any process, or too many bad images."""
+        """Whether any process got a signal to stop, and an error: of any process, or too many bad images."""
         facts = [float(mine is not None), float(self.stop.requested), self.loader.bad_count, self.loader.seen]
         # In float64 counts are exact. On the CPU: no process waits for its GPU here.
         sums = distributed.all_reduce_sum(torch.tensor(facts, dtype=torch.float64))
-        failed, told, bad, seen = sums.tolist()
+        failed, stopped, bad, seen = sums.tolist()
         if failed:
             words = None if mine is None else explain(mine) or str(mine)
-            said = distributed.gather_objects(words)
-            first = next(number for number, text in enumerate(said) if text is not None)
-            return told > 0, mine or UserError(f"process {first}: {said[first]}")
+            reasons = distributed.gather_objects(words)
+            first = next(number for number, text in enumerate(reasons) if text is not None)
+            return stopped > 0, mine or UserError(f"process {first}: {reasons[first]}")
         reason = self.loader.judge(int(bad), int(seen))
         # The example in it is one of this process: everybody says what the first does.
-        return told > 0, DataError(distributed.broadcast_object(reason)) if reason else None
+        return stopped > 0, DataError(distributed.broadcast_object(reason)) if reason else None
 
     def close(self) -> None:
         """End the workers."""

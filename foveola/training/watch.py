@@ -28,18 +28,18 @@ class Watch:
             return []
         # Ever more seldom, so that judging all lines again costs the same for each.
         self.next = len(self.lines) + max(len(self.lines) // 10, 1)
-        said = []
+        lines = []
         for verdict in self._judge():
             before = self.states.get(verdict.name)
             self.states[verdict.name] = verdict.state
             if verdict.state == "BAD" and before != "BAD":
-                said.append(f"health: BAD: {verdict.name} {verdict.text}")
+                lines.append(f"health: BAD: {verdict.name} {verdict.text}")
             elif before == "BAD" and verdict.state != "BAD":
-                said.append(f"health: no longer BAD: {verdict.name} {verdict.text}")
-        return said
+                lines.append(f"health: no longer BAD: {verdict.name} {verdict.text}")
+        return lines
 
     def summary(self) -> list[str]:
-        """Return what is to be said at the end: every answer that is not good, or that all are."""
+        """Return the lines for the end: every verdict that is not good, or that all are good."""
         verdicts = health(self.lines, self.facts)
         bad = [v for state in ("BAD", "LOOK") for v in verdicts if v.state == state]
         if not bad:

@@ -80,19 +80,19 @@ def _paste(
     sides = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) + 2  # pixels that are touched, at most
     sides = (2 ** sides.log2().ceil()).long().clamp(max=size)
     for side in sides.unique().tolist():
-        for some in (sides == side).nonzero()[:, 0].split(max(PASTED // (4 * side**2), 1)):
-            corner = boxes[some, :2].long().clamp(max=size - side)
+        for block in (sides == side).nonzero()[:, 0].split(max(PASTED // (4 * side**2), 1)):
+            corner = boxes[block, :2].long().clamp(max=size - side)
             start = corner.to(boxes.dtype)
-            start[:, 0] = torch.where(flips[some], size - side - start[:, 0], start[:, 0])
-            low, unit = views[some, :2], (views[some, 2:] - views[some, :2]) / size
+            start[:, 0] = torch.where(flips[block], size - side - start[:, 0], start[:, 0])
+            low, unit = views[block, :2], (views[block, 2:] - views[block, :2]) / size
             window = torch.cat((low + start * unit, low + (start + side) * unit), dim=1)
-            source = which[some]
+            source = which[block]
             pasted = masks_in_views(
-                instances.masks[source], instances.boxes[source], window, flips[some], (side, side)
+                instances.masks[source], instances.boxes[source], window, flips[block], (side, side)
             ).to(torch.uint8)
             x, y = (corner[:, :, None] + torch.arange(side, device=corner.device)).unbind(1)
-            masks[some[:, None, None], y[:, :, None], x[:, None, :]] = pasted
-            around[some] = _boxes_of(pasted, corner)
+            masks[block[:, None, None], y[:, :, None], x[:, None, :]] = pasted
+            around[block] = _boxes_of(pasted, corner)
     return masks, around
 
 
@@ -100,8 +100,8 @@ def _boxes_of(masks: UInt8[Tensor, "T h w"], corner: Int64[Tensor, "T 2"]) -> Fl
     """The smallest boxes around masks that lie at a corner; 0 around those that are empty."""
     edges = []
     for axis, low in zip((1, 2), corner.T, strict=True):  # over rows, which leaves columns; and over columns
-        some = masks.amax(dim=axis)
-        edges.append((low + some.argmax(dim=1), low + some.shape[1] - some.flip(1).argmax(dim=1)))
+        occupied = masks.amax(dim=axis)
+        edges.append((low + occupied.argmax(dim=1), low + occupied.shape[1] - occupied.flip(1).argmax(dim=1)))
     (x0, x1), (y0, y1) = edges
     return torch.stack((x0, y0, x1, y1), dim=1).float() * masks.amax(dim=(1, 2))[:, None]
 
@@ -109,7 +109,7 @@ def _boxes_of(masks: UInt8[Tensor, "T h w"], corner: Int64[Tensor, "T 2"]) -> Fl
 def _compact(masks: UInt8[Tensor, "S H W"], indices: Int64[Tensor, "T"]) -> UInt8[Tensor, "T H W"]:
     """Some of the masks, by ascending index, in the memory of all of them: there may be hundreds of MB."""
     end = 0
-    for some in indices.split(max(PASTED // masks[:1].numel(), 1)) if len(indices) < len(masks) else ():
-        masks[end : end + len(some)] = masks[some]
-        end += len(some)
+    for block in indices.split(max(PASTED // masks[:1].numel(), 1)) if len(indices) < len(masks) else ():
+        masks[end : end + len(block)] = masks[block]
+        end += len(block)
     return masks[: len(indices)]

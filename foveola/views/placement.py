@@ -22,7 +22,7 @@ class PlacementConfig:
         "views", "what gets the drawn area: the smallest rectangle around an image's views, or all of it"
     )
     distribution: Literal["beta", "uniform", "constant"] = key(
-        "beta", "of the area, between the ends of `area`; constant = its upper end (Table 4a)"
+        "beta", "distribution of the area, between the ends of `area`; constant = its upper end (Table 4a)"
     )
     beta: tuple[int, int] = key(
         (2, 5), "parameters of distribution=beta, whole numbers", at_least=1, at_most=1000

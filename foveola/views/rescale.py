@@ -27,7 +27,7 @@ class RescaleConfig:
     range: tuple[float, float] = key(
         (0.1, 2.0), "side of the resized image, as a factor of global_size, uniform in this range"
     )
-    side: Literal["long", "short"] = key("long", "which side of the image that is")
+    side: Literal["long", "short"] = key("long", "side of the image that range is of")
     max_class_share: float | None = key(
         None,
         "of up to 10 windows take the first in which no class fills more than this fraction of the labelled "
@@ -103,8 +103,8 @@ def choose_windows(
     counts = torch.zeros(batch, count * views, 256, device=labels.device)
     counts.scatter_add_(2, labels.long(), torch.ones((), device=labels.device).expand(labels.shape))
     counts[..., IGNORE] = 0
-    total, most = counts.sum(dim=-1), counts.amax(dim=-1)
-    good = ((total > 0) & (most <= max_fraction * total)).view(batch, count, views)
+    total, largest = counts.sum(dim=-1), counts.amax(dim=-1)
+    good = ((total > 0) & (largest <= max_fraction * total)).view(batch, count, views)
     good[:, -1] = True
     chosen = good.to(torch.uint8).argmax(dim=1)[:, None, :, None].expand(-1, 1, -1, 4)
     return boxes.view(batch, count, views, 4).gather(1, chosen)[:, 0]

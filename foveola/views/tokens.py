@@ -38,7 +38,7 @@ class MaskingConfig:
         None, "least patches asked of a block (DINOv2: 4); null = (shorter side // 3)^2", at_least=1
     )
     largest_block: float = key(
-        1.0, "most patches of a block, as a fraction of all (DINOv2: 0.5)", above=0, at_most=1
+        1.0, "largest block, as a fraction of all patches (DINOv2: 0.5)", above=0, at_most=1
     )
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ class FileConfig:
     heads: int | None = key(None, "attention heads", at_least=1)
     norm_eps: float | None = key(None, "added to variances in norms, where it is not 1e-6", above=0)
     positions: Literal["dino", "timm", "plain"] | None = key(
-        None, "how its table of positions is resized: dino (offset 0.1), timm (antialiased), plain"
+        None, "how the table of positions is resized: dino (offset 0.1), timm (antialiased), plain"
     )
     preprocess: Literal["imagenet", "half", "clip", "sat493m"] | None = key(
         None, "mean and deviation of its pixels: imagenet, half (0.5), clip, sat493m (DINOv3's of satellites)"

@@ -133,9 +133,9 @@ def transfer(
     if want.patch_size != have.patch_size:
         state[kernel] = resized_kernel(state[kernel], want.patch_size)
         sizes = f"{have.patch_size} to {want.patch_size} pixels"
-        kept = "" if want.patch_size > have.patch_size else ", as near as so few pixels allow"
+        remark = "" if want.patch_size > have.patch_size else ", as near as so few pixels allow"
         before = f"{account.changed[kernel]}, " if kernel in account.changed else ""
-        account.changed[kernel] = f"{before}resampled from patches of {sizes} (pseudo-inverse{kept})"
+        account.changed[kernel] = f"{before}resampled from patches of {sizes} (pseudo-inverse{remark})"
     if have.positions not in ("rope", "none"):
         _add_positions(state, encoder.backbone, want, name, account)
     if have.relative_bias and want.grid != have.grid:

@@ -87,13 +87,13 @@ def _tensors(
         raise UserError(f"{path} is no readable checkpoint: more than {NESTED} dicts in each other")
     if id(state) in done:
         return done[id(state)]
-    kept: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(name, str) and (
             isinstance(value, torch.Tensor) or (name in (SETTINGS, HEAD_SETTINGS) and isinstance(value, str))
         ):
-            kept[name] = value
+            tensors[name] = value
         elif isinstance(name, str) and isinstance(value, dict):
-            kept[name] = _tensors(value, path, done, depth + 1)
-    done[id(state)] = kept
-    return kept
+            tensors[name] = _tensors(value, path, done, depth + 1)
+    done[id(state)] = tensors
+    return tensors

@@ -40,19 +40,20 @@ TAR_BLOCK = tarfile.BLOCKSIZE
 class PackConfig:
     """How data become shards."""
 
-    size: str = key("1GB", "about how large a shard becomes: KB, MB or GB")
+    size: str = key("1GB", "approximate size of a shard, in KB, MB or GB")
     format: Literal["original", "jpeg", "webp", "png", "npz"] = key(
         "original",
-        "of the images; original: the bytes of the files. One that has it already and fits stays. npz: any "
+        "format of the images; original: the bytes of the files. A file that has the format "
+        "already and fits stays. npz: any "
         "channels and depth, without loss",
     )
-    quality: int = key(90, "of jpeg and webp", at_least=1, at_most=100)
+    quality: int = key(90, "quality of jpeg and webp", at_least=1, at_most=100)
     canvas: int | None = key(
         None,
         "pixels to which the shorter side is shrunk, if it is longer; null: images keep their size",
         at_least=8,
     )
-    processes: int | None = key(None, "that write shards; null: as many as there are cores", at_least=1)
+    processes: int | None = key(None, "processes that write shards; null: one for each core", at_least=1)
     max_bad: float = key(
         0.01, "fraction of unreadable images above which nothing is packed", at_least=0, at_most=1
     )

@@ -105,8 +105,8 @@ def find_shards(kind: str, location: str, suffix: str, cache: str | None = None)
             several = list(pool.map(lambda each: look(kind, each, suffix), paths))
     else:
         several = [look(kind, each, suffix) for each in paths]
-    for some in several:
-        found |= {shard.path: replace(shard, cache=cache) for shard in some}
+    for block in several:
+        found |= {shard.path: replace(shard, cache=cache) for shard in block}
     return [found[path] for path in sorted(found)]
 
 
@@ -281,8 +281,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, INNER_FAULTS):
         where = traceback.extract_tb(error.__traceback__)
         line = f" ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else ""
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return f"a fault inside foveola or its libraries, not of the server: {said}{line}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"a fault inside foveola or its libraries, not of the server: {reason}{line}"
     return " ".join((str(error) or type(error).__name__).split())[:300]
 
 

@@ -45,7 +45,7 @@ def analyze_attention(
     progress: bool = True,
     **settings: Any,
 ) -> AttentionAnalysis:
-    """Return statistics of the attention of every block and head of some encoders, averaged over images.
+    """Return statistics of the attention of every block and head of encoders, averaged over images.
 
     Args:
         models: what `foveola.load` takes, or `Encoder`s; one, several, or several by name.

@@ -56,7 +56,7 @@ class AnalysisConfig(ChosenConfig):
     outlier_deviations: float = key(
         5.0, "a patch of outlying norm is this many robust deviations above the median", above=0
     )
-    outlier_factor: float = key(2.0, "and this many times the median", at_least=1)
+    outlier_factor: float = key(2.0, "and at least this many times the median", at_least=1)
     outlier_norm: float | None = key(
         None, "count patches above this norm, too (150 in the registers paper, for DINOv2's ViT-g)", above=0
     )
@@ -76,7 +76,7 @@ def analysis_transform(encoder: Encoder, name: str, config: AnalysisConfig) -> T
 
 
 class AttentionReader:
-    """Running means of one encoder, and what its last batch said of the images."""
+    """Running means of one encoder, and the statistics of its last batch."""
 
     def __init__(self, name: str, encoder: Encoder, config: AnalysisConfig) -> None:
         self.name, self.encoder, self.config = name, encoder, config

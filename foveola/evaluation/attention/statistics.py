@@ -70,7 +70,7 @@ class Statistic(NamedTuple):
 
 
 def _fraction(part: Callable[[Layout], int]) -> Callable[[Layout], Reference]:
-    """A fraction of the attention that goes to some of the T tokens."""
+    """The fraction of the attention that goes to one group of the T tokens."""
     return lambda at: Reference(part(at) / (at.special + at.patches), 0.0, 1.0)
 
 
@@ -151,7 +151,7 @@ def missing(at: Layout, heads: int) -> set[str]:
 
 
 class HeadParts(NamedTuple):
-    """What some heads of a block say about some images."""
+    """Statistics of heads of a block, for a batch of images."""
 
     statistics: Float64[Tensor, "b g S"]  # in the order of HEAD_STATISTICS, without head_divergence: NaN
     class_rows: Float64[Tensor, "b g T"] | None  # logarithm of what the class token reads
@@ -213,8 +213,8 @@ def _nmi(mean: Float64[Tensor, "b g N"], entropy: Float64[Tensor, "b g"]) -> Flo
     """
     keys = torch.special.entr(mean / mean.sum(dim=-1, keepdim=True)).sum(dim=-1)
     scale = (keys * math.log(mean.shape[-1])).sqrt()
-    some = scale > 0
-    return torch.where(some, (keys - entropy) / torch.where(some, scale, 1.0), 0.0).clamp(0, 1)
+    nonzero = scale > 0
+    return torch.where(nonzero, (keys - entropy) / torch.where(nonzero, scale, 1.0), 0.0).clamp(0, 1)
 
 
 def logits_for(weights: Float[Tensor, "b g T T"]) -> Float32[Tensor, "b g T T"]:

@@ -138,8 +138,8 @@ class AbmilpGrid:
                 # Hidden layers of all parts at once would be large: they are computed again for the gradient.
                 pooled = torch.cat(
                     [
-                        checkpoint(self._pool, few, leaves, use_reentrant=False)[1]
-                        for few in self._split(patches)
+                        checkpoint(self._pool, block, leaves, use_reentrant=False)[1]
+                        for block in self._split(patches)
                     ],
                     dim=1,
                 )
@@ -150,7 +150,7 @@ class AbmilpGrid:
     @torch.no_grad()
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
         """Return the scores of each probe, as at test time."""
-        pooled = torch.cat([self._pool(few, self.trained)[1] for few in self._split(x["patches"])], dim=1)
+        pooled = torch.cat([self._pool(block, self.trained)[1] for block in self._split(x["patches"])], dim=1)
         return self._classify(self.norm.test(pooled), self.trained)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -211,7 +211,9 @@ class AbmilpConfig(TrainedConfig):
         "numbers of score maps to try, each map on an equal part of the channels; each is reported",
         at_least=1,
     )
-    activation: tuple[Activation, ...] = key(("relu",), "between them: relu, gelu, tanh; each reported")
+    activation: tuple[Activation, ...] = key(
+        ("relu",), "activations between the layers: relu, gelu, tanh; each is reported"
+    )
     attention: bool = key(False, "a trained self-attention layer first; with sgd, lars diverges in the paper")
     fixed: tuple[str, ...] = key(
         ("token", "average", "attention", "lowest_entropy", "centre"),

@@ -149,7 +149,7 @@ class AttentiveConfig(TrainedConfig):
     """Settings of `attentive`. What is null is as the style has it."""
 
     style: Literal["capi", "cae"] = key(
-        "capi", "whose probe: CAPI's, or CAE's (LayerNorms, an output map, SGD); sets what is null below"
+        "capi", "kind of probe: CAPI's, or CAE's (LayerNorms, an output map, SGD); sets what is null below"
     )
     heads: tuple[int | None, ...] = key(
         (None,), "attention heads to try, each reported; null = the width of the patches / 64"
@@ -158,7 +158,7 @@ class AttentiveConfig(TrainedConfig):
     weight_decay: tuple[float, ...] | None = key(
         None, "style=capi: weight decays to try; CAE has none", at_least=0
     )
-    batch: int | None = key(None, "images of a step; at most all there are", at_least=1)
+    batch: int | None = key(None, "images of a step, at most those there are", at_least=1)
     iterations: int | None = key(
         None, "steps of training, instead of epochs; capi: null = 12,500, at most 100 passes", at_least=1
     )

@@ -85,7 +85,8 @@ class CaeGrid:
                 leaves = [p.detach().requires_grad_() for p in self.trained.values()]
                 # What heads read of all images at once would be large: it is computed again for gradients.
                 read = [
-                    checkpoint(self._read, few, leaves, use_reentrant=False) for few in self._split(tokens)
+                    checkpoint(self._read, block, leaves, use_reentrant=False)
+                    for block in self._split(tokens)
                 ]
                 logits = self._classify(self.norm.train(torch.cat(read, dim=1)), leaves)
                 add_gradients(total, logits, labels, len(y), leaves)
@@ -95,7 +96,7 @@ class CaeGrid:
     def logits(self, x: Mapping[str, Tensor]) -> Float[Tensor, "G b C"]:
         """Return the scores of each probe, as at test time."""
         leaves = list(self.trained.values())
-        read = torch.cat([self._read(few, leaves) for few in self._split(tokens_of(x))], dim=1)
+        read = torch.cat([self._read(block, leaves) for block in self._split(tokens_of(x))], dim=1)
         return self._classify(self.norm.test(read), leaves)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class ViewCut:
 
 
 class Answered(NamedTuple):
-    """What a head said of images of all processes, and what is true of them."""
+    """Predictions of a head for images of all processes, and their true classes."""
 
     indices: Int64[Tensor, "n"]
     labels: Int64[Tensor, "n"]

@@ -188,12 +188,14 @@ LINEAR_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2
 class LinearConfig(TrainedConfig):
     """Settings of `linear`. What is null is as the style has it."""
 
-    style: Literal["dino", "dinov2", "mae"] = key("dinov2", "whose linear probe: sets what is null below")
+    style: Literal["dino", "dinov2", "mae"] = key(
+        "dinov2", "settings of a published linear probe: sets what is null below"
+    )
     features: tuple[str, ...] | None = key(
         None, "features to try: token, token4 (last 4 blocks), average, token+average, attention, ..."
     )
     lr: tuple[float, ...] | None = key(None, "learning rates to try, of a batch of 256", above=0)
-    batch: int | None = key(None, "images of a step; at most all there are", at_least=1)
+    batch: int | None = key(None, "images of a step, at most those there are", at_least=1)
     epochs: int | None = key(None, "passes over the training images", at_least=1)
     iterations: int | None = key(
         None,

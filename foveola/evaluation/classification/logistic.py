@@ -215,8 +215,8 @@ class LogisticConfig(ProbeConfig):
 
     features: str | None = key(
         None,
-        "what is classified: token, token4, average, token+average, ...; null = token, and average of an "
-        "encoder without one",
+        "feature to classify: token, token4, average, token+average, ...; null = token, or average "
+        "for an encoder without one",
     )
     values: int = key(45, "how many values of C to try, 10^-6 to 10^5 in equal ratios", at_least=2)
     c: tuple[float, ...] | None = key(None, "the values of C to try, instead", above=0)

@@ -33,7 +33,7 @@ class ProbesConfig(ProbeConfig):
     """Settings of `probes`. Every probe trains for the same number of epochs, on the same rows."""
 
     run: tuple[Name, ...] = key(
-        ("knn", "logistic", "linear", "aggregations", "attentive", "cae"), "which probes, in this order"
+        ("knn", "logistic", "linear", "aggregations", "attentive", "cae"), "probes to train, in this order"
     )
     epochs: int = key(30, "passes over the training images of each trained probe", at_least=1)
     batch: int = key(256, "images of a step", at_least=1)

@@ -116,7 +116,7 @@ class SavedProbe:
         return grids, ChosenProbes(probes)
 
     def completed(self, outcome: Outcome) -> Outcome:
-        """Return an outcome with what the hold-out said when the probes were chosen."""
+        """Return an outcome with the numbers of the hold-out by which the probes were chosen."""
         found = {f"holdout_{group}": own["holdout"] for group, own in self.about["groups"].items()}
         held = {name: value for name, value in found.items() if value is not None}
         return replace(outcome, metrics=outcome.metrics | held)

@@ -34,7 +34,7 @@ def average_precisions(
 def mean_average_precision(
     scores: Float[Tensor, "n C"], right: Bool[Tensor, "n C"], seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the mean over the classes that some image has, and its 95 % bootstrap interval over images.
+    """Return the mean over the classes that any image has, and its 95 % bootstrap interval over images.
 
     In a sample of images a class that none of them has is left out. Raises ValueError where no image has a
     class.

@@ -42,8 +42,8 @@ class CropSchedule:
     def __getitem__(self, part: slice) -> Int64[np.ndarray, "r 2"]:
         step, parcel = divmod(part.start // PARCEL, self.parcels)
         epoch, rows = self.order(step)
-        few = rows[self.mine][parcel * PARCEL : (parcel + 1) * PARCEL]
-        return np.stack((self.images[few], np.full(len(few), 1 + epoch)), axis=1)
+        chosen = rows[self.mine][parcel * PARCEL : (parcel + 1) * PARCEL]
+        return np.stack((self.images[chosen], np.full(len(chosen), 1 + epoch)), axis=1)
 
 
 class Stream:

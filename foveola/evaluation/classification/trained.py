@@ -67,8 +67,8 @@ class Prepared:
         task, config, grids = self.task, self.config, self.plan.grids
         if self.choice is None:
             self.choice = choose(grids, task, self.wanted)
-            most = max(len(probes_of(grids, group)) for group in self.choice.probes)
-            task.notes.extend(notes_of_choice(task, most))
+            largest = max(len(probes_of(grids, group)) for group in self.choice.probes)
+            task.notes.extend(notes_of_choice(task, largest))
             self.first = at.test
         exam = task.exam if at.test is self.first else open_exam(at, config, self.wanted, task.known)
         outcome = self.protocol.score(grids, self.choice, exam, self.wanted, self.seed)
@@ -201,12 +201,12 @@ def train_together(every: Sequence[Prepared], progress: bool) -> None:
         crops = each.wanted.crops if each.config.views else None
         same = each.plan.batch, each.plan.steps, each.task.fit.numpy().tobytes(), crops
         groups.setdefault(same, []).append(each)
-    for (batch, steps, *_), some in groups.items():
-        wanted, first = reduce(or_, (each.wanted for each in some)), some[0]
-        for each in some:
+    for (batch, steps, *_), members in groups.items():
+        wanted, first = reduce(or_, (each.wanted for each in members)), members[0]
+        for each in members:
             each.task.train = first.task.train  # all learn from what this one says that it read
         drawn = first.task.drawn(wanted, first.config.views, batch, steps, first.seed)
-        train_plans([each.plan for each in some], drawn, progress)
+        train_plans([each.plan for each in members], drawn, progress)
 
 
 # -- the choice, and what is chosen --------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def choose(grids: Sequence[ProbeGrid], task: Task, wanted: Need) -> ChosenProbes
 
 @torch.no_grad()
 def judge(grid: ProbeGrid, columns: Columns, truth: GroundTruth) -> Judged:
-    """Return how the probes of a grid do on some rows: which they have right, and the loss."""
+    """Return how the probes of a grid do on rows: which they predict right, and the loss."""
     every = torch.arange(len(columns))
     return judged(lambda rows: grid.logits(columns.take(every[rows])), len(columns), truth)
 

@@ -125,7 +125,7 @@ def _checked(
     source: Source, met: "_Met", config: MasksCheckConfig, progress: bool
 ) -> tuple[Result, list[str]]:
     """What all images say that both sides have, and notes."""
-    drawn = any(each.get("segmentation") for some in met.file.annotations for each in some)
+    drawn = any(each.get("segmentation") for of_image in met.file.annotations for each in of_image)
     masks = drawn and have_masks(source)
     cut = _PairsCut(GivenObjects(source, met.file), masks)
     reading = ReadingConfig(workers=config.workers)
@@ -133,8 +133,8 @@ def _checked(
     sizes, known, found = {}, [], []
     for batch in batches:
         sizes |= dict(zip(batch.indices.tolist(), batch.sizes, strict=True))
-        known += [each for some in batch.annotations for each in some]
-        found += [each for some in batch.proposals for each in some]
+        known += [each for of_image in batch.annotations for each in of_image]
+        found += [each for of_image in batch.proposals for each in of_image]
     objects = [each for each in known if not each["iscrowd"]]
     if not objects:
         raise DataError(f"{source.name}: none of the {len(sizes)} images in common has an annotated object")
@@ -176,17 +176,17 @@ class _Met(NamedTuple):
 def _meet(file: InstancesFile, source: Source) -> tuple[_Met, list[str]]:
     names = image_names(source)
     rows = find_names(file.files, names)
-    kept = [k for k, name in enumerate(file.files) if rows[name] >= 0]
-    if not kept:
+    found = [k for k, name in enumerate(file.files) if rows[name] >= 0]
+    if not found:
         raise DataError(
             f"{file.path}: none of its {len(file.files)} images, such as {file.files[0]}, is in "
             f"{source.name}, which has {names[0]}"
         )
     part = replace(
         file,
-        files=[file.files[k] for k in kept],
-        sizes=file.sizes[kept],
-        annotations=[file.annotations[k] for k in kept],
+        files=[file.files[k] for k in found],
+        sizes=file.sizes[found],
+        annotations=[file.annotations[k] for k in found],
         classes=AGNOSTIC,  # classes play no part
     )
     indices = np.unique([rows[name] for name in part.files])
@@ -207,7 +207,7 @@ def _notes(file: InstancesFile, found: int, bare: int, masks: bool) -> list[str]
     notes = []
     if bare:
         notes.append(f"{bare} images have no annotated object: what is found there is wrong, but for CorLoc")
-    if found and not any("score" in each for some in file.annotations for each in some):
+    if found and not any("score" in each for of_image in file.annotations for each in of_image):
         notes.append("the file has no scores: objects count in its order")
     if not masks:
         notes.append("boxes alone are compared: one side has no masks")

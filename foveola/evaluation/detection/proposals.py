@@ -184,22 +184,22 @@ class MeanRows:
 
 def _add_matches(rows: MeanRows, kind: Kind, held: Sequence[Held]) -> None:
     """Everything that each image says by itself."""
-    some = [each for each in held if len(each.best)]
-    ids = torch.tensor([each.image for each in some])
-    rows.add(f"{kind}_corloc", torch.tensor([each.first for each in some]), ids)
+    annotated = [each for each in held if len(each.best)]
+    ids = torch.tensor([each.image for each in annotated])
+    rows.add(f"{kind}_corloc", torch.tensor([each.first for each in annotated]), ids)
     proposals = np.concatenate([each.taken[0][~each.ignored[0]] >= 0 for each in held])
     of_image = _repeated(held, lambda each: int((~each.ignored[0]).sum()))
     rows.add(f"{kind}_precision", torch.from_numpy(proposals), of_image, keep=False)
-    of_object = _repeated(some, lambda each: len(each.best))
-    recalled = torch.from_numpy(_joined(each.found(0) for each in some))
+    of_object = _repeated(annotated, lambda each: len(each.best))
+    recalled = torch.from_numpy(_joined(each.found(0) for each in annotated))
     rows.add(f"{kind}_recall", recalled, of_object)
-    areas = torch.from_numpy(_joined(each.areas for each in some))
+    areas = torch.from_numpy(_joined(each.areas for each in annotated))
     for size, (least, most) in AREA_RANGES.items():
         here = (areas >= least) & (areas < most)
         rows.add(f"{kind}_recall_{size}", recalled[here], of_object[here])
-    rows.add(f"{kind}_best_iou", torch.from_numpy(_joined(each.best for each in some)), of_object)
+    rows.add(f"{kind}_best_iou", torch.from_numpy(_joined(each.best for each in annotated)), of_object)
     for count in FIRST_PROPOSALS:
-        found = (np.mean([each.found(t, count) for t in range(len(COCO_IOUS))], axis=0) for each in some)
+        found = (np.mean([each.found(t, count) for t in range(len(COCO_IOUS))], axis=0) for each in annotated)
         rows.add(f"{kind}_ar{count}", torch.from_numpy(_joined(found)), of_object)
 
 

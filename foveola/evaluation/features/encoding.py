@@ -54,7 +54,7 @@ class CropsCut:
         self.interpolation: Literal["bicubic", "bilinear"] | None = interpolation
 
     def __call__(self, sample: Sample, index: int, *numbers: int) -> ImageRows:
-        """All rows of one image, or those of some numbers. Raises BadImage."""
+        """All rows of one image, or those of the given numbers. Raises BadImage."""
         image, objects = decode(sample.image), sample.objects if self.masked else None
         every = tuple(range(0 if objects is None else len(objects)))
         views, masks = [], []

@@ -60,8 +60,8 @@ def overlaps(
     best = best_iou(found, boxes, side, official)
     nothing = best_iou(np.zeros((1, 4), np.int64), boxes, side, official)[0]
     every, largest = np.full(GREY_LEVELS, nothing), np.full(GREY_LEVELS, nothing)
-    some = np.unique(at)
-    every[some] = 0
+    values = np.unique(at)
+    every[values] = 0
     np.maximum.at(every, at, best)
     order = np.lexsort((-parts.areas, parts.levels))
     present, first = np.unique(parts.levels[order], return_index=True)
@@ -164,9 +164,9 @@ def max_box_acc(
     """
     if not len(maps) or len(maps) != len(boxes):
         raise ValueError(f"{len(maps)} maps and boxes of {len(boxes)} images")
-    kept, options = distinct(np.arange(0, 1, 0.001).tolist() if thresholds is None else thresholds)
+    steps, options = distinct(np.arange(0, 1, 0.001).tolist() if thresholds is None else thresholds)
     found = [image_hits(h, grey, some, levels, official) for h, grey, some in _each(maps, boxes, side)]
-    return accuracy(np.stack(found)[:, :, kept], options)
+    return accuracy(np.stack(found)[:, :, steps], options)
 
 
 def _each(

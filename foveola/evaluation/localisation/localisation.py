@@ -66,8 +66,8 @@ class LocalisationConfig(SquashedConfig):
 
     maps: tuple[str, ...] | None = key(
         None,
-        "what to make boxes of: attention, lowest_entropy, heads (or head0, ...), centre, abmilp, pca; "
-        "null = the attention there is, and abmilp where train is given",
+        "maps to make boxes of: attention, lowest_entropy, heads (or head0, ...), centre, abmilp, pca; "
+        "null = attention if the encoder has it, and abmilp where train is given",
     )
     block: int = key(-1, "block whose attention is read; negative numbers count from the last")
     iou: tuple[float, ...] = key(IOUS, "overlaps from which an image is found", above=0, at_most=1)
@@ -169,9 +169,9 @@ def _packed_hits(
     maps: Float32[Tensor, "b M h w"], boxes: Sequence[np.ndarray], config: LocalisationConfig
 ) -> UInt8[np.ndarray, "b M D1 bytes"]:
     heights, grey = enlarge(maps.flatten(0, 1))
-    repeated = [some for some in boxes for _ in range(maps.shape[1])]
+    repeated = [of_image for of_image in boxes for _ in range(maps.shape[1])]
     each = zip(heights, grey, repeated, strict=True)
-    hits = [image_hits(h, levels, some, config.iou, config.official) for h, levels, some in each]
+    hits = [image_hits(h, levels, of_image, config.iou, config.official) for h, levels, of_image in each]
     return np.packbits(np.stack(hits), axis=-1).reshape(len(maps), maps.shape[1], len(config.iou) + 1, -1)
 
 

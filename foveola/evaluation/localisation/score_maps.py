@@ -39,12 +39,12 @@ class Scores(NamedTuple):
 
 
 def is_map(name: str) -> bool:
-    """Return whether a map of this name exists for some encoder: one of `MAPS`, or `head0`, `head1`, ..."""
+    """Return whether a map of this name can exist: one of `MAPS`, or `head0`, `head1`, ..."""
     return name in SCORE_MAPS or (name.startswith(HEAD) and name.removeprefix(HEAD).isdecimal())
 
 
 def choose_maps(encoder: Encoder, names: tuple[str, ...] | None, train: bool) -> tuple[str, ...]:
-    """Return the maps asked for, `heads` written out; None: attention as far as there is some, and AbMILP's.
+    """Return the maps asked for, `heads` written out; None: attention if the encoder has it, and AbMILP's.
 
     Raises UserError for what the encoder lacks, and for AbMILP without `train`ing data.
     """

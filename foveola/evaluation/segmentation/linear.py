@@ -200,7 +200,7 @@ def _kept(passing: DensePass) -> tuple[Float[Tensor, "n N D"], UInt8[Tensor, "n 
 def _held_out(
     head: nn.Linear, features: Float[Tensor, "n N D"], maps: UInt8[Tensor, "n S S"], grid: int, classes: int
 ) -> float:
-    """Mean IoU of a head on some images."""
+    """Mean IoU of a head on the given images."""
     total = torch.zeros(3, classes + 1, dtype=torch.int64)
     for x, labels in zip(features, maps, strict=True):
         total += _areas(head, x, [labels], grid, classes)[0]
@@ -211,7 +211,7 @@ def _held_out(
 def _losses(
     heads: Sequence[nn.Linear], features: Float[Tensor, "n N D"], maps: UInt8[Tensor, "n S S"], grid: int
 ) -> list[float]:
-    """Mean cross-entropy of each head over the pixels of some images that have a class."""
+    """Mean cross-entropy of each head over the pixels with a class of the given images."""
     pixels, totals = int((maps != IGNORE).sum()), [0.0] * len(heads)
     for x, labels in zip(features.split(1), maps.split(1), strict=True):
         for i, head in enumerate(heads):

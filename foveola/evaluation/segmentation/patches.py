@@ -47,7 +47,7 @@ VOTES = 2**25  # votes in memory at a time: 64 MiB
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """Mean and population standard deviation of each channel of some rows; a constant channel has 1."""
+    """Mean and population standard deviation of each channel over rows; a constant channel has 1."""
 
     mean: Float32[Tensor, "D"]
     std: Float32[Tensor, "D"]
@@ -77,9 +77,9 @@ def transplant(
     out = torch.empty(m, pixels.shape[1], dtype=torch.uint8)
     rows = max(1, VOTES // (pixels.shape[1] * (classes + 1)))
     one = torch.ones((), dtype=torch.int16)
-    for into, some in zip(out.split(rows), indices.split(rows), strict=True):
-        labels = pixels[some].transpose(1, 2).long().clamp_(max=classes)  # [n, Q, k]
-        votes = torch.zeros(len(some), pixels.shape[1], classes + 1, dtype=torch.int16)
+    for into, block in zip(out.split(rows), indices.split(rows), strict=True):
+        labels = pixels[block].transpose(1, 2).long().clamp_(max=classes)  # [n, Q, k]
+        votes = torch.zeros(len(block), pixels.shape[1], classes + 1, dtype=torch.int16)
         votes.scatter_add_(2, labels, one.expand(labels.shape))
         if not void_votes:
             votes[:, :, classes] = 0
@@ -96,7 +96,7 @@ class PatchSegmentationConfig(DenseConfig):
     """What both protocols share."""
 
     memory: int | None = key(
-        None, "training patches at most, the same number of each image; null = all", at_least=1
+        None, "largest number of training patches, the same number of each image; null = all", at_least=1
     )
     standardise: bool = key(True, "divide by the training patches' standard deviation, after their mean")
     holdout: float = key(0.1, "fraction of the training images that choose the settings", above=0, below=1)
@@ -141,7 +141,7 @@ Labelled = tuple[PatchTable, Int64[Tensor, "R"], int]
 
 
 class Learned(NamedTuple):
-    """What was learned with each of some settings."""
+    """What was learned, for each setting."""
 
     predict: Predict
     # Mean cross-entropy of each setting over patches, whose most frequent labels are given.
@@ -225,15 +225,15 @@ class KnnSegmentation(PatchSegmentation):
         neighbours than patches.
         """
         table, _, classes = references
-        most = max(setting["k"] for setting in settings)
-        if most > len(table.image_indices):
+        largest = max(setting["k"] for setting in settings)
+        if largest > len(table.image_indices):
             raise UserError(
-                f"k={most} is more than the {len(table.image_indices)} patches of train with a class"
+                f"k={largest} is more than the {len(table.image_indices)} patches of train with a class"
             )
 
         def predict(queries: Tensor) -> list[Tensor]:
             found = {
-                d: nearest_rows(queries, table.features, most, distance=d, device=at.encoder.device)[1]
+                d: nearest_rows(queries, table.features, largest, distance=d, device=at.encoder.device)[1]
                 for d in dict.fromkeys(setting["distance"] for setting in settings)
             }
             return [
@@ -280,7 +280,7 @@ class LogisticSegmentation(PatchSegmentation):
 
         def predict(queries: Tensor) -> list[Tensor]:
             best = [model.predict(queries) for model in models]  # never a class that train lacks
-            return [some.to(torch.uint8)[:, None].expand(-1, pixels) for some in best]
+            return [block.to(torch.uint8)[:, None].expand(-1, pixels) for block in best]
 
         def losses(queries: Tensor, labels: Tensor) -> list[float]:
             known = torch.isin(labels, modes)  # of others the loss is infinite for all

@@ -47,7 +47,7 @@ class ComparedConfig(DenseConfig):
 
 @dataclass(frozen=True, eq=False)
 class DenseBatch:
-    """Patches of some images, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
+    """Patches of a batch of images, on the CPU. N = h w patches of Q = p p pixels; S = h p."""
 
     features: Float32[Tensor, "b N D"]
     maps: UInt8[Tensor, "b S S"]  # classes, or IGNORE
@@ -203,8 +203,8 @@ class DensePass:
         self.spent = {name: store.facts[name] for name in ("computed", "pass_seconds")}
         rows = torch.from_numpy(np.flatnonzero(np.isin(store.image_indices.numpy(), self.mine)))
         self.bad = np.setdiff1d(self.mine, store.image_indices.numpy()).tolist()
-        for some in rows.split(self.config.batch_size):
-            yield store.take("patches", some), store.maps(some), store.image_indices[some]
+        for block in rows.split(self.config.batch_size):
+            yield store.take("patches", block), store.maps(block), store.image_indices[block]
 
     @classmethod
     def compared(cls, at: At, config: ComparedConfig) -> "DensePass":

@@ -91,14 +91,17 @@ class DenseRetrievalConfig(ComparedConfig):
         0.02, "temperature of the attention over neighbours, softmax(cosine / temperature)", above=0
     )
     memory: int = key(
-        10_240_000, "patches in the reference set at most, the same number of each image", at_least=1
+        10_240_000,
+        "largest number of patches in the reference set, the same number of each image",
+        at_least=1,
     )
     subsample: tuple[int, ...] = key(
         (1,), "the reference set takes one in this many train images; each is measured", at_least=1
     )
     repeats: int = key(1, "draws of a subsampled reference set, whose mIoU is averaged", at_least=1)
     sampling: Literal["rare", "uniform"] = key(
-        "rare", "which patches of an image are taken where not all fit: those of rare classes, or any"
+        "rare",
+        "how patches of an image are chosen where not all fit: those of rare classes first, or at random",
     )
     void: Literal["drop", "first"] = key(
         "drop", "pixels of no class in the reference set: left out, or taken for class 0 (open-hummingbird)"
@@ -191,10 +194,10 @@ def _reference_sets(
     sets, facts = [], {}
     for divisor in config.subsample:
         for repeat in range(config.repeats if divisor > 1 else 1):
-            some = choose_images(len(every), max(1, len(every) // divisor), config.seed + repeat)
+            subset = choose_images(len(every), max(1, len(every) // divisor), config.seed + repeat)
             void = 0 if config.void == "first" else IGNORE
             passing = DensePass(
-                at.encoder, at.train, config, every[some], void=void, progress=at.progress, feed=at.feed
+                at.encoder, at.train, config, every[subset], void=void, progress=at.progress, feed=at.feed
             )
             table = collect(passing, classes, config.memory, config.sampling, config.seed + repeat)
             counts = label_counts(table.pixels, classes)[:, :-1].contiguous()

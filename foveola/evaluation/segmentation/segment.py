@@ -156,9 +156,9 @@ def shared_classes(
     """
     number = {each: i for i, each in enumerate(test)}
     if unknown := [each for each in test if each not in set(head)]:
-        some = ", ".join(unknown[:3]) + ", ..." * (len(unknown) > 3)
+        first = ", ".join(unknown[:3]) + ", ..." * (len(unknown) > 3)
         raise UserError(
-            f"test: {name} has {len(unknown)} of {len(test)} classes that the head did not learn ({some}); "
+            f"test: {name} has {len(unknown)} of {len(test)} classes that the head did not learn ({first}); "
             f"it knows {len(head)}: {', '.join(head[:3])}{', ...' * (len(head) > 3)}"
         )
     if missing := [each for each in head if each not in number]:

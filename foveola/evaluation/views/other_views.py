@@ -32,7 +32,7 @@ class LabelFreeConfig(OtherViewsConfig):
     """Settings of `label_free`."""
 
     limit: int = key(1000, "use at most this many images, drawn by seed", at_least=2)
-    objects: bool = key(True, "also find objects again in other crops, where the data have some")
+    objects: bool = key(True, "also find objects again in other crops, where the data have objects")
     duplicate: float = key(
         0.99, "cosine similarity from which two images count as duplicates", above=0, below=1
     )
@@ -102,15 +102,15 @@ class Watcher:
             return seen
         views, masks = two_views(canvases, self.encoder, self.config, number)
         views, masks = views[there].flatten(0, 1), masks[there].flatten(0, 1)
-        both = [self._tokens(views, some).unflatten(0, (-1, 2)) for some in (None, masks)]
+        both = [self._tokens(views, readable).unflatten(0, (-1, 2)) for readable in (None, masks)]
         return seen._replace(owners=canvases.indices[there], objects=torch.stack(both, dim=1))
 
     @torch.inference_mode()
     def _plain(self, images: Shaped[Tensor, "b ch S S"], image_indices: Int64[Tensor, "b"]) -> ViewFeatures:
         encoder, size, parts = self.encoder.eval(), self.config.batch_size, []
-        for few, shown in zip(images.split(size), image_indices.split(size), strict=True):
+        for block, shown in zip(images.split(size), image_indices.split(size), strict=True):
             with torch.autocast(encoder.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found = encoder(encoder.normalise(few.to(encoder.device)))
+                found = encoder(encoder.normalise(block.to(encoder.device)))
             patches = found.patches.float().cpu()
             check_finite(patches.flatten(1), shown, self.source)  # before sums and ranks of them
             self.patches.add(patches.flatten(0, 1))

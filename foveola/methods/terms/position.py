@@ -121,11 +121,11 @@ class PositionTerm(AssignmentTerm):
 
     def _guessed(self) -> tuple[Int64[Tensor, "s N"], Bool[Tensor, "s N"], Float[Tensor, "s C H W"]] | None:
         """Guessed positions, unplaced patches and pixels of those of the kept views with such patches."""
-        if self.shown is None or not (some := self.shown.unplaced.any(dim=1)).any():
+        if self.shown is None or not (affected := self.shown.unplaced.any(dim=1)).any():
             return None
         assert self.shown_heads is not None
         guesses = self.guesses(self.shown.student, self.shown.teacher, self.shown_heads)
-        return guesses[some], self.shown.unplaced[some], self.shown.pixels[some]
+        return guesses[affected], self.shown.unplaced[affected], self.shown.pixels[affected]
 
     @torch.no_grad()
     def guesses(

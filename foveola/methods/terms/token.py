@@ -24,11 +24,11 @@ class TokenTermConfig:
     weight: float = key(1.0, "weight of this term in the sum of losses", at_least=0)
     head: str = key("main", "name of the term's head; terms that name the same head share it")
     token: Literal["object", "image"] = key(
-        "object", "which tokens: the objects', or views.objects.image_token's"
+        "object", "tokens of the term: the objects', or views.objects.image_token's"
     )
     weight_by: Literal["area", "score"] | None = key(
         None,
-        "what each of several objects of an image counts by: its area, or how sure it is; null = all alike",
+        "weight of each of several objects of an image: its area, or its score; null = equal weights",
     )
     target: TargetConfig = key(factory=TargetConfig, help="targets and temperatures")
 

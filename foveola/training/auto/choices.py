@@ -58,16 +58,16 @@ def choose_method(data: DataFacts, token: bool | None, method: str | None = None
 
 def choose_view(data: DataFacts, machine: Machine, patch: int | None) -> Decision:
     """Return (pixels of a view, pixels of a patch); `patch` is that of the starting weights, if any."""
-    most = 224 if machine.device == "cuda" else 112 if patch is not None else 64
+    largest = 224 if machine.device == "cuda" else 112 if patch is not None else 64
     why = f"images have {data.side} pixels a side"
-    if machine.device == "cpu" and data.side > most:
+    if machine.device == "cpu" and data.side > largest:
         why += "; more are slow on a CPU"
     if patch is not None:
-        grid = max(min(data.side, most) // patch, FEWEST_PATCHES)
+        grid = max(min(data.side, largest) // patch, FEWEST_PATCHES)
         if grid * patch > data.side:
             why += f"; starting weights want at least {grid} patches a side, so they are enlarged"
         return Decision((grid * patch, patch), why)
-    side = max([side for side in VIEW_SIZES if side <= min(data.side, most)] or [min(VIEW_SIZES)])
+    side = max([side for side in VIEW_SIZES if side <= min(data.side, largest)] or [min(VIEW_SIZES)])
     return Decision((side, VIEW_SIZES[side]), why)
 
 
@@ -76,8 +76,8 @@ def choose_batch(data: DataFacts, machine: Machine, method: str) -> Decision:
     cheap = method in ("capi", "mae")  # whose encoder reads a part of the patches
     wanted = {"cuda": 512 if cheap else 256, "cpu": 128 if cheap else 64}[machine.device]
     wanted = min(wanted * (machine.processes if machine.device == "cuda" else 1), 2048)
-    most = 2 ** int(math.log2(max(data.images / 4, 1)))
-    batch = max(min(wanted, most), machine.processes, 2)
+    bound = 2 ** int(math.log2(max(data.images / 4, 1)))
+    batch = max(min(wanted, bound), machine.processes, 2)
     batch -= batch % machine.processes
     if batch < wanted:
         return Decision(batch, f"{data.images:,} images: at least four steps in a pass over them")
@@ -129,9 +129,9 @@ def choose_length(
 ) -> Decision:
     """Return steps that fit the budget, no more than there is to learn from so many images."""
     epoch = max(data.images // batch, 1)
-    most = EPOCHS["adapt" if adapting else "scratch"]
-    most = max(round(most * min(1, 100_000 / data.images)), 20)
-    limit = max(most * epoch, 200)
+    epochs = EPOCHS["adapt" if adapting else "scratch"]
+    epochs = max(round(epochs * min(1, 100_000 / data.images)), 20)
+    limit = max(epochs * epoch, 200)
     passes = f"{limit / epoch:,.0f} passes over {data.images:,} images"
     if seconds is None:
         return Decision(limit, f"{passes}; longer runs add little")
@@ -177,7 +177,7 @@ def choose_local(side: int, patch: int) -> int:
 
 
 def too_short(steps: int, step_seconds: float) -> str:
-    """Return what to say of a budget for so few steps; "" where it is long enough."""
+    """Return a warning about a budget that is too short; "" where it is long enough."""
     if steps >= SHORT:
         return ""
     return (
