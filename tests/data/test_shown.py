@@ -22,6 +22,7 @@ from foveola.data.shown import (
 from foveola.data.sources import open_source
 from foveola.data.suited import suited
 from foveola.models.transform import TransformConfig
+from tests.training.conftest import SMALL_MAE
 
 LOW, HIGH = 72, 183  # one deviation below and above the mean: 127.5 -+ 255 / 4.6
 
@@ -136,17 +137,7 @@ def test_a_run_draws_and_keeps_what_its_data_say(tmp_path: Path) -> None:
     for name in "abcdef":
         (tmp_path / "data").mkdir(exist_ok=True)
         np.save(tmp_path / "data" / f"{name}.npy", mixture(times=4)[0])
-    settings = {
-        "views.global_size": 32,
-        "model": {"width": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-        "method": {"decoder": {"width": 16, "depth": 1, "heads": 2}},
-        "loader": {"canvas": 32, "workers": 0},
-        "transform": None,
-        "batch_size": 6,
-        "duration": "1 steps",
-        "evaluate_every": None,
-        "device": "cpu",
-    }
+    settings = SMALL_MAE | {"duration": "1 steps"}
     drawn, weights = [], []
     for more in ("", "&show=pca"):
         data = f"folder:{tmp_path}/data?channels=all&range=container{more}"

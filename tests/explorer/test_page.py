@@ -1,10 +1,8 @@
 """The page as a person has it: a real server, and a real Chromium where there is one."""
 
-import shutil
 import socket
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,6 @@ from tests.explorer.conftest import COUNT, QUICK
 def explorer(photos: str, models: tuple[Path, Path], kept: Path) -> Iterator[foveola.Explorer]:
     with foveola.explore(*models, data=photos, cache=kept, progress=False, map="pca", **QUICK) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium that is installed already."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no browser is installed")
-    with warnings.catch_warnings():  # playwright's own loop and pipes
-        warnings.simplefilter("ignore")
-        with sync.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            yield browser
-            browser.close()
 
 
 @pytest.fixture

@@ -17,6 +17,32 @@ from foveola.training import checkpoint, loop
 from foveola.training.recipe import RunConfig, nested
 from foveola.training.run import pretrain
 
+# A run in which a difference between processes shows: plain SGD, and nothing random but the views.
+SMALL: dict[str, Any] = {
+    "data": "scenes:?size=32&count=64",
+    "batch_size": 8,
+    "duration": "6 steps",
+    "device": "cpu",
+    "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.0},
+    "views.global_size": 32,
+    "loader": {"canvas": 32, "workers": 0},
+    "transform": {"resize": 32, "crop": 32},
+    # The first steps of AdamW have the size of the rate however small a gradient is, so that rounding shows.
+    "optimizer": {"kind": "sgd", "lr": {"value": 0.1, "warmup": "0 steps"}, "lr_rule": "none"},
+}
+HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
+# A run on images of any channels and files.
+SMALL_MAE: dict[str, Any] = {
+    "views": {"global_size": 32},
+    "model": {"width": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
+    "method": {"decoder": {"width": 16, "depth": 1, "heads": 2}},
+    "loader": {"canvas": 40, "workers": 0},
+    "transform": None,
+    "batch_size": 6,
+    "duration": "2 steps",
+    "evaluate_every": None,
+    "device": "cpu",
+}
 TARGET = {"temperature": {"value": 0.07, "start": 0.04, "warmup": "1 epochs", "per_epoch": True}}
 TINY = {
     "recipe": "tiny",
@@ -149,6 +175,34 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(loop.Trainer, "step", counted)
 
     return arrange
+
+
+@pytest.fixture
+def same_when_interrupted(
+    tmp_path: Path,
+    same: Callable[[Any, Any], None],
+    newest: Callable[[Path], dict[str, Any]],
+    lines: Callable[[Path], list[dict[str, Any]]],
+    interrupt_after: Callable[..., None],
+) -> Callable[[RunConfig], tuple[Path, Path]]:
+    """Runs a configuration whole, and ended after 2 steps and after 3 more: both end the same, bit for bit.
+
+    Returns the two folders.
+    """
+
+    def check(config: RunConfig) -> tuple[Path, Path]:
+        whole = pretrain(config, out=str(tmp_path / "whole"))
+        for stop in (2, 3):
+            interrupt_after(stop)
+            assert not pretrain(config, out=str(tmp_path / "parts")).finished
+        interrupt_after(0)
+        last = pretrain(config, out=str(tmp_path / "parts"))
+        assert last.finished
+        same(newest(whole.folder), newest(last.folder))
+        assert lines(whole.folder) == lines(last.folder)
+        return whole.folder, last.folder
+
+    return check
 
 
 def _newest(folder: Path) -> dict[str, Any]:

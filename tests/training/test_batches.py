@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from foveola.data.order import epoch_order, order_of_rank
+from tests.training.conftest import HEADS, SMALL
 
 TRAIN = """
 import dataclasses, importlib.util, json, sys
@@ -78,19 +79,6 @@ for name, recipe, changes, splits, steps in json.loads(sys.argv[1]):
                 torch.save(found, f"{sys.argv[2]}/{name}-{world}-{parts}.pt")
 distributed.stop()
 """
-SMALL = {
-    "data": "scenes:?size=32&count=64",
-    "batch_size": 8,
-    "duration": "6 steps",
-    "device": "cpu",
-    "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.0},
-    "views.global_size": 32,
-    "loader": {"canvas": 32, "workers": 0},
-    "transform": {"resize": 32, "crop": 32},
-    # The first steps of AdamW have the size of the rate however small a gradient is, so that rounding shows.
-    "optimizer": {"kind": "sgd", "lr": {"value": 0.1, "warmup": "0 steps"}, "lr_rule": "none"},
-}
-HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
 DISTILLED = SMALL | {
     "method.heads": {"main": HEADS},
     "optimizer.freeze_last_layer": "0 steps",

@@ -72,19 +72,8 @@ def capi(**changes: Any) -> RunConfig:
     ],
     ids=["queue", "teacher-head", "fused"],
 )
-def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(
-    tmp_path, same, newest, lines, interrupt_after, changes
-):
-    config = capi(**changes)
-    whole = pretrain(config, out=str(tmp_path / "whole"))
-    for stop in (2, 3):
-        interrupt_after(stop)
-        assert not pretrain(config, out=str(tmp_path / "parts")).finished
-    interrupt_after(0)
-    last = pretrain(config, out=str(tmp_path / "parts"))
-    assert last.finished
-    same(newest(whole.folder), newest(last.folder))
-    assert lines(whole.folder) == lines(last.folder)
+def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(same_when_interrupted, changes):
+    same_when_interrupted(capi(**changes))
 
 
 def test_processes_go_on_with_their_own_past(stopped_ranks, tmp_path):

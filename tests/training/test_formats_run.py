@@ -14,19 +14,9 @@ from foveola.data import look
 from foveola.embedding.index import Index
 from foveola.training.recipe import RunConfig
 from foveola.training.run import pretrain
+from tests.training.conftest import SMALL_MAE
 
 SIDE, COUNT = 40, 6  # pixels; images of each of two classes
-SMALL: dict[str, Any] = {
-    "views": {"global_size": 32},
-    "model": {"width": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-    "method": {"decoder": {"width": 16, "depth": 1, "heads": 2}},
-    "loader": {"canvas": 40, "workers": 0},
-    "transform": None,
-    "batch_size": 6,
-    "duration": "2 steps",
-    "evaluate_every": None,
-    "device": "cpu",
-}
 
 
 def dicom_file(path: Path, values: np.ndarray) -> None:
@@ -80,7 +70,7 @@ def test_from_files_to_an_export(kind: str, tmp_path: Path) -> None:
                 made[8:30, 8:30] += 0.5 * label
                 write(tmp_path / split / f"c{label}" / f"{i}", made)
     train, test = (f"folder:{tmp_path / split}?{options}" for split in ("train", "test"))
-    run = foveola.pretrain("mae-tiny-tinyimagenet", data=train, out=str(tmp_path / "run"), **SMALL)
+    run = foveola.pretrain("mae-tiny-tinyimagenet", data=train, out=str(tmp_path / "run"), **SMALL_MAE)
     encoder = foveola.load(run.folder)
     assert (encoder.config.model.channels, encoder.config.transform.range) == (channels, values)
     assert (

@@ -84,23 +84,12 @@ def test_the_methods_are_what_they_are_called():
     [("mae", {}), ("simmim", {}), ("ijepa", {}), ("ijepa-published", {"accumulate": 2})],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(
-    tmp_path, same, newest, lines, interrupt_after, name, changes
-):
-    chosen = config(name, **changes)
-    whole = pretrain(chosen, out=str(tmp_path / "whole"))
-    for stop in (2, 3):
-        interrupt_after(stop)
-        assert not pretrain(chosen, out=str(tmp_path / "parts")).finished
-    interrupt_after(0)
-    last = pretrain(chosen, out=str(tmp_path / "parts"))
-    assert last.finished
-    same(newest(whole.folder), newest(last.folder))
-    assert lines(whole.folder) == lines(last.folder)
-    drawn = sorted(path.name for path in (whole.folder / "figures").glob("*"))
+def test_an_interrupted_run_ends_bit_for_bit_as_one_in_a_go(same_when_interrupted, name, changes):
+    folders = same_when_interrupted(config(name, **changes))
+    drawn = sorted(path.name for path in (folders[0] / "figures").glob("*"))
     assert bool(drawn) == (name in ("mae", "simmim"))
     for each in drawn:  # the interrupted run has further ones, of the steps where it stopped
-        ours, theirs = ((run.folder / "figures" / each).read_bytes() for run in (whole, last))
+        ours, theirs = ((folder / "figures" / each).read_bytes() for folder in folders)
         assert ours == theirs
 
 

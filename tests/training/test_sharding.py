@@ -13,6 +13,7 @@ from foveola.state_files import read_state
 from foveola.training.checkpoint import newest, read_checkpoint
 from foveola.training.recipe import resolve
 from foveola.zoo.load import load
+from tests.training.conftest import HEADS, SMALL
 
 TRAIN = """
 import dataclasses, json, sys
@@ -85,19 +86,6 @@ if __name__ == "__main__":
     distributed.stop()
 """
 LOCAL = {"views.local_size": 16, "views.local_count": 2}
-SMALL = {
-    "data": "scenes:?size=32&count=64",
-    "batch_size": 8,
-    "duration": "6 steps",
-    "device": "cpu",
-    "model": {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.0},
-    "views.global_size": 32,
-    "loader": {"canvas": 32, "workers": 0},
-    "transform": {"resize": 32, "crop": 32},
-    # The first steps of AdamW have the size of the rate however small a gradient is, so that rounding shows.
-    "optimizer": {"kind": "sgd", "lr": {"value": 0.1, "warmup": "0 steps"}, "lr_rule": "none"},
-}
-HEADS = {"prototypes": 30, "hidden": 24, "bottleneck": 16}
 DECAYED = SMALL | {"optimizer.weight_decay": {"value": 0.1}}
 DISTILLED = DECAYED | {"method.heads": {"main": HEADS}, "optimizer.freeze_last_layer": "1 steps"}
 BOTH_HEADS = "main", "patches"

@@ -19,14 +19,13 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def naive_block_mask(ratio: float, size: int, rng: random.Random) -> np.ndarray:
-    """One of iBOT's masks, block by block. Both ends of uniform() may be the larger one."""
+def naive_capped_mask(target: float, size: int, least: int, most: int, rng: random.Random) -> np.ndarray:
+    """One of DINOv2's masks, block by block: no block covers more than `most` patches."""
     mask = np.zeros((size, size), dtype=bool)
-    target = ratio * size * size
     while mask.sum() < target:
-        room = target - mask.sum()
+        room = min(target - mask.sum(), most)
         for _ in range(10):
-            area = rng.uniform((size // 3) ** 2, room)
+            area = rng.uniform(least, room)
             aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
             height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
             if height < size and width < size:
@@ -39,6 +38,11 @@ def naive_block_mask(ratio: float, size: int, rng: random.Random) -> np.ndarray:
         else:
             break
     return mask
+
+
+def naive_block_mask(ratio: float, size: int, rng: random.Random) -> np.ndarray:
+    """One of iBOT's masks. Both ends of uniform() may be the larger one."""
+    return naive_capped_mask(ratio * size * size, size, (size // 3) ** 2, size * size, rng)
 
 
 def test_never_above_target_and_98_percent_of_it_realised():
@@ -177,27 +181,6 @@ def test_blocks_of_dinov2_keep_their_limits_and_known_shares():
     often = masks.float().mean(dim=0).view(14, 14)
     assert often[[0, 0, -1, -1], [0, -1, 0, -1]].mean().item() == pytest.approx(0.045, abs=0.006)
     assert often[6:8, 6:8].mean().item() == pytest.approx(0.51, abs=0.015)
-
-
-def naive_capped_mask(target: int, size: int, least: int, most: int, rng: random.Random) -> np.ndarray:
-    """One of DINOv2's masks, block by block."""
-    mask = np.zeros((size, size), dtype=bool)
-    while mask.sum() < target:
-        room = min(target - mask.sum(), most)
-        for _ in range(10):
-            area = rng.uniform(least, room)
-            aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
-            height, width = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-            if height < size and width < size:
-                top, left = rng.randint(0, size - height), rng.randint(0, size - width)
-                block = np.zeros_like(mask)
-                block[top : top + height, left : left + width] = True
-                if 0 < (block & ~mask).sum() <= room:
-                    mask |= block
-                    break
-        else:
-            break
-    return mask
 
 
 @pytest.mark.parametrize(("least", "most"), [(4, 98), (4, 12), (1, 20), (30, 40)])
