@@ -155,6 +155,15 @@ def test_docstrings_describe_the_arguments_that_there_are(trees):
     assert not stale
 
 
+def test_a_fraction_is_called_one():
+    """A part of a whole is a fraction, in code and docs; what a process gets of the work is its part."""
+    pages = sorted((ROOT.parent / "docs").rglob("*.md"))
+    lines = [
+        f"{path}: {line}" for path in (*FILES.values(), *pages) for line in path.read_text().splitlines()
+    ]
+    assert not [line for line in lines if re.search(r"\bshares? of\b", line)]
+
+
 def begins_with_a_verb(text: str) -> bool:
     word = text.split()[0].strip("`,.:;").lower()
     forms = {word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"}

@@ -297,6 +297,22 @@ def test_no_file_imports_itself_by_way_of_others():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+def test_the_page_has_every_room_above_what_it_imports():
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    _, table, files = page.split("## Which way imports point")[1].split("## Reading order")[0].split("```")
+    lines = [re.split(r"  +", line)[0].split(", ") for line in table.strip().splitlines()]
+    level = {room: number for number, rooms in enumerate(lines) for room in rooms}
+    beside = set(re.findall(r"`(\w+)`", files))
+    assert level.keys() | beside == (LEAVES | ALLOWED.keys() - {"__main__"}) - {
+        name for name in ALLOWED if "." in name
+    }
+    assert set(re.findall(r"`(\w+)`", files.partition("leaves")[2])) == OPEN_LEAVES
+    for module, names in ALLOWED.items():
+        if (room := module.split(".")[0]) in level:
+            below = {name.split(".")[0] for name in names} - {room} - beside
+            assert not {name for name in below if level[name] <= level[room]}, module
+
+
 def test_the_rule_sees_what_it_should():
     assert upward("evaluation.knn", {"methods.method.Method"})
     assert upward("methods.distillation", {"evaluation.evaluate"})

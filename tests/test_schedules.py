@@ -149,7 +149,7 @@ def test_durations(duration, steps):
     "duration", ["", "ten epochs", "-1 steps", "5 parsecs", "5 k%", "200 %", "epochs", -3]
 )
 def test_impossible_durations(duration):
-    with pytest.raises(ConfigError, match=r"not a (duration|share)"):
+    with pytest.raises(ConfigError, match=r"not a (duration|fraction)"):
         steps_of(duration, total_steps=TOTAL, steps_per_epoch=EPOCH, batch_size=BATCH)
 
 

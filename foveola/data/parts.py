@@ -1,5 +1,4 @@
-"""ImageParts of images as images of their own: tiles, pages of stacks, frames of videos; of slides,
-where tissue is.
+"""Parts of images as images: tiles, pages of stacks, frames of videos; of slides, where tissue is.
 
 A source around any source. What each image is cut into follows from its size, which is read from its header
 once; parts are decoded alone where the library can.
@@ -206,7 +205,7 @@ class ImageParts(SelectedImages):
 
 
 class PixelParts(ImageParts):
-    """ImageParts of images with a class for every pixel."""
+    """Parts of images with a class for every pixel."""
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "h w"]:
         """Return classes of the pixels of a part. Raises BadImage and DataError."""

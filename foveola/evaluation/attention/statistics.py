@@ -93,12 +93,12 @@ def _positive(at: Layout) -> Reference:
 
 
 HEAD_STATISTICS = {
-    "class_to_class": Statistic("class token's attention to itself", "fraction", _fraction(lambda at: 1)),
+    "class_to_class": Statistic("class token's attention to itself", "share", _fraction(lambda at: 1)),
     "class_to_registers": Statistic(
-        "class token's attention to registers", "fraction", _fraction(lambda at: at.registers)
+        "class token's attention to registers", "share", _fraction(lambda at: at.registers)
     ),
     "class_to_patches": Statistic(
-        "class token's attention to patches", "fraction", _fraction(lambda at: at.patches)
+        "class token's attention to patches", "share", _fraction(lambda at: at.patches)
     ),
     "class_entropy": Statistic("entropy of the class token's attention to patches", "nats", _entropy),
     "head_divergence": Statistic(
@@ -106,13 +106,13 @@ HEAD_STATISTICS = {
         "nats",
         lambda at: Reference(0.0, 0.0, None),
     ),
-    "patch_to_class": Statistic("patches' attention to the class token", "fraction", _fraction(lambda at: 1)),
+    "patch_to_class": Statistic("patches' attention to the class token", "share", _fraction(lambda at: 1)),
     "patch_to_registers": Statistic(
-        "patches' attention to registers", "fraction", _fraction(lambda at: at.registers)
+        "patches' attention to registers", "share", _fraction(lambda at: at.registers)
     ),
     "patch_self": Statistic(
         "a patch's attention to itself, of all patches",
-        "fraction",
+        "share",
         lambda at: Reference(1 / at.patches, 0.0, 1.0),
     ),
     "patch_entropy": Statistic("entropy of a patch's attention to patches", "nats", _entropy),
@@ -132,9 +132,9 @@ BLOCK_STATISTICS = {
     "outliers": Statistic(
         "patches of outlying norm in an image", "patches", lambda at: Reference(None, 0.0, at.patches)
     ),
-    "outlier_share": Statistic("patches of outlying norm", "fraction", lambda at: Reference(None, 0.0, 1.0)),
+    "outlier_share": Statistic("patches of outlying norm", "share", lambda at: Reference(None, 0.0, 1.0)),
     "outlier_share_fixed": Statistic(
-        "patches of a norm above the given one", "fraction", lambda at: Reference(None, 0.0, 1.0)
+        "patches of a norm above the given one", "share", lambda at: Reference(None, 0.0, 1.0)
     ),
 }
 
