@@ -84,7 +84,12 @@ def test_equal_values_of_two_images_have_one_colour(tmp_path: Path) -> None:
     half = open_source(f"folder:{tmp_path}?channels=all&range=container&show=pca&limit=1")
     again = pickle.loads(pickle.dumps(shown_channels(source)))
     assert shown_channels(half) == again
-    assert shown_alike(half, source) == (again, again)
+    (tmp_path / "others").mkdir()
+    np.save(tmp_path / "others" / "a.npy", both[::-1, :, ::-1])
+    others = open_source(f"folder:{tmp_path}/others?channels=all&range=container&show=pca")
+    assert shown_channels(others) != again
+    assert shown_alike(others, source) == (again, again)
+    assert shown_alike(source, open_source("scenes:")) == (again, None)
     tiles = open_source(f"folder:{tmp_path}?channels=all&range=container&show=pca&tiles=8")
     chosen = shown_channels(tiles)
     assert np.array_equal(rgb_of(dark, chosen)[:8, :8], shown_image(tiles[0].image))
