@@ -95,6 +95,11 @@ def test_equal_values_of_two_images_have_one_colour(tmp_path: Path) -> None:
     assert np.array_equal(rgb_of(dark, chosen)[:8, :8], shown_image(tiles[0].image))
 
 
+def test_16_bits_are_rounded_to_8() -> None:
+    every = np.arange(2**16, dtype=np.uint16).reshape(256, 256, 1).repeat(3, axis=2)
+    assert np.array_equal(rgb_of(every), np.rint(every / 257))
+
+
 def test_what_is_shown_follows_the_encoder_of_other_channels(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", mixture()[0])
     source = open_source(f"folder:{tmp_path}?show=pca")  # as RGB, which these files are not

@@ -90,6 +90,13 @@ def test_pages_as_channels():
         read(data, page=8)
 
 
+def test_8_bits_fill_16():
+    bytes_ = RNG.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+    deep = to_pixels(Values(bytes_), Decoding(channels=3, container=True, deep=True))
+    assert deep.dtype == np.uint16
+    assert np.array_equal(deep, bytes_ * np.uint16(257))
+
+
 def test_windows_are_parts_of_the_whole():
     whole = read(npy(FIVE), channels=5, container=True, deep=True)
     part = read(npy(FIVE), channels=5, container=True, deep=True, window=(3, 5, 13, 17))
@@ -100,10 +107,10 @@ def test_what_a_file_says_of_its_range_and_of_what_is_missing():
     array = np.arange(80, dtype=np.float32).reshape(8, 10, 1)
     array[0, 0] = np.nan
     missing = np.isnan(array[:, :, 0])
-    said = Values(array, low=0.0, high=100.0, missing=missing)
+    said = Values(array, low=-100.0, high=100.0, missing=missing)  # what is missing is black, not 0
     got = to_pixels(said, Decoding(channels=1))
     assert got[0, 0, 0] == 0
-    assert got[7, 9, 0] == round(79 * 2.55)
+    assert got[7, 9, 0] == round(179 * 1.275)
     assert np.array_equal(to_pixels(said, Decoding(channels=1, ranges=((0, 200),), deep=True))[1, 0], [3277])
     with pytest.raises(BadImage, match="not finite"):
         to_pixels(Values(array, 0.0, 1.0), Decoding(channels=1))
