@@ -58,7 +58,8 @@ def look(source: Looked) -> None:
     if source.reading.channels == "all":
         _count_channels(source)
     if (why := why_not_shown(source.reading.shown, source.reading.count)) is not None:
-        raise DataError(f"{source.name}: {why}")
+        more = "" if source.reading.channels else "; channels=all reads all that files have"
+        raise DataError(f"{source.name}: {why}{more}")
     for index in np.unique(np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int)).tolist():
         _look_at(source, index, seen)
     source.drawn(seen.stored > seen.upright)

@@ -196,8 +196,9 @@ def _prepare(
         free = shutil.disk_usage(_existing(path.parent)).free
         if 2 * size > free and not parts.folder.exists():
             raise UserError(
-                f"features of {embedding.source.name} need {2 * size / 2**30:.1f} GiB in {path.parent} while "
-                f"they are written, which has {free / 2**30:.1f}; use limit=, store=float16 or another out="
+                f"features of {embedding.source.name} need {2 * size / 2**20:,.0f} MiB in {path.parent} "
+                f"while they are written, which has {free / 2**20:,.0f}; use limit=, store=float16, or "
+                "another out="
             )
     parts.prepare()
     return None

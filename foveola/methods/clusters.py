@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from foveola import distributed
 from foveola.clustering import Clusters, cluster, position_information
-from foveola.config import key
+from foveola.config import ConfigError, key
 from foveola.logged import Averages
 from foveola.losses import entropy
 from foveola.methods.targets import kl_to_uniform
@@ -53,7 +53,12 @@ class Clustering(nn.Module):
             # Logits of unit vectors then have a deviation of 1, and those over 0.06 are sharp from the start.
             self.weight = nn.Parameter(torch.randn(config.prototypes, width))
             self.bias = nn.Parameter(torch.zeros(config.prototypes))
-        count = config.queue // distributed.world_size()
+        count = config.queue // (processes := distributed.world_size())
+        if config.queue and not count:
+            raise ConfigError(
+                f"method.clustering.queue={config.queue} is cut over {processes} processes: "
+                "at least as many, or 0"
+            )
         self.register_buffer("past", torch.zeros(patches, count, width) if trained and count else None)
         self.register_buffer("seen", torch.full((patches, config.prototypes), 1 / config.prototypes))
         self.register_buffer("used", torch.zeros(config.prototypes, dtype=torch.bool))

@@ -228,7 +228,7 @@ class _Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other runs from the folder. A process that dies lets go of it."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        files.link_target(self.file.parent).mkdir(parents=True, exist_ok=True)
         path = self.file.parent / LOCK
         with path.open("a") as lock:
             if locks.is_held(lock):

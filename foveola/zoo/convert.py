@@ -123,7 +123,10 @@ def convert(
         kind = file_config.preprocess or _pixels_of(found)
     if (count := weights["patch_embed.proj.weight"].shape[1]) != 3:
         where = "a folder of timm's or transformers' (timm:FOLDER, hf:FOLDER) does"
-        raise ValueError(f"it sees {count} channels, and does not say their mean and deviation; {where}")
+        raise ValueError(
+            f"patch_embed.proj.weight sees {count} channel(s), and the file does not say their mean and "
+            f"deviation; {where}"
+        )
     side = file_config.image_size or side
     settings["transform"] = {"resize": round(side * 8 / 7), "crop": side, **PIXEL_STATISTICS[kind]}
     return weights, settings

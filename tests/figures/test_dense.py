@@ -121,7 +121,7 @@ def test_bad_sizes():
     for settings, message in (
         ({"size": 3}, "size=3: a patch of this encoder has 4 pixels a side"),
         ({"size": 64, "tile": 1}, "tile=1: a patch"),
-        ({"overlap": 1.0}, "overlap=1.0: expected a share"),
+        ({"overlap": 1.0}, "overlap=1.0: expected a fraction"),
     ):
         with pytest.raises(UserError, match=message):
             patch_map(encoder, pixels, **settings)

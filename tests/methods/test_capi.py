@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
 from foveola import distributed
-from foveola.config import build
+from foveola.config import ConfigError, build
 from foveola.losses import sinkhorn
 from foveola.methods.capi import Capi, CapiConfig
 from foveola.methods.method import spread_and_rank
@@ -259,6 +259,13 @@ def test_the_queue_holds_the_newest_images_and_survives_saving():
     other.load_state_dict(method.state_dict())
     a, b = (m(batch(seed=9), PROGRESS).losses["clustering"] for m in (method, other))
     assert torch.equal(a, b)
+
+
+def test_a_queue_has_a_part_for_each_process(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert capi(clustering={"prototypes": 7, "queue": 4}).clustering.past.shape[1] == 1
+    with pytest.raises(ConfigError, match=r"queue=3 is cut over 4 processes: at least as many, or 0"):
+        capi(clustering={"prototypes": 7, "queue": 3})
 
 
 def test_another_number_of_processes_goes_on_with_the_past_of_all(monkeypatch):

@@ -217,6 +217,12 @@ def test_prompts_and_boxes_alone(tmp_path: Path):
         foveola.propose(Boxes(), f"folder:{folder}", out=tmp_path / "b", progress=False, sheet=0)
 
 
+def test_a_link_that_leads_nowhere_yet_is_where_objects_go(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "masks")
+    foveola.propose(Bright(), DATA, out=tmp_path / "link", progress=False, sheet=0)
+    assert (tmp_path / "disk" / "masks" / "objects.json").is_file()
+
+
 class Named:
     """Source of images with any names."""
 

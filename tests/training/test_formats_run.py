@@ -107,7 +107,7 @@ def test_numbers_do_not_change_with_the_container(tmp_path: Path) -> None:
                 write(folder / f"c{label}" / f"{i}", random.uniform(0, 0.5 + 0.5 * label, (SIDE, SIDE, 1)))
         data = f"folder:{folder}?range=0-4095&channels=1"
         out = str(tmp_path / f"run{number}")
-        run = foveola.pretrain("mae-tiny-tinyimagenet", data=data, out=out, **SMALL)
+        run = foveola.pretrain("mae-tiny-tinyimagenet", data=data, out=out, **SMALL_MAE)
         knn = foveola.evaluate(run.folder, "knn", train=data, test=data, k=(3,), workers=0, exclude_self=True)
         made = foveola.embed(run.folder, data, out=tmp_path / f"{number}.npz", workers=0, progress=False)
         program = torch.export.load(foveola.export(run.folder, tmp_path / f"{number}.pt2")).module()

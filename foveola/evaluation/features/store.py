@@ -193,8 +193,8 @@ class Pass:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise UserError(
-                f"features of {self.source.name} need {size / 2**30:.1f} GiB in {self.folder}, which has "
-                f"{free / 2**30:.1f}; use limit=, store=float16 or another cache="
+                f"features of {self.source.name} need {size / 2**20:,.0f} MiB in {self.folder}, which has "
+                f"{free / 2**20:,.0f}; use limit=, store=float16 or another cache="
             )
         for name, (dtype, empty) in COLUMNS.items():
             if not (self.folder / f"{name}.npy").is_file():

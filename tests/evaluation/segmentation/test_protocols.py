@@ -161,7 +161,7 @@ def test_patches_that_do_not_fit_on_the_disk(encoder, camvid, tmp_path, monkeypa
     monkeypatch.setattr(stored.shutil, "disk_usage", lambda _: usage)
     options = {"train": camvid, "test": camvid, "progress": False, "workers": 0, "cache": tmp_path}
     with pytest.raises(
-        UserError, match=r"features of camvid:.* need 0.0 GiB in .* use limit=, store=float16"
+        UserError, match=r"features of camvid:.* need [0-9,]+ MiB in .* use limit=, store=float16"
     ):
         evaluate(encoder, "knn_segmentation", **options)
     usage.free += 1
