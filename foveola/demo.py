@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from foveola.evaluation.evaluate import evaluate
 from foveola.evaluation.features.table import FeatureTable, extract
 from foveola.figures.maps import neighbours
 from foveola.files import RunFolder
-from foveola.launchers import own_cores, start_processes
+from foveola.launchers import STOPPING, own_cores, start_processes
 from foveola.models.encoder import Encoder
 from foveola.reports.report import report
 from foveola.training.recipe import RunConfig, nested, resolve
@@ -120,12 +121,17 @@ def _train(
     """Train one seed; None where a signal stopped it."""
     if processes > 1 and not RunFolder(Path(changes["out"])).encoder.is_whole():
         keys = overrides if isinstance(overrides, dict) else parse_overrides(overrides or [])
-        words = [f"{key}={json.dumps(value)}" for key, value in (flat(nested(keys)) | changes).items()]
+        words = [
+            f"{key}={json.dumps(value, default=str)}" for key, value in (flat(nested(keys)) | changes).items()
+        ]
         code = start_processes(["pretrain", "demo", *words], f"processes={processes}", STOPPED_EXIT)
-        if code == STOPPED_EXIT or code > 128:
+        if code in (STOPPED_EXIT, *(128 + getattr(signal, name, 0) for name in STOPPING)):
             return None
-        if code:
-            raise UserError(f"training in {processes} processes ended with exit code {code}")
+        if code:  # also of a process that was killed, as where memory ran out
+            raise UserError(
+                f"training in {processes} processes ended with exit code {code}; the same command goes on "
+                "from the last checkpoint, with processes=1 in one process, which needs less memory"
+            )
         with redirect_stdout(None):  # they have said that the run is finished
             return pretrain(config, **changes)
     return pretrain(config, **changes)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from foveola import demo as module
+from foveola.config import UserError
 from foveola.demo import MEASURES, DemoTable, demo
 
 SHORT = [
@@ -52,6 +53,17 @@ def test_a_short_demo_compares_and_draws(
     for name, values in comparison.after.items():
         assert (again.before[name], again.after[name]) == (comparison.before[name][:1], values[:1])
     assert (tmp_path / "seed-0" / "metrics.jsonl").read_text() == lines
+
+
+def test_what_was_stopped_goes_on_later_and_what_died_is_an_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "pretrain", lambda *_, **__: pytest.fail("it did not end"))
+    for code in (75, 128 + 2, 128 + 15):  # signals of which a run makes a checkpoint
+        monkeypatch.setattr(module, "start_processes", lambda *_, code=code: code)
+        assert demo(tmp_path, overrides=SHORT, processes=2) is None
+    for code in (1, 2, 128 + 9, 128 + 11):
+        monkeypatch.setattr(module, "start_processes", lambda *_, code=code: code)
+        with pytest.raises(UserError, match=f"in 2 processes ended with exit code {code}; the same command"):
+            demo(tmp_path, overrides=SHORT, processes=2)
 
 
 def test_the_table_gives_mean_spread_and_factor() -> None:

@@ -54,7 +54,7 @@ class Clustering(nn.Module):
             self.weight = nn.Parameter(torch.randn(config.prototypes, width))
             self.bias = nn.Parameter(torch.zeros(config.prototypes))
         count = config.queue // (processes := distributed.world_size())
-        if config.queue and not count:
+        if trained and config.queue and not count:
             raise ConfigError(
                 f"method.clustering.queue={config.queue} is cut over {processes} processes: "
                 "at least as many, or 0"

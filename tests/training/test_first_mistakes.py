@@ -11,18 +11,7 @@ from foveola.config import UserError
 from foveola.models.encoder import Encoder, EncoderConfig, TransformConfig
 from foveola.models.vit import ViTConfig
 from foveola.training import pixels, run
-
-SETTINGS = {
-    "views.global_size": 32,
-    "model": {"width": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-    "method": {"decoder": {"width": 16, "depth": 1, "heads": 2}},
-    "loader": {"canvas": 32, "workers": 0},
-    "transform": None,
-    "batch_size": 4,
-    "duration": "1 steps",
-    "evaluate_every": None,
-    "device": "cpu",
-}
+from tests.training.conftest import SMALL_MAE
 
 
 @pytest.mark.parametrize(
@@ -54,7 +43,7 @@ def test_they_come_first(options: str, more: dict, message: str, tmp_path: Path,
     monkeypatch.setattr(pixels, "channel_statistics", None)
     for name in ("plan", "assemble", "Evaluations"):
         monkeypatch.setattr(run, name, None)
-    settings = SETTINGS | more
+    settings = SMALL_MAE | more
     if "init" in more:
         del settings["model"]
     with torch.random.fork_rng(), pytest.raises(UserError, match=message):
