@@ -6,12 +6,14 @@
 lightly 1.6 gives modules, not recipes; a step is put together as its documentation does: a ViT of timm, its
 heads and losses, AdamW, and `update_momentum` for the teacher. Networks, views, heads and what is predicted
 have the sizes of our recipes (ViT-S). Ours includes making all views from images of 500 x 375; lightly's
-starts from views that are ready. Times are core-seconds, medians over steps; key=value changes our recipes.
+starts from views that are ready. Times are core-seconds, with more threads seconds of the clock, medians over
+steps; key=value changes our recipes.
 """
 
 import argparse
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -179,11 +181,16 @@ def capi(config: RunConfig, batch: int) -> Once:
 
 
 def in_turns(name: str, mine: Once, theirs: Once, steps: int) -> str:
-    """Return a line of the table: core-seconds of two steps in turns, medians; the range of their ratio."""
+    """Return a line of the table: seconds of two steps in turns, medians; the range of their ratio.
+
+    With one thread these are core-seconds, in which other programs do not count, else those of the clock.
+    """
     times: list[list[float]] = [[], []]
     for step in range(steps + 1):
         for kept, once in zip(times, (mine, theirs), strict=True):
+            start = time.perf_counter()
             taken = seconds(once, CPU)
+            taken = taken if torch.get_num_threads() == 1 else time.perf_counter() - start
             if step:  # the first warms up
                 kept.append(taken)
     a, b = map(statistics.median, times)

@@ -1,13 +1,16 @@
-"""A whole training step, ours and the official code's, in turns on a CPU: iBOT and CAPI with a ViT-S.
+"""A whole training step, ours and the official code's, in turns on a CPU: iBOT, DINOv2 and CAPI with a ViT-S.
 
     git clone https://github.com/bytedance/ibot /code/ibot
+    git clone https://github.com/facebookresearch/dinov2 /code/dinov2
     git clone https://github.com/facebookresearch/capi /code/capi
-    python -m benchmarks.official_step [--ibot /code/ibot] [--capi /code/capi] [--steps 3] [key=value]
+    python -m benchmarks.official_step [--ibot /code/ibot] [--dinov2 /code/dinov2] [--capi /code/capi]
+        [--steps 3] [--batch 4] [--threads 1] [key=value]
 
 Networks, heads and losses are the official modules, put together as their training scripts do, in float32 and
 without compilation; what they import must be installed. The scripts themselves want CUDA. Shapes are those of
-our recipes. Theirs starts from views that are ready, ours makes its views from images. Times: core-seconds.
-The official DINOv2 code cannot be measured here: its training asserts xFormers, which needs a GPU.
+our recipes. Theirs starts from views that are ready, ours makes its views from images. Times: core-seconds;
+with more threads those of the clock. DINOv2's training asserts xFormers, which needs a GPU, for views of both
+sizes in one pass: here each size has its own pass, and attention is what its modules do without xFormers.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from foveola.config import parse_overrides
 from foveola.training.recipe import RunConfig
 from foveola.trees import flat
 
-RECIPES = {"ibot": "ibot-vits16-in1k", "capi": "capi-vits14"}
+RECIPES = {"ibot": "ibot-vits16-in1k", "dinov2": "dinov2-vits16-in1k", "capi": "capi-vits14"}
 
 
 def modules_of(folder: Path, *names: str) -> list[ModuleType]:
@@ -96,6 +99,59 @@ def ibot(folder: Path, config: RunConfig, batch: int) -> Once:
     return trained(student, loss, after)
 
 
+def dinov2(folder: Path, config: RunConfig, batch: int) -> Once:
+    """A step of ssl_meta_arch.py: one head on the tokens that the losses read, centring, KoLeo."""
+    names = ("models.vision_transformer", "layers", "loss")
+    vision, layers, losses = modules_of(folder, *(f"dinov2.{name}" for name in names))
+    method: Any = config.method
+    prototypes = method.heads["main"].prototypes
+    side, count = config.views.global_size, config.views.local_count
+    cells = (side // config.model.patch_size) ** 2
+
+    def network(drop_path: float) -> nn.ModuleList:
+        drops = {"drop_path_rate": drop_path, "drop_path_uniform": True, "init_values": 1e-5}
+        vit = vision.vit_small(config.model.patch_size, img_size=config.model.image_size, **drops)
+        return nn.ModuleList([vit, layers.DINOHead(384, prototypes)])
+
+    student, teacher = network(config.model.drop_path), network(0.0).requires_grad_(False)
+    tokens, patches, koleo = losses.DINOLoss(prototypes), losses.iBOTPatchLoss(prototypes), losses.KoLeoLoss()
+    large = torch.randn(2 * batch, 3, side, side)
+    small = torch.randn(count * batch, 3, config.views.local_size, config.views.local_size)
+    masked = round(0.3 * cells)  # of every other image, as DINOv2 masks on average
+
+    def loss() -> Tensor:
+        order = torch.rand(batch, cells).argsort(1)[:, :masked]
+        masks = torch.zeros(2 * batch, cells, dtype=torch.bool)
+        masks[::2].scatter_(1, order, True)
+        hidden = masks.flatten().nonzero().flatten()
+        with torch.no_grad():
+            slow = teacher[0](large, is_training=True)
+            crossed = torch.cat(slow["x_norm_clstoken"].chunk(2)[::-1])
+            seen = teacher[1](torch.cat([crossed, slow["x_norm_patchtokens"].flatten(0, 1)[hidden]]))
+            wanted = tokens.softmax_center_teacher(seen[: 2 * batch], 0.07).view(2, batch, -1)
+            tokens.update_center(seen[: 2 * batch])
+            targets = patches.softmax_center_teacher(seen[None, 2 * batch :], 0.07)[0]
+            patches.update_center(seen[None, 2 * batch :])
+        found = student[0](large, masks=masks, is_training=True)
+        others = student[0](small, is_training=True)["x_norm_clstoken"]
+        classes, guessed = found["x_norm_clstoken"], found["x_norm_patchtokens"].flatten(0, 1)[hidden]
+        parts = len(others), len(classes), len(guessed)
+        far, near, inner = student[1](torch.cat([others, classes, guessed])).split(parts)
+        pairs = 2 + 2 * count
+        token = tokens(far.chunk(count), wanted) + 2 * tokens([near], [wanted.flatten(0, 1)])
+        spread = sum(koleo(part) for part in classes.chunk(2))
+        patch = patches.forward_masked(inner, targets, student_masks_flat=masks, n_masked_patches=len(inner))
+        return token / pairs + 0.1 * spread + patch
+
+    def after() -> None:
+        with torch.no_grad():
+            slow, fast = ([*network.parameters()] for network in (teacher, student))
+            torch._foreach_mul_(slow, 0.992)
+            torch._foreach_add_(slow, fast, alpha=0.008)
+
+    return trained(student, loss, after)
+
+
 def capi(folder: Path, config: RunConfig, batch: int) -> Once:
     """A step of train_capi.py: predictor and clusters, positionwise Sinkhorn-Knopp, two losses."""
     (model,) = modules_of(folder, "model")
@@ -148,6 +204,7 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*", help="key=value of our recipes")
     parser.add_argument("--ibot", type=Path, help="checkout of bytedance/ibot")
+    parser.add_argument("--dinov2", type=Path, help="checkout of facebookresearch/dinov2")
     parser.add_argument("--capi", type=Path, help="checkout of facebookresearch/capi")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
@@ -157,7 +214,7 @@ def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     distributed.init_process_group("gloo", rank=0, world_size=1)  # the official losses ask for its size
     print(f"{'method':<6} {'ours s/step':>12} {'official s/step':>15} {'ours / official':>15}", flush=True)
-    for name, make in {"ibot": ibot, "capi": capi}.items():
+    for name, make in {"ibot": ibot, "dinov2": dinov2, "capi": capi}.items():
         if folder := getattr(arguments, name):
             mine, config = ours(RECIPES[name], arguments.batch, flat(parse_overrides(arguments.words)))
             theirs = make(folder.resolve(), config, arguments.batch)

@@ -27,12 +27,15 @@ from foveola.training.recipe import nested, resolve
 from foveola.training.run import pretrain
 from foveola.trees import flat
 
-RECIPES = ("ibot-small", "odis-small", "dinov2-small", "capi-small", "mae-small")
+RECIPES = ("ibot-small", "odis-small", "dinov2-small", "posfield-small", "capi-small", "mae-small")
 NARROW = {"model.width": 96, "model.depth": 4, "model.heads": 3, "batch_size": 64}
-PROTOTYPES = {  # as many as a batch has rows to share them
-    "ibot-small": {"method.heads.main.prototypes": 128},
-    "odis-small": {"method.heads.main.prototypes": 128},
-    "dinov2-small": {"method.heads.main.prototypes": 128, "method.heads.patches.prototypes": 128},
+TOKEN = {"method.heads.main.prototypes": 128}  # as many as a batch has rows to share them
+PATCH = TOKEN | {"method.heads.patches.prototypes": 128}
+PROTOTYPES = {
+    "ibot-small": TOKEN,
+    "odis-small": TOKEN,
+    "dinov2-small": PATCH,
+    "posfield-small": PATCH | {"method.heads.positions.prototypes": 128},
     "capi-small": {"method.clustering.prototypes": 64},
 }
 RUN = {"duration": "500 steps", "checkpoint_every": "25 %", "log_every": 20, "loader.workers": 0}

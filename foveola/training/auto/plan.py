@@ -200,11 +200,6 @@ def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budg
         keys, _ = MODELS[chosen]
         maker.changes |= {f"model.{key}": value for key, value in keys.items()}
         maker.lines.append(PlanLine("model", ", ".join(f"{k}={v}" for k, v in keys.items()), why))
-        method = maker.built().method
-        if chosen == "micro" and isinstance(method, DistillationConfig):
-            for head in method.used_heads():  # which would cost more than the network
-                maker.quietly(f"method.heads.{head}.hidden", 512)
-                maker.quietly(f"method.heads.{head}.bottleneck", 96)
     maker.put("optimizer.lr.value", choices.choose_rate(maker.built().model.shape[0], batch))
 
 
