@@ -115,7 +115,7 @@ def choose_momentum(steps: int) -> Decision:
 
 def choose_rate(width: int, batch: int) -> Decision:
     """Return the learning rate of AdamW from nothing: falling with width, rising with the batch's root."""
-    value = min(4e-3 * (96 / width) ** 0.75 * math.sqrt(batch / 64), 4e-3)
+    value = min(2e-3 * (96 / width) ** 0.75 * math.sqrt(batch / 64), 4e-3)
     return Decision(float(f"{value:.2g}"), f"for {width} channels and batches of {batch}")
 
 

@@ -22,6 +22,8 @@ GRAY = 2.0  # mean difference of channels, in levels of 255, below which an imag
 UNITS = "s|seconds?|min|minutes?|h|hours?|d|days?"
 BUDGET = re.compile(rf"\s*(\d+(?:\.\d*)?)\s*(GPU-)?({UNITS})\s*", re.IGNORECASE)
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+MEASURED_FOR = 0.3  # seconds
+BUSY = 0.25  # of the machine's cores, from which on a plan says so
 REACHED = {"cpu": 0.6, "cuda": 0.35}  # of the speed of one large product, by a step of training
 IN_STEPS = re.compile(r"\s*\d[\d.]*\s*[kM]?\s*(steps?|epochs?|samples?)\s*")
 
@@ -122,16 +124,18 @@ def look_at_machine(device: str | torch.device = "auto") -> Machine:
         return Machine("cuda", about.name, processes, own, about.total_memory, speed, bf16)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     speed, own = REACHED["cpu"] * _matmul_speed(found, torch.float32), max(cores // processes, 1)
-    return Machine("cpu", f"CPU with {cores} cores", processes, own, memory, speed, False)
+    name, busy = f"CPU with {cores} cores", min(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)
+    if busy > BUSY:  # then the speed, as measured, is what they leave
+        name += f" ({busy:.0%} busy with other programs in the last minute)"
+    return Machine("cpu", name, processes, own, memory, speed, False)
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one large product of matrices, the best of a few."""
+    """Floating-point operations a second of one large product of matrices, the best of some."""
     side = 4096 if device.type == "cuda" else 768
     a = torch.ones(side, side, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
+    best, end = float("inf"), time.perf_counter() + MEASURED_FOR
+    while (began := time.perf_counter()) < end or best == float("inf"):
         torch.mm(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

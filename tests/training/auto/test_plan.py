@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from foveola.schedules import Progress
 from foveola.training.assemble import assemble
 from foveola.training.auto import choices
 from foveola.training.auto.cost import cost_of, seconds_of
-from foveola.training.auto.facts import Budget, DataFacts, Machine, budget_of, look_at_data
+from foveola.training.auto.facts import Budget, DataFacts, Machine, budget_of, look_at_data, look_at_machine
 from foveola.training.auto.plan import Plan, PlannedStart, plan_run
 from foveola.training.recipe import resolve
 
@@ -228,3 +229,18 @@ def test_narrow_networks_reach_less_of_the_speed() -> None:
     half, wide = (plan_of(facts(), **{"model.width": width, "model.depth": 2}).config for width in (96, 384))
     assert seconds_of(half, 1e9) == pytest.approx(2 * cost_of(half).flops / 1e9)
     assert seconds_of(wide, 1e9) == pytest.approx(cost_of(wide).flops / 1e9)
+
+
+def test_a_busy_machine_is_named_so(monkeypatch):
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.8 * cores, 0.0, 0.0))
+    assert look_at_machine("cpu").name.endswith("cores (80% busy with other programs in the last minute)")
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1 * cores, 9.0, 9.0))
+    assert look_at_machine("cpu").name.endswith("cores")
+
+
+def test_the_rate_from_nothing_is_that_of_the_small_recipes_at_their_size():
+    small = resolve("ibot-small")
+    rate = choices.choose_rate(small.model.shape[0], small.batch_size).value
+    assert rate == pytest.approx(small.optimizer.lr.value, rel=0.2)
+    assert choices.choose_rate(96, 64).value == small.optimizer.lr.value
