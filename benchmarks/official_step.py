@@ -145,7 +145,7 @@ def dinov2(folder: Path, config: RunConfig, batch: int) -> Once:
 
     def after() -> None:
         with torch.no_grad():
-            slow, fast = ([*network.parameters()] for network in (teacher, student))
+            slow, fast = ([weight.data for weight in network.parameters()] for network in (teacher, student))
             torch._foreach_mul_(slow, 0.992)
             torch._foreach_add_(slow, fast, alpha=0.008)
 
