@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", default=",".join(RECIPES))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     changes = flat(parse_overrides(arguments.words))
     print(f"{'method':<6} {'ours s/step':>12} {'lightly s/step':>15} {'ours / lightly':>15}", flush=True)

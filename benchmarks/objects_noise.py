@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="images of each half that are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     usual = ",".join((*USUAL, *(("discovered",) if arguments.discovered else ())))
     arms = (arguments.arms or usual).split(",")

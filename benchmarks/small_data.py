@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2400, help="images of each half that are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     changes = flat(parse_overrides(arguments.words))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
