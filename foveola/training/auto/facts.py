@@ -22,7 +22,7 @@ GRAY = 2.0  # mean difference of channels, in levels of 255, below which an imag
 UNITS = "s|seconds?|min|minutes?|h|hours?|d|days?"
 BUDGET = re.compile(rf"\s*(\d+(?:\.\d*)?)\s*(GPU-)?({UNITS})\s*", re.IGNORECASE)
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-MEASURED_FOR = 0.3  # seconds
+MEASURED_FOR = 0.3  # seconds: beside other programs one product tells little
 BUSY = 0.25  # of the machine's cores, from which on a plan says so
 REACHED = {"cpu": 0.6, "cuda": 0.35}  # of the speed of one large product, by a step of training
 IN_STEPS = re.compile(r"\s*\d[\d.]*\s*[kM]?\s*(steps?|epochs?|samples?)\s*")
@@ -131,16 +131,17 @@ def look_at_machine(device: str | torch.device = "auto") -> Machine:
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one large product of matrices, the best of some."""
+    """Floating-point operations a second of one large product of matrices, the best of five or more."""
     side = 4096 if device.type == "cuda" else 768
     a = torch.ones(side, side, device=device, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + MEASURED_FOR
-    while (began := time.perf_counter()) < end or best == float("inf"):
+    times: list[float] = []
+    while len(times) < 5 or sum(times[1:]) < MEASURED_FOR:  # the first prepares the device
+        began = time.perf_counter()
         torch.mm(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / min(times)
 
 
 def budget_of(value: Any, processes: int) -> Budget:
