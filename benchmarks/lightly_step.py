@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from benchmarks.gpu_steps import Step, config_of, trainer_of
 from benchmarks.step import canvases, seconds
 from foveola.config import parse_overrides
+from foveola.data.sample import Canvases
+from foveola.schedules import Progress
+from foveola.training.loop import Trainer
 from foveola.training.recipe import RunConfig
 from foveola.trees import flat
 
@@ -35,14 +38,19 @@ def ours(recipe: str, batch: int, changes: dict[str, Any]) -> tuple[Once, RunCon
     """A step of a recipe in the middle of a run, and its configuration."""
     step = Step(recipe, recipe, batch, changes=tuple(changes.items()))
     trainer, progress = trainer_of(step, batch, CPU)
-    images, number = canvases(batch, CPU), progress.step
+    return steps_of(trainer, progress, canvases(batch, CPU)), config_of(step, batch, CPU)
+
+
+def steps_of(trainer: Trainer, progress: Progress, images: Canvases) -> Once:
+    """One step more each time, of the same images."""
+    number = progress.step
 
     def once() -> None:
         nonlocal number
         number += 1
         trainer.step(dataclasses.replace(progress, step=number), lambda: images)
 
-    return once, config_of(step, batch, CPU)
+    return once
 
 
 def vit(config: RunConfig, drop_path: float) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from foveola.config import ConfigError
 from foveola.health import SHORT
+from foveola.training.auto.cost import WIDE
 from foveola.training.auto.facts import DataFacts, Machine
 
 MODELS = {  # of a plan that trains from nothing: shape, and the images seen from which on it is worth it
@@ -54,6 +55,15 @@ def choose_method(data: DataFacts, token: bool | None, method: str | None = None
     if token:
         return Decision("dinov2", "no objects are annotated: image and patches, as the weights were trained")
     return Decision("ibot", "no objects are annotated: image and masked patches")
+
+
+def choose_precision(machine: Machine, width: int) -> Decision:
+    """Return the precision of a network with so many channels."""
+    if not machine.bf16:
+        return Decision("fp32", machine.name)
+    if machine.device == "cpu" and width < WIDE:
+        return Decision("fp32", f"with {width} channels a CPU gains little by bf16")
+    return Decision("bf16", f"{machine.name} computes faster in it")
 
 
 def choose_view(data: DataFacts, machine: Machine, patch: int | None) -> Decision:

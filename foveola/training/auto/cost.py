@@ -8,6 +8,7 @@ from foveola.methods.ijepa import IJepaConfig
 from foveola.methods.mae import MaeConfig
 from foveola.models.heads import HeadConfig
 from foveola.models.vit import ViTConfig
+from foveola.training.auto.facts import Machine
 from foveola.training.recipe import RunConfig
 from foveola.views.batch import ViewsConfig
 
@@ -16,6 +17,7 @@ WIDE = 192  # channels from which on products take most of the time; half as man
 NUMBERS_HELD = (
     36.0  # numbers of the token width that a block keeps of each token for backward, MLP of ratio 4
 )
+BF16_ON_CPU = 0.8  # of the time of a step in float32: 0.63 to 0.88 were measured with 192 channels and more
 
 MANY_PATCHES = 1024  # of a view, from which on attention takes a fifth of the work of a ViT-B and more
 WINDOW = 14  # patches a side, as in ViTDet
@@ -64,6 +66,13 @@ def cost_of(config: RunConfig) -> Cost:
 def seconds_of(config: RunConfig, flops: float) -> float:
     """Return about how many seconds an image takes, where a wide network reaches `flops` a second."""
     return cost_of(config).flops / (flops * min(1, config.model.shape[0] / WIDE))
+
+
+def seconds_on(config: RunConfig, machine: Machine) -> float:
+    """Return about how many seconds an image takes on all processes together."""
+    seconds = seconds_of(config, machine.flops * machine.processes)
+    # The speed of a GPU is that of the precision it is faster in, the speed of a CPU that of float32.
+    return seconds * (BF16_ON_CPU if machine.device == "cpu" and config.precision == "bf16" else 1.0)
 
 
 def weights_of(config: RunConfig) -> float:

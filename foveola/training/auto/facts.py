@@ -24,6 +24,7 @@ BUDGET = re.compile(rf"\s*(\d+(?:\.\d*)?)\s*(GPU-)?({UNITS})\s*", re.IGNORECASE)
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 MEASURED_FOR = 0.3  # seconds: beside other programs one product tells little
 BUSY = 0.25  # of the machine's cores, from which on a plan says so
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # what Linux says of CPUs that multiply in bfloat16
 REACHED = {"cpu": 0.6, "cuda": 0.35}  # of the speed of one large product, by a step of training
 IN_STEPS = re.compile(r"\s*\d[\d.]*\s*[kM]?\s*(steps?|epochs?|samples?)\s*")
 
@@ -68,7 +69,7 @@ class Machine:
     cores: int  # of one process
     memory: float  # bytes of one device: of the GPU, or of the machine shared by the processes on it
     flops: float  # floating-point operations a second of one process that training reaches, as estimated
-    bf16: bool  # whether it computes faster in bfloat16
+    bf16: bool  # whether it computes faster in bfloat16; a CPU in wide networks alone
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,19 @@ def look_at_machine(device: str | torch.device = "auto") -> Machine:
     name, busy = f"CPU with {cores} cores", min(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)
     if busy > BUSY:  # then the speed, as measured, is what they leave
         name += f" ({busy:.0%} busy with other programs in the last minute)"
-    return Machine("cpu", name, processes, own, memory, speed, False)
+    return Machine("cpu", name, processes, own, memory, speed, cpu_has_bf16())
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the CPU has instructions for bfloat16, as Linux tells; elsewhere False.
+
+    Without them bf16 is slower than fp32.
+    """
+    try:
+        words = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return any(flag in words for flag in BF16_FLAGS)
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype) -> float:

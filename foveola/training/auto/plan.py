@@ -1,5 +1,6 @@
 """A plan of a run: choices in their order, what the user said instead of any, and what it costs."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from foveola.methods.distillation import DistillationConfig
 from foveola.models.encoder import EncoderConfig
 from foveola.training.auto import choices
 from foveola.training.auto.choices import MODELS, Decision
-from foveola.training.auto.cost import cost_of, seconds_of, too_large, weights_of
+from foveola.training.auto.cost import cost_of, seconds_on, too_large, weights_of
 from foveola.training.auto.facts import Budget, DataFacts, Machine
 from foveola.training.durations import plan
 from foveola.training.recipe import RunConfig, nested, resolve, with_changes
@@ -118,11 +119,12 @@ def plan_run(
     batch = maker.put("batch_size", choices.choose_batch(data, machine, family))
     if start is None:
         _choose_model(maker, data, machine, budget, batch)
+    maker.put("precision", choices.choose_precision(machine, maker.built().model.shape[0]))
     config = maker.built()
     need = cost_of(config).activations, weights_of(config)
     parts = maker.put("accumulate", choices.choose_parts(batch, machine.processes, *need, machine.memory))
     _choose_prototypes(maker, config, batch // parts, data)
-    seconds = batch * seconds_of(maker.built(), machine.flops * machine.processes)
+    seconds = batch * seconds_on(maker.built(), machine)
     steps = _choose_length(maker, budget, seconds, data, batch, start is not None)
     if start is None and family != "mae":
         maker.put("method.momentum.value", choices.choose_momentum(steps))
@@ -177,8 +179,6 @@ def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: Plann
     if not {"transform"} & {key.partition(".")[0] for key in maker.overrides}:
         whole = {"transform.resize": side, "transform.crop": side}  # such images have no margin to cut off
         maker.changes |= whole if data.side <= side else {"transform": None}
-    faster = ("bf16", f"{machine.name} computes faster in it") if machine.bf16 else ("fp32", machine.name)
-    maker.put("precision", Decision(*faster))
     if data.gray and maker.built().views.color.jitter:
         for key in ("saturation", "hue"):
             maker.put(f"views.color.{key}", Decision(0.0, "the images are gray"))
@@ -187,13 +187,16 @@ def _choose_views(maker: _Maker, data: DataFacts, machine: Machine, start: Plann
 def _choose_model(maker: _Maker, data: DataFacts, machine: Machine, budget: Budget, batch: int) -> None:
     """The largest network that the images can fill and the budget can train."""
     if not any(key in maker.overrides for key in ("model.size", "model.width", "model.depth")):
-        speed = machine.flops * machine.processes
         chosen, why = "micro", "the smallest: the budget is short"
         for name, (keys, worth) in MODELS.items():
             trial = maker.built(**{f"model.{key}": value for key, value in keys.items()})
+            precision = choices.choose_precision(machine, trial.model.shape[0]).value
+            trial = (
+                trial if "precision" in maker.overrides else dataclasses.replace(trial, precision=precision)
+            )
             seen = worth
             if budget.seconds is not None:
-                seen = 0.9 * budget.seconds / seconds_of(trial, speed)
+                seen = 0.9 * budget.seconds / seconds_on(trial, machine)
             if data.images >= choices.FEWEST[name] and seen >= worth:
                 chosen = name
                 why = f"{data.images:,} images, about {seen:,.0f} of them seen within the budget"

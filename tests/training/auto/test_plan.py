@@ -17,8 +17,16 @@ from foveola.models.vit import ViTConfig
 from foveola.schedules import Progress
 from foveola.training.assemble import assemble
 from foveola.training.auto import choices
-from foveola.training.auto.cost import cost_of, seconds_of
-from foveola.training.auto.facts import Budget, DataFacts, Machine, budget_of, look_at_data, look_at_machine
+from foveola.training.auto.cost import BF16_ON_CPU, cost_of, seconds_of
+from foveola.training.auto.facts import (
+    Budget,
+    DataFacts,
+    Machine,
+    budget_of,
+    cpu_has_bf16,
+    look_at_data,
+    look_at_machine,
+)
 from foveola.training.auto.plan import Plan, PlannedStart, plan_run
 from foveola.training.recipe import resolve
 
@@ -244,3 +252,35 @@ def test_the_rate_from_nothing_is_that_of_the_small_recipes_at_their_size():
     rate = choices.choose_rate(small.model.shape[0], small.batch_size).value
     assert rate == pytest.approx(small.optimizer.lr.value, rel=0.2)
     assert choices.choose_rate(96, 64).value == small.optimizer.lr.value
+
+
+HALVES = dataclasses.replace(CPU, bf16=True)
+
+
+def test_a_cpu_computes_wide_networks_alone_in_bf16_where_it_has_it() -> None:
+    wide = {"model.size": "small"}
+    assert plan_of(facts(), HALVES).config.precision == "fp32"  # 96 channels
+    assert plan_of(facts(), CPU, **wide).config.precision == "fp32"
+    assert plan_of(facts(), HALVES, precision="fp32", **wide).config.precision == "fp32"
+    plain, half = (plan_of(facts(), machine, "10 min", **wide).config for machine in (CPU, HALVES))
+    assert half.precision == "bf16"
+    steps = [int(config.duration.removesuffix(" steps")) for config in (plain, half)]
+    assert steps[0] / steps[1] == pytest.approx(BF16_ON_CPU, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 clzero\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("Features\t: fp asimd\n", False),
+    ],
+)
+def test_linux_tells_whether_a_cpu_has_bf16(tmp_path, told, expected) -> None:
+    (tmp_path / "cpuinfo").write_text(told)
+    assert cpu_has_bf16(tmp_path / "cpuinfo") == expected
+
+
+def test_a_cpu_of_which_nothing_is_told_has_no_bf16(tmp_path) -> None:
+    assert not cpu_has_bf16(tmp_path / "cpuinfo")
