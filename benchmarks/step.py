@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from foveola.data.sample import Canvases
-from foveola.methods.distillation import Distillation
+from foveola.methods.distillation import Distillation, DistillationConfig
 from foveola.schedules import Progress
 from foveola.training.recipe import resolve
 from foveola.views.batch import Batch, Streams, make_views
@@ -83,10 +83,10 @@ class Bench:
         changes: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.device, self.all_tokens = resolve(recipe, changes), device, all_tokens
+        terms = self.config.method
+        assert isinstance(terms, DistillationConfig)
         torch.manual_seed(0)
-        self.method = (
-            Distillation(self.config.method, self.config.model, self.config.views).to(device).train()
-        )
+        self.method = Distillation(terms, self.config.model, self.config.views).to(device).train()
         if arguments.compile:
             for network in self.method.trained():
                 network.compile()
@@ -105,6 +105,7 @@ class Bench:
     def train(self, batch: Batch) -> None:
         if self.all_tokens:
             hidden = batch.large.hidden_contents
+            assert hidden is not None
             every = replace(hidden, indices=torch.arange(hidden.mask.numel(), device=self.device))
             batch = replace(batch, large=replace(batch.large, hidden_contents=every))
         with self.cast():
