@@ -1,13 +1,14 @@
 """How the cost of a step grows, and that of a start with the number of images.
 
     python -m benchmarks.growth steps
+    python -m benchmarks.growth ranks
     python -m benchmarks.growth data [--counts 10000,100000] [--folder /tmp/growth]
 
 `steps` needs no machine that could train what it tells of: a step is taken on torch's `meta` device, where
 tensors have shapes but no numbers. Operations are those of matrix products and attention, forward and
 backward; activations are all tensors that autograd keeps for the backward pass, in float32 (bf16 keeps about
-half); weights count student, teacher, gradients and both averages of AdamW. What ranks exchange is a formula,
-which a test compares with what they did exchange.
+half); weights count student, teacher, gradients and both averages of AdamW. `ranks` has what each of several
+ranks sends in a step. What ranks exchange is a formula, which tests compare with what they did exchange.
 
 `data` makes folders of so many empty files, in 100 folders of classes, and measures what a start does with
 them.
@@ -18,7 +19,8 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,7 +63,7 @@ def on_meta(config: RunConfig, batch: int) -> tuple[Trainer, Callable[[], Any]]:
     trainer = Trainer(
         method, Freezing(method, config.freeze, progress), optimizer, config.views, "fp32", 1, 0, META
     )
-    images = canvases(batch, torch.device("cpu")).to(META)
+    images = canvases(batch, torch.device("cpu"), objects=config.loader.objects_per_image).to(META)
     return trainer, lambda: trainer.step(dataclasses.replace(progress, step=150), lambda: images)
 
 
@@ -125,6 +127,42 @@ def exchanged(config: RunConfig, trainer: Trainer) -> dict[str, int]:
     return found
 
 
+def gathered(trainer: Trainer, step: Callable[[], Any]) -> int:
+    """Return bytes of weights that each rank gathers in a step with `parallel=fsdp`, its own part among them.
+
+    A unit is gathered for each call of it, and once more for the backward pass of each; what is in no unit
+    once in a step. torch fetches ahead, in the backward pass, what was called before, also where that is a
+    unit of the teacher's, which has none. Activations are not computed again.
+    """
+    method = trainer.method
+    units = [block for network in method.trained() for block in network.blocks] + list(method.units())
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    calls: list[tuple[torch.nn.Module, int, bool]] = []  # unit, bytes, whether a backward pass follows
+
+    def noting(unit: torch.nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+        nested = {id(p) for other in units if other in list(unit.modules())[1:] for p in other.parameters()}
+        own = [p for p in unit.parameters() if id(p) not in nested]
+
+        def call(*words: Any, **more: Any) -> Any:
+            result = plain(*words, **more)
+            learning = torch.is_grad_enabled() and any(p.requires_grad for p in own)
+            calls.append((unit, sum(4 * p.numel() for p in own), learning))
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for unit in units:
+            for name in ("forward", *getattr(unit, "entries", ())):
+                changed = mock.patch.object(unit, name, noting(unit, getattr(unit, name)))
+                stack.enter_context(changed)
+        step()
+    total = sum(4 * p.numel() for p in method.parameters() if id(p) not in inside)
+    total += sum(size * (1 + learning) for _, size, learning in calls)
+    ahead = {a: size for (a, size, idle), (_, _, learning) in pairwise(calls) if learning and not idle}
+    return total + sum(ahead.values())
+
+
 STEPS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {
     "model (DINOv2)": [(name, f"dinov2-{name}16-in1k", 8, {}) for name in ("vits", "vitb", "vitl")]
     + [("vitg", "dinov2-vitl16-in1k", 8, {"model.size": "giant"})],
@@ -134,6 +172,9 @@ STEPS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {
     ],
     "prototypes (iBOT S)": [
         (f"{n:,}", "ibot-vits16-in1k", 8, {"method.heads.main.prototypes": n}) for n in (8192, 65536, 131072)
+    ],
+    "objects an image (ODIS S)": [
+        (f"{n}", "odis-vits16-in1k", 8, {"loader.objects_per_image": n}) for n in (1, 2, 4, 8)
     ],
     "method": [
         ("odis S", "odis-vits16-in1k", 8, {}),
@@ -156,6 +197,49 @@ def steps() -> None:
                 continue
             shown = f"{cost.flops / 1e9:,.0f} | {cost.activations * 1024 / batch:,.0f} | {cost.weights:.2f}"
             print(f"| {what} | {name} | {shown} | {cost.exchanged * 1024:,.0f} |", flush=True)
+
+
+RANKS = (2, 8, 64, 512)
+SENDING = {
+    "DINOv2 ViT-S": ("dinov2-vits16-in1k", {}),
+    "DINOv2 ViT-L": ("dinov2-vitl16-in1k", {}),
+    "DINOv2 ViT-g": ("dinov2-vitl16-in1k", {"model.size": "giant"}),
+    "CAPI ViT-L": ("capi-vitl14-in1k", {}),
+    "MAE ViT-B": ("mae-vitb16-in1k", {}),
+}
+
+
+def sent(recipe: str, changes: dict[str, Any], ranks: int) -> dict[str, float]:
+    """Return bytes that each rank sends around a ring in a step, by `parallel`, and additions of each.
+
+    A sum over ranks sends each number twice but for its last stop: first parts are added up on their way,
+    then they are handed on. Gathering weights, and adding up gradients in parts, send each number once.
+    """
+    config = resolve(recipe, changes)
+    assert isinstance(config, RunConfig)
+    trainer, step = on_meta(config, 2)
+    summed = exchanged(config, trainer)
+    gradients, rest = summed["gradients"], sum(summed.values()) - summed["gradients"]
+    with without_autocast():
+        weights = gathered(trainer, step)
+    share = (ranks - 1) / ranks
+    return {
+        "ddp": share * 2 * (gradients + rest),
+        "fsdp": share * (weights + gradients + 2 * rest),
+        "additions": share * (gradients + rest) / 4,
+    }
+
+
+def ranks() -> None:
+    print("| sent by each rank in a step, MiB | | " + " | ".join(f"{n} ranks" for n in RANKS) + " |")
+    print("| --- | --- |" + " --- |" * len(RANKS))
+    for name, (recipe, changes) in SENDING.items():
+        costs = [sent(recipe, changes, count) for count in RANKS]
+        for parallel in ("ddp", "fsdp"):
+            cells = " | ".join(f"{cost[parallel] / 2**20:,.0f}" for cost in costs)
+            print(f"| {name} | `{parallel}` | {cells} |", flush=True)
+        additions = " | ".join(f"{cost['additions'] / 1e6:,.0f}" for cost in costs)
+        print(f"| {name} | million additions | {additions} |", flush=True)
 
 
 # -- data --------------------------------------------------------------------------------------------------
@@ -219,12 +303,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("steps", "data"))
+    parser.add_argument("what", choices=("steps", "ranks", "data"))
     parser.add_argument("--counts", default="10000,100000", help="numbers of files")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/growth"), help="where they are made")
     options = parser.parse_args()
     if options.what == "steps":
         steps()
+    elif options.what == "ranks":
+        ranks()
     else:
         data([int(count) for count in options.counts.split(",")], options.folder)
 

@@ -26,18 +26,18 @@ from foveola.training.recipe import resolve
 from foveola.views.batch import Batch, Streams, make_views
 
 
-def canvases(batch: int, device: torch.device, side: int = 512) -> Canvases:
-    """Random images of 500x375, or as much smaller as the canvas is, with one object of a third of each."""
+def canvases(batch: int, device: torch.device, side: int = 512, objects: int = 1) -> Canvases:
+    """Random images of 500x375, or as much smaller as the canvas is, with objects of a third of each."""
     generator = torch.Generator().manual_seed(0)
-    masks = torch.zeros(batch, 1, 128, 128, dtype=torch.uint8)
+    masks = torch.zeros(batch, objects, 128, 128, dtype=torch.uint8)
     masks[:, :, 30:100, 30:110] = 255
     return Canvases(
         images=torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator),
         extents=torch.tensor([[375 * side // 512, 500 * side // 512]] * batch),
         aspects=torch.full((batch,), 4 / 3),
         object_masks=masks,
-        whole=torch.zeros(batch, 1, dtype=torch.bool),
-        object_labels=torch.full((batch, 1), -1),
+        whole=torch.zeros(batch, objects, dtype=torch.bool),
+        object_labels=torch.full((batch, objects), -1),
         labels=torch.full((batch,), -1),
         indices=torch.arange(batch),
     ).to(device)

@@ -1,4 +1,4 @@
-"""The command that measures a GPU, on a CPU and at small sizes: nobody can try it out where it is to run."""
+"""Benchmarks that cannot be tried where they are to tell: of GPUs, and of what many processes exchange."""
 
 import io
 import json
@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import gpu, gpu_steps
+from benchmarks import gpu, gpu_steps, growth
 from benchmarks.gpu_checks import checks
 from benchmarks.gpu_steps import Cost, Step
+from foveola.training.recipe import resolve
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -119,14 +120,14 @@ def counting(tensor, *words, **more):
 torch.distributed.all_reduce = counting
 found = []
 for recipe in ("ibot", "odis-dinov2", "capi"):
-    changes = {"batch_size": 4, "model.depth": 1}
+    changes = {"batch_size": 8, "model.depth": 1}
     if recipe != "capi":
         changes |= {"views.local_count": 1}
     config = resolve(f"{recipe}-tiny-tinyimagenet", changes)
-    progress = Progress(50, 1000, 100, 4)
+    progress = Progress(50, 1000, 100, 8)
     trainer = assemble(config, progress, cpu)
     trainer.wrapped.register_comm_hook(None, allreduce_hook)  # through the same function
-    images = canvases(2, cpu)
+    images = canvases(8 // distributed.world_size(), cpu)
     summed.clear()
     trainer.step(progress, lambda: images)
     expected = exchanged(config, trainer)
@@ -136,8 +137,68 @@ distributed.stop()
 """
 
 
-def test_two_ranks_exchange_what_the_formula_says(run_ranks):
-    first, second = map(json.loads, run_ranks(EXCHANGED, words=[str(ROOT)], timeout=280))
-    assert first == second
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_exchange_what_the_formula_says(run_ranks, ranks):
+    first, *others = map(json.loads, run_ranks(EXCHANGED, ranks, words=[str(ROOT)], timeout=280))
+    assert all(first == other for other in others)
     for summed, expected, gradients in first:
         assert summed == expected > gradients > 0
+
+
+GATHERED = """
+import collections, json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from benchmarks.step import canvases
+from foveola import distributed
+from foveola.schedules import Progress
+from foveola.training.assemble import assemble
+from foveola.training.recipe import resolve
+
+cpu = distributed.start("cpu")
+moved = collections.Counter()
+
+
+def counting(what, plain):
+    def call(*words, **more):
+        tensors = [each for each in (*words, *more.values()) if isinstance(each, torch.Tensor)]
+        moved[what] += max(each.nbytes for each in tensors)  # the whole one
+        return plain(*words, **more)
+    return call
+
+
+# torch has renamed both.
+for what, names in {
+    "gathered": ("all_gather_single", "all_gather_into_tensor"),
+    "gradients": ("reduce_scatter_single", "reduce_scatter_tensor"),
+}.items():
+    for name in [name for name in names if hasattr(torch.distributed, name)]:
+        setattr(torch.distributed, name, counting(what, getattr(torch.distributed, name)))
+found = []
+for recipe, changes in json.loads(sys.argv[2]):
+    config = resolve(recipe, changes | {"batch_size": 8, "parallel": "fsdp"})
+    progress = Progress(0, 1000, 100, 8)
+    trainer = assemble(config, progress, cpu)
+    images = canvases(8 // distributed.world_size(), cpu)
+    moved.clear()
+    trainer.step(progress, lambda: images)
+    found.append(dict(moved))
+print(json.dumps(found))
+distributed.stop()
+"""
+GATHERING = [(f"{name}-tiny-tinyimagenet", {"views.local_count": 1}) for name in ("ibot", "dinov2")]
+GATHERING += [("capi-tiny-tinyimagenet", {}), ("mae-tiny-tinyimagenet", {})]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_with_weights_in_parts_gather_what_the_formula_says(run_ranks, ranks):
+    """Tensors are filled up to a multiple of the ranks, so a little more."""
+    printed = run_ranks(GATHERED, ranks, words=[str(ROOT), json.dumps(GATHERING)], timeout=280)
+    for (recipe, changes), moved in zip(GATHERING, json.loads(printed[0]), strict=True):
+        config = resolve(recipe, changes)
+        trainer, step = growth.on_meta(config, 2)
+        with growth.without_autocast():
+            expected = growth.gathered(trainer, step)
+        assert expected <= moved["gathered"] < 1.02 * expected, recipe
+        gradients = growth.exchanged(config, trainer)["gradients"]
+        assert gradients <= moved["gradients"] < 1.02 * gradients, recipe

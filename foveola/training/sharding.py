@@ -6,6 +6,7 @@ A parameter is then a DTensor: what it is on this process is its local part.
 """
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,9 +80,9 @@ def part_count(parallel: Parallel, config: ShardingConfig) -> int:
 def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: torch.device) -> None:
     """Cut the parameters of a method over the processes, in place, and move it to their devices.
 
-    Every process has built the same method. Afterwards each holds its part of each parameter along the first
-    dimension; `requires_grad` stays. Optimizers are made afterwards. Raises ConfigError for parameters that
-    are single numbers, which cannot be cut.
+    Every process has built the same method. Afterwards each holds its part of each parameter, along the first
+    dimension unless that is shorter than there are parts; `requires_grad` stays. Optimizers are made
+    afterwards. Raises ConfigError for parameters that are single numbers, which cannot be cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -96,14 +97,34 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     half = torch.bfloat16 if config.gather == "bf16" else None
     blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    cut = functools.partial(_cut_along, parts=parts)
     for network in method.trained():
         for block in network.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
+            fully_shard(
+                block,
+                mesh=mesh,
+                reshard_after_forward=config.reshard,
+                shard_placement_fn=cut,
+                mp_policy=blocks,
+            )
     for unit in method.units():
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=whole)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=cut, mp_policy=whole)
         for name in getattr(unit, "entries", ()):
             register_fsdp_forward_method(unit, name)
-    fully_shard(method, mesh=mesh, mp_policy=whole)
+    fully_shard(method, mesh=mesh, shard_placement_fn=cut, mp_policy=whole)
+
+
+def _cut_along(parameter: nn.Parameter, parts: int) -> Any:
+    """The dimension that a parameter is cut along; None: the first one, filled up to a multiple of the parts.
+
+    A table of positions (1, patches, channels) over 512 processes would be 512 tables when it is gathered.
+    """
+    from torch.distributed.tensor import Shard
+
+    if parameter.shape[0] >= parts:
+        return None
+    even = [dim for dim, size in enumerate(parameter.shape) if size and size % parts == 0]
+    return Shard(even[-1]) if even else None
 
 
 def can_be_filled(method: nn.Module) -> bool:
