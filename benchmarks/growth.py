@@ -16,6 +16,7 @@ them.
 
 import argparse
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from foveola.training.freezing import Freezing
 from foveola.training.loop import Trainer
 from foveola.training.optimizer import Optimizer
 from foveola.training.recipe import RunConfig, resolve
+from foveola.training.sharding import dimension_to_cut, filled_up
 
 META = torch.device("meta")
 
@@ -127,8 +129,18 @@ def exchanged(config: RunConfig, trainer: Trainer) -> dict[str, int]:
     return found
 
 
-def gathered(trainer: Trainer, step: Callable[[], Any]) -> int:
-    """Return bytes of weights that each rank gathers in a step with `parallel=fsdp`, its own part among them.
+def whole_bytes(parameter: Tensor, parts: int) -> int:
+    """Return the bytes of a parameter once it is gathered: filled up to a multiple of the parts."""
+    sizes = list(parameter.shape)
+    dim = dimension_to_cut(sizes, parts)
+    sizes[dim] = filled_up(sizes[dim], parts)
+    return 4 * math.prod(sizes)
+
+
+def gathered(trainer: Trainer, step: Callable[[], Any]) -> Callable[[int], int]:
+    """Return what tells, for a number of ranks, the bytes of weights that each gathers in a step with fsdp.
+
+    A rank's own part is among them.
 
     A unit is gathered for each call of it, and once more for the backward pass of each; what is in no unit
     once in a step. torch fetches ahead, in the backward pass, what was called before, also where that is a
@@ -137,16 +149,16 @@ def gathered(trainer: Trainer, step: Callable[[], Any]) -> int:
     method = trainer.method
     units = [block for network in method.trained() for block in network.blocks] + list(method.units())
     inside = {id(p) for unit in units for p in unit.parameters()}
-    calls: list[tuple[torch.nn.Module, int, bool]] = []  # unit, bytes, whether a backward pass follows
+    calls: list[tuple[torch.nn.Module, list[Tensor], bool]] = []  # whether a backward pass follows
 
     def noting(unit: torch.nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
         nested = {id(p) for other in units if other in list(unit.modules())[1:] for p in other.parameters()}
-        own = [p for p in unit.parameters() if id(p) not in nested]
+        own: list[Tensor] = [p for p in unit.parameters() if id(p) not in nested]
 
         def call(*words: Any, **more: Any) -> Any:
             result = plain(*words, **more)
             learning = torch.is_grad_enabled() and any(p.requires_grad for p in own)
-            calls.append((unit, sum(4 * p.numel() for p in own), learning))
+            calls.append((unit, own, learning))
             return result
 
         return call
@@ -157,10 +169,11 @@ def gathered(trainer: Trainer, step: Callable[[], Any]) -> int:
                 changed = mock.patch.object(unit, name, noting(unit, getattr(unit, name)))
                 stack.enter_context(changed)
         step()
-    total = sum(4 * p.numel() for p in method.parameters() if id(p) not in inside)
-    total += sum(size * (1 + learning) for _, size, learning in calls)
-    ahead = {a: size for (a, size, idle), (_, _, learning) in pairwise(calls) if learning and not idle}
-    return total + sum(ahead.values())
+    each = [p for p in method.parameters() if id(p) not in inside]
+    each += [p for _, own, learning in calls for p in own * (2 if learning else 1)]
+    ahead = {a: own for (a, own, idle), (_, _, learning) in pairwise(calls) if learning and not idle}
+    each += [p for own in ahead.values() for p in own]
+    return lambda parts: sum(whole_bytes(p, parts) for p in each)
 
 
 STEPS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {
@@ -209,8 +222,8 @@ SENDING = {
 }
 
 
-def sent(recipe: str, changes: dict[str, Any], ranks: int) -> dict[str, float]:
-    """Return bytes that each rank sends around a ring in a step, by `parallel`, and additions of each.
+def sent(recipe: str, changes: dict[str, Any]) -> list[dict[str, float]]:
+    """Return bytes that each of `RANKS` ranks sends around a ring in a step, by `parallel`, and additions.
 
     A sum over ranks sends each number twice but for its last stop: first parts are added up on their way,
     then they are handed on. Gathering weights, and adding up gradients in parts, send each number once.
@@ -218,23 +231,24 @@ def sent(recipe: str, changes: dict[str, Any], ranks: int) -> dict[str, float]:
     config = resolve(recipe, changes)
     assert isinstance(config, RunConfig)
     trainer, step = on_meta(config, 2)
-    summed = exchanged(config, trainer)
-    gradients, rest = summed["gradients"], sum(summed.values()) - summed["gradients"]
+    summed = sum(exchanged(config, trainer).values())
+    learning = [p for p in trainer.method.parameters() if p.requires_grad]
+    rest = summed - 4 * sum(p.numel() for p in learning)
     with without_autocast():
         weights = gathered(trainer, step)
-    share = (ranks - 1) / ranks
-    return {
-        "ddp": share * 2 * (gradients + rest),
-        "fsdp": share * (weights + gradients + 2 * rest),
-        "additions": share * (gradients + rest) / 4,
-    }
+    found = []
+    for parts in RANKS:
+        share, gradients = (parts - 1) / parts, sum(whole_bytes(p, parts) for p in learning)
+        cut = weights(parts) + gradients + 2 * rest
+        found.append({"ddp": share * 2 * summed, "fsdp": share * cut, "additions": share * summed / 4})
+    return found
 
 
 def ranks() -> None:
     print("| sent by each rank in a step, MiB | | " + " | ".join(f"{n} ranks" for n in RANKS) + " |")
     print("| --- | --- |" + " --- |" * len(RANKS))
     for name, (recipe, changes) in SENDING.items():
-        costs = [sent(recipe, changes, count) for count in RANKS]
+        costs = sent(recipe, changes)
         for parallel in ("ddp", "fsdp"):
             cells = " | ".join(f"{cost[parallel] / 2**20:,.0f}" for cost in costs)
             print(f"| {name} | `{parallel}` | {cells} |", flush=True)

@@ -8,7 +8,7 @@ A parameter is then a DTensor: what it is on this process is its local part.
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -81,7 +81,7 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     """Cut the parameters of a method over the processes, in place, and move it to their devices.
 
     Every process has built the same method. Afterwards each holds its part of each parameter, along the first
-    dimension unless that is shorter than there are parts; `requires_grad` stays. Optimizers are made
+    dimension or the one that `dimension_to_cut` finds; `requires_grad` stays. Optimizers are made
     afterwards. Raises ConfigError for parameters that are single numbers, which cannot be cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +97,7 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     half = torch.bfloat16 if config.gather == "bf16" else None
     blocks = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    cut = functools.partial(_cut_along, parts=parts)
+    cut = functools.partial(_placement, parts=parts)
     for network in method.trained():
         for block in network.blocks:
             fully_shard(
@@ -114,17 +114,26 @@ def shard(method: Method, parallel: Parallel, config: ShardingConfig, device: to
     fully_shard(method, mesh=mesh, shard_placement_fn=cut, mp_policy=whole)
 
 
-def _cut_along(parameter: nn.Parameter, parts: int) -> Any:
-    """The dimension that a parameter is cut along; None: the first one, filled up to a multiple of the parts.
+def dimension_to_cut(shape: Sequence[int], parts: int) -> int:
+    """Return the dimension along which a tensor is cut: the first one, unless another suits better.
 
-    A table of positions (1, patches, channels) over 512 processes would be 512 tables when it is gathered.
+    FSDP fills the first dimension up to a multiple of the parts: a table of positions (1, patches, channels)
+    over 512 processes would be gathered 512 times as large. Other dimensions must divide evenly. Where none
+    does, or less than a tenth is filled up, it is the first one.
     """
+    even = [dim for dim, size in enumerate(shape) if size and size % parts == 0]
+    return even[-1] if even and filled_up(shape[0], parts) > 1.1 * shape[0] else 0
+
+
+def filled_up(size: int, parts: int) -> int:
+    """Return the least multiple of the parts that is not below a size."""
+    return -(-size // parts) * parts
+
+
+def _placement(parameter: nn.Parameter, parts: int) -> Any:
     from torch.distributed.tensor import Shard
 
-    if parameter.shape[0] >= parts:
-        return None
-    even = [dim for dim, size in enumerate(parameter.shape) if size and size % parts == 0]
-    return Shard(even[-1]) if even else None
+    return Shard(dimension_to_cut(parameter.shape, parts))
 
 
 def can_be_filled(method: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from foveola.files import RunFolder
 from foveola.state_files import read_state
 from foveola.training.checkpoint import newest, read_checkpoint
 from foveola.training.recipe import resolve
+from foveola.training.sharding import dimension_to_cut
 from foveola.zoo.load import load
 from tests.training.conftest import HEADS, SMALL
 
@@ -429,3 +430,21 @@ def test_a_list_of_parts_runs_no_code(tmp_path, code):
     torch.save({}, tmp_path / "state.pt")
     with pytest.raises(UserError, match=r"\.metadata is (no list|not read)"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "dim"),
+    [
+        ((384, 1536), 4, 0),
+        ((1, 197, 1024), 512, 2),  # else 512 times as large
+        ((1, 197, 384), 512, 0),  # nothing divides evenly
+        ((1, 64, 96), 2, 2),
+        ((768, 3072), 512, 1),  # else a third larger
+        ((1000, 512), 512, 0),  # 1024 rows are not much more
+        ((3, 7), 2, 0),
+        ((7,), 4, 0),
+        ((0, 4), 2, 0),
+    ],
+)
+def test_a_tensor_is_cut_where_little_is_filled_up(shape, parts, dim):
+    assert dimension_to_cut(shape, parts) == dim

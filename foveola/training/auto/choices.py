@@ -57,12 +57,12 @@ def choose_method(data: DataFacts, token: bool | None, method: str | None = None
     return Decision("ibot", "no objects are annotated: image and masked patches")
 
 
-def choose_precision(machine: Machine, width: int) -> Decision:
-    """Return the precision of a network with so many channels."""
+def choose_precision(machine: Machine, width: int = WIDE) -> Decision:
+    """Return the precision of a network with so many channels, which matter to a CPU alone."""
     if not machine.bf16:
         return Decision("fp32", machine.name)
     if machine.device == "cpu" and width < WIDE:
-        return Decision("fp32", f"with {width} channels a CPU gains little by bf16")
+        return Decision("fp32", f"with {width} channels a CPU gains little by bf16, or loses")
     return Decision("bf16", f"{machine.name} computes faster in it")
 
 

@@ -72,7 +72,8 @@ def seconds_on(config: RunConfig, machine: Machine) -> float:
     """Return about how many seconds an image takes on all processes together."""
     seconds = seconds_of(config, machine.flops * machine.processes)
     # The speed of a GPU is that of the precision it is faster in, the speed of a CPU that of float32.
-    return seconds * (BF16_ON_CPU if machine.device == "cpu" and config.precision == "bf16" else 1.0)
+    halves = machine.bf16 and config.precision == "bf16" and config.model.shape[0] >= WIDE
+    return seconds * (BF16_ON_CPU if machine.device == "cpu" and halves else 1.0)
 
 
 def weights_of(config: RunConfig) -> float:

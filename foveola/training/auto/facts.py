@@ -69,7 +69,7 @@ class Machine:
     cores: int  # of one process
     memory: float  # bytes of one device: of the GPU, or of the machine shared by the processes on it
     flops: float  # floating-point operations a second of one process that training reaches, as estimated
-    bf16: bool  # whether it computes faster in bfloat16; a CPU in wide networks alone
+    bf16: bool  # whether it computes in bfloat16 by itself
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def look_at_machine(device: str | torch.device = "auto") -> Machine:
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the CPU has instructions for bfloat16, as Linux tells; elsewhere False.
+    """Return whether an x86 CPU has instructions for bfloat16, as Linux tells; of others False.
 
-    Without them bf16 is slower than fp32.
+    ARM is not looked at: nothing was measured on it.
     """
     try:
         words = cpuinfo.read_text(encoding="utf-8", errors="replace").split()

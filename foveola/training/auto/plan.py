@@ -114,12 +114,15 @@ def plan_run(
     family = str(method.value)
     maker = _Maker((TRAINED if start is None else ADAPTED)[family], overrides)
     maker.lines.append(PlanLine("recipe", maker.recipe, method.reason))
+    if machine.device != "cpu":  # before anything is built, as `sharding.gather=bf16` asks for it
+        maker.put("precision", choices.choose_precision(machine))
     _choose_start(maker, start)
     _choose_views(maker, data, machine, start)
     batch = maker.put("batch_size", choices.choose_batch(data, machine, family))
     if start is None:
         _choose_model(maker, data, machine, budget, batch)
-    maker.put("precision", choices.choose_precision(machine, maker.built().model.shape[0]))
+    if machine.device == "cpu":
+        maker.put("precision", choices.choose_precision(machine, maker.built().model.shape[0]))
     config = maker.built()
     need = cost_of(config).activations, weights_of(config)
     parts = maker.put("accumulate", choices.choose_parts(batch, machine.processes, *need, machine.memory))

@@ -268,6 +268,18 @@ def test_a_cpu_computes_wide_networks_alone_in_bf16_where_it_has_it() -> None:
     assert steps[0] / steps[1] == pytest.approx(BF16_ON_CPU, abs=0.05)
 
 
+@pytest.mark.parametrize(("machine", "size"), [(CPU, "small"), (HALVES, None)])
+def test_no_time_is_promised_where_bf16_saves_none(machine, size) -> None:
+    shape = {} if size is None else {"model.size": size}
+    plans = [plan_of(facts(), machine, "10 min", precision=name, **shape) for name in ("fp32", "bf16")]
+    assert plans[0].config.duration == plans[1].config.duration
+
+
+def test_weights_may_travel_as_halves_where_a_gpu_computes_so() -> None:
+    given = {"parallel": "fsdp", "sharding.gather": "bf16"}
+    assert plan_of(facts(), GPUS, **given).config.precision == "bf16"
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
