@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--features", action="store_true")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
+    if unknown := set(arguments.ways.split(",")) - set(WAYS):
+        parser.error(f"--ways: {', '.join(sorted(unknown))} is not one of {', '.join(WAYS)}")
     if arguments.way:
         answer(arguments)
     else:

@@ -140,11 +140,9 @@ def whole_bytes(parameter: Tensor, parts: int) -> int:
 def gathered(trainer: Trainer, step: Callable[[], Any]) -> Callable[[int], int]:
     """Return what tells, for a number of ranks, the bytes of weights that each gathers in a step with fsdp.
 
-    A rank's own part is among them.
-
-    A unit is gathered for each call of it, and once more for the backward pass of each; what is in no unit
-    once in a step. torch fetches ahead, in the backward pass, what was called before, also where that is a
-    unit of the teacher's, which has none. Activations are not computed again.
+    A rank's own part is among them. A unit is gathered for each call of it, and once more for the backward
+    pass of each; what is in no unit once in a step. torch fetches ahead in the backward pass what was called
+    before, also where that is a unit of the teacher's, which has none. Activations are not computed again.
     """
     method = trainer.method
     units = [block for network in method.trained() for block in network.blocks] + list(method.units())
@@ -171,7 +169,7 @@ def gathered(trainer: Trainer, step: Callable[[], Any]) -> Callable[[int], int]:
         step()
     each = [p for p in method.parameters() if id(p) not in inside]
     each += [p for _, own, learning in calls for p in own * (2 if learning else 1)]
-    ahead = {a: own for (a, own, idle), (_, _, learning) in pairwise(calls) if learning and not idle}
+    ahead = {a: own for (a, own, learns), (_, _, next_learns) in pairwise(calls) if next_learns > learns}
     each += [p for own in ahead.values() for p in own]
     return lambda parts: sum(whole_bytes(p, parts) for p in each)
 
